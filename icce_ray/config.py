@@ -1,0 +1,368 @@
+"""Every setting, declared once, with its meaning under it.
+
+A config is YAML; three lines do for the common case::
+
+    images: {uri: /data/photos}
+    num_clusters: 10
+    output: /data/clusters
+
+Unknown keys, wrong types and impossible combinations are refused before any work starts. ``preset`` fills in what the
+file leaves open; a setting that is given always wins. ``resources`` never changes a result.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from icce_ray.errors import ConfigError
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+PositiveFloat = Annotated[float, Field(gt=0.0)]
+PositiveInt = Annotated[int, Field(ge=1)]
+
+ConsensusMethod = Literal["mcla", "hbgf", "cspa", "best_head"]
+CONSENSUS_METHODS: tuple[ConsensusMethod, ...] = get_args(ConsensusMethod)
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ImagesConfig(Section):
+    uri: str | None = None
+    """A folder (searched recursively for jpg, jpeg, png, webp, bmp, gif, tif, tiff), or a list of image URIs: a .txt file
+    with one per line, or a .parquet file."""
+    uri_column: str = "uri"
+    """The column that holds the URIs where `uri` names a Parquet file."""
+
+
+class EmbeddingsConfig(Section):
+    uri: str | None = None
+    """Ready-made embeddings instead of images: a .npy file (N x D, floating point) or a Parquet file or folder with a
+    list column. float16 is kept, everything else becomes float32."""
+    column: str | None = None
+    """The list column of the Parquet file. Not set: its only list column."""
+
+
+class EmbedConfig(Section):
+    backbone: str = "vit_large_patch14_dinov2.lvd142m"
+    """A timm model name, or `pixels`: the flattened pixels, 0 to 1, which need no weights."""
+    features: Literal["auto", "cls", "cls+patch_mean", "last4", "last4+patch_mean", "pooled"] = "auto"
+    """What is kept of a vision transformer (METHOD section 0). `auto`: `cls+patch_mean` where the model has a class
+    token, `pooled` elsewhere."""
+    weights: str | None = None
+    """A .safetensors file, or a .pth/.pt file that loads with weights only. Not set: the model hub. `random`: the
+    initialisation (for trying out the plumbing; the clusters mean nothing)."""
+    image_size: PositiveInt | None = None
+    """Side of the square input in pixels. Not set: 224 (`pixels`: 32)."""
+    grayscale: bool = False
+    """With `pixels`: one channel (luma) instead of three."""
+    batch_size: PositiveInt = 64
+    """Images per forward pass. It does not change which images share a part."""
+    images_per_part: PositiveInt = 512
+    """Images per Parquet part: what is lost at most when a worker dies."""
+    max_image_pixels: PositiveInt = 100_000_000
+    """An image of more pixels (width x height) is not decoded: it goes into the errors table."""
+    max_error_rate: Fraction = 0.1
+    """The stage stops when more than this share of the images cannot be used."""
+
+
+class NeighborsConfig(Section):
+    similarity_threshold: float | Literal["auto"] | None = "auto"
+    """Images at least this similar (cosine, -1 to 1) are neighbours: the paper's tau, which is a floor on similarity.
+    `auto`: chosen by the audit. `null`: no threshold, exactly `min_neighbors` each."""
+    min_neighbors: PositiveInt = 50
+    """An image with fewer neighbours above the threshold gets its this many most similar ones (the paper's k_min)."""
+    max_neighbors: PositiveInt | None = 1000
+    """Longer lists keep a uniform random subset of this size. `null`: no limit."""
+    center: bool = True
+    """Subtract the mean feature before the cosine. Uncentred convolutional features are all similar to each other."""
+
+    @model_validator(mode="after")
+    def _check(self) -> NeighborsConfig:
+        tau = self.similarity_threshold
+        if isinstance(tau, float) and not -1.0 <= tau <= 1.0:
+            raise ValueError(f"similarity_threshold is {tau}; a cosine lies between -1 and 1")
+        if self.max_neighbors is not None and self.max_neighbors < self.min_neighbors:
+            raise ValueError(f"max_neighbors is {self.max_neighbors}, below min_neighbors {self.min_neighbors}")
+        return self
+
+
+class HeadsConfig(Section):
+    num_heads: PositiveInt = 50
+    """Clustering heads trained side by side (H); they differ by their initialisation only."""
+    num_epochs: PositiveInt = 100
+    """Passes over the images."""
+    batch_size: Annotated[int, Field(ge=2)] = 1024
+    """Pairs per step, over all workers (B)."""
+    learning_rate: PositiveFloat = 1e-4
+    """At 256 pairs; scaled linearly with the batch size."""
+    weight_decay: Annotated[float, Field(ge=0.0)] = 1e-4
+    """AdamW's, on weights only."""
+    warmup_epochs: Annotated[int, Field(ge=0)] = 20
+    """Epochs over which the learning rate rises linearly from 0; then it stays."""
+    freeze_last_layer_epochs: Annotated[int, Field(ge=0)] = 1
+    """Epochs for which the prototypes (last layer) do not move."""
+    hidden_dim: PositiveInt = 512
+    """Width of a head's hidden layer."""
+    bottleneck_dim: PositiveInt = 256
+    """Width of a head's normalised output, which the prototypes are compared with."""
+    input_norm: Literal["batch_norm", "standardize", "none"] = "batch_norm"
+    """`batch_norm`: running batch statistics (ICCE). `standardize`: mean and deviation of the whole set (TEMI)."""
+    rotate: bool = True
+    """Apply a random rotation (seeded) before `input_norm`: per-dimension scaling then no longer blows up the small
+    dimensions of features that come sorted by variance, such as PCA's."""
+    sinkhorn: bool = True
+    """Teacher targets by Sinkhorn-Knopp over the global batch (ICCE) instead of a softmax (TEMI)."""
+    sinkhorn_iterations: PositiveInt = 3
+    """Alternations of the two normalisations."""
+    teacher_temperature: PositiveFloat = 0.1
+    """Of the teacher's targets (T_sk with Sinkhorn-Knopp)."""
+    student_temperature: PositiveFloat = 0.1
+    """Of the student's softmax."""
+    beta: Annotated[float, Field(gt=0.0, le=1.0)] = 0.6
+    """Exponent in the TEMI loss: at 1 the pointwise mutual information, below 1 more even clusters."""
+    max_ce_weight: Annotated[float, Field(ge=0.0)] = 1.0
+    """Weight of the pseudo-label cross-entropy at the end of training (lambda_max); rises from 0 by a half cosine.
+    0 switches it off."""
+    num_positives: PositiveInt = 1
+    """Neighbours drawn per image and step; above 1 their teacher targets are averaged."""
+    teacher_momentum: Fraction = 0.996
+    """Of the teacher's moving average of the student."""
+    prior_momentum: Fraction = 0.9
+    """Of the moving average of the cluster prior."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the matrix products; sums and losses are float32. `auto`: bfloat16 where the processor multiplies it natively."""
+    max_images: PositiveInt = 2_000_000
+    """Above this many images graph, heads and consensus use a uniform random sample of this size."""
+    checkpoint_interval_s: PositiveFloat = 60.0
+    """Seconds of training that a killed run loses at most, and one epoch."""
+
+
+class ConsensusConfig(Section):
+    methods: tuple[ConsensusMethod, ...] = ("mcla", "hbgf", "cspa")
+    """Consensus functions to try; the result with the highest average NMI with the heads is kept."""
+    cspa_max_images: PositiveInt = 5_000
+    """CSPA builds an N x N matrix: above this many images it is left out."""
+    imbalance: Annotated[float, Field(ge=1.0)] = 1.5
+    """How much larger than the average METIS may make a part."""
+    refine: bool = True
+    """Reassign images as long as that raises the average NMI."""
+
+    @model_validator(mode="after")
+    def _check(self) -> ConsensusConfig:
+        if not self.methods:
+            raise ValueError(f"methods is empty; name at least one of {', '.join(CONSENSUS_METHODS)}")
+        return self
+
+
+class ClassifierConfig(Section):
+    num_iterations: PositiveInt = 12_500
+    """SGD steps, shared by the whole grid."""
+    batch_size: PositiveInt = 128
+    """Images per step."""
+    learning_rates: tuple[PositiveFloat, ...] = (
+        1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1,
+    )  # fmt: skip
+    """Grid at 256 images; scaled linearly with the batch size. All are trained in one pass."""
+    momentum: Fraction = 0.9
+    """Of SGD."""
+    holdout_fraction: Annotated[float, Field(gt=0.0, le=0.5)] = 0.1
+    """Images kept back; the classifier that agrees best with the consensus on them is chosen."""
+
+
+class AssignConfig(Section):
+    rows_per_part: PositiveInt = 100_000
+    """Rows per Parquet part of the assignments."""
+    num_exemplars: PositiveInt = 16
+    """Exemplars marked per cluster."""
+    outlier_quantile: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.999
+    """An image farther from its cluster than this share of the images is an outlier."""
+
+
+class EvaluateConfig(Section):
+    labels: str | None = None
+    """True labels, for evaluation only: `folder` (the image's parent folder), or a .npy, .csv or .parquet file."""
+    label_column: str = "label"
+    """The label column of a CSV or Parquet file."""
+    uri_column: str | None = None
+    """The column of a CSV or Parquet file that names the image. Not set: rows are in the order of the images."""
+
+
+class ReportConfig(Section):
+    title: str | None = None
+    """Heading of the page."""
+    images_per_cluster: PositiveInt = 12
+    """Pictures shown per cluster."""
+    max_clusters: PositiveInt = 200
+    """Clusters shown with pictures; the table lists all."""
+
+
+class WorkerResources(Section):
+    num_workers: PositiveInt = 1
+    """Processes that share the stage's work."""
+    cpus_per_worker: Annotated[float, Field(gt=0.0)] | None = None
+    """CPUs (and threads) of each. Not set: the machine's CPUs divided among the workers of one machine."""
+    gpus_per_worker: Annotated[float, Field(ge=0.0)] = 0.0
+    """GPUs of each."""
+
+
+class ResourcesConfig(Section):
+    ray_address: str | None = None
+    """`auto` or an address: join that Ray cluster. Not set: join the one RAY_ADDRESS names, else start one here."""
+    num_cpus: PositiveInt | None = None
+    """CPUs of a Ray started here. Not set: all that this process may use."""
+    object_store_bytes: PositiveInt | None = None
+    """Object store of a Ray started here. Not set: Ray's choice, at most 2 GB."""
+    embed: WorkerResources = WorkerResources()
+    neighbors: WorkerResources = WorkerResources()
+    heads: WorkerResources = WorkerResources()
+    assign: WorkerResources = WorkerResources()
+
+
+PRESETS: dict[str, dict[str, dict[str, Any]]] = {
+    "icce": {},
+    "temi": {
+        "neighbors": {"similarity_threshold": None, "min_neighbors": 50, "max_neighbors": 50},
+        "heads": {"input_norm": "standardize", "rotate": False, "sinkhorn": False, "max_ce_weight": 0.0},
+        "consensus": {"methods": ("best_head",), "refine": False},
+    },
+}
+"""What a preset sets, by section; everything else is the default. `temi` is arXiv 2303.17896."""
+
+
+class Config(Section):
+    output: str
+    """Folder or URI under which every artifact lies. Runs that share it share embeddings and graphs."""
+    num_clusters: Annotated[int, Field(ge=2)]
+    """Clusters to find (K)."""
+    preset: Literal["icce", "temi"] = "icce"
+    """Which method's settings fill in what is not given."""
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    """Of every random draw. Same config, seed and machine: identical labels."""
+    images: ImagesConfig = ImagesConfig()
+    embeddings: EmbeddingsConfig = EmbeddingsConfig()
+    embed: EmbedConfig = EmbedConfig()
+    neighbors: NeighborsConfig = NeighborsConfig()
+    heads: HeadsConfig = HeadsConfig()
+    consensus: ConsensusConfig = ConsensusConfig()
+    classifier: ClassifierConfig = ClassifierConfig()
+    assign: AssignConfig = AssignConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    report: ReportConfig = ReportConfig()
+    resources: ResourcesConfig = ResourcesConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in_preset(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        filled = dict(data)
+        for section, settings in PRESETS.get(str(data.get("preset", "icce")), {}).items():
+            given = filled.get(section) or {}
+            if isinstance(given, dict):
+                filled[section] = {**settings, **given}
+        return filled
+
+    @model_validator(mode="after")
+    def _check(self) -> Config:
+        if (self.images.uri is None) == (self.embeddings.uri is None):
+            given = "neither is" if self.images.uri is None else "both are"
+            raise ValueError(f"{given} given: name the input with either images.uri or embeddings.uri")
+        if self.embeddings.uri is not None and self.evaluate.labels == "folder":
+            raise ValueError("evaluate.labels is 'folder', but ready-made embeddings have no folders: name a file")
+        return self
+
+
+def load_config(path: str | Path | None, overrides: list[str] | None = None, *, base: dict[str, Any] | None = None) -> Config:
+    """Read a YAML config, apply ``a.b=c`` overrides (values are YAML) and check the whole.
+
+    Args:
+        path: the YAML file; None to start from `base` alone.
+        overrides: the `--set` arguments, in order; later ones win.
+        base: settings under the file's.
+
+    Raises:
+        ConfigError: file, key, value and what is allowed, for every problem found.
+    """
+    source = str(path) if path is not None else "the built-in config"
+    data: dict[str, Any] = dict(base or {})
+    if path is not None:
+        data |= _read_yaml(Path(path))
+    for override in overrides or []:
+        _apply_override(data, override)
+    return build_config(data, source)
+
+
+def build_config(data: dict[str, Any], source: str) -> Config:
+    """Check settings from `source` (named in the message)."""
+    try:
+        return Config.model_validate(data)
+    except ValidationError as error:
+        lines = [_describe(problem) for problem in error.errors()]
+        raise ConfigError(f"{source}: " + (lines[0] if len(lines) == 1 else "\n  ".join(["", *lines]))) from None
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: there is no such config file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: holds {type(data).__name__}, not settings; at least images.uri, num_clusters and output")
+    return data
+
+
+def _apply_override(data: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key.strip():
+        raise ConfigError(f"--set {override}: write it as section.key=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {override}: the value is not valid YAML: {' '.join(str(error).split())}") from None
+    *sections, last = key.strip().split(".")
+    node = data
+    for section in sections:
+        child = node.get(section)
+        node[section] = dict(child) if isinstance(child, dict) else {}
+        node = node[section]
+    node[last] = value
+
+
+def _describe(problem: Any) -> str:
+    location = [str(part) for part in problem["loc"]]
+    key = ".".join(location)
+    if problem["type"] == "extra_forbidden":
+        known = _known_keys(location[:-1])
+        close = difflib.get_close_matches(location[-1], known, n=3)
+        remedy = f"did you mean {' or '.join(close)}?" if close else f"known here: {', '.join(known)}"
+        return f"{key}: unknown setting; {remedy}"
+    if problem["type"] == "missing":
+        return f"{key}: not given, and it has no default"
+    message = problem["msg"].removeprefix("Value error, ")
+    given = problem.get("input")
+    if not key:
+        return message
+    if isinstance(given, (dict, list)):
+        return f"{key}: {message}"
+    return f"{key}: {given!r} is not usable: {message}"
+
+
+def _known_keys(sections: list[str]) -> list[str]:
+    model: Any = Config
+    for section in sections:
+        field = model.model_fields.get(section)
+        if field is None or not isinstance(field.annotation, type) or not issubclass(field.annotation, BaseModel):
+            return []
+        model = field.annotation
+    return sorted(model.model_fields)

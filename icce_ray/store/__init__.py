@@ -1,0 +1,6 @@
+"""Artifacts on storage: what a stage has finished, where it lies, and whether its bytes are still those it wrote."""
+
+from icce_ray.store.artifact import Artifact, ArtifactWriter, Manifest, Part, fingerprint
+from icce_ray.store.filesystem import Folder
+
+__all__ = ["Artifact", "ArtifactWriter", "Folder", "Manifest", "Part", "fingerprint"]

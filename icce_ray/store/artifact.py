@@ -1,0 +1,238 @@
+"""One stage's finished result: part files, then ``manifest.json``, written last.
+
+No manifest, no artifact. The manifest names every part with its rows and checksum; a part whose bytes differ is never
+used. The fingerprint that names the folder is the hash of what determines the content: the stage, its version, the
+settings it depends on, and the fingerprints of its inputs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import io
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from icce_ray.errors import DamagedArtifactError
+from icce_ray.store.filesystem import Folder
+
+SCHEMA_VERSION = 1
+MANIFEST_NAME = "manifest.json"
+RECORDED_LIBRARIES = ("icce_ray", "numpy", "torch", "faiss-cpu", "ray", "timm", "pyarrow", "pymetis")
+
+
+def fingerprint(stage: str, version: int, settings: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
+    """Name of the artifact that `stage` makes of `settings` and `inputs`: 16 hex digits.
+
+    Args:
+        stage: name of the stage.
+        version: raised by hand when the stage's code would make something else of the same settings.
+        settings: JSON-able settings that determine the content.
+        inputs: fingerprints of the input artifacts by stage.
+    """
+    content = {"stage": stage, "version": version, "settings": settings, "inputs": dict(inputs)}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+class Part(BaseModel):
+    """One file of an artifact."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    num_bytes: int
+    sha256: str
+    rows: int | None = None
+    dtype: str | None = None
+    shape: tuple[int, ...] | None = None
+
+
+class Manifest(BaseModel):
+    """What an artifact holds and how it came to be."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    schema_version: int = SCHEMA_VERSION
+    stage: str
+    fingerprint: str
+    inputs: dict[str, str]
+    parts: tuple[Part, ...]
+    config: dict[str, Any]
+    metrics: dict[str, Any]
+    libraries: dict[str, str]
+    seconds: float
+
+
+class Artifact:
+    """A finished artifact: its manifest, and its parts, checked against their checksums when read."""
+
+    def __init__(self, folder: Folder, manifest: Manifest) -> None:
+        self.folder = folder
+        self.manifest = manifest
+        self._parts = {part.name: part for part in manifest.parts}
+        self._verified: set[str] = set()
+
+    @classmethod
+    def find(cls, folder: Folder) -> Artifact | None:
+        """The artifact in `folder`, or None where there is no manifest or a part is missing or of the wrong size."""
+        try:
+            manifest = Manifest.model_validate_json(folder.read_bytes(MANIFEST_NAME))
+        except (FileNotFoundError, ValidationError):
+            return None
+        if manifest.schema_version != SCHEMA_VERSION:
+            return None
+        if any(folder.size(part.name) != part.num_bytes for part in manifest.parts):
+            return None
+        return cls(folder, manifest)
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        return self.manifest.metrics
+
+    @property
+    def fingerprint(self) -> str:
+        return self.manifest.fingerprint
+
+    def part_names(self, prefix: str = "") -> list[str]:
+        return sorted(name for name in self._parts if name.startswith(prefix))
+
+    def part(self, name: str) -> Part:
+        return self._parts[name]
+
+    def read_bytes(self, name: str) -> bytes:
+        """A part's bytes.
+
+        Raises:
+            DamagedArtifactError: they are gone or not those that the manifest promises.
+        """
+        try:
+            data = self.folder.read_bytes(name)
+        except FileNotFoundError:
+            raise DamagedArtifactError(f"{self.folder.file_uri(name)}: the part is missing") from None
+        self._check(name, hashlib.sha256(data).hexdigest())
+        return data
+
+    def read_json(self, name: str) -> Any:
+        return json.loads(self.read_bytes(name))
+
+    def read_table(self, name: str) -> pa.Table:
+        return pq.read_table(pa.BufferReader(self.read_bytes(name)))
+
+    def read_array(self, name: str) -> npt.NDArray[Any]:
+        """A .npy part, memory-mapped read-only. Remote parts are first copied to this machine's cache folder."""
+        path = self._local_file(name)
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+
+    def _local_file(self, name: str) -> Path:
+        if self.folder.local_path is not None:
+            path = self.folder.local_path / name
+            if name not in self._verified:
+                try:
+                    with path.open("rb") as file:
+                        self._check(name, hashlib.file_digest(file, "sha256").hexdigest())
+                except FileNotFoundError:
+                    raise DamagedArtifactError(f"{path}: the part is missing") from None
+                self._verified.add(name)
+            return path
+        cache = Folder.at(cache_folder() / self.manifest.stage / self.fingerprint)
+        assert cache.local_path is not None
+        if cache.size(name) != self._parts[name].num_bytes:
+            cache.write_bytes(name, self.read_bytes(name))
+        return cache.local_path / name
+
+    def _check(self, name: str, digest: str) -> None:
+        if digest != self._parts[name].sha256:
+            raise DamagedArtifactError(f"{self.folder.file_uri(name)}: the bytes are not those that were written")
+
+
+class ArtifactWriter:
+    """Collects the parts of one artifact, then commits it. Pickles: workers write parts and hand them back to the
+    driver, which calls :meth:`add` and, at the end, :meth:`commit`."""
+
+    def __init__(self, folder: Folder) -> None:
+        self.folder = folder
+        self.parts: dict[str, Part] = {}
+
+    def add(self, part: Part) -> None:
+        self.parts[part.name] = part
+
+    def write_bytes(
+        self,
+        name: str,
+        data: bytes | memoryview,
+        *,
+        rows: int | None = None,
+        dtype: str | None = None,
+        shape: tuple[int, ...] | None = None,
+    ) -> Part:
+        """Write a part atomically and note it for the manifest."""
+        self.folder.write_bytes(name, data)
+        digest = hashlib.sha256(data).hexdigest()
+        part = Part(name=name, num_bytes=len(data), sha256=digest, rows=rows, dtype=dtype, shape=shape)
+        self.add(part)
+        return part
+
+    def write_json(self, name: str, value: Any) -> Part:
+        return self.write_bytes(name, json.dumps(value, indent=1).encode())
+
+    def write_table(self, name: str, table: pa.Table) -> Part:
+        sink = io.BytesIO()
+        pq.write_table(table, sink, compression="zstd")
+        return self.write_bytes(name, sink.getbuffer(), rows=table.num_rows)
+
+    def write_array(self, name: str, array: npt.NDArray[Any]) -> Part:
+        """Write an array as .npy."""
+        sink = io.BytesIO()
+        np.save(sink, array, allow_pickle=False)
+        rows = array.shape[0] if array.ndim else None
+        return self.write_bytes(name, sink.getbuffer(), rows=rows, dtype=str(array.dtype), shape=array.shape)
+
+    def commit(
+        self,
+        *,
+        stage: str,
+        fingerprint: str,
+        inputs: Mapping[str, str],
+        config: Mapping[str, Any],
+        metrics: Mapping[str, Any],
+        seconds: float,
+    ) -> Artifact:
+        """Write the manifest: from here on the artifact exists."""
+        manifest = Manifest(
+            stage=stage,
+            fingerprint=fingerprint,
+            inputs=dict(inputs),
+            parts=tuple(self.parts[name] for name in sorted(self.parts)),
+            config=dict(config),
+            metrics=dict(metrics),
+            libraries=_library_versions(),
+            seconds=round(seconds, 3),
+        )
+        self.folder.write_bytes(MANIFEST_NAME, manifest.model_dump_json(indent=1).encode())
+        return Artifact(self.folder, manifest)
+
+
+def cache_folder() -> Path:
+    """This machine's folder for copies of remote parts: ICCE_CACHE, else one below the temporary folder."""
+    configured = os.environ.get("ICCE_CACHE")
+    return Path(configured) if configured else Path(tempfile.gettempdir()) / f"icce_ray-{os.getuid()}"
+
+
+def _library_versions() -> dict[str, str]:
+    versions = {}
+    for library in RECORDED_LIBRARIES:
+        try:
+            versions[library] = importlib.metadata.version(library)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
