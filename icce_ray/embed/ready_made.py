@@ -1,0 +1,314 @@
+"""Ready-made embeddings as input: a .npy file, or Parquet with a list column, read a block of rows at a time."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.fs as pafs
+import pyarrow.parquet as pq
+
+from icce_ray.config import EmbeddingsConfig
+from icce_ray.errors import InputError
+from icce_ray.store.filesystem import open_uri
+
+READ_BATCH_ROWS = 8192
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """A file of the input, where it lies, and what tells whether it changed."""
+
+    filesystem: pafs.FileSystem
+    path: str
+    uri: str
+    size_bytes: int
+    mtime_ns: int | None
+
+
+class ReadyMade(Protocol):
+    """N embeddings of D dimensions in a fixed order."""
+
+    files: list[SourceFile]
+    num_rows: int
+    dim: int
+    dtype: np.dtype[Any]
+
+    def uris(self, uri_column: str) -> pa.ChunkedArray:
+        """(N,) string: the file's own column `uri_column` where it has one, else ``<file>#<row of that file>``."""
+
+    def blocks(self, num_rows: int, start: int = 0) -> Iterator[npt.NDArray[Any]]:
+        """Rows from `start` on, in order, in blocks of `num_rows` (the last one shorter), as float16 or float32.
+
+        Raises:
+            InputError: a list of another length, a null, or a value that is not finite.
+        """
+
+
+def open_embeddings(config: EmbeddingsConfig) -> ReadyMade:
+    """Open `config.uri`; only headers are read. Usage: ``open_embeddings(config.embeddings).blocks(65536)``.
+
+    Raises:
+        InputError: nothing there, another format, the wrong number of axes, not floating point, no such column.
+    """
+    assert config.uri is not None
+    filesystem, path = open_uri(config.uri)
+    info = filesystem.get_file_info(path)
+    if info.type == pafs.FileType.NotFound:
+        raise InputError(f"embeddings.uri: {config.uri} does not exist")
+    if info.type == pafs.FileType.Directory:
+        files = _parquet_files(filesystem, path, config.uri)
+        if not files:
+            raise InputError(f"embeddings.uri: no .parquet file in the folder {config.uri}")
+        return ParquetEmbeddings(files, config.column)
+    file = source_file(filesystem, info, config.uri)
+    if path.lower().endswith(".npy"):
+        return NpyEmbeddings(file)
+    if path.lower().endswith((".parquet", ".pq")):
+        return ParquetEmbeddings([file], config.column)
+    raise InputError(f"embeddings.uri: {config.uri} is not a .npy or .parquet file, nor a folder of .parquet files")
+
+
+def source_file(filesystem: pafs.FileSystem, info: pafs.FileInfo, uri: str) -> SourceFile:
+    """`info` as a source file named by its absolute path, or on remote storage by `uri`."""
+    name = info.path if isinstance(filesystem, pafs.LocalFileSystem) else uri
+    return SourceFile(filesystem, info.path, name, info.size, info.mtime_ns)
+
+
+class NpyEmbeddings:
+    """An (N, D) floating-point array. On remote storage it is read by byte ranges, never as a whole."""
+
+    def __init__(self, file: SourceFile) -> None:
+        self.files = [file]
+        self._array: npt.NDArray[Any] | None = None
+        try:
+            if isinstance(file.filesystem, pafs.LocalFileSystem):
+                self._array = np.load(file.path, mmap_mode="r", allow_pickle=False)
+                shape, stored = self._array.shape, self._array.dtype
+            else:
+                shape, stored = self._read_header()
+        except (ValueError, EOFError, OSError) as error:
+            raise InputError(f"embeddings.uri: {file.uri} cannot be read as a .npy array: {error}") from None
+        if len(shape) != 2 or 0 in shape:
+            raise InputError(f"embeddings.uri: {file.uri} has shape {shape}; needed is (images, dimensions), neither 0")
+        self._stored = stored
+        self.dtype = _kept_dtype(stored, file.uri)
+        self.num_rows, self.dim = int(shape[0]), int(shape[1])
+
+    def uris(self, uri_column: str) -> pa.ChunkedArray:
+        return pa.chunked_array([_row_uris(self.files[0].uri, self.num_rows)])
+
+    def blocks(self, num_rows: int, start: int = 0) -> Iterator[npt.NDArray[Any]]:
+        for first in range(start, self.num_rows, num_rows):
+            stop = min(first + num_rows, self.num_rows)
+            block = self._array[first:stop] if self._array is not None else self._read_rows(first, stop)
+            yield _checked(block, self.dtype, first, self.files[0].uri)
+
+    def _read_header(self) -> tuple[tuple[int, ...], np.dtype[Any]]:
+        with self.files[0].filesystem.open_input_file(self.files[0].path) as file:
+            version = np.lib.format.read_magic(file)
+            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            shape, fortran_order, dtype = read(file)
+            self._offset = file.tell()
+        if fortran_order:
+            raise ValueError("it is stored column by column; save np.ascontiguousarray of it")
+        return shape, dtype
+
+    def _read_rows(self, start: int, stop: int) -> npt.NDArray[Any]:
+        row_bytes = self.dim * self._stored.itemsize
+        with self.files[0].filesystem.open_input_file(self.files[0].path) as file:
+            file.seek(self._offset + start * row_bytes)
+            data = file.read((stop - start) * row_bytes)
+        return np.frombuffer(data, dtype=self._stored).reshape(stop - start, self.dim)
+
+
+class ParquetEmbeddings:
+    """A list column of floats, every list of the same length; the files of a folder in the order of their names."""
+
+    def __init__(self, files: list[SourceFile], column: str | None) -> None:
+        self.files = files
+        self._schemas: list[pa.Schema] = []
+        self._rows: list[int] = []
+        for file in files:
+            try:
+                with file.filesystem.open_input_file(file.path) as opened:
+                    parquet = pq.ParquetFile(opened)
+                    self._schemas.append(parquet.schema_arrow)
+                    self._rows.append(parquet.metadata.num_rows)
+            except (pa.ArrowInvalid, OSError) as error:
+                raise InputError(f"embeddings.uri: {file.uri} cannot be read as Parquet: {error}") from None
+        self.column = column or _only_list_column(self._schemas[0], files[0].uri)
+        for file, schema in zip(files, self._schemas, strict=True):
+            self.dtype = self._column_dtype(schema, file.uri)
+        if len({str(_storage(schema.field(self.column).type).value_type) for schema in self._schemas}) > 1:
+            raise InputError(f"embeddings.uri: column {self.column!r} has different types in the files of the folder")
+        self.num_rows = sum(self._rows)
+        if self.num_rows == 0:
+            raise InputError(f"embeddings.uri: {files[0].uri} holds no rows")
+        self.dim = self._first_length()
+
+    def uris(self, uri_column: str) -> pa.ChunkedArray:
+        chunks: list[pa.Array] = []
+        for file, schema, rows in zip(self.files, self._schemas, self._rows, strict=True):
+            made = _row_uris(file.uri, rows)
+            if uri_column in schema.names and is_string(schema.field(uri_column).type):
+                with file.filesystem.open_input_file(file.path) as opened:
+                    own = pq.read_table(opened, columns=[uri_column])[uri_column].cast(pa.string()).combine_chunks()
+                made = pc.coalesce(own, made)
+            chunks.append(made)
+        return pa.chunked_array(chunks, type=pa.string())
+
+    def blocks(self, num_rows: int, start: int = 0) -> Iterator[npt.NDArray[Any]]:
+        pending: list[npt.NDArray[Any]] = []
+        held = 0
+        for rows in self._read(start):
+            pending.append(rows)
+            held += len(rows)
+            if held >= num_rows:
+                joined = np.concatenate(pending)
+                whole = held - held % num_rows
+                yield from (joined[first : first + num_rows] for first in range(0, whole, num_rows))
+                pending, held = [joined[whole:]], held - whole
+        if held:
+            yield np.concatenate(pending)
+
+    def _read(self, start: int) -> Iterator[npt.NDArray[Any]]:
+        """Small runs of rows from `start` on; row groups before it are not read."""
+        skip = start
+        for file, rows in zip(self.files, self._rows, strict=True):
+            if skip >= rows:
+                skip -= rows
+                continue
+            with file.filesystem.open_input_file(file.path) as opened:
+                parquet = pq.ParquetFile(opened)
+                first, groups = 0, list(range(parquet.num_row_groups))
+                while skip - first >= parquet.metadata.row_group(groups[0]).num_rows:
+                    first += parquet.metadata.row_group(groups.pop(0)).num_rows
+                for batch in parquet.iter_batches(READ_BATCH_ROWS, row_groups=groups, columns=[self.column]):
+                    block = self._to_array(batch.column(0), first, file.uri)
+                    if first + len(block) > skip:
+                        yield block[max(skip - first, 0) :]
+                    first += len(block)
+            skip = 0
+
+    def _to_array(self, lists: pa.Array, first: int, uri: str) -> npt.NDArray[Any]:
+        if isinstance(lists, pa.ExtensionArray):
+            lists = lists.storage
+        lengths = pc.list_value_length(lists).fill_null(-1).to_numpy(zero_copy_only=False)
+        wrong = np.flatnonzero(lengths != self.dim)
+        if len(wrong):
+            row, length = first + int(wrong[0]), int(lengths[wrong[0]])
+            found = "null" if length < 0 else f"a list of {length} values"
+            raise InputError(
+                f"embeddings.uri: {uri}, column {self.column!r}, row {row} holds {found}; the first row has {self.dim}"
+            )
+        values = lists.flatten()
+        if values.null_count:
+            raise InputError(f"embeddings.uri: {uri}, column {self.column!r}: nulls inside the lists after row {first}")
+        block = values.to_numpy(zero_copy_only=False).reshape(len(lists), self.dim)
+        return _checked(block, self.dtype, first, uri)
+
+    def _column_dtype(self, schema: pa.Schema, uri: str) -> np.dtype[Any]:
+        field = find_field(schema, self.column, uri, "embeddings.column")
+        stored = _storage(field.type)
+        if not _is_list(stored):
+            raise InputError(f"embeddings.column: {self.column!r} in {uri} is {field.type}, not a list of floats")
+        try:
+            return _kept_dtype(np.dtype(stored.value_type.to_pandas_dtype()), uri)
+        except NotImplementedError:
+            raise InputError(
+                f"embeddings.column: {self.column!r} in {uri} is {field.type}, not a list of floats"
+            ) from None
+
+    def _first_length(self) -> int:
+        for file, rows in zip(self.files, self._rows, strict=True):
+            if rows == 0:
+                continue
+            with file.filesystem.open_input_file(file.path) as opened:
+                batch = next(pq.ParquetFile(opened).iter_batches(1, columns=[self.column]))
+            lists = batch.column(0)
+            lists = lists.storage if isinstance(lists, pa.ExtensionArray) else lists
+            length = pc.list_value_length(lists)[0].as_py()
+            if not length:
+                raise InputError(f"embeddings.uri: {file.uri}, column {self.column!r}: the first row is empty")
+            return int(length)
+        raise AssertionError("there are rows, so a file has some")
+
+
+def find_field(schema: pa.Schema, column: str, uri: str, setting: str) -> pa.Field:
+    """The field `column`.
+
+    Raises:
+        InputError: it is not there; the columns that are, and what may have been meant.
+    """
+    if schema.names.count(column) == 1:
+        return schema.field(column)
+    close = difflib.get_close_matches(column, schema.names, n=1)
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    raise InputError(f"{setting}: {uri} has no column {column!r}; it has {', '.join(schema.names) or 'none'}{hint}")
+
+
+def is_string(kind: pa.DataType) -> bool:
+    """Whether a column's values are text, dictionary-encoded or not."""
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
+
+
+def _parquet_files(filesystem: pafs.FileSystem, path: str, uri: str) -> list[SourceFile]:
+    infos = filesystem.get_file_info(pafs.FileSelector(path, recursive=True))
+    found = []
+    for info in infos:
+        below = info.path[len(path) :].strip("/")
+        hidden = any(step.startswith((".", "_")) for step in below.split("/"))
+        if info.type == pafs.FileType.File and not hidden and below.lower().endswith((".parquet", ".pq")):
+            found.append(source_file(filesystem, info, f"{uri.rstrip('/')}/{below}"))
+    return sorted(found, key=lambda file: file.uri)
+
+
+def _only_list_column(schema: pa.Schema, uri: str) -> str:
+    lists = [field.name for field in schema if _is_list(_storage(field.type))]
+    if len(lists) == 1:
+        return str(lists[0])
+    if not lists:
+        columns = ", ".join(f"{field.name} ({field.type})" for field in schema)
+        raise InputError(f"embeddings.uri: {uri} has no list column; it has {columns}")
+    raise InputError(f"embeddings.uri: {uri} has the list columns {', '.join(lists)}: name one with embeddings.column")
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
+
+
+def _storage(kind: pa.DataType) -> pa.DataType:
+    return kind.storage_type if isinstance(kind, pa.BaseExtensionType) else kind
+
+
+def _kept_dtype(stored: np.dtype[Any], uri: str) -> np.dtype[Any]:
+    if stored.kind != "f":
+        raise InputError(f"embeddings.uri: {uri} holds {stored}; needed is floating point, such as float16 or float32")
+    return np.dtype(np.float16 if stored.itemsize == 2 else np.float32)
+
+
+def _row_uris(uri: str, num_rows: int) -> pa.Array:
+    rows = pa.array(np.arange(num_rows)).cast(pa.string())
+    return pc.binary_join_element_wise(pa.scalar(uri), rows, "#")
+
+
+def _checked(block: npt.NDArray[Any], dtype: np.dtype[Any], first: int, uri: str) -> npt.NDArray[Any]:
+    with np.errstate(over="ignore"):
+        kept = np.ascontiguousarray(block, dtype=dtype)
+    wrong = np.flatnonzero(~np.isfinite(kept).all(axis=1))
+    if len(wrong):
+        more = f" and {len(wrong) - 3} more there" if len(wrong) > 3 else ""
+        rows = ", ".join(str(first + row) for row in wrong[:3])
+        raise InputError(
+            f"embeddings.uri: {uri}, row {rows}{more}: NaN or infinite as {dtype}. "
+            "Leave these rows out, or mend what made them"
+        )
+    return kept
