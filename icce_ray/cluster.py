@@ -36,8 +36,9 @@ QUIET_ENVIRONMENT = {
 def connect(resources: ResourcesConfig) -> None:
     """Make Ray usable in this process. Calling it again changes nothing.
 
-    Joined, in this order: the Ray this process is already connected to; `resources.ray_address`; the Ray of the job this
-    process runs in or that RAY_ADDRESS names. Only where there is none, one is started here; it ends with this process.
+    Joined, in this order: the Ray this process is already connected to; `resources.ray_address`; the one that
+    RAY_ADDRESS names (inside a `ray job` it always does). Only where there is none, one is started here; it ends with
+    this process.
 
     Raises:
         ResourceError: nothing answers at the address.
@@ -51,7 +52,7 @@ def connect(resources: ResourcesConfig) -> None:
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if resources.ray_address is not None:
         options["address"] = resources.ray_address
-    elif "RAY_ADDRESS" not in os.environ and "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ:
+    elif "RAY_ADDRESS" not in os.environ:
         options |= {
             "address": "local",
             "num_cpus": resources.num_cpus or usable_cpus(),
@@ -148,7 +149,8 @@ def _slots(available: float, each: float) -> int:
 
 def _machines() -> list[tuple[float, float]]:
     """(CPUs, GPUs) of each living machine that has CPUs."""
-    resources = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+    resources = [node["Resources"] for node in nodes if node["Alive"]]
     return [(node["CPU"], node.get("GPU", 0.0)) for node in resources if node.get("CPU", 0.0) > 0]
 
 

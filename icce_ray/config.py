@@ -35,8 +35,8 @@ class Section(BaseModel):
 
 class ImagesConfig(Section):
     uri: str | None = None
-    """A folder (searched recursively for jpg, jpeg, png, webp, bmp, gif, tif, tiff), or a list of image URIs: a .txt file
-    with one per line, or a .parquet file."""
+    """A folder (searched recursively for jpg, jpeg, png, webp, bmp, gif, tif, tiff), or a list of image URIs: a .txt
+    file with one per line, or a .parquet file."""
     uri_column: str = "uri"
     """The column that holds the URIs where `uri` names a Parquet file."""
 
@@ -137,7 +137,8 @@ class HeadsConfig(Section):
     prior_momentum: Fraction = 0.9
     """Of the moving average of the cluster prior."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of the matrix products; sums and losses are float32. `auto`: bfloat16 where the processor multiplies it natively."""
+    """Of the matrix products; sums and losses are float32. `auto`: bfloat16 where the processor multiplies it
+    natively."""
     max_images: PositiveInt = 2_000_000
     """Above this many images graph, heads and consensus use a uniform random sample of this size."""
     checkpoint_interval_s: PositiveFloat = 60.0
@@ -164,6 +165,8 @@ class ConsensusConfig(Section):
 class ClassifierConfig(Section):
     num_iterations: PositiveInt = 12_500
     """SGD steps, shared by the whole grid."""
+    max_epochs: PositiveInt = 100
+    """Small sets stop after this many passes over the images, but not before 1,000 steps."""
     batch_size: PositiveInt = 128
     """Images per step."""
     learning_rates: tuple[PositiveFloat, ...] = (
@@ -279,7 +282,9 @@ class Config(Section):
         return self
 
 
-def load_config(path: str | Path | None, overrides: list[str] | None = None, *, base: dict[str, Any] | None = None) -> Config:
+def load_config(
+    path: str | Path | None, overrides: list[str] | None = None, *, base: dict[str, Any] | None = None
+) -> Config:
     """Read a YAML config, apply ``a.b=c`` overrides (values are YAML) and check the whole.
 
     Args:
@@ -318,7 +323,9 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(data, dict):
-        raise ConfigError(f"{path}: holds {type(data).__name__}, not settings; at least images.uri, num_clusters and output")
+        raise ConfigError(
+            f"{path}: holds {type(data).__name__}, not settings; at least images.uri, num_clusters and output"
+        )
     return data
 
 
@@ -349,7 +356,7 @@ def _describe(problem: Any) -> str:
         return f"{key}: unknown setting; {remedy}"
     if problem["type"] == "missing":
         return f"{key}: not given, and it has no default"
-    message = problem["msg"].removeprefix("Value error, ")
+    message = str(problem["msg"]).removeprefix("Value error, ")
     given = problem.get("input")
     if not key:
         return message

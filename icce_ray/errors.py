@@ -1,7 +1,7 @@
 """What can go wrong, by whose hand it is mended.
 
-``UserError`` is the user's to mend: the message gives the value, the bound and the remedy, the program prints it without
-a traceback and exits with code 2. Everything else is ours or the machine's: exit code 1, the cause last.
+``UserError`` is the user's to mend: the message gives the value, the bound and the remedy, the program prints it
+without a traceback and exits with code 2. Everything else is ours or the machine's: exit code 1, the cause last.
 """
 
 
@@ -27,3 +27,45 @@ class DamagedArtifactError(RuntimeError):
 
 class WorkerError(RuntimeError):
     """A distributed stage ended by a fault that retries did not mend. Finished parts stay: the same command resumes."""
+
+
+def find_cause(error: BaseException, kind: type[BaseException]) -> BaseException | None:
+    """The first error of `kind` in what led to `error`, or None.
+
+    Ray wraps a worker's error in its own (``cause``), its trainer in another (``worker_failures``); Python chains the
+    rest. An error that Ray made to look like ours is not ours: its text is a remote traceback.
+    """
+    pending, seen = [error], set[int]()
+    while pending:
+        current = pending.pop(0)
+        if id(current) in seen:
+            continue
+        seen.add(id(current))
+        if isinstance(current, kind) and not isinstance(getattr(current, "cause", None), BaseException):
+            return current
+        failures = getattr(current, "worker_failures", None)
+        candidates = [
+            getattr(current, "cause", None),
+            *(failures.values() if isinstance(failures, dict) else ()),
+            current.__cause__,
+            None if current.__suppress_context__ else current.__context__,
+        ]
+        pending += [candidate for candidate in candidates if isinstance(candidate, BaseException)]
+    return None
+
+
+def describe_cause(error: BaseException) -> str:
+    """One line that names what went wrong at the bottom of a chain of wrapped errors."""
+    current, seen = error, {id(error)}
+    while True:
+        failures = getattr(current, "worker_failures", None)
+        first_failure = next(iter(failures.values()), None) if isinstance(failures, dict) else None
+        below = first_failure or getattr(current, "cause", None) or current.__cause__
+        if not isinstance(below, BaseException) or id(below) in seen:
+            break
+        seen.add(id(below))
+        current = below
+    text = " ".join(str(current).split())
+    if isinstance(current, (WorkerError, DamagedArtifactError)):
+        return text
+    return f"{type(current).__name__}: {text}" if text else type(current).__name__

@@ -95,6 +95,28 @@ class Artifact:
             return None
         return cls(folder, manifest)
 
+    @staticmethod
+    def discard_damage(folder: Folder) -> list[str]:
+        """Make an artifact unfinished again whose manifest and parts disagree: the manifest goes, and the parts that
+        are not what it promises. Sound parts stay, so a stage that resumes uses them.
+
+        Returns:
+            Names of the missing or damaged parts; empty where all is sound, and then nothing is removed.
+        """
+        try:
+            manifest = Manifest.model_validate_json(folder.read_bytes(MANIFEST_NAME))
+        except FileNotFoundError:
+            return []
+        except ValidationError:
+            folder.remove(MANIFEST_NAME)
+            return [MANIFEST_NAME]
+        damaged = [part.name for part in manifest.parts if not _is_sound(folder, part)]
+        if damaged:
+            folder.remove(MANIFEST_NAME)
+        for name in damaged:
+            folder.remove(name)
+        return damaged
+
     @property
     def metrics(self) -> dict[str, Any]:
         return self.manifest.metrics
@@ -131,7 +153,8 @@ class Artifact:
     def read_array(self, name: str) -> npt.NDArray[Any]:
         """A .npy part, memory-mapped read-only. Remote parts are first copied to this machine's cache folder."""
         path = self._local_file(name)
-        return np.load(path, mmap_mode="r", allow_pickle=False)
+        array: npt.NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
+        return array
 
     def _local_file(self, name: str) -> Path:
         if self.folder.local_path is not None:
@@ -226,6 +249,12 @@ def cache_folder() -> Path:
     """This machine's folder for copies of remote parts: ICCE_CACHE, else one below the temporary folder."""
     configured = os.environ.get("ICCE_CACHE")
     return Path(configured) if configured else Path(tempfile.gettempdir()) / f"icce_ray-{os.getuid()}"
+
+
+def _is_sound(folder: Folder, part: Part) -> bool:
+    if folder.size(part.name) != part.num_bytes:
+        return False
+    return hashlib.sha256(folder.read_bytes(part.name)).hexdigest() == part.sha256
 
 
 def _library_versions() -> dict[str, str]:

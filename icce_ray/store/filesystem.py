@@ -75,22 +75,23 @@ class Folder:
     def read_bytes(self, name: str) -> bytes:
         """Whole content of a file. Raises FileNotFoundError where there is none."""
         with self.filesystem.open_input_file(f"{self.path}/{name}") as file:
-            return file.read()
+            return bytes(file.read())
 
     def write_bytes(self, name: str, data: bytes | memoryview) -> None:
-        """Write a file, atomically: readers see the old content or the new."""
+        """Write a file, atomically: readers see the old content or the new. `name` may lie in a folder below."""
         if self.local_path is None:
             with self.filesystem.open_output_stream(f"{self.path}/{name}") as file:
                 file.write(data)
             return
-        self.local_path.mkdir(parents=True, exist_ok=True)
-        temporary = self.local_path / f".{name}.{uuid.uuid4().hex}"
+        target = self.local_path / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
         try:
             with temporary.open("wb") as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-            temporary.replace(self.local_path / name)
+            temporary.replace(target)
         finally:
             temporary.unlink(missing_ok=True)
 

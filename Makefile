@@ -1,0 +1,34 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+CASE ?= demo
+
+.PHONY: demo test lint format bench clean
+
+demo: $(INSTALLED)  ## Cluster scikit-learn's handwritten digits: images and results go to demo/
+	$(BIN)/python -m icce_ray.run
+
+test: $(INSTALLED)  ## The quick tests first, then the slow ones
+	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m slow
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(INSTALLED)  ## One benchmark case: make bench CASE=accuracy
+	$(BIN)/python benchmarks/run.py $(CASE)
+
+clean:
+	rm -rf demo $(VENV)
+
+$(INSTALLED): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[cpu,dev]"
+	touch $@

@@ -1,0 +1,96 @@
+"""The command ``icce-ray``: run, status, evaluate."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from icce_ray.config import load_config
+from icce_ray.errors import InputError
+from icce_ray.result import read_records
+from icce_ray.run import add_arguments, add_debug_argument, guarded, run_command
+from icce_ray.store import Artifact, Folder
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run what the command line asks for and return the exit code."""
+    parser = argparse.ArgumentParser(prog="icce-ray", description="Cluster image collections without labels.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    run = commands.add_parser("run", help="cluster the images of a config; without one, the built-in demo")
+    add_arguments(run)
+    run.set_defaults(function=run_command)
+
+    status = commands.add_parser("status", help="what of a run is finished, and where it lies")
+    status.add_argument("target", metavar="CONFIG|OUTPUT", help="a YAML config, or the folder of results")
+    status.add_argument("--set", action="append", default=[], metavar="A.B=C", dest="overrides")
+    add_debug_argument(status)
+    status.set_defaults(function=_status)
+
+    evaluate = commands.add_parser("evaluate", help="compare two labellings of the same images")
+    evaluate.add_argument("predicted", metavar="PREDICTED", help=".npy file of integer labels")
+    evaluate.add_argument("true", metavar="TRUE", help=".npy file of integer labels")
+    add_debug_argument(evaluate)
+    evaluate.set_defaults(function=_evaluate)
+
+    parsed = parser.parse_args(arguments)
+    return guarded(parsed.function, parsed)
+
+
+def _status(arguments: argparse.Namespace) -> None:
+    if arguments.target.endswith((".yaml", ".yml")) or Path(arguments.target).is_file():
+        from icce_ray.pipeline import plan, run_name
+
+        config = load_config(arguments.target, arguments.overrides)
+        planned = plan(config)
+        print(f"run {run_name(planned)} in {Folder.at(config.output).uri}")
+        for step in planned:
+            print(_status_line(step.name, step.folder, step.artifact))
+        return
+    records = read_records(arguments.target)
+    if not records:
+        raise InputError(f"{arguments.target}: no runs there; give the `output` of a run, or its config (.yaml)")
+    root = Folder.at(arguments.target)
+    for record in records:
+        print(f"run {record['run']} in {root.uri}")
+        for stage, fingerprint in record["stages"].items():
+            folder = root / stage / fingerprint
+            print(_status_line(stage, folder, Artifact.find(folder)))
+
+
+def _status_line(stage: str, folder: Folder, artifact: Artifact | None) -> str:
+    if artifact is None:
+        return f"  {stage:<10} not finished  {folder.uri}"
+    plain = {key: value for key, value in artifact.metrics.items() if isinstance(value, (str, int, float))}
+    figures = ", ".join(
+        f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in plain.items()
+    )
+    return f"  {stage:<10} finished in {artifact.manifest.seconds:.1f} s  {folder.uri}" + (
+        f"\n{'':13}{figures}" if figures else ""
+    )
+
+
+def _evaluate(arguments: argparse.Namespace) -> None:
+    from icce_ray.evaluate.metrics import evaluate_clustering
+
+    predicted, true = _load_labels(arguments.predicted), _load_labels(arguments.true)
+    print(json.dumps(evaluate_clustering(true, predicted)))
+
+
+def _load_labels(path: str) -> Any:
+    try:
+        return np.load(path, allow_pickle=False)
+    except FileNotFoundError:
+        raise InputError(f"{path}: there is no such file") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: not a .npy file of labels: {error}") from None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,264 @@
+"""The stages in order, and what it takes to run them: name each result, skip what is finished, run the rest, sum up.
+
+Importing this starts nothing and imports neither Ray nor torch; a run that finds everything finished needs neither.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from icce_ray.config import Config
+from icce_ray.context import StageContext
+from icce_ray.errors import DamagedArtifactError, InputError, find_cause
+from icce_ray.progress import Progress
+from icce_ray.result import Result, num_failed, num_listed, sum_up, summary, write_record
+from icce_ray.store import Artifact, ArtifactWriter, Folder, fingerprint
+from icce_ray.store.filesystem import open_uri
+
+Settings = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of the flow.
+
+    ``<module>.run(config, context) -> metrics`` does the work. `settings` returns all that determines its result
+    besides its inputs; `version` is raised by hand when the code would make something else of the same settings.
+    """
+
+    name: str
+    module: str
+    version: int
+    inputs: tuple[str, ...]
+    settings: Callable[[Config], Settings]
+    unit: str = "images"
+
+
+def _images_settings(config: Config) -> Settings:
+    from icce_ray.embed.listing import source_digest
+
+    given = {"images": config.images.model_dump(), "embeddings": config.embeddings.model_dump()}
+    return given | {"source": source_digest(config)}
+
+
+def _embed_settings(config: Config) -> Settings:
+    from icce_ray.embed.backbone import embed_settings
+
+    return embed_settings(config)
+
+
+def _neighbors_settings(config: Config) -> Settings:
+    return _drawn(config) | {"neighbors": config.neighbors.model_dump(), "max_images": config.heads.max_images}
+
+
+def _heads_settings(config: Config) -> Settings:
+    return _drawn(config) | {"heads": config.heads.model_dump(exclude={"checkpoint_interval_s"})}
+
+
+def _consensus_settings(config: Config) -> Settings:
+    return _drawn(config) | {"consensus": config.consensus.model_dump()}
+
+
+def _classifier_settings(config: Config) -> Settings:
+    outliers = {"outlier_quantile": config.assign.outlier_quantile}
+    return _drawn(config) | {"classifier": config.classifier.model_dump()} | outliers
+
+
+def _assign_settings(config: Config) -> Settings:
+    return {"assign": config.assign.model_dump()}
+
+
+def _evaluate_settings(config: Config) -> Settings:
+    labels = config.evaluate.labels
+    identity = None if labels in (None, "folder") else _file_identity(str(labels))
+    return {"evaluate": config.evaluate.model_dump(), "file": identity}
+
+
+def _report_settings(config: Config) -> Settings:
+    return {"report": config.report.model_dump(), "num_clusters": config.num_clusters}
+
+
+def _drawn(config: Config) -> Settings:
+    return {"num_clusters": config.num_clusters, "seed": config.seed}
+
+
+STAGES: tuple[Stage, ...] = (
+    Stage("images", "icce_ray.embed.listing", 1, (), _images_settings),
+    Stage("embed", "icce_ray.embed.job", 1, ("images",), _embed_settings),
+    Stage("neighbors", "icce_ray.neighbors.job", 1, ("embed",), _neighbors_settings),
+    Stage("heads", "icce_ray.heads.job", 1, ("embed", "neighbors"), _heads_settings, "epochs"),
+    Stage("consensus", "icce_ray.consensus.job", 1, ("heads",), _consensus_settings, "steps"),
+    Stage("classifier", "icce_ray.classifier.job", 1, ("embed", "consensus"), _classifier_settings, "iterations"),
+    Stage("assign", "icce_ray.assign.job", 1, ("images", "embed", "consensus", "classifier"), _assign_settings),
+    # The only stage that sees the true labels. Nothing that makes clusters may come after it.
+    Stage(
+        "evaluate",
+        "icce_ray.evaluate.stage",
+        1,
+        ("images", "embed", "heads", "consensus", "assign"),
+        _evaluate_settings,
+    ),
+    Stage(
+        "report",
+        "icce_ray.report.stage",
+        1,
+        ("images", "embed", "neighbors", "heads", "consensus", "classifier", "assign", "evaluate"),
+        _report_settings,
+        "clusters",
+    ),
+)
+
+
+@dataclass(frozen=True)
+class PlannedStage:
+    """A stage of one run: the fingerprint of its result, where that lies, and the result where it is finished."""
+
+    stage: Stage
+    fingerprint: str
+    input_fingerprints: dict[str, str]
+    folder: Folder
+    artifact: Artifact | None
+
+    @property
+    def name(self) -> str:
+        return self.stage.name
+
+
+def plan(config: Config) -> list[PlannedStage]:
+    """The stages of `config` in order, with what of them is finished. Reads manifests only.
+
+    Raises:
+        InputError: the input named in the config does not exist or cannot be listed.
+    """
+    root = Folder.at(config.output)
+    fingerprints: dict[str, str] = {}
+    planned = []
+    for stage in STAGES:
+        inputs = {name: fingerprints[name] for name in stage.inputs}
+        fingerprints[stage.name] = fingerprint(stage.name, stage.version, stage.settings(config), inputs)
+        folder = root / stage.name / fingerprints[stage.name]
+        planned.append(PlannedStage(stage, fingerprints[stage.name], inputs, folder, Artifact.find(folder)))
+    return planned
+
+
+def run_name(planned: list[PlannedStage]) -> str:
+    """A short hash of what all stages of a run are."""
+    return fingerprint("run", 1, {}, {step.name: step.fingerprint for step in planned})[:10]
+
+
+def run(config: Config, *, quiet: bool = False) -> Result:
+    """Cluster the images of `config`. What an earlier or killed run has finished is used, not redone.
+
+    Args:
+        config: every setting.
+        quiet: no progress and no summary on standard error.
+
+    Raises:
+        UserError: something in the config, the input or the machine cannot work; raised before the long work where
+            that can be known.
+        WorkerError: a distributed stage failed for good; what is finished stays.
+    """
+    started = time.monotonic()
+    planned = plan(config)
+    artifacts = {step.name: step.artifact for step in planned if step.artifact is not None}
+    finished_before = tuple(artifacts)
+    _check(config, [step.name for step in planned if step.name not in artifacts])
+    name = run_name(planned)
+    fingerprints = {step.name: step.fingerprint for step in planned}
+    write_record(config, name, fingerprints)
+
+    seconds = dict.fromkeys(fingerprints, 0.0)
+    redone: set[str] = set()
+    while step := next((step for step in planned if step.name not in artifacts), None):
+        began = time.monotonic()
+        try:
+            artifacts[step.name] = _run_stage(config, step, artifacts, quiet)
+        except Exception as error:
+            damage = _damage_of_inputs(error, step, artifacts)
+            if not damage or redone & set(damage):
+                raise
+            for damaged, parts in damage.items():
+                if not quiet:
+                    print(
+                        f"{damaged}: damaged on storage ({', '.join(parts)}), made again", file=sys.stderr, flush=True
+                    )
+                del artifacts[damaged]
+            redone |= set(damage)
+        finally:
+            seconds[step.name] = round(seconds[step.name] + time.monotonic() - began, 3)
+        _check_num_clusters(config, artifacts)
+
+    result = sum_up(config, name, artifacts, seconds, finished_before)
+    if len(finished_before) < len(planned):
+        write_record(config, name, fingerprints, result)
+    if not quiet:
+        print(summary(result, artifacts, time.monotonic() - started), file=sys.stderr, flush=True)
+    return result
+
+
+def _run_stage(config: Config, step: PlannedStage, artifacts: Mapping[str, Artifact], quiet: bool) -> Artifact:
+    Artifact.discard_damage(step.folder)
+    writer = ArtifactWriter(step.folder)
+    progress = Progress(step.name, step.stage.unit, quiet)
+    inputs = {name: artifacts[name] for name in step.stage.inputs}
+    began = time.monotonic()
+    metrics = importlib.import_module(step.stage.module).run(config, StageContext(writer, inputs, progress))
+    seconds = time.monotonic() - began
+    artifact = writer.commit(
+        stage=step.name,
+        fingerprint=step.fingerprint,
+        inputs=step.input_fingerprints,
+        config=config.model_dump(mode="json"),
+        metrics=metrics,
+        seconds=seconds,
+    )
+    progress.finish(f"done in {seconds:.1f} s")
+    return artifact
+
+
+def _damage_of_inputs(error: Exception, step: PlannedStage, artifacts: Mapping[str, Artifact]) -> dict[str, list[str]]:
+    """The inputs of `step` that are damaged, if that is why it failed. They are unfinished from here on."""
+    if find_cause(error, DamagedArtifactError) is None:
+        return {}
+    damage = {name: Artifact.discard_damage(artifacts[name].folder) for name in step.stage.inputs}
+    return {name: parts for name, parts in damage.items() if parts}
+
+
+def _check(config: Config, pending: list[str]) -> None:
+    """Refuse what can be known to fail before the work starts."""
+    if "embed" in pending and config.embeddings.uri is None:
+        from icce_ray.embed.backbone import check_backbone
+
+        check_backbone(config)
+    if "evaluate" in pending and config.evaluate.labels is not None:
+        from icce_ray.evaluate.labels import check_labels
+
+        check_labels(config)
+    if pending:
+        from icce_ray.cluster import check_resources
+
+        check_resources(config, pending)
+
+
+def _check_num_clusters(config: Config, artifacts: Mapping[str, Artifact]) -> None:
+    if "embed" in artifacts:
+        usable, which = num_listed(artifacts) - num_failed(artifacts), "usable images"
+    elif "images" in artifacts:
+        usable, which = num_listed(artifacts), "images"
+    else:
+        return
+    if config.num_clusters > usable:
+        raise InputError(
+            f"num_clusters: {config.num_clusters} clusters asked for, but there are only {usable:,} {which}"
+        )
+
+
+def _file_identity(uri: str) -> Settings:
+    filesystem, path = open_uri(uri)
+    info = filesystem.get_file_info(path)
+    return {"num_bytes": info.size, "modified_ns": info.mtime_ns}

@@ -1,0 +1,135 @@
+"""What a run made: the numbers and places it ends with, its closing summary, and its record beside the artifacts.
+
+``<output>/runs/<run>.json`` says which artifacts belong to a run, so that they can be found without planning it again.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from icce_ray.config import Config
+from icce_ray.errors import InputError
+from icce_ray.progress import format_seconds
+from icce_ray.store import Artifact, Folder
+
+RUNS_FOLDER = "runs"
+HEADLINE_METRICS = ("acc", "nmi", "ari")
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run made and where it lies."""
+
+    run: str
+    """Name of the run: a hash of what all its stages are."""
+    num_images: int
+    """Images listed."""
+    num_errors: int
+    """Images that could not be used; the table `errors` says why."""
+    num_clusters: int
+    """Clusters (K)."""
+    anmi: float
+    """Average NMI (geometric mean) of the consensus with the heads, 0 to 1."""
+    assignments: str
+    """Folder of Parquet parts with a row per image."""
+    report: str
+    """An HTML page."""
+    errors: str
+    """A Parquet table: image_id, uri, reason."""
+    metrics: dict[str, float]
+    """acc, nmi, ari and others where labels were given, else empty."""
+    seconds: dict[str, float]
+    """By stage, in this run: 0 for what was finished before."""
+    finished_before: tuple[str, ...]
+    """Stages that this run did not have to do."""
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def num_listed(artifacts: Mapping[str, Artifact]) -> int:
+    """Images that the input names."""
+    return artifacts["images"].part("images.parquet").rows or 0
+
+
+def num_failed(artifacts: Mapping[str, Artifact]) -> int:
+    """Images that could not be used."""
+    return artifacts["embed"].part("errors.parquet").rows or 0
+
+
+def sum_up(
+    config: Config,
+    name: str,
+    artifacts: Mapping[str, Artifact],
+    seconds: Mapping[str, float],
+    finished_before: tuple[str, ...],
+) -> Result:
+    """Gather what a finished run ends with from its artifacts."""
+    return Result(
+        run=name,
+        num_images=num_listed(artifacts),
+        num_errors=num_failed(artifacts),
+        num_clusters=config.num_clusters,
+        anmi=artifacts["consensus"].metrics["anmi"],
+        assignments=artifacts["assign"].folder.uri,
+        report=artifacts["report"].folder.file_uri("report.html"),
+        errors=artifacts["embed"].folder.file_uri("errors.parquet"),
+        metrics=artifacts["evaluate"].metrics,
+        seconds=dict(seconds),
+        finished_before=finished_before,
+    )
+
+
+def write_record(config: Config, name: str, fingerprints: Mapping[str, str], result: Result | None = None) -> None:
+    """Note beside the artifacts which of them make up the run `name`.
+
+    Raises:
+        InputError: the output cannot be written to.
+    """
+    folder = Folder.at(config.output) / RUNS_FOLDER
+    if result is None and folder.exists(f"{name}.json"):
+        return
+    record = {
+        "run": name,
+        "stages": dict(fingerprints),
+        "config": config.model_dump(mode="json"),
+        "result": result.to_json() if result else None,
+    }
+    try:
+        folder.write_bytes(f"{name}.json", json.dumps(record, indent=1).encode())
+    except OSError as error:
+        raise InputError(f"output: {config.output!r} cannot be written to: {error}") from None
+
+
+def read_records(output: str) -> list[dict[str, Any]]:
+    """The records of all runs under an output folder."""
+    folder = Folder.at(output) / RUNS_FOLDER
+    return [json.loads(folder.read_bytes(name)) for name in folder.names() if name.endswith(".json")]
+
+
+def summary(result: Result, artifacts: Mapping[str, Artifact], total_s: float) -> str:
+    """The closing lines of a run."""
+    scores = f"ANMI {result.anmi:.3f}"
+    for key in HEADLINE_METRICS:
+        if key in result.metrics:
+            scores += f", {key.upper()} {result.metrics[key]:.3f}"
+    lines = [
+        "",
+        f"{result.num_images:,} images, {result.num_errors:,} errors, {result.num_clusters:,} clusters; {scores}",
+        f"run          {result.run}, {format_seconds(total_s)}",
+    ]
+    for stage, artifact in artifacts.items():
+        was_there = stage in result.finished_before and not result.seconds[stage]
+        spent = (
+            f"finished before (took {artifact.manifest.seconds:.1f} s)"
+            if was_there
+            else f"{result.seconds[stage]:.1f} s"
+        )
+        lines.append(f"  {stage:<10} {spent}")
+    if result.num_errors:
+        lines.append(f"errors       {result.errors}")
+    lines += [f"assignments  {result.assignments}", f"report       {result.report}"]
+    return "\n".join(lines)

@@ -1,0 +1,111 @@
+"""The job: ``python -m icce_ray.run [CONFIG] [--set a.b=c ...] [--json]``.
+
+Without CONFIG it clusters the built-in demo. Exit codes: 0 done; 2 the user's mistake, said in one message; 1 anything
+else, with the cause on the last line; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import traceback
+import types
+from collections.abc import Sequence
+from typing import Any
+
+from icce_ray.config import Config, load_config
+from icce_ray.errors import UserError, describe_cause, find_cause
+
+EXIT_FAILED = 1
+EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run what the command line asks for and return the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m icce_ray.run", description=(__doc__ or "").split("\n\n")[0])
+    add_arguments(parser)
+    return guarded(run_command, parser.parse_args(arguments))
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The job's arguments, for `main` and for ``icce-ray run``."""
+    parser.add_argument("config", nargs="?", metavar="CONFIG", help="a YAML file; without it, the built-in demo is run")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="A.B=C",
+        dest="overrides",
+        help="override one setting, e.g. heads.num_heads=16; may be repeated",
+    )
+    parser.add_argument("--json", action="store_true", help="print the result as JSON on the last line of stdout")
+    parser.add_argument("--quiet", action="store_true", help="no progress and no summary on stderr")
+    add_debug_argument(parser)
+
+
+def add_debug_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--debug", action="store_true", help="print the traceback of an unexpected error")
+
+
+def run_command(arguments: argparse.Namespace) -> None:
+    """Load the config, run it, say what came out."""
+    from icce_ray.pipeline import run
+
+    if arguments.config is None:
+        config = _prepare_demo(arguments)
+    else:
+        config = load_config(arguments.config, arguments.overrides)
+    result = run(config, quiet=arguments.quiet)
+    if arguments.json:
+        print(json.dumps(result.to_json()), flush=True)
+
+
+def guarded(command: Any, arguments: argparse.Namespace) -> int:
+    """Call `command(arguments)`; turn what it raises into a message and an exit code."""
+    try:
+        command(arguments)
+    except KeyboardInterrupt:
+        print("\ninterrupted; what is finished is kept, the same command goes on from there", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except Exception as error:
+        if arguments.debug:
+            traceback.print_exc()
+        mistake = find_cause(error, UserError)
+        print(f"error: {mistake or describe_cause(error)}", file=sys.stderr, flush=True)
+        return EXIT_USER_ERROR if mistake else EXIT_FAILED
+    return 0
+
+
+def _prepare_demo(arguments: argparse.Namespace) -> Config:
+    from icce_ray.demo import DEMO_IMAGES, demo_config, write_demo_images
+
+    config = load_config(None, arguments.overrides, base=demo_config())
+    if config.images.uri == DEMO_IMAGES:
+        num_images = write_demo_images(DEMO_IMAGES)
+        what = f"scikit-learn's {num_images:,} handwritten digits, written as PNG files to {DEMO_IMAGES}"
+    else:
+        what = f"{config.images.uri or config.embeddings.uri} with the demo's settings"
+    if not arguments.quiet:
+        print(
+            f"No config given, so this is the built-in demo: {what}, are clustered by their pixels into "
+            f"{config.num_clusters} clusters; results go to {config.output}",
+            file=sys.stderr,
+            flush=True,
+        )
+    return config
+
+
+class _CallableModule(types.ModuleType):
+    """Once imported, this module takes the place of the function `run` in the package's namespace: be that, too."""
+
+    def __call__(self, config: Config, *, quiet: bool = False) -> Any:
+        from icce_ray.pipeline import run
+
+        return run(config, quiet=quiet)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
+sys.modules[__name__].__class__ = _CallableModule
