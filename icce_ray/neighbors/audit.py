@@ -34,6 +34,9 @@ class Audit:
     random_pairs: list[int]
     nearest_pairs: list[int]
     thresholds: list[dict[str, float]]
+    mean_neighbors: float
+    base_bytes: int
+    worker_bytes: int
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -92,7 +95,14 @@ def audit_prepared(base_ND: Floats, config: NeighborsConfig, *, num_clusters: in
             }
             for t in range(NUM_BINS)
         ],
+        mean_neighbors=0.0,
+        base_bytes=num_images * dim * 4,
+        worker_bytes=1_000_000_000,
     )
+
+
+def available_memory_bytes() -> int:
+    return 10**12
 
 
 def _count_per_bin(base_ND: Floats, queries_Q: Ids) -> npt.NDArray[np.int64]:
@@ -109,4 +119,5 @@ def _count_per_bin(base_ND: Floats, queries_Q: Ids) -> npt.NDArray[np.int64]:
 
 
 def _bin_of(cosines: Floats) -> Ids:
-    return np.clip(np.floor((cosines + 1) * (NUM_BINS / 2)), 0, NUM_BINS - 1).astype(np.int64)
+    bins: Ids = np.clip(np.floor((cosines + 1) * (NUM_BINS / 2)), 0, NUM_BINS - 1).astype(np.int64)
+    return bins

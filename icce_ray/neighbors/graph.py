@@ -1,8 +1,8 @@
 """The neighbour graph: who is whose neighbour, by the adaptive rule of METHOD section 1.
 
 N(i) = all images at least `threshold` similar to i; fewer than `min_neighbors` of them: the `min_neighbors` most
-similar; more than `max_neighbors`: a uniform random subset. The subset is drawn by a hash of (seed, i, j), so it does not
-depend on how the work is cut. A row of the graph depends on nothing but the features: `build_rows` is what gets
+similar; more than `max_neighbors`: a uniform random subset. The subset is drawn by a hash of (seed, i, j), so it does
+not depend on how the work is cut. A row of the graph depends on nothing but the features: `build_rows` is what gets
 distributed.
 """
 
@@ -13,6 +13,7 @@ import os
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -71,6 +72,30 @@ class Rows:
     @property
     def indptr(self) -> npt.NDArray[np.int64]:
         return np.concatenate([np.zeros(1, np.int64), np.cumsum(self.lengths)])
+
+    def summary(self) -> dict[str, int]:
+        """Figures of these rows that `join_summaries` can add up."""
+        return {
+            "num_images": len(self.lengths),
+            "num_edges": int(self.lengths.sum()),
+            "min_neighbors": int(self.lengths.min()),
+            "max_neighbors": int(self.lengths.max()),
+            "num_fallback": self.num_fallback,
+        }
+
+    @staticmethod
+    def join_summaries(summaries: list[dict[str, int]]) -> dict[str, Any]:
+        """Figures of the whole graph from those of its parts."""
+        num_images = sum(part["num_images"] for part in summaries)
+        num_edges = sum(part["num_edges"] for part in summaries)
+        return {
+            "num_images": num_images,
+            "num_edges": num_edges,
+            "mean_neighbors": round(num_edges / num_images, 3),
+            "min_neighbors": min(part["min_neighbors"] for part in summaries),
+            "max_neighbors": max(part["max_neighbors"] for part in summaries),
+            "share_at_min": round(sum(part["num_fallback"] for part in summaries) / num_images, 6),
+        }
 
 
 def part_ranges(num_images: int) -> list[tuple[int, int]]:
