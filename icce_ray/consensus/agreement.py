@@ -1,0 +1,60 @@
+"""How far the heads agree with the consensus, image by image: the confidence [ours, METHOD section 3].
+
+Shape letters: N images, H heads, C head clusters, K clusters of the consensus.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+import numpy.typing as npt
+from scipy.optimize import linear_sum_assignment
+
+from icce_ray.consensus.contingency import Counts, HeadLabels, Labels, count_consensus
+from icce_ray.consensus.votes import block_rows, rank_votes
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Per image: `agreement` (N,), the share of the heads that gave a label whose aligned label is the consensus;
+    `vote_entropy` (N,), of the aligned labels, in nats; `second_choice` (N,), the cluster with most votes besides the
+    consensus, -1 where no head votes for another."""
+
+    agreement: npt.NDArray[np.float32]
+    vote_entropy: npt.NDArray[np.float32]
+    second_choice: Labels
+
+
+def align_heads(counts_KC: Counts, offsets: Counts) -> npt.NDArray[np.int64]:
+    """Consensus cluster that each head cluster stands for: (C,).
+
+    A head with as many clusters as the consensus is matched one to one so that most images agree (Hungarian); of any
+    other head each cluster stands for the consensus cluster that most of its images are in.
+    """
+    num_clusters = len(counts_KC)
+    cluster_of_column: npt.NDArray[np.int64] = counts_KC.argmax(axis=0).astype(np.int64)
+    for start, stop in pairwise(offsets):
+        if stop - start == num_clusters:
+            rows, columns = linear_sum_assignment(counts_KC[:, start:stop], maximize=True)
+            cluster_of_column[start + columns] = rows
+    return cluster_of_column
+
+
+def measure_agreement(labels_N: Labels, heads: HeadLabels, num_clusters: int, *, seed: int) -> Agreement:
+    """Agreement of the heads with the consensus `labels_N`, (N,) integers 0..num_clusters-1."""
+    cluster_of_column = align_heads(count_consensus(labels_N, heads, num_clusters), heads.offsets)
+    agreement_N = np.empty(heads.num_images, dtype=np.float32)
+    entropy_N = np.empty(heads.num_images, dtype=np.float32)
+    second_N = np.empty(heads.num_images, dtype=np.int32)
+    step = block_rows(heads.num_heads)
+    for start in range(0, heads.num_images, step):
+        columns_nH = heads.columns(start, start + step)
+        votes_nH = np.where(columns_nH >= 0, cluster_of_column[columns_nH], -1)
+        own_n = labels_N[start : start + step]
+        block = slice(start, start + len(own_n))
+        agreement_N[block] = (votes_nH == own_n[:, None]).sum(axis=1) / (votes_nH >= 0).sum(axis=1)
+        ranked_n2, _, entropy_N[block] = rank_votes(votes_nH, 2, seed=seed)
+        second_N[block] = np.where(ranked_n2[:, 0] == own_n, ranked_n2[:, 1], ranked_n2[:, 0])
+    return Agreement(agreement_N, entropy_N, second_N)

@@ -1,0 +1,78 @@
+"""The judge of a consensus: its average normalised mutual information with the heads (ANMI), from counts alone.
+
+Source: Strehl & Ghosh, JMLR 3:583-617 (2002); METHOD section 3. NMI there is the mutual information over the geometric
+mean of the two entropies. Entropies are in nats.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import scipy.sparse as sp
+
+from icce_ray.consensus.contingency import Counts, HeadLabels, count_pairs
+
+Mean = Literal["geometric", "arithmetic"]
+Table: TypeAlias = sp.csr_array | npt.NDArray[Any]
+
+
+def entropy(sizes: npt.NDArray[Any]) -> float:
+    """Entropy in nats of the distribution that the counts `sizes` describe; 0 where there is nothing to count."""
+    counts = sizes[sizes > 0].astype(np.float64)
+    total = counts.sum()
+    return max(float(np.log(total) - (counts * np.log(counts)).sum() / total), 0.0) if len(counts) > 1 else 0.0
+
+
+def mutual_information(table: Table) -> float:
+    """Mutual information in nats between the rows and columns of a contingency table; never negative."""
+    cells = sp.coo_array(table)
+    counts = cells.data.astype(np.float64)
+    total = counts.sum()
+    if total == 0:
+        return 0.0
+    row_sizes = np.asarray(table.sum(axis=1), dtype=np.float64).ravel()
+    column_sizes = np.asarray(table.sum(axis=0), dtype=np.float64).ravel()
+    present = counts > 0
+    rows, columns = (axis[present] for axis in cells.coords)
+    counts = counts[present]
+    ratios = np.log(counts) - np.log(row_sizes[rows]) - np.log(column_sizes[columns]) + np.log(total)
+    return max(float((counts * ratios).sum() / total), 0.0)
+
+
+def nmi_from_counts(table: Table, mean: Mean = "geometric") -> float:
+    """Normalised mutual information, 0 to 1, of a contingency table.
+
+    As in scikit-learn, two labellings that both have a single cluster agree (1), and one of the two alone tells nothing
+    about the other (0).
+    """
+    row_sizes = np.asarray(table.sum(axis=1)).ravel()
+    column_sizes = np.asarray(table.sum(axis=0)).ravel()
+    if np.count_nonzero(row_sizes) <= 1 and np.count_nonzero(column_sizes) <= 1:
+        return 1.0
+    entropies = entropy(row_sizes), entropy(column_sizes)
+    if min(entropies) == 0.0:
+        return 0.0
+    norm = float(np.sqrt(entropies[0] * entropies[1])) if mean == "geometric" else sum(entropies) / 2
+    return min(mutual_information(table) / norm, 1.0)
+
+
+def anmi(labels_N: npt.NDArray[Any], heads: HeadLabels, num_clusters: int) -> float:
+    """Average NMI (geometric) of a labelling with every head, 0 to 1.
+
+    Args:
+        labels_N: (N,) integers 0..num_clusters-1.
+        heads: the label matrix. An image that a head gave no label is left out of that head's NMI.
+    """
+    tables = (
+        count_pairs(labels_N, codes_N, num_clusters, len(values))
+        for codes_N, values in zip(heads.codes, heads.values, strict=True)
+    )
+    return float(np.mean([nmi_from_counts(table) for table in tables]))
+
+
+def anmi_from_counts(counts_KC: Counts, offsets: Counts) -> float:
+    """The same from the counts of :func:`icce_ray.consensus.contingency.count_consensus`."""
+    return float(np.mean([nmi_from_counts(counts_KC[:, start:stop]) for start, stop in pairwise(offsets)]))

@@ -1,0 +1,113 @@
+"""Graph partitioning with METIS, in a process of its own.
+
+METIS is C code that ends its process on some inputs and has crashed on others; a consensus function that fails must not
+take the run along. Graph and answer travel through pipes: nothing is written into the working directory.
+
+Run as a module this file is that process.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import subprocess
+import sys
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+if TYPE_CHECKING:
+    import scipy.sparse as sp
+
+TIMEOUT_S = 3600.0
+COMMAND = [sys.executable, "-P", "-m", "icce_ray.consensus.partition"]
+
+
+class PartitionError(RuntimeError):
+    """METIS gave no partition: it refused the graph, crashed, or answered something else."""
+
+
+def partition_graph(
+    graph: sp.csr_array,
+    num_parts: int,
+    *,
+    vertex_weights: npt.NDArray[Any] | None = None,
+    imbalance: float = 1.5,
+    seeds: list[int],
+) -> npt.NDArray[np.int32]:
+    """Cut a graph into parts of about equal weight so that the edges cut weigh little (METIS, k-way).
+
+    Args:
+        graph: (V, V) symmetric, positive integer edge weights, nothing on the diagonal.
+        num_parts: parts wanted, 2..V.
+        vertex_weights: (V,) positive integers; not given: all 1.
+        imbalance: how much heavier than the average a part may be.
+        seeds: one partition is made for each; METIS is deterministic for a seed.
+
+    Returns:
+        (len(seeds), V) int32 parts 0..num_parts-1. METIS leaves some parts empty at times: the caller looks.
+
+    Raises:
+        PartitionError: METIS failed.
+    """
+    num_vertices = graph.shape[0]
+    if not 2 <= num_parts <= num_vertices:
+        raise PartitionError(f"a graph of {num_vertices} vertices cannot be cut into {num_parts} parts")
+    request = io.BytesIO()
+    arrays = {
+        "starts": graph.indptr.astype(np.int64),
+        "adjacent": graph.indices.astype(np.int32),
+        "edge_weights": graph.data.astype(np.int32),
+        "vertex_weights": np.ones(num_vertices, np.int64)
+        if vertex_weights is None
+        else vertex_weights.astype(np.int64),
+        "settings": np.array([num_parts, max(1, round((imbalance - 1) * 1000))], dtype=np.int64),
+        "seeds": np.array(seeds, dtype=np.int64),
+    }
+    np.savez(request, **arrays)  # type: ignore[arg-type]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    try:
+        done = subprocess.run(
+            COMMAND, input=request.getbuffer(), capture_output=True, env=environment, timeout=TIMEOUT_S, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise PartitionError(f"METIS gave no answer: {error}") from None
+    if done.returncode != 0:
+        lines = done.stderr.decode(errors="replace").strip().splitlines()
+        raise PartitionError(f"METIS ended with exit code {done.returncode}: {lines[-1] if lines else 'no message'}")
+    parts = np.load(io.BytesIO(done.stdout), allow_pickle=False)
+    if parts.shape != (len(seeds), num_vertices) or parts.min() < 0 or parts.max() >= num_parts:
+        raise PartitionError(f"METIS answered parts of shape {parts.shape}, {parts.min()} to {parts.max()}")
+    return parts.astype(np.int32)  # type: ignore[no-any-return]
+
+
+def _main() -> None:
+    """Read one request from standard input, write the parts to standard output."""
+    answer = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # METIS prints its complaints on standard output
+    import pymetis
+
+    request = np.load(io.BytesIO(sys.stdin.buffer.read()), allow_pickle=False)
+    num_parts, ufactor = (int(value) for value in request["settings"])
+    graph = pymetis.CSRAdjacency(request["starts"], request["adjacent"])
+    edge_weights, vertex_weights = request["edge_weights"], request["vertex_weights"]
+    parts = [
+        pymetis.part_graph(
+            num_parts,
+            graph,
+            eweights=edge_weights,
+            vweights=vertex_weights,
+            recursive=False,
+            options=pymetis.Options(seed=int(seed), ufactor=ufactor),
+        ).vertex_part
+        for seed in request["seeds"]
+    ]
+    response = io.BytesIO()
+    np.save(response, np.array(parts, dtype=np.int32), allow_pickle=False)
+    answer.write(response.getbuffer())
+    answer.close()
+
+
+if __name__ == "__main__":
+    _main()
