@@ -1,0 +1,112 @@
+"""Linear classifiers of a whole grid of learning rates, trained side by side in one pass over the data (METHOD 4).
+
+All settings see the same batches, so the features are read once and the products of the whole grid are one matrix
+product: logits_BGK = x_BD @ W_D(GK). Weights start at 0: the problem is convex, and nothing depends on a draw but the
+batches.
+
+Shapes: N images, D dims, K clusters, G settings of the grid, B batch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+FloatArray = npt.NDArray[np.floating]
+IntArray = npt.NDArray[np.integer]
+
+DIVERGENCE_CHECK_STEPS = 250
+PROGRESS_STEPS = 50
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The settings that survived training, in the order of the grid."""
+
+    learning_rates: tuple[float, ...]
+    """As given, before scaling with the batch size."""
+    weights_GDK: npt.NDArray[np.float32]
+    biases_GK: npt.NDArray[np.float32]
+    num_diverged: int
+
+
+def batches(num_images: int, batch_size: int, num_steps: int, seed: int) -> Iterator[npt.NDArray[np.int64]]:
+    """Rows of each step, (B,) int64: seeded shuffles of all images end to end, so a batch may straddle two."""
+    rng = np.random.default_rng(seed)
+    pending = np.empty(0, dtype=np.int64)
+    for _ in range(num_steps):
+        while len(pending) < batch_size:
+            pending = np.concatenate([pending, rng.permutation(num_images)])
+        yield pending[:batch_size]
+        pending = pending[batch_size:]
+
+
+def train_grid(
+    read_rows: Callable[[IntArray], npt.NDArray[np.float32]],
+    labels_N: IntArray,
+    *,
+    num_clusters: int,
+    num_dims: int,
+    learning_rates: tuple[float, ...],
+    momentum: float,
+    batch_size: int,
+    num_steps: int,
+    seed: int,
+    device: str = "cpu",
+    on_step: Callable[[int, int], None] | None = None,
+) -> Grid:
+    """SGD with momentum on the mean cross-entropy; learning rate x batch/256 falls to 0 by a half cosine.
+
+    Args:
+        read_rows: the (B, D) float32 features of the given rows, ready for the product.
+        labels_N: targets, integers in 0..K-1.
+        learning_rates: the grid, at 256 images.
+        on_step: called with (done, total) now and then.
+
+    Returns:
+        The settings whose weights stayed finite; none of them where all diverged.
+    """
+    rates = np.asarray(learning_rates, dtype=np.float64) * batch_size / 256
+    alive = np.arange(len(rates))
+    shape = (num_dims + 1, len(rates) * num_clusters)
+    # The last row is the bias: the features get a column of ones.
+    weights = torch.zeros(shape, device=device)
+    velocity = torch.zeros(shape, device=device)
+    rate_row = _per_column(rates, num_clusters, device)
+    targets = torch.from_numpy(np.asarray(labels_N, dtype=np.int64)).to(device)
+    x = torch.ones((batch_size, num_dims + 1), device=device)
+    for step, rows in enumerate(batches(len(labels_N), batch_size, num_steps, seed)):
+        x[:, :-1] = torch.from_numpy(read_rows(rows)).to(device)
+        logits = (x @ weights).view(batch_size, len(alive), num_clusters)
+        slope = torch.softmax(logits, dim=2)
+        slope[torch.arange(batch_size, device=device), :, targets[torch.from_numpy(rows).to(device)]] -= 1.0
+        velocity.mul_(momentum).addmm_(x.T, slope.view(batch_size, -1), alpha=1.0 / batch_size)
+        cosine = (1.0 + math.cos(math.pi * step / num_steps)) / 2.0
+        weights.addcmul_(velocity, rate_row, value=-cosine)
+        if (step + 1) % DIVERGENCE_CHECK_STEPS == 0 or step + 1 == num_steps:
+            finite = torch.isfinite(weights).view(-1, len(alive), num_clusters).all(2).all(0)
+            if not bool(finite.all()):
+                columns = finite.repeat_interleave(num_clusters)
+                weights, velocity = weights[:, columns].contiguous(), velocity[:, columns].contiguous()
+                alive = alive[finite.cpu().numpy()]
+                rate_row = _per_column(rates[alive], num_clusters, device)
+            if not len(alive):
+                break
+        if on_step is not None and (step + 1) % PROGRESS_STEPS == 0:
+            on_step(step + 1, num_steps)
+    solved = weights.cpu().numpy().reshape(num_dims + 1, len(alive), num_clusters).transpose(1, 0, 2)
+    return Grid(
+        learning_rates=tuple(learning_rates[i] for i in alive),
+        weights_GDK=np.ascontiguousarray(solved[:, :-1]),
+        biases_GK=np.ascontiguousarray(solved[:, -1]),
+        num_diverged=len(rates) - len(alive),
+    )
+
+
+def _per_column(rates: npt.NDArray[np.float64], num_clusters: int, device: str) -> torch.Tensor:
+    return torch.from_numpy(np.repeat(rates, num_clusters).astype(np.float32)).to(device)
