@@ -49,18 +49,21 @@ FORMAT_VERSION = 1
 class LinearClassifier:
     """Labels images from their features. Made by :func:`fit_classifier` or :meth:`from_bytes`."""
 
-    mean_D: Float32Array
+    mean: Float32Array
+    """(D,), taken from the features, which are then divided by `scale`."""
     scale: float
-    weights_DK: Float32Array
-    bias_K: Float32Array
+    weights: Float32Array
+    """(D, K)."""
+    bias: Float32Array
+    """(K,)."""
     temperature: float
     confidence_floor: float
     """Calibration, see calibration.py."""
     outliers: OutlierModel
     outlier_threshold: float
     """Scores above it are outliers."""
-    cluster_sizes_K: npt.NDArray[np.int64]
-    """Images per cluster among the targets."""
+    cluster_sizes: npt.NDArray[np.int64]
+    """(K,) images per cluster among the targets."""
     learning_rate: float
     """The chosen setting of the grid."""
     num_diverged: int
@@ -73,15 +76,15 @@ class LinearClassifier:
 
     @property
     def num_clusters(self) -> int:
-        return len(self.bias_K)
+        return len(self.bias)
 
     @property
     def num_dims(self) -> int:
-        return len(self.mean_D)
+        return len(self.mean)
 
     def logits(self, features: FloatArray) -> Float32Array:
         """(n, K) float32 scores of (n, D) features, not yet calibrated."""
-        return self._by_chunk(features, lambda x_nD: x_nD @ self.weights_DK + self.bias_K, (self.num_clusters,))
+        return self._by_chunk(features, lambda x_nD: x_nD @ self.weights + self.bias, (self.num_clusters,))
 
     def predict_proba(self, features: FloatArray) -> Float32Array:
         """(n, K) float32 calibrated probabilities of (n, D) features.
@@ -142,7 +145,7 @@ class LinearClassifier:
             )
         result = np.empty((len(features), *shape), dtype=np.float32)
         for rows in _chunks(len(features)):
-            result[rows] = function(_prepare(features[rows], self.mean_D, self.scale))
+            result[rows] = function(_prepare(features[rows], self.mean, self.scale))
         return result
 
 
@@ -209,7 +212,7 @@ def fit_classifier(
         )
     holdout_labels = labels[holdout]
     x_nD = _prepare(features_ND[rows[holdout]], mean_D, scale)
-    logits_GnK = np.matmul(x_nD, grid.weights_GDK) + grid.biases_GK[:, None]
+    logits_GnK = np.matmul(x_nD, grid.weights) + grid.biases[:, None]
     chosen, agreement = _choose(logits_GnK, holdout_labels)
     temperature, floor = fit_calibration(logits_GnK[chosen], holdout_labels)
     confidence_n = calibrate(logits_GnK[chosen], temperature, floor).max(axis=1)
@@ -218,15 +221,15 @@ def fit_classifier(
     sample = _sample(len(train), MAX_OUTLIER_IMAGES, sample_seed)
     outliers, threshold = fit_outlier_rule(read_rows(sample), train_labels[sample], num_clusters, outlier_quantile)
     return LinearClassifier(
-        mean_D=mean_D,
+        mean=mean_D,
         scale=scale,
-        weights_DK=grid.weights_GDK[chosen],
-        bias_K=grid.biases_GK[chosen],
+        weights=grid.weights[chosen],
+        bias=grid.biases[chosen],
         temperature=temperature,
         confidence_floor=floor,
         outliers=outliers,
         outlier_threshold=threshold,
-        cluster_sizes_K=sizes_K,
+        cluster_sizes=sizes_K,
         learning_rate=grid.learning_rates[chosen],
         num_diverged=grid.num_diverged,
         num_holdout=num_holdout,

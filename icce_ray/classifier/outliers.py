@@ -33,23 +33,23 @@ MIN_VARIANCE = 1e-4
 class OutlierModel:
     """Fitted by :func:`fit_outlier_model`; works on features that are already centred and scaled."""
 
-    directions_Dr: Float32Array
-    """Orthonormal, each divided by its standard deviation."""
-    deviations_r: Float32Array
-    """Standard deviation along each direction."""
-    means_Kr: Float32Array
-    """Cluster means in the whitened directions; NaN for clusters without images."""
+    directions: Float32Array
+    """(D, r): orthonormal columns, each divided by its standard deviation."""
+    deviations: Float32Array
+    """(r,): standard deviation along each direction."""
+    cluster_means: Float32Array
+    """(K, r): in the whitened directions; NaN for clusters without images."""
     noise_variance: float
     """Of every dimension outside the directions."""
 
     def score(self, x_nD: Float32Array) -> Float32Array:
         """(n,) float32, at least 0: squared Mahalanobis distance to the nearest cluster mean, over D."""
-        white_nr = x_nD @ self.directions_Dr
-        cross_nK = white_nr @ np.nan_to_num(self.means_Kr).T
-        norms_K = np.where(np.isnan(self.means_Kr).any(axis=1), np.inf, (self.means_Kr**2).sum(axis=1))
+        white_nr = x_nD @ self.directions
+        cross_nK = white_nr @ np.nan_to_num(self.cluster_means).T
+        norms_K = np.where(np.isnan(self.cluster_means).any(axis=1), np.inf, (self.cluster_means**2).sum(axis=1))
         norms_n = (white_nr**2).sum(axis=1)
         inside_n = norms_n + (norms_K - 2.0 * cross_nK).min(axis=1)
-        outside_n = (x_nD**2).sum(axis=1) - ((white_nr * self.deviations_r) ** 2).sum(axis=1)
+        outside_n = (x_nD**2).sum(axis=1) - ((white_nr * self.deviations) ** 2).sum(axis=1)
         score_n = np.maximum(inside_n, 0) + np.maximum(outside_n, 0) / self.noise_variance
         return np.asarray(score_n / x_nD.shape[1], dtype=np.float32)
 
@@ -108,8 +108,8 @@ def fit_outlier_model(x_ND: Float32Array, labels_N: npt.NDArray[np.integer], num
     means_Kr = means_KD @ white_Dr
     means_Kr[sizes_K == 0] = np.nan
     return OutlierModel(
-        directions_Dr=np.ascontiguousarray(white_Dr, dtype=np.float32),
-        deviations_r=deviations_r.astype(np.float32),
-        means_Kr=means_Kr.astype(np.float32),
+        directions=np.ascontiguousarray(white_Dr, dtype=np.float32),
+        deviations=deviations_r.astype(np.float32),
+        cluster_means=means_Kr.astype(np.float32),
         noise_variance=noise_variance,
     )

@@ -30,8 +30,10 @@ class Grid:
 
     learning_rates: tuple[float, ...]
     """As given, before scaling with the batch size."""
-    weights_GDK: npt.NDArray[np.float32]
-    biases_GK: npt.NDArray[np.float32]
+    weights: npt.NDArray[np.float32]
+    """(G, D, K)."""
+    biases: npt.NDArray[np.float32]
+    """(G, K)."""
     num_diverged: int
 
 
@@ -102,8 +104,8 @@ def train_grid(
     solved = weights.cpu().numpy().reshape(num_dims + 1, len(alive), num_clusters).transpose(1, 0, 2)
     return Grid(
         learning_rates=tuple(learning_rates[i] for i in alive),
-        weights_GDK=np.ascontiguousarray(solved[:, :-1]),
-        biases_GK=np.ascontiguousarray(solved[:, -1]),
+        weights=np.ascontiguousarray(solved[:, :-1]),
+        biases=np.ascontiguousarray(solved[:, -1]),
         num_diverged=len(rates) - len(alive),
     )
 
