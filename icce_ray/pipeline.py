@@ -133,7 +133,7 @@ def plan(config: Config) -> list[PlannedStage]:
     """The stages of `config` in order, with what of them is finished. Reads manifests only.
 
     Raises:
-        InputError: the input named in the config does not exist or cannot be listed.
+        InputError: the input does not exist or cannot be listed, or the output cannot be read.
     """
     root = Folder.at(config.output)
     fingerprints: dict[str, str] = {}
@@ -142,7 +142,11 @@ def plan(config: Config) -> list[PlannedStage]:
         inputs = {name: fingerprints[name] for name in stage.inputs}
         fingerprints[stage.name] = fingerprint(stage.name, stage.version, stage.settings(config), inputs)
         folder = root / stage.name / fingerprints[stage.name]
-        planned.append(PlannedStage(stage, fingerprints[stage.name], inputs, folder, Artifact.find(folder)))
+        try:
+            artifact = Artifact.find(folder)
+        except OSError as error:
+            raise InputError(f"output: {config.output!r} cannot be read: {error}") from None
+        planned.append(PlannedStage(stage, fingerprints[stage.name], inputs, folder, artifact))
     return planned
 
 

@@ -1,0 +1,51 @@
+"""Fixtures that more than one area uses."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_surroundings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """No foreign Ray is joined, and copies of remote parts do not mix with a user's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("RAY_ADDRESS", raising=False)
+        patch.setenv("ICCE_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[None]:
+    """The one Ray that all tests in this process share: four logical CPUs."""
+    import ray
+
+    from icce_ray.cluster import QUIET_ENVIRONMENT
+
+    with pytest.MonkeyPatch.context() as patch:
+        for key, value in QUIET_ENVIRONMENT.items():
+            patch.setenv(key, value)
+        ray.init(
+            address="local",
+            num_cpus=4,
+            include_dashboard=False,
+            object_store_memory=200_000_000,
+            log_to_driver=False,
+            logging_level="ERROR",
+        )
+        yield
+        ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def real_data_dir() -> Path:
+    """The real data sets, which are not part of the project."""
+    folder = Path(os.environ.get("ICCE_TEST_DATA", REPOSITORY.parent / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip(f"no real data in {folder}: set ICCE_TEST_DATA")
+    return folder

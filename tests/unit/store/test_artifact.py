@@ -1,0 +1,117 @@
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from icce_ray.errors import DamagedArtifactError
+from icce_ray.store import Artifact, ArtifactWriter, Folder, fingerprint
+from icce_ray.store.artifact import MANIFEST_NAME
+
+
+def write_artifact(folder: Folder) -> Artifact:
+    writer = ArtifactWriter(folder)
+    writer.write_array("labels.npy", np.arange(10, dtype=np.int32))
+    writer.write_table("table.parquet", pa.table({"image_id": [1, 2, 3]}))
+    writer.write_json("summary.json", {"anmi": 0.5})
+    return writer.commit(
+        stage="toy",
+        fingerprint="f" * 16,
+        inputs={"embed": "e"},
+        config={"seed": 0},
+        metrics={"num": 3},
+        seconds=1.23456,
+    )
+
+
+def test_there_is_no_artifact_before_the_commit(tmp_path: Path) -> None:
+    folder = Folder.at(tmp_path)
+    ArtifactWriter(folder).write_json("summary.json", 1)
+    assert Artifact.find(folder) is None
+
+
+def test_an_artifact_is_found_and_read_as_it_was_written(tmp_path: Path) -> None:
+    write_artifact(Folder.at(tmp_path))
+    artifact = Artifact.find(Folder.at(tmp_path))
+    assert artifact is not None
+    assert artifact.part_names() == ["labels.npy", "summary.json", "table.parquet"]
+    assert np.array_equal(artifact.read_array("labels.npy"), np.arange(10))
+    assert artifact.read_table("table.parquet")["image_id"].to_pylist() == [1, 2, 3]
+    assert artifact.read_json("summary.json") == {"anmi": 0.5}
+    assert artifact.part("table.parquet").rows == 3
+    assert artifact.part("labels.npy").dtype == "int32"
+    assert artifact.manifest.inputs == {"embed": "e"}
+    assert artifact.manifest.libraries["numpy"] == np.__version__
+
+
+def test_arrays_cannot_be_written_through(tmp_path: Path) -> None:
+    labels = write_artifact(Folder.at(tmp_path)).read_array("labels.npy")
+    with pytest.raises(ValueError, match="read-only"):
+        labels[0] = 1
+
+
+@pytest.mark.parametrize("name", ["labels.npy", "table.parquet", "summary.json"])
+def test_one_changed_byte_is_noticed(tmp_path: Path, name: str) -> None:
+    write_artifact(Folder.at(tmp_path))
+    data = bytearray((tmp_path / name).read_bytes())
+    data[-1] ^= 1
+    (tmp_path / name).write_bytes(data)
+    artifact = Artifact.find(Folder.at(tmp_path))
+    assert artifact is not None
+    with pytest.raises(DamagedArtifactError, match=name):
+        artifact.read_array(name) if name.endswith(".npy") else artifact.read_bytes(name)
+
+
+@pytest.mark.parametrize("damage", ["truncate", "remove"])
+def test_a_part_that_is_short_or_gone_makes_the_artifact_unfinished(tmp_path: Path, damage: str) -> None:
+    write_artifact(Folder.at(tmp_path))
+    part = tmp_path / "labels.npy"
+    part.unlink() if damage == "remove" else part.write_bytes(part.read_bytes()[:-1])
+    assert Artifact.find(Folder.at(tmp_path)) is None
+
+
+def test_a_manifest_that_is_no_manifest_makes_the_artifact_unfinished(tmp_path: Path) -> None:
+    write_artifact(Folder.at(tmp_path))
+    (tmp_path / MANIFEST_NAME).write_text("{}")
+    assert Artifact.find(Folder.at(tmp_path)) is None
+
+
+def test_damage_is_discarded_and_sound_parts_stay(tmp_path: Path) -> None:
+    folder = Folder.at(tmp_path)
+    write_artifact(folder)
+    (tmp_path / "labels.npy").write_bytes(b"?" * (tmp_path / "labels.npy").stat().st_size)
+    assert Artifact.discard_damage(folder) == ["labels.npy"]
+    assert folder.names() == ["summary.json", "table.parquet"]
+
+
+def test_nothing_is_discarded_from_a_sound_artifact(tmp_path: Path) -> None:
+    folder = Folder.at(tmp_path)
+    write_artifact(folder)
+    assert Artifact.discard_damage(folder) == []
+    assert Artifact.find(folder) is not None
+
+
+def test_a_remote_part_is_copied_once_and_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import pyarrow.fs as pafs
+
+    monkeypatch.setenv("ICCE_CACHE", str(tmp_path / "cache"))
+    base = tmp_path / "bucket"
+    base.mkdir()
+    remote = Folder(pafs.SubTreeFileSystem(str(base), pafs.LocalFileSystem()), "toy", "fake://bucket/toy")
+    remote.filesystem.create_dir("toy")
+    artifact = write_artifact(remote)
+    assert np.array_equal(artifact.read_array("labels.npy"), np.arange(10))
+    (base / "toy" / "labels.npy").unlink()
+    assert np.array_equal(artifact.read_array("labels.npy"), np.arange(10))
+
+
+def test_the_fingerprint_depends_on_all_that_determines_the_content_and_not_on_order() -> None:
+    base = fingerprint("heads", 1, {"a": 1, "b": [2]}, {"embed": "x"})
+    assert base == fingerprint("heads", 1, {"b": [2], "a": 1}, {"embed": "x"})
+    others = [
+        fingerprint("embed", 1, {"a": 1, "b": [2]}, {"embed": "x"}),
+        fingerprint("heads", 2, {"a": 1, "b": [2]}, {"embed": "x"}),
+        fingerprint("heads", 1, {"a": 2, "b": [2]}, {"embed": "x"}),
+        fingerprint("heads", 1, {"a": 1, "b": [2]}, {"embed": "y"}),
+    ]
+    assert len({base, *others}) == 5

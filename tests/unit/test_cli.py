@@ -1,0 +1,157 @@
+"""The command line in this process: exit codes, messages, and what is printed where."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import icce_ray.pipeline as pipeline
+from icce_ray import cli
+from icce_ray.demo import write_demo_images
+from icce_ray.errors import InputError, WorkerError
+from icce_ray.result import Result
+from icce_ray.run import main
+
+RESULT = Result(
+    run="abc",
+    num_images=3,
+    num_errors=0,
+    num_clusters=2,
+    anmi=0.5,
+    assignments="a",
+    report="r",
+    errors="e",
+    metrics={"acc": 1.0},
+    seconds={"embed": 1.0},
+    finished_before=(),
+)
+
+
+@pytest.fixture
+def config_file(tmp_path: Path) -> str:
+    path = tmp_path / "run.yaml"
+    path.write_text(f"images: {{uri: photos}}\nnum_clusters: 10\noutput: {tmp_path / 'out'}\n")
+    return str(path)
+
+
+def pipeline_that(monkeypatch: pytest.MonkeyPatch, outcome: Any) -> list[Any]:
+    configs = []
+
+    def run(config: Any, *, quiet: bool) -> Result:
+        configs.append(config)
+        if isinstance(outcome, BaseException):
+            raise outcome
+        return outcome
+
+    monkeypatch.setattr(pipeline, "run", run)
+    return configs
+
+
+def test_json_is_the_last_line_of_standard_output(
+    config_file: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    configs = pipeline_that(monkeypatch, RESULT)
+    assert main([config_file, "--set", "num_clusters=5", "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert configs[0].num_clusters == 5
+    wanted = {"run", "num_images", "num_errors", "num_clusters", "anmi", "assignments", "report", "metrics", "seconds"}
+    assert wanted <= printed.keys()
+
+
+class WrappedByRayError(RuntimeError):
+    """Like Ray's: its text is a remote traceback, the error itself is its cause."""
+
+    def __init__(self, cause: Exception) -> None:
+        super().__init__("a long remote traceback\nwith lines")
+        self.cause = cause
+
+
+@pytest.mark.parametrize(
+    ("outcome", "code", "last_line"),
+    [
+        (InputError("images.uri: 'photos' is not there"), 2, "error: images.uri: 'photos' is not there"),
+        (WrappedByRayError(InputError("a label is missing")), 2, "error: a label is missing"),
+        (WorkerError("embed: a worker died 4 times"), 1, "error: embed: a worker died 4 times"),
+        (ZeroDivisionError("division\nby zero"), 1, "error: ZeroDivisionError: division by zero"),
+        (WrappedByRayError(KeyError("x")), 1, "error: KeyError: 'x'"),
+        (KeyboardInterrupt(), 130, "interrupted; what is finished is kept, the same command goes on from there"),
+    ],
+)
+def test_what_goes_wrong_is_the_last_line_and_sets_the_exit_code(
+    config_file: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    outcome: BaseException,
+    code: int,
+    last_line: str,
+) -> None:
+    pipeline_that(monkeypatch, outcome)
+    assert main([config_file]) == code
+    said = capsys.readouterr().err
+    assert said.splitlines()[-1] == last_line
+    assert "Traceback" not in said
+
+
+def test_debug_shows_the_traceback_before_the_cause(
+    config_file: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pipeline_that(monkeypatch, ZeroDivisionError("oh"))
+    assert main([config_file, "--debug"]) == 1
+    said = capsys.readouterr().err
+    assert "Traceback" in said
+    assert said.splitlines()[-1] == "error: ZeroDivisionError: oh"
+
+
+def test_an_unknown_option_is_the_users_mistake(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["--nonsense"])
+    assert caught.value.code == 2
+    assert "--nonsense" in capsys.readouterr().err
+
+
+def test_without_a_config_the_demo_is_run_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    configs = pipeline_that(monkeypatch, RESULT)
+    assert main(["--set", "seed=3"]) == 0
+    assert (configs[0].seed, configs[0].embed.backbone) == (3, "pixels")
+    said = capsys.readouterr().err
+    assert "built-in demo" in said
+    assert "1,797 handwritten digits" in said
+    assert len(list((tmp_path / "demo" / "images").glob("*/*.png"))) == 1797
+
+
+def test_the_demos_images_are_written_once(tmp_path: Path) -> None:
+    from PIL import Image
+    from sklearn.datasets import load_digits
+
+    write_demo_images(tmp_path)
+    paths = sorted(tmp_path.glob("*/*.png"), key=lambda path: path.stem)
+    times = [path.stat().st_mtime_ns for path in paths]
+    paths[5].unlink()
+    assert write_demo_images(tmp_path) == len(paths)
+    again = [path.stat().st_mtime_ns for path in paths]
+    assert [number for number, (a, b) in enumerate(zip(times, again, strict=True)) if a != b] == [5]
+    digits = load_digits()
+    for number in (0, 5, 1796):
+        assert paths[number].parent.name == str(digits.target[number])
+        restored = np.asarray(Image.open(paths[number])) * (16 / 255)
+        assert np.abs(restored - digits.images[number]).max() < 0.04
+
+
+def test_status_of_a_folder_without_runs_says_what_to_give(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["status", str(tmp_path)]) == 2
+    assert "no runs there; give the `output` of a run" in capsys.readouterr().err
+
+
+def test_evaluate_compares_two_label_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    np.save(tmp_path / "predicted.npy", [1, 1, 0, 0])
+    np.save(tmp_path / "true.npy", [5, 5, 6, 6])
+    assert cli.main(["evaluate", str(tmp_path / "predicted.npy"), str(tmp_path / "true.npy")]) == 0
+    assert json.loads(capsys.readouterr().out)["acc"] == 1.0
+    assert cli.main(["evaluate", str(tmp_path / "nowhere.npy"), str(tmp_path / "true.npy")]) == 2

@@ -1,0 +1,119 @@
+import ast
+import itertools
+from pathlib import Path
+
+import pytest
+
+import icce_ray.config
+from icce_ray.config import Config, build_config, load_config
+from icce_ray.errors import ConfigError
+
+THREE_LINES = "images: {uri: photos}\nnum_clusters: 10\noutput: clusters\n"
+
+
+@pytest.fixture
+def config_file(tmp_path: Path) -> Path:
+    path = tmp_path / "run.yaml"
+    path.write_text(THREE_LINES)
+    return path
+
+
+def test_three_lines_are_a_config(config_file: Path) -> None:
+    config = load_config(config_file)
+    assert (config.images.uri, config.num_clusters, config.output) == ("photos", 10, "clusters")
+    assert config.heads.num_heads == 50
+
+
+def test_overrides_win_over_the_file_and_later_ones_over_earlier(config_file: Path) -> None:
+    config = load_config(config_file, ["num_clusters=5", "heads.num_heads=3", "heads.num_heads=4"])
+    assert (config.num_clusters, config.heads.num_heads) == (5, 4)
+
+
+def test_an_override_keeps_the_other_settings_of_its_section(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(THREE_LINES + "heads: {num_epochs: 7}\n")
+    config = load_config(path, ["heads.num_heads=3"])
+    assert (config.heads.num_heads, config.heads.num_epochs) == (3, 7)
+
+
+def test_a_preset_fills_in_what_is_not_given_and_nothing_else(config_file: Path) -> None:
+    config = load_config(config_file, ["preset=temi", "neighbors.min_neighbors=20"])
+    assert config.neighbors.similarity_threshold is None
+    assert config.neighbors.min_neighbors == 20
+    assert not config.heads.sinkhorn
+    assert config.consensus.methods == ("best_head",)
+
+
+def test_a_config_survives_the_way_through_json(config_file: Path) -> None:
+    config = load_config(config_file, ["preset=temi"])
+    assert Config.model_validate_json(config.model_dump_json()) == config
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("heads.num_head=3", r"run\.yaml: heads\.num_head: unknown setting; did you mean num_heads"),
+        ("heds.num_heads=3", r"heds: unknown setting; did you mean heads"),
+        ("heads.num_heads=many", r"heads\.num_heads: 'many' is not usable: .*integer"),
+        ("heads.num_heads=0", r"heads\.num_heads: 0 is not usable: .*greater than or equal to 1"),
+        ("num_clusters=1", r"num_clusters: 1 is not usable: .*greater than or equal to 2"),
+        ("neighbors.similarity_threshold=1.5", r"neighbors: similarity_threshold is 1\.5; a cosine lies between"),
+        ("neighbors.max_neighbors=10", r"neighbors: max_neighbors is 10, below min_neighbors 50"),
+        ("embeddings.uri=x.npy", r"both are given: name the input with either images\.uri or embeddings\.uri"),
+        ("images.uri=null", r"neither is given: name the input with either"),
+        ("preset=best", r"preset: 'best' is not usable: .*'icce' or 'temi'"),
+        ("consensus.methods=[]", r"consensus: methods is empty"),
+        ("heads", r"--set heads: write it as section\.key=value"),
+        ("heads=5", r"heads: 5 is not usable"),
+    ],
+)
+def test_a_mistake_is_answered_with_key_value_and_remedy(config_file: Path, override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config(config_file, [override])
+
+
+def test_all_mistakes_are_told_at_once(config_file: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(config_file, ["num_clusters=no", "heads.num_head=3", "seed=-1"])
+    assert all(key in str(caught.value) for key in ("num_clusters", "heads.num_head", "seed"))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "holds NoneType, not settings"),
+        ("- a\n- b\n", "holds list, not settings"),
+        ("a: [1\n", "not valid YAML"),
+        ("images: {uri: photos}\noutput: x\n", "num_clusters: not given, and it has no default"),
+    ],
+)
+def test_a_file_that_is_no_config_is_refused_by_name(tmp_path: Path, content: str, message: str) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(content)
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_config(path)
+    assert "run.yaml" in str(caught.value)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"nowhere\.yaml: there is no such config file"):
+        load_config(tmp_path / "nowhere.yaml")
+
+
+def test_labels_from_folders_need_images() -> None:
+    data = {"embeddings": {"uri": "x.npy"}, "num_clusters": 2, "output": "o", "evaluate": {"labels": "folder"}}
+    with pytest.raises(ConfigError, match="ready-made embeddings have no folders"):
+        build_config(data, "test")
+
+
+def test_every_setting_has_its_meaning_under_it() -> None:
+    tree = ast.parse(Path(icce_ray.config.__file__).read_text())
+    for section in (node for node in tree.body if isinstance(node, ast.ClassDef)):
+        for setting, below in itertools.pairwise([*section.body, ast.Pass()]):
+            if isinstance(setting, ast.AnnAssign) and not is_section(ast.unparse(setting.annotation)):
+                meaning = isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant)
+                assert meaning, f"{section.name}.{ast.unparse(setting.target)} has no meaning under it"
+
+
+def is_section(annotation: str) -> bool:
+    return annotation.endswith("Config") or annotation == "WorkerResources"

@@ -1,0 +1,230 @@
+"""The pipeline with toy stages: three of them, count -> double -> score."""
+
+from __future__ import annotations
+
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+import icce_ray.pipeline as pipeline
+from icce_ray.config import Config, build_config
+from icce_ray.context import StageContext
+from icce_ray.errors import InputError, ResourceError
+from icce_ray.pipeline import Stage
+
+ran: list[str] = []
+
+
+def images(config: Config, context: StageContext) -> dict[str, Any]:
+    ran.append("images")
+    context.output.write_table("images.parquet", pa.table({"image_id": list(range(6))}))
+    return {}
+
+
+def embed(config: Config, context: StageContext) -> dict[str, Any]:
+    ran.append("embed")
+    num_images = context.inputs["images"].read_table("images.parquet").num_rows
+    context.output.write_table("errors.parquet", pa.table({"image_id": [5]}))
+    context.output.write_json("part.json", list(range(num_images - 1)))
+    return {"num_embedded": num_images - 1}
+
+
+def consensus(config: Config, context: StageContext) -> dict[str, Any]:
+    ran.append("consensus")
+    context.output.write_json("labels.json", [value % 2 for value in context.inputs["embed"].read_json("part.json")])
+    return {"anmi": 0.75}
+
+
+def assign(config: Config, context: StageContext) -> dict[str, Any]:
+    ran.append("assign")
+    context.output.write_json("rows.json", context.inputs["consensus"].read_json("labels.json"))
+    return {}
+
+
+def evaluate(config: Config, context: StageContext) -> dict[str, Any]:
+    ran.append("evaluate")
+    return {"acc": 1.0} if config.evaluate.labels else {}
+
+
+def report(config: Config, context: StageContext) -> dict[str, Any]:
+    ran.append("report")
+    context.output.write_bytes("report.html", b"<html>")
+    return {}
+
+
+TOYS = (
+    Stage("images", "toy_images", 1, (), lambda config: {"uri": config.images.uri}),
+    Stage("embed", "toy_embed", 1, ("images",), lambda config: {"backbone": config.embed.backbone}),
+    Stage("consensus", "toy_consensus", 1, ("embed",), lambda config: {"seed": config.seed}),
+    Stage("assign", "toy_assign", 1, ("embed", "consensus"), lambda config: {}),
+    Stage("evaluate", "toy_evaluate", 1, ("assign",), lambda config: {"labels": config.evaluate.labels}),
+    Stage("report", "toy_report", 1, ("evaluate",), lambda config: {"title": config.report.title}),
+)
+ALL = [stage.name for stage in TOYS]
+
+
+@pytest.fixture(autouse=True)
+def _toys(monkeypatch: pytest.MonkeyPatch) -> None:
+    for function in (images, embed, consensus, assign, evaluate, report):
+        install(monkeypatch, function.__name__, function)
+    monkeypatch.setattr(pipeline, "STAGES", TOYS)
+    monkeypatch.setattr(pipeline, "_check", lambda config, pending: None)
+    ran.clear()
+
+
+def install(monkeypatch: pytest.MonkeyPatch, name: str, function: Any) -> None:
+    module = types.ModuleType(f"toy_{name}")
+    module.run = function  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+
+
+def config_for(tmp_path: Path, **settings: Any) -> Config:
+    data = {"images": {"uri": "photos"}, "num_clusters": 2, "output": str(tmp_path / "out")}
+    return build_config(data | settings, "test")
+
+
+def run_again(tmp_path: Path, **settings: Any) -> list[str]:
+    ran.clear()
+    pipeline.run(config_for(tmp_path, **settings), quiet=True)
+    return list(ran)
+
+
+def part(tmp_path: Path, stage: str, name: str) -> Path:
+    (path,) = (tmp_path / "out" / stage).glob(f"*/{name}")
+    return path
+
+
+def test_a_run_does_every_stage_once_in_order_and_sums_up(tmp_path: Path) -> None:
+    result = pipeline.run(config_for(tmp_path), quiet=True)
+    assert ran == ALL
+    assert (result.num_images, result.num_errors, result.num_clusters, result.anmi) == (6, 1, 2, 0.75)
+    assert (result.metrics, result.finished_before) == ({}, ())
+    assert Path(result.report).read_bytes() == b"<html>"
+    assert list(result.seconds) == ALL
+
+
+def test_the_same_run_again_does_nothing_and_gives_the_same(tmp_path: Path) -> None:
+    first = pipeline.run(config_for(tmp_path), quiet=True).to_json()
+    ran.clear()
+    second = pipeline.run(config_for(tmp_path), quiet=True).to_json()
+    assert ran == []
+    assert second.pop("finished_before") == tuple(ALL)
+    assert second.pop("seconds") == dict.fromkeys(ALL, 0.0)
+    assert second.items() <= first.items()
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"report": {"title": "Cats"}}, ["report"]),
+        ({"evaluate": {"labels": "folder"}}, ["evaluate", "report"]),
+        ({"seed": 1}, ["consensus", "assign", "evaluate", "report"]),
+        ({"embed": {"backbone": "pixels"}}, ["embed", "consensus", "assign", "evaluate", "report"]),
+        ({"images": {"uri": "others"}}, ALL),
+        ({"resources": {"num_cpus": 1}}, []),
+    ],
+)
+def test_a_changed_setting_redoes_what_depends_on_it_and_no_more(
+    tmp_path: Path, change: dict[str, Any], expected: list[str]
+) -> None:
+    run_again(tmp_path)
+    assert run_again(tmp_path, **change) == expected
+    assert run_again(tmp_path) == []
+
+
+def test_a_failed_stage_keeps_what_was_finished_before_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(config: Config, context: StageContext) -> dict[str, Any]:
+        context.output.write_json("labels.json", ["half"])
+        raise RuntimeError("the machine is tired")
+
+    with monkeypatch.context() as patch:
+        install(patch, "consensus", broken)
+        with pytest.raises(RuntimeError, match="tired"):
+            pipeline.run(config_for(tmp_path), quiet=True)
+    assert [step.artifact is not None for step in pipeline.plan(config_for(tmp_path))] == [True, True] + [False] * 4
+    assert run_again(tmp_path) == ["consensus", "assign", "evaluate", "report"]
+
+
+def test_a_damaged_input_is_made_again_and_the_run_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_again(tmp_path)
+    damaged = part(tmp_path, "embed", "part.json")
+    sound = damaged.read_bytes()
+    damaged.write_bytes(sound.replace(b"1", b"7"))
+    ran.clear()
+    pipeline.run(config_for(tmp_path, seed=1))
+    assert ran == ["consensus", "embed", "consensus", "assign", "evaluate", "report"]
+    assert damaged.read_bytes() == sound
+    assert "embed: damaged on storage (part.json), made again" in capsys.readouterr().err
+
+
+def test_an_input_that_keeps_being_damaged_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def spoiling(config: Config, context: StageContext) -> dict[str, Any]:
+        path = part(tmp_path, "embed", "part.json")
+        path.write_bytes(path.read_bytes().replace(b"1", b"7"))
+        return consensus(config, context)
+
+    install(monkeypatch, "consensus", spoiling)
+    with pytest.raises(RuntimeError, match=r"part\.json: the bytes are not those that were written"):
+        pipeline.run(config_for(tmp_path), quiet=True)
+    assert ran.count("embed") == 2
+
+
+@pytest.mark.parametrize(("stage", "name"), [("embed", "part.json"), ("consensus", "labels.json")])
+def test_a_truncated_part_makes_its_stage_and_no_other_run_again(tmp_path: Path, stage: str, name: str) -> None:
+    run_again(tmp_path)
+    path = part(tmp_path, stage, name)
+    sound = path.read_bytes()
+    path.write_bytes(sound[:-1])
+    assert run_again(tmp_path) == [stage]
+    assert path.read_bytes() == sound
+
+
+def test_more_clusters_than_usable_images_is_the_users_mistake(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="num_clusters: 6 clusters asked for, but there are only 5 usable images"):
+        pipeline.run(config_for(tmp_path, num_clusters=6), quiet=True)
+    assert ran == ["images", "embed"]
+
+
+def test_an_output_that_cannot_be_used_is_refused_before_any_work(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=r"output: .* cannot be read"):
+        pipeline.run(config_for(tmp_path, output=str(tmp_path / "file" / "out")), quiet=True)
+    assert ran == []
+
+
+def test_the_record_of_a_run_names_its_artifacts(tmp_path: Path) -> None:
+    from icce_ray.result import read_records
+
+    result = pipeline.run(config_for(tmp_path), quiet=True)
+    (record,) = read_records(str(tmp_path / "out"))
+    assert record["run"] == result.run
+    assert record["stages"] == {step.name: step.fingerprint for step in pipeline.plan(config_for(tmp_path))}
+    assert record["result"]["anmi"] == 0.75
+    assert Config.model_validate(record["config"]) == config_for(tmp_path)
+
+
+def test_the_summary_says_what_came_out_and_where_it_lies(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    result = pipeline.run(config_for(tmp_path, evaluate={"labels": "folder"}))
+    said = capsys.readouterr().err
+    assert "6 images, 1 errors, 2 clusters; ANMI 0.750, ACC 1.000" in said
+    assert all(text in said for text in (result.assignments, result.report, result.errors))
+    pipeline.run(config_for(tmp_path, evaluate={"labels": "folder"}))
+    assert capsys.readouterr().err.count("finished before") == len(ALL)
+
+
+def test_workers_that_do_not_fit_are_refused_with_the_numbers() -> None:
+    from icce_ray.cluster import shortfall
+    from icce_ray.config import WorkerResources
+
+    machines = [(4.0, 0.0), (4.0, 1.0)]
+    assert shortfall("heads", WorkerResources(num_workers=8), machines) is None
+    assert shortfall("heads", WorkerResources(num_workers=2, cpus_per_worker=4), machines) is None
+    assert "9 workers, but Ray has 8 CPUs" in str(shortfall("heads", WorkerResources(num_workers=9), machines))
+    assert "2 x 5 CPUs" in str(shortfall("heads", WorkerResources(num_workers=2, cpus_per_worker=5), machines))
+    assert "2 x 1 GPUs" in str(shortfall("heads", WorkerResources(num_workers=2, gpus_per_worker=1), machines))
+    assert "must stay free" in str(shortfall("embed", WorkerResources(num_workers=2, cpus_per_worker=4), machines))
+    assert issubclass(ResourceError, ValueError)
