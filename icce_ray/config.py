@@ -25,7 +25,7 @@ Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 PositiveFloat = Annotated[float, Field(gt=0.0)]
 PositiveInt = Annotated[int, Field(ge=1)]
 
-ConsensusMethod = Literal["mcla", "hbgf", "cspa", "best_head"]
+ConsensusMethod = Literal["mcla", "hbgf", "cspa", "vote", "best_head"]
 CONSENSUS_METHODS: tuple[ConsensusMethod, ...] = get_args(ConsensusMethod)
 
 

@@ -7,13 +7,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from scipy.optimize import linear_sum_assignment
 
-from icce_ray.consensus.contingency import Counts, HeadLabels, Labels, count_consensus
+from icce_ray.consensus.contingency import Counts, HeadLabels, Labels, count_consensus, count_labels, count_pairs
 from icce_ray.consensus.votes import block_rows, rank_votes
+
+MAX_CONFUSED_WITH = 3
 
 
 @dataclass(frozen=True)
@@ -58,3 +61,24 @@ def measure_agreement(labels_N: Labels, heads: HeadLabels, num_clusters: int, *,
         ranked_n2, _, entropy_N[block] = rank_votes(votes_nH, 2, seed=seed)
         second_N[block] = np.where(ranked_n2[:, 0] == own_n, ranked_n2[:, 1], ranked_n2[:, 0])
     return Agreement(agreement_N, entropy_N, second_N)
+
+
+def describe_clusters(
+    labels_N: Labels, agreement_N: npt.NDArray[np.float32], second_choice_N: Labels, num_clusters: int
+) -> list[dict[str, Any]]:
+    """Per cluster, JSON-able: `cluster`, `size` in images, `mean_agreement` (None where it is empty), and
+    `confused_with`, the clusters that are most often the second choice of its images, with the share of its images."""
+    sizes_K = count_labels(labels_N, num_clusters)
+    agreement_K = np.bincount(labels_N, weights=agreement_N, minlength=num_clusters) / np.maximum(sizes_K, 1)
+    seconds = count_pairs(labels_N, second_choice_N, num_clusters, num_clusters)
+    described = []
+    for cluster, (size, agreement) in enumerate(zip(sizes_K.tolist(), agreement_K.tolist(), strict=True)):
+        begin, end = seconds.indptr[cluster], seconds.indptr[cluster + 1]
+        others, counts = seconds.indices[begin:end], seconds.data[begin:end]
+        most = np.lexsort((others, -counts))[:MAX_CONFUSED_WITH]
+        confused = [{"cluster": int(others[i]), "share": float(counts[i] / size)} for i in most]
+        mean_agreement = agreement if size else None
+        described.append(
+            {"cluster": cluster, "size": size, "mean_agreement": mean_agreement, "confused_with": confused}
+        )
+    return described

@@ -62,6 +62,23 @@ class EnsembleResult:
     skipped: dict[str, str] = field(default_factory=dict)
     """Functions that gave no result, and why."""
 
+    def summary(self) -> dict[str, Any]:
+        """JSON-able figures: what was chosen, how well it agrees with the heads, how large the clusters are."""
+        sizes = np.bincount(self.labels)
+        sizes = sizes[sizes > 0]
+        return {
+            "method": self.method,
+            "anmi": self.consensus_anmi,
+            "anmi_by_method": self.anmi,
+            "start_anmi_by_method": self.start_anmi,
+            "skipped": self.skipped,
+            "mean_agreement": float(self.agreement.mean(dtype=np.float64)),
+            "num_clusters": len(sizes),
+            "smallest_cluster": int(sizes.min()),
+            "median_cluster": float(np.median(sizes)),
+            "largest_cluster": int(sizes.max()),
+        }
+
 
 def cluster_ensemble(
     labels: npt.ArrayLike,
@@ -182,11 +199,11 @@ def _check_methods(methods: Sequence[str] | None) -> tuple[str, ...]:
     if methods is None:
         return ConsensusConfig().methods
     names = (methods,) if isinstance(methods, str) else tuple(methods)
-    known = (*CONSENSUS_METHODS, FALLBACK)
+    known: tuple[str, ...] = CONSENSUS_METHODS
     unknown = [name for name in names if name not in known]
     if unknown or not names:
         given = f"{unknown[0]!r} is none of them" if unknown else "methods is empty"
-        raise InputError(f"{given}; the consensus functions are {', '.join(dict.fromkeys(known))}")
+        raise InputError(f"{given}; the consensus functions are {', '.join(known)}")
     return tuple(dict.fromkeys(names))
 
 
