@@ -1,0 +1,192 @@
+"""From the bytes of an image file to pixels of one size, whatever the file holds; or the reason why not.
+
+Every mode that Pillow opens becomes 8-bit RGB or grey: EXIF rotation applied, transparency on white, the first frame of
+an animation. A file that cannot be used costs itself only: it yields a short, stable reason for the errors table.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+from dataclasses import dataclass
+from typing import Any, Literal
+from urllib.parse import urlsplit
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow.fs as pafs
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from icce_ray.embed.listing import local_path
+from icce_ray.store.filesystem import open_uri
+
+ENDINGS = {b"\xff\xd8\xff": b"\xff\xd9", b"\x89PNG": b"IEND\xaeB`\x82", b"GIF8": b";"}
+"""How files that begin so end, when they are whole."""
+OTHER_SIGNATURES = (b"RIFF", b"BM", b"II*\0", b"MM\0*")
+DRAFT_FACTOR = 2
+"""JPEGs are decoded at the smallest of 1/1, 1/2, 1/4, 1/8 that is still this many times the wanted size."""
+
+Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
+Pixels = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How a backbone wants its images. The short side is scaled to `scale_size`, then the central square is cut out."""
+
+    size: int
+    """Side of the square result in pixels."""
+    scale_size: int
+    """Pixels of the short side before the cut."""
+    interpolation: Interpolation = "bilinear"
+    """Pillow's, with antialiasing."""
+    squash: bool = False
+    """Scale both sides to `size` instead: nothing is cut off, the aspect ratio is lost."""
+    grayscale: bool = False
+    """One channel (luma) instead of three."""
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.size, self.size, 1 if self.grayscale else 3
+
+
+def decode_image(data: bytes, preprocessing: Preprocessing, *, max_pixels: int = 100_000_000) -> Pixels | str:
+    """Decode, orient, convert and scale one image file.
+
+    Usage::
+
+        pixels = decode_image(data, Preprocessing(size=224, scale_size=256))
+        if isinstance(pixels, str): ...   # the reason
+
+    Args:
+        data: the file's bytes.
+        preprocessing: the wanted size and colours.
+        max_pixels: width x height above which nothing is decoded.
+
+    Returns:
+        (H, W, C) uint8; or the reason: ``zero bytes``, ``truncated``, ``not an image``, ``decompression bomb`` (more
+        than twice Pillow's own limit of 89 million pixels), ``over the limit of N pixels``, ``unreadable: ...``. It
+        never raises.
+    """
+    if not data:
+        return "zero bytes"
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(io.BytesIO(data)) as image:
+                if image.width * image.height > max_pixels:
+                    return f"over the limit of {max_pixels} pixels"
+                return _to_pixels(image, preprocessing)
+    except Image.DecompressionBombError:
+        return "decompression bomb"
+    except UnidentifiedImageError:
+        return _why_unidentified(data)
+    except Exception as error:  # whatever a decoder raises, it must cost this image alone
+        return "truncated" if _is_cut_off(data, error) else f"unreadable: {_one_line(error)}"
+
+
+def read_image(uri: str) -> bytes | str:
+    """The bytes of the file that `uri` names, or the reason: ``missing``, ``unreadable: ...``.
+
+    Usage: ``data = read_image("/data/photos/1.jpg")``
+    """
+    try:
+        if "://" not in uri or uri.startswith("file://"):
+            with open(local_path(uri), "rb") as file:
+                return file.read()
+        filesystem, path = _open_remote(uri)
+        with filesystem.open_input_file(path) as remote:
+            return bytes(remote.read())
+    except FileNotFoundError:
+        return "missing"
+    except Exception as error:
+        return f"unreadable: {_one_line(error)}"
+
+
+def _open_remote(uri: str) -> tuple[pafs.FileSystem, str]:
+    """As :func:`open_uri`, but one connection per bucket: opening a filesystem costs a round trip."""
+    parts = urlsplit(uri)
+    key = f"{parts.scheme}://{parts.netloc}?{parts.query}"
+    if key not in _filesystems:
+        _filesystems[key] = open_uri(uri)[0]
+    return _filesystems[key], f"{parts.netloc}{parts.path}"
+
+
+_filesystems: dict[str, pafs.FileSystem] = {}
+
+
+def _to_pixels(image: Image.Image, preprocessing: Preprocessing) -> Pixels:
+    size = preprocessing.size if preprocessing.squash else preprocessing.scale_size
+    mode = "L" if preprocessing.grayscale else "RGB"
+    if image.format == "JPEG":
+        image.draft(None, (DRAFT_FACTOR * size, DRAFT_FACTOR * size))
+    image.load()
+    upright = _convert(_turn_upright(image), mode)
+    width, height = upright.size
+    if preprocessing.squash:
+        target = (size, size)
+    elif width <= height:
+        target = (size, max(size, int(size * height / width)))
+    else:
+        target = (max(size, int(size * width / height)), size)
+    if target != upright.size:
+        upright = upright.resize(target, Image.Resampling[preprocessing.interpolation.upper()])
+    left, top = round((target[0] - preprocessing.size) / 2), round((target[1] - preprocessing.size) / 2)
+    square = upright.crop((left, top, left + preprocessing.size, top + preprocessing.size))
+    return np.asarray(square, dtype=np.uint8).reshape(preprocessing.shape)
+
+
+def _turn_upright(image: Image.Image) -> Image.Image:
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # damaged EXIF data; the picture itself is fine
+        return image
+
+
+def _convert(image: Image.Image, mode: str) -> Image.Image:
+    """To `mode` (RGB or L), 8 bits, transparency on white."""
+    if image.mode.startswith(("I", "F")):
+        image = Image.fromarray(_to_8_bits(np.asarray(image), is_16_bit=image.mode.startswith("I")))
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        layer = image.convert("RGBA")
+        white = Image.new("RGBA", layer.size, "white")
+        image = Image.alpha_composite(white, layer).convert("RGB")
+    if image.mode == mode:
+        return image
+    # Pillow refuses some direct ways to grey, such as from CMYK in some versions; by way of RGB all work.
+    return image.convert(mode) if image.mode in ("L", "RGB", "1") else image.convert("RGB").convert(mode)
+
+
+def _to_8_bits(values: npt.NDArray[Any], *, is_16_bit: bool) -> Pixels:
+    """Grey values of a 16-bit, 32-bit or float image as 0..255.
+
+    Integers up to 65,535 are taken for 16-bit. Floats within 0..1 are scaled by 255, within 0..255 left as they are.
+    Any other range is stretched from its minimum to its maximum.
+    """
+    finite = np.nan_to_num(values.astype(np.float64), posinf=0.0, neginf=0.0)
+    low, high = float(finite.min()), float(finite.max())
+    if low >= 0.0 and is_16_bit and high <= 65535.0:
+        scaled = finite / 257.0
+    elif low >= 0.0 and not is_16_bit and high <= 255.0:
+        scaled = finite * (255.0 if high <= 1.0 else 1.0)
+    else:
+        scaled = (finite - low) * (255.0 / max(high - low, 1e-300))
+    return np.rint(scaled).astype(np.uint8)
+
+
+def _why_unidentified(data: bytes) -> str:
+    for signature, ending in ENDINGS.items():
+        if data.startswith(signature):
+            return "unreadable: damaged header" if data.rstrip(b"\0").endswith(ending) else "truncated"
+    return "truncated" if data.startswith(OTHER_SIGNATURES) else "not an image"
+
+
+def _is_cut_off(data: bytes, error: Exception) -> bool:
+    if data.startswith(b"RIFF"):
+        return len(data) < int.from_bytes(data[4:8], "little") + 8
+    text = str(error).lower()
+    return isinstance(error, EOFError) or any(word in text for word in ("truncated", "unexpected end", "not enough"))
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
