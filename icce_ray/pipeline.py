@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from icce_ray.config import Config
+from icce_ray.config import Config, EvaluateConfig
 from icce_ray.context import StageContext
 from icce_ray.errors import DamagedArtifactError, InputError, find_cause
 from icce_ray.progress import Progress
@@ -29,6 +29,7 @@ class Stage:
 
     ``<module>.run(config, context) -> metrics`` does the work. `settings` returns all that determines its result
     besides its inputs; `version` is raised by hand when the code would make something else of the same settings.
+    Where `sees_labels` is false, both get a config that does not say where the true labels are.
     """
 
     name: str
@@ -37,6 +38,11 @@ class Stage:
     inputs: tuple[str, ...]
     settings: Callable[[Config], Settings]
     unit: str = "images"
+    sees_labels: bool = False
+
+    def config_of(self, config: Config) -> Config:
+        """`config` as this stage may see it."""
+        return config if self.sees_labels else config.model_copy(update={"evaluate": EvaluateConfig()})
 
 
 def _images_settings(config: Config) -> Settings:
@@ -95,13 +101,14 @@ STAGES: tuple[Stage, ...] = (
     Stage("consensus", "icce_ray.consensus.job", 1, ("heads",), _consensus_settings, "steps"),
     Stage("classifier", "icce_ray.classifier.job", 1, ("embed", "consensus"), _classifier_settings, "iterations"),
     Stage("assign", "icce_ray.assign.job", 1, ("images", "embed", "consensus", "classifier"), _assign_settings),
-    # The only stage that sees the true labels. Nothing that makes clusters may come after it.
+    # The only stage that is told where the true labels are; nothing that makes clusters comes after it.
     Stage(
         "evaluate",
         "icce_ray.evaluate.stage",
         1,
         ("images", "embed", "heads", "consensus", "assign"),
         _evaluate_settings,
+        sees_labels=True,
     ),
     Stage(
         "report",
@@ -140,7 +147,8 @@ def plan(config: Config) -> list[PlannedStage]:
     planned = []
     for stage in STAGES:
         inputs = {name: fingerprints[name] for name in stage.inputs}
-        fingerprints[stage.name] = fingerprint(stage.name, stage.version, stage.settings(config), inputs)
+        settings = stage.settings(stage.config_of(config))
+        fingerprints[stage.name] = fingerprint(stage.name, stage.version, settings, inputs)
         folder = root / stage.name / fingerprints[stage.name]
         try:
             artifact = Artifact.find(folder)
@@ -210,6 +218,7 @@ def _run_stage(config: Config, step: PlannedStage, artifacts: Mapping[str, Artif
     writer = ArtifactWriter(step.folder)
     progress = Progress(step.name, step.stage.unit, quiet)
     inputs = {name: artifacts[name] for name in step.stage.inputs}
+    config = step.stage.config_of(config)
     began = time.monotonic()
     metrics = importlib.import_module(step.stage.module).run(config, StageContext(writer, inputs, progress))
     seconds = time.monotonic() - began

@@ -61,10 +61,15 @@ TOYS = (
     Stage("embed", "toy_embed", 1, ("images",), lambda config: {"backbone": config.embed.backbone}),
     Stage("consensus", "toy_consensus", 1, ("embed",), lambda config: {"seed": config.seed}),
     Stage("assign", "toy_assign", 1, ("embed", "consensus"), lambda config: {}),
-    Stage("evaluate", "toy_evaluate", 1, ("assign",), lambda config: {"labels": config.evaluate.labels}),
+    Stage(
+        "evaluate", "toy_evaluate", 1, ("assign",), lambda config: {"labels": config.evaluate.labels}, sees_labels=True
+    ),
     Stage("report", "toy_report", 1, ("evaluate",), lambda config: {"title": config.report.title}),
 )
 ALL = [stage.name for stage in TOYS]
+
+
+REAL_STAGES = pipeline.STAGES
 
 
 @pytest.fixture(autouse=True)
@@ -134,6 +139,20 @@ def test_a_changed_setting_redoes_what_depends_on_it_and_no_more(
     run_again(tmp_path)
     assert run_again(tmp_path, **change) == expected
     assert run_again(tmp_path) == []
+
+
+def test_no_stage_but_evaluate_is_told_where_the_labels_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told = {}
+    for function in (images, embed, consensus, assign, evaluate, report):
+
+        def spy(config: Config, context: StageContext, function: Any = function) -> dict[str, Any]:
+            told[function.__name__] = config.evaluate.labels
+            return dict(function(config, context))
+
+        install(monkeypatch, function.__name__, spy)
+    run_again(tmp_path, evaluate={"labels": "true.npy"})
+    assert told == dict.fromkeys(ALL) | {"evaluate": "true.npy"}
+    assert [stage.name for stage in REAL_STAGES if stage.sees_labels] == ["evaluate"]
 
 
 def test_a_failed_stage_keeps_what_was_finished_before_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
