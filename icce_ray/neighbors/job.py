@@ -84,13 +84,13 @@ class NeighborWorker:
         self.cache_path = _prepared_path(source)
 
     @cached_property
-    def base_ND(self) -> Floats:
+    def base(self) -> Floats:
         # Not in the constructor: an error there reaches the driver as a dead actor, and loses its own words.
         return _load_prepared(self.embed, self.config.neighbors.center, self.cache_path)
 
     def audit(self) -> Finished:
         audit = audit_prepared(
-            self.base_ND, self.config.neighbors, num_clusters=self.config.num_clusters, seed=self.config.seed
+            self.base, self.config.neighbors, num_clusters=self.config.num_clusters, seed=self.config.seed
         )
         file = ArtifactWriter(self.folder).write_json(f"{AUDIT_NAME}.json", audit.to_json())
         finished = Finished(self.source, [file], {})
@@ -103,7 +103,7 @@ class NeighborWorker:
     def build(self, task: PartTask, threshold: float | None) -> Finished:
         neighbors = self.config.neighbors
         rows = build_rows(
-            self.base_ND,
+            self.base,
             task.start,
             task.stop,
             threshold=threshold,
