@@ -8,6 +8,7 @@ which needs no Ray.
 from __future__ import annotations
 
 import json
+import uuid
 from collections.abc import Generator
 from contextlib import closing
 from dataclasses import asdict
@@ -28,10 +29,12 @@ from icce_ray.embed.listing import TABLE_NAME
 from icce_ray.embed.parts import (
     PartRange,
     PartRecord,
+    begin_try,
     decode_part,
     decoded_from_table,
     decoded_to_table,
     embed_part,
+    end_tries,
     images_per_part,
     plan_parts,
     ready_made_rows_per_part,
@@ -42,8 +45,8 @@ from icce_ray.embed.tally import Tally, convert_ready_made
 from icce_ray.store import Folder, Part
 
 VERSION = 1
-MAX_TRIES_AFTER_DEATH = 3
-"""Of a part whose actor died: an image that kills every actor must not do so for ever."""
+MAX_TRIES = 3
+"""Of a part whose actor dies: Ray Data would restart it and try again for ever."""
 NO_PROGRESS_TIMEOUT_S = 1800.0
 
 
@@ -85,9 +88,10 @@ def run(config: Config, context: StageContext) -> dict[str, Any]:
 class Embedder:
     """The actor: holds the backbone, embeds decoded parts and writes them. Restarts from its arguments alone."""
 
-    def __init__(self, config: Config, folder: Folder, num_threads: int, device: str) -> None:
+    def __init__(self, config: Config, folder: Folder, run_id: str, num_threads: int, device: str) -> None:
         self.config = config
         self.folder = folder
+        self.run_id = run_id
         self.num_threads = num_threads
         self.device = device
 
@@ -98,11 +102,14 @@ class Embedder:
     def __call__(self, batch: Any) -> Any:
         part, decoded = decoded_from_table(batch)
         try:
+            begin_try(self.folder, part, self.run_id, MAX_TRIES)
             backbone = self.backbone
-        except errors.UserError as error:  # as a row: raised here it would come back inside Ray's own traceback
+        except (errors.UserError, errors.WorkerError) as error:
+            # As a row: raised here, it would come back inside Ray's own traceback.
             return pa.table({"record": [""], "error": [json.dumps([type(error).__name__, str(error)])]})
         table = embed_part(part, decoded, backbone, self.config.embed.batch_size)
         record = asdict(write_part(self.folder, part, table))
+        end_tries(self.folder, part)
         record["part"] = record["part"].model_dump(mode="json")
         return pa.table({"record": [json.dumps(record)], "error": [""]})
 
@@ -126,6 +133,10 @@ def _embed(
     total = available_cpus()
     decode_cpus = min(1.0, total / 2)
     actor_cpus = int(1000 * min(threads, (total - decode_cpus) / num_workers)) / 1000
+    if actor_cpus == decode_cpus:
+        # Ray Data runs both steps in the actor where they ask for the same. An image that kills its decoder would then
+        # kill actors without end, where a task gives up after its retries.
+        actor_cpus -= 0.001
     data_context = ray.data.DataContext.get_current().copy()
     data_context.enable_progress_bars = False
     data_context.execution_no_progress_timeout_s = NO_PROGRESS_TIMEOUT_S
@@ -148,6 +159,7 @@ def _embed(
                     fn_constructor_kwargs={
                         "config": config,
                         "folder": folder,
+                        "run_id": uuid.uuid4().hex,
                         "num_threads": max(1, int(threads)),
                         "device": "cuda" if worker.gpus_per_worker else "cpu",
                     },
@@ -157,7 +169,7 @@ def _embed(
             )
             for row in dataset.iter_rows():
                 yield _to_record(row)
-    except errors.UserError:
+    except (errors.UserError, errors.WorkerError):
         raise
     except (ray.exceptions.RayError, RuntimeError, OSError, ValueError) as error:
         raise errors.WorkerError(

@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 
 from icce_ray.embed.backbone import Backbone
 from icce_ray.embed.images import Pixels, Preprocessing, decode_image, read_image
+from icce_ray.errors import WorkerError
 from icce_ray.store import Folder, Part
 
 MAX_DECODED_PART_BYTES = 128 * 2**20
@@ -191,6 +192,31 @@ def read_record(folder: Folder, part: PartRange) -> PartRecord | None:
         return _parse(part, data)
     except (OSError, pa.ArrowException, KeyError, TypeError, ValueError):
         return None
+
+
+def begin_try(folder: Folder, part: PartRange, run_id: str, max_tries: int) -> None:
+    """Note on storage that a worker of the run starts on the part; :func:`end_tries` takes the note away.
+
+    Raises:
+        WorkerError: `max_tries` workers of this run have started on it, and none came to its end.
+    """
+    name = f".{part.name}.tries"
+    try:
+        noted, tries = json.loads(folder.read_bytes(name))
+    except (FileNotFoundError, ValueError):
+        noted, tries = run_id, 0
+    tries = tries + 1 if noted == run_id else 1
+    if tries > max_tries:
+        raise WorkerError(
+            f"embed: images {part.start} to {part.stop - 1} killed their worker {max_tries} times. Give it more memory "
+            "(a smaller embed.batch_size, fewer workers), or leave these images out; what is finished stays"
+        )
+    folder.write_bytes(name, json.dumps([run_id, tries]).encode())
+
+
+def end_tries(folder: Folder, part: PartRange) -> None:
+    """Take away what :func:`begin_try` noted."""
+    folder.remove(f".{part.name}.tries")
 
 
 def errors_table(errors: list[Error], uris: pa.ChunkedArray) -> pa.Table:
