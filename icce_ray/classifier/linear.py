@@ -114,7 +114,8 @@ class LinearClassifier:
                 tensors[name] = np.ascontiguousarray(value)
             elif not isinstance(value, OutlierModel):
                 numbers[name] = value
-        header = {"format_version": str(FORMAT_VERSION), "numbers": json.dumps(numbers, sort_keys=True)}
+        # One key: the order of several is not fixed, and equal classifiers are to be equal bytes.
+        header = {"numbers": json.dumps(numbers | {"format_version": FORMAT_VERSION}, sort_keys=True)}
         return safetensors.numpy.save(tensors, metadata=header)
 
     @classmethod
@@ -128,8 +129,8 @@ class LinearClassifier:
             tensors = safetensors.numpy.load(data)
             header_size = int.from_bytes(data[:8], "little")
             header = json.loads(data[8 : 8 + header_size])["__metadata__"]
-            version = int(header["format_version"])
             values = {**tensors, **json.loads(header["numbers"])}
+            version = values.pop("format_version")
         except (safetensors.SafetensorError, KeyError, ValueError) as error:
             raise InputError(f"this is not a classifier file: {error!r}") from None
         if version != FORMAT_VERSION:

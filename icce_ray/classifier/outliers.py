@@ -8,7 +8,7 @@ where the distance within the r directions alone gives 0.78 for the former.
 
 Source: Lee et al. (NeurIPS 2018) for the shared covariance; ViM (CVPR 2022) for the residual [ours: their sum].
 
-Shapes: N images, D dims, K clusters, r directions. Storage: D x r + K x r + D + r.
+Shapes: N images, D dims, K clusters, r directions. Storage: D x r + K x D.
 """
 
 from __future__ import annotations
@@ -38,20 +38,22 @@ class OutlierModel:
     deviations: Float32Array
     """(r,): standard deviation along each direction."""
     cluster_means: Float32Array
-    """(K, r): in the whitened directions; NaN for clusters without images."""
+    """(K, D); NaN for clusters without images."""
     noise_variance: float
     """Of every dimension outside the directions."""
 
     def score(self, x_nD: Float32Array) -> Float32Array:
         """(n,) float32, at least 0: squared Mahalanobis distance to the nearest cluster mean, over D."""
-        white_nr = x_nD @ self.directions
-        cross_nK = white_nr @ np.nan_to_num(self.cluster_means).T
-        norms_K = np.where(np.isnan(self.cluster_means).any(axis=1), np.inf, (self.cluster_means**2).sum(axis=1))
-        norms_n = (white_nr**2).sum(axis=1)
-        inside_n = norms_n + (norms_K - 2.0 * cross_nK).min(axis=1)
-        outside_n = (x_nD**2).sum(axis=1) - ((white_nr * self.deviations) ** 2).sum(axis=1)
-        score_n = np.maximum(inside_n, 0) + np.maximum(outside_n, 0) / self.noise_variance
-        return np.asarray(score_n / x_nD.shape[1], dtype=np.float32)
+        means_KD = self.cluster_means[~np.isnan(self.cluster_means).any(axis=1)]
+        # d = |x - m|^2 / noise + sum_r (1 - variance / noise) white_r(x - m)^2, so nothing of size n x K x D is made.
+        shrink_r = 1.0 - self.deviations.astype(np.float64) ** 2 / self.noise_variance
+        left_nD = np.concatenate([x_nD, x_nD @ self.directions], axis=1)
+        right_KD = np.concatenate([means_KD, means_KD @ self.directions], axis=1)
+        metric_D = np.concatenate([np.full(x_nD.shape[1], 1.0 / self.noise_variance), shrink_r]).astype(np.float32)
+        cross_nK = left_nD @ (right_KD * metric_D).T
+        norms_n, norms_K = left_nD**2 @ metric_D, right_KD**2 @ metric_D
+        distances_n = norms_n + (norms_K - 2.0 * cross_nK).min(axis=1)
+        return np.asarray(np.maximum(distances_n, 0.0) / x_nD.shape[1], dtype=np.float32)
 
 
 def fit_outlier_rule(
@@ -104,12 +106,10 @@ def fit_outlier_model(x_ND: Float32Array, labels_N: npt.NDArray[np.integer], num
     # With few images the sample hardly varies in the dimensions left over; what it misses there counts as noise too.
     noise_variance = max((total - float(variances_r.sum())) / max(num_dims - num_directions, 1), smallest)
     deviations_r = np.sqrt(variances_r)
-    white_Dr = directions_Dr / deviations_r
-    means_Kr = means_KD @ white_Dr
-    means_Kr[sizes_K == 0] = np.nan
+    means_KD[sizes_K == 0] = np.nan
     return OutlierModel(
-        directions=np.ascontiguousarray(white_Dr, dtype=np.float32),
+        directions=np.ascontiguousarray(directions_Dr / deviations_r, dtype=np.float32),
         deviations=deviations_r.astype(np.float32),
-        cluster_means=means_Kr.astype(np.float32),
+        cluster_means=means_KD.astype(np.float32),
         noise_variance=noise_variance,
     )

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,6 +21,8 @@ import torch
 FloatArray = npt.NDArray[np.floating]
 IntArray = npt.NDArray[np.integer]
 
+FLOPS_PER_THREAD = 1e8
+"""Of a step. Below it threads cost more than they bring, and on a busy machine twenty times the time."""
 DIVERGENCE_CHECK_STEPS = 250
 PROGRESS_STEPS = 50
 
@@ -82,25 +85,27 @@ def train_grid(
     rate_row = _per_column(rates, num_clusters, device)
     targets = torch.from_numpy(np.asarray(labels_N, dtype=np.int64)).to(device)
     x = torch.ones((batch_size, num_dims + 1), device=device)
-    for step, rows in enumerate(batches(len(labels_N), batch_size, num_steps, seed)):
-        x[:, :-1] = torch.from_numpy(read_rows(rows)).to(device)
-        logits = (x @ weights).view(batch_size, len(alive), num_clusters)
-        slope = torch.softmax(logits, dim=2)
-        slope[torch.arange(batch_size, device=device), :, targets[torch.from_numpy(rows).to(device)]] -= 1.0
-        velocity.mul_(momentum).addmm_(x.T, slope.view(batch_size, -1), alpha=1.0 / batch_size)
-        cosine = (1.0 + math.cos(math.pi * step / num_steps)) / 2.0
-        weights.addcmul_(velocity, rate_row, value=-cosine)
-        if (step + 1) % DIVERGENCE_CHECK_STEPS == 0 or step + 1 == num_steps:
-            finite = torch.isfinite(weights).view(-1, len(alive), num_clusters).all(2).all(0)
-            if not bool(finite.all()):
-                columns = finite.repeat_interleave(num_clusters)
-                weights, velocity = weights[:, columns].contiguous(), velocity[:, columns].contiguous()
-                alive = alive[finite.cpu().numpy()]
-                rate_row = _per_column(rates[alive], num_clusters, device)
-            if not len(alive):
-                break
-        if on_step is not None and (step + 1) % PROGRESS_STEPS == 0:
-            on_step(step + 1, num_steps)
+    flops_per_step = 4.0 * batch_size * num_dims * num_clusters * len(rates)
+    with _at_most_threads(max(1, int(flops_per_step / FLOPS_PER_THREAD))):
+        for step, rows in enumerate(batches(len(labels_N), batch_size, num_steps, seed)):
+            x[:, :-1] = torch.from_numpy(read_rows(rows)).to(device)
+            logits = (x @ weights).view(batch_size, len(alive), num_clusters)
+            slope = torch.softmax(logits, dim=2)
+            slope[torch.arange(batch_size, device=device), :, targets[torch.from_numpy(rows).to(device)]] -= 1.0
+            velocity.mul_(momentum).addmm_(x.T, slope.view(batch_size, -1), alpha=1.0 / batch_size)
+            cosine = (1.0 + math.cos(math.pi * step / num_steps)) / 2.0
+            weights.addcmul_(velocity, rate_row, value=-cosine)
+            if (step + 1) % DIVERGENCE_CHECK_STEPS == 0 or step + 1 == num_steps:
+                finite = torch.isfinite(weights).view(-1, len(alive), num_clusters).all(2).all(0)
+                if not bool(finite.all()):
+                    columns = finite.repeat_interleave(num_clusters)
+                    weights, velocity = weights[:, columns].contiguous(), velocity[:, columns].contiguous()
+                    alive = alive[finite.cpu().numpy()]
+                    rate_row = _per_column(rates[alive], num_clusters, device)
+                if not len(alive):
+                    break
+            if on_step is not None and (step + 1) % PROGRESS_STEPS == 0:
+                on_step(step + 1, num_steps)
     solved = weights.cpu().numpy().reshape(num_dims + 1, len(alive), num_clusters).transpose(1, 0, 2)
     return Grid(
         learning_rates=tuple(learning_rates[i] for i in alive),
@@ -108,6 +113,16 @@ def train_grid(
         biases=np.ascontiguousarray(solved[:, -1]),
         num_diverged=len(rates) - len(alive),
     )
+
+
+@contextmanager
+def _at_most_threads(num_threads: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(min(before, num_threads))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _per_column(rates: npt.NDArray[np.float64], num_clusters: int, device: str) -> torch.Tensor:
