@@ -32,7 +32,7 @@ Pixels = npt.NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How a backbone wants its images. The short side is scaled to `scale_size`, then the central square is cut out."""
+    """How a backbone wants its images: the short side scaled to `scale_size`, then the central square cut out."""
 
     size: int
     """Side of the square result in pixels."""
@@ -41,7 +41,7 @@ class Preprocessing:
     interpolation: Interpolation = "bilinear"
     """Pillow's, with antialiasing."""
     squash: bool = False
-    """Scale both sides to `size` instead: nothing is cut off, the aspect ratio is lost."""
+    """Scale both sides to `scale_size` instead, whatever the aspect ratio."""
     grayscale: bool = False
     """One channel (luma) instead of three."""
 
@@ -116,7 +116,7 @@ _filesystems: dict[str, pafs.FileSystem] = {}
 
 
 def _to_pixels(image: Image.Image, preprocessing: Preprocessing) -> Pixels:
-    size = preprocessing.size if preprocessing.squash else preprocessing.scale_size
+    size = preprocessing.scale_size
     mode = "L" if preprocessing.grayscale else "RGB"
     if image.format == "JPEG":
         image.draft(None, (DRAFT_FACTOR * size, DRAFT_FACTOR * size))

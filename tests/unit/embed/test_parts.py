@@ -1,0 +1,243 @@
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from icce_ray.context import StageContext
+from icce_ray.embed.images import Preprocessing
+from icce_ray.embed.parts import (
+    MAX_DECODED_PART_BYTES,
+    DecodedPart,
+    PartRange,
+    begin_try,
+    decode_part,
+    decoded_from_table,
+    decoded_to_table,
+    embed_part,
+    end_tries,
+    images_per_part,
+    part_table,
+    plan_parts,
+    read_record,
+    write_part,
+)
+from icce_ray.embed.tally import ERRORS_NAME, Tally
+from icce_ray.errors import InputError, WorkerError
+from icce_ray.progress import Progress
+from icce_ray.store import ArtifactWriter, Folder
+
+PREPROCESSING = Preprocessing(size=4, scale_size=4)
+
+
+class MeanBackbone:
+    """One feature: the mean of the pixels, times `factor`."""
+
+    dim = 1
+
+    def __init__(self, factor: float = 1.0) -> None:
+        self.factor = factor
+        self.batches: list[int] = []
+
+    def embed(self, images_BHWC: np.ndarray) -> np.ndarray:
+        self.batches.append(len(images_BHWC))
+        with np.errstate(over="ignore"):
+            return (images_BHWC.mean(axis=(1, 2, 3), dtype=np.float32)[:, None] * self.factor).astype(np.float16)
+
+
+def context_at(folder: Path) -> StageContext:
+    return StageContext(ArtifactWriter(Folder.at(folder)), {}, Progress("embed", quiet=True))
+
+
+def write_images(folder: Path, count: int, bad: tuple[int, ...] = ()) -> list[str]:
+    folder.mkdir(exist_ok=True)
+    paths = []
+    for number in range(count):
+        path = folder / f"{number:03d}.png"
+        Image.new("RGB", (4, 4), (number, number, number)).save(path)
+        if number in bad:
+            path.write_bytes(b"text")
+        paths.append(str(path))
+    return paths
+
+
+@pytest.mark.parametrize(("num_images", "size"), [(1, 1), (10, 3), (9, 3), (5, 100)])
+def test_parts_cover_each_image_once(num_images: int, size: int) -> None:
+    parts = plan_parts(num_images, size)
+    assert [image for part in parts for image in range(part.start, part.stop)] == list(range(num_images))
+    assert [part.index for part in parts] == list(range(len(parts)))
+
+
+def test_parts_of_large_images_are_smaller() -> None:
+    assert images_per_part(Preprocessing(224, 224), 512) == 512
+    few = images_per_part(Preprocessing(1024, 1024), 512)
+    assert 1 < few < 512
+    assert few * 1024 * 1024 * 3 <= MAX_DECODED_PART_BYTES
+    assert images_per_part(Preprocessing(20_000, 20_000), 512) == 1
+
+
+def test_a_part_holds_its_good_images_and_says_why_the_others_failed(tmp_path: Path) -> None:
+    uris = write_images(tmp_path / "images", 10, bad=(6,))
+    uris[8] = str(tmp_path / "gone.png")
+    part = PartRange(1, 5, 10)
+    decoded = decode_part(part, uris[5:], PREPROCESSING, max_pixels=100)
+    backbone = MeanBackbone()
+    table = embed_part(part, decoded, backbone, batch_size=2)
+    record = write_part(Folder.at(tmp_path / "out"), part, table)
+    assert backbone.batches == [2, 1]
+    assert record.errors == [(6, "not an image"), (8, "missing")]
+    assert (record.num_images, record.part.rows, record.part.shape, record.part.dtype) == (5, 3, (3, 1), "float16")
+    stored = pq.read_table(tmp_path / "out" / "part-00001.parquet").to_pylist()
+    assert [row["image_id"] for row in stored] == [5, 7, 9]
+    assert [row["embedding"] for row in stored] == [[5.0], [7.0], [9.0]]
+    files = [Path(uris[row["image_id"]]).read_bytes() for row in stored]
+    assert [row["content_hash"] for row in stored] == [hashlib.sha256(data).hexdigest() for data in files]
+
+
+def test_a_decoded_part_travels_as_one_row_without_a_change(tmp_path: Path) -> None:
+    uris = write_images(tmp_path / "images", 4, bad=(2,))
+    part = PartRange(3, 12, 16)
+    decoded = decode_part(part, uris, PREPROCESSING, max_pixels=100)
+    table = decoded_to_table(part, decoded)
+    assert table.num_rows == 1
+    same_part, same = decoded_from_table(table)
+    assert same_part == part
+    assert np.array_equal(same.pixels, decoded.pixels)
+    assert same.image_ids.tolist() == decoded.image_ids.tolist() == [12, 13, 15]
+    assert (same.hashes, same.errors) == (decoded.hashes, decoded.errors)
+
+
+def test_features_that_are_no_float16_numbers_are_errors_not_infinities() -> None:
+    pixels = np.full((3, 4, 4, 3), 200, np.uint8)
+    pixels[1] = 1
+    decoded = DecodedPart(np.arange(3), pixels, ["a", "b", "c"], [])
+    part = PartRange(0, 0, 3)
+    for factor, reason in ((1000.0, "feature overflow"), (np.nan, "feature not a number")):
+        backbone = MeanBackbone(factor)
+        table = embed_part(part, decoded, backbone, 8)
+        good = [1] if np.isfinite(factor) else []
+        assert table["image_id"].to_pylist() == good
+        assert table["content_hash"].to_pylist() == ["b"] * len(good)
+        failed = [[image_id, reason] for image_id in range(3) if image_id not in good]
+        assert str(failed).replace("'", '"') in table.schema.metadata[b"icce_ray.part"].decode()
+
+
+def test_a_part_without_a_good_image_still_has_its_width(tmp_path: Path) -> None:
+    part = PartRange(0, 0, 2)
+    decoded = decode_part(part, write_images(tmp_path / "images", 2, bad=(0, 1)), PREPROCESSING, max_pixels=100)
+    record = write_part(Folder.at(tmp_path / "out"), part, embed_part(part, decoded, MeanBackbone(), 8))
+    assert record.part.shape == (0, 1)
+    assert len(record.errors) == 2
+
+
+def test_a_part_is_its_own_record_and_the_same_bytes_every_time(tmp_path: Path) -> None:
+    part = PartRange(0, 0, 6)
+    uris = write_images(tmp_path / "images", 6, bad=(1,))
+    records = []
+    for name in ("a", "b"):
+        decoded = decode_part(part, uris, PREPROCESSING, max_pixels=100)
+        records.append(write_part(Folder.at(tmp_path / name), part, embed_part(part, decoded, MeanBackbone(), 4)))
+    assert records[0] == records[1] == read_record(Folder.at(tmp_path / "a"), part)
+    assert (tmp_path / "a" / part.name).read_bytes() == (tmp_path / "b" / part.name).read_bytes()
+
+
+def test_a_part_that_is_damaged_or_anothers_is_not_taken_up(tmp_path: Path) -> None:
+    folder, part = Folder.at(tmp_path), PartRange(0, 0, 40)
+    rows = np.random.default_rng(0).standard_normal((40, 8)).astype(np.float16)
+    write_part(folder, part, part_table(part, np.arange(40), rows))
+    whole = (tmp_path / part.name).read_bytes()
+    assert read_record(folder, part) is not None
+    assert read_record(folder, PartRange(0, 0, 41)) is None
+    assert read_record(folder, PartRange(1, 0, 40)) is None
+    original = pq.read_table(tmp_path / part.name)
+    (tmp_path / part.name).write_bytes(whole[:-1])
+    assert read_record(folder, part) is None
+    refused = 0
+    for position in range(0, len(whole), 7):
+        (tmp_path / part.name).write_bytes(whole[:position] + bytes([whole[position] ^ 1]) + whole[position + 1 :])
+        if read_record(folder, part) is None:
+            refused += 1
+            continue
+        table = pq.read_table(tmp_path / part.name)  # a bit that says nothing, such as of a statistic
+        assert table.select(["image_id", "embedding"]).equals(original.select(["image_id", "embedding"])), position
+    assert refused > 0.1 * len(whole)
+    pq.write_table(pa.table({"x": [1]}), tmp_path / part.name)
+    assert read_record(folder, part) is None
+
+
+def test_a_part_that_kills_its_workers_is_given_up_after_its_tries(tmp_path: Path) -> None:
+    folder, part = Folder.at(tmp_path), PartRange(0, 7, 9)
+    for _ in range(3):
+        begin_try(folder, part, "first run", 3)
+    with pytest.raises(WorkerError, match="images 7 to 8 killed their worker 3 times"):
+        begin_try(folder, part, "first run", 3)
+    begin_try(folder, part, "second run", 3)
+    end_tries(folder, part)
+    assert list(tmp_path.iterdir()) == []
+
+
+def record_of(part: PartRange, folder: Path, bad: dict[int, str]) -> Any:
+    good = np.setdiff1d(np.arange(part.start, part.stop), list(bad))
+    table = part_table(part, good, np.ones((len(good), 2), np.float16), errors=sorted(bad.items()))
+    return write_part(Folder.at(folder), part, table)
+
+
+def test_the_tally_takes_up_finished_parts_and_sums_up_in_any_order(tmp_path: Path) -> None:
+    uris = pa.chunked_array([[f"{number}.png" for number in range(10)]])
+    parts = plan_parts(10, 4)
+    bad = {1: "truncated", 5: "missing", 9: "truncated"}
+    record_of(parts[1], tmp_path, {5: "missing"})
+    context = context_at(tmp_path)
+    tally = Tally(context, uris, max_error_rate=0.3)
+    assert tally.resume(parts) == [parts[0], parts[2]]
+    tally.add(record_of(parts[2], tmp_path, {9: "truncated"}))
+    tally.add(record_of(parts[0], tmp_path, {1: "truncated"}))
+    metrics = tally.finish("pixels", num_clusters=7)
+    assert metrics.pop("images_per_s") > 0
+    assert metrics == {
+        "num_images": 7,
+        "num_errors": 3,
+        "errors": {"truncated": 2, "missing": 1},
+        "dim": 2,
+        "dtype": "float16",
+        "feature_set": "pixels",
+    }
+    assert sorted(context.output.parts) == [ERRORS_NAME, *(part.name for part in parts)]
+    errors = pq.read_table(tmp_path / ERRORS_NAME).to_pylist()
+    assert errors == [{"image_id": i, "uri": f"{i}.png", "reason": reason} for i, reason in bad.items()]
+
+
+def test_an_errors_table_without_errors_has_its_columns(tmp_path: Path) -> None:
+    tally = Tally(context_at(tmp_path), pa.chunked_array([["a", "b"]]), max_error_rate=0.0)
+    tally.add(record_of(PartRange(0, 0, 2), tmp_path, {}))
+    tally.finish("pixels", num_clusters=2)
+    table = pq.read_table(tmp_path / ERRORS_NAME)
+    assert {field.name: str(field.type) for field in table.schema} == {
+        "image_id": "int64",
+        "uri": "string",
+        "reason": "string",
+    }
+
+
+def test_too_many_errors_stop_the_stage_with_what_it_saw(tmp_path: Path) -> None:
+    uris = pa.chunked_array([[f"{number}.png" for number in range(20)]])
+    tally = Tally(context_at(tmp_path), uris, max_error_rate=0.1)
+    tally.add(record_of(PartRange(0, 0, 5), tmp_path, {0: "truncated", 3: "missing"}))
+    with pytest.raises(InputError) as caught:
+        tally.add(record_of(PartRange(1, 5, 10), tmp_path, {7: "truncated"}))
+    assert "3 of 20 images" in str(caught.value)
+    assert "embed.max_error_rate (0.1)" in str(caught.value)
+    assert "2 x truncated (such as 0.png), 1 x missing (such as 3.png)" in str(caught.value)
+
+
+def test_fewer_good_images_than_clusters_are_refused(tmp_path: Path) -> None:
+    tally = Tally(context_at(tmp_path), pa.chunked_array([["a", "b", "c"]]), max_error_rate=1.0)
+    tally.add(record_of(PartRange(0, 0, 3), tmp_path, {1: "zero bytes"}))
+    with pytest.raises(InputError, match=r"3 clusters asked for, but only 2 of 3 .*1 x zero bytes \(such as b\)"):
+        tally.finish("pixels", num_clusters=3)

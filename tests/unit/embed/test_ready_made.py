@@ -1,0 +1,136 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.fs as pafs
+import pyarrow.parquet as pq
+import pytest
+
+from icce_ray.config import EmbeddingsConfig
+from icce_ray.embed import ready_made
+from icce_ray.embed.ready_made import open_embeddings
+from icce_ray.errors import InputError
+
+ROWS = np.random.default_rng(0).standard_normal((23, 4))
+
+
+def open_file(path: Path, column: str | None = None) -> ready_made.ReadyMade:
+    return open_embeddings(EmbeddingsConfig(uri=str(path), column=column))
+
+
+def list_column(rows: np.ndarray, kind: str) -> pa.Array:
+    value = pa.from_numpy_dtype(rows.dtype)
+    if kind == "fixed":
+        return pa.FixedSizeListArray.from_arrays(pa.array(rows.ravel()), rows.shape[1])
+    if kind == "tensor":
+        return pa.FixedShapeTensorArray.from_numpy_ndarray(np.ascontiguousarray(rows))
+    return pa.array(list(rows), pa.list_(value) if kind == "list" else pa.large_list(value))
+
+
+def check_blocks(embeddings: ready_made.ReadyMade, expected: np.ndarray) -> None:
+    assert (embeddings.num_rows, embeddings.dim, embeddings.dtype) == (*expected.shape, expected.dtype)
+    for num_rows in (1, 5, 23, 100):
+        for start in (0, 1, 7, 22):
+            blocks = list(embeddings.blocks(num_rows, start))
+            assert all(len(block) == num_rows for block in blocks[:-1])
+            assert all(block.dtype == expected.dtype and block.flags.c_contiguous for block in blocks)
+            assert np.array_equal(np.concatenate(blocks), expected[start:])
+
+
+@pytest.mark.parametrize(("stored", "kept"), [("f2", "f2"), ("f4", "f4"), ("f8", "f4"), (">f4", "f4")])
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_a_npy_file_comes_back_in_blocks_from_any_row(tmp_path: Path, stored: str, kept: str, order: Any) -> None:
+    np.save(tmp_path / "e.npy", np.asarray(ROWS, dtype=stored, order=order))
+    check_blocks(open_file(tmp_path / "e.npy"), ROWS.astype(stored).astype(kept))
+
+
+def test_a_remote_npy_file_is_read_by_ranges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    np.save(tmp_path / "e.npy", ROWS.astype(np.float16))
+    remote = pafs.SubTreeFileSystem(str(tmp_path), pafs.LocalFileSystem())
+    monkeypatch.setattr(ready_made, "open_uri", lambda uri: (remote, "e.npy"))
+    check_blocks(open_embeddings(EmbeddingsConfig(uri="s3://bucket/e.npy")), ROWS.astype(np.float16))
+
+
+@pytest.mark.parametrize("kind", ["list", "large_list", "fixed", "tensor"])
+@pytest.mark.parametrize(("stored", "kept"), [("f2", "f2"), ("f4", "f4"), ("f8", "f4")])
+def test_a_parquet_list_column_comes_back_in_blocks_from_any_row(
+    tmp_path: Path, kind: str, stored: str, kept: str
+) -> None:
+    rows = ROWS.astype(stored)
+    table = pa.table({"name": [str(row) for row in range(23)], "vector": list_column(rows, kind)})
+    pq.write_table(table, tmp_path / "e.parquet", row_group_size=4)
+    check_blocks(open_file(tmp_path / "e.parquet"), rows.astype(kept))
+
+
+def test_a_folder_of_parquet_files_is_read_in_the_order_of_their_names(tmp_path: Path) -> None:
+    rows = ROWS.astype(np.float32)
+    for name, start, stop in (("a", 0, 9), ("b", 9, 9), ("x/c", 9, 23), ("_tmp", 0, 5)):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        pq.write_table(pa.table({"e": list_column(rows[start:stop], "fixed")}), tmp_path / f"{name}.parquet")
+    embeddings = open_file(tmp_path)
+    check_blocks(embeddings, rows)
+    assert embeddings.uris("uri").to_pylist()[8:10] == [f"{tmp_path}/a.parquet#8", f"{tmp_path}/x/c.parquet#0"]
+
+
+def test_the_files_own_uri_column_names_the_rows(tmp_path: Path) -> None:
+    table = pa.table({"image": ["x.png", None, "z.png"], "e": list_column(ROWS[:3], "list")})
+    pq.write_table(table, tmp_path / "e.parquet")
+    embeddings = open_file(tmp_path / "e.parquet")
+    assert embeddings.uris("image").to_pylist() == ["x.png", f"{tmp_path}/e.parquet#1", "z.png"]
+    assert embeddings.uris("e").to_pylist() == [f"{tmp_path}/e.parquet#{row}" for row in range(3)]
+
+
+def _npy(path: Path, array: np.ndarray) -> Path:
+    np.save(path / "e.npy", array)
+    return path / "e.npy"
+
+
+def _parquet(path: Path, **columns: Any) -> Path:
+    pq.write_table(pa.table(columns), path / "e.parquet")
+    return path / "e.parquet"
+
+
+def _bytes(path: Path, name: str) -> Path:
+    (path / name).write_bytes(b"neither this nor that")
+    return path / name
+
+
+REFUSED: dict[str, tuple[Any, str | None, str]] = {
+    "not there": (lambda path: path / "gone.npy", None, "does not exist"),
+    "another format": (lambda path: _bytes(path, "e.csv"), None, r"is not a \.npy or \.parquet file"),
+    "empty folder": (lambda path: path, None, r"no \.parquet file in the folder"),
+    "one axis": (lambda path: _npy(path, np.ones(5)), None, r"has shape \(5,\); needed is \(images, dimensions\)"),
+    "three axes": (lambda path: _npy(path, np.ones((5, 2, 2))), None, r"has shape \(5, 2, 2\)"),
+    "no rows": (lambda path: _npy(path, np.ones((0, 4))), None, r"has shape \(0, 4\)"),
+    "integers": (lambda path: _npy(path, np.ones((5, 2), np.int64)), None, "holds int64; needed is floating point"),
+    "objects": (lambda path: _npy(path, np.array([[None]])), None, r"cannot be read as a \.npy array"),
+    "damaged npy": (lambda path: _bytes(path, "e.npy"), None, r"cannot be read as a \.npy array"),
+    "damaged parquet": (lambda path: _bytes(path, "e.parquet"), None, "cannot be read as Parquet"),
+    "no list column": (lambda path: _parquet(path, x=[1.0]), None, r"has no list column; it has x \(double\)"),
+    "two list columns": (lambda path: _parquet(path, a=[[1.0]], b=[[1.0]]), None, "list columns a, b: name one"),
+    "no such column": (lambda path: _parquet(path, vector=[[1.0]]), "vectr", "did you mean 'vector'"),
+    "not a list": (lambda path: _parquet(path, x=[1.0], y=[[1.0]]), "x", "is double, not a list of floats"),
+    "a list of text": (lambda path: _parquet(path, x=[["a"]]), None, "not a list of floats|holds object"),
+    "a list of integers": (lambda path: _parquet(path, x=[[1]]), None, "holds int64"),
+    "an empty list": (
+        lambda path: _parquet(path, x=pa.array([[]], pa.list_(pa.float32()))),
+        None,
+        "first row is empty",
+    ),
+    "another length": (lambda path: _parquet(path, x=[[1.0, 2.0], [3.0]]), None, "row 1 holds a list of 1 values"),
+    "a null row": (lambda path: _parquet(path, x=[[1.0, 2.0], None]), None, "row 1 holds null"),
+    "a null value": (lambda path: _parquet(path, x=[[1.0, 2.0], [1.0, None]]), None, "nulls inside the lists"),
+    "nan": (lambda path: _npy(path, np.array([[1.0], [np.nan]])), None, "row 1: NaN or infinite"),
+    "infinity": (lambda path: _parquet(path, x=[[1.0]] * 9 + [[np.inf]] * 5), None, "row 9, 10, 11 and 2 more"),
+    "too large": (lambda path: _npy(path, np.array([[1e300]])), None, "NaN or infinite as float32"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_embeddings_that_cannot_work_are_refused_with_what_is_wrong(tmp_path: Path, case: str) -> None:
+    make, column, message = REFUSED[case]
+    with pytest.raises(InputError, match=message):
+        list(open_file(make(tmp_path), column).blocks(100))
