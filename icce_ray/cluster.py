@@ -9,7 +9,11 @@ import logging
 import math
 import os
 import shutil
-from collections.abc import Collection
+import socket
+import sys
+import tempfile
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +23,19 @@ from icce_ray.config import Config, ResourcesConfig, WorkerResources
 from icce_ray.errors import ResourceError
 
 MAX_OBJECT_STORE_BYTES = 2_000_000_000
+CONNECT_TIMEOUT_S = 10.0
 MIN_OBJECT_STORE_BYTES = 100_000_000
 OBJECT_STORE_MEMORY_FRACTION = 0.3
 READ_CPUS = 1.0
 """Ray Data reads need this much beside an actor pool, or both wait for ever."""
 STAGES_WITH_READS = ("embed", "assign")
 
+# Set when we connect unless the user has set them, since Ray reads them in this process and hands them to its workers.
 QUIET_ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_BACKEND_LOG_LEVEL": "fatal",  # else Ray Data's own way of making actors prints an error about itself
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "RAY_DATA_LOG_LEVEL": "CRITICAL",  # its errors reach us as exceptions
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",  # else each report of a worker waits two seconds for its answer
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # else every worker without a GPU warns
 }
@@ -47,12 +55,12 @@ def connect(resources: ResourcesConfig) -> None:
         return
     for key, value in QUIET_ENVIRONMENT.items():
         os.environ.setdefault(key, value)
-    for name in ("ray.data", "ray.train"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger("ray.train").setLevel(logging.ERROR)
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    address = resources.ray_address or os.environ.get("RAY_ADDRESS")
     if resources.ray_address is not None:
         options["address"] = resources.ray_address
-    elif "RAY_ADDRESS" not in os.environ:
+    elif address is None:
         options |= {
             "address": "local",
             "num_cpus": resources.num_cpus or usable_cpus(),
@@ -60,9 +68,11 @@ def connect(resources: ResourcesConfig) -> None:
             "object_store_memory": resources.object_store_bytes or _object_store_bytes(),
         }
     try:
-        ray.init(**options)
-    except ConnectionError as error:
-        address = resources.ray_address or os.environ.get("RAY_ADDRESS")
+        if address is not None:
+            _check_listens(address)
+        with _stderr_only_on_failure():
+            ray.init(**options)
+    except (ConnectionError, TimeoutError, socket.gaierror) as error:
         raise ResourceError(
             f"no Ray answers at {address!r}: {error}. Start one there (`ray start --head`), or unset "
             "resources.ray_address and RAY_ADDRESS to run on this machine alone"
@@ -152,6 +162,32 @@ def _machines() -> list[tuple[float, float]]:
     nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
     resources = [node["Resources"] for node in nodes if node["Alive"]]
     return [(node["CPU"], node.get("GPU", 0.0)) for node in resources if node.get("CPU", 0.0) > 0]
+
+
+def _check_listens(address: str) -> None:
+    """Ray itself tries for many minutes to reach an address at which nothing listens."""
+    host, separator, port = address.rpartition("://")[2].rstrip("/").rpartition(":")
+    if separator and port.isdigit():
+        socket.create_connection((host, int(port)), timeout=CONNECT_TIMEOUT_S).close()
+
+
+@contextmanager
+def _stderr_only_on_failure() -> Iterator[None]:
+    """Hold back what Ray's C++ writes to stderr while it starts, such as that it was told to be quiet."""
+    sys.stderr.flush()
+    original = os.dup(2)
+    with tempfile.TemporaryFile() as held:
+        os.dup2(held.fileno(), 2)
+        try:
+            yield
+        except BaseException:
+            held.seek(0)
+            os.write(original, held.read())
+            raise
+        finally:
+            sys.stderr.flush()
+            os.dup2(original, 2)
+            os.close(original)
 
 
 def _object_store_bytes() -> int:

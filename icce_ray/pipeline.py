@@ -76,7 +76,7 @@ def _classifier_settings(config: Config) -> Settings:
 
 
 def _assign_settings(config: Config) -> Settings:
-    return {"assign": config.assign.model_dump()}
+    return _drawn(config) | {"assign": config.assign.model_dump()}
 
 
 def _evaluate_settings(config: Config) -> Settings:
