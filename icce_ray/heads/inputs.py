@@ -1,0 +1,93 @@
+"""What the heads see of the features: batches gathered from the matrix, rotated and normalised (METHOD section 2).
+
+BatchNorm has no affine parameters and is shared by student and teacher. Its statistics are those of the global batch,
+both views together; labelling uses those of the whole set, which the running averages of BatchNorm estimate.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from icce_ray.heads.communicator import Communicator
+
+BN_EPS = 1e-5
+ROWS_PER_BLOCK = 8192
+
+
+class InputNorm:
+    """Rotation and normalisation of feature batches.
+
+    Args:
+        features_ND: float16 or float32, may be memory-mapped.
+        kind: as `heads.input_norm`.
+        rotate: as `heads.rotate`.
+        seed: of the rotation.
+        device: where batches go.
+    """
+
+    def __init__(
+        self,
+        features_ND: npt.NDArray[Any],
+        kind: Literal["batch_norm", "standardize", "none"],
+        rotate: bool,
+        seed: int,
+        device: torch.device,
+    ) -> None:
+        self.features_ND = features_ND
+        self.kind = kind
+        self.device = device
+        dim = features_ND.shape[1]
+        self.rotation_DD = random_rotation(dim, seed).to(device) if rotate else None
+        self.mean_D, self.scale_D = torch.zeros(dim, device=device), torch.ones(dim, device=device)
+        # BatchNorm's epsilon is meant for activations of about unit size. Features come in any unit, so it is taken
+        # relative to their mean variance: constant dimensions stay 0, and the unit does not matter.
+        self.min_variance = 0.0
+        if kind != "none":
+            self._measure_the_set()
+
+    def gather(self, rows: npt.NDArray[np.int64]) -> torch.Tensor:
+        """The features of `rows` (any shape), rotated, float32 (*rows.shape, D) on the device."""
+        batch = np.asarray(self.features_ND[rows.ravel()], dtype=np.float32)
+        tensor = torch.from_numpy(batch).to(self.device)
+        if self.rotation_DD is not None:
+            tensor = tensor @ self.rotation_DD
+        return tensor.view(*rows.shape, -1)
+
+    def normalise_batch(self, batch_nD: torch.Tensor, num_global: int, communicator: Communicator) -> torch.Tensor:
+        """Normalise this worker's rows of a training batch that has `num_global` rows over all workers."""
+        if self.kind != "batch_norm":
+            return self.normalise(batch_nD)
+        mean_D = communicator.sum_(batch_nD.sum(dim=0)) / num_global
+        centred = batch_nD - mean_D
+        variance_D = communicator.sum_(centred.square().sum(dim=0)) / num_global
+        return centred * torch.rsqrt(variance_D + self.min_variance)
+
+    def normalise(self, batch_nD: torch.Tensor) -> torch.Tensor:
+        """Normalise rows by the statistics of the whole set."""
+        return (batch_nD - self.mean_D) * self.scale_D
+
+    def _measure_the_set(self) -> None:
+        num_rows, dim = self.features_ND.shape
+        total, total_square = torch.zeros(2, dim, dtype=torch.float64, device=self.device)
+        # Squares of values near 0 cancel least: a first guess of the mean is taken off.
+        guess_D = self.gather(np.arange(min(num_rows, 256))).mean(dim=0)
+        for start in range(0, num_rows, ROWS_PER_BLOCK):
+            block = self.gather(np.arange(start, min(start + ROWS_PER_BLOCK, num_rows))) - guess_D
+            total += block.sum(dim=0, dtype=torch.float64)
+            total_square += block.square().sum(dim=0, dtype=torch.float64)
+        mean = total / num_rows
+        variance = (total_square / num_rows - mean.square()).clamp_min(0.0)
+        self.min_variance = max(BN_EPS * float(variance.mean()), 1e-30)
+        self.mean_D = (mean + guess_D).float()
+        self.scale_D = torch.rsqrt(variance + self.min_variance).float()
+
+
+def random_rotation(dim: int, seed: int) -> torch.Tensor:
+    """A random orthogonal matrix (D, D), float32."""
+    generator = np.random.default_rng([seed, dim])
+    q, r = np.linalg.qr(generator.standard_normal((dim, dim)))
+    return torch.from_numpy((q * np.sign(np.diag(r))).astype(np.float32))
