@@ -59,7 +59,7 @@ def _embed_settings(config: Config) -> Settings:
 
 
 def _neighbors_settings(config: Config) -> Settings:
-    return _drawn(config) | {"neighbors": config.neighbors.model_dump(), "max_images": config.heads.max_images}
+    return _drawn(config) | {"neighbors": config.neighbors.model_dump()}
 
 
 def _heads_settings(config: Config) -> Settings:
@@ -189,6 +189,7 @@ def run(config: Config, *, quiet: bool = False) -> Result:
     while step := next((step for step in planned if step.name not in artifacts), None):
         began = time.monotonic()
         try:
+            _check_listed(config, artifacts)
             artifacts[step.name] = _run_stage(config, step, artifacts, quiet)
         except Exception as error:
             damage = _damage_of_inputs(error, step, artifacts)
@@ -203,7 +204,6 @@ def run(config: Config, *, quiet: bool = False) -> Result:
             redone |= set(damage)
         finally:
             seconds[step.name] = round(seconds[step.name] + time.monotonic() - began, 3)
-        _check_num_clusters(config, artifacts)
 
     result = sum_up(config, name, artifacts, seconds, finished_before)
     if len(finished_before) < len(planned):
@@ -258,17 +258,21 @@ def _check(config: Config, pending: list[str]) -> None:
         check_resources(config, pending)
 
 
-def _check_num_clusters(config: Config, artifacts: Mapping[str, Artifact]) -> None:
-    if "embed" in artifacts:
-        usable, which = num_listed(artifacts) - num_failed(artifacts), "usable images"
-    elif "images" in artifacts:
-        usable, which = num_listed(artifacts), "images"
-    else:
+def _check_listed(config: Config, artifacts: Mapping[str, Artifact]) -> None:
+    """Refuse what can be known to fail once the images are listed, and again once they are embedded."""
+    if "images" not in artifacts:
         return
+    usable, which = num_listed(artifacts), "images"
+    if "embed" in artifacts:
+        usable, which = usable - num_failed(artifacts), "usable images"
     if config.num_clusters > usable:
         raise InputError(
             f"num_clusters: {config.num_clusters} clusters asked for, but there are only {usable:,} {which}"
         )
+    if "embed" not in artifacts and config.evaluate.labels is not None:
+        from icce_ray.evaluate.labels import check_labels
+
+        check_labels(config, artifacts["images"].read_table("images.parquet"))
 
 
 def _file_identity(uri: str) -> Settings:

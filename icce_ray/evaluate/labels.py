@@ -75,10 +75,15 @@ def check_labels(config: Config, images_table: pa.Table | None = None) -> None:
         images_table: the listed images; None where they are not listed yet, then only the file is looked at.
 
     Raises:
-        InputError: no such file, another format, no such column, a number of labels that is not the number of images.
+        InputError: no such file, another format, no such column, a number of labels that is not the number of images,
+            labels by folder where there is one folder only.
     """
     evaluate = config.evaluate
-    if evaluate.labels is None or evaluate.labels == FOLDER:
+    if evaluate.labels is None:
+        return
+    if evaluate.labels == FOLDER:
+        if images_table is not None:
+            _from_folders(images_table["uri"].to_pylist())
         return
     values, names = _read(evaluate)
     if names is None and images_table is not None:

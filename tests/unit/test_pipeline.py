@@ -7,6 +7,7 @@ import types
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 
@@ -21,7 +22,8 @@ ran: list[str] = []
 
 def images(config: Config, context: StageContext) -> dict[str, Any]:
     ran.append("images")
-    context.output.write_table("images.parquet", pa.table({"image_id": list(range(6))}))
+    uris = [f"/photos/{'ab'[number % 2]}/{number}.png" for number in range(6)]
+    context.output.write_table("images.parquet", pa.table({"image_id": list(range(6)), "uri": uris}))
     return {}
 
 
@@ -150,8 +152,8 @@ def test_no_stage_but_evaluate_is_told_where_the_labels_are(tmp_path: Path, monk
             return dict(function(config, context))
 
         install(monkeypatch, function.__name__, spy)
-    run_again(tmp_path, evaluate={"labels": "true.npy"})
-    assert told == dict.fromkeys(ALL) | {"evaluate": "true.npy"}
+    run_again(tmp_path, evaluate={"labels": "folder"})
+    assert told == dict.fromkeys(ALL) | {"evaluate": "folder"}
     assert [stage.name for stage in REAL_STAGES if stage.sees_labels] == ["evaluate"]
 
 
@@ -200,6 +202,13 @@ def test_a_truncated_part_makes_its_stage_and_no_other_run_again(tmp_path: Path,
     path.write_bytes(sound[:-1])
     assert run_again(tmp_path) == [stage]
     assert path.read_bytes() == sound
+
+
+def test_labels_that_do_not_fit_the_images_are_refused_before_they_are_embedded(tmp_path: Path) -> None:
+    np.save(tmp_path / "true.npy", np.arange(5))
+    with pytest.raises(InputError, match=r"true\.npy"):
+        pipeline.run(config_for(tmp_path, evaluate={"labels": str(tmp_path / "true.npy")}), quiet=True)
+    assert ran == ["images"]
 
 
 def test_more_clusters_than_usable_images_is_the_users_mistake(tmp_path: Path) -> None:
