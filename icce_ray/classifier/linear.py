@@ -262,16 +262,19 @@ def _choose(logits_GnK: Float32Array, labels_n: IntArray) -> tuple[int, float]:
 
 
 def _mean_and_scale(features_ND: FloatArray, rows: IntArray) -> tuple[Float32Array, float]:
-    """Mean feature (D,), and the root of the mean variance of the dimensions, summed in float64."""
+    """Mean feature (D,), and the root mean square over the dimensions of the median image's distance to it.
+
+    The median, or one image with features a hundred times larger would leave the others without any.
+    """
     total_D = np.zeros(features_ND.shape[1])
     for chunk in _chunks(len(rows)):
         total_D += features_ND[rows[chunk]].sum(axis=0, dtype=np.float64)
     mean_D = (total_D / len(rows)).astype(np.float32)
-    squares = 0.0
+    squares_N = np.empty(len(rows))
     for chunk in _chunks(len(rows)):
-        squares += float(((features_ND[rows[chunk]] - mean_D).astype(np.float64) ** 2).sum())
-    scale = math.sqrt(squares / (len(rows) * features_ND.shape[1]))
-    return mean_D, scale if scale > 0 else 1.0
+        squares_N[chunk] = ((features_ND[rows[chunk]] - mean_D).astype(np.float64) ** 2).sum(axis=1)
+    square = float(np.median(squares_N)) or float(squares_N.mean())
+    return mean_D, math.sqrt(square / features_ND.shape[1]) or 1.0
 
 
 def _prepare(features_nD: FloatArray, mean_D: Float32Array, scale: float) -> Float32Array:

@@ -146,7 +146,7 @@ def test_impossible_input_is_refused() -> None:
 
 def test_a_grid_that_diverges_altogether_says_so() -> None:
     x = np.random.default_rng(0).normal(size=(50, 3)).astype(np.float32)
-    config = ClassifierConfig(num_iterations=300, learning_rates=(1e39,))
+    config = ClassifierConfig(num_iterations=300, learning_rates=(1e40,))
     with pytest.raises(InputError, match=r"classifier\.learning_rates"):
         fit_classifier(x, np.arange(50) % 2, config, num_clusters=2, seed=0, outlier_quantile=0.9)
 
@@ -169,3 +169,14 @@ def test_real_features_give_calibrated_confidences(real_data_dir: Path) -> None:
     )
     p = classifier.predict_proba(x[8000:])
     assert expected_calibration_error(p.max(1), p.argmax(1) == labels[8000:]) < 0.05
+
+
+def test_one_image_with_enormous_features_does_not_spoil_the_others() -> None:
+    rng = np.random.default_rng(0)
+    labels = np.arange(300) % 3
+    x = (rng.normal(size=(300, 6)) + 6 * np.eye(6)[labels]).astype(np.float32)
+    x[5] += 500
+    classifier = fit(x, labels)
+    others = np.arange(300) != 5
+    assert (classifier.predict(x[others]) == labels[others]).mean() > 0.97
+    assert classifier.predict_proba(x[others]).max(1).mean() > 0.9

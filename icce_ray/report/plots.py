@@ -1,0 +1,110 @@
+"""The report's diagrams as inline SVG: text stays text, black becomes the colour of the page, nothing is linked to."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+import numpy.typing as npt
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+ACCENT, SECOND = "#3b7dd8", "#d8823b"
+SIZE_INCHES = (5.2, 2.6)
+STYLE: Any = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "icce_ray",
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "legend.frameon": False,
+}
+
+
+def similarity_histogram(audit: dict[str, Any]) -> str | None:
+    """Cosine of random pairs and of nearest neighbours, with the threshold; None where the audit holds none."""
+    edges, random_pairs, nearest = (audit.get(key) for key in ("bin_edges", "random_pairs", "nearest_pairs"))
+    if not edges or not random_pairs or not nearest:
+        return None
+
+    def draw(axes: Any) -> None:
+        for counts, color, label in ((random_pairs, ACCENT, "random pairs"), (nearest, SECOND, "nearest neighbours")):
+            shares = np.asarray(counts, dtype=float) / max(sum(counts), 1)
+            axes.stairs(shares, edges, fill=True, color=color, alpha=0.55, label=label)
+        used = np.flatnonzero(np.asarray(random_pairs) + np.asarray(nearest))
+        axes.set_xlim(edges[used[0]] - 0.02, edges[used[-1] + 1] + 0.02)
+        threshold = audit.get("similarity_threshold")
+        if threshold is not None:
+            axes.axvline(threshold, color="black", linestyle="--", linewidth=1, label=f"threshold {threshold:.2f}")
+        axes.set_xlabel("cosine similarity")
+        axes.set_ylabel("share of pairs")
+        axes.legend()
+
+    return _svg(draw)
+
+
+def training_curve(history: Sequence[dict[str, Any]]) -> str | None:
+    """Loss by epoch, mean of the heads and lowest; None without two epochs."""
+    if len(history) < 2:
+        return None
+
+    def draw(axes: Any) -> None:
+        epochs = [entry["epoch"] for entry in history]
+        axes.plot(epochs, [entry["loss"] for entry in history], color=ACCENT, label="mean of the heads")
+        if all("best_head_loss" in entry for entry in history):
+            axes.plot(epochs, [entry["best_head_loss"] for entry in history], color=SECOND, label="lowest head")
+        axes.set_xlabel("epoch")
+        axes.set_ylabel("loss")
+        axes.legend()
+
+    return _svg(draw)
+
+
+def size_chart(sizes_K: npt.NDArray[np.int64]) -> str:
+    """Images per cluster, largest first."""
+
+    def draw(axes: Any) -> None:
+        falling = np.sort(sizes_K)[::-1]
+        axes.stairs(falling, np.arange(len(falling) + 1) + 0.5, fill=True, color=ACCENT)
+        axes.axhline(falling.mean(), color="black", linestyle="--", linewidth=1, label=f"mean {falling.mean():,.0f}")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set_xlabel("clusters, largest first")
+        axes.set_ylabel("images")
+        axes.legend()
+
+    return _svg(draw)
+
+
+def certainty_histogram(confidence: npt.NDArray[np.int64], agreement: npt.NDArray[np.int64]) -> str:
+    """Images by confidence and by agreement; both are counts in equal bins of 0 to 1."""
+
+    def draw(axes: Any) -> None:
+        for counts, color, label in ((confidence, ACCENT, "confidence"), (agreement, SECOND, "agreement")):
+            if counts.sum():
+                edges = np.linspace(0, 1, len(counts) + 1)
+                axes.stairs(counts, edges, color=color, linewidth=1.5, label=label)
+        axes.set_xlabel("confidence of the classifier, agreement of the heads")
+        axes.set_ylabel("images")
+        axes.legend(loc="upper left")
+
+    return _svg(draw)
+
+
+def _svg(draw: Any) -> str:
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=SIZE_INCHES, layout="constrained")
+        draw(figure.add_subplot())
+        sink = io.StringIO()
+        metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        figure.savefig(sink, format="svg", transparent=True, metadata=metadata)
+    svg = sink.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r' xmlns(:\w+)?="[^"]*"', "", svg)
+    svg = re.sub(r' id="[a-zA-Z0-9.]+_\d+"', "", svg)
+    svg = re.sub(r"<defs>\s*<style.*?</defs>", "", svg, count=1, flags=re.DOTALL)
+    svg = re.sub(r' (width|height)="[\d.]+pt"', "", svg, count=2)
+    return svg.replace("#000000", "currentColor").replace("stroke: #", "stroke:#")

@@ -1,0 +1,151 @@
+"""A finished run on planted images, without Ray: every artifact that the report reads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from PIL import Image
+
+from icce_ray.assign.parts import UriReader, plan_parts, write_part
+from icce_ray.classifier.linear import fit_classifier
+from icce_ray.config import ClassifierConfig, Config
+from icce_ray.context import StageContext
+from icce_ray.embed import parts as embed_parts
+from icce_ray.embed.listing import list_images
+from icce_ray.progress import Progress
+from icce_ray.store import Artifact, ArtifactWriter, Folder
+
+COLORS = {"red": (200, 40, 30), "green <b>&": (40, 190, 60), "blue": (30, 60, 210)}
+PER_CLASS = 30
+
+
+@dataclass(frozen=True)
+class PlantedRun:
+    config: Config
+    inputs: dict[str, Artifact]
+
+    def context(self, folder: Path) -> StageContext:
+        return StageContext(ArtifactWriter(Folder.at(folder)), self.inputs, Progress("report", quiet=True))
+
+
+def commit(writer: ArtifactWriter, stage: str, config: Config, metrics: dict[str, Any] | None = None) -> Artifact:
+    return writer.commit(
+        stage=stage,
+        fingerprint=f"{stage}-0",
+        inputs={},
+        config=config.model_dump(mode="json"),
+        metrics=metrics or {},
+        seconds=1.5,
+    )
+
+
+def write_images(folder: Path) -> None:
+    rng = np.random.default_rng(0)
+    for name, color in COLORS.items():
+        (folder / name).mkdir(parents=True)
+        for number in range(PER_CLASS):
+            pixels = np.clip(np.array(color) + rng.normal(0, 25, (20, 24, 3)), 0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(folder / name / f"{number:02d} 'x' <i>.png")
+
+
+@pytest.fixture(scope="session")
+def planted_run(tmp_path_factory: pytest.TempPathFactory) -> PlantedRun:
+    folder = tmp_path_factory.mktemp("planted")
+    write_images(folder / "images")
+    config = Config.model_validate(
+        {"images": {"uri": str(folder / "images")}, "num_clusters": 4, "output": str(folder / "out")}
+    )
+    return build_run(config, folder / "out", rows_per_part=32)
+
+
+@pytest.fixture(scope="session")
+def make_run() -> Callable[..., PlantedRun]:
+    return build_run
+
+
+def build_run(config: Config, root: Path, rows_per_part: int) -> PlantedRun:
+    inputs: dict[str, Artifact] = {}
+
+    def writer(stage: str) -> ArtifactWriter:
+        return ArtifactWriter(Folder.at(root / stage))
+
+    output = writer("images")
+    table = list_images(config)
+    output.write_table("images.parquet", table)
+    inputs["images"] = commit(output, "images", config)
+
+    uris = table["uri"].to_pylist()
+    failed = len(uris) - 1
+    rows = np.array([row for row in range(len(uris)) if row != failed])
+    features = np.random.default_rng(1).normal(0, 0.3, (len(uris), 6)).astype(np.float32)
+    classes = np.minimum(np.arange(len(uris)) * 3 // len(uris), 2)
+    features[np.arange(len(uris)), classes] += 3
+    features[7] += 200
+    output = writer("embed")
+    for part in embed_parts.plan_parts(len(uris), rows_per_part):
+        inside = rows[(rows >= part.start) & (rows < part.stop)]
+        table = embed_parts.part_table(part, inside, features[inside])
+        output.add(embed_parts.write_part(output.folder, part, table).part)
+    output.write_table("errors.parquet", embed_parts.errors_table([(failed, "truncated")], pa.chunked_array([uris])))
+    inputs["embed"] = commit(output, "embed", config, {"feature_set": "planted"})
+
+    output = writer("neighbors")
+    counts = [0, 3, 40, 9, 0, 1]
+    audit = {"similarity_threshold": 0.4, "bin_edges": [-1.0, -0.5, 0.0, 0.25, 0.5, 0.75, 1.0]}
+    output.write_json("audit.json", audit | {"random_pairs": counts, "nearest_pairs": counts[::-1]})
+    inputs["neighbors"] = commit(output, "neighbors", config)
+
+    labels = classes[rows].astype(np.int32)
+    labels[:3] = 1
+    agreement = np.full(len(rows), 0.9, dtype=np.float32)
+    agreement[:3] = 0.2
+    output = writer("heads")
+    output.write_array("label_matrix.npy", np.stack([labels, np.roll(labels, 5)]))
+    history = [{"epoch": epoch, "loss": 3 / epoch, "best_head_loss": 2.5 / epoch} for epoch in range(1, 9)]
+    output.write_json("training.json", {"history": history, "head_losses": [0.3, 0.4]})
+    inputs["heads"] = commit(output, "heads", config)
+
+    output = writer("consensus")
+    output.write_array("labels.npy", labels)
+    output.write_array("agreement.npy", agreement)
+    confused = [{"cluster": 0, "size": 30, "mean_agreement": 0.9, "confused_with": [{"cluster": 1, "share": 0.25}]}]
+    summary = {"method": "mcla", "anmi": 0.8123, "anmi_by_method": {"mcla": 0.8123, "hbgf": 0.7}, "clusters": confused}
+    output.write_json("summary.json", summary)
+    inputs["consensus"] = commit(output, "consensus", config, {"anmi": 0.8123})
+
+    classifier = fit_classifier(
+        features[rows],
+        labels,
+        ClassifierConfig(num_iterations=200),
+        num_clusters=config.num_clusters,
+        seed=0,
+        outlier_quantile=0.98,
+    )
+    output = writer("classifier")
+    figures = {"learning_rate": 0.01, "holdout_agreement": 0.99, "num_holdout": 9, "ece": 0.02}
+    inputs["classifier"] = commit(output, "classifier", config, figures)
+
+    output = writer("assign")
+    for wanted in plan_parts(inputs["embed"], 40, ["test"]):
+        finished = write_part(
+            wanted,
+            output.folder,
+            embed=inputs["embed"],
+            uris=UriReader(inputs["images"]),
+            classifier=classifier,
+            consensus_N=labels,
+            agreement_N=agreement,
+            exemplar_rows=np.arange(10, len(rows), 3),
+        )
+        output.add(finished.part)
+    inputs["assign"] = commit(output, "assign", config)
+    output = writer("evaluate")
+    output.write_json("metrics.json", {})
+    inputs["evaluate"] = commit(output, "evaluate", config, {"acc": 0.9111, "nmi": 0.8, "ari": 0.7})
+    return PlantedRun(config, inputs)
