@@ -1,11 +1,15 @@
 """What the features look like to a neighbour search, before the graph is built (METHOD section 9); needs no labels.
 
-Legend: N images, D feature dimension, Q sampled query images, B columns at a time, T thresholds.
+Similarities mean something else in every feature space: 0.3 is a good threshold for one backbone and everybody's
+neighbourhood for another. The audit measures what a threshold would do here and, where it is `auto`, chooses it.
+
+Legend: N images, D feature dimension, Q sampled query images, B columns at a time, T thresholds, R k-means runs.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,30 +17,59 @@ import numpy as np
 import numpy.typing as npt
 
 from icce_ray.config import NeighborsConfig
-from icce_ray.neighbors.search import BASE_BLOCK, Floats, Ids, prepare
+from icce_ray.neighbors.memory import worker_bytes
+from icce_ray.neighbors.precision import AGREEMENT_WEIGHTS, NUM_RUNS, cluster_labels, times_together
+from icce_ray.neighbors.search import QUERY_BLOCK, Floats, Ids, most_similar, prepare
 
-MAX_QUERIES = 2000
-MAX_PAIRS = 2_000_000_000
-NUM_BINS = 200
 STREAM = 2
+"""Of the seed: keeps the audit's draws apart from those of other stages."""
+NUM_RANDOM_PAIRS = 1_000_000
+NUM_HISTOGRAM_BINS = 200
+MAX_QUERIES = 2000
+MIN_QUERIES = 256
+MAX_PAIRS = 500_000_000
+MIN_THRESHOLDS = 150
+FINEST_STEP = 1e-5
+MAX_CLASS_SHARE = 0.7
+"""An automatic list is at most this share of N / K long: beyond, it has to run into other classes [DATA.md]."""
+MIN_PRECISION = 0.5
+"""Estimated precision that an automatic threshold keeps, where the features allow it [measured]."""
 
 
 @dataclass(frozen=True)
 class Audit:
-    """Result of the audit; `similarity_threshold` is the one to build the graph with (None: none)."""
+    """Result of the audit. JSON-able by `to_json`.
+
+    num_images, dim: N, D.
+    similarity_threshold: the one to build the graph with; None: none, `min_neighbors` each.
+    is_automatic: whether the audit chose it; reason: how, in words.
+    mean_neighbors: expected mean length of the graph's rows; estimated_precision: expected share of them that belong
+        to the image's cluster.
+    num_queries: images that the expectations were measured on, each against all others.
+    bin_edges, random_pairs, nearest_pairs: histograms of the cosine of random pairs and of the `min_neighbors` most
+        similar pairs.
+    thresholds: for each threshold: mean_neighbors (of the graph it gives), share_at_min (rows with fewer than
+        `min_neighbors` above it), estimated_precision.
+    base_bytes, worker_bytes, graph_bytes: memory for the features (shared by the workers of a machine), of each worker,
+        and of the graph on storage. predicted_s: seconds of one process for the search, from the audit's own speed.
+    """
 
     num_images: int
     dim: int
     similarity_threshold: float | None
     is_automatic: bool
+    reason: str
+    mean_neighbors: float
+    estimated_precision: float
     num_queries: int
     bin_edges: list[float]
     random_pairs: list[int]
     nearest_pairs: list[int]
     thresholds: list[dict[str, float]]
-    mean_neighbors: float
     base_bytes: int
     worker_bytes: int
+    graph_bytes: int
+    predicted_s: float
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -46,78 +79,186 @@ class Audit:
         return cls(**data)
 
 
+@dataclass(frozen=True)
+class Curves:
+    """What each threshold would give, measured on sampled rows.
+
+    thresholds: (T,) ascending; mean_above: (T,) images above the threshold; mean_neighbors: (T,) with the limits of the
+    rule applied; share_at_min: (T,) rows with fewer than `min_neighbors` above; precision: (T,) estimated;
+    precision_at_min: of the `min_neighbors` most similar alone.
+    """
+
+    thresholds: npt.NDArray[np.float64]
+    mean_above: npt.NDArray[np.float64]
+    mean_neighbors: npt.NDArray[np.float64]
+    share_at_min: npt.NDArray[np.float64]
+    precision: npt.NDArray[np.float64]
+    precision_at_min: float
+
+
 def audit(features_ND: npt.NDArray[np.floating], config: NeighborsConfig, *, num_clusters: int, seed: int) -> Audit:
     """Audit features as they come; see `audit_prepared`."""
     return audit_prepared(prepare(features_ND, config.center), config, num_clusters=num_clusters, seed=seed)
 
 
 def audit_prepared(base_ND: Floats, config: NeighborsConfig, *, num_clusters: int, seed: int) -> Audit:
-    """Similarity histograms, expected neighbours per threshold, and the threshold to use.
+    """Similarity histograms, what each threshold would give, and the threshold to use.
 
     Args:
         base_ND: (N, D) float32 as `search.prepare` returns it.
         config: threshold (`auto`: chosen here) and limits.
         num_clusters: K.
-        seed: of the sample of query images.
+        seed: of samples and k-means starts.
     """
     num_images, dim = base_ND.shape
     rng = np.random.default_rng([seed, STREAM])
-    num_queries = int(min(num_images, MAX_QUERIES, max(256, MAX_PAIRS // num_images)))
-    queries_Q = np.sort(rng.choice(num_images, num_queries, replace=False))
-    counts_QT = _count_per_bin(base_ND, queries_Q)
-    above_QT = np.cumsum(counts_QT[:, ::-1], axis=1)[:, ::-1]
-    edges = np.round(np.linspace(-1, 1, NUM_BINS + 1), 2)
     floor = min(config.min_neighbors, num_images - 1)
-    lengths_QT = np.maximum(above_QT, floor)
-    if config.max_neighbors is not None:
-        lengths_QT = np.minimum(lengths_QT, config.max_neighbors)
-    mean_above_T = above_QT.mean(axis=0)
-    threshold = config.similarity_threshold
+    random_P = _random_similarities(base_ND, rng)
+    num_queries = min(num_images, MAX_QUERIES, max(MIN_QUERIES, MAX_PAIRS // num_images))
+    queries_Q = np.sort(rng.choice(num_images, num_queries, replace=False))
+    started = time.perf_counter()
+    nearest_Qk, nearest_ids_Qk = most_similar(base_ND, queries_Q, floor)
+    search_s = time.perf_counter() - started
+    labels_RN = cluster_labels(base_ND, num_clusters, rng)
+    share_of_interest = min(1.0, max(1.5 / num_clusters, 2.0 * floor / num_images))
+    thresholds_T = _candidate_thresholds(float(np.quantile(random_P, 1.0 - share_of_interest)))
+    curves = measure_curves(base_ND, queries_Q, nearest_ids_Qk, labels_RN, thresholds_T, config.max_neighbors)
+
+    threshold, reason = config.similarity_threshold, "given"
     if threshold == "auto":
-        wanted = max(floor, 0.35 * num_images / num_clusters)
-        threshold = float(edges[:-1][np.argmax(mean_above_T <= wanted)])
-    nearest_QT = np.diff(np.minimum(np.pad(above_QT, ((0, 0), (0, 1))), floor)[:, ::-1], axis=1)[:, ::-1]
+        threshold, reason = choose_threshold(curves, floor, num_images / num_clusters)
+    mean_neighbors, precision = float(floor), curves.precision_at_min
+    if threshold is not None:
+        t = max(0, int(np.searchsorted(thresholds_T, threshold + FINEST_STEP / 2)) - 1)
+        mean_neighbors, precision = float(curves.mean_neighbors[t]), float(curves.precision[t])
+    index_bytes = 4 if num_images <= 2**31 - 1 else 8
+    edges = np.linspace(-1.0, 1.0, NUM_HISTOGRAM_BINS + 1).round(6)
     return Audit(
         num_images=num_images,
         dim=dim,
         similarity_threshold=threshold,
         is_automatic=config.similarity_threshold == "auto",
+        reason=reason,
+        mean_neighbors=round(mean_neighbors, 2),
+        estimated_precision=round(precision, 4),
         num_queries=num_queries,
         bin_edges=edges.tolist(),
-        random_pairs=counts_QT.sum(axis=0).tolist(),
-        nearest_pairs=nearest_QT.sum(axis=0).tolist(),
+        random_pairs=np.histogram(random_P.clip(-1, 1), edges)[0].tolist(),
+        nearest_pairs=np.histogram(nearest_Qk.clip(-1, 1), edges)[0].tolist(),
         thresholds=[
             {
-                "threshold": float(edges[t]),
-                "mean_neighbors": float(lengths_QT[:, t].mean()),
-                "mean_above": float(mean_above_T[t]),
-                "share_below_min": float((above_QT[:, t] < floor).mean()),
+                "threshold": float(thresholds_T[t]),
+                "mean_neighbors": round(float(curves.mean_neighbors[t]), 2),
+                "share_at_min": round(float(curves.share_at_min[t]), 4),
+                "estimated_precision": round(float(curves.precision[t]), 4),
             }
-            for t in range(NUM_BINS)
+            for t in range(len(thresholds_T))
         ],
-        mean_neighbors=0.0,
         base_bytes=num_images * dim * 4,
-        worker_bytes=1_000_000_000,
+        worker_bytes=worker_bytes(dim, mean_neighbors),
+        graph_bytes=int(num_images * (mean_neighbors * index_bytes + 8)),
+        predicted_s=round(search_s / num_queries * num_images, 1),
     )
 
 
-def available_memory_bytes() -> int:
-    return 10**12
+def choose_threshold(curves: Curves, floor: int, class_size: float) -> tuple[float, str]:
+    """The lowest threshold, so the most neighbours, whose lists are neither too long nor too impure.
+
+    Args:
+        curves: measured on the features.
+        floor: `min_neighbors`, at most N - 1.
+        class_size: N / K.
+
+    Returns:
+        The threshold, and in words what set it.
+    """
+    longest = max(float(floor), MAX_CLASS_SHARE * class_size)
+    is_short_T = curves.mean_above <= longest
+    is_pure_T = curves.precision >= MIN_PRECISION
+    if (is_short_T & is_pure_T).any():
+        t = int(np.argmax(is_short_T & is_pure_T))
+        limit = f"an estimated precision of {MIN_PRECISION:.0%}" if is_short_T[max(t - 1, 0)] else "list length"
+        reason = f"the most neighbours within {limit}; at most {longest:,.0f} on average"
+    else:
+        t = int(np.argmax(curves.mean_above <= floor)) if (curves.mean_above <= floor).any() else -1
+        reason = f"estimated precision below {MIN_PRECISION:.0%} everywhere: about min_neighbors above the threshold"
+    return float(curves.thresholds[t]), reason
 
 
-def _count_per_bin(base_ND: Floats, queries_Q: Ids) -> npt.NDArray[np.int64]:
-    """How many images have a cosine with each query image in each of `NUM_BINS` equal bins of [-1, 1]: (Q, bins)."""
-    num_images = len(base_ND)
-    counts = np.zeros(len(queries_Q) * NUM_BINS, np.int64)
-    offset_Q1 = (np.arange(len(queries_Q)) * NUM_BINS)[:, None]
-    for start in range(0, num_images, BASE_BLOCK):
-        cosine_QB = base_ND[queries_Q] @ base_ND[start : start + BASE_BLOCK].T
-        counts += np.bincount((_bin_of(cosine_QB) + offset_Q1).ravel(), minlength=len(counts))
-    own_Q = np.einsum("qd,qd->q", base_ND[queries_Q], base_ND[queries_Q])
-    np.subtract.at(counts, offset_Q1[:, 0] + _bin_of(own_Q), 1)
-    return counts.reshape(len(queries_Q), NUM_BINS)
+def measure_curves(
+    base_ND: Floats,
+    queries_Q: Ids,
+    nearest_ids_Qk: Ids,
+    labels_RN: npt.NDArray[np.int32],
+    thresholds_T: npt.NDArray[np.float64],
+    max_neighbors: int | None,
+) -> Curves:
+    """Compare the query images with all images.
+
+    Args:
+        base_ND: (N, D) prepared features.
+        queries_Q: the images whose rows are measured.
+        nearest_ids_Qk: their `min_neighbors` most similar images.
+        labels_RN: of the k-means runs.
+        thresholds_T: ascending multiples of `FINEST_STEP`.
+        max_neighbors: the rule's upper limit.
+    """
+    num_queries, floor = nearest_ids_Qk.shape
+    shape = (num_queries, len(thresholds_T) + 1, NUM_RUNS + 1)
+    counts = np.zeros(np.prod(shape), np.int64)
+    first_Q1 = (np.arange(num_queries) * shape[1] * shape[2])[:, None]
+    steps_per_unit = round(1 / FINEST_STEP)
+    bin_middles = -1.0 + (np.arange(2 * steps_per_unit + 1) + 0.5) * FINEST_STEP
+    bin_of_step = (np.searchsorted(thresholds_T, bin_middles, side="right") * shape[2]).astype(np.int32)
+
+    def cell(cosine: Floats, together: npt.NDArray[np.uint8]) -> npt.NDArray[np.int32]:
+        step = ((cosine.clip(-1.0, 1.0) + 1.0) * steps_per_unit).astype(np.int32)
+        cells: npt.NDArray[np.int32] = bin_of_step[step] + together
+        return cells
+
+    queries_QD, labels_RQ = base_ND[queries_Q], labels_RN[:, queries_Q]
+    for start in range(0, len(base_ND), QUERY_BLOCK):
+        block = slice(start, start + QUERY_BLOCK)
+        cells_QB = cell(queries_QD @ base_ND[block].T, times_together(labels_RQ, labels_RN[:, block]))
+        counts += np.bincount((cells_QB + first_Q1).ravel(), minlength=len(counts))
+    own_Q = np.einsum("qd,qd->q", queries_QD, queries_QD)
+    np.subtract.at(counts, first_Q1[:, 0] + cell(own_Q, np.full(num_queries, NUM_RUNS, np.uint8)), 1)
+
+    counts_QTC = counts.reshape(shape)[:, 1:]
+    above_QT = counts_QTC.sum(axis=2)[:, ::-1].cumsum(axis=1)[:, ::-1]
+    pure_QT = (counts_QTC @ AGREEMENT_WEIGHTS)[:, ::-1].cumsum(axis=1)[:, ::-1]
+    nearest_together_Qk = sum(
+        (labels_N[queries_Q][:, None] == labels_N[nearest_ids_Qk]).astype(np.int64) for labels_N in labels_RN
+    )
+    nearest_precision_Q = AGREEMENT_WEIGHTS[nearest_together_Qk].mean(axis=1)
+    at_min_QT = above_QT < floor
+    precision_QT = np.where(at_min_QT, nearest_precision_Q[:, None], pure_QT / np.maximum(above_QT, 1))
+    lengths_QT = np.maximum(above_QT, floor)
+    if max_neighbors is not None:
+        lengths_QT = np.minimum(lengths_QT, max_neighbors)
+    return Curves(
+        thresholds_T,
+        above_QT.mean(axis=0),
+        lengths_QT.mean(axis=0),
+        at_min_QT.mean(axis=0),
+        precision_QT.mean(axis=0),
+        float(nearest_precision_Q.mean()),
+    )
 
 
-def _bin_of(cosines: Floats) -> Ids:
-    bins: Ids = np.clip(np.floor((cosines + 1) * (NUM_BINS / 2)), 0, NUM_BINS - 1).astype(np.int64)
-    return bins
+def _random_similarities(base_ND: Floats, rng: np.random.Generator) -> Floats:
+    """Cosines of about `NUM_RANDOM_PAIRS` pairs of different images."""
+    size = min(len(base_ND), round(NUM_RANDOM_PAIRS**0.5))
+    rows, columns = (rng.choice(len(base_ND), size, replace=False) for _ in range(2))
+    cosine = base_ND[rows] @ base_ND[columns].T
+    pairs: Floats = cosine[rows[:, None] != columns[None, :]]
+    return pairs
+
+
+def _candidate_thresholds(lowest_of_interest: float) -> npt.NDArray[np.float64]:
+    """Tenths, and above `lowest_of_interest` steps of 1, 2 or 5 times a power of ten, at least `MIN_THRESHOLDS`."""
+    wanted = max((1.0 - lowest_of_interest) / MIN_THRESHOLDS, FINEST_STEP)
+    power = 10.0 ** np.floor(np.log10(wanted) + 1e-9)
+    step = power * max(factor for factor in (1, 2, 5) if factor * power <= wanted * (1 + 1e-9))
+    fine = np.arange(np.floor(lowest_of_interest / step), round(1.0 / step)) * step
+    return np.unique(np.concatenate([np.arange(-9, 10) / 10, fine]).round(6))

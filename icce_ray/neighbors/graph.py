@@ -20,13 +20,11 @@ import numpy.typing as npt
 
 from icce_ray.config import NeighborsConfig
 from icce_ray.neighbors.audit import Audit, audit_prepared
+from icce_ray.neighbors.memory import MAX_ROWS_PER_PART, PAIRS_HELD
 from icce_ray.neighbors.search import QUERY_BLOCK, Floats, Ids, most_similar, pairs_above, prepare
 from icce_ray.progress import Progress
 from icce_ray.store import Artifact
 from icce_ray.store.artifact import cache_folder
-
-MAX_ROWS_PER_PART = 16_384
-PAIRS_HELD = 8_000_000
 
 
 @dataclass(frozen=True)

@@ -26,8 +26,9 @@ from icce_ray.config import Config
 from icce_ray.context import StageContext
 from icce_ray.embed.features import load_features
 from icce_ray.errors import ResourceError, WorkerError
-from icce_ray.neighbors.audit import Audit, audit_prepared, available_memory_bytes
+from icce_ray.neighbors.audit import Audit, audit_prepared
 from icce_ray.neighbors.graph import Rows, build_rows, part_ranges
+from icce_ray.neighbors.memory import available_memory_bytes
 from icce_ray.neighbors.search import Floats, prepare, set_threads
 from icce_ray.store import Artifact, ArtifactWriter, Folder, Part
 from icce_ray.store.artifact import cache_folder

@@ -1,0 +1,77 @@
+"""How precise the neighbours are, sensed without labels [ours].
+
+Two images that k-means puts into one cluster, and puts into one cluster again when it starts elsewhere, are taken to be
+of one class. The share of neighbours for which that holds follows the share with the same label closely, over feature
+sets and over list lengths (benchmarks/ has the tables): one run of k-means alone is too sure of itself where classes
+overlap, because its borders run where neighbours are few; where two runs disagree is where it guesses.
+
+Legend: N images, D feature dimension, K clusters, R k-means runs, P pairs.
+"""
+
+from __future__ import annotations
+
+import faiss
+import numpy as np
+import numpy.typing as npt
+
+from icce_ray.neighbors.search import BASE_BLOCK, Floats
+
+NUM_RUNS = 4
+NUM_ITERATIONS = 20
+MIN_TRAINING_IMAGES = 20_000
+TRAINING_IMAGES_PER_CLUSTER = 64
+
+AGREEMENT_WEIGHTS = np.array([c * (c - 1) / (NUM_RUNS * (NUM_RUNS - 1)) for c in range(NUM_RUNS + 1)])
+"""By the number of runs that put a pair into one cluster: the share of pairs of runs in which both do."""
+
+
+def cluster_labels(base_ND: Floats, num_clusters: int, rng: np.random.Generator) -> npt.NDArray[np.int32]:
+    """Labels of `NUM_RUNS` independent spherical k-means: (R, N) int32.
+
+    Each run learns its centroids from a random sample of the images, which bounds the time at any N.
+
+    Args:
+        base_ND: (N, D) unit rows, as `search.prepare` returns them.
+        num_clusters: K; less where the images are fewer.
+        rng: of samples and starts.
+    """
+    num_images = len(base_ND)
+    num_clusters = min(num_clusters, num_images)
+    num_training = min(num_images, max(MIN_TRAINING_IMAGES, TRAINING_IMAGES_PER_CLUSTER * num_clusters))
+    labels_RN = np.empty((NUM_RUNS, num_images), np.int32)
+    for run in range(NUM_RUNS):
+        sample = np.sort(rng.choice(num_images, num_training, replace=False))
+        centroids_KD = _spherical_kmeans(base_ND[sample], num_clusters, int(rng.integers(2**31)))
+        for start in range(0, num_images, BASE_BLOCK):
+            block_BD = base_ND[start : start + BASE_BLOCK]
+            labels_RN[run, start : start + len(block_BD)] = (block_BD @ centroids_KD.T).argmax(axis=1)
+    return labels_RN
+
+
+def times_together(labels_RA: npt.NDArray[np.int32], labels_RB: npt.NDArray[np.int32]) -> npt.NDArray[np.uint8]:
+    """In how many runs each image of A shares its cluster with each of B: (A, B) uint8."""
+    count_AB = np.zeros((labels_RA.shape[1], labels_RB.shape[1]), np.uint8)
+    for labels_A, labels_B in zip(labels_RA, labels_RB, strict=True):
+        count_AB += labels_A[:, None] == labels_B[None, :]
+    return count_AB
+
+
+def _spherical_kmeans(points_MD: Floats, num_clusters: int, seed: int) -> Floats:
+    # One thread: the sums, and so the threshold that comes of them, must not depend on the machine's load or size.
+    num_threads = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(1)
+    try:
+        kmeans = faiss.Kmeans(
+            points_MD.shape[1],
+            num_clusters,
+            niter=NUM_ITERATIONS,
+            seed=seed,
+            spherical=True,
+            min_points_per_centroid=1,
+            max_points_per_centroid=2**31 - 1,
+        )
+        kmeans.train(np.ascontiguousarray(points_MD))
+    finally:
+        faiss.omp_set_num_threads(num_threads)
+    assert kmeans.centroids is not None
+    return kmeans.centroids
