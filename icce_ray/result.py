@@ -74,7 +74,7 @@ def sum_up(
         num_errors=num_failed(artifacts),
         num_clusters=config.num_clusters,
         anmi=artifacts["consensus"].metrics["anmi"],
-        assignments=artifacts["assign"].folder.uri,
+        assignments=artifacts["assign"].folder.file_uri("assignments"),
         report=artifacts["report"].folder.file_uri("report.html"),
         errors=artifacts["embed"].folder.file_uri("errors.parquet"),
         metrics=artifacts["evaluate"].metrics,

@@ -71,7 +71,7 @@ class Labeler:
 
 
 def run(config: Config, context: StageContext) -> dict[str, Any]:
-    """Label every embedded image: part-*.parquet.
+    """Label every embedded image: assignments/part-*.parquet.
 
     Returns:
         num_images, num_in_consensus, num_outliers, num_exemplars, mean_confidence, num_clusters_used,

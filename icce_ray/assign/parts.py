@@ -1,7 +1,8 @@
 """One part of the assignments: some consecutive embedding parts, labelled and written, with a note that it is finished.
 
-Beside each ``part-*.parquet`` lies a ``part-*.done.json`` with what it was made from, so a run that was killed takes up
-exactly the parts that are whole and still right.
+For each ``assignments/part-*.parquet`` there is a ``part-*.done.json`` with what it was made from, so a run that was
+killed takes up exactly the parts that are whole and still right. The folder ``assignments`` holds nothing but Parquet:
+pandas reads it as it is.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from icce_ray.classifier.linear import LinearClassifier
 from icce_ray.embed.features import table_to_arrays
 from icce_ray.embed.listing import TABLE_NAME
 from icce_ray.store import Artifact, ArtifactWriter, Folder, Part
+
+ASSIGNMENTS_FOLDER = "assignments/"
 
 
 @dataclass(frozen=True)
@@ -121,7 +124,7 @@ class UriReader:
 
 
 def note_name(part_name: str) -> str:
-    return part_name.removesuffix(".parquet") + ".done.json"
+    return part_name.removeprefix(ASSIGNMENTS_FOLDER).removesuffix(".parquet") + ".done.json"
 
 
 def plan_parts(embed: Artifact, rows_per_part: int, source: Iterable[str]) -> list[AssignPart]:
@@ -145,7 +148,9 @@ def plan_parts(embed: Artifact, rows_per_part: int, source: Iterable[str]) -> li
         content = [*shared, *(embed.part(name).sha256 for name in names)]
         digest = hashlib.sha256(json.dumps([content, first_row]).encode()).hexdigest()[:16]
         num_rows = sum(embed.part(name).rows or 0 for name in names)
-        parts.append(AssignPart(f"part-{index:05d}.parquet", tuple(names), first_row, num_rows, digest))
+        parts.append(
+            AssignPart(f"{ASSIGNMENTS_FOLDER}part-{index:05d}.parquet", tuple(names), first_row, num_rows, digest)
+        )
         first_row += num_rows
     return parts
 

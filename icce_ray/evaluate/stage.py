@@ -97,4 +97,4 @@ def evaluate(
 
 def read_assignments(assign: Artifact, columns: list[str]) -> pa.Table:
     """Columns of all assignments, in ascending image_id."""
-    return pa.concat_tables([assign.read_table(name).select(columns) for name in assign.part_names("part-")])
+    return pa.concat_tables([assign.read_table(name).select(columns) for name in assign.part_names("assignments/")])

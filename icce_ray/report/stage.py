@@ -43,7 +43,7 @@ def run(config: Config, context: StageContext) -> dict[str, Any]:
         num_pictures (on the page), num_bytes (of the page).
     """
     inputs = context.inputs
-    parts = inputs["assign"].part_names("part-")
+    parts = inputs["assign"].part_names("assignments/")
     content = gather(
         (inputs["assign"].read_table(name) for name in parts),
         config.num_clusters,

@@ -43,7 +43,7 @@ def consensus(config: Config, context: StageContext) -> dict[str, Any]:
 
 def assign(config: Config, context: StageContext) -> dict[str, Any]:
     ran.append("assign")
-    context.output.write_json("rows.json", context.inputs["consensus"].read_json("labels.json"))
+    context.output.write_json("assignments/rows.json", context.inputs["consensus"].read_json("labels.json"))
     return {}
 
 
