@@ -7,6 +7,7 @@ finished ones. The exemplars are picked beforehand, by one task, from the images
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterator
 from functools import cached_property
 from typing import Any
@@ -148,7 +149,9 @@ def _label(
     data_context.enable_progress_bars = False
     data_context.execution_no_progress_timeout_s = NO_PROGRESS_TIMEOUT_S
     rows = [json.dumps({**vars(part), "inputs": list(part.inputs)}) for part in pending]
-    with ray.data.DataContext.current(data_context):
+    with ray.data.DataContext.current(data_context), warnings.catch_warnings():
+        # Ray 2.60 deprecates the way to pass `max_task_retries` and has no other yet.
+        warnings.filterwarnings("ignore", message="`ray_remote_args` is deprecated")
         dataset = ray.data.from_arrow([pa.table({"part": [row]}) for row in rows]).map_batches(
             Labeler,
             batch_size=1,
