@@ -139,14 +139,12 @@ class HeadsConfig(Section):
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the matrix products; sums and losses are float32. `auto`: bfloat16 where the processor multiplies it
     natively."""
-    max_images: PositiveInt = 2_000_000
-    """Above this many images graph, heads and consensus use a uniform random sample of this size."""
     checkpoint_interval_s: PositiveFloat = 60.0
     """Seconds of training that a killed run loses at most, and one epoch."""
 
 
 class ConsensusConfig(Section):
-    methods: tuple[ConsensusMethod, ...] = ("mcla", "hbgf", "cspa")
+    methods: tuple[ConsensusMethod, ...] = ("mcla", "hbgf", "cspa", "vote")
     """Consensus functions to try; the result with the highest average NMI with the heads is kept."""
     cspa_max_images: PositiveInt = 5_000
     """CSPA builds an N x N matrix: above this many images it is left out."""

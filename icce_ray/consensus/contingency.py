@@ -133,22 +133,28 @@ def count_pairs(a_N: npt.NDArray[Any], b_N: npt.NDArray[Any], num_a: int, num_b:
     Returns:
         (num_a, num_b) int64 without stored zeros. The counts of shards add up.
     """
+    cells_n = _cells(a_N, b_N, num_b)
+    if num_a * num_b <= max(MIN_DENSE_CELLS, MAX_DENSE_CELLS_PER_IMAGE * len(cells_n)):
+        return sp.csr_array(np.bincount(cells_n, minlength=num_a * num_b).reshape(num_a, num_b))
+    used_cells, counts = np.unique(cells_n, return_counts=True)
+    rows, columns = np.divmod(used_cells, num_b)
+    table = sp.coo_array((counts.astype(np.int64), (rows, columns)), shape=(num_a, num_b))
+    return sp.csr_array(table)
+
+
+def _cells(a_N: npt.NDArray[Any], b_N: npt.NDArray[Any], num_b: int) -> npt.NDArray[np.int64]:
     assert a_N.shape == b_N.shape
     present = (a_N >= 0) & (b_N >= 0)
     if not present.all():
         a_N, b_N = a_N[present], b_N[present]
-    cells = a_N.astype(np.int64) * num_b + b_N
-    if num_a * num_b <= max(MIN_DENSE_CELLS, MAX_DENSE_CELLS_PER_IMAGE * len(cells)):
-        return sp.csr_array(np.bincount(cells, minlength=num_a * num_b).reshape(num_a, num_b))
-    used_cells, counts = np.unique(cells, return_counts=True)
-    rows, columns = np.divmod(used_cells, num_b)
-    table = sp.coo_array((counts.astype(np.int64), (rows, columns)), shape=(num_a, num_b))
-    return sp.csr_array(table)
+    return a_N.astype(np.int64) * num_b + b_N
 
 
 def count_consensus(labels_N: npt.NDArray[Any], heads: HeadLabels, num_clusters: int) -> Counts:
     """Counts of a labelling against the clusters of all heads: (num_clusters, C) int64, additive over shards."""
     counts_KC = np.zeros((num_clusters, heads.num_head_clusters), dtype=np.int64)
     for codes_N, start, stop in zip(heads.codes, heads.offsets[:-1], heads.offsets[1:], strict=True):
-        counts_KC[:, start:stop] = count_pairs(labels_N, codes_N, num_clusters, int(stop - start)).toarray()
+        cells_n = _cells(labels_N, codes_N, int(stop - start))
+        counts = np.bincount(cells_n, minlength=num_clusters * int(stop - start))
+        counts_KC[:, start:stop] = counts.reshape(num_clusters, -1)
     return counts_KC

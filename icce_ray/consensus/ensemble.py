@@ -28,8 +28,12 @@ from icce_ray.consensus.plain import align_and_vote, best_head, fill_empty_clust
 from icce_ray.consensus.refine import refine as refine_labels
 from icce_ray.errors import InputError
 
-NUM_TRIES = 4
-"""METIS partitions made per method, with different seeds; the one with the highest ANMI counts."""
+MAX_SEEDS, MAX_STARTS = 4, 16
+"""METIS partitions per method, and heads that `vote` starts from: the try with the highest ANMI counts."""
+TRIES_BUDGET = 2_000_000
+"""Labels (heads x images) times tries, about: large inputs get fewer tries, at least one."""
+SCREENING_PASSES = 5
+"""Refinement passes for each try; only the best try of each method is refined to the end."""
 FALLBACK = "vote"
 """What is used when every method asked for failed: it needs no partitioner."""
 
@@ -97,7 +101,7 @@ def cluster_ensemble(
         labels: (H, N) integers: H clusterings ("heads") of the same N images, labels from 0, -1 where one gave none.
         n_clusters: clusters of the consensus (K). Not given: as many as the head with the most.
         methods: consensus functions to try: `mcla`, `hbgf`, `cspa`, `vote` (heads aligned one to one, majority),
-            `best_head` (the head with the lowest loss, else with the highest ANMI, as it is). Not given: the first 3.
+            `best_head` (the head with the lowest loss, else with the highest ANMI). Not given: the first four.
         random_state: seed; the same seed gives the same result.
         refine: reassign images as long as that raises the ANMI.
         imbalance: how much heavier than the average METIS may make a part.
@@ -120,7 +124,7 @@ def cluster_ensemble(
         raise InputError(f"imbalance is {imbalance}; it must be at least 1 (1.5: parts up to 1.5 times the average)")
     seeds = _derive_seeds(random_state)
 
-    candidates: dict[str, Labels] = {}
+    candidates: dict[str, _Candidate] = {}
     skipped: dict[str, str] = {}
     for method in chosen:
         try:
@@ -128,28 +132,45 @@ def cluster_ensemble(
         except (PartitionError, MemoryError) as error:
             skipped[method] = str(error) or "out of memory"
             continue
-        candidates[method] = max(tries, key=lambda labels_N: anmi(labels_N, heads, num_clusters))
+        candidates[method] = _best_of(tries, heads, num_clusters, refine)
     if not candidates:
-        candidates[FALLBACK] = align_and_vote(heads, num_clusters, seed=seeds[0])
-
-    start_anmi = {method: anmi(labels_N, heads, num_clusters) for method, labels_N in candidates.items()}
-    final_anmi = dict(start_anmi)
-    if refine:
-        for method, labels_N in candidates.items():
-            candidates[method], final_anmi[method] = refine_labels(labels_N, heads, num_clusters, seed=seeds[0])
-    best = max(final_anmi, key=lambda method: final_anmi[method])
-    agreement = measure_agreement(candidates[best], heads, num_clusters, seed=seeds[0])
+        tries = align_and_vote(heads, num_clusters, seed=seeds[0])
+        candidates[FALLBACK] = _best_of(tries, heads, num_clusters, refine)
+    best = max(candidates, key=lambda method: candidates[method].anmi)
+    labels_N = candidates[best].labels
+    agreement = measure_agreement(labels_N, heads, num_clusters, seed=seeds[0])
     return EnsembleResult(
-        labels=candidates[best],
+        labels=labels_N,
         method=best,
-        anmi=final_anmi,
-        start_anmi=start_anmi,
-        consensus_anmi=final_anmi[best],
+        anmi={method: candidate.anmi for method, candidate in candidates.items()},
+        start_anmi={method: candidate.start_anmi for method, candidate in candidates.items()},
+        consensus_anmi=candidates[best].anmi,
         agreement=agreement.agreement,
         vote_entropy=agreement.vote_entropy,
         second_choice=agreement.second_choice,
         skipped=skipped,
     )
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """One method's best labels, their ANMI, and the highest ANMI of its tries before refinement."""
+
+    labels: Labels
+    anmi: float
+    start_anmi: float
+
+
+def _best_of(tries: list[Labels], heads: HeadLabels, num_clusters: int, refine: bool) -> _Candidate:
+    scored = [(anmi(labels_N, heads, num_clusters), labels_N) for labels_N in tries]
+    start_anmi = max(score for score, _ in scored)
+    if refine and len(scored) > 1:
+        screened = [refine_labels(try_N, heads, num_clusters, max_passes=SCREENING_PASSES) for _, try_N in scored]
+        scored = [(score, labels_N) for labels_N, score in screened]
+    score, labels_N = max(scored, key=lambda pair: pair[0])
+    if refine:
+        labels_N, score = refine_labels(labels_N, heads, num_clusters)
+    return _Candidate(labels_N, score, start_anmi)
 
 
 def _run_method(
@@ -163,12 +184,13 @@ def _run_method(
 ) -> list[Labels]:
     if method == "best_head":
         return [best_head(heads, num_clusters, losses)]
+    num_tries = max(1, TRIES_BUDGET // heads.codes.size)
     if method == "vote":
-        return [align_and_vote(heads, num_clusters, seed=seeds[0])]
+        return align_and_vote(heads, num_clusters, seed=seeds[0], num_starts=min(num_tries, MAX_STARTS))
     if method == "mcla":
-        tries = mcla(heads, num_clusters, imbalance=imbalance, seeds=seeds)
+        tries = mcla(heads, num_clusters, imbalance=imbalance, seeds=seeds[:num_tries])
     elif method == "hbgf":
-        tries = hbgf(heads, num_clusters, imbalance=imbalance, seeds=seeds)
+        tries = hbgf(heads, num_clusters, imbalance=imbalance, seeds=seeds[:num_tries])
     else:
         if heads.num_images > cspa_max_images:
             raise PartitionError(f"{heads.num_images:,} images are more than cspa_max_images, {cspa_max_images:,}")
@@ -219,7 +241,7 @@ def _check_losses(head_losses: npt.ArrayLike | None, heads: HeadLabels) -> npt.N
 
 
 def _derive_seeds(random_state: RandomState) -> list[int]:
-    """NUM_TRIES seeds, 31 bits each: what METIS takes."""
+    """MAX_SEEDS seeds of 31 bits, which METIS takes."""
     if isinstance(random_state, np.random.Generator):
         root = int(random_state.integers(2**31))
     elif isinstance(random_state, np.random.RandomState):
@@ -235,4 +257,4 @@ def _derive_seeds(random_state: RandomState) -> list[int]:
             ) from None
         if root < 0:
             raise InputError(f"random_state is {root}; it must not be negative")
-    return [int(state >> 1) for state in np.random.SeedSequence(root).generate_state(NUM_TRIES)]
+    return [int(state >> 1) for state in np.random.SeedSequence(root).generate_state(MAX_SEEDS)]

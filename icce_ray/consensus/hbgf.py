@@ -12,8 +12,8 @@ from icce_ray.consensus.contingency import HeadLabels, Labels
 from icce_ray.consensus.partition import PartitionError, partition_graph
 from icce_ray.consensus.votes import hash_numbers
 
-MAX_EDGES = 20_000_000
-"""METIS needs about 100 bytes and two microseconds an edge: above this many, HBGF is left out."""
+MAX_EDGES = 10_000_000
+"""METIS needs about 100 bytes and two microseconds an edge: above this many (head labels), HBGF is left out."""
 
 
 def group_equal_images(heads: HeadLabels) -> tuple[np.ndarray, np.ndarray]:
@@ -39,9 +39,7 @@ def hbgf(heads: HeadLabels, num_clusters: int, *, imbalance: float, seeds: list[
     columns_GH = heads.columns()[first_G] if num_groups < heads.num_images else heads.columns()
     present = columns_GH >= 0
     if present.sum() > MAX_EDGES:
-        raise PartitionError(
-            f"its graph has {present.sum():,} edges, over the {MAX_EDGES:,} that METIS can cut in minutes"
-        )
+        raise PartitionError(f"its graph has {present.sum():,} edges, over the limit of {MAX_EDGES:,}")
     if num_groups < num_clusters:
         raise PartitionError(f"only {num_groups} images differ in their labels, fewer than {num_clusters} clusters")
     images_G = np.bincount(group_N)

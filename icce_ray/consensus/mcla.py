@@ -20,6 +20,9 @@ from icce_ray.consensus.contingency import MISSING, Counts, HeadLabels, Labels, 
 from icce_ray.consensus.partition import partition_graph
 from icce_ray.consensus.votes import block_rows, rank_votes
 
+MAX_FULL_CLUSTERS = 2000
+MIN_JACCARD = 0.01
+"""With more head clusters than that, pairs that overlap less get no edge: most of the pairs, and chance alone."""
 JACCARD_SCALE = 1000
 """Edge weights are integers for METIS: thousandths of the Jaccard similarity."""
 
@@ -36,8 +39,6 @@ def cluster_graph(
     pair_counts: Iterable[tuple[int, int, sp.csr_array]],
     head_cluster_sizes: Counts,
     offsets: Counts,
-    *,
-    min_jaccard: float = 0.5 / JACCARD_SCALE,
 ) -> sp.csr_array:
     """Graph of the head clusters: (C, C) symmetric int32, Jaccard similarities in thousandths.
 
@@ -45,8 +46,9 @@ def cluster_graph(
         pair_counts: (g, h, counts) for the pairs of heads g < h.
         head_cluster_sizes: (C,) images per head cluster.
         offsets: (H+1,) first head cluster of each head.
-        min_jaccard: pairs of clusters that overlap less get no edge.
     """
+    num_head_clusters = int(offsets[-1])
+    min_jaccard = MIN_JACCARD if num_head_clusters > MAX_FULL_CLUSTERS else 0.5 / JACCARD_SCALE
     rows, columns, weights = [], [], []
     for g, h, counts in pair_counts:
         cells = counts.tocoo()
@@ -57,7 +59,6 @@ def cluster_graph(
         rows.append(row[kept])
         columns.append(column[kept])
         weights.append(np.maximum(np.rint(jaccard[kept] * JACCARD_SCALE), 1).astype(np.int32))
-    num_head_clusters = int(offsets[-1])
     shape = (num_head_clusters, num_head_clusters)
     if not rows:
         return sp.csr_array(shape, dtype=np.int32)

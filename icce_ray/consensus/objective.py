@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import scipy.sparse as sp
 
-from icce_ray.consensus.contingency import Counts, HeadLabels, count_pairs
+from icce_ray.consensus.contingency import Counts, HeadLabels, count_consensus
 
 Mean = Literal["geometric", "arithmetic"]
 Table: TypeAlias = sp.csr_array | npt.NDArray[Any]
@@ -28,17 +28,18 @@ def entropy(sizes: npt.NDArray[Any]) -> float:
 
 def mutual_information(table: Table) -> float:
     """Mutual information in nats between the rows and columns of a contingency table; never negative."""
-    cells = sp.coo_array(table)
-    counts = cells.data.astype(np.float64)
+    if isinstance(table, np.ndarray):
+        rows, columns = np.nonzero(table)
+        counts = table[rows, columns].astype(np.float64)
+    else:
+        cells = table.tocoo()
+        (rows, columns), counts = cells.coords, cells.data.astype(np.float64)
     total = counts.sum()
     if total == 0:
         return 0.0
-    row_sizes = np.asarray(table.sum(axis=1), dtype=np.float64).ravel()
-    column_sizes = np.asarray(table.sum(axis=0), dtype=np.float64).ravel()
-    present = counts > 0
-    rows, columns = (axis[present] for axis in cells.coords)
-    counts = counts[present]
-    ratios = np.log(counts) - np.log(row_sizes[rows]) - np.log(column_sizes[columns]) + np.log(total)
+    log_rows = np.log(np.maximum(np.asarray(table.sum(axis=1)).ravel(), 1))
+    log_columns = np.log(np.maximum(np.asarray(table.sum(axis=0)).ravel(), 1))
+    ratios = np.log(counts) - log_rows[rows] - log_columns[columns] + np.log(total)
     return max(float((counts * ratios).sum() / total), 0.0)
 
 
@@ -66,11 +67,7 @@ def anmi(labels_N: npt.NDArray[Any], heads: HeadLabels, num_clusters: int) -> fl
         labels_N: (N,) integers 0..num_clusters-1.
         heads: the label matrix. An image that a head gave no label is left out of that head's NMI.
     """
-    tables = (
-        count_pairs(labels_N, codes_N, num_clusters, len(values))
-        for codes_N, values in zip(heads.codes, heads.values, strict=True)
-    )
-    return float(np.mean([nmi_from_counts(table) for table in tables]))
+    return anmi_from_counts(count_consensus(labels_N, heads, num_clusters), heads.offsets)
 
 
 def anmi_from_counts(counts_KC: Counts, offsets: Counts) -> float:

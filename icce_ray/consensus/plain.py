@@ -12,9 +12,9 @@ import numpy as np
 import numpy.typing as npt
 
 from icce_ray.consensus.agreement import align_heads
-from icce_ray.consensus.contingency import Counts, HeadLabels, Labels, count_consensus
+from icce_ray.consensus.contingency import MISSING, Counts, HeadLabels, Labels, count_consensus
 from icce_ray.consensus.mcla import vote
-from icce_ray.consensus.objective import anmi, anmi_from_counts
+from icce_ray.consensus.objective import anmi
 from icce_ray.consensus.partition import PartitionError
 
 MAX_ROUNDS = 20
@@ -44,38 +44,43 @@ def _is_usable(heads: HeadLabels, head: int, num_clusters: int) -> bool:
     return len(heads.values[head]) <= num_clusters and bool((heads.codes[head] >= 0).all())
 
 
-def align_and_vote(heads: HeadLabels, num_clusters: int, *, seed: int) -> Labels:
-    """Majority of the heads, aligned to the head with the highest ANMI; then aligned to that majority, and so on until
-    the ANMI stops rising (N,).
+def align_and_vote(heads: HeadLabels, num_clusters: int, *, seed: int, num_starts: int = 1) -> list[Labels]:
+    """Majority of the heads, aligned to one of them; then aligned to that majority, and so on until the ANMI stops
+    rising: labels (N,) for each of `num_starts` heads, those with the highest ANMI among the ones that fit.
 
-    The start is the best head with at most `num_clusters` clusters. Where there is none, the largest clusters of the
-    head with the fewest clusters stand, and each other cluster joins one of them by the heads' votes.
+    A head with more than `num_clusters` clusters keeps its largest and joins the rest to the smallest of these.
     """
-    labels_N = _start(heads, num_clusters)
+    clusters = heads.num_clusters
+    fits = [bool(clusters[head] <= num_clusters) for head in range(heads.num_heads)]
+    scores = [anmi(_as_start(heads, head, num_clusters), heads, num_clusters) for head in range(heads.num_heads)]
+    order = sorted(range(heads.num_heads), key=lambda head: (not fits[head], -scores[head]))
+    starts = [_as_start(heads, head, num_clusters) for head in order[:num_starts]]
+    return [_vote_until_stable(labels_N, heads, num_clusters, seed) for labels_N in starts]
+
+
+def _vote_until_stable(labels_N: Labels, heads: HeadLabels, num_clusters: int, seed: int) -> Labels:
     best_N, best = labels_N, -1.0
     for _ in range(MAX_ROUNDS):
         cluster_of_column = align_heads(count_consensus(labels_N, heads, num_clusters), heads.offsets)
         labels_N = vote(heads, cluster_of_column, num_clusters, seed=seed, by_mean=False)
         labels_N = fill_empty_clusters(labels_N, heads, num_clusters)
-        value = anmi_from_counts(count_consensus(labels_N, heads, num_clusters), heads.offsets)
+        value = anmi(labels_N, heads, num_clusters)
         if value <= best:
             break
         best_N, best = labels_N, value
     return best_N
 
 
-def _start(heads: HeadLabels, num_clusters: int) -> Labels:
-    fitting = [head for head in range(heads.num_heads) if len(heads.values[head]) <= num_clusters]
-    if fitting:
-        head = max(fitting, key=lambda h: anmi(np.maximum(heads.codes[h], 0), heads, num_clusters))
-        best_N: Labels = np.maximum(heads.codes[head], 0)
-        return best_N
-    head = int(heads.num_clusters.argmin())
+def _as_start(heads: HeadLabels, head: int, num_clusters: int) -> Labels:
+    """The head's labels in 0..num_clusters-1, none missing."""
     codes_N = heads.codes[head]
-    sizes = np.bincount(codes_N[codes_N >= 0])
-    rank = np.empty(len(sizes), dtype=np.int32)
-    rank[np.argsort(-sizes, kind="stable")] = np.arange(len(sizes))
-    return np.where(codes_N >= 0, np.minimum(rank[codes_N], num_clusters - 1), num_clusters - 1).astype(np.int32)
+    if len(heads.values[head]) > num_clusters:
+        order = np.argsort(-np.bincount(codes_N[codes_N >= 0]), kind="stable")
+        rank = np.empty(len(order), dtype=np.int32)
+        rank[order] = np.arange(len(order))
+        codes_N = np.where(codes_N >= 0, np.minimum(rank[codes_N], num_clusters - 1), MISSING)
+    labels_N: Labels = np.where(codes_N >= 0, codes_N, num_clusters - 1).astype(np.int32)
+    return labels_N
 
 
 def fill_empty_clusters(labels_N: Labels, heads: HeadLabels, num_clusters: int) -> Labels:

@@ -28,7 +28,7 @@ MAX_HALVINGS = 6
 
 
 def refine(
-    start_N: npt.NDArray[Any], heads: HeadLabels, num_clusters: int, *, seed: int, max_passes: int = 100
+    start_N: npt.NDArray[Any], heads: HeadLabels, num_clusters: int, *, max_passes: int = 100
 ) -> tuple[Labels, float]:
     """Move images between clusters until the ANMI stops rising.
 
@@ -36,7 +36,6 @@ def refine(
         start_N: (N,) integers 0..num_clusters-1.
         heads: the label matrix.
         num_clusters: clusters (K). A cluster that has images keeps at least one.
-        seed: of the tie-break among candidate clusters.
         max_passes: passes over the images at most.
 
     Returns:
@@ -46,7 +45,7 @@ def refine(
     counts_KC = count_consensus(labels_N, heads, num_clusters)
     best = anmi_from_counts(counts_KC, heads.offsets)
     for _ in range(max_passes):
-        target_N, gain_N = _best_moves(labels_N, counts_KC, heads, seed)
+        target_N, gain_N = _best_moves(labels_N, counts_KC, heads)
         movers = np.flatnonzero(gain_N > 0)
         movers = movers[np.argsort(-gain_N[movers], kind="stable")]
         before = best
@@ -77,9 +76,7 @@ def _leave_no_cluster_empty(
     return movers[~emptied_K[labels_N[movers]]] if emptied_K.any() else movers
 
 
-def _best_moves(
-    labels_N: Labels, counts_KC: Counts, heads: HeadLabels, seed: int
-) -> tuple[Labels, npt.NDArray[np.float64]]:
+def _best_moves(labels_N: Labels, counts_KC: Counts, heads: HeadLabels) -> tuple[Labels, npt.NDArray[np.float64]]:
     """Best other cluster of each image, and by how much moving there alone raises the ANMI (to first order in the
     entropy of the consensus)."""
     num_clusters = len(counts_KC)
@@ -108,7 +105,7 @@ def _best_moves(
             scores_nM = np.zeros((len(own_n), num_clusters))
         else:
             votes_nH = np.where(present_nH, cluster_of_column[columns_nH], -1)
-            candidates_nM, _, _ = rank_votes(votes_nH, NUM_CANDIDATES, seed=seed)
+            candidates_nM, _, _ = rank_votes(votes_nH, NUM_CANDIDATES, seed=None)
             scores_nM = np.zeros(candidates_nM.shape)
         stays_n = np.zeros(len(own_n))
         for head, (columns_n, present_n) in enumerate(zip(columns_nH.T, present_nH.T, strict=True)):

@@ -25,7 +25,7 @@ def rank_votes(
     votes_nH: npt.NDArray[Any],
     num_ranks: int,
     *,
-    seed: int,
+    seed: int | None,
     cluster_weights: npt.NDArray[np.float64] | None = None,
 ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float64], npt.NDArray[np.float64]]:
     """The `num_ranks` clusters with the most votes for each image.
@@ -33,7 +33,7 @@ def rank_votes(
     Args:
         votes_nH: (n, H) cluster that each head votes for, -1 where it does not vote.
         num_ranks: clusters returned per image.
-        seed: of the tie-break.
+        seed: of the tie-break; None: the lowest cluster wins.
         cluster_weights: (K,) weight of a vote for each cluster; not given: 1.
 
     Returns:
@@ -71,9 +71,9 @@ def _best_of_each_row(
     clusters: npt.NDArray[Any],
     scores: npt.NDArray[np.float64],
     votes: npt.NDArray[np.int64],
-    seed: int,
+    seed: int | None,
 ) -> npt.NDArray[np.int64]:
-    """Positions of the highest score of each row; `rows` ascend. Equal scores: the highest hash of all its votes."""
+    """Positions of the highest score of each row; `rows` ascend. Equal scores: by hash, or the first."""
     if not len(rows):
         return np.empty(0, dtype=np.int64)
     starts = np.flatnonzero(np.diff(rows, prepend=-1))
@@ -81,18 +81,17 @@ def _best_of_each_row(
     tied = np.flatnonzero(scores == best)
     if len(tied) == len(starts):
         return tied
-    hashes = hash_numbers(_hash_rows(votes[rows[tied]]), clusters[tied], seed)
-    order = np.lexsort((hashes, rows[tied]))
+    firsts = np.flatnonzero(np.diff(rows[tied], prepend=-1))
+    if seed is None:
+        return tied[firsts]
+    # A hash of the votes that does not depend on their order: equal images break ties alike.
+    hash_of_cluster = hash_numbers(np.arange(int(votes.max()) + 2), 0, seed)
+    keys = hash_of_cluster[votes[rows[tied[firsts]]]].sum(axis=1, dtype=np.uint64)
+    keys = np.repeat(keys, np.diff(np.append(firsts, len(tied))))
+    order = np.lexsort((hash_numbers(keys, clusters[tied], seed), rows[tied]))
     is_last = np.diff(rows[tied][order], append=-1) != 0
     chosen: npt.NDArray[np.int64] = tied[order[is_last]]
     return chosen
-
-
-def _hash_rows(votes: npt.NDArray[np.int64]) -> npt.NDArray[np.uint64]:
-    keys = np.zeros(len(votes), dtype=np.uint64)
-    for votes_of_head in votes.T:
-        keys = hash_numbers(keys, votes_of_head, seed=0)
-    return keys
 
 
 def hash_numbers(a: npt.NDArray[Any], b: npt.NDArray[Any] | int, seed: int) -> npt.NDArray[np.uint64]:
