@@ -1,0 +1,187 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from icce_ray.config import NeighborsConfig
+from icce_ray.neighbors import audit as audit_module
+from icce_ray.neighbors.audit import MAX_CLASS_SHARE, Audit, audit, audit_prepared
+from icce_ray.neighbors.graph import build_graph
+from icce_ray.neighbors.memory import available_memory_bytes
+from icce_ray.neighbors.search import prepare
+
+
+def gaussian_clusters(
+    num_images: int, num_clusters: int, dim: int, separation: float, seed: int = 0
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, num_clusters, num_images)
+    centres = separation * rng.standard_normal((num_clusters, dim))
+    return (centres[labels] + rng.standard_normal((num_images, dim))).astype(np.float32), labels
+
+
+def true_precision(base: npt.NDArray[np.float32], labels: npt.NDArray[np.int64], threshold: float, k: int) -> float:
+    """Mean over images of the share of its neighbours with its label, by brute force."""
+    cosine = base @ base.T
+    np.fill_diagonal(cosine, -2)
+    shares = []
+    for image in range(len(base)):
+        hits = np.flatnonzero(cosine[image] >= threshold)
+        if len(hits) < k:
+            hits = np.argsort(-cosine[image])[:k]
+        shares.append((labels[hits] == labels[image]).mean())
+    return float(np.mean(shares))
+
+
+def test_expected_neighbours_are_those_of_the_graph_where_all_images_are_sampled() -> None:
+    features, _ = gaussian_clusters(800, 5, 16, 1.0)
+    config = NeighborsConfig(similarity_threshold=0.4, min_neighbors=20, max_neighbors=100)
+    graph, result = build_graph(features, config, num_clusters=5, seed=0)
+    assert result.num_queries == 800
+    assert result.mean_neighbors == pytest.approx(graph.degrees.mean(), abs=0.01)
+    row = next(row for row in result.thresholds if row["threshold"] == 0.4)
+    assert row["mean_neighbors"] == result.mean_neighbors
+
+
+def test_a_sample_of_images_predicts_the_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(audit_module, "MAX_QUERIES", 300)
+    features, _ = gaussian_clusters(2000, 5, 16, 1.0)
+    graph, result = build_graph(
+        features, NeighborsConfig(similarity_threshold=0.5, max_neighbors=None), num_clusters=5, seed=0
+    )
+    assert result.num_queries == 300
+    assert result.mean_neighbors == pytest.approx(graph.degrees.mean(), rel=0.1)
+
+
+def test_histograms_count_pairs_and_the_nearest_lie_above_the_random_ones() -> None:
+    features, _ = gaussian_clusters(1500, 5, 16, 1.0)
+    result = audit(features, NeighborsConfig(), num_clusters=5, seed=0)
+    middles = (np.array(result.bin_edges)[1:] + np.array(result.bin_edges)[:-1]) / 2
+    assert sum(result.random_pairs) > 900_000
+    assert sum(result.nearest_pairs) == 1500 * 50
+    random_mean = np.average(middles, weights=result.random_pairs)
+    cosine = prepare(features, True) @ prepare(features, True).T
+    assert random_mean == pytest.approx(cosine.mean(), abs=0.02)
+    assert np.average(middles, weights=result.nearest_pairs) > random_mean + 0.2
+
+
+@pytest.mark.parametrize(("num_clusters", "dim", "separation"), [(5, 32, 0.35), (10, 64, 0.6), (20, 64, 0.5)])
+def test_the_estimated_precision_follows_the_true_one(num_clusters: int, dim: int, separation: float) -> None:
+    features, labels = gaussian_clusters(1200, num_clusters, dim, separation)
+    base = prepare(features, True)
+    result = audit_prepared(base, NeighborsConfig(), num_clusters=num_clusters, seed=0)
+    of_interest = [row for row in result.thresholds if row["mean_neighbors"] < 1200 / num_clusters]
+    for row in of_interest[:: max(1, len(of_interest) // 6)]:
+        truth = true_precision(base, labels, row["threshold"], 50)
+        assert row["estimated_precision"] == pytest.approx(truth, abs=0.1)
+
+
+def test_auto_takes_long_lists_where_clusters_are_clear_and_short_ones_where_they_blur() -> None:
+    lengths = {}
+    for separation in (1.0, 0.25):
+        features, _ = gaussian_clusters(2500, 5, 32, separation)
+        lengths[separation] = audit(features, NeighborsConfig(), num_clusters=5, seed=0).mean_neighbors
+    assert 0.8 * MAX_CLASS_SHARE * 500 < lengths[1.0] <= MAX_CLASS_SHARE * 500 + 1
+    assert 50 <= lengths[0.25] < 130
+
+
+@pytest.mark.parametrize("shift", [0.0, 3.0, 30.0])
+def test_auto_finds_its_threshold_whatever_the_scale_of_similarities(shift: float) -> None:
+    # Uncentred, a common shift pushes all cosines towards 1: 0.3 then means nothing, and neither does a step of 0.01.
+    features, labels = gaussian_clusters(1500, 5, 32, 2.0)
+    config = NeighborsConfig(center=False)
+    graph, result = build_graph(features + shift, config, num_clusters=5, seed=0)
+    rows = np.repeat(np.arange(1500), graph.degrees)
+    assert 100 < graph.degrees.mean() < 300
+    assert (labels[rows] == labels[graph.indices]).mean() > 0.9
+    assert result.similarity_threshold is not None
+    assert result.similarity_threshold > (0.9 if shift == 30.0 else 0.0)
+
+
+def test_auto_is_stable_over_seeds() -> None:
+    features, _ = gaussian_clusters(1500, 5, 32, 0.4)
+    lengths = [audit(features, NeighborsConfig(), num_clusters=5, seed=seed).mean_neighbors for seed in range(4)]
+    assert max(lengths) < 1.35 * min(lengths)
+
+
+def test_the_same_seed_gives_the_same_audit_but_for_the_time() -> None:
+    features, _ = gaussian_clusters(600, 5, 16, 0.5)
+    first, second = (audit(features, NeighborsConfig(), num_clusters=5, seed=4).to_json() for _ in range(2))
+    for result in (first, second):
+        result.pop("predicted_s")
+    assert first == second
+
+
+@pytest.mark.parametrize(("num_images", "num_clusters"), [(2, 2), (3, 10), (60, 5), (200, 150)])
+def test_few_images_or_many_clusters_are_no_trouble(num_images: int, num_clusters: int) -> None:
+    features = np.random.default_rng(0).standard_normal((num_images, 8)).astype(np.float32)
+    graph, result = build_graph(features, NeighborsConfig(), num_clusters=num_clusters, seed=0)
+    assert result.similarity_threshold is not None
+    assert -1 <= result.similarity_threshold <= 1
+    assert (graph.degrees >= min(50, num_images - 1)).all()
+
+
+@pytest.mark.parametrize("features", [np.ones((100, 4)), np.zeros((100, 4)), np.repeat(np.eye(4), 25, axis=0)])
+def test_features_without_variety_are_no_trouble(features: npt.NDArray[np.float64]) -> None:
+    graph, _ = build_graph(features.astype(np.float32), NeighborsConfig(min_neighbors=5), num_clusters=4, seed=0)
+    assert graph.num_images == 100
+    assert (graph.degrees >= 5).all()
+
+
+def test_a_given_threshold_and_none_are_passed_on() -> None:
+    features, _ = gaussian_clusters(300, 5, 16, 0.5)
+    for threshold in (0.37, None):
+        result = audit(features, NeighborsConfig(similarity_threshold=threshold), num_clusters=5, seed=0)
+        assert result.similarity_threshold == threshold
+        assert not result.is_automatic
+    assert result.mean_neighbors == 50
+
+
+def test_an_audit_survives_json() -> None:
+    features, _ = gaussian_clusters(300, 5, 16, 0.5)
+    result = audit(features, NeighborsConfig(), num_clusters=5, seed=0)
+    assert Audit.from_json(json.loads(json.dumps(result.to_json()))) == result
+
+
+def test_available_memory_is_a_plausible_number() -> None:
+    assert 10_000_000 < available_memory_bytes() < 10**14
+
+
+REAL_SETS = {
+    "cifar10_test_mixpca256": ("cifar10_test_labels", 0.05),
+    "cifar10_test_v1": ("cifar10_test_labels", 0.07),
+    "fmnist_2000_v1": ("fmnist_2000_labels", 0.05),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", REAL_SETS)
+@pytest.mark.parametrize("center", [True, False])
+def test_on_real_features_auto_keeps_the_precision_it_estimates(name: str, center: bool, real_data_dir: Path) -> None:
+    labels_name, tolerance = REAL_SETS[name]
+    labels = np.load(real_data_dir / f"{labels_name}.npy").astype(np.int64)
+    features = np.load(real_data_dir / f"{name}.npy")
+    num_clusters = len(np.unique(labels))
+    config = NeighborsConfig(center=center, max_neighbors=None)
+    precision, length = {}, {}
+    for threshold in ("auto", *(tenth / 10 for tenth in range(1, 10))):
+        settings = config.model_copy(update={"similarity_threshold": threshold})
+        if threshold == "auto":
+            graph, result = build_graph(features, settings, num_clusters=num_clusters, seed=0)
+        else:
+            row = next(row for row in result.thresholds if row["threshold"] == threshold)
+            if row["mean_neighbors"] > 1500:
+                continue  # Every precision of so long lists is far below.
+            graph, _ = build_graph(features, settings, num_clusters=num_clusters, seed=0)
+        rows = np.repeat(np.arange(len(labels)), graph.degrees)
+        is_same = labels[rows] == labels[graph.indices]
+        precision[threshold] = float((np.bincount(rows, weights=is_same) / graph.degrees).mean())
+        length[threshold] = graph.degrees.mean()
+    assert result.estimated_precision == pytest.approx(precision["auto"], abs=tolerance)
+    longer = [precision[threshold] for threshold in precision if length[threshold] >= length["auto"]]
+    assert precision["auto"] >= max(longer) - 0.03
+    assert 50 <= length["auto"] <= len(labels) / num_clusters

@@ -1,0 +1,181 @@
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from icce_ray.config import NeighborsConfig
+from icce_ray.errors import InputError
+from icce_ray.neighbors import graph as graph_module
+from icce_ray.neighbors import memory, search
+from icce_ray.neighbors.graph import NeighborGraph, build_graph, build_rows, load_graph, pair_hash, part_ranges
+from icce_ray.neighbors.search import prepare
+from icce_ray.store import Artifact, ArtifactWriter, Folder
+
+from . import reference
+
+
+def build(features: np.ndarray, **settings: object) -> NeighborGraph:
+    config = NeighborsConfig(**{"max_neighbors": None} | settings)  # type: ignore[arg-type]
+    return build_graph(features, config, num_clusters=5, seed=3)[0]
+
+
+def shrink_blocks(monkeypatch: pytest.MonkeyPatch, query: int, base: int) -> None:
+    for module in (search, graph_module):
+        monkeypatch.setattr(module, "QUERY_BLOCK", query)
+    monkeypatch.setattr(search, "BASE_BLOCK", base)
+    monkeypatch.setattr(graph_module, "MAX_ROWS_PER_PART", query * 2)
+
+
+@pytest.mark.parametrize("center", [True, False])
+@pytest.mark.parametrize(
+    ("num_images", "threshold", "min_neighbors"),
+    [(331, 0.5, 20), (331, None, 20), (331, 0.0, 10), (331, -1.0, 1), (331, 1.0, 12), (40, 0.9, 200), (2, 0.5, 50)],
+)
+def test_the_graph_is_that_of_brute_force(
+    num_images: int, threshold: float | None, min_neighbors: int, center: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shrink_blocks(monkeypatch, 50, 70)
+    features = np.random.default_rng(1).standard_normal((2, 4)) if num_images == 2 else None
+    features = reference.awkward_features(num_images, 6) if features is None else features
+    graph = build(features, similarity_threshold=threshold, min_neighbors=min_neighbors, center=center)
+    expected = reference.neighbor_lists(prepare(features, center), threshold, min_neighbors)
+    assert reference.lists_of(graph) == expected
+
+
+def test_no_image_is_its_own_neighbour_where_blocks_meet_but_its_duplicate_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    shrink_blocks(monkeypatch, 64, 96)
+    features = np.random.default_rng(0).standard_normal((400, 8)).astype(np.float32)
+    pairs = [(63, 64), (95, 96), (127, 128), (191, 192), (0, 399), (383, 384)]
+    for first, second in pairs:
+        features[second] = features[first]
+    for threshold in (None, 0.2, 0.999):
+        graph = build(features, similarity_threshold=threshold, min_neighbors=5)
+        for image, neighbors in enumerate(reference.lists_of(graph)):
+            assert image not in neighbors
+        for first, second in pairs:
+            assert second in graph.neighbors_of(first)
+            assert first in graph.neighbors_of(second)
+
+
+@pytest.mark.parametrize(("query", "base"), [(1, 1000), (7, 13), (100, 100), (5000, 5000)])
+def test_blocks_do_not_change_the_graph(query: int, base: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    features = reference.awkward_features(105, 6)
+    settings = {"similarity_threshold": 0.3, "min_neighbors": 15, "max_neighbors": 25}
+    graph = build(features, **settings)
+    shrink_blocks(monkeypatch, query, base)
+    monkeypatch.setattr(graph_module, "PAIRS_HELD", 100)
+    again = build(features, **settings)
+    assert np.array_equal(graph.indptr, again.indptr)
+    assert np.array_equal(graph.indices, again.indices)
+
+
+def test_threads_do_not_change_the_graph() -> None:
+    features = reference.awkward_features(1500, 16)
+    graphs = []
+    for num_threads in (1, 2):
+        search.set_threads(num_threads)
+        graphs.append(build(features, similarity_threshold="auto", min_neighbors=30, max_neighbors=100))
+    search.set_threads(1)
+    assert np.array_equal(graphs[0].indptr, graphs[1].indptr)
+    assert np.array_equal(graphs[0].indices, graphs[1].indices)
+
+
+def test_long_lists_keep_a_subset_of_the_right_size_that_the_seed_decides() -> None:
+    base = prepare(reference.awkward_features(300, 6), center=True)
+    full = reference.neighbor_lists(base, 0.1, 10)
+    subsets = []
+    for seed in (0, 1):
+        rows = build_rows(base, 0, 300, threshold=0.1, min_neighbors=10, max_neighbors=30, seed=seed)
+        lists = [part.tolist() for part in np.split(rows.indices, rows.indptr[1:-1])]
+        for kept, whole in zip(lists, full, strict=True):
+            assert len(kept) == min(30, len(whole))
+            assert set(kept) <= set(whole)
+            assert kept == sorted(kept)
+        subsets.append(lists)
+    assert subsets[0] != subsets[1]
+
+
+def test_the_random_subset_is_uniform() -> None:
+    base = prepare(np.ones((101, 2), np.float32), center=False)
+    rows = build_rows(base, 0, 101, threshold=0.5, min_neighbors=1, max_neighbors=50, seed=5)
+    picks = Counter(rows.indices.tolist())
+    # Each image is picked by each of the 100 others with probability 1/2: 50 +- 5.
+    assert min(picks.values()) > 25
+    assert max(picks.values()) < 75
+
+
+def test_pair_hashes_differ_by_seed_row_and_column_and_fill_the_range() -> None:
+    rows, columns = np.divmod(np.arange(10_000), 100)
+    hashes = pair_hash(0, rows, columns)
+    assert len(np.unique(hashes)) == 10_000
+    assert not (hashes == pair_hash(1, rows, columns)).any()
+    assert not (hashes[rows != columns] == pair_hash(0, columns, rows)[rows != columns]).any()
+    assert abs((hashes / 2.0**64).mean() - 0.5) < 0.02
+
+
+def test_rows_depend_on_the_features_only_not_on_where_a_part_starts() -> None:
+    base = prepare(reference.awkward_features(250, 6), center=True)
+    settings = {"threshold": 0.8, "min_neighbors": 12, "max_neighbors": 20, "seed": 1}
+    whole = build_rows(base, 0, 250, **settings)
+    cuts = [0, 1, 90, 91, 200, 250]
+    parts = [build_rows(base, start, stop, **settings) for start, stop in itertools.pairwise(cuts)]
+    assert np.array_equal(np.concatenate([part.indices for part in parts]), whole.indices)
+    assert np.array_equal(np.concatenate([part.lengths for part in parts]), whole.lengths)
+    assert sum(part.num_fallback for part in parts) == whole.num_fallback > 0
+
+
+@pytest.mark.parametrize("num_images", [2, 1023, 1024, 1025, 70_001, 2_000_000])
+def test_parts_cover_each_row_once(num_images: int) -> None:
+    ranges = part_ranges(num_images)
+    assert ranges[0][0] == 0
+    assert ranges[-1][1] == num_images
+    assert all(before[1] == after[0] for before, after in itertools.pairwise(ranges))
+    assert max(stop - start for start, stop in ranges) <= memory.MAX_ROWS_PER_PART
+
+
+def test_a_feature_that_is_not_finite_is_refused() -> None:
+    features = np.ones((10, 3), np.float32)
+    features[2, 2] = np.nan
+    with pytest.raises(InputError, match="row 2"):
+        build(features)
+
+
+def write_artifact(folder: Path, graph: NeighborGraph, cuts: list[int]) -> Artifact:
+    writer = ArtifactWriter(Folder.at(folder))
+    for number, (start, stop) in enumerate(itertools.pairwise(cuts)):
+        pointers = graph.indptr[start : stop + 1]
+        writer.write_array(f"part-{number:05d}-indptr.npy", pointers - pointers[0])
+        writer.write_array(f"part-{number:05d}-indices.npy", graph.indices[pointers[0] : pointers[-1]])
+    return writer.commit(
+        stage="neighbors", fingerprint="0123456789abcdef", inputs={}, config={}, metrics={}, seconds=0.0
+    )
+
+
+@pytest.mark.parametrize("cuts", [[0, 90], [0, 1, 40, 90]])
+def test_a_written_graph_comes_back_memory_mapped_whatever_its_parts(
+    cuts: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ICCE_CACHE", str(tmp_path / "cache"))
+    graph = build(reference.awkward_features(90, 4), similarity_threshold=0.5, min_neighbors=5)
+    artifact = write_artifact(tmp_path / "artifact", graph, cuts)
+    for _ in range(2):
+        loaded = load_graph(artifact)
+        assert isinstance(loaded.indices, np.memmap)
+        assert np.array_equal(loaded.indptr, graph.indptr)
+        assert np.array_equal(loaded.indices, graph.indices)
+        assert loaded.indices.dtype == np.int32
+        assert loaded.num_edges == graph.num_edges == graph.degrees.sum()
+
+
+def test_an_artifact_made_anew_is_not_mistaken_for_its_old_copy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ICCE_CACHE", str(tmp_path / "cache"))
+    for threshold in (0.5, 0.7):
+        graph = build(reference.awkward_features(90, 4), similarity_threshold=threshold, min_neighbors=5)
+        loaded = load_graph(write_artifact(tmp_path / "artifact", graph, [0, 50, 90]))
+        assert np.array_equal(loaded.indices, graph.indices)
