@@ -26,9 +26,8 @@ MAX_OBJECT_STORE_BYTES = 2_000_000_000
 CONNECT_TIMEOUT_S = 10.0
 MIN_OBJECT_STORE_BYTES = 100_000_000
 OBJECT_STORE_MEMORY_FRACTION = 0.3
-READ_CPUS = 1.0
-"""Ray Data reads need this much beside an actor pool, or both wait for ever."""
-STAGES_WITH_READS = ("embed", "assign")
+STAGES_WITH_WORKERS = ("embed", "neighbors", "heads", "assign")
+"""Sections of `resources`."""
 
 # Set when we connect unless the user has set them, since Ray reads them in this process and hands them to its workers.
 QUIET_ENVIRONMENT = {
@@ -55,12 +54,13 @@ def connect(resources: ResourcesConfig) -> None:
         return
     for key, value in QUIET_ENVIRONMENT.items():
         os.environ.setdefault(key, value)
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # for when it was imported before it saw its variable
     logging.getLogger("ray.train").setLevel(logging.ERROR)
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     address = resources.ray_address or os.environ.get("RAY_ADDRESS")
     if resources.ray_address is not None:
-        options["address"] = resources.ray_address
-    elif address is None:
+        options["address"] = address
+    elif not _joins_another(resources):
         options |= {
             "address": "local",
             "num_cpus": resources.num_cpus or usable_cpus(),
@@ -115,13 +115,16 @@ def check_resources(config: Config, stages: Collection[str]) -> None:
     Raises:
         ResourceError: what is asked for, what is there, what to set.
     """
-    sections = [name for name in ("embed", "neighbors", "heads", "assign") if name in stages]
-    if not sections:
+    workers = {name: getattr(config.resources, name) for name in STAGES_WITH_WORKERS if name in stages}
+    if not workers:
         return
-    connect(config.resources)
-    machines = _machines()
-    for name in sections:
-        worker: WorkerResources = getattr(config.resources, name)
+    resources = config.resources
+    if _joins_another(resources) or any(worker.gpus_per_worker for worker in workers.values()):
+        connect(resources)
+        machines = _machines()
+    else:  # the one that will be started here: a mistake need not wait for it
+        machines = [(float(resources.num_cpus or usable_cpus()), 0.0)]
+    for name, worker in workers.items():
         problem = shortfall(name, worker, machines)
         if problem:
             raise ResourceError(problem)
@@ -145,12 +148,11 @@ def shortfall(stage: str, worker: WorkerResources, machines: list[tuple[float, f
         return None
     if sum(_slots(there_cpus, cpus) for there_cpus, _ in machines) < count:
         return f"{key}: {count} x {cpus:g} CPUs asked for, but {there}. Lower {key}.num_workers or cpus_per_worker"
-    if stage in STAGES_WITH_READS and count * cpus > total_cpus - READ_CPUS:
-        return (
-            f"{key}: {count} x {cpus:g} CPUs asked for; {there}, and {READ_CPUS:g} must stay free to read with. Lower "
-            f"{key}.num_workers or cpus_per_worker"
-        )
     return None
+
+
+def _joins_another(resources: ResourcesConfig) -> bool:
+    return ray.is_initialized() or resources.ray_address is not None or "RAY_ADDRESS" in os.environ
 
 
 def _slots(available: float, each: float) -> int:

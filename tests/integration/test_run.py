@@ -1,0 +1,198 @@
+"""The job as its users start it: a command, its output, its exit code, and what lies on storage afterwards."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from icce_ray.config import load_config
+from icce_ray.pipeline import STAGES, plan
+
+STAGE_NAMES = [stage.name for stage in STAGES]
+NUM_IMAGES, NUM_CLASSES = 120, 3
+BROKEN = {"a/empty.png": b"", "b/text.jpg": b"this is no image", "c/cut.png": None}
+SETTINGS = {
+    "num_clusters": NUM_CLASSES,
+    "embed": {"backbone": "pixels", "image_size": 8, "images_per_part": 32},
+    "neighbors": {"min_neighbors": 10, "max_neighbors": 60},
+    "heads": {"num_heads": 4, "num_epochs": 6, "batch_size": 32, "warmup_epochs": 1, "learning_rate": 0.002},
+    "classifier": {"num_iterations": 100},
+    "assign": {"rows_per_part": 50},
+}
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "icce_ray.run", *arguments]
+
+
+def run_job(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command(*arguments), cwd=folder, capture_output=True, text=True, check=False, timeout=600)
+
+
+def write_images(folder: Path) -> None:
+    """Three kinds of noisy pictures in folders a, b, c, and three files that are no pictures."""
+    rng = np.random.default_rng(0)
+    patterns = rng.integers(0, 256, (NUM_CLASSES, 8, 8, 3))
+    for number in range(NUM_IMAGES):
+        kind = number % NUM_CLASSES
+        pixels = np.clip(patterns[kind] + rng.normal(0, 30, (8, 8, 3)), 0, 255).astype(np.uint8)
+        path = folder / "abc"[kind] / f"{number:03d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(path)
+    for name, content in BROKEN.items():
+        (folder / name).write_bytes((folder / "a" / "000.png").read_bytes()[:100] if content is None else content)
+
+
+def write_config(folder: Path, **changes: Any) -> Path:
+    path = folder / "run.yaml"
+    places = {"images": {"uri": str(folder / "photos")}, "output": str(folder / "out")}
+    path.write_text(json.dumps(places | SETTINGS | changes))
+    return path
+
+
+def read_assignments(folder: str) -> dict[str, list[Any]]:
+    return dict(pq.read_table(folder).sort_by("image_id").to_pydict())
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any], str]:
+    """A folder with a finished run, its JSON, and what it said on stderr."""
+    folder = tmp_path_factory.mktemp("run")
+    write_images(folder / "photos")
+    write_config(folder, evaluate={"labels": "folder"})
+    done = run_job("run.yaml", "--json", folder=folder)
+    assert done.returncode == 0, done.stderr
+    return folder, json.loads(done.stdout.splitlines()[-1]), done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run.yaml", "--set", "heads.num_head=3"], "heads.num_head: unknown setting; did you mean num_heads"),
+        (["run.yaml", "--set", "images.uri=nowhere"], "nowhere"),
+        (["run.yaml", "--set", "embed.backbone=resnet5"], "resnet50"),
+        (["run.yaml", "--set", "evaluate.labels=nowhere.npy"], "nowhere.npy"),
+        (["run.yaml", "--set", "resources.heads.num_workers=50", "--set", "resources.num_cpus=2"], "50 workers, but"),
+        (["run.yaml", "--set", "num_clusters=1000"], "1000"),
+        (["nothing.yaml"], "nothing.yaml: there is no such config file"),
+        (["--nonsense"], "--nonsense"),
+    ],
+)
+@pytest.mark.slow
+def test_a_mistake_costs_seconds_and_is_one_message_with_exit_code_2(
+    tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    write_images(tmp_path / "photos")
+    write_config(tmp_path)
+    done = run_job(*arguments, folder=tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert message in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_a_run_finds_the_clusters_and_says_what_it_made(finished: tuple[Path, dict[str, Any], str]) -> None:
+    _, result, said = finished
+    assert (result["num_images"], result["num_errors"], result["num_clusters"]) == (NUM_IMAGES + 3, 3, NUM_CLASSES)
+    assert 0 < result["anmi"] <= 1
+    assert {"acc", "nmi", "ari"} <= result["metrics"].keys()
+    assert result["metrics"]["acc"] > 0.9
+    assert list(result["seconds"]) == STAGE_NAMES
+    assert "<html" in Path(result["report"]).read_text().lower()
+    assert all(text in said for text in ("123 images, 3 errors, 3 clusters", result["report"], result["assignments"]))
+
+
+@pytest.mark.slow
+def test_every_good_image_is_assigned_once_and_every_bad_one_has_its_reason(
+    finished: tuple[Path, dict[str, Any], str],
+) -> None:
+    folder, result, _ = finished
+    rows = read_assignments(result["assignments"])
+    errors = pq.read_table(result["errors"]).to_pydict()
+    good = sorted(str(path) for path in (folder / "photos").rglob("*.png") if path.stem.isdigit())
+    assert rows["uri"] == good
+    assert sorted(errors["uri"]) == sorted(str(folder / "photos" / name) for name in BROKEN)
+    assert all(errors["reason"])
+    assert sorted(rows["image_id"] + errors["image_id"]) == list(range(NUM_IMAGES + 3))
+    assert set(rows["cluster"]) == set(range(NUM_CLASSES))
+
+
+@pytest.mark.slow
+def test_the_same_command_again_does_nothing(finished: tuple[Path, dict[str, Any], str]) -> None:
+    folder, result, _ = finished
+    done = run_job("run.yaml", "--json", folder=folder)
+    again = json.loads(done.stdout.splitlines()[-1])
+    assert again["finished_before"] == STAGE_NAMES
+    assert again["seconds"] == dict.fromkeys(STAGE_NAMES, 0.0)
+    assert {**again, "seconds": 0, "finished_before": 0} == {**result, "seconds": 0, "finished_before": 0}
+
+
+@pytest.mark.slow
+def test_status_tells_what_is_finished(finished: tuple[Path, dict[str, Any], str]) -> None:
+    folder, result, _ = finished
+    for target in ("run.yaml", "out"):
+        done = subprocess.run(
+            [sys.executable, "-m", "icce_ray.cli", "status", target],
+            cwd=folder, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert result["run"] in done.stdout
+        assert done.stdout.count("finished in") == len(STAGE_NAMES)
+
+
+@pytest.mark.slow
+def test_true_labels_permuted_labels_and_no_labels_give_the_same_clusters(
+    finished: tuple[Path, dict[str, Any], str], tmp_path: Path
+) -> None:
+    """Fingerprints: alike but for evaluation and report. Clusters: alike in a run that shares nothing."""
+    folder, result, _ = finished
+    np.save(tmp_path / "permuted.npy", np.random.default_rng(0).integers(0, NUM_CLASSES, NUM_IMAGES + len(BROKEN)))
+    permuted = f"evaluate.labels={tmp_path / 'permuted.npy'}"
+    plans = [plan(load_config(folder / "run.yaml", [labels])) for labels in (permuted, "evaluate.labels=null")]
+    for true_step, *other_steps in zip(plan(load_config(folder / "run.yaml")), *plans, strict=True):
+        same = all(step.fingerprint == true_step.fingerprint for step in other_steps)
+        assert same == (true_step.name not in ("evaluate", "report")), true_step.name
+
+    done = run_job("run.yaml", "--json", "--set", permuted, "--set", f"output={tmp_path}/out", folder=folder)
+    assert done.returncode == 0, done.stderr
+    other = json.loads(done.stdout.splitlines()[-1])
+    assert other["finished_before"] == []
+    assert other["metrics"]["acc"] < 0.7 < result["metrics"]["acc"]
+    assert read_assignments(other["assignments"]) == read_assignments(result["assignments"])
+
+
+@pytest.mark.slow
+def test_a_run_killed_at_every_stage_resumes_to_the_same_labels(
+    finished: tuple[Path, dict[str, Any], str], tmp_path: Path
+) -> None:
+    """kill -9 of the driver as soon as a stage's inputs are finished, stage after stage, in one output folder."""
+    folder, result, _ = finished
+    output = f"output={tmp_path}/out"
+    steps = plan(load_config(folder / "run.yaml", [output]))
+    for step in steps[:-1]:
+        with subprocess.Popen(
+            command("run.yaml", "--quiet", "--set", output),
+            cwd=folder,
+            stdout=subprocess.DEVNULL,
+            start_new_session=True,
+        ) as process:
+            while process.poll() is None and not step.folder.exists("manifest.json"):
+                time.sleep(0.02)
+            process.kill()
+        assert process.returncode == -signal.SIGKILL
+    done = run_job("run.yaml", "--json", "--set", output, folder=folder)
+    assert done.returncode == 0, done.stderr
+    resumed = json.loads(done.stdout.splitlines()[-1])
+    assert resumed["finished_before"][:2] == STAGE_NAMES[:2]
+    assert read_assignments(resumed["assignments"]) == read_assignments(result["assignments"])
