@@ -63,7 +63,9 @@ def _pick(
     labels = label_images(classifier, features_cD, np.full(len(rows_c), cluster))
     num_kept = max(num_exemplars, round(CENTRAL_SHARE * len(rows_c)))
     kept = np.flatnonzero(labels.cluster == cluster)
-    kept = kept[np.lexsort((-labels.confidence[kept], labels.is_outlier[kept]))][:num_kept]
+    # The confidence of clear images is the same to the last digit: then the middle of the cluster decides.
+    gap_c = ((features_cD - features_cD.mean(axis=0)) ** 2).sum(axis=1)
+    kept = kept[np.lexsort((gap_c[kept], -labels.confidence[kept], labels.is_outlier[kept]))][:num_kept]
     if not len(kept):
         return rows_c[:0]
     return rows_c[kept[farthest_first(features_cD[kept], num_exemplars)]]

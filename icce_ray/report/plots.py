@@ -17,7 +17,6 @@ ACCENT, SECOND = "#3b7dd8", "#d8823b"
 SIZE_INCHES = (5.2, 2.6)
 STYLE: Any = {
     "svg.fonttype": "none",
-    "svg.hashsalt": "icce_ray",
     "font.size": 9,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -44,7 +43,7 @@ def similarity_histogram(audit: dict[str, Any]) -> str | None:
         axes.set_ylabel("share of pairs")
         axes.legend()
 
-    return _svg(draw)
+    return _svg("similarity", draw)
 
 
 def training_curve(history: Sequence[dict[str, Any]]) -> str | None:
@@ -61,7 +60,7 @@ def training_curve(history: Sequence[dict[str, Any]]) -> str | None:
         axes.set_ylabel("loss")
         axes.legend()
 
-    return _svg(draw)
+    return _svg("training", draw)
 
 
 def size_chart(sizes_K: npt.NDArray[np.int64]) -> str:
@@ -76,7 +75,7 @@ def size_chart(sizes_K: npt.NDArray[np.int64]) -> str:
         axes.set_ylabel("images")
         axes.legend()
 
-    return _svg(draw)
+    return _svg("sizes", draw)
 
 
 def certainty_histogram(confidence: npt.NDArray[np.int64], agreement: npt.NDArray[np.int64]) -> str:
@@ -91,11 +90,12 @@ def certainty_histogram(confidence: npt.NDArray[np.int64], agreement: npt.NDArra
         axes.set_ylabel("images")
         axes.legend(loc="upper left")
 
-    return _svg(draw)
+    return _svg("certainty", draw)
 
 
-def _svg(draw: Any) -> str:
-    with mpl.rc_context(STYLE):
+def _svg(name: str, draw: Any) -> str:
+    # The salt makes ids the same every time, and those of two diagrams of one page different.
+    with mpl.rc_context(STYLE | {"svg.hashsalt": name}):
         figure = Figure(figsize=SIZE_INCHES, layout="constrained")
         draw(figure.add_subplot())
         sink = io.StringIO()

@@ -1,0 +1,81 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from icce_ray.assign.parts import AssignPart, FinishedPart, Tally, UriReader, note_name, plan_parts
+from icce_ray.store import Artifact, ArtifactWriter, Folder, Part
+
+
+def artifact(writer: ArtifactWriter) -> Artifact:
+    return writer.commit(stage="x", fingerprint="f", inputs={}, config={}, metrics={}, seconds=0)
+
+
+def embedded(folder: Path, rows: list[int]) -> Artifact:
+    writer = ArtifactWriter(Folder.at(folder))
+    for index, num_rows in enumerate(rows):
+        writer.add(Part(name=f"part-{index:05d}.parquet", num_bytes=1, sha256=f"{index}", rows=num_rows))
+    writer.add(Part(name="errors.parquet", num_bytes=1, sha256="e", rows=3))
+    return artifact(writer)
+
+
+def test_parts_join_consecutive_inputs_up_to_the_limit_and_cover_each_row_once(tmp_path: Path) -> None:
+    parts = plan_parts(embedded(tmp_path, [40, 40, 40, 500, 10, 0, 30]), 100, ["a"])
+    assert [part.num_rows for part in parts] == [80, 40, 500, 40]
+    assert [part.first_row for part in parts] == [0, 80, 120, 620]
+    assert [name for part in parts for name in part.inputs] == [f"part-{i:05d}.parquet" for i in range(7)]
+
+
+def test_what_a_part_is_made_from_decides_whether_it_is_taken_up(tmp_path: Path) -> None:
+    folder = Folder.at(tmp_path / "assign")
+    (one, two), (other, _) = (
+        plan_parts(embedded(tmp_path / "e", [40, 40]), 40, [source]) for source in ("model 1", "model 2")
+    )
+    assert FinishedPart.find(folder, one) is None
+    table = pa.table({"image_id": [1, 2]})
+    finished = FinishedPart(ArtifactWriter(folder).write_table(one.name, table), Tally(num_images=2))
+    import json
+
+    folder.write_bytes(note_name(one.name), json.dumps(finished.to_json(one.source)).encode())
+    assert FinishedPart.find(folder, one) == finished
+    assert FinishedPart.find(folder, other) is None
+    assert FinishedPart.find(folder, two) is None
+    folder.write_bytes(one.name, b"cut off")
+    assert FinishedPart.find(folder, one) is None
+
+
+@pytest.mark.parametrize("note", [b"", b"{", b"[]", b'{"source": "s"}', b'{"source": "s", "part": {}, "tally": {}}'])
+def test_a_note_that_is_not_whole_counts_for_nothing(tmp_path: Path, note: bytes) -> None:
+    folder = Folder.at(tmp_path)
+    wanted = AssignPart("part-00000.parquet", (), 0, 0, "s")
+    folder.write_bytes(note_name(wanted.name), note)
+    assert FinishedPart.find(folder, wanted) is None
+
+
+def test_tallies_add_up() -> None:
+    one = Tally(3, 2, 1, 1, 1.5, {"0": 1, "4": 2})
+    total = one + Tally(1, 0, 0, 0, 0.5, {"4": 1}) + Tally()
+    assert total.metrics(6) == {
+        "num_images": 4,
+        "num_in_consensus": 2,
+        "num_outliers": 1,
+        "num_exemplars": 1,
+        "mean_confidence": 0.5,
+        "num_clusters_used": 2,
+        "cluster_sizes": [1, 0, 0, 0, 3, 0],
+    }
+
+
+def test_uris_are_found_across_row_groups(tmp_path: Path) -> None:
+    writer = ArtifactWriter(Folder.at(tmp_path))
+    uris = [f"/images/{number}.png" for number in range(25)]
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table({"image_id": range(25), "uri": uris}), sink, row_group_size=7)
+    writer.write_bytes("images.parquet", sink.getvalue().to_pybytes())
+    reader = UriReader(artifact(writer))
+    for ids in ([0], [6, 7], [3, 9, 22, 24], [14, 15], []):
+        assert reader.read(np.array(ids, dtype=np.int64)).to_pylist() == [uris[i] for i in ids]
