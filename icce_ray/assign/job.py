@@ -27,7 +27,7 @@ from icce_ray.config import Config
 from icce_ray.context import StageContext
 from icce_ray.embed.features import load_features
 from icce_ray.embed.listing import TABLE_NAME
-from icce_ray.errors import WorkerError, describe_cause
+from icce_ray.errors import DamagedArtifactError, WorkerError, describe_cause
 from icce_ray.store import Artifact, Folder
 
 VERSION = 1
@@ -58,17 +58,26 @@ class Labeler:
     def __call__(self, batch: Any) -> Any:
         row = json.loads(batch["part"][0].as_py())
         wanted = AssignPart(**(row | {"inputs": tuple(row["inputs"])}))
-        finished = write_part(
-            wanted,
-            self.folder,
-            embed=self.inputs["embed"],
-            uris=self.uris,
-            classifier=self.classifier,
-            consensus_N=self.inputs["consensus"].read_array("labels.npy"),
-            agreement_N=self.inputs["consensus"].read_array("agreement.npy"),
-            exemplar_rows=self.exemplar_rows,
-        )
-        return pa.table({"name": [wanted.name], "finished": [json.dumps(finished.to_json(wanted.source))]})
+        try:
+            finished = write_part(
+                wanted,
+                self.folder,
+                embed=self.inputs["embed"],
+                uris=self.uris,
+                classifier=self.classifier,
+                consensus_N=self.inputs["consensus"].read_array("labels.npy"),
+                agreement_N=self.inputs["consensus"].read_array("agreement.npy"),
+                exemplar_rows=self.exemplar_rows,
+            )
+        except Exception as error:
+            # As a row: raised here, it would come back as Ray's own error, which has lost what went wrong.
+            kind = "damaged" if isinstance(error, DamagedArtifactError) else "failed"
+            return _row(wanted.name, **{kind: describe_cause(error)})
+        return _row(wanted.name, finished=json.dumps(finished.to_json(wanted.source)))
+
+
+def _row(name: str, **values: str) -> pa.Table:
+    return pa.table({key: [values.get(key, "")] for key in ("finished", "damaged", "failed")} | {"name": [name]})
 
 
 def run(config: Config, context: StageContext) -> dict[str, Any]:
@@ -79,6 +88,7 @@ def run(config: Config, context: StageContext) -> dict[str, Any]:
         cluster_sizes (images of each of the K).
 
     Raises:
+        DamagedArtifactError: a part of an input is not what its manifest promises.
         WorkerError: workers died, or storage failed, more often than retries could mend; finished parts stay.
     """
     connect(config.resources)
@@ -95,6 +105,8 @@ def run(config: Config, context: StageContext) -> dict[str, Any]:
             for name, part in _label(config, inputs, folder, pending, rows):
                 finished[name] = part
                 context.progress.update(sum(part.tally.num_images for part in finished.values()), num_images)
+    except DamagedArtifactError:
+        raise
     except (ray.exceptions.RayError, RuntimeError, OSError) as error:
         raise WorkerError(
             "assign: workers failed for good; what is finished stays, and the same command goes on from there. "
@@ -162,4 +174,8 @@ def _label(
             max_task_retries=MAX_TRIES - 1,
         )
         for row in dataset.iter_rows():
+            if row["damaged"]:
+                raise DamagedArtifactError(row["damaged"])
+            if row["failed"]:
+                raise WorkerError(f"{row['name']}: {row['failed']}")
             yield row["name"], FinishedPart.from_json(json.loads(row["finished"]))

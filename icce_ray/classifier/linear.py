@@ -26,7 +26,6 @@ from scipy.special import logsumexp
 
 from icce_ray.classifier.calibration import calibrate, expected_calibration_error, fit_calibration
 from icce_ray.classifier.outliers import OutlierModel, fit_outlier_rule
-from icce_ray.classifier.sgd import train_grid
 from icce_ray.config import ClassifierConfig
 from icce_ray.errors import InputError
 from icce_ray.progress import Progress
@@ -173,6 +172,9 @@ def fit_classifier(
     Raises:
         InputError: fewer than 2 labelled images, labels out of range, or every learning rate diverged.
     """
+    # Imports torch, which those who only label images need not wait for.
+    from icce_ray.classifier.sgd import train_grid
+
     rows, labels = _check(features_ND, labels_N, num_clusters)
     sizes_K = np.bincount(labels, minlength=num_clusters).astype(np.int64)
     split_seed, batch_seed, sample_seed = (int(s) for s in np.random.SeedSequence([seed, 4]).generate_state(3))
