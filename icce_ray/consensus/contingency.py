@@ -147,7 +147,8 @@ def _cells(a_N: npt.NDArray[Any], b_N: npt.NDArray[Any], num_b: int) -> npt.NDAr
     present = (a_N >= 0) & (b_N >= 0)
     if not present.all():
         a_N, b_N = a_N[present], b_N[present]
-    return a_N.astype(np.int64) * num_b + b_N
+    cells_n: npt.NDArray[np.int64] = a_N.astype(np.int64) * num_b + b_N
+    return cells_n
 
 
 def count_consensus(labels_N: npt.NDArray[Any], heads: HeadLabels, num_clusters: int) -> Counts:

@@ -77,7 +77,10 @@ def partition_graph(
     if done.returncode != 0:
         lines = done.stderr.decode(errors="replace").strip().splitlines()
         raise PartitionError(f"METIS ended with exit code {done.returncode}: {lines[-1] if lines else 'no message'}")
-    parts = np.load(io.BytesIO(done.stdout), allow_pickle=False)
+    try:
+        parts = np.load(io.BytesIO(done.stdout), allow_pickle=False)
+    except (ValueError, EOFError, OSError):
+        raise PartitionError("METIS answered something else than parts") from None
     if parts.shape != (len(seeds), num_vertices) or parts.min() < 0 or parts.max() >= num_parts:
         raise PartitionError(f"METIS answered parts of shape {parts.shape}, {parts.min()} to {parts.max()}")
     return parts.astype(np.int32)  # type: ignore[no-any-return]

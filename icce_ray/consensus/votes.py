@@ -86,7 +86,7 @@ def _best_of_each_row(
         return tied[firsts]
     # A hash of the votes that does not depend on their order: equal images break ties alike.
     hash_of_cluster = hash_numbers(np.arange(int(votes.max()) + 2), 0, seed)
-    keys = hash_of_cluster[votes[rows[tied[firsts]]]].sum(axis=1, dtype=np.uint64)
+    keys = hash_of_cluster[votes[rows[tied[firsts]]] + 1].sum(axis=1, dtype=np.uint64)
     keys = np.repeat(keys, np.diff(np.append(firsts, len(tied))))
     order = np.lexsort((hash_numbers(keys, clusters[tied], seed), rows[tied]))
     is_last = np.diff(rows[tied][order], append=-1) != 0

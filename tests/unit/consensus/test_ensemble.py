@@ -1,0 +1,201 @@
+from __future__ import annotations
+
+import json
+import sys
+
+import numpy as np
+import pytest
+from sklearn.cluster import MiniBatchKMeans
+from sklearn.metrics import normalized_mutual_info_score
+
+from icce_ray.consensus import ensemble, partition
+from icce_ray.consensus.ensemble import cluster_ensemble
+from icce_ray.errors import InputError
+from icce_ray.evaluate.metrics import clustering_accuracy
+
+
+def mean_nmi(labels_N, matrix):
+    rows = [(labels_N[row >= 0], row[row >= 0]) for row in np.asarray(matrix)]
+    return np.mean([normalized_mutual_info_score(a, b, average_method="geometric") for a, b in rows])
+
+
+@pytest.fixture(scope="module")
+def noisy(planted):
+    return planted([60, 60, 60, 60], 9, 0.35)
+
+
+def test_planted_clusters_are_recovered_and_the_best_method_is_kept(noisy):
+    labels_N, matrix = noisy
+    result = cluster_ensemble(matrix, 4, random_state=0)
+    assert clustering_accuracy(labels_N, result.labels) > 0.99
+    assert set(result.anmi) == {"mcla", "hbgf", "cspa", "vote"}
+    assert not result.skipped
+    assert result.anmi[result.method] == max(result.anmi.values()) == result.consensus_anmi
+    assert all(result.anmi[method] >= result.start_anmi[method] for method in result.anmi)
+    assert result.consensus_anmi == pytest.approx(mean_nmi(result.labels, matrix), abs=1e-12)
+    assert (result.labels.dtype, result.agreement.dtype, result.vote_entropy.dtype, result.second_choice.dtype) == (
+        np.int32,
+        np.float32,
+        np.float32,
+        np.int32,
+    )
+
+
+@pytest.mark.parametrize("merges", [False, True])
+def test_unbalanced_clusters_are_recovered_at_least_as_well_as_by_the_best_head(planted, merges):
+    sizes = np.maximum(1000 / np.arange(1, 11) ** 2, 10).astype(int).tolist()
+    labels_N, matrix = planted(sizes, 16, 0.3, seed=2, merges=merges)
+    result = cluster_ensemble(matrix, 10, methods=["mcla", "vote"], random_state=0)
+    accuracy = clustering_accuracy(labels_N, result.labels)
+    assert accuracy >= max(clustering_accuracy(labels_N, row) for row in matrix)
+    assert accuracy > 0.95
+
+
+def test_the_same_seed_gives_the_same_result_and_generators_are_accepted(noisy):
+    _, matrix = noisy
+    one, other = (cluster_ensemble(matrix, 4, random_state=7, methods=["mcla"]) for _ in range(2))
+    for name in ("labels", "agreement", "vote_entropy", "second_choice"):
+        np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
+    assert one.anmi == other.anmi
+    generators = [np.random.default_rng(5), np.random.default_rng(5)]
+    drawn = [cluster_ensemble(matrix, 4, random_state=generator, methods="vote").labels for generator in generators]
+    np.testing.assert_array_equal(*drawn)
+    cluster_ensemble(matrix, 4, random_state=np.random.RandomState(0), methods="vote")
+    cluster_ensemble(matrix, 4, random_state=None, methods="vote")
+
+
+def test_without_a_number_of_clusters_it_is_that_of_the_head_with_the_most():
+    result = cluster_ensemble([[0, 0, 1, 1, 1, 1], [0, 0, 1, 1, 2, 2]], random_state=0)
+    assert sorted(np.unique(result.labels)) == [0, 1, 2]
+
+
+def test_a_single_head_is_its_own_consensus(planted):
+    _, matrix = planted([20, 30, 10], 1, 0.0)
+    result = cluster_ensemble(matrix, 3, random_state=0)
+    assert result.consensus_anmi == pytest.approx(1.0)
+    assert result.agreement.min() == 1.0
+    assert result.vote_entropy.max() == 0.0
+    assert set(result.second_choice) == {-1}
+
+
+def test_identical_heads_give_that_head_even_for_more_clusters_than_they_have(planted):
+    labels_N, _ = planted([20, 30, 10], 1, 0.0)
+    matrix = np.tile(labels_N, (4, 1))
+    for num_clusters in (3, 5, 20):
+        result = cluster_ensemble(matrix, num_clusters, random_state=0)
+        assert result.consensus_anmi == pytest.approx(1.0)
+        assert clustering_accuracy(labels_N, result.labels) == 1.0
+        assert result.labels.max() < num_clusters
+    assert set(result.skipped) == {"hbgf", "cspa"}
+
+
+@pytest.mark.parametrize("num_clusters", [2, 3, 7, 12])
+def test_any_number_of_clusters_is_reached_from_heads_that_disagree(planted, num_clusters):
+    _, matrix = planted([40, 40, 40, 40], 6, 0.3)
+    matrix[1] = np.minimum(matrix[1], 1)
+    result = cluster_ensemble(matrix, num_clusters, random_state=0)
+    np.testing.assert_array_equal(np.unique(result.labels), np.arange(num_clusters))
+
+
+def test_missing_labels_gaps_in_numbers_and_any_integer_type_are_understood(noisy):
+    labels_N, matrix = noisy
+    matrix = np.where(np.random.default_rng(0).random(matrix.shape) < 0.2, -1, matrix * 1000 + 17).astype(np.int16)
+    matrix[0] = np.where(matrix[0] < 0, 17, matrix[0])
+    result = cluster_ensemble(matrix, 4, random_state=0)
+    assert clustering_accuracy(labels_N, result.labels) > 0.97
+    assert result.consensus_anmi == pytest.approx(mean_nmi(result.labels, matrix), abs=1e-12)
+    assert result.agreement.min() >= 0.0
+    assert result.agreement.max() <= 1.0
+
+
+def test_a_partitioner_that_crashes_does_not_take_the_others_along(noisy, monkeypatch):
+    labels_N, matrix = noisy
+    monkeypatch.setattr(partition, "COMMAND", [sys.executable, "-c", "import os; os.abort()"])
+    result = cluster_ensemble(matrix, 4, random_state=0)
+    assert set(result.skipped) == {"mcla", "hbgf", "cspa"}
+    assert "exit code -6" in result.skipped["mcla"]
+    assert result.method == "vote"
+    fallback = cluster_ensemble(matrix, 4, methods=["mcla"], random_state=0)
+    assert fallback.method == "vote"
+    assert clustering_accuracy(labels_N, fallback.labels) > 0.99
+
+
+def test_cspa_is_left_out_above_its_limit_with_the_reason(noisy):
+    result = cluster_ensemble(noisy[1], 4, methods=["mcla", "cspa"], cspa_max_images=100, random_state=0)
+    assert "240 images" in result.skipped["cspa"]
+    assert set(result.anmi) == {"mcla"}
+
+
+def test_the_best_head_alone_is_returned_as_it_is(noisy):
+    _, matrix = noisy
+    losses = np.linspace(1, 2, len(matrix))
+    losses[3] = 0.5
+    result = cluster_ensemble(matrix, 4, methods=["best_head"], refine=False, head_losses=losses)
+    np.testing.assert_array_equal(result.labels, matrix[3])
+    assert result.method == "best_head"
+
+
+def test_without_refinement_nothing_moves(noisy):
+    result = cluster_ensemble(noisy[1], 4, refine=False, random_state=0)
+    assert result.anmi == result.start_anmi
+
+
+def test_large_inputs_get_one_try(noisy, monkeypatch):
+    seeds_seen = []
+    plain = ensemble.mcla
+    monkeypatch.setattr(
+        ensemble, "mcla", lambda *a, seeds, **k: seeds_seen.append(len(seeds)) or plain(*a, seeds=seeds, **k)
+    )
+    cluster_ensemble(noisy[1], 4, methods="mcla", random_state=0)
+    monkeypatch.setattr(ensemble, "TRIES_BUDGET", 100)
+    cluster_ensemble(noisy[1], 4, methods="mcla", random_state=0)
+    assert seeds_seen == [ensemble.MAX_SEEDS, 1]
+
+
+def test_the_summary_is_json_and_counts_the_clusters():
+    result = cluster_ensemble([[0, 0, 0, 1, 1, 2]], 3, random_state=0)
+    summary = json.loads(json.dumps(result.summary()))
+    assert (summary["smallest_cluster"], summary["median_cluster"], summary["largest_cluster"]) == (1, 2.0, 3)
+    assert (summary["num_clusters"], summary["anmi"], summary["mean_agreement"]) == (3, pytest.approx(1.0), 1.0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"n_clusters": 1}, "n_clusters is 1"),
+        ({"n_clusters": 7}, "n_clusters is 7.*6"),
+        ({"n_clusters": 2.5}, r"n_clusters is 2\.5"),
+        ({"methods": ["kmeans"]}, "'kmeans'.*mcla, hbgf, cspa, vote, best_head"),
+        ({"methods": []}, "methods is empty"),
+        ({"imbalance": 0.5}, r"imbalance is 0\.5"),
+        ({"imbalance": float("nan")}, "imbalance is nan"),
+        ({"head_losses": [1.0]}, r"head_losses has shape \(1,\)"),
+        ({"random_state": "x"}, "random_state is 'x'"),
+        ({"random_state": -1}, "random_state is -1"),
+    ],
+)
+def test_parameters_out_of_range_are_refused_with_the_value_and_the_bound(arguments, message):
+    with pytest.raises(InputError, match=message) as raised:
+        cluster_ensemble([[0, 0, 1, 1, 2, 2], [0, 0, 1, 1, 1, 1]], **arguments)
+    assert isinstance(raised.value, ValueError)
+
+
+def test_heads_that_say_nothing_are_refused_unless_a_number_of_clusters_is_given():
+    with pytest.raises(InputError, match="single cluster"):
+        cluster_ensemble([[0, 0, 0], [0, 0, 0]])
+    assert cluster_ensemble([[0, 0, 0], [0, 0, 0]], 2, random_state=0).labels.tolist() == [0, 0, 0]
+
+
+@pytest.mark.slow
+def test_agreement_tells_accurate_images_of_real_features_from_others(real_data_dir):
+    features_ND = np.load(real_data_dir / "cifar10_test_mixpca256.npy")[:4000, :64].astype(np.float32)
+    labels_N = np.load(real_data_dir / "cifar10_test_labels.npy")[:4000].astype(int)
+    features_ND /= np.linalg.norm(features_ND, axis=1, keepdims=True)
+    matrix = np.array(
+        [MiniBatchKMeans(10, random_state=s, n_init=1, max_iter=10).fit_predict(features_ND) for s in range(12)]
+    )
+    result = cluster_ensemble(matrix, 10, methods=["mcla", "vote"], random_state=0)
+    assert result.consensus_anmi > max(mean_nmi(row, matrix) for row in matrix) - 1 / len(matrix)
+    order = np.argsort(result.agreement, kind="stable")
+    halves = [clustering_accuracy(labels_N[half], result.labels[half]) for half in (order[:2000], order[2000:])]
+    assert halves[1] > halves[0] + 0.10

@@ -1,0 +1,155 @@
+"""MCLA, HBGF, CSPA, the vote and the repair of empty clusters, each against a plain reference or a planted answer."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from icce_ray.consensus import mcla as mcla_module
+from icce_ray.consensus.contingency import HeadLabels, encode_heads
+from icce_ray.consensus.cspa import co_association, cspa
+from icce_ray.consensus.hbgf import group_equal_images, hbgf
+from icce_ray.consensus.mcla import JACCARD_SCALE, cluster_graph, head_pair_counts, mcla, vote
+from icce_ray.consensus.partition import PartitionError
+from icce_ray.consensus.plain import align_and_vote, best_head, fill_empty_clusters
+from icce_ray.evaluate.metrics import clustering_accuracy
+
+
+def test_the_cluster_graph_holds_the_jaccard_similarities_of_a_plain_loop(planted):
+    _, matrix = planted([20, 30, 10], 4, 0.3)
+    matrix[2, ::7] = -1
+    heads = encode_heads(matrix)
+    graph = cluster_graph(head_pair_counts(heads), heads.head_cluster_sizes(), heads.offsets).toarray()
+    members = [
+        set(np.flatnonzero(c == k)) for c, v in zip(heads.codes, heads.values, strict=True) for k in range(len(v))
+    ]
+    head_of = np.repeat(np.arange(heads.num_heads), heads.num_clusters)
+    for i, one in enumerate(members):
+        for j, other in enumerate(members):
+            expected = len(one & other) / len(one | other) if head_of[i] != head_of[j] else 0.0
+            assert graph[i, j] == pytest.approx(JACCARD_SCALE * expected, abs=1)
+    np.testing.assert_array_equal(graph, graph.T)
+
+
+def test_large_cluster_graphs_leave_out_overlaps_that_chance_makes(planted, monkeypatch):
+    _, matrix = planted([300, 300, 5], 3, 0.02)
+    heads = encode_heads(matrix)
+    full = cluster_graph(head_pair_counts(heads), heads.head_cluster_sizes(), heads.offsets)
+    monkeypatch.setattr(mcla_module, "MAX_FULL_CLUSTERS", 3)
+    cut = cluster_graph(head_pair_counts(heads), heads.head_cluster_sizes(), heads.offsets)
+    assert cut.nnz < full.nnz
+    assert cut.data.min() >= mcla_module.MIN_JACCARD * JACCARD_SCALE
+
+
+@pytest.mark.parametrize("by_mean", [True, False])
+def test_the_vote_is_the_highest_mean_membership_of_a_plain_loop(planted, by_mean):
+    _, matrix = planted([15, 15, 15, 15], 5, 0.4)
+    matrix[1, ::5] = -1
+    heads = encode_heads(matrix)
+    meta_C = np.random.default_rng(0).integers(0, 3, heads.num_head_clusters)
+    labels_N = vote(heads, meta_C, 3, seed=0, by_mean=by_mean)
+    for image, chosen in enumerate(labels_N):
+        votes = np.zeros(3)
+        for head in range(heads.num_heads):
+            code = heads.codes[head, image]
+            if code >= 0:
+                votes[meta_C[heads.offsets[head] + code]] += 1
+        association = votes / np.maximum(np.bincount(meta_C, minlength=3), 1) if by_mean else votes
+        assert association[chosen] == association.max()
+
+
+def test_the_vote_of_shards_is_the_vote_of_the_whole(planted, monkeypatch):
+    _, matrix = planted([40, 40, 40], 6, 0.6)
+    heads = encode_heads(matrix)
+    meta_C = np.tile(np.arange(3), 6)
+    whole = vote(heads, meta_C, 3, seed=1)
+    shards = [vote(HeadLabels(heads.codes[:, part], heads.values), meta_C, 3, seed=1) for part in
+              (slice(0, 17), slice(17, 90), slice(90, None))]  # fmt: skip
+    np.testing.assert_array_equal(whole, np.concatenate(shards))
+    monkeypatch.setattr(mcla_module, "block_rows", lambda num_heads: 7)
+    np.testing.assert_array_equal(whole, vote(heads, meta_C, 3, seed=1))
+
+
+def test_co_association_counts_shared_clusters(planted):
+    _, matrix = planted([8, 8, 4], 5, 0.3)
+    matrix[0, 3] = -1
+    together = co_association(encode_heads(matrix)).toarray()
+    for i in range(20):
+        for j in range(20):
+            assert together[i, j] == sum(row[i] == row[j] != -1 for row in matrix)
+
+
+def test_equal_images_are_grouped_and_others_are_not(planted):
+    _, matrix = planted([30, 30], 4, 0.2)
+    first_G, group_N = group_equal_images(encode_heads(matrix))
+    assert len(first_G) == len(np.unique(matrix, axis=1).T)
+    np.testing.assert_array_equal(matrix[:, first_G[group_N]], matrix)
+
+
+@pytest.mark.parametrize("method", [mcla, hbgf, cspa])
+def test_each_partition_method_recovers_planted_clusters(planted, method):
+    labels_N, matrix = planted([60] * 5, 10, 0.3)
+    tries = method(encode_heads(matrix), 5, imbalance=1.5, seeds=[0, 1])
+    assert len(tries) >= 2
+    assert all(labels.shape == (300,) and labels.min() >= 0 and labels.max() < 5 for labels in tries)
+    assert max(clustering_accuracy(labels_N, labels) for labels in tries) > 0.99
+
+
+def test_mcla_and_the_vote_recover_clusters_of_very_different_size(planted):
+    labels_N, matrix = planted([1000, 500, 200, 100, 50, 25, 10], 12, 0.3)
+    heads = encode_heads(matrix)
+    best_single = max(clustering_accuracy(labels_N, row) for row in matrix)
+    for tries in (mcla(heads, 7, imbalance=1.5, seeds=[0, 1]), align_and_vote(heads, 7, seed=0)):
+        assert max(clustering_accuracy(labels_N, labels) for labels in tries) > max(0.98, best_single)
+
+
+@pytest.mark.parametrize("method", [hbgf, cspa])
+def test_fewer_different_images_than_clusters_is_a_fault_of_that_method_alone(method):
+    with pytest.raises(PartitionError, match="only 2 images differ"):
+        method(encode_heads([[0, 0, 1, 1, 1]]), 3, imbalance=1.5, seeds=[0])
+
+
+def test_the_best_head_is_the_one_with_the_lowest_loss_with_its_own_numbers():
+    matrix = np.array([[0, 0, 1, 1], [3, 3, 1, 1], [0, 1, 1, 1]])
+    heads = encode_heads(matrix)
+    np.testing.assert_array_equal(best_head(heads, 4, np.array([0.3, 0.1, 0.2])), matrix[1])
+    np.testing.assert_array_equal(best_head(heads, 2, np.array([0.3, 0.1, 0.2])), [1, 1, 0, 0])
+    np.testing.assert_array_equal(best_head(heads, 2, np.array([0.3, np.nan, np.nan])), matrix[0])
+    assert best_head(heads, 2).tolist() in ([0, 0, 1, 1], [1, 1, 0, 0])
+
+
+def test_a_head_that_leaves_out_images_or_has_too_many_clusters_cannot_be_the_best():
+    heads = encode_heads([[0, 0, -1, 1], [0, 1, 2, 3]])
+    np.testing.assert_array_equal(best_head(heads, 4), [0, 1, 2, 3])
+    with pytest.raises(PartitionError, match="no head"):
+        best_head(heads, 3)
+
+
+def test_the_vote_copes_with_heads_that_all_have_more_clusters(planted):
+    labels_N, matrix = planted([50, 50, 50, 50], 6, 0.1)
+    tries = align_and_vote(encode_heads(matrix), 3, seed=0, num_starts=3)
+    assert len(tries) == 3
+    assert all(sorted(np.unique(labels)) == [0, 1, 2] for labels in tries)
+    assert max(clustering_accuracy(labels_N, labels) for labels in tries) > 0.7
+
+
+def test_an_empty_cluster_gets_the_largest_group_that_a_head_tells_apart():
+    heads = encode_heads([[0, 0, 0, 0, 1, 1, 2, 2, 2], [0, 0, 0, 0, 0, 0, 1, 1, 1]])
+    labels_N = np.zeros(9, dtype=np.int32)
+    filled = fill_empty_clusters(labels_N, heads, 3)
+    np.testing.assert_array_equal(filled, [0, 0, 0, 0, 2, 2, 1, 1, 1])
+    assert not labels_N.any()
+
+
+def test_clusters_stay_empty_where_no_head_tells_images_apart():
+    heads = encode_heads([[0, 0, 1, 1]])
+    filled = fill_empty_clusters(np.array([0, 0, 2, 2], dtype=np.int32), heads, 4)
+    np.testing.assert_array_equal(filled, [0, 0, 2, 2])
+
+
+def test_filled_clusters_leave_no_gap_whatever_the_labels(planted):
+    _, matrix = planted([30, 20, 10], 5, 0.5)
+    heads = encode_heads(matrix)
+    for num_clusters in (4, 8, 20):
+        filled = fill_empty_clusters(np.full(60, 1, dtype=np.int32), heads, num_clusters)
+        assert len(np.unique(filled)) == num_clusters

@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from icce_ray.consensus import refine as refine_module
+from icce_ray.consensus.contingency import count_consensus, encode_heads
+from icce_ray.consensus.objective import anmi
+from icce_ray.consensus.refine import refine
+from icce_ray.evaluate.metrics import clustering_accuracy
+
+
+@given(seed=st.integers(0, 10_000), num_clusters=st.integers(2, 6), missing=st.sampled_from([0.0, 0.3]))
+@settings(max_examples=40, deadline=None)
+def test_refinement_never_lowers_the_anmi_nor_empties_a_cluster(seed, num_clusters, missing):
+    rng = np.random.default_rng(seed)
+    matrix = rng.integers(0, 4, (4, 50))
+    matrix[1:][rng.random((3, 50)) < missing] = -1
+    heads = encode_heads(matrix)
+    start_N = rng.integers(0, num_clusters, 50)
+    labels_N, value = refine(start_N, heads, num_clusters)
+    assert labels_N.dtype == np.int32
+    assert value >= anmi(start_N, heads, num_clusters)
+    assert value == pytest.approx(anmi(labels_N, heads, num_clusters), abs=1e-12)
+    assert set(np.unique(labels_N)) == set(np.unique(start_N))
+
+
+@pytest.mark.parametrize("missing", [0.0, 0.3])
+def test_the_gain_of_a_move_equals_the_change_of_the_anmi(planted, missing):
+    _, matrix = planted([400, 200, 100], 5, 0.3)
+    rng = np.random.default_rng(0)
+    matrix[1:][rng.random((4, 700)) < missing] = -1
+    heads = encode_heads(matrix)
+    labels_N = matrix[0].astype(np.int32)
+    start = anmi(labels_N, heads, 3)
+    target_N, gain_N = refine_module._best_moves(labels_N, count_consensus(labels_N, heads, 3), heads)
+    for image in range(0, 700, 13):
+        changes = []
+        for cluster in set(range(3)) - {int(labels_N[image])}:
+            moved_N = labels_N.copy()
+            moved_N[image] = cluster
+            changes.append((anmi(moved_N, heads, 3) - start, cluster))
+        change, cluster = max(changes)
+        assert gain_N[image] == pytest.approx(change, abs=3e-6)
+        assert target_N[image] == cluster or abs(changes[0][0] - changes[1][0]) < 6e-6
+
+
+def test_refinement_repairs_a_spoilt_planted_clustering(planted):
+    labels_N, matrix = planted([500, 200, 100, 50, 25], 12, 0.3)
+    heads = encode_heads(matrix)
+    rng = np.random.default_rng(1)
+    start_N = np.where(rng.random(len(labels_N)) < 0.5, rng.integers(0, 5, len(labels_N)), labels_N)
+    refined_N, _ = refine(start_N, heads, 5)
+    assert clustering_accuracy(labels_N, refined_N) > 0.99
+
+
+def test_voted_candidates_lead_to_the_same_clusters_as_all_of_them(planted, monkeypatch):
+    labels_N, matrix = planted([60] * 6, 8, 0.3)
+    heads = encode_heads(matrix)
+    rng = np.random.default_rng(1)
+    start_N = np.where(rng.random(360) < 0.2, rng.integers(0, 6, 360), labels_N)
+    everywhere_N, _ = refine(start_N, heads, 6)
+    monkeypatch.setattr(refine_module, "MAX_DENSE_CLUSTERS", 2)
+    voted_N, _ = refine(start_N, heads, 6)
+    np.testing.assert_array_equal(everywhere_N, voted_N)
+
+
+def test_blocks_do_not_change_the_refinement(planted, monkeypatch):
+    _, matrix = planted([60] * 4, 6, 0.5)
+    heads = encode_heads(matrix)
+    whole_N, _ = refine(matrix[0], heads, 4)
+    monkeypatch.setattr(refine_module, "block_rows", lambda num_heads: 31)
+    blocks_N, _ = refine(matrix[0], heads, 4)
+    np.testing.assert_array_equal(whole_N, blocks_N)
+
+
+def test_heads_of_a_single_cluster_and_a_perfect_start_change_nothing():
+    single = encode_heads(np.zeros((3, 10), dtype=int))
+    start_N = np.arange(10) % 2
+    labels_N, _ = refine(start_N, single, 2)
+    np.testing.assert_array_equal(labels_N, start_N)
+    agreed = encode_heads(np.tile(start_N, (3, 1)))
+    labels_N, value = refine(start_N, agreed, 2)
+    np.testing.assert_array_equal(labels_N, start_N)
+    assert value == pytest.approx(1.0)
