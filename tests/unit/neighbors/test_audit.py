@@ -164,24 +164,24 @@ REAL_SETS = {
 def test_on_real_features_auto_keeps_the_precision_it_estimates(name: str, center: bool, real_data_dir: Path) -> None:
     labels_name, tolerance = REAL_SETS[name]
     labels = np.load(real_data_dir / f"{labels_name}.npy").astype(np.int64)
-    features = np.load(real_data_dir / f"{name}.npy")
+    base = prepare(np.load(real_data_dir / f"{name}.npy"), center)
     num_clusters = len(np.unique(labels))
-    config = NeighborsConfig(center=center, max_neighbors=None)
-    precision, length = {}, {}
-    for threshold in ("auto", *(tenth / 10 for tenth in range(1, 10))):
-        settings = config.model_copy(update={"similarity_threshold": threshold})
-        if threshold == "auto":
-            graph, result = build_graph(features, settings, num_clusters=num_clusters, seed=0)
-        else:
-            row = next(row for row in result.thresholds if row["threshold"] == threshold)
-            if row["mean_neighbors"] > 1500:
-                continue  # Every precision of so long lists is far below.
-            graph, _ = build_graph(features, settings, num_clusters=num_clusters, seed=0)
-        rows = np.repeat(np.arange(len(labels)), graph.degrees)
-        is_same = labels[rows] == labels[graph.indices]
-        precision[threshold] = float((np.bincount(rows, weights=is_same) / graph.degrees).mean())
-        length[threshold] = graph.degrees.mean()
-    assert result.estimated_precision == pytest.approx(precision["auto"], abs=tolerance)
-    longer = [precision[threshold] for threshold in precision if length[threshold] >= length["auto"]]
-    assert precision["auto"] >= max(longer) - 0.03
-    assert 50 <= length["auto"] <= len(labels) / num_clusters
+    result = audit_prepared(base, NeighborsConfig(), num_clusters=num_clusters, seed=0)
+    rows = np.random.default_rng(1).choice(len(base), 1000, replace=False)
+    cosine = base[rows] @ base.T
+    cosine[np.arange(len(rows)), rows] = -2
+    is_same = labels[rows][:, None] == labels[None, :]
+    nearest = np.take_along_axis(is_same, np.argpartition(-cosine, 50, axis=1)[:, :50], axis=1).mean(axis=1)
+
+    def length_and_precision(threshold: float) -> tuple[float, float]:
+        is_above = cosine >= threshold
+        count = is_above.sum(axis=1)
+        precision = np.where(count < 50, nearest, (is_above & is_same).sum(axis=1) / np.maximum(count, 1))
+        return float(np.maximum(count, 50).mean()), float(precision.mean())
+
+    assert result.similarity_threshold is not None
+    length, precision = length_and_precision(result.similarity_threshold)
+    assert result.estimated_precision == pytest.approx(precision, abs=tolerance)
+    fixed = [length_and_precision(tenth / 10) for tenth in range(1, 10)]
+    assert precision >= max((other for longer, other in fixed if longer >= length), default=0.0) - 0.03
+    assert 50 <= length <= len(labels) / num_clusters
