@@ -47,6 +47,25 @@ def test_the_gain_of_a_move_equals_the_change_of_the_anmi(planted, missing):
         assert target_N[image] == cluster or abs(changes[0][0] - changes[1][0]) < 6e-6
 
 
+def test_moves_that_lower_the_anmi_together_are_taken_back(planted, monkeypatch):
+    labels_N, matrix = planted([50, 50], 5, 0.1)
+    heads = encode_heads(matrix)
+    start = anmi(labels_N, heads, 2)
+    gain_N = np.arange(100) % 2 - 0.5
+    monkeypatch.setattr(refine_module, "_best_moves", lambda *_: ((1 - labels_N).astype(np.int32), gain_N))
+    refined_N, value = refine(labels_N, heads, 2)
+    assert value == start
+    np.testing.assert_array_equal(refined_N, labels_N)
+
+
+def test_a_cluster_keeps_its_images_when_all_of_them_would_leave():
+    heads = encode_heads([[0, 0, 0, 0, 1, 1, 1, 1]])
+    start_N = np.array([0, 0, 0, 2, 1, 1, 1, 1])
+    labels_N, value = refine(start_N, heads, 3)
+    np.testing.assert_array_equal(labels_N, start_N)
+    assert value < 1.0
+
+
 def test_refinement_repairs_a_spoilt_planted_clustering(planted):
     labels_N, matrix = planted([500, 200, 100, 50, 25], 12, 0.3)
     heads = encode_heads(matrix)

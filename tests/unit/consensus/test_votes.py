@@ -3,7 +3,7 @@ from __future__ import annotations
 from collections import Counter
 
 import numpy as np
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -29,6 +29,7 @@ def test_ranks_scores_and_entropy_equal_a_plain_count(votes_nH, seed, weighted):
 
 
 @given(votes_nH=VOTES, cut=st.integers(0, 12))
+@example(votes_nH=np.array([[4, 4, 4], *([a, b, -1] for a in range(3) for b in range(3))]), cut=1)
 @settings(deadline=None)
 def test_ties_do_not_depend_on_how_the_images_are_cut_into_blocks(votes_nH, cut):
     whole, _, _ = rank_votes(votes_nH, 2, seed=3)
