@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import sys
 import types
 from pathlib import Path
@@ -155,6 +156,15 @@ def test_no_stage_but_evaluate_is_told_where_the_labels_are(tmp_path: Path, monk
     run_again(tmp_path, evaluate={"labels": "folder"})
     assert told == dict.fromkeys(ALL) | {"evaluate": "folder"}
     assert [stage.name for stage in REAL_STAGES if stage.sees_labels] == ["evaluate"]
+
+
+@pytest.mark.parametrize("stage", REAL_STAGES, ids=lambda stage: stage.name)
+def test_the_version_in_the_list_is_the_one_beside_the_code(stage: Stage) -> None:
+    """Stated twice because planning must not import Ray, which the jobs do."""
+    source = Path(pipeline.__file__).parent.parent.joinpath(*stage.module.split(".")).with_suffix(".py")
+    assigned = [node for node in ast.parse(source.read_text()).body if isinstance(node, ast.Assign)]
+    versions = [node.value for node in assigned if ast.unparse(node.targets[0]) == "VERSION"]
+    assert [ast.literal_eval(version) for version in versions] == [stage.version]
 
 
 def test_a_failed_stage_keeps_what_was_finished_before_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
