@@ -7,7 +7,7 @@ finished ones. The exemplars are picked beforehand, by one task, from the images
 from __future__ import annotations
 
 import json
-import warnings
+import uuid
 from collections.abc import Iterator
 from functools import cached_property
 from typing import Any
@@ -19,7 +19,7 @@ import ray
 import ray.data
 
 from icce_ray.assign.exemplars import pick_exemplars
-from icce_ray.assign.parts import AssignPart, FinishedPart, Tally, UriReader, plan_parts, write_part
+from icce_ray.assign.parts import AssignPart, FinishedPart, Tally, UriReader, begin_try, plan_parts, write_part
 from icce_ray.classifier.job import MODEL_NAME
 from icce_ray.classifier.linear import LinearClassifier
 from icce_ray.cluster import available_cpus, connect, worker_cpus
@@ -32,7 +32,7 @@ from icce_ray.store import Artifact, Folder
 
 VERSION = 1
 MAX_TRIES = 3
-"""Of a part whose actor died."""
+"""Of a part whose actor died: a part that kills every actor must not do so for ever."""
 FREE_CPUS = 1.0
 """Not held by the actors: a pool that holds every CPU leaves none to feed it with."""
 NO_PROGRESS_TIMEOUT_S = 1800.0
@@ -41,9 +41,10 @@ NO_PROGRESS_TIMEOUT_S = 1800.0
 class Labeler:
     """The actor: holds the classifier, labels and writes parts. Restarts from its arguments alone."""
 
-    def __init__(self, inputs: dict[str, Artifact], folder: Folder, exemplar_rows: Any) -> None:
+    def __init__(self, inputs: dict[str, Artifact], folder: Folder, run_id: str, exemplar_rows: Any) -> None:
         self.inputs = inputs
         self.folder = folder
+        self.run_id = run_id
         # A copy: what comes out of the object store is shared with every process.
         self.exemplar_rows = np.array(exemplar_rows, dtype=np.int64)
 
@@ -59,6 +60,7 @@ class Labeler:
         row = json.loads(batch["part"][0].as_py())
         wanted = AssignPart(**(row | {"inputs": tuple(row["inputs"])}))
         try:
+            begin_try(wanted, self.folder, self.run_id, MAX_TRIES)
             finished = write_part(
                 wanted,
                 self.folder,
@@ -161,17 +163,19 @@ def _label(
     data_context.enable_progress_bars = False
     data_context.execution_no_progress_timeout_s = NO_PROGRESS_TIMEOUT_S
     rows = [json.dumps({**vars(part), "inputs": list(part.inputs)}) for part in pending]
-    with ray.data.DataContext.current(data_context), warnings.catch_warnings():
-        # Ray 2.60 deprecates the way to pass `max_task_retries` and has no other yet.
-        warnings.filterwarnings("ignore", message="`ray_remote_args` is deprecated")
+    with ray.data.DataContext.current(data_context):
         dataset = ray.data.from_arrow([pa.table({"part": [row]}) for row in rows]).map_batches(
             Labeler,
             batch_size=1,
             batch_format="pyarrow",
             compute=ray.data.ActorPoolStrategy(size=num_workers),
-            fn_constructor_kwargs={"inputs": inputs, "folder": folder, "exemplar_rows": exemplar_rows},
+            fn_constructor_kwargs={
+                "inputs": inputs,
+                "folder": folder,
+                "run_id": uuid.uuid4().hex,
+                "exemplar_rows": exemplar_rows,
+            },
             num_cpus=int(1000 * cpus) / 1000,
-            max_task_retries=MAX_TRIES - 1,
         )
         for row in dataset.iter_rows():
             if row["damaged"]:

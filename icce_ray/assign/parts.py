@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import socket
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -24,6 +26,7 @@ from icce_ray.assign.labeling import assignments_table, label_images
 from icce_ray.classifier.linear import LinearClassifier
 from icce_ray.embed.features import table_to_arrays
 from icce_ray.embed.listing import TABLE_NAME
+from icce_ray.errors import WorkerError
 from icce_ray.store import Artifact, ArtifactWriter, Folder, Part
 
 ASSIGNMENTS_FOLDER = "assignments/"
@@ -127,6 +130,31 @@ def note_name(part_name: str) -> str:
     return part_name.removeprefix(ASSIGNMENTS_FOLDER).removesuffix(".parquet") + ".done.json"
 
 
+def tries_name(part_name: str) -> str:
+    return part_name.removeprefix(ASSIGNMENTS_FOLDER).removesuffix(".parquet") + ".tries.json"
+
+
+def begin_try(wanted: AssignPart, folder: Folder, run_id: str, max_tries: int) -> None:
+    """Note on storage that a process of the run starts on the part; :func:`write_part` takes the note away.
+
+    Raises:
+        WorkerError: `max_tries` processes of this run have started on it, and none came to its end.
+    """
+    name = tries_name(wanted.name)
+    try:
+        note = json.loads(folder.read_bytes(name))
+        tries = note["tries"] + 1 if note["run"] == run_id else 1
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        tries = 1
+    if tries > max_tries:
+        raise WorkerError(
+            f"{wanted.num_rows:,} images killed their process {max_tries} times. Out of memory is the usual cause: "
+            "lower resources.assign.num_workers or assign.rows_per_part"
+        )
+    note = {"run": run_id, "tries": tries, "host": socket.gethostname(), "pid": os.getpid()}
+    folder.write_bytes(name, json.dumps(note).encode())
+
+
 def plan_parts(embed: Artifact, rows_per_part: int, source: Iterable[str]) -> list[AssignPart]:
     """Consecutive embedding parts, joined to at most `rows_per_part` rows each (more where a single one has more).
 
@@ -191,4 +219,5 @@ def write_part(
         row = rows.stop
     finished = FinishedPart(ArtifactWriter(folder).write_table(wanted.name, pa.concat_tables(tables)), tally)
     folder.write_bytes(note_name(wanted.name), json.dumps(finished.to_json(wanted.source)).encode())
+    folder.remove(tries_name(wanted.name))
     return finished

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import os
+import shutil
+import signal
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -198,6 +204,49 @@ def test_a_damaged_input_is_named_and_finished_parts_stay(with_classifier: dict[
     with pytest.raises(DamagedArtifactError, match=r"part-00009\.parquet: the bytes are not those that were written"):
         assign_job.run(config, context_for(tmp_path / "assign", with_classifier | {"embed": whole}))
     assert (tmp_path / "assign" / "part-00000.done.json").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_kills", [1, 3])
+def test_a_killed_worker_costs_its_part_a_try_and_three_end_the_stage(
+    with_classifier: dict[str, Artifact], tmp_path: Path, num_kills: int
+) -> None:
+    source = with_classifier["embed"].folder.local_path
+    assert source is not None
+    shutil.copytree(source, tmp_path / "embed")
+    embed = Artifact.find(Folder.at(tmp_path / "embed"))
+    assert embed is not None
+    # Reading a pipe that nobody writes to stops the worker within its part, where it is killed.
+    stopper = tmp_path / "embed" / "part-00009.parquet"
+    stopper.unlink()
+    os.mkfifo(stopper)
+    note = tmp_path / "assign" / "part-00004.tries.json"
+    killed: list[int] = []
+
+    def kill() -> None:
+        while len(killed) < num_kills:
+            time.sleep(0.05)
+            pid = json.loads(note.read_bytes())["pid"] if note.exists() else None
+            if pid is None or pid in killed:
+                continue
+            if len(killed) == 0 and num_kills == 1:
+                stopper.unlink()
+                shutil.copy(source / stopper.name, stopper)
+            os.kill(pid, signal.SIGKILL)
+            killed.append(pid)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    config = config_for(tmp_path, resources={"assign": {"num_workers": 1, "cpus_per_worker": 1}})
+    context = context_for(tmp_path / "assign", with_classifier | {"embed": embed})
+    if num_kills == 1:
+        assert assign_job.run(config, context)["num_images"] == len(GOOD)
+        assert read(tmp_path / "assign")["image_id"].to_pylist() == GOOD.tolist()
+        assert not note.exists()
+    else:
+        with pytest.raises(WorkerError, match="killed their process 3 times"):
+            assign_job.run(config, context)
+    killer.join()
 
 
 def test_a_part_that_cannot_be_written_says_why(with_classifier: dict[str, Artifact], tmp_path: Path) -> None:

@@ -7,7 +7,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from icce_ray.assign.parts import AssignPart, FinishedPart, Tally, UriReader, note_name, plan_parts
+from icce_ray.assign.parts import (
+    AssignPart,
+    FinishedPart,
+    Tally,
+    UriReader,
+    begin_try,
+    note_name,
+    plan_parts,
+    tries_name,
+)
+from icce_ray.errors import WorkerError
 from icce_ray.store import Artifact, ArtifactWriter, Folder, Part
 
 
@@ -54,6 +64,18 @@ def test_a_note_that_is_not_whole_counts_for_nothing(tmp_path: Path, note: bytes
     wanted = AssignPart("part-00000.parquet", (), 0, 0, "s")
     folder.write_bytes(note_name(wanted.name), note)
     assert FinishedPart.find(folder, wanted) is None
+
+
+def test_a_part_may_be_begun_so_often_in_one_run_and_afresh_in_the_next(tmp_path: Path) -> None:
+    folder = Folder.at(tmp_path)
+    wanted = AssignPart("assignments/part-00000.parquet", (), 0, 1234, "s")
+    for _ in range(3):
+        begin_try(wanted, folder, "first run", max_tries=3)
+    with pytest.raises(WorkerError, match="1,234 images killed their process 3 times"):
+        begin_try(wanted, folder, "first run", max_tries=3)
+    begin_try(wanted, folder, "second run", max_tries=3)
+    folder.write_bytes(tries_name(wanted.name), b"{")
+    begin_try(wanted, folder, "second run", max_tries=1)
 
 
 def test_tallies_add_up() -> None:
