@@ -31,10 +31,10 @@ MAX_PAIRS = 500_000_000
 MIN_THRESHOLDS = 150
 FINEST_STEP = 1e-5
 MAX_CLASS_SHARE = 0.7
-"""An automatic list is at most this share of N / K long: beyond, it has to run into other classes [DATA.md]."""
-MIN_PRECISION = 0.54
-"""Estimated precision that an automatic threshold keeps, where the features allow it: most neighbours are right, with
-room for the estimate's optimism, up to 4 points on the sets measured [ours]."""
+"""An automatic list is at most this share of N / K long: beyond, it runs into other classes [ours]."""
+MIN_PRECISION_ABOVE_CHANCE = 0.49
+"""Precision that an automatic threshold keeps where the features allow it, on the scale where lists drawn at random
+(1/K) have 0 and perfect ones 1; 54% with ten clusters. Below half, wrong neighbours outweigh right ones [ours]."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ def audit_prepared(base_ND: Floats, config: NeighborsConfig, *, num_clusters: in
 
     threshold, reason = config.similarity_threshold, "given"
     if threshold == "auto":
-        threshold, reason = choose_threshold(curves, floor, num_images / num_clusters)
+        threshold, reason = choose_threshold(curves, floor, num_images, num_clusters)
     mean_neighbors, precision = float(floor), curves.precision_at_min
     if threshold is not None:
         t = max(0, int(np.searchsorted(thresholds_T, threshold + FINEST_STEP / 2)) - 1)
@@ -162,27 +162,28 @@ def audit_prepared(base_ND: Floats, config: NeighborsConfig, *, num_clusters: in
     )
 
 
-def choose_threshold(curves: Curves, floor: int, class_size: float) -> tuple[float, str]:
+def choose_threshold(curves: Curves, floor: int, num_images: int, num_clusters: int) -> tuple[float, str]:
     """The lowest threshold, so the most neighbours, whose lists are neither too long nor too impure.
 
     Args:
         curves: measured on the features.
         floor: `min_neighbors`, at most N - 1.
-        class_size: N / K.
+        num_images, num_clusters: N, K.
 
     Returns:
         The threshold, and in words what set it.
     """
-    longest = max(float(floor), MAX_CLASS_SHARE * class_size)
+    longest = max(float(floor), MAX_CLASS_SHARE * num_images / num_clusters)
+    min_precision = 1.0 / num_clusters + MIN_PRECISION_ABOVE_CHANCE * (1.0 - 1.0 / num_clusters)
     is_short_T = curves.mean_above <= longest
-    is_pure_T = curves.precision >= MIN_PRECISION
+    is_pure_T = curves.precision >= min_precision
     if (is_short_T & is_pure_T).any():
         t = int(np.argmax(is_short_T & is_pure_T))
-        limit = f"an estimated precision of {MIN_PRECISION:.0%}" if is_short_T[max(t - 1, 0)] else "list length"
+        limit = f"an estimated precision of {min_precision:.0%}" if is_short_T[max(t - 1, 0)] else "list length"
         reason = f"the most neighbours within {limit}; at most {longest:,.0f} on average"
     else:
         t = int(np.argmax(curves.mean_above <= floor)) if (curves.mean_above <= floor).any() else -1
-        reason = f"estimated precision below {MIN_PRECISION:.0%} everywhere: about min_neighbors above the threshold"
+        reason = f"estimated precision below {min_precision:.0%} everywhere: about min_neighbors above the threshold"
     return float(curves.thresholds[t]), reason
 
 
