@@ -1,0 +1,38 @@
+"""Clusters image collections without labels: adaptive neighbours, many heads, one consensus (ICCE, arXiv 2511.16213).
+
+Names are imported when they are first used: importing the package starts nothing and imports neither Ray nor torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from icce_ray.config import Config
+    from icce_ray.consensus.ensemble import cluster_ensemble
+    from icce_ray.estimator import ICCE
+    from icce_ray.evaluate.metrics import clustering_accuracy
+    from icce_ray.pipeline import run
+
+__all__ = ["ICCE", "Config", "cluster_ensemble", "clustering_accuracy", "run"]
+
+_MODULES = {
+    "Config": "icce_ray.config",
+    "ICCE": "icce_ray.estimator",
+    "cluster_ensemble": "icce_ray.consensus.ensemble",
+    "clustering_accuracy": "icce_ray.evaluate.metrics",
+    "run": "icce_ray.pipeline",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_MODULES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(__all__))

@@ -46,6 +46,35 @@ class TrainedHeads:
     """Per epoch: loss, learning rate, weight of the cross-entropy, seconds."""
 
 
+    def summary(self) -> TrainingSummary:
+        """Figures for the manifest and the log."""
+        num_used_H = [len(np.unique(labels_N)) for labels_N in self.label_matrix_HN]
+        return TrainingSummary(
+            num_heads=len(self.head_losses_H),
+            num_epochs=len(self.history),
+            loss=float(self.head_losses_H.mean()),
+            best_head=int(self.head_losses_H.argmin()),
+            best_head_loss=float(self.head_losses_H.min()),
+            num_collapsed_heads=sum(used < self.parameters.num_clusters / 2 for used in num_used_H),
+            seconds_per_epoch=round(sum(epoch["seconds"] for epoch in self.history) / max(1, len(self.history)), 4),
+        )
+
+
+@dataclass(frozen=True)
+class TrainingSummary:
+    """A training run in figures."""
+
+    num_heads: int
+    num_epochs: int
+    loss: float
+    """Mean over heads in the last epoch."""
+    best_head: int
+    best_head_loss: float
+    num_collapsed_heads: int
+    """Heads that use fewer than half of their clusters."""
+    seconds_per_epoch: float
+
+
 class HeadTrainer:
     """State of a training run: student, teacher, optimiser, prior."""
 
@@ -149,9 +178,8 @@ class HeadTrainer:
             parameters = self.student.heads(heads)
             cache = forward(parameters, student_rows)
             logits_HnK = cache.logits_HnK.requires_grad_()
-            loss = pair_losses(
-                _by_view(logits_HnK, 2), teacher_log_VHBK[:, heads], log_prior_HK[heads], weight_B, self.config, ce_weight
-            )
+            student_VHBK, teacher_VHBK = _by_view(logits_HnK, 2), teacher_log_VHBK[:, heads]
+            loss = pair_losses(student_VHBK, teacher_VHBK, log_prior_HK[heads], weight_B, self.config, ce_weight)
             loss_H = loss.temi_H + ce_weight * loss.cross_entropy_H
             (logits_gradient_HnK,) = torch.autograd.grad(loss_H.sum() * scale, logits_HnK)
             with torch.no_grad():
@@ -279,6 +307,7 @@ def train_heads(
     seed: int,
     communicator: Communicator | None = None,
     device: torch.device | str = "cpu",
+    num_threads: int | None = None,
     checkpoints: CheckpointFolder | None = None,
     progress: Progress | None = None,
 ) -> TrainedHeads:
@@ -292,6 +321,7 @@ def train_heads(
         seed: of initialisation, rotation and draws.
         communicator: the workers that share each batch; one process when not given.
         device: of the computation.
+        num_threads: on a CPU; torch's setting when not given. It does not change the result.
         checkpoints: where to save every `checkpoint_interval_s` and resume from.
         progress: told of every epoch.
 
@@ -302,7 +332,14 @@ def train_heads(
         FloatingPointError: a loss is not finite.
     """
     trainer = HeadTrainer(
-        features_ND, graph, config, num_clusters=num_clusters, seed=seed, communicator=communicator, device=device
+        features_ND,
+        graph,
+        config,
+        num_clusters=num_clusters,
+        seed=seed,
+        communicator=communicator,
+        device=device,
+        num_threads=num_threads,
     )
     saved = checkpoints.load() if checkpoints is not None else None
     if saved is not None:

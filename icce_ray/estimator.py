@@ -1,0 +1,197 @@
+"""ICCE on arrays, in one process, by scikit-learn's conventions.
+
+The same maths as the pipeline, without Ray: on the same features, settings and seed both give the same labels. That makes
+it the answer that every distributed stage is tested against.
+
+    >>> from icce_ray import ICCE
+    >>> labels = ICCE(n_clusters=10, random_state=0).fit_predict(features)  # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+from sklearn.base import BaseEstimator, ClusterMixin
+from sklearn.utils import check_random_state
+from sklearn.utils.validation import check_is_fitted, validate_data
+
+from icce_ray.classifier.linear import LinearClassifier, fit_classifier
+from icce_ray.config import Config, build_config
+from icce_ray.consensus.ensemble import cluster_ensemble
+from icce_ray.errors import InputError
+from icce_ray.heads.training import train_heads
+from icce_ray.neighbors.graph import build_graph
+from icce_ray.progress import Progress
+
+MAX_SEED = 2**31 - 1
+FLOATS = [np.float32, np.float16]
+
+
+class ICCE(ClusterMixin, BaseEstimator):
+    """Image clustering with adaptive neighbours, many heads and a cluster ensemble (arXiv 2511.16213).
+
+    Args:
+        n_clusters: clusters to find (K).
+        preset: ``icce``, or ``temi`` (arXiv 2303.17896): fixed neighbours, softmax targets, the best head.
+        n_heads: clustering heads (H).
+        epochs: passes over the images. None: the config's default.
+        batch_size: pairs per step. None: the config's default.
+        similarity_threshold: cosine from which on images are neighbours; ``auto``; or None for `min_neighbors` each.
+            With the preset ``temi``, ``auto`` means the preset's choice, None.
+        random_state: int, RandomState or None. An int gives the labels of a run with that ``seed``.
+        device: torch device of the heads and the classifier.
+        n_threads: CPU threads; None for torch's setting. It does not change the result.
+        neighbors, heads, consensus, classifier: further settings of these sections of the config.
+        verbose: show progress on standard error.
+
+    Attributes:
+        labels_: (N,) int32, the consensus, 0..K-1.
+        head_labels_: (H, N) int32, each head's clusters.
+        agreement_: (N,) float32, share of the heads that agree with `labels_`.
+        vote_entropy_: (N,) float32, nats, of the heads' votes.
+        anmi_: float, mean normalised mutual information of `labels_` with the heads.
+        consensus_method_: str, the consensus function that was kept.
+        similarity_threshold_: float or None, the one used.
+        head_losses_: (H,) float64, of the last epoch.
+        classifier_: LinearClassifier, what `predict` uses.
+        n_features_in_: int, D.
+    """
+
+    def __init__(
+        self,
+        n_clusters: int,
+        *,
+        preset: Literal["icce", "temi"] = "icce",
+        n_heads: int = 50,
+        epochs: int | None = None,
+        batch_size: int | None = None,
+        similarity_threshold: float | Literal["auto"] | None = "auto",
+        random_state: int | np.random.RandomState | None = None,
+        device: str = "cpu",
+        n_threads: int | None = None,
+        neighbors: Mapping[str, Any] | None = None,
+        heads: Mapping[str, Any] | None = None,
+        consensus: Mapping[str, Any] | None = None,
+        classifier: Mapping[str, Any] | None = None,
+        verbose: bool = False,
+    ) -> None:
+        self.n_clusters = n_clusters
+        self.preset = preset
+        self.n_heads = n_heads
+        self.epochs = epochs
+        self.batch_size = batch_size
+        self.similarity_threshold = similarity_threshold
+        self.random_state = random_state
+        self.device = device
+        self.n_threads = n_threads
+        self.neighbors = neighbors
+        self.heads = heads
+        self.consensus = consensus
+        self.classifier = classifier
+        self.verbose = verbose
+
+    def fit(self, X: npt.ArrayLike, y: object = None) -> ICCE:
+        """Cluster the rows of `X`.
+
+        Args:
+            X: (N, D) finite; float16 and float32 are used as they are, everything else becomes float32.
+            y: ignored.
+
+        Raises:
+            ConfigError: a parameter is out of its range.
+            InputError: fewer rows than clusters.
+        """
+        config = self._config()
+        features_ND = validate_data(self, X, dtype=FLOATS, ensure_min_samples=2)
+        if len(features_ND) < config.num_clusters:
+            raise InputError(f"X has {len(features_ND)} rows, fewer than n_clusters={config.num_clusters}")
+        graph, audit = build_graph(
+            features_ND,
+            config.neighbors,
+            num_clusters=config.num_clusters,
+            seed=config.seed,
+            progress=self._progress("neighbors", "images"),
+        )
+        trained = train_heads(
+            features_ND,
+            graph,
+            config.heads,
+            num_clusters=config.num_clusters,
+            seed=config.seed,
+            device=self.device,
+            num_threads=self.n_threads,
+            progress=self._progress("heads", "epochs"),
+        )
+        ensemble = cluster_ensemble(
+            trained.label_matrix_HN,
+            config.num_clusters,
+            methods=config.consensus.methods,
+            random_state=config.seed,
+            refine=config.consensus.refine,
+            imbalance=config.consensus.imbalance,
+            cspa_max_images=config.consensus.cspa_max_images,
+            head_losses=trained.head_losses_H,
+        )
+        self.classifier_: LinearClassifier = fit_classifier(
+            features_ND,
+            ensemble.labels,
+            config.classifier,
+            num_clusters=config.num_clusters,
+            seed=config.seed,
+            outlier_quantile=config.assign.outlier_quantile,
+            progress=self._progress("classifier", "iterations"),
+            device=self.device,
+        )
+        self.labels_ = ensemble.labels
+        self.head_labels_ = trained.label_matrix_HN
+        self.agreement_ = ensemble.agreement
+        self.vote_entropy_ = ensemble.vote_entropy
+        self.anmi_ = ensemble.consensus_anmi
+        self.consensus_method_ = ensemble.method
+        self.similarity_threshold_ = audit.similarity_threshold
+        self.head_losses_ = trained.head_losses_H
+        return self
+
+    def predict(self, X: npt.ArrayLike) -> npt.NDArray[np.int32]:
+        """Cluster of each row of `X` (n, D) by the classifier that learnt the consensus, (n,) int32. For the rows that
+        were fitted it may differ from `labels_` where the heads were divided."""
+        return self.classifier_.predict(self._check_new(X))
+
+    def predict_proba(self, X: npt.ArrayLike) -> npt.NDArray[np.float32]:
+        """Calibrated probability of each cluster, (n, K) float32, rows sum to 1."""
+        return self.classifier_.predict_proba(self._check_new(X))
+
+    def _check_new(self, X: npt.ArrayLike) -> npt.NDArray[Any]:
+        check_is_fitted(self)
+        features: npt.NDArray[Any] = validate_data(self, X, dtype=FLOATS, reset=False)
+        return features
+
+    def _config(self) -> Config:
+        heads: dict[str, Any] = {"num_heads": self.n_heads}
+        heads |= {"num_epochs": self.epochs} if self.epochs is not None else {}
+        heads |= {"batch_size": self.batch_size} if self.batch_size is not None else {}
+        neighbors: dict[str, Any] = {}
+        if not (self.preset == "temi" and self.similarity_threshold == "auto"):
+            neighbors["similarity_threshold"] = self.similarity_threshold
+        seed = self.random_state
+        if not isinstance(seed, (int, np.integer)):
+            seed = check_random_state(seed).randint(MAX_SEED)
+        settings = {
+            "num_clusters": self.n_clusters,
+            "preset": self.preset,
+            "seed": int(seed),
+            "neighbors": neighbors | dict(self.neighbors or {}),
+            "heads": heads | dict(self.heads or {}),
+            "consensus": dict(self.consensus or {}),
+            "classifier": dict(self.classifier or {}),
+            # Arrays come from nowhere and labels go nowhere, but a config names both.
+            "embeddings": {"uri": "X"},
+            "output": "memory",
+        }
+        return build_config(settings, type(self).__name__)
+
+    def _progress(self, stage: str, unit: str) -> Progress:
+        return Progress(stage, unit, quiet=not self.verbose)

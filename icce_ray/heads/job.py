@@ -1,0 +1,181 @@
+"""The heads stage on Ray Train: every worker holds all heads and takes its share of each batch.
+
+The worker of rank 0 saves checkpoints into the artifact's folder and writes the parts; a run that was killed goes on
+from the newest checkpoint, on any number of workers.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import threading
+import uuid
+from contextlib import contextmanager
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any
+
+import ray
+import ray.train
+import safetensors.torch
+import torch
+from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchTrainer, get_device
+
+from icce_ray.cluster import connect, worker_cpus
+from icce_ray.config import Config
+from icce_ray.context import StageContext
+from icce_ray.embed.features import load_features
+from icce_ray.errors import WorkerError, describe_cause
+from icce_ray.heads.checkpoint import CheckpointFolder
+from icce_ray.heads.communicator import SingleWorker, TorchDistributed
+from icce_ray.heads.training import TrainedHeads, train_heads
+from icce_ray.neighbors.graph import load_graph
+from icce_ray.progress import Progress
+from icce_ray.store import Artifact, ArtifactWriter, Part
+
+VERSION = 1
+MAX_FAILURES = 3
+POLL_INTERVAL_S = 1.0
+
+
+class ProgressBoard:
+    """A named place on the cluster where the trainer says how far it is."""
+
+    def __init__(self) -> None:
+        self.latest: tuple[int, int, str] | None = None
+
+    def post(self, done: int, total: int, note: str) -> None:
+        self.latest = (done, total, note)
+
+    def read(self) -> tuple[int, int, str] | None:
+        return self.latest
+
+
+class BoardProgress(Progress):
+    """Progress that goes to the board instead of the worker's own terminal."""
+
+    def __init__(self, board: Any) -> None:
+        super().__init__("heads", quiet=True)
+        self.board = board
+
+    def update(self, done: int, total: int, note: str = "") -> None:
+        self.board.post.remote(done, total, note)
+
+
+def run(config: Config, context: StageContext) -> dict[str, Any]:
+    """Train the heads: label_matrix.npy (H x N int32), heads.safetensors, training.json.
+
+    Returns:
+        num_heads, num_epochs, loss (mean over heads, last epoch), best_head, best_head_loss, num_workers,
+        seconds_per_epoch, num_collapsed_heads (heads that use fewer than half of their clusters).
+
+    Raises:
+        WorkerError: the loss was not finite, or workers died more often than training is restarted.
+    """
+    connect(config.resources)
+    worker = config.resources.heads
+    cpus = worker_cpus(worker)
+    checkpoints = CheckpointFolder(context.output.folder / "checkpoints")
+    board = ray.remote(ProgressBoard).options(num_cpus=0).remote()
+    settings = {
+        "config": config,
+        "embed": context.inputs["embed"],
+        "neighbors": context.inputs["neighbors"],
+        "output": context.output,
+        "checkpoints": checkpoints,
+        "board": board,
+        "num_threads": max(1, int(cpus)),
+    }
+    with tempfile.TemporaryDirectory(prefix="icce_ray-train-") as storage:
+        trainer = TorchTrainer(
+            _train_on_worker,  # type: ignore[arg-type]  # what it returns is `return_value` below
+            train_loop_config=settings,
+            scaling_config=ScalingConfig(
+                num_workers=worker.num_workers,
+                use_gpu=worker.gpus_per_worker > 0,
+                resources_per_worker=_resources(cpus, worker.gpus_per_worker),
+            ),
+            run_config=RunConfig(
+                # Ray Train resumes a run of the same name by itself, with its own idea of what was done.
+                name=f"heads-{uuid.uuid4().hex[:12]}",
+                storage_path=storage,
+                failure_config=FailureConfig(max_failures=MAX_FAILURES),
+            ),
+        )
+        try:
+            with _relayed_progress(board, context.progress):
+                outcome: dict[str, Any] = trainer.fit().return_value  # type: ignore[attr-defined]
+        except ray.train.TrainingFailedError as error:
+            raise WorkerError(f"heads: training ended {MAX_FAILURES + 1} times: {describe_cause(error)}") from error
+    if "failure" in outcome:
+        raise WorkerError(f"heads: {outcome['failure']}")
+    for part in outcome["parts"]:
+        context.output.add(Part(**part))
+    checkpoints.clear()
+    metrics: dict[str, Any] = outcome["metrics"]
+    return metrics | {"num_workers": worker.num_workers}
+
+
+def _train_on_worker(settings: dict[str, Any]) -> dict[str, Any]:
+    config: Config = settings["config"]
+    torch.set_num_threads(settings["num_threads"])
+    is_alone = config.resources.heads.num_workers == 1
+    embed: Artifact = settings["embed"]
+    try:
+        trained = train_heads(
+            load_features(embed).matrix,
+            load_graph(settings["neighbors"]),
+            config.heads,
+            num_clusters=config.num_clusters,
+            seed=config.seed,
+            communicator=SingleWorker() if is_alone else TorchDistributed(),
+            device=get_device() if config.resources.heads.gpus_per_worker else "cpu",
+            num_threads=settings["num_threads"],
+            checkpoints=settings["checkpoints"],
+            progress=BoardProgress(settings["board"]),
+        )
+    except FloatingPointError as error:
+        # As a value: an exception would be retried, and come again.
+        return {"failure": str(error)}
+    if ray.train.get_context().get_world_rank() != 0:
+        return {}
+    return _write_parts(trained, settings["output"])
+
+
+def _write_parts(trained: TrainedHeads, output: ArtifactWriter) -> dict[str, Any]:
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in trained.parameters.named().items()}
+    parts = [
+        output.write_array("label_matrix.npy", trained.label_matrix_HN),
+        output.write_bytes("heads.safetensors", safetensors.torch.save(tensors)),
+        output.write_json(
+            "training.json", {"head_losses": trained.head_losses_H.tolist(), "history": trained.history}
+        ),
+    ]
+    return {"parts": [part.model_dump() for part in parts], "metrics": asdict(trained.summary())}
+
+
+@contextmanager
+def _relayed_progress(board: Any, progress: Progress) -> Iterator[None]:
+    """Pass on what the board says while the block runs."""
+    finished = threading.Event()
+
+    def relay() -> None:
+        while not finished.wait(POLL_INTERVAL_S):
+            try:
+                latest = ray.get(board.read.remote(), timeout=POLL_INTERVAL_S)
+            except ray.exceptions.RayError:
+                continue
+            if latest is not None:
+                progress.update(*latest)
+
+    thread = threading.Thread(target=relay, name="heads-progress", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        finished.set()
+        thread.join()
+
+
+def _resources(cpus: float, gpus: float) -> dict[str, float]:
+    return {"CPU": cpus} | ({"GPU": gpus} if gpus else {})
