@@ -157,7 +157,7 @@ def run(config: Config, context: StageContext) -> dict[str, Any]:
             audited = audited or ray.get(workers[0].audit.remote())
             audit = Audit.from_json(json.loads(folder.read_bytes(f"{AUDIT_NAME}.json")))
             _check_memory(workers, audit)
-            finished |= _build_all(workers, pending, audit.similarity_threshold, len(finished), num_images, context)
+            finished |= _build_all(workers, pending, audit.similarity_threshold, num_images, context)
             ray.get([worker.close.remote() for worker in workers])
         except ray.exceptions.RayActorError as error:
             raise WorkerError(
@@ -191,7 +191,6 @@ def _build_all(
     workers: list[Any],
     pending: list[PartTask],
     threshold: float | None,
-    num_finished: int,
     num_images: int,
     context: StageContext,
 ) -> dict[PartTask, Finished]:
