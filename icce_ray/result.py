@@ -121,13 +121,9 @@ def summary(result: Result, artifacts: Mapping[str, Artifact], total_s: float) -
         f"{result.num_images:,} images, {result.num_errors:,} errors, {result.num_clusters:,} clusters; {scores}",
         f"run          {result.run}, {format_seconds(total_s)}",
     ]
-    for stage, artifact in artifacts.items():
-        was_there = stage in result.finished_before and not result.seconds[stage]
-        spent = (
-            f"finished before (took {artifact.manifest.seconds:.1f} s)"
-            if was_there
-            else f"{result.seconds[stage]:.1f} s"
-        )
+    for stage, seconds in result.seconds.items():
+        took = f"finished before (took {artifacts[stage].manifest.seconds:.1f} s)"
+        spent = took if stage in result.finished_before and not seconds else f"{seconds:.1f} s"
         lines.append(f"  {stage:<10} {spent}")
     if result.num_errors:
         lines.append(f"errors       {result.errors}")
