@@ -55,6 +55,8 @@ def test_dimensions_that_never_change_and_empty_clusters_keep_scores_finite() ->
     x, labels = blobs(100, 6, 0)
     x[:, 2:] = 0
     model = fit_outlier_model(x, labels, 7)
+    # The centre is no mean that anyone may lie near.
+    np.testing.assert_allclose(model.score(x), fit_outlier_model(x, labels, 4).score(x), rtol=1e-5)
     assert np.isfinite(model.score(x)).all()
     moved = x.copy()
     moved[:, 4] = 1
