@@ -1,8 +1,8 @@
 """Which cluster an image gets, and how sure that is (METHOD section 4).
 
-Images that took part in the consensus keep its label, so that the assignments equal ``ICCE.labels_``; all others get the
-classifier's. Measured: the classifier mends labels that are wrong at random (digits, 20% redrawn: 81 to 95% right) and
-hardly changes the errors of a clustering, which follow the features (k-means' labels: within 1 point either way).
+Images that took part in the consensus keep its label, so that the assignments equal ``ICCE.labels_``; all others get
+the classifier's. Measured: the classifier mends labels that are wrong at random (digits, 20% redrawn: 81 to 95% right)
+and hardly changes the errors of a clustering, which follow the features (k-means' labels: within 1 point either way).
 
 Shapes: n images, D dims, K clusters.
 """
