@@ -9,8 +9,9 @@ from __future__ import annotations
 import tempfile
 import threading
 import uuid
-from contextlib import contextmanager
 from collections.abc import Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
@@ -104,7 +105,7 @@ def run(config: Config, context: StageContext) -> dict[str, Any]:
         )
         try:
             with _relayed_progress(board, context.progress):
-                outcome: dict[str, Any] = trainer.fit().return_value  # type: ignore[attr-defined]
+                outcome = _fit(trainer)
         except ray.train.TrainingFailedError as error:
             raise WorkerError(f"heads: training ended {MAX_FAILURES + 1} times: {describe_cause(error)}") from error
     if "failure" in outcome:
@@ -114,6 +115,21 @@ def run(config: Config, context: StageContext) -> dict[str, Any]:
     checkpoints.clear()
     metrics: dict[str, Any] = outcome["metrics"]
     return metrics | {"num_workers": worker.num_workers}
+
+
+def _fit(trainer: Any) -> dict[str, Any]:
+    """What the worker of rank 0 returns. In a thread of its own, because in the main thread Ray Train takes Ctrl-C for
+    itself, ends the process without a word, and does not give it back afterwards."""
+    outcome: Future[dict[str, Any]] = Future()
+
+    def fit() -> None:
+        try:
+            outcome.set_result(trainer.fit().return_value)
+        except BaseException as error:
+            outcome.set_exception(error)
+
+    threading.Thread(target=fit, name="icce_ray-heads-fit", daemon=True).start()
+    return outcome.result()
 
 
 def _train_on_worker(settings: dict[str, Any]) -> dict[str, Any]:
@@ -147,9 +163,7 @@ def _write_parts(trained: TrainedHeads, output: ArtifactWriter) -> dict[str, Any
     parts = [
         output.write_array("label_matrix.npy", trained.label_matrix_HN),
         output.write_bytes("heads.safetensors", safetensors.torch.save(tensors)),
-        output.write_json(
-            "training.json", {"head_losses": trained.head_losses_H.tolist(), "history": trained.history}
-        ),
+        output.write_json("training.json", {"head_losses": trained.head_losses_H.tolist(), "history": trained.history}),
     ]
     return {"parts": [part.model_dump() for part in parts], "metrics": asdict(trained.summary())}
 
