@@ -98,13 +98,13 @@ class HeadsConfig(Section):
     """Clustering heads trained side by side (H); they differ by their initialisation only."""
     num_epochs: PositiveInt = 100
     """Passes over the images."""
-    batch_size: Annotated[int, Field(ge=2)] = 1024
-    """Pairs per step, over all workers (B)."""
-    learning_rate: PositiveFloat = 1e-4
+    batch_size: Annotated[int, Field(ge=2)] = 256
+    """Pairs per step, over all workers (B). On a GPU larger batches are faster."""
+    learning_rate: PositiveFloat = 5e-4
     """At 256 pairs; scaled linearly with the batch size."""
     weight_decay: Annotated[float, Field(ge=0.0)] = 1e-4
     """AdamW's, on weights only."""
-    warmup_epochs: Annotated[int, Field(ge=0)] = 20
+    warmup_epochs: Annotated[int, Field(ge=0)] = 5
     """Epochs over which the learning rate rises linearly from 0; then it stays."""
     freeze_last_layer_epochs: Annotated[int, Field(ge=0)] = 1
     """Epochs for which the prototypes (last layer) do not move."""
@@ -127,13 +127,14 @@ class HeadsConfig(Section):
     """Of the student's softmax."""
     beta: Annotated[float, Field(gt=0.0, le=1.0)] = 0.6
     """Exponent in the TEMI loss: at 1 the pointwise mutual information, below 1 more even clusters."""
-    max_ce_weight: Annotated[float, Field(ge=0.0)] = 1.0
+    max_ce_weight: Annotated[float, Field(ge=0.0)] = 0.3
     """Weight of the pseudo-label cross-entropy at the end of training (lambda_max); rises from 0 by a half cosine.
     0 switches it off."""
     num_positives: PositiveInt = 1
     """Neighbours drawn per image and step; above 1 their teacher targets are averaged."""
-    teacher_momentum: Fraction = 0.996
-    """Of the teacher's moving average of the student."""
+    teacher_momentum: Fraction | Literal["auto"] = "auto"
+    """Of the teacher's moving average of the student. `auto`: it remembers a twentieth of the run's steps, at most 250
+    (0.996, the paper's)."""
     prior_momentum: Fraction = 0.9
     """Of the moving average of the cluster prior."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"

@@ -158,11 +158,13 @@ class ICCE(ClusterMixin, BaseEstimator):
     def predict(self, X: npt.ArrayLike) -> npt.NDArray[np.int32]:
         """Cluster of each row of `X` (n, D) by the classifier that learnt the consensus, (n,) int32. For the rows that
         were fitted it may differ from `labels_` where the heads were divided."""
-        return self.classifier_.predict(self._check_new(X))
+        features = self._check_new(X)
+        return self.classifier_.predict(features)
 
     def predict_proba(self, X: npt.ArrayLike) -> npt.NDArray[np.float32]:
         """Calibrated probability of each cluster, (n, K) float32, rows sum to 1."""
-        return self.classifier_.predict_proba(self._check_new(X))
+        features = self._check_new(X)
+        return self.classifier_.predict_proba(features)
 
     def _check_new(self, X: npt.ArrayLike) -> npt.NDArray[Any]:
         check_is_fitted(self)

@@ -29,6 +29,8 @@ from icce_ray.progress import Progress
 
 BASE_BATCH_SIZE = 256
 MIN_PRIOR = 1e-12
+TEACHER_MEMORY = 0.05
+MAX_TEACHER_MEMORY_STEPS = 250.0
 LABELLING_ROWS = 4096
 
 
@@ -110,6 +112,7 @@ class HeadTrainer:
         self.gradient = self.student.map(torch.zeros_like)
         self.prior_HK = torch.full((config.num_heads, num_clusters), 1.0 / num_clusters, device=self.device)
         self.optimizer = self._make_optimizer()
+        self.teacher_momentum = teacher_momentum(config, self.steps_per_epoch)
         self.epoch = 0
         self.history: list[dict[str, Any]] = []
         self.head_losses_H = np.full(config.num_heads, np.nan)
@@ -127,6 +130,7 @@ class HeadTrainer:
         started = time.perf_counter()
         self._freeze_prototypes(self.epoch < self.config.freeze_last_layer_epochs)
         loss_sum_H = torch.zeros(self.config.num_heads, dtype=torch.float64, device=self.device)
+        culprits_H = torch.zeros(self.config.num_heads, dtype=torch.bool, device=self.device)
         batches = epoch_batches(
             self.graph,
             self.config.batch_size,
@@ -141,11 +145,15 @@ class HeadTrainer:
             position = self.epoch + step / self.steps_per_epoch
             learning_rate = self._learning_rate(position, num_pairs)
             ce_weight = ce_weight_at(position, self.config)
-            loss_sum_H += self.train_step(rows, num_pairs, learning_rate, ce_weight)
+            loss_H = self.train_step(rows, num_pairs, learning_rate, ce_weight)
+            loss_sum_H += loss_H
+            # The weight of a pair is shared, so one bad head spoils all in the next step. Kept on the device: asking
+            # whether there is one would make a GPU wait at every step.
+            culprits_H |= ~loss_H.isfinite() & ~culprits_H.any()
         # One sum an epoch: the loss is only looked at here.
         self.head_losses_H = (self.communicator.sum_(loss_sum_H) / self.graph.num_images).cpu().numpy()
         if not np.isfinite(self.head_losses_H).all():
-            bad = np.flatnonzero(~np.isfinite(self.head_losses_H)).tolist()
+            bad = culprits_H.nonzero().flatten().tolist()
             raise FloatingPointError(
                 f"the loss of heads {bad} is not finite in epoch {self.epoch} (learning rate {learning_rate:.3g}, "
                 f"cross-entropy weight {ce_weight:.3g}); lower heads.learning_rate or set heads.precision=float32"
@@ -192,7 +200,7 @@ class HeadTrainer:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         self.optimizer.step()
-        torch._foreach_lerp_(self.teacher.tensors(), self.student.tensors(), 1.0 - self.config.teacher_momentum)
+        torch._foreach_lerp_(self.teacher.tensors(), self.student.tensors(), 1.0 - self.teacher_momentum)
         return torch.cat(losses)
 
     def label_matrix(self) -> npt.NDArray[np.int32]:
@@ -369,6 +377,15 @@ def matmul_dtype(precision: str, device: torch.device) -> torch.dtype:
     capabilities = torch.cpu.get_capabilities()
     native = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") or capabilities.get("arm_bf16")
     return torch.bfloat16 if native else torch.float32
+
+
+def teacher_momentum(config: HeadsConfig, steps_per_epoch: int) -> float:
+    """The teacher's momentum. `auto` [ours]: a teacher that remembers as long as the paper's, 250 steps, would still be
+    what it was at the start when a short run on a small collection ends."""
+    if config.teacher_momentum != "auto":
+        return config.teacher_momentum
+    remembered = min(max(1.0, TEACHER_MEMORY * steps_per_epoch * config.num_epochs), MAX_TEACHER_MEMORY_STEPS)
+    return 1.0 - 1.0 / remembered
 
 
 def head_blocks(device: torch.device, num_heads: int) -> list[slice]:

@@ -43,6 +43,8 @@ class ReferenceTrainer:
     def __init__(self, parameters: HeadParameters, config: HeadsConfig, steps_per_epoch: int) -> None:
         self.config = config
         self.steps_per_epoch = steps_per_epoch
+        remembered = min(max(1, 0.05 * steps_per_epoch * config.num_epochs), 250)
+        self.teacher_momentum = 1 - 1 / remembered if config.teacher_momentum == "auto" else config.teacher_momentum
         self.num_heads, self.num_clusters = parameters.num_heads, parameters.num_clusters
         self.students = [ReferenceHead(parameters, head) for head in range(self.num_heads)]
         self.teachers = [ReferenceHead(parameters, head) for head in range(self.num_heads)]
@@ -100,5 +102,5 @@ class ReferenceTrainer:
         with torch.no_grad():
             for teacher, student in zip(self.teachers, self.students, strict=True):
                 for slow, fast in zip(teacher.parameters(), student.parameters(), strict=True):
-                    slow.copy_(config.teacher_momentum * slow + (1 - config.teacher_momentum) * fast)
+                    slow.copy_(self.teacher_momentum * slow + (1 - self.teacher_momentum) * fast)
         return losses

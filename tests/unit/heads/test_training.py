@@ -11,7 +11,7 @@ from icce_ray.config import PRESETS, HeadsConfig
 from icce_ray.evaluate.metrics import clustering_accuracy
 from icce_ray.heads.checkpoint import CheckpointFolder
 from icce_ray.heads.sampling import epoch_batches
-from icce_ray.heads.training import HeadTrainer, train_heads
+from icce_ray.heads.training import HeadTrainer, teacher_momentum, train_heads
 from icce_ray.store import Folder
 
 from .reference import ReferenceTrainer, sinkhorn
@@ -20,7 +20,7 @@ from .reference import ReferenceTrainer, sinkhorn
 def settings(**changes: object) -> HeadsConfig:
     small = {
         "num_heads": 3, "num_epochs": 7, "batch_size": 64, "hidden_dim": 16, "bottleneck_dim": 8, "precision": "float32",
-        "warmup_epochs": 2, "learning_rate": 1e-2,
+        "warmup_epochs": 2, "learning_rate": 1e-2, "teacher_momentum": 0.98,
     }  # fmt: skip
     return HeadsConfig.model_validate(small | changes)
 
@@ -194,3 +194,9 @@ def test_a_loss_that_is_not_finite_is_reported_with_what_led_to_it(planted) -> N
     trainer.student.prototypes_HKP[1, 0, 0] = float("nan")
     with pytest.raises(FloatingPointError, match=r"heads \[1\] is not finite in epoch 0 \(learning rate"):
         trainer.train_epoch()
+
+
+def test_the_automatic_momentum_remembers_a_share_of_short_runs_and_is_the_papers_in_long_ones() -> None:
+    assert teacher_momentum(settings(teacher_momentum="auto", num_epochs=100), 10) == pytest.approx(1 - 1 / 50)
+    assert teacher_momentum(settings(teacher_momentum="auto", num_epochs=400), 1250) == pytest.approx(0.996)
+    assert teacher_momentum(settings(teacher_momentum=0.9), 10) == 0.9

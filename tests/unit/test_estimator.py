@@ -1,0 +1,114 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from sklearn.base import clone
+from sklearn.exceptions import NotFittedError
+
+from icce_ray import ICCE, clustering_accuracy
+from icce_ray.errors import ConfigError, InputError
+
+QUICK = {"hidden_dim": 32, "bottleneck_dim": 16, "learning_rate": 5e-3, "warmup_epochs": 2}
+
+
+@pytest.fixture(scope="module")
+def blobs() -> tuple[np.ndarray, np.ndarray]:
+    generator = np.random.default_rng(0)
+    labels = np.repeat(np.arange(5), 60)
+    centres = generator.normal(size=(5, 20)) * 2
+    return (centres[labels] + generator.normal(size=(300, 20))).astype(np.float32), labels
+
+
+def quick(**changes: object) -> ICCE:
+    parameters = {
+        "n_heads": 4, "epochs": 25, "batch_size": 64, "random_state": 0, "heads": QUICK,
+        "neighbors": {"min_neighbors": 20}, "classifier": {"num_iterations": 300},
+    }  # fmt: skip
+    return ICCE(5, **(parameters | changes))
+
+
+@pytest.fixture(scope="module")
+def fitted(blobs) -> ICCE:
+    return quick().fit(blobs[0])
+
+
+def test_planted_clusters_are_found(fitted: ICCE, blobs) -> None:
+    assert clustering_accuracy(blobs[1], fitted.labels_) > 0.95
+
+
+def test_the_fitted_attributes_are_those_promised(fitted: ICCE) -> None:
+    assert fitted.labels_.shape == (300,)
+    assert set(fitted.labels_) == set(range(5))
+    assert fitted.head_labels_.shape == (4, 300)
+    assert fitted.agreement_.shape == (300,)
+    assert ((fitted.agreement_ >= 0) & (fitted.agreement_ <= 1)).all()
+    assert 0 < fitted.anmi_ <= 1
+    assert -1 <= fitted.similarity_threshold_ <= 1
+    assert fitted.head_losses_.shape == (4,)
+    assert fitted.n_features_in_ == 20
+
+
+def test_predictions_follow_the_consensus(fitted: ICCE, blobs) -> None:
+    features, _ = blobs
+    assert (fitted.predict(features) == fitted.labels_).mean() > 0.97
+    probabilities = fitted.predict_proba(features)
+    assert probabilities.shape == (300, 5)
+    np.testing.assert_allclose(probabilities.sum(axis=1), 1, rtol=1e-5)
+    assert np.array_equal(probabilities.argmax(axis=1), fitted.predict(features))
+
+
+def test_the_same_seed_gives_the_same_labels_on_any_number_of_threads(fitted: ICCE, blobs) -> None:
+    again = quick(n_threads=3).fit(blobs[0])
+    assert np.array_equal(again.labels_, fitted.labels_)
+    assert np.array_equal(again.head_labels_, fitted.head_labels_)
+    other = quick(random_state=1).fit(blobs[0])
+    assert not np.array_equal(other.head_labels_, fitted.head_labels_)
+
+
+def test_labels_handed_to_fit_change_nothing(fitted: ICCE, blobs) -> None:
+    features, labels = blobs
+    assert np.array_equal(quick().fit_predict(features, labels), fitted.labels_)
+
+
+def test_parameters_are_kept_as_given_and_clone() -> None:
+    estimator = quick(similarity_threshold=0.25)
+    copy = clone(estimator)
+    assert copy.get_params() == estimator.get_params()
+    assert copy.set_params(n_clusters=7).n_clusters == 7
+
+
+def test_the_temi_preset_takes_the_best_head_and_fixed_neighbours(blobs) -> None:
+    estimator = quick(preset="temi", neighbors=None).fit(blobs[0])
+    assert estimator.similarity_threshold_ is None
+    best = estimator.head_labels_[estimator.head_losses_.argmin()]
+    assert clustering_accuracy(best, estimator.labels_) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"n_heads": 0}, r"heads\.num_heads: 0 is not usable"),
+        ({"similarity_threshold": 3.0}, r"similarity_threshold is 3\.0"),
+        ({"preset": "dino"}, "preset: 'dino' is not usable"),
+        ({"heads": {"num_head": 3}}, "did you mean num_heads"),
+    ],
+)
+def test_bad_parameters_are_refused_by_fit_with_what_is_allowed(blobs, changes, message: str) -> None:
+    estimator = quick(**changes)
+    with pytest.raises(ConfigError, match=message):
+        estimator.fit(blobs[0])
+
+
+def test_bad_data_is_refused(blobs) -> None:
+    with pytest.raises(InputError, match="3 rows, fewer than n_clusters=5"):
+        quick().fit(blobs[0][:3])
+    with pytest.raises(ValueError, match="NaN"):
+        quick().fit(np.full((10, 3), np.nan))
+    with pytest.raises(NotFittedError):
+        quick().predict(blobs[0])
+
+
+def test_other_dimensions_are_refused_when_predicting(fitted: ICCE) -> None:
+    with pytest.raises(ValueError, match="20 features"):
+        fitted.predict(np.zeros((2, 19), dtype=np.float32))
+
