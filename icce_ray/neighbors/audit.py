@@ -33,8 +33,8 @@ FINEST_STEP = 1e-5
 MAX_CLASS_SHARE = 0.7
 """An automatic list is at most this share of N / K long: beyond, it runs into other classes [ours]."""
 MIN_KEPT_PRECISION = 0.94
-"""An automatic list keeps this share of the precision, counted from chance (1/K), that the `min_neighbors` most similar
-have. Longer ones made single heads no better and their consensus worse (digits: 84% at 97 neighbours, 81% at 126) [ours].
+"""An automatic list keeps this share of the precision, counted from chance (1/K), of the `min_neighbors` most similar.
+Longer ones made single heads no better and their consensus worse (digits: 84% at 97 neighbours, 81% at 126) [ours].
 A share, because how precise the nearest are is the features' doing, and the estimate's errors cancel."""
 
 

@@ -1,11 +1,11 @@
 """How precise the neighbours are, sensed without labels [ours].
 
 Two images that k-means puts into one cluster, and puts into one cluster again when it starts elsewhere, are taken to
-be of one class. The share of neighbours for which that holds follows the share with the same label: within 5 points for
-lists of 60 to N/K neighbours on digits, CIFAR-10 and Fashion-MNIST features, centred or not. One run alone is too sure
-of itself where classes overlap (10 points on CIFAR-10): its borders run where neighbours are few. Where two runs
-disagree is where it guesses. It cannot know which clusters are meant: raw pixels of photos cluster well by something
-that is no label.
+be of one class. The share of neighbours for which that holds follows the share with the same label: for lists of 60 to
+N/K neighbours within 5 points on CIFAR-10 and Fashion-MNIST features, centred or not, and up to 8 below on digits. One
+run alone is too sure of itself where classes overlap (10 points on CIFAR-10): its borders run where neighbours are few.
+Where two runs disagree is where it guesses. It cannot know which clusters are meant: raw pixels of photos cluster well
+by something that is no label.
 
 Legend: N images, D feature dimension, K clusters, R k-means runs, P pairs.
 """
