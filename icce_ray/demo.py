@@ -20,7 +20,7 @@ def demo_config() -> dict[str, Any]:
         "num_clusters": 10,
         "output": DEMO_OUTPUT,
         "embed": {"backbone": "pixels", "image_size": 8, "grayscale": True},
-        "heads": {"num_heads": 16, "num_epochs": 60, "batch_size": 256},
+        "heads": {"num_heads": 16, "num_epochs": 100},
         "evaluate": {"labels": "folder"},
         "report": {"title": "Handwritten digits"},
     }

@@ -4,11 +4,22 @@ its share of each batch, and a resumed run sees what the undisturbed one saw."""
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from icce_ray.neighbors.graph import NeighborGraph
+
+STEPS_PER_EPOCH = 8
+
+
+def choose_batch_size(num_images: int, batch_size: int | Literal["auto"]) -> int:
+    """Pairs per step. `auto` [ours]: the power of two, from 64 to 1024, that comes nearest to eight steps an epoch; small
+    collections need the steps, and Sinkhorn-Knopp wants batches in which every cluster shows up."""
+    if batch_size != "auto":
+        return batch_size
+    return int(2 ** np.clip(np.round(np.log2(num_images / STEPS_PER_EPOCH)), 6, 10))
 
 
 def num_steps_per_epoch(num_images: int, batch_size: int) -> int:

@@ -22,7 +22,7 @@ from icce_ray.heads.communicator import Communicator, SingleWorker
 from icce_ray.heads.inputs import InputNorm
 from icce_ray.heads.loss import ce_weight_at, pair_agreement, pair_losses, teacher_log_targets
 from icce_ray.heads.model import HeadParameters, backward, forward, head_logits
-from icce_ray.heads.sampling import epoch_batches, num_steps_per_epoch
+from icce_ray.heads.sampling import choose_batch_size, epoch_batches, num_steps_per_epoch
 from icce_ray.heads.threads import ThreadPool
 from icce_ray.neighbors.graph import NeighborGraph
 from icce_ray.progress import Progress
@@ -96,6 +96,7 @@ class HeadTrainer:
         self.config = config
         self.graph = graph
         self.seed = seed
+        self.batch_size = choose_batch_size(graph.num_images, config.batch_size)
         self.communicator: Communicator = communicator or SingleWorker()
         self.device = torch.device(device)
         self.dtype = matmul_dtype(config.precision, self.device)
@@ -119,7 +120,7 @@ class HeadTrainer:
 
     @property
     def steps_per_epoch(self) -> int:
-        return num_steps_per_epoch(self.graph.num_images, self.config.batch_size)
+        return num_steps_per_epoch(self.graph.num_images, self.batch_size)
 
     def train_epoch(self) -> None:
         """One pass over all images.
@@ -133,7 +134,7 @@ class HeadTrainer:
         culprits_H = torch.zeros(self.config.num_heads, dtype=torch.bool, device=self.device)
         batches = epoch_batches(
             self.graph,
-            self.config.batch_size,
+            self.batch_size,
             self.config.num_positives,
             self.seed,
             self.epoch,

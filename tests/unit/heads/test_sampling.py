@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from icce_ray.heads.sampling import epoch_batches, num_steps_per_epoch
+from icce_ray.heads.sampling import choose_batch_size, epoch_batches, num_steps_per_epoch
 from icce_ray.neighbors.graph import NeighborGraph
 
 
@@ -53,3 +53,9 @@ def test_epochs_differ_and_repeat_exactly(planted) -> None:
     first, again, second = batches_of(graph), batches_of(graph), batches_of(graph, epoch=1)
     assert np.array_equal(first[0][0], again[0][0])
     assert not np.array_equal(first[0][0], second[0][0])
+
+
+@pytest.mark.parametrize(("num_images", "expected"), [(50, 64), (1797, 256), (10_000, 1024), (10**9, 1024)])
+def test_the_automatic_batch_gives_small_collections_about_eight_steps(num_images: int, expected: int) -> None:
+    assert choose_batch_size(num_images, "auto") == expected
+    assert choose_batch_size(num_images, 100) == 100

@@ -1,0 +1,40 @@
+"""Real feature sets with labels: scikit-learn's digits, and those in a folder outside the project (ICCE_TEST_DATA)."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[Any]
+Labels = npt.NDArray[np.int64]
+
+FILES = {
+    "cifar10_mix": ("cifar10_test_mixpca256.npy", "cifar10_test_labels.npy"),
+    "cifar10_v1": ("cifar10_test_v1.npy", "cifar10_test_labels.npy"),
+    "fmnist_2000": ("fmnist_2000_v1.npy", "fmnist_2000_labels.npy"),
+}
+NAMES = ("digits", *FILES)
+
+
+def data_folder() -> Path:
+    """ICCE_TEST_DATA, else ``shared/data`` beside the project."""
+    given = os.environ.get("ICCE_TEST_DATA")
+    return Path(given) if given else Path(__file__).resolve().parents[3] / "shared" / "data"
+
+
+def load(name: str) -> tuple[Floats, Labels] | None:
+    """(features (N, D) float16, labels (N,)), or None where the files are not there."""
+    if name == "digits":
+        from sklearn.datasets import load_digits
+
+        digits = load_digits()
+        # As the demo's PNG files give them: 8 bits a pixel, then 0 to 1.
+        return (np.round(digits.data * (255 / 16)) / 255).astype(np.float16), digits.target.astype(np.int64)
+    features, labels = (data_folder() / file for file in FILES[name])
+    if not features.exists() or not labels.exists():
+        return None
+    return np.load(features), np.load(labels).astype(np.int64)

@@ -1,0 +1,175 @@
+"""The trainer against a plain loop over heads: a module, an optimiser and float32 autograd for each, same sizes and draws.
+
+On a GPU, where there is one, the trainer runs at ImageNet's shape instead, against the matmul peak measured beside it.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import numpy as np
+import torch
+from cases.plain_heads import PlainTrainer
+
+from icce_ray.config import HeadsConfig
+from icce_ray.evaluate.metrics import clustering_accuracy
+from icce_ray.heads.sampling import epoch_batches
+from icce_ray.heads.training import HeadTrainer
+from icce_ray.neighbors.graph import NeighborGraph
+
+SETTINGS: dict[str, Any] = {
+    "num_images": 10_000,
+    "dim": 2304,
+    "num_clusters": 10,
+    "num_heads": [16, 50],
+    "batch_size": 1024,
+    "steps": 4,
+    "repeats": 3,
+    "accuracy_epochs": 20,
+}
+MIN_SPEEDUP = 2.5
+MAX_ACCURACY_LOSS = 0.01
+
+
+def run(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, bool]]:
+    if torch.cuda.is_available():
+        return _run_on_gpu()
+    figures: dict[str, Any] = {"threads": torch.get_num_threads()}
+    bounds: dict[str, bool] = {}
+    for num_heads in settings["num_heads"]:
+        result = compare_speed(settings, num_heads)
+        figures[f"{num_heads} heads"] = result
+        print(
+            f"{num_heads} heads: {result['seconds_per_epoch']:.2f} s an epoch, plain loop "
+            f"{result['plain_seconds_per_epoch']:.2f} s: {result['speedup']:.2f} times as fast",
+            flush=True,
+        )
+        bounds[f"{num_heads} heads: at least {MIN_SPEEDUP} times as fast as the plain loop"] = (
+            result["speedup"] >= MIN_SPEEDUP
+        )
+    accuracy = compare_accuracy(settings)
+    figures["accuracy"] = accuracy
+    print(f"mean head on planted clusters: {accuracy['ours']:.4f}, plain loop {accuracy['plain']:.4f}")
+    bounds[f"accuracy within {MAX_ACCURACY_LOSS} of the plain loop's"] = (
+        accuracy["ours"] >= accuracy["plain"] - MAX_ACCURACY_LOSS
+    )
+    return figures, bounds
+
+
+def planted(num_images: int, dim: int, num_clusters: int, num_neighbors: int = 50) -> tuple[Any, NeighborGraph, Any]:
+    """Overlapping Gaussian clusters, and neighbour lists of which four fifths are right."""
+    generator = np.random.default_rng(0)
+    labels = generator.integers(0, num_clusters, num_images)
+    centres = generator.normal(size=(num_clusters, dim)).astype(np.float32)
+    noise = generator.standard_normal((num_images, dim), dtype=np.float32)
+    features = (centres[labels] * (4.0 / np.sqrt(dim)) + noise).astype(np.float16)
+    members = [np.flatnonzero(labels == cluster) for cluster in range(num_clusters)]
+    indices = np.empty((num_images, num_neighbors), dtype=np.int32)
+    for image, label in enumerate(labels):
+        indices[image] = generator.choice(members[label], num_neighbors)
+    wrong = generator.random(indices.shape) < 0.2
+    indices[wrong] = generator.integers(0, num_images, int(wrong.sum()))
+    indptr = np.arange(num_images + 1, dtype=np.int64) * num_neighbors
+    return features, NeighborGraph(indptr, indices.ravel()), labels
+
+
+def compare_speed(settings: dict[str, Any], num_heads: int) -> dict[str, Any]:
+    """Both in turn, several times; the medians."""
+    features, graph, _ = planted(settings["num_images"], settings["dim"], settings["num_clusters"])
+    config = HeadsConfig(num_heads=num_heads, batch_size=settings["batch_size"])
+    ours = HeadTrainer(features, graph, config, num_clusters=settings["num_clusters"], seed=0)
+    plain = PlainTrainer(ours.student, config, ours.steps_per_epoch)
+    batches = list(epoch_batches(graph, ours.batch_size, 1, 0, 0, 0, 1))[: settings["steps"]]
+    seconds: dict[str, list[float]] = {"ours": [], "plain": []}
+    for _ in range(settings["repeats"] + 1):
+        started = time.perf_counter()
+        for rows, num_pairs in batches:
+            ours.train_step(rows, num_pairs, 1e-4, 0.1)
+        seconds["ours"].append((time.perf_counter() - started) / len(batches))
+        started = time.perf_counter()
+        for rows, _ in batches:
+            plain.step(features, rows)
+        seconds["plain"].append((time.perf_counter() - started) / len(batches))
+    # The first round warms up.
+    step_s, plain_step_s = (float(np.median(values[1:])) for values in (seconds["ours"], seconds["plain"]))
+    ratios = [theirs / mine for mine, theirs in zip(seconds["ours"][1:], seconds["plain"][1:], strict=True)]
+    pairs_per_s = ours.batch_size / step_s
+    return {
+        "seconds_per_epoch": step_s * ours.steps_per_epoch,
+        "plain_seconds_per_epoch": plain_step_s * ours.steps_per_epoch,
+        "speedup": float(np.median(ratios)),
+        "speedups": [round(ratio, 2) for ratio in ratios],
+        "pairs_per_s": pairs_per_s,
+        "gflop_per_s": pairs_per_s * flop_per_pair(config, settings["dim"], settings["num_clusters"]) / 1e9,
+        "dtype": str(ours.dtype),
+    }
+
+
+def compare_accuracy(settings: dict[str, Any]) -> dict[str, float]:
+    """Mean accuracy of the heads after the same epochs, with bfloat16 where there is such a unit and in the plain loop."""
+    features, graph, labels = planted(3000, 128, settings["num_clusters"])
+    config = HeadsConfig(num_heads=4, num_epochs=settings["accuracy_epochs"], batch_size=256)
+    ours = HeadTrainer(features, graph, config, num_clusters=settings["num_clusters"], seed=0)
+    plain = PlainTrainer(ours.student.map(torch.clone), config, ours.steps_per_epoch)
+    for epoch in range(config.num_epochs):
+        for rows, _ in epoch_batches(graph, ours.batch_size, 1, 0, epoch, 0, 1):
+            plain.step(features, rows)
+        ours.train_epoch()
+    return {
+        "ours": float(np.mean([clustering_accuracy(labels, head) for head in ours.label_matrix()])),
+        "plain": float(np.mean([clustering_accuracy(labels, head) for head in plain.label_matrix(features)])),
+    }
+
+
+def flop_per_pair(config: HeadsConfig, dim: int, num_clusters: int) -> float:
+    """Multiplications and additions of the matrix products for one pair: two views through the teacher (forward) and the
+    student (forward, weight gradients, and the gradients of all but the first input)."""
+    first, second = dim * config.hidden_dim, config.hidden_dim * config.bottleneck_dim
+    last = config.bottleneck_dim * num_clusters
+    per_view = 3 * first + 4 * (second + last)
+    return 2.0 * 2.0 * per_view * config.num_heads
+
+
+def _run_on_gpu() -> tuple[dict[str, Any], dict[str, bool]]:
+    dim, num_clusters, num_heads, batch_size, steps = 2048, 1000, 50, 1024, 20
+    generator = np.random.default_rng(0)
+    features = generator.standard_normal((50_000, dim), dtype=np.float32).astype(np.float16)
+    neighbors = generator.integers(0, len(features), (len(features), 50), dtype=np.int32)
+    graph = NeighborGraph(np.arange(len(features) + 1, dtype=np.int64) * 50, neighbors.ravel())
+    config = HeadsConfig(num_heads=num_heads, batch_size=batch_size)
+    trainer = HeadTrainer(features, graph, config, num_clusters=num_clusters, seed=0, device="cuda")
+    batches = list(epoch_batches(graph, batch_size, 1, 0, 0, 0, 1))[:steps]
+    for rows, num_pairs in batches[:3]:
+        trainer.train_step(rows, num_pairs, 1e-4, 0.1)
+    torch.cuda.synchronize()
+    started = time.perf_counter()
+    for rows, num_pairs in batches:
+        trainer.train_step(rows, num_pairs, 1e-4, 0.1)
+    torch.cuda.synchronize()
+    step_s = (time.perf_counter() - started) / len(batches)
+    flop_per_s = batch_size * flop_per_pair(config, dim, num_clusters) / step_s
+    peak = _matmul_peak()
+    figures = {
+        "step_s": step_s,
+        "pairs_per_s": batch_size / step_s,
+        "tflop_per_s": flop_per_s / 1e12,
+        "share_of_matmul_peak": flop_per_s / peak,
+        "peak_memory_bytes": torch.cuda.max_memory_allocated(),
+        "imagenet_400_epochs_h": 400 * 1_281_167 / batch_size * step_s / 3600,
+    }
+    print(figures)
+    return figures, {}
+
+
+def _matmul_peak() -> float:
+    """FLOP/s of a large bfloat16 product on this GPU."""
+    a = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
+    for _ in range(3):
+        a @ a
+    torch.cuda.synchronize()
+    started = time.perf_counter()
+    for _ in range(20):
+        a @ a
+    torch.cuda.synchronize()
+    return 20 * 2 * 8192**3 / (time.perf_counter() - started)

@@ -1,0 +1,81 @@
+"""The one benchmark runner: ``python benchmarks/run.py CASE [--set key=value ...]``.
+
+Prints a table as it goes; the last line on standard output is one JSON object with the case, its settings, figures,
+bounds and the machine. Exit code 1 when a bound fails. Figures to be believed are ratios measured side by side in one run:
+absolute seconds belong to the machine and what else it was doing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib
+import json
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+CASES = {
+    "accuracy": "ICCE's consensus against the TEMI preset and k-means, real features, several seeds",
+    "demo": "the demo: seconds by stage, and its accuracy against k-means, Ward and spectral clustering",
+    "heads": "the trainer against a plain loop over heads in float32",
+}
+
+
+def main() -> int:
+    """Run one case. Returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("case", choices=CASES, help="; ".join(f"{name}: {text}" for name, text in CASES.items()))
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of the case")
+    arguments = parser.parse_args()
+    module = importlib.import_module(f"cases.{arguments.case}")
+    settings = dict(module.SETTINGS)
+    for item in arguments.set:
+        key, separator, value = item.partition("=")
+        if not separator or key not in settings:
+            parser.error(f"--set {item}: this case has the settings {', '.join(settings)}")
+        settings[key] = yaml.safe_load(value)
+    figures, bounds = module.run(settings)
+    report = {
+        "case": arguments.case,
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
+        "settings": settings,
+        "figures": figures,
+        "bounds": bounds,
+        "passed": all(bounds.values()),
+        "environment": environment(),
+    }
+    for text, holds in bounds.items():
+        print(f"{'holds ' if holds else 'FAILS '} {text}")
+    print(json.dumps(report))
+    return 0 if report["passed"] else 1
+
+
+def environment() -> dict[str, Any]:
+    """The machine and the libraries that figures belong to."""
+    import os
+
+    import numpy
+    import sklearn
+    import torch
+
+    cpu = torch.cpu.get_capabilities()
+    return {
+        "cpu": cpu.get("cpu_name", platform.processor()),
+        "num_cpus": len(os.sched_getaffinity(0)),
+        "has_bfloat16_units": bool(cpu.get("avx512_bf16") or cpu.get("amx_bf16")),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": numpy.__version__,
+        "scikit-learn": sklearn.__version__,
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())
