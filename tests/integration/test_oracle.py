@@ -1,0 +1,87 @@
+"""The distributed answer is the local answer: the pipeline on Ray against the estimator in this process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from icce_ray import ICCE, run
+from icce_ray.config import Config
+from icce_ray.store import Artifact, Folder
+
+pytestmark = pytest.mark.slow
+
+SECTIONS: dict[str, Any] = {
+    "neighbors": {"min_neighbors": 10},
+    "heads": {
+        "num_heads": 5, "num_epochs": 12, "hidden_dim": 64, "bottleneck_dim": 32, "learning_rate": 2e-3, "precision": "float32",
+    },  # fmt: skip
+    "classifier": {"num_iterations": 200},
+}
+
+
+@pytest.fixture(scope="module")
+def features() -> np.ndarray:
+    """Overlapping clusters, so that heads disagree and labels at the borders show every difference."""
+    generator = np.random.default_rng(1)
+    centres = generator.normal(size=(6, 24)) * 0.9
+    return (centres[generator.integers(0, 6, 700)] + generator.normal(size=(700, 24))).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def estimator(features: np.ndarray) -> ICCE:
+    heads = dict(SECTIONS["heads"])
+    return ICCE(
+        6,
+        n_heads=heads.pop("num_heads"),
+        epochs=heads.pop("num_epochs"),
+        heads=heads,
+        neighbors=SECTIONS["neighbors"],
+        classifier=SECTIONS["classifier"],
+        random_state=3,
+    ).fit(features)
+
+
+def run_pipeline(features: np.ndarray, folder: Path, num_workers: int) -> tuple[dict[str, Artifact], list[int]]:
+    """Artifacts by stage, and the clusters that the assignments give."""
+    np.save(folder / "features.npy", features)
+    workers = {"num_workers": num_workers, "cpus_per_worker": 1}
+    config = Config.model_validate(
+        SECTIONS
+        | {
+            "embeddings": {"uri": str(folder / "features.npy")},
+            "num_clusters": 6,
+            "output": str(folder / "out"),
+            "seed": 3,
+            "resources": {"neighbors": workers, "heads": workers},
+        }
+    )
+    result = run(config, quiet=True)
+    artifacts = {}
+    for stage in ("neighbors", "heads", "consensus"):
+        (path,) = (folder / "out" / stage).iterdir()
+        found = Artifact.find(Folder.at(path))
+        assert found is not None
+        artifacts[stage] = found
+    return artifacts, pq.read_table(result.assignments).sort_by("image_id")["cluster"].to_pylist()
+
+
+def test_the_pipeline_gives_the_labels_of_the_estimator(ray_cluster, features, estimator, tmp_path: Path) -> None:
+    artifacts, clusters = run_pipeline(features, tmp_path, num_workers=1)
+    assert artifacts["neighbors"].metrics["similarity_threshold"] == estimator.similarity_threshold_
+    assert np.array_equal(artifacts["heads"].read_array("label_matrix.npy"), estimator.head_labels_)
+    assert np.array_equal(artifacts["consensus"].read_array("labels.npy"), estimator.labels_)
+    assert clusters == estimator.labels_.tolist()
+
+
+def test_two_workers_give_the_labels_of_one(ray_cluster, features, estimator, tmp_path: Path) -> None:
+    artifacts, clusters = run_pipeline(features, tmp_path, num_workers=2)
+    assert artifacts["neighbors"].metrics["similarity_threshold"] == estimator.similarity_threshold_
+    labels = artifacts["heads"].read_array("label_matrix.npy")
+    assert (labels == estimator.head_labels_).mean() >= 0.995
+    assert (np.array(clusters) == estimator.labels_).mean() >= 0.995
+    assert artifacts["heads"].metrics["num_workers"] == 2
