@@ -26,6 +26,7 @@ from icce_ray.config import Config
 from icce_ray.context import StageContext
 from icce_ray.embed.ready_made import find_field, is_string, open_embeddings
 from icce_ray.errors import InputError
+from icce_ray.store import Folder
 from icce_ray.store.filesystem import open_uri
 
 VERSION = 1
@@ -71,7 +72,7 @@ def list_images(config: Config) -> pa.Table:
         return pa.table(columns, names=SCHEMA.names).cast(SCHEMA)
     uri = config.images.uri
     assert uri is not None
-    unsorted = _table(_rows(uri, config.images.uri_column))
+    unsorted = _table(_without_output(_rows(uri, config.images.uri_column), uri, config.output))
     _check_count(len(unsorted), config, "images.uri", uri)
     return unsorted.sort_by("uri").add_column(0, "image_id", pa.array(np.arange(len(unsorted)))).cast(SCHEMA)
 
@@ -124,6 +125,17 @@ def _rows(uri: str, uri_column: str) -> Iterator[Row]:
     if path.lower().endswith(".txt"):
         return _stat_each(_text_list(filesystem, path, uri), folder)
     raise InputError(f"images.uri: {uri} is one file; name a folder of images, or a list of them (.txt or .parquet)")
+
+
+def _without_output(rows: Iterator[Row], uri: str, output: str) -> Iterator[Row]:
+    """Leave out what lies under `output`: the report's pictures are no images of the collection."""
+    folder, results = (place.rstrip("/") if "://" in place else Folder.at(place).uri for place in (uri, output))
+    if folder == results:
+        raise InputError(f"output: {output} is the folder of the images; name another, for example {output}-clusters")
+    if not results.startswith(f"{folder}/"):
+        return rows
+    prefix = local_uri(results) + "/"
+    return (row for row in rows if not row[0].startswith(prefix))
 
 
 def _table(rows: Iterator[Row]) -> pa.Table:

@@ -189,3 +189,16 @@ def test_the_stage_writes_the_listing_and_counts_it(tmp_path: Path) -> None:
     metrics = listing.run(config_for(tmp_path / "photos"), context)
     assert (metrics["num_images"], metrics["size_bytes"]) == (2, 10)
     assert pq.read_table(tmp_path / "out" / "images.parquet").equals(list_images(config_for(tmp_path / "photos")))
+
+
+def test_results_inside_the_images_folder_are_no_images(tmp_path: Path) -> None:
+    write_files(tmp_path, "a.png", "b.png", "clusters/report/x/clusters.png", "clusters-2/c.png")
+    config = config_for(tmp_path).model_copy(update={"output": str(tmp_path / "clusters")})
+    names = [Path(uri).relative_to(tmp_path).as_posix() for uri in uris(config)]
+    assert names == ["a.png", "b.png", "clusters-2/c.png"]
+
+
+def test_results_in_the_images_folder_itself_are_refused(tmp_path: Path) -> None:
+    write_files(tmp_path, "a.png", "b.png")
+    with pytest.raises(InputError, match="is the folder of the images; name another"):
+        uris(config_for(tmp_path).model_copy(update={"output": f"{tmp_path}/"}))
