@@ -1,7 +1,7 @@
 """The one benchmark runner: ``python benchmarks/run.py CASE [--set key=value ...]``.
 
 Prints a table as it goes; the last line on standard output is one JSON object with the case, its settings, figures,
-bounds and the machine. Exit code 1 when a bound fails. Figures to be believed are ratios measured side by side in one run:
+bounds and the machine. Exit code 1 when a bound fails. Ratios measured side by side in one run can be believed:
 absolute seconds belong to the machine and what else it was doing.
 """
 

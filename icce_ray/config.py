@@ -100,7 +100,7 @@ class HeadsConfig(Section):
     num_epochs: PositiveInt = 100
     """Passes over the images."""
     batch_size: Annotated[int, Field(ge=2)] | Literal["auto"] = "auto"
-    """Pairs per step, over all workers (B). `auto`: 1024, in smaller collections as few as give eight steps an epoch."""
+    """Pairs per step, over all workers (B). `auto`: 1024; small collections: eight steps an epoch."""
     learning_rate: PositiveFloat = 5e-4
     """At 256 pairs; scaled linearly with the batch size."""
     weight_decay: Annotated[float, Field(ge=0.0)] = 1e-4

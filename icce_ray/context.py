@@ -1,4 +1,4 @@
-"""What a stage is handed besides the config: where its result goes, what it builds on, whom it tells of its progress."""
+"""What a stage is handed besides the config: where its result goes, what it builds on, whom it keeps informed."""
 
 from __future__ import annotations
 

@@ -10,10 +10,10 @@ import time
 from typing import Any
 
 import numpy as np
-from cases import datasets
 from sklearn.cluster import KMeans
 from sklearn.preprocessing import normalize
 
+from cases import datasets
 from icce_ray import ICCE, clustering_accuracy
 from icce_ray.evaluate.metrics import normalized_mutual_info
 

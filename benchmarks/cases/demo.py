@@ -1,4 +1,4 @@
-"""The demo as a user meets it: seconds by stage, and its accuracy against the clusterers of scikit-learn on the same pixels.
+"""The demo as a user meets it: seconds by stage, and its accuracy against scikit-learn's on the same pixels.
 
 Each seed is a whole run of the job (Ray Data, FAISS, Ray Train, consensus, classifier, assignment, report) on the
 folder of digits; images are embedded once, as for any user who changes the seed.
@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from cases import datasets
 from sklearn.cluster import AgglomerativeClustering, KMeans, SpectralClustering
 from sklearn.preprocessing import normalize
 
+from cases import datasets
 from icce_ray import clustering_accuracy
 from icce_ray.evaluate.metrics import adjusted_rand_index, normalized_mutual_info
 
@@ -61,7 +61,9 @@ def run(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, bool]]:
     bounds[f"a first run takes under {settings['max_seconds']} s"] = walls[0] < settings["max_seconds"]
     figures = {
         "acc": [row[0] for row in table["icce_ray (the demo)"]],
-        "table": {name: [round(100 * float(value), 2) for value in np.mean(rows, axis=0)] for name, rows in table.items()},
+        "table": {
+            name: [round(100 * float(value), 2) for value in np.mean(rows, axis=0)] for name, rows in table.items()
+        },
         "first_run_s": walls[0],
         "seconds_by_stage": seconds_by_stage,
     }

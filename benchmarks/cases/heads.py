@@ -1,4 +1,4 @@
-"""The trainer against a plain loop over heads: a module, an optimiser and float32 autograd for each, same sizes and draws.
+"""The trainer against a plain loop over heads: a module, an optimiser, float32 autograd each, same draws.
 
 On a GPU, where there is one, the trainer runs at ImageNet's shape instead, against the matmul peak measured beside it.
 """
@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from cases.plain_heads import PlainTrainer
 
+from cases.plain_heads import PlainTrainer
 from icce_ray.config import HeadsConfig
 from icce_ray.evaluate.metrics import clustering_accuracy
 from icce_ray.heads.sampling import epoch_batches
@@ -107,7 +107,7 @@ def compare_speed(settings: dict[str, Any], num_heads: int) -> dict[str, Any]:
 
 
 def compare_accuracy(settings: dict[str, Any]) -> dict[str, float]:
-    """Mean accuracy of the heads after the same epochs, with bfloat16 where there is such a unit and in the plain loop."""
+    """Mean accuracy of the heads after the same epochs, here (bfloat16 where there are units for it) and there."""
     features, graph, labels = planted(3000, 128, settings["num_clusters"])
     config = HeadsConfig(num_heads=4, num_epochs=settings["accuracy_epochs"], batch_size=256)
     ours = HeadTrainer(features, graph, config, num_clusters=settings["num_clusters"], seed=0)
@@ -123,7 +123,7 @@ def compare_accuracy(settings: dict[str, Any]) -> dict[str, float]:
 
 
 def flop_per_pair(config: HeadsConfig, dim: int, num_clusters: int) -> float:
-    """Multiplications and additions of the matrix products for one pair: two views through the teacher (forward) and the
+    """Multiplications and additions of the products for one pair: two views through the teacher (forward) and the
     student (forward, weight gradients, and the gradients of all but the first input)."""
     first, second = dim * config.hidden_dim, config.hidden_dim * config.bottleneck_dim
     last = config.bottleneck_dim * num_clusters

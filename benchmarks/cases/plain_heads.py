@@ -45,7 +45,9 @@ class PlainTrainer:
         self.students = [PlainHead(parameters, head) for head in range(parameters.num_heads)]
         self.teachers = copy.deepcopy(self.students)
         self.priors = [torch.full((parameters.num_clusters,), 1 / parameters.num_clusters) for _ in self.students]
-        self.optimizers = [torch.optim.AdamW(head.parameters(), weight_decay=config.weight_decay) for head in self.students]
+        self.optimizers = [
+            torch.optim.AdamW(head.parameters(), weight_decay=config.weight_decay) for head in self.students
+        ]
         self.num_steps = 0
 
     def step(self, features: npt.NDArray[Any], rows: npt.NDArray[np.int64]) -> None:

@@ -1,4 +1,4 @@
-"""All heads as stacked parameters, so that one matrix product, one optimiser step and one moving average serve them all.
+"""All heads as stacked parameters, so that one matrix product, one optimiser and one moving average serve them all.
 
 H heads, D feature dimension, M hidden width, P bottleneck width, K clusters, n rows. A head is
 Linear(D, M) - GELU - Linear(M, P) - L2-normalise - weight-normalised Linear(P, K) without bias (METHOD section 2).
@@ -131,7 +131,7 @@ def backward(
 ) -> None:
     """Write the gradient of a loss into `gradient`, given its gradient with respect to the logits.
 
-    Written out because autograd would keep and convert every float32 intermediate of the two normalisations, which costs
+    Written out because autograd would keep and convert every float32 intermediate of the two normalisations: that costs
     as much as the products. With y the bottleneck output and p a unit prototype, z = (y/|y|).p gives
     dz/dy = (p - z y/|y|) / |y|.
     """

@@ -15,7 +15,7 @@ STEPS_PER_EPOCH = 8
 
 
 def choose_batch_size(num_images: int, batch_size: int | Literal["auto"]) -> int:
-    """Pairs per step. `auto` [ours]: the power of two, from 64 to 1024, that comes nearest to eight steps an epoch; small
+    """Pairs per step. `auto` [ours]: the power of two, from 64 to 1024, nearest to eight steps an epoch: small
     collections need the steps, and Sinkhorn-Knopp wants batches in which every cluster shows up."""
     if batch_size != "auto":
         return batch_size

@@ -15,8 +15,8 @@ def sinkhorn_log_targets(
 ) -> torch.Tensor:
     """Log of the balanced assignment of each view's batch, per head.
 
-    Starts from exp(logits / temperature) and alternates: each cluster's mass to 1/K, each image's to 1/B; then scales by
-    B, so that every row is a distribution. All in log space: nothing overflows.
+    Starts from exp(logits / temperature) and alternates: each cluster's mass to 1/K, each image's to 1/B; then scales
+    by B, so that every row is a distribution. All in log space: nothing overflows.
 
     Args:
         logits_VHBK: float32, views x heads x this worker's images x clusters.

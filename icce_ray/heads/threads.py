@@ -1,4 +1,4 @@
-"""Threads that each compute alone: torch inside them runs on one core, so a result never depends on how many there are."""
+"""Threads that each compute alone: torch runs on one core in each, so results do not depend on how many there are."""
 
 from __future__ import annotations
 

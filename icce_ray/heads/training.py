@@ -2,8 +2,8 @@
 
 A step runs in two passes over blocks of heads: the teacher's targets of all heads come first, because the weight of a
 pair is a mean over heads; then each block's student goes forward and backward. On a GPU one block holds all heads. On a
-CPU a block is one head, whose activations stay in a core's cache, and every core works on a head of its own: faster than
-all cores on one product, and the result does not depend on the number of threads.
+CPU a block is one head, whose activations stay in a core's cache, and every core works on a head of its own: that is
+faster than all cores on one product, and the result does not depend on the number of threads.
 """
 
 from __future__ import annotations
@@ -46,7 +46,6 @@ class TrainedHeads:
     """Of the heads that gave the labels."""
     history: list[dict[str, Any]] = field(default_factory=list)
     """Per epoch: loss, learning rate, weight of the cross-entropy, seconds."""
-
 
     def summary(self) -> TrainingSummary:
         """Figures for the manifest and the log."""

@@ -18,8 +18,13 @@ pytestmark = pytest.mark.slow
 SECTIONS: dict[str, Any] = {
     "neighbors": {"min_neighbors": 10},
     "heads": {
-        "num_heads": 5, "num_epochs": 12, "hidden_dim": 64, "bottleneck_dim": 32, "learning_rate": 2e-3, "precision": "float32",
-    },  # fmt: skip
+        "num_heads": 5,
+        "num_epochs": 12,
+        "hidden_dim": 64,
+        "bottleneck_dim": 32,
+        "learning_rate": 2e-3,
+        "precision": "float32",
+    },
     "classifier": {"num_iterations": 200},
 }
 

@@ -111,4 +111,3 @@ def test_bad_data_is_refused(blobs) -> None:
 def test_other_dimensions_are_refused_when_predicting(fitted: ICCE) -> None:
     with pytest.raises(ValueError, match="20 features"):
         fitted.predict(np.zeros((2, 19), dtype=np.float32))
-

@@ -19,8 +19,8 @@ from .reference import ReferenceTrainer, sinkhorn
 
 def settings(**changes: object) -> HeadsConfig:
     small = {
-        "num_heads": 3, "num_epochs": 7, "batch_size": 64, "hidden_dim": 16, "bottleneck_dim": 8, "precision": "float32",
-        "warmup_epochs": 2, "learning_rate": 1e-2, "teacher_momentum": 0.98,
+        "num_heads": 3, "num_epochs": 7, "batch_size": 64, "hidden_dim": 16, "bottleneck_dim": 8,
+        "precision": "float32", "warmup_epochs": 2, "learning_rate": 1e-2, "teacher_momentum": 0.98,
     }  # fmt: skip
     return HeadsConfig.model_validate(small | changes)
 
@@ -125,9 +125,7 @@ def test_a_stopped_run_resumes_to_the_very_same_result(planted, tmp_path: Path) 
                 raise Stopped
 
     with pytest.raises(Stopped):
-        train_heads(
-            features, graph, config, num_clusters=4, seed=0, checkpoints=checkpoints, progress=StopAfter()
-        )
+        train_heads(features, graph, config, num_clusters=4, seed=0, checkpoints=checkpoints, progress=StopAfter())
     loaded = checkpoints.load()
     assert loaded is not None
     assert loaded[1]["epoch"] == 4
@@ -144,7 +142,10 @@ def test_two_checkpoints_are_kept_and_a_damaged_one_is_passed_over(planted, tmp_
     for _ in range(3):
         trainer.train_epoch()
         checkpoints.save(*trainer.state())
-    assert [path.name for path in sorted(tmp_path.iterdir())] == ["epoch-000002.safetensors", "epoch-000003.safetensors"]
+    assert [path.name for path in sorted(tmp_path.iterdir())] == [
+        "epoch-000002.safetensors",
+        "epoch-000003.safetensors",
+    ]
     newest = tmp_path / "epoch-000003.safetensors"
     newest.write_bytes(newest.read_bytes()[:100])
     loaded = checkpoints.load()
