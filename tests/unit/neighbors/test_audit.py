@@ -51,7 +51,10 @@ def test_a_sample_of_images_predicts_the_graph(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(audit_module, "MAX_QUERIES", 300)
     features, _ = gaussian_clusters(2000, 5, 16, 1.0)
     graph, result = build_graph(
-        features, NeighborsConfig(similarity_threshold=0.5, max_neighbors=None), num_clusters=5, seed=0
+        features,
+        NeighborsConfig(min_neighbors=50, similarity_threshold=0.5, max_neighbors=None),
+        num_clusters=5,
+        seed=0,
     )
     assert result.num_queries == 300
     assert result.mean_neighbors == pytest.approx(graph.degrees.mean(), rel=0.1)
@@ -59,7 +62,7 @@ def test_a_sample_of_images_predicts_the_graph(monkeypatch: pytest.MonkeyPatch) 
 
 def test_histograms_count_pairs_and_the_nearest_lie_above_the_random_ones() -> None:
     features, _ = gaussian_clusters(1500, 5, 16, 1.0)
-    result = audit(features, NeighborsConfig(), num_clusters=5, seed=0)
+    result = audit(features, NeighborsConfig(min_neighbors=50), num_clusters=5, seed=0)
     middles = (np.array(result.bin_edges)[1:] + np.array(result.bin_edges)[:-1]) / 2
     assert sum(result.random_pairs) > 900_000
     assert sum(result.nearest_pairs) == 1500 * 50
@@ -73,7 +76,7 @@ def test_histograms_count_pairs_and_the_nearest_lie_above_the_random_ones() -> N
 def test_the_estimated_precision_follows_the_true_one(num_clusters: int, dim: int, separation: float) -> None:
     features, labels = gaussian_clusters(1200, num_clusters, dim, separation)
     base = prepare(features, True)
-    result = audit_prepared(base, NeighborsConfig(), num_clusters=num_clusters, seed=0)
+    result = audit_prepared(base, NeighborsConfig(min_neighbors=50), num_clusters=num_clusters, seed=0)
     of_interest = [row for row in result.thresholds if row["mean_neighbors"] < 1200 / num_clusters]
     for row in of_interest[:: max(1, len(of_interest) // 6)]:
         truth = true_precision(base, labels, row["threshold"], 50)
@@ -84,7 +87,7 @@ def test_auto_takes_long_lists_where_clusters_are_clear_and_short_ones_where_the
     lengths = {}
     for separation in (1.0, 0.25):
         features, _ = gaussian_clusters(2500, 5, 32, separation)
-        lengths[separation] = audit(features, NeighborsConfig(), num_clusters=5, seed=0).mean_neighbors
+        lengths[separation] = audit(features, NeighborsConfig(min_neighbors=50), num_clusters=5, seed=0).mean_neighbors
     assert 0.8 * MAX_CLASS_SHARE * 500 < lengths[1.0] <= MAX_CLASS_SHARE * 500 + 1
     assert 50 <= lengths[0.25] < 130
 
@@ -93,10 +96,10 @@ def test_auto_takes_long_lists_where_clusters_are_clear_and_short_ones_where_the
 def test_auto_finds_its_threshold_whatever_the_scale_of_similarities(shift: float) -> None:
     # Uncentred, a common shift pushes all cosines towards 1: 0.3 then means nothing, and neither does a step of 0.01.
     features, labels = gaussian_clusters(1500, 5, 32, 2.0)
-    config = NeighborsConfig(center=False)
+    config = NeighborsConfig(min_neighbors=50, center=False)
     graph, result = build_graph(features + shift, config, num_clusters=5, seed=0)
     rows = np.repeat(np.arange(1500), graph.degrees)
-    assert 100 < graph.degrees.mean() < 300
+    assert 75 < graph.degrees.mean() < 300
     assert (labels[rows] == labels[graph.indices]).mean() > 0.9
     assert result.similarity_threshold is not None
     assert result.similarity_threshold > (0.9 if shift == 30.0 else 0.0)
@@ -104,13 +107,18 @@ def test_auto_finds_its_threshold_whatever_the_scale_of_similarities(shift: floa
 
 def test_auto_is_stable_over_seeds() -> None:
     features, _ = gaussian_clusters(1500, 5, 32, 0.4)
-    lengths = [audit(features, NeighborsConfig(), num_clusters=5, seed=seed).mean_neighbors for seed in range(4)]
+    lengths = [
+        audit(features, NeighborsConfig(min_neighbors=50), num_clusters=5, seed=seed).mean_neighbors
+        for seed in range(4)
+    ]
     assert max(lengths) < 1.35 * min(lengths)
 
 
 def test_the_same_seed_gives_the_same_audit_but_for_the_time() -> None:
     features, _ = gaussian_clusters(600, 5, 16, 0.5)
-    first, second = (audit(features, NeighborsConfig(), num_clusters=5, seed=4).to_json() for _ in range(2))
+    first, second = (
+        audit(features, NeighborsConfig(min_neighbors=50), num_clusters=5, seed=4).to_json() for _ in range(2)
+    )
     for result in (first, second):
         result.pop("predicted_s")
     assert first == second
@@ -119,7 +127,7 @@ def test_the_same_seed_gives_the_same_audit_but_for_the_time() -> None:
 @pytest.mark.parametrize(("num_images", "num_clusters"), [(2, 2), (3, 10), (60, 5), (200, 150)])
 def test_few_images_or_many_clusters_are_no_trouble(num_images: int, num_clusters: int) -> None:
     features = np.random.default_rng(0).standard_normal((num_images, 8)).astype(np.float32)
-    graph, result = build_graph(features, NeighborsConfig(), num_clusters=num_clusters, seed=0)
+    graph, result = build_graph(features, NeighborsConfig(min_neighbors=50), num_clusters=num_clusters, seed=0)
     assert result.similarity_threshold is not None
     assert -1 <= result.similarity_threshold <= 1
     assert (graph.degrees >= min(50, num_images - 1)).all()
@@ -135,7 +143,9 @@ def test_features_without_variety_are_no_trouble(features: npt.NDArray[np.float6
 def test_a_given_threshold_and_none_are_passed_on() -> None:
     features, _ = gaussian_clusters(300, 5, 16, 0.5)
     for threshold in (0.37, None):
-        result = audit(features, NeighborsConfig(similarity_threshold=threshold), num_clusters=5, seed=0)
+        result = audit(
+            features, NeighborsConfig(min_neighbors=50, similarity_threshold=threshold), num_clusters=5, seed=0
+        )
         assert result.similarity_threshold == threshold
         assert not result.is_automatic
     assert result.mean_neighbors == 50
@@ -143,7 +153,7 @@ def test_a_given_threshold_and_none_are_passed_on() -> None:
 
 def test_an_audit_survives_json() -> None:
     features, _ = gaussian_clusters(300, 5, 16, 0.5)
-    result = audit(features, NeighborsConfig(), num_clusters=5, seed=0)
+    result = audit(features, NeighborsConfig(min_neighbors=50), num_clusters=5, seed=0)
     assert Audit.from_json(json.loads(json.dumps(result.to_json()))) == result
 
 
@@ -166,7 +176,7 @@ def test_on_real_features_auto_keeps_the_precision_it_estimates(name: str, cente
     labels = np.load(real_data_dir / f"{labels_name}.npy").astype(np.int64)
     base = prepare(np.load(real_data_dir / f"{name}.npy"), center)
     num_clusters = len(np.unique(labels))
-    result = audit_prepared(base, NeighborsConfig(), num_clusters=num_clusters, seed=0)
+    result = audit_prepared(base, NeighborsConfig(min_neighbors=50), num_clusters=num_clusters, seed=0)
     rows = np.random.default_rng(1).choice(len(base), 1000, replace=False)
     cosine = base[rows] @ base.T
     cosine[np.arange(len(rows)), rows] = -2
