@@ -1,7 +1,7 @@
 """ICCE on arrays, in one process, by scikit-learn's conventions.
 
-The same maths as the pipeline, without Ray: on the same features, settings and seed both give the same labels. So this is
-the answer that every distributed stage is tested against.
+The same maths as the pipeline, without Ray: on the same features, settings and seed both give the same labels. So this
+is the answer that every distributed stage is tested against.
 
     >>> from icce_ray import ICCE
     >>> labels = ICCE(n_clusters=10, random_state=0).fit_predict(features)  # doctest: +SKIP
