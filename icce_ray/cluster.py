@@ -32,6 +32,8 @@ STAGES_WITH_WORKERS = ("embed", "neighbors", "heads", "assign")
 # Set when we connect unless the user has set them, since Ray reads them in this process and hands them to its workers.
 QUIET_ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
+    # Two threads of a fresh worker may import pydantic at once, and then one of them fails half-way.
+    "RAY_preload_python_modules": "pydantic.main",
     "RAY_BACKEND_LOG_LEVEL": "fatal",  # else Ray Data's own way of making actors prints an error about itself
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_DATA_LOG_LEVEL": "CRITICAL",  # its errors reach us as exceptions
