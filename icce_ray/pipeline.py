@@ -96,7 +96,7 @@ def _drawn(config: Config) -> Settings:
 STAGES: tuple[Stage, ...] = (
     Stage("images", "icce_ray.embed.listing", 1, (), _images_settings),
     Stage("embed", "icce_ray.embed.job", 1, ("images",), _embed_settings),
-    Stage("neighbors", "icce_ray.neighbors.job", 1, ("embed",), _neighbors_settings),
+    Stage("neighbors", "icce_ray.neighbors.job", 2, ("embed",), _neighbors_settings),
     Stage("heads", "icce_ray.heads.job", 1, ("embed", "neighbors"), _heads_settings, "epochs"),
     Stage("consensus", "icce_ray.consensus.job", 1, ("heads",), _consensus_settings, "steps"),
     Stage("classifier", "icce_ray.classifier.job", 1, ("embed", "consensus"), _classifier_settings, "iterations"),
@@ -113,7 +113,7 @@ STAGES: tuple[Stage, ...] = (
     Stage(
         "report",
         "icce_ray.report.stage",
-        1,
+        2,
         ("images", "embed", "neighbors", "heads", "consensus", "classifier", "assign", "evaluate"),
         _report_settings,
         "clusters",
