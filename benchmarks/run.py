@@ -24,6 +24,9 @@ CASES = {
     "accuracy": "ICCE's consensus against the TEMI preset and k-means, real features, several seeds",
     "demo": "the demo: seconds by stage, and its accuracy against k-means, Ward and spectral clustering",
     "heads": "the trainer against a plain loop over heads in float32",
+    "neighbors": "the neighbors stage on two shards against faiss's own knn with two threads",
+    "neighbors-scale": "counted operations, bytes and predicted time of the graph for 10M to 1B images",
+    "thresholds": "neighbour precision and accuracy at the automatic threshold against fixed ones",
 }
 
 
@@ -33,7 +36,7 @@ def main() -> int:
     parser.add_argument("case", choices=CASES, help="; ".join(f"{name}: {text}" for name, text in CASES.items()))
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of the case")
     arguments = parser.parse_args()
-    module = importlib.import_module(f"cases.{arguments.case}")
+    module = importlib.import_module(f"cases.{arguments.case.replace('-', '_')}")
     settings = dict(module.SETTINGS)
     for item in arguments.set:
         key, separator, value = item.partition("=")
