@@ -162,7 +162,9 @@ class IvfEngine:
             chosen = ids_n[first:last] - start
             cells_n = nearest_cells(block_BD, cells.centroids_CD, 1)[chosen, 0]
             rows_nE = np.column_stack([block_BD[chosen], np.ones(len(chosen), np.float32)])
-            add_preassigned(self._index, rows_nE, cells_n, ids_n[first:last].astype(np.int64))
+            # A name of its own: FAISS is handed a bare pointer, and a temporary array would be gone by then.
+            block_ids = np.ascontiguousarray(ids_n[first:last])
+            add_preassigned(self._index, rows_nE, cells_n, block_ids)
 
     def lower_bounds(self, queries_QD: Floats, k: int) -> Floats:
         """From a first few of the cells, or from all where these hold too few images."""

@@ -99,6 +99,12 @@ def test_a_collection_of_one_picture_keeps_its_lists() -> None:
     assert (built.graph.degrees == 59).all()
 
 
+@pytest.mark.parametrize(("duplicate_threshold", "message"), [(0.3, "not above similarity_threshold"), (1.5, "up to 1")])
+def test_a_threshold_that_makes_no_sense_is_refused(duplicate_threshold: float, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        NeighborsConfig(similarity_threshold=0.4, duplicate_threshold=duplicate_threshold)
+
+
 def test_the_automatic_threshold_lies_far_above_neighbours_and_gives_up_where_all_are_alike() -> None:
     assert auto_threshold(np.array([0.2, 0.5, 0.9])) == pytest.approx(0.995)
     assert auto_threshold(np.full(5, 0.99999)) is None
