@@ -99,7 +99,7 @@ def test_a_collection_of_one_picture_keeps_its_lists() -> None:
     assert (built.graph.degrees == 59).all()
 
 
-@pytest.mark.parametrize(("duplicate_threshold", "message"), [(0.3, "not above similarity_threshold"), (1.5, "up to 1")])
+@pytest.mark.parametrize(("duplicate_threshold", "message"), [(0.3, "not above similarity"), (1.5, "up to 1")])
 def test_a_threshold_that_makes_no_sense_is_refused(duplicate_threshold: float, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         NeighborsConfig(similarity_threshold=0.4, duplicate_threshold=duplicate_threshold)
