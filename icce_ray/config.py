@@ -118,6 +118,10 @@ class HeadsConfig(Section):
     rotate: bool = True
     """Apply a random rotation (seeded) before `input_norm`: per-dimension scaling then no longer blows up the small
     dimensions of features that come sorted by variance, such as PCA's."""
+    loss: Literal["temi", "scan"] = "temi"
+    """`temi`: weighted mutual information, with what is switched on below. `scan`: SCAN's, on the student alone."""
+    scan_entropy_weight: Annotated[float, Field(ge=0.0)] = 5.0
+    """With `scan`: weight of the entropy of the mean assignment."""
     sinkhorn: bool = True
     """Teacher targets by Sinkhorn-Knopp over the global batch (ICCE) instead of a softmax (TEMI)."""
     sinkhorn_iterations: PositiveInt = 3
@@ -141,6 +145,8 @@ class HeadsConfig(Section):
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the matrix products; sums and losses are float32. `auto`: bfloat16 where the processor multiplies it
     natively."""
+    early_stop_change: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
+    """Stop when, three epochs in a row, less than this share of the labels changed. `null`: train all epochs."""
     checkpoint_interval_s: PositiveFloat = 60.0
     """Seconds of training that a killed run loses at most, and one epoch."""
 
@@ -235,8 +241,14 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "heads": {"input_norm": "standardize", "rotate": False, "sinkhorn": False, "max_ce_weight": 0.0},
         "consensus": {"methods": ("best_head",), "refine": False},
     },
+    "scan": {
+        "neighbors": {"similarity_threshold": None, "min_neighbors": 20, "max_neighbors": 20},
+        "heads": {"loss": "scan", "input_norm": "standardize", "rotate": False},
+        "consensus": {"methods": ("best_head",), "refine": False},
+    },
 }
-"""What a preset sets, by section; everything else is the default. `temi` is arXiv 2303.17896."""
+"""What a preset sets, by section; everything else is the default. `temi` is arXiv 2303.17896, `scan` the loss of arXiv
+2005.12320 on frozen features."""
 
 
 class Config(Section):
@@ -244,7 +256,7 @@ class Config(Section):
     """Folder or URI under which every artifact lies. Runs that share it share embeddings and graphs."""
     num_clusters: Annotated[int, Field(ge=2)]
     """Clusters to find (K)."""
-    preset: Literal["icce", "temi"] = "icce"
+    preset: Literal["icce", "temi", "scan"] = "icce"
     """Which method's settings fill in what is not given."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """Of every random draw. Same config, seed and machine: identical labels."""

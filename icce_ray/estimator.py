@@ -35,12 +35,13 @@ class ICCE(ClusterMixin, BaseEstimator):
 
     Args:
         n_clusters: clusters to find (K).
-        preset: ``icce``, or ``temi`` (arXiv 2303.17896): fixed neighbours, softmax targets, the best head.
+        preset: ``icce``; ``temi`` (arXiv 2303.17896): fixed neighbours, softmax targets, the best head; or ``scan``
+            (arXiv 2005.12320): its loss on the same heads, the best head.
         n_heads: clustering heads (H).
         epochs: passes over the images. None: the config's default.
         batch_size: pairs per step. None: the config's default.
         similarity_threshold: cosine from which on images are neighbours; ``auto``; or None for `min_neighbors` each.
-            With the preset ``temi``, ``auto`` means the preset's choice, None.
+            With the other presets ``auto`` means the preset's choice, None.
         random_state: int, RandomState or None. An int gives the labels of a run with that ``seed``.
         device: torch device of the heads and the classifier.
         n_threads: CPU threads; None for torch's setting. It does not change the result.
@@ -64,7 +65,7 @@ class ICCE(ClusterMixin, BaseEstimator):
         self,
         n_clusters: int,
         *,
-        preset: Literal["icce", "temi"] = "icce",
+        preset: Literal["icce", "temi", "scan"] = "icce",
         n_heads: int = 50,
         epochs: int | None = None,
         batch_size: int | None = None,
@@ -176,7 +177,7 @@ class ICCE(ClusterMixin, BaseEstimator):
         heads |= {"num_epochs": self.epochs} if self.epochs is not None else {}
         heads |= {"batch_size": self.batch_size} if self.batch_size is not None else {}
         neighbors: dict[str, Any] = {}
-        if not (self.preset == "temi" and self.similarity_threshold == "auto"):
+        if not (self.preset != "icce" and self.similarity_threshold == "auto"):
             neighbors["similarity_threshold"] = self.similarity_threshold
         seed = self.random_state
         if not isinstance(seed, (int, np.integer)):

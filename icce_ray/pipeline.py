@@ -97,7 +97,7 @@ STAGES: tuple[Stage, ...] = (
     Stage("images", "icce_ray.embed.listing", 1, (), _images_settings),
     Stage("embed", "icce_ray.embed.job", 1, ("images",), _embed_settings),
     Stage("neighbors", "icce_ray.neighbors.job", 1, ("embed",), _neighbors_settings),
-    Stage("heads", "icce_ray.heads.job", 1, ("embed", "neighbors"), _heads_settings, "epochs"),
+    Stage("heads", "icce_ray.heads.job", 2, ("embed", "neighbors"), _heads_settings, "epochs"),
     Stage("consensus", "icce_ray.consensus.job", 1, ("heads",), _consensus_settings, "steps"),
     Stage("classifier", "icce_ray.classifier.job", 1, ("embed", "consensus"), _classifier_settings, "iterations"),
     Stage("assign", "icce_ray.assign.job", 1, ("images", "embed", "consensus", "classifier"), _assign_settings),
@@ -230,7 +230,7 @@ def _run_stage(config: Config, step: PlannedStage, artifacts: Mapping[str, Artif
         metrics=metrics,
         seconds=seconds,
     )
-    progress.finish(f"done in {seconds:.1f} s")
+    progress.say(f"done in {seconds:.1f} s")
     return artifact
 
 
