@@ -97,6 +97,9 @@ class NeighborsConfig(Section):
 class HeadsConfig(Section):
     num_heads: PositiveInt = 50
     """Clustering heads trained side by side (H); they differ by their initialisation only."""
+    max_images: Annotated[int, Field(ge=2)] | None = 2_000_000
+    """Above this many images, a uniform random sample of them is trained on (neighbours, heads, consensus, classifier);
+    the classifier labels the others. `null`: always train on all."""
     num_epochs: PositiveInt = 100
     """Passes over the images."""
     batch_size: Annotated[int, Field(ge=2)] | Literal["auto"] = "auto"

@@ -33,6 +33,7 @@ from icce_ray.heads.result import TrainedHeads
 from icce_ray.heads.training import train_heads
 from icce_ray.neighbors.graph import load_graph
 from icce_ray.progress import Progress
+from icce_ray.sample.draw import training_set
 from icce_ray.store import Artifact, ArtifactWriter, Part
 
 VERSION = 2
@@ -84,7 +85,7 @@ def run(config: Config, context: StageContext) -> dict[str, Any]:
     board = ray.remote(ProgressBoard).options(num_cpus=0).remote()
     settings = {
         "config": config,
-        "embed": context.inputs["embed"],
+        "embed": training_set(context.inputs),
         "neighbors": context.inputs["neighbors"],
         "output": context.output,
         "checkpoints": checkpoints,

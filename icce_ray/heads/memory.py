@@ -28,7 +28,8 @@ def training_bytes(
     """Memory of one worker in bytes:
 
     ``20 H (D M + M P + P K)`` parameters, gradients and moments, ``4 H n K`` targets,
-    ``7 * 4 n K`` work arrays for each head that is computed at the same time and ``6 n (M + P)`` activations,
+    for each head that is computed at the same time ``7 * 4 n K`` work arrays, ``16 K P`` for the gradient of its
+    prototypes and ``6 n (M + P)`` activations,
     ``10 n D`` the batch, ``8 H N`` labels, ``4 N D`` features where they are held (:func:`max_held_bytes`).
     """
     H, M, P, K = config.num_heads, config.hidden_dim, config.bottleneck_dim, num_clusters
@@ -39,7 +40,7 @@ def training_bytes(
         heads_at_once = H
     parameters: int = 4 * PARAMETER_COPIES * H * (dim * M + M * P + P * K)
     targets = 4 * H * rows * K
-    work = heads_at_once * rows * (4 * WORK_ARRAYS * K + 6 * (M + P))
+    work = heads_at_once * (rows * (4 * WORK_ARRAYS * K + 6 * (M + P)) + 16 * K * P)
     features = 4 * num_images * dim
     held = features if features <= max_held_bytes(device) else 0
     return parameters + targets + work + 10 * rows * dim + 8 * H * num_images + held

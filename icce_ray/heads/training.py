@@ -255,30 +255,33 @@ class HeadTrainer:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Log targets of the image and of its neighbours (2, H, b, K), and the weight of each pair; moves the prior."""
         config, num_views = self.config, len(rows)
+        H, K = self.prior_HK.shape
+        log_targets_VHBK = torch.empty((2, H, rows.shape[1], K), device=self.device)
 
         def teacher_cosines(heads: slice) -> torch.Tensor:
             cosines_VHBK = _by_view(head_logits(self.teacher.heads(heads), batch), num_views)
             self.watch.record(heads, rows[0], cosines_VHBK[0].argmax(dim=-1))
             return cosines_VHBK
 
-        def targets(cosines_VHBK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        def targets(heads: slice, cosines_VHBK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             q_VHBK, log_q_VHBK = teacher_targets(cosines_VHBK, config, self.communicator)
             mass_HK = q_VHBK.sum(dim=(0, 2))
             if num_views > 2:
                 mean_HBK = q_VHBK[1:].mean(dim=0)
                 q_VHBK = torch.stack([q_VHBK[0], mean_HBK])
                 log_q_VHBK = torch.stack([log_q_VHBK[0], mean_HBK.log()])
-            return log_q_VHBK, mass_HK, pair_agreement(q_VHBK)
+            log_targets_VHBK[:, heads] = log_q_VHBK
+            return mass_HK, pair_agreement(q_VHBK)
 
         if self.communicator.num_workers == 1:
-            results = self.pool.map(lambda heads: targets(teacher_cosines(heads)), self.blocks)
+            results = self.pool.map(lambda heads: targets(heads, teacher_cosines(heads)), self.blocks)
         else:
             # Workers must meet in the same order, so what sums over them stays in one thread.
-            results = [targets(torch.cat(self.pool.map(teacher_cosines, self.blocks), dim=1))]
-        log_targets, masses, agreements = zip(*results, strict=True)
+            results = [targets(slice(None), torch.cat(self.pool.map(teacher_cosines, self.blocks), dim=1))]
+        masses, agreements = zip(*results, strict=True)
         batch_prior_HK = self.communicator.sum_(torch.cat(masses)) / (num_views * num_pairs)
         self.prior_HK.lerp_(batch_prior_HK, 1.0 - config.prior_momentum)
-        return torch.cat(log_targets, dim=1), sum(agreements[1:], agreements[0]) / config.num_heads
+        return log_targets_VHBK, sum(agreements[1:], agreements[0]) / config.num_heads
 
     def _prepare(self, rows: npt.NDArray[np.int64], num_pairs: int) -> torch.Tensor:
         """The normalised batch, all views below each other, in the dtype of the products."""

@@ -30,6 +30,7 @@ from icce_ray.neighbors.audit import Audit, audit_prepared
 from icce_ray.neighbors.graph import Rows, build_rows, part_ranges
 from icce_ray.neighbors.memory import available_memory_bytes
 from icce_ray.neighbors.search import Floats, prepare, set_threads
+from icce_ray.sample.draw import training_set
 from icce_ray.store import Artifact, ArtifactWriter, Folder, Part
 from icce_ray.store.artifact import cache_folder
 
@@ -139,7 +140,7 @@ def run(config: Config, context: StageContext) -> dict[str, Any]:
         WorkerError: a worker died more often than it is restarted.
     """
     connect(config.resources)
-    embed = context.inputs["embed"]
+    embed = training_set(context.inputs)
     folder = context.output.folder
     num_images = load_features(embed).num_images
     source = _source_of(config, embed)
