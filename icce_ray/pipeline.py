@@ -98,7 +98,7 @@ STAGES: tuple[Stage, ...] = (
     Stage("embed", "icce_ray.embed.job", 1, ("images",), _embed_settings),
     Stage("neighbors", "icce_ray.neighbors.job", 1, ("embed",), _neighbors_settings),
     Stage("heads", "icce_ray.heads.job", 1, ("embed", "neighbors"), _heads_settings, "epochs"),
-    Stage("consensus", "icce_ray.consensus.job", 1, ("heads",), _consensus_settings, "steps"),
+    Stage("consensus", "icce_ray.consensus.job", 2, ("heads",), _consensus_settings, "steps"),
     Stage("classifier", "icce_ray.classifier.job", 1, ("embed", "consensus"), _classifier_settings, "iterations"),
     Stage("assign", "icce_ray.assign.job", 1, ("images", "embed", "consensus", "classifier"), _assign_settings),
     # The only stage that is told where the true labels are; nothing that makes clusters comes after it.
@@ -252,6 +252,10 @@ def _check(config: Config, pending: list[str]) -> None:
         from icce_ray.evaluate.labels import check_labels
 
         check_labels(config)
+    if "consensus" in pending and config.consensus.extra_runs:
+        from icce_ray.consensus.runs import find_heads
+
+        find_heads(config)
     if pending:
         from icce_ray.cluster import check_resources
 

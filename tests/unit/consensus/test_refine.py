@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from icce_ray.consensus import refine as refine_module
-from icce_ray.consensus.contingency import count_consensus, encode_heads
+from icce_ray.consensus.contingency import count_consensus
+from icce_ray.consensus.matrix import encode_heads
 from icce_ray.consensus.objective import anmi
 from icce_ray.consensus.refine import refine
 from icce_ray.evaluate.metrics import clustering_accuracy
