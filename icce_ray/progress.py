@@ -42,6 +42,10 @@ class Progress:
             text += f", {rate:,.3g}/s, {format_seconds((total - done) / rate)} left"
         self._print(text + (f", {note}" if note else ""))
 
+    def note(self, text: str) -> None:
+        """Say something that is worth a lasting line."""
+        self.finish(text)
+
     def finish(self, text: str) -> None:
         """Close the stage with one lasting line."""
         if self.quiet:

@@ -89,6 +89,8 @@ def run(config: Config, context: StageContext) -> dict[str, Any]:
             f"consensus: a task failed {MAX_RETRIES + 1} times; the same command starts this stage again. "
             f"{describe_cause(error)}"
         ) from error
+    for method, reason in result.skipped.items():
+        context.progress.note(f"{method} left out: {reason}")
     output = context.output
     output.write_array("labels.npy", result.labels)
     output.write_array("agreement.npy", result.agreement)

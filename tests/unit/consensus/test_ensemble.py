@@ -51,6 +51,15 @@ def test_unbalanced_clusters_are_recovered_at_least_as_well_as_by_the_best_head(
     assert accuracy > 0.95
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_clusters_of_one_to_a_hundred_images_are_recovered_at_least_as_well_as_by_the_best_head(planted, seed):
+    sizes = np.maximum(100 / np.arange(1, 21) ** 1.5, 1).astype(int).tolist()
+    assert (max(sizes), min(sizes)) == (100, 1)
+    labels_N, matrix = planted(sizes, 16, 0.3, seed=seed)
+    result = cluster_ensemble(matrix, len(sizes), random_state=0)
+    assert clustering_accuracy(labels_N, result.labels) >= max(clustering_accuracy(labels_N, row) for row in matrix)
+
+
 def test_the_same_seed_gives_the_same_result_and_generators_are_accepted(noisy):
     _, matrix = noisy
     one, other = (cluster_ensemble(matrix, 4, random_state=7, methods=["mcla"]) for _ in range(2))
@@ -138,6 +147,23 @@ def test_the_best_head_alone_is_returned_as_it_is(noisy):
 def test_without_refinement_nothing_moves(noisy):
     result = cluster_ensemble(noisy[1], 4, refine=False, random_state=0)
     assert result.anmi == result.start_anmi
+
+
+def test_functions_that_would_cost_too_much_are_left_out_with_the_count(noisy, monkeypatch):
+    monkeypatch.setattr("icce_ray.consensus.hbgf.MAX_EDGES", 2000)
+    monkeypatch.setattr("icce_ray.consensus.mcla.MAX_EDGES", 10)
+    result = cluster_ensemble(noisy[1], 4, methods=["mcla", "hbgf", "vote"], random_state=0)
+    assert set(result.skipped) == {"mcla", "hbgf"}
+    assert "2,160 edges, over the limit of 2,000" in result.skipped["hbgf"]
+    assert "over the limit of 10" in result.skipped["mcla"]
+
+
+def test_clusters_that_a_partitioner_left_empty_are_filled_and_counted(noisy, monkeypatch):
+    collapsed = np.zeros(240, dtype=np.int32)
+    monkeypatch.setattr(combine, "mcla", lambda *a, **k: [collapsed])
+    result = cluster_ensemble(noisy[1], 4, methods=["mcla"], random_state=0)
+    assert result.repaired == result.summary()["repaired"] == {"mcla": 3}
+    assert len(np.unique(result.labels)) == 4
 
 
 def test_large_inputs_get_one_try(noisy, monkeypatch):
