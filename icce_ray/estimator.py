@@ -196,8 +196,8 @@ class ICCE(ClusterMixin, BaseEstimator):
         config = build_config(settings, type(self).__name__)
         if config.consensus.extra_runs:
             raise ConfigError(
-                f"{type(self).__name__}: consensus.extra_runs names runs of the pipeline, and there are none here; give "
-                "cluster_ensemble a list of label matrices"
+                f"{type(self).__name__}: consensus.extra_runs names runs of the pipeline, and there are none "
+                "here; give cluster_ensemble a list of label matrices"
             )
         return config
 

@@ -1,10 +1,14 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import sys
 
 import numpy as np
 import pyarrow as pa
 import pytest
+from ray import cloudpickle
 
 from icce_ray.config import Config
 from icce_ray.consensus import job
@@ -12,8 +16,9 @@ from icce_ray.consensus import matrix as matrix_module
 from icce_ray.consensus.agreement import describe_clusters
 from icce_ray.consensus.ensemble import cluster_ensemble
 from icce_ray.consensus.runs import find_heads
+from icce_ray.consensus.stored import open_heads
 from icce_ray.context import StageContext
-from icce_ray.errors import InputError, ResourceError, find_cause
+from icce_ray.errors import InputError, ResourceError, WorkerError, find_cause
 from icce_ray.progress import Progress
 from icce_ray.store import ArtifactWriter, Folder
 
@@ -136,6 +141,40 @@ def test_embeddings_without_image_names_are_matched_by_their_rows(tmp_path, labe
     own = write_run(tmp_path, "own", label_matrix, uris=[f"/a/dino.npy#{i}" for i in range(210)])
     write_run(tmp_path, "other", label_matrix, uris=[f"/b/mae.npy#{i}" for i in range(210)])
     assert len(find_heads(config_of(tmp_path, extra_runs=["other"]), own)) == 1
+
+
+def die_once(heads, start, stop, marker):
+    if not os.path.exists(marker):
+        open(marker, "w").close()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return heads.read(start, stop).codes
+
+
+def die(heads, start, stop):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.fixture
+def _functions_of_this_file_reach_the_workers():
+    module = sys.modules[__name__]
+    cloudpickle.register_pickle_by_value(module)
+    yield
+    cloudpickle.unregister_pickle_by_value(module)
+
+
+@pytest.mark.usefixtures("_functions_of_this_file_reach_the_workers")
+def test_a_worker_that_is_killed_costs_nothing_and_one_that_always_dies_is_an_error(
+    tmp_path, label_matrix, monkeypatch
+):
+    monkeypatch.setattr(matrix_module, "PIECE_LABELS", 300)
+    own = write_run(tmp_path, "own", label_matrix)
+    heads = job._survey(open_heads([own]))
+    pieces = list(heads.map(die_once, heads.image_pieces(), str(tmp_path / "marker")))
+    np.testing.assert_array_equal(np.concatenate(pieces, axis=1), heads.gather().codes)
+    monkeypatch.setattr(job, "MAX_RETRIES", 1)
+    monkeypatch.setattr(job, "find_consensus", lambda heads, *a, **k: list(heads.map(die, heads.image_pieces())))
+    with pytest.raises(WorkerError, match="a task failed 2 times"):
+        run_job(tmp_path, own)
 
 
 def test_a_label_matrix_that_cannot_be_used_is_the_users_to_mend(tmp_path, label_matrix):
