@@ -22,6 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 CASES = {
     "accuracy": "ICCE's consensus against the TEMI preset and k-means, real features, several seeds",
+    "consensus": "the consensus at ImageNet's size and a tenth of it: seconds, memory, NMI to planted labels",
+    "consensus-scale": "the growth of the consensus's time from N to 4N images",
     "defaults": "the trainer's settings one at a time around their defaults, and the ablation, on real features",
     "demo": "the demo: seconds by stage, and its accuracy against k-means, Ward and spectral clustering",
     "heads": "the trainer against a plain loop over heads in float32",
@@ -34,7 +36,7 @@ def main() -> int:
     parser.add_argument("case", choices=CASES, help="; ".join(f"{name}: {text}" for name, text in CASES.items()))
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of the case")
     arguments = parser.parse_args()
-    module = importlib.import_module(f"cases.{arguments.case}")
+    module = importlib.import_module(f"cases.{arguments.case.replace('-', '_')}")
     settings = dict(module.SETTINGS)
     for item in arguments.set:
         key, separator, value = item.partition("=")

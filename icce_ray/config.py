@@ -25,7 +25,7 @@ Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 PositiveFloat = Annotated[float, Field(gt=0.0)]
 PositiveInt = Annotated[int, Field(ge=1)]
 
-ConsensusMethod = Literal["mcla", "hbgf", "cspa", "vote", "best_head"]
+ConsensusMethod = Literal["mcla", "hbgf", "cspa", "vote", "best_head", "hgpa"]
 CONSENSUS_METHODS: tuple[ConsensusMethod, ...] = get_args(ConsensusMethod)
 
 
@@ -156,7 +156,13 @@ class HeadsConfig(Section):
 
 class ConsensusConfig(Section):
     methods: tuple[ConsensusMethod, ...] = ("mcla", "hbgf", "cspa", "vote")
-    """Consensus functions to try; the result with the highest average NMI with the heads is kept."""
+    """Consensus functions to try; the result with the highest average NMI with the heads is kept. `hgpa` needs the
+    extra `[hgpa]` (Mt-KaHyPar). `hbgf`, `hgpa` and `cspa` are left out, with a line that says why, where there are too
+    many images for them."""
+    extra_runs: tuple[str, ...] = ()
+    """Other runs over the same images whose heads take part: one consensus of several backbones, thresholds or numbers
+    of clusters. Names of runs under `output` (a run's last lines tell it), or places of their records elsewhere
+    (`<output>/runs/<name>.json`)."""
     cspa_max_images: PositiveInt = 5_000
     """CSPA builds an N x N matrix: above this many images it is left out."""
     imbalance: Annotated[float, Field(ge=1.0)] = 1.5

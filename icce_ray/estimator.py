@@ -21,7 +21,7 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from icce_ray.classifier.linear import LinearClassifier, fit_classifier
 from icce_ray.config import Config, build_config
 from icce_ray.consensus.ensemble import cluster_ensemble
-from icce_ray.errors import InputError
+from icce_ray.errors import ConfigError, InputError
 from icce_ray.heads.training import train_heads
 from icce_ray.neighbors.graph import build_graph
 from icce_ray.progress import Progress
@@ -211,7 +211,13 @@ class ICCE(ClusterMixin, BaseEstimator):
             "embeddings": {"uri": "X"},
             "output": "memory",
         }
-        return build_config(settings, type(self).__name__)
+        config = build_config(settings, type(self).__name__)
+        if config.consensus.extra_runs:
+            raise ConfigError(
+                f"{type(self).__name__}: consensus.extra_runs names runs of the pipeline, and there are none "
+                "here; give cluster_ensemble a list of label matrices"
+            )
+        return config
 
     def _progress(self, stage: str, unit: str) -> Progress:
         return Progress(stage, unit, quiet=not self.verbose)

@@ -103,7 +103,7 @@ STAGES: tuple[Stage, ...] = (
     Stage("sample", "icce_ray.sample.job", 1, ("embed",), _sample_settings),
     Stage("neighbors", "icce_ray.neighbors.job", 1, ("embed", "sample"), _neighbors_settings),
     Stage("heads", "icce_ray.heads.job", 2, ("embed", "sample", "neighbors"), _heads_settings, "epochs"),
-    Stage("consensus", "icce_ray.consensus.job", 1, ("heads",), _consensus_settings, "steps"),
+    Stage("consensus", "icce_ray.consensus.job", 2, ("heads",), _consensus_settings, "steps"),
     Stage(
         "classifier", "icce_ray.classifier.job", 1, ("embed", "sample", "consensus"), _classifier_settings, "iterations"
     ),
@@ -243,7 +243,7 @@ def _run_stage(config: Config, step: PlannedStage, artifacts: Mapping[str, Artif
         metrics=metrics,
         seconds=seconds,
     )
-    progress.say(f"done in {seconds:.1f} s")
+    progress.note(f"done in {seconds:.1f} s")
     return artifact
 
 
@@ -265,6 +265,10 @@ def _check(config: Config, pending: list[str]) -> None:
         from icce_ray.evaluate.labels import check_labels
 
         check_labels(config)
+    if "consensus" in pending and config.consensus.extra_runs:
+        from icce_ray.consensus.runs import find_heads
+
+        find_heads(config)
     if pending:
         from icce_ray.cluster import check_resources
 

@@ -42,7 +42,7 @@ class Progress:
             text += f", {rate:,.3g}/s, {format_seconds((total - done) / rate)} left"
         self._print(text + (f", {note}" if note else ""))
 
-    def say(self, text: str) -> None:
+    def note(self, text: str) -> None:
         """One lasting line: something worth knowing, or the end of the stage."""
         if self.quiet:
             return
