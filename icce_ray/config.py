@@ -56,8 +56,9 @@ class EmbedConfig(Section):
     """What is kept of a vision transformer (METHOD section 0). `auto`: `cls+patch_mean` where the model has a class
     token, `pooled` elsewhere."""
     weights: str | None = None
-    """A .safetensors file, or a .pth/.pt file that loads with weights only. Not set: the model hub. `random`: the
-    initialisation (for trying out the plumbing; the clusters mean nothing)."""
+    """A .safetensors file, or a .pth/.pt/.bin file that loads with weights only; its path, or its URI on object
+    storage. Not set: the model hub. `random`: the initialisation (for trying out the plumbing; the clusters mean
+    nothing)."""
     image_size: PositiveInt | None = None
     """Side of the square input in pixels. Not set: 224 (`pixels`: 32)."""
     grayscale: bool = False

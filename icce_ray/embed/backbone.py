@@ -10,9 +10,7 @@ D of a transformer of width W: ``cls`` W, ``cls+patch_mean`` 2 W, ``last4`` 4 W,
 from __future__ import annotations
 
 import difflib
-import hashlib
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -20,7 +18,7 @@ import numpy.typing as npt
 
 from icce_ray.config import Config, EmbedConfig
 from icce_ray.embed.images import Interpolation, Pixels, Preprocessing
-from icce_ray.embed.weights import WEIGHTS_ENDINGS, check_hub, load_weights, no_hub
+from icce_ray.embed.weights import check_hub, check_weights, load_weights, no_hub, weights_digest
 from icce_ray.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -85,7 +83,8 @@ def plan_backbone(embed: EmbedConfig) -> BackbonePlan:
         return _plan_pixels(embed)
     if embed.grayscale:
         raise ConfigError(f"embed.grayscale: only for backbone {PIXELS!r}; {embed.backbone} takes three channels")
-    _check_weights_path(embed.weights)
+    if embed.weights not in (None, RANDOM_WEIGHTS):
+        check_weights(embed.weights)
     import torch
 
     size = image_size(embed)
@@ -221,9 +220,7 @@ def embed_settings(config: Config) -> dict[str, Any]:
     if embed.weights == RANDOM_WEIGHTS:
         settings["seed"] = config.seed
     elif embed.weights is not None:
-        _check_weights_path(embed.weights)
-        with Path(embed.weights).expanduser().open("rb") as file:
-            settings["weights"] = "sha256:" + hashlib.file_digest(file, "sha256").hexdigest()
+        settings["weights"] = "sha256:" + weights_digest(embed.weights)
     return {"embed": settings}
 
 
@@ -318,13 +315,3 @@ def _data_config(model: Any) -> dict[str, Any]:
 
     settings: dict[str, Any] = resolve_model_data_config(model)  # type: ignore[no-untyped-call]
     return settings
-
-
-def _check_weights_path(weights: str | None) -> None:
-    if weights in (None, RANDOM_WEIGHTS):
-        return
-    assert weights is not None
-    if not weights.lower().endswith(WEIGHTS_ENDINGS):
-        raise ConfigError(f"embed.weights: {weights} does not end in {' or '.join(WEIGHTS_ENDINGS)}")
-    if not Path(weights).expanduser().is_file():
-        raise ConfigError(f"embed.weights: there is no file {weights}")

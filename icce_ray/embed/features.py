@@ -6,12 +6,8 @@ it as .npy into the cache folder, part by part; all others map the same file.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import io
-import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +17,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from icce_ray.embed.local_files import locked, replacing
 from icce_ray.errors import DamagedArtifactError
 from icce_ray.store import Artifact
 from icce_ray.store.artifact import cache_folder
@@ -70,8 +67,7 @@ def load_features(artifact: Artifact) -> Features:
     folder = cache_folder() / artifact.manifest.stage / artifact.fingerprint
     matrix_path, ids_path = folder / f"features-{digest}.npy", folder / f"image_ids-{digest}.npy"
     if not matrix_path.exists() or not ids_path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        with _locked(folder / ".features.lock"):
+        with locked(folder / ".features.lock"):
             if not matrix_path.exists() or not ids_path.exists():
                 _build(artifact, names, matrix_path, ids_path)
     matrix = np.load(matrix_path, mmap_mode="r", allow_pickle=False)
@@ -91,7 +87,7 @@ def _build(artifact: Artifact, names: list[str], matrix_path: Path, ids_path: Pa
     num_images = sum(artifact.part(name).rows or 0 for name in names)
     image_ids = np.empty(num_images, dtype=np.int64)
     matrix: npt.NDArray[Any] | None = None
-    with _replacing(matrix_path) as temporary:
+    with replacing(matrix_path) as temporary:
         start = 0
         for name in names:
             ids, rows = table_to_arrays(pq.read_table(pa.BufferReader(artifact.read_bytes(name))))
@@ -111,26 +107,7 @@ def _build(artifact: Artifact, names: list[str], matrix_path: Path, ids_path: Pa
             raise DamagedArtifactError(f"{artifact.folder.uri}: the parts do not hold each image once, in order")
         assert isinstance(matrix, np.memmap)
         matrix.flush()
-    with _replacing(ids_path) as temporary:
+    with replacing(ids_path) as temporary:
         sink = io.BytesIO()
         np.save(sink, image_ids, allow_pickle=False)
         temporary.write_bytes(sink.getbuffer())
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A path to write to that becomes `path` at the end, or vanishes after an error."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        yield temporary
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold the lock file for this machine's other processes; the kernel lets go of it when a holder dies."""
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield

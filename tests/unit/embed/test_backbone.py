@@ -193,6 +193,10 @@ def _save_deeper_model(path: Path) -> None:
     save_file(model.state_dict(), path)
 
 
+def _save_wider_model(path: Path) -> None:
+    save_file(timm.create_model("test_vit", img_size=64, embed_dim=128).state_dict(), path)
+
+
 def _save_less(path: Path) -> None:
     state = timm.create_model("test_vit", img_size=64).state_dict()
     del state["blocks.1.norm1.weight"]
@@ -200,7 +204,12 @@ def _save_less(path: Path) -> None:
 
 
 UNFIT = {
-    "another model": (_save_other_model, "w.safetensors", ["does not fit test_vit"]),
+    "another model": (
+        _save_other_model,
+        "w.safetensors",
+        ["does not fit test_vit", "lacks cls_token, pos_embed", "has unknown bn1."],
+    ),
+    "a wider one": (_save_wider_model, "w.safetensors", ["size mismatch for cls_token", "[1, 1, 128]", "[1, 1, 64]"]),
     "a deeper one": (_save_deeper_model, "w.safetensors", ["has unknown blocks.6", "more"]),
     "a key is missing": (_save_less, "w.safetensors", ["lacks blocks.1.norm1.weight"]),
     "not safetensors": (lambda path: path.write_bytes(b"no"), "w.safetensors", ["cannot be read"]),
