@@ -25,6 +25,7 @@ from icce_ray.heads.model import HeadParameters, backward, forward, head_logits
 from icce_ray.heads.sampling import choose_batch_size, epoch_batches, num_steps_per_epoch
 from icce_ray.heads.threads import ThreadPool
 from icce_ray.neighbors.graph import NeighborGraph
+from icce_ray.precision import matmul_dtype
 from icce_ray.progress import Progress
 
 BASE_BATCH_SIZE = 256
@@ -363,20 +364,6 @@ def train_heads(
                 checkpoints.save(*trainer.state())
                 last_saved = time.monotonic()
     return TrainedHeads(trainer.label_matrix(), trainer.head_losses_H, trainer.teacher, trainer.history)
-
-
-def matmul_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """The dtype of the matrix products: bfloat16 where asked for, or, with `auto`, where the processor has units for it
-    (elsewhere it would be emulated, and slower than float32)."""
-    if precision == "float32":
-        return torch.float32
-    if precision == "bfloat16":
-        return torch.bfloat16
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
-    capabilities = torch.cpu.get_capabilities()
-    native = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") or capabilities.get("arm_bf16")
-    return torch.bfloat16 if native else torch.float32
 
 
 def teacher_momentum(config: HeadsConfig, steps_per_epoch: int) -> float:
