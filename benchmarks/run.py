@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 CASES = {
     "accuracy": "ICCE's consensus against the TEMI preset and k-means, real features, several seeds",
     "demo": "the demo: seconds by stage, and its accuracy against k-means, Ward and spectral clustering",
+    "embed": "the embed stage against a plain PyTorch loop over the same files; on a GPU, a ViT-L against its peak",
     "heads": "the trainer against a plain loop over heads in float32",
 }
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from cases.gpu import matmul_peak
 from cases.plain_heads import PlainTrainer
 from icce_ray.config import HeadsConfig
 from icce_ray.evaluate.metrics import clustering_accuracy
@@ -149,7 +150,7 @@ def _run_on_gpu() -> tuple[dict[str, Any], dict[str, bool]]:
     torch.cuda.synchronize()
     step_s = (time.perf_counter() - started) / len(batches)
     flop_per_s = batch_size * flop_per_pair(config, dim, num_clusters) / step_s
-    peak = _matmul_peak()
+    peak = matmul_peak()
     figures = {
         "step_s": step_s,
         "pairs_per_s": batch_size / step_s,
@@ -160,16 +161,3 @@ def _run_on_gpu() -> tuple[dict[str, Any], dict[str, bool]]:
     }
     print(figures)
     return figures, {}
-
-
-def _matmul_peak() -> float:
-    """FLOP/s of a large bfloat16 product on this GPU."""
-    a = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
-    for _ in range(3):
-        a @ a
-    torch.cuda.synchronize()
-    started = time.perf_counter()
-    for _ in range(20):
-        a @ a
-    torch.cuda.synchronize()
-    return 20 * 2 * 8192**3 / (time.perf_counter() - started)
