@@ -170,3 +170,14 @@ def test_a_compiled_network_gives_the_same_features() -> None:
     )
     images = random_images()
     np.testing.assert_allclose(compiled.embed(images), plain.embed(images), atol=2e-3, rtol=2e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+@pytest.mark.parametrize("name", ["test_vit", "test_convnext"])
+def test_a_gpu_gives_the_features_of_a_cpu_in_batches_of_its_own_size(name: str) -> None:
+    exact = embedded(name, precision="float32").astype(np.float32)
+    for precision in ("float32", "bfloat16", "float16"):
+        backbone = make_backbone(config_for(backbone=name, precision=precision), device="cuda")
+        assert 16 <= backbone.batch_size <= MAX_BATCH_SIZE
+        assert np.linalg.norm(backbone.embed(random_images()) - exact) < 0.02 * np.linalg.norm(exact)
