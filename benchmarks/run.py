@@ -26,6 +26,7 @@ CASES = {
     "consensus-scale": "the growth of the consensus's time from N to 4N images",
     "defaults": "the trainer's settings one at a time around their defaults, and the ablation, on real features",
     "demo": "the demo: seconds by stage, and its accuracy against k-means, Ward and spectral clustering",
+    "embed": "the embed stage against a plain PyTorch loop over the same files; on a GPU, a ViT-L against its peak",
     "heads": "the trainer against a plain loop over heads in float32",
 }
 

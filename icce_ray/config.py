@@ -49,27 +49,47 @@ class EmbeddingsConfig(Section):
     """The list column of the Parquet file. Not set: its only list column."""
 
 
-class EmbedConfig(Section):
+class BackboneConfig(Section):
     backbone: str = "vit_large_patch14_dinov2.lvd142m"
     """A timm model name, or `pixels`: the flattened pixels, 0 to 1, which need no weights."""
     features: Literal["auto", "cls", "cls+patch_mean", "last4", "last4+patch_mean", "pooled"] = "auto"
     """What is kept of a vision transformer (METHOD section 0). `auto`: `cls+patch_mean` where the model has a class
     token, `pooled` elsewhere."""
     weights: str | None = None
-    """A .safetensors file, or a .pth/.pt file that loads with weights only. Not set: the model hub. `random`: the
-    initialisation (for trying out the plumbing; the clusters mean nothing)."""
+    """A .safetensors file, or a .pth/.pt/.bin file that loads with weights only; its path, or its URI on object
+    storage. Not set: the model hub. `random`: the initialisation (for trying out the plumbing; the clusters mean
+    nothing)."""
     image_size: PositiveInt | None = None
     """Side of the square input in pixels. Not set: 224 (`pixels`: 32)."""
     grayscale: bool = False
     """With `pixels`: one channel (luma) instead of three."""
-    batch_size: PositiveInt = 64
-    """Images per forward pass. It does not change which images share a part."""
+
+
+class EmbedConfig(BackboneConfig):
+    extra: tuple[BackboneConfig, ...] = ()
+    """More backbones, for more feature sets from the same pass over the images: each file is read and decoded once.
+    Each takes the settings above, such as `{backbone: resnet50.a1_in1k}`. Later stages use the first set unless told
+    otherwise."""
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Of the networks' matrix products. `auto`: bfloat16 where the worker's processor multiplies it natively, else
+    float32. Name one where machines differ and every bit must agree. Embeddings are stored as float16 in any case."""
+    compile: bool = False
+    """Run the networks through torch.compile: about a minute per worker before the first image, so for many images on
+    GPUs. It changes embeddings by rounding only."""
+    batch_size: PositiveInt | Literal["auto"] = "auto"
+    """Images per forward pass. `auto`: 64 on CPUs; on a GPU each worker doubles it at its start for as long as that is
+    faster and fits. It does not change which images share a part."""
     images_per_part: PositiveInt = 512
     """Images per Parquet part: what is lost at most when a worker dies."""
     max_image_pixels: PositiveInt = 100_000_000
     """An image of more pixels (width x height) is not decoded: it goes into the errors table."""
     max_error_rate: Fraction = 0.1
     """The stage stops when more than this share of the images cannot be used."""
+
+    @property
+    def backbones(self) -> tuple[BackboneConfig, ...]:
+        """All of them, the one that later stages use first."""
+        return (self, *self.extra)
 
 
 class NeighborsConfig(Section):

@@ -11,13 +11,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from cases.peak import matmul_peak
 from cases.plain_heads import PlainTrainer
 from icce_ray.config import HeadsConfig
 from icce_ray.evaluate.metrics import clustering_accuracy
-from icce_ray.heads.memory import matmul_dtype
 from icce_ray.heads.sampling import epoch_batches
 from icce_ray.heads.training import HeadTrainer
 from icce_ray.neighbors.graph import NeighborGraph
+from icce_ray.precision import matmul_dtype
 
 SETTINGS: dict[str, Any] = {
     "num_images": 10_000,
@@ -162,17 +163,3 @@ def _run_on_gpu() -> tuple[dict[str, Any], dict[str, bool]]:
     }
     print(figures)
     return figures, {}
-
-
-def matmul_peak(device: str, dtype: torch.dtype, size: int) -> float:
-    """FLOP/s of large square products, all threads on each: the best of several."""
-    a = torch.randn(size, size, device=device).to(dtype)
-    best = 0.0
-    for _ in range(5):
-        started = time.perf_counter()
-        for _ in range(4):
-            a @ a
-        if device == "cuda":
-            torch.cuda.synchronize()
-        best = max(best, 4 * 2 * size**3 / (time.perf_counter() - started))
-    return best

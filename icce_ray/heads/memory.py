@@ -1,4 +1,4 @@
-"""What training takes, known before it starts; how the heads are cut into blocks; the dtype of the products.
+"""What training takes, known before it starts; how the heads are cut into blocks.
 
 N images, D feature dimensions, H heads, K clusters, M and P the widths of a head's layers, n rows of a batch, all views
 together.
@@ -84,17 +84,3 @@ def head_blocks(device: torch.device, num_heads: int, num_rows: int, num_cluster
     if device.type == "cuda":
         size = max(1, min(num_heads, MAX_GPU_BLOCK_BYTES // (4 * num_rows * num_clusters)))
     return [slice(start, min(start + size, num_heads)) for start in range(0, num_heads, size)]
-
-
-def matmul_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """The dtype of the matrix products: bfloat16 where asked for, or, with `auto`, where the processor has units for it
-    (elsewhere it would be emulated, and slower than float32)."""
-    if precision == "float32":
-        return torch.float32
-    if precision == "bfloat16":
-        return torch.bfloat16
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
-    capabilities = torch.cpu.get_capabilities()
-    native = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") or capabilities.get("arm_bf16")
-    return torch.bfloat16 if native else torch.float32

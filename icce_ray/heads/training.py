@@ -21,7 +21,7 @@ from icce_ray.heads.checkpoint import CheckpointFolder
 from icce_ray.heads.communicator import Communicator, SingleWorker
 from icce_ray.heads.inputs import InputNorm
 from icce_ray.heads.loss import PairLosses, pair_agreement, scan_losses, teacher_targets, temi_losses
-from icce_ray.heads.memory import check_memory, head_blocks, matmul_dtype
+from icce_ray.heads.memory import check_memory, head_blocks
 from icce_ray.heads.metrics_log import MetricsLog
 from icce_ray.heads.model import HeadParameters, backward, forward, head_logits
 from icce_ray.heads.result import TrainedHeads
@@ -30,6 +30,7 @@ from icce_ray.heads.schedule import ce_weight_at, learning_rate_at, teacher_mome
 from icce_ray.heads.threads import ThreadPool
 from icce_ray.heads.watch import EpochWatch
 from icce_ray.neighbors.graph import NeighborGraph
+from icce_ray.precision import matmul_dtype
 from icce_ray.progress import Progress
 
 MIN_PRIOR = 1e-12
