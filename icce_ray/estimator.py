@@ -51,8 +51,8 @@ class ICCE(ClusterMixin, BaseEstimator):
 
     Attributes:
         labels_: (N,) int32, the consensus, 0..K-1.
-        head_labels_: (H, N) int32, each head's clusters; -1 for rows that took no part: above ``heads["max_images"]``
-            rows a sample is trained on, and the classifier labels the others.
+        head_labels_: (H, N) int32, clusters of each head that did not collapse; -1 for rows that took no part: above
+            ``heads["max_images"]`` rows a sample is trained on, and the classifier labels the others.
         agreement_: (N,) float32, share of the heads that agree with `labels_`; NaN for rows that took no part.
         vote_entropy_: (N,) float32, nats, of the heads' votes.
         anmi_: float, mean normalised mutual information of `labels_` with the heads.

@@ -66,13 +66,13 @@ class BoardProgress(Progress):
 
 
 def run(config: Config, context: StageContext) -> dict[str, Any]:
-    """Train the heads: label_matrix.npy (H x N int32), heads.safetensors, training.json (head_losses, kept_heads,
-    history). While it runs, and afterwards, metrics.jsonl shows every epoch.
+    """Train the heads: label_matrix.npy (H x N int32), heads.safetensors, training.json (head_losses, collapsed_heads,
+    history), all without the heads that collapsed. While it runs, and afterwards, metrics.jsonl shows every epoch.
 
     Returns:
         num_heads, num_epochs, stopped_early, loss (mean over heads, last epoch), best_head, best_head_loss,
         num_workers, seconds_per_epoch, label_change (share, last epoch), collapsed_heads (those that use fewer than
-        half of their clusters; the consensus leaves them out).
+        half of their clusters).
 
     Raises:
         ResourceError: training would not fit into a worker's memory.
@@ -121,6 +121,9 @@ def run(config: Config, context: StageContext) -> dict[str, Any]:
         context.output.add(Part(**part))
     checkpoints.clear()
     metrics: dict[str, Any] = outcome["metrics"]
+    if metrics["collapsed_heads"]:
+        heads = ", ".join(map(str, metrics["collapsed_heads"]))
+        context.progress.note(f"heads {heads} collapsed into few clusters; the consensus does without them")
     return metrics | {"num_workers": worker.num_workers}
 
 
@@ -177,7 +180,7 @@ def _write_parts(trained: TrainedHeads, output: ArtifactWriter) -> dict[str, Any
             "training.json",
             {
                 "head_losses": trained.head_losses_H.tolist(),
-                "kept_heads": trained.kept_heads,
+                "collapsed_heads": trained.collapsed_heads,
                 "history": trained.history,
             },
         ),

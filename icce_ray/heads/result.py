@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -26,17 +26,21 @@ class TrainedHeads:
     stopped_early: bool = False
     """The labels had stopped moving before the last epoch."""
 
-    @property
-    def collapsed_heads(self) -> list[int]:
-        """Heads that are of no use to a consensus: see :func:`find_collapsed_heads`."""
-        return find_collapsed_heads(self.label_matrix_HN, self.parameters.num_clusters)
+    collapsed_heads: list[int] = field(default_factory=list)
+    """Heads that were trained and left out of all of the above: see :func:`find_collapsed_heads`."""
 
-    @property
-    def kept_heads(self) -> list[int]:
-        """All others; all heads where every one has collapsed."""
-        collapsed = set(self.collapsed_heads)
-        return [head for head in range(len(self.head_losses_H)) if head not in collapsed] or list(
-            range(len(self.head_losses_H))
+    def without_collapsed_heads(self) -> TrainedHeads:
+        """The heads that are of use to a consensus; all of them where every one has collapsed."""
+        collapsed = find_collapsed_heads(self.label_matrix_HN, self.parameters.num_clusters)
+        kept = [head for head in range(len(self.head_losses_H)) if head not in set(collapsed)]
+        if not collapsed or not kept:
+            return self
+        return replace(
+            self,
+            label_matrix_HN=self.label_matrix_HN[kept],
+            head_losses_H=self.head_losses_H[kept],
+            parameters=self.parameters.map(lambda tensor: tensor[kept]),
+            collapsed_heads=collapsed,
         )
 
     def summary(self) -> dict[str, Any]:

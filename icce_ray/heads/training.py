@@ -331,7 +331,7 @@ def train_heads(
     progress: Progress | None = None,
     metrics_log: MetricsLog | None = None,
 ) -> TrainedHeads:
-    """Train the heads and label every image with each.
+    """Train the heads and label every image with each. Heads that collapse are left out of the result.
 
     Args:
         features_ND: float16 or float32 (N, D), finite.
@@ -387,7 +387,7 @@ def train_heads(
         trainer.teacher,
         trainer.history,
         stopped_early=trainer.epoch < config.num_epochs,
-    )
+    ).without_collapsed_heads()
 
 
 def _by_view(logits_HnK: torch.Tensor, num_views: int) -> torch.Tensor:

@@ -10,6 +10,7 @@ from sklearn.metrics import normalized_mutual_info_score
 
 from icce_ray.heads.communicator import SingleWorker
 from icce_ray.heads.metrics_log import MetricsLog
+from icce_ray.heads.model import HeadParameters
 from icce_ray.heads.result import TrainedHeads, find_collapsed_heads
 from icce_ray.heads.watch import EpochWatch, mean_pairwise_nmi
 from icce_ray.store import Folder
@@ -58,12 +59,24 @@ def test_collapsed_heads_are_those_with_too_few_clusters() -> None:
     assert find_collapsed_heads(np.zeros((1, 9), dtype=int), 2) == [0]
 
 
-def test_where_all_heads_collapsed_all_are_kept() -> None:
-    class Parameters:
-        num_clusters = 4
+def make_trained(labels: np.ndarray) -> TrainedHeads:
+    parameters = HeadParameters.initialise(len(labels), 3, 4, 4, 6, seed=0)
+    return TrainedHeads(labels.astype(np.int32), np.arange(len(labels), dtype=float), parameters)
 
-    trained = TrainedHeads(np.zeros((2, 9), dtype=np.int32), np.zeros(2), Parameters())  # type: ignore[arg-type]
-    assert trained.kept_heads == [0, 1]
+
+def test_collapsed_heads_are_left_out_and_named() -> None:
+    trained = make_trained(np.stack([np.arange(60) % 6, np.zeros(60), np.arange(60) % 5]))
+    kept = trained.without_collapsed_heads()
+    assert np.array_equal(kept.label_matrix_HN, trained.label_matrix_HN[[0, 2]])
+    assert kept.head_losses_H.tolist() == [0.0, 2.0]
+    assert torch.equal(kept.parameters.prototypes_HKP, trained.parameters.prototypes_HKP[[0, 2]])
+    assert kept.summary()["collapsed_heads"] == [1]
+    assert kept.summary()["num_heads"] == 2
+
+
+def test_where_all_heads_collapsed_all_are_kept() -> None:
+    trained = make_trained(np.zeros((2, 9)))
+    assert trained.without_collapsed_heads() is trained
 
 
 def test_the_log_holds_one_line_an_epoch_and_feeds_tensorboard(tmp_path: Path) -> None:
