@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import numpy as np
 import pyarrow.compute as pc
 
 from icce_ray.config import Config
 from icce_ray.errors import InputError
 from icce_ray.result import RUNS_FOLDER
+from icce_ray.sample.draw import sampled_ids
 from icce_ray.store import Artifact, Folder
 
-IMAGES, EMBED, HEADS = "images", "embed", "heads"
+IMAGES, EMBED, SAMPLE, HEADS = "images", "embed", "sample", "heads"
 
 
 def find_heads(config: Config, own: Artifact | None = None) -> list[Artifact]:
@@ -60,11 +62,15 @@ def _read_record(config: Config, name: str) -> tuple[dict[str, Any], Folder]:
 
 
 def _have_same_images(one: Artifact, other: Artifact) -> bool:
-    """Whether the rows of two label matrices are the same images: listed in the same order, and the same of them
-    unusable. Ready-made embeddings that name no images are told apart by their row numbers alone."""
+    """Whether the rows of two label matrices are the same images: listed in the same order, the same of them unusable,
+    and the same drawn where a sample was trained on. Ready-made embeddings that name no images are told apart by their
+    row numbers alone."""
     embeds = [_input(heads, EMBED) for heads in (one, other)]
     failed = [sorted(embed.read_table("errors.parquet")["image_id"].to_pylist()) for embed in embeds]
     if failed[0] != failed[1]:
+        return False
+    ours, theirs = (sampled_ids({SAMPLE: _input(heads, SAMPLE)}) for heads in (one, other))
+    if (ours is None) != (theirs is None) or (ours is not None and not np.array_equal(ours, theirs)):  # type: ignore[arg-type]
         return False
     if embeds[0].manifest.inputs[IMAGES] == embeds[1].manifest.inputs[IMAGES]:
         return True

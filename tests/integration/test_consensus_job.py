@@ -46,14 +46,18 @@ def commit(root, stage, fingerprint, inputs, **parts):
     return writer.commit(stage=stage, fingerprint=fingerprint, inputs=inputs, config={}, metrics={}, seconds=0.0)
 
 
-def write_run(root, name, label_matrix, losses=None, uris=None, failed=()):
-    """A run as far as its heads."""
+def write_run(root, name, label_matrix, losses=None, uris=None, failed=(), drawn=None):
+    """A run as far as its heads; `drawn` are the ids of the images it was trained on."""
     uris = uris or [f"/photos/{i}.png" for i in range(label_matrix.shape[1])]
     commit(root, "images", f"images-{name}", {}, images=pa.table({"uri": uris}))
     errors = pa.table({"image_id": pa.array(failed, pa.int64())})
     commit(root, "embed", f"embed-{name}", {"images": f"images-{name}"}, errors=errors)
     training = {"head_losses": losses or [1.0] * len(label_matrix)}
-    inputs = {"embed": f"embed-{name}"}
+    sample = ArtifactWriter(Folder.at(root / "sample" / f"sample-{name}"))
+    if drawn is not None:
+        sample.write_table("part-00000.parquet", pa.table({"image_id": pa.array(drawn, pa.int64())}))
+    sample.commit(stage="sample", fingerprint=f"sample-{name}", inputs={}, config={}, metrics={}, seconds=0.0)
+    inputs = {"embed": f"embed-{name}", "sample": f"sample-{name}"}
     heads = commit(root, "heads", f"heads-{name}", inputs, label_matrix=label_matrix, training=training)
     record = {"stages": {"images": f"images-{name}", "embed": f"embed-{name}", "heads": f"heads-{name}"}}
     Folder.at(root / "runs").write_bytes(f"{name}.json", json.dumps(record).encode())
@@ -125,7 +129,8 @@ def test_extra_runs_that_are_not_there_or_have_other_images_are_refused(tmp_path
         find_heads(config_of(tmp_path, extra_runs=["gone"]))
     write_run(tmp_path, "others", label_matrix, uris=[f"/others/{i}.png" for i in range(210)])
     write_run(tmp_path, "failed", label_matrix, failed=[7])
-    for name in ("others", "failed"):
+    write_run(tmp_path, "sampled", label_matrix, drawn=range(0, 420, 2))
+    for name in ("others", "failed", "sampled"):
         assert len(find_heads(config_of(tmp_path, extra_runs=[name]))) == 1
         with pytest.raises(InputError, match=f"'{name}' has other images"):
             run_job(tmp_path, own, extra_runs=[name])
