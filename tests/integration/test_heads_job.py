@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -89,16 +90,19 @@ def run_heads(inputs: dict[str, Artifact], folder: Path, num_workers: int = 1, *
 
 
 def train_workers() -> list[int]:
-    """Processes of Ray Train's workers on this machine."""
-    found = []
+    """Processes of Ray Train's workers that descend from this one."""
+    commands, parents = {}, {}
     for entry in Path("/proc").iterdir():
-        try:
-            command = (entry / "cmdline").read_bytes() if entry.name.isdigit() else b""
-        except OSError:
-            continue
-        if b"RayTrainWorker" in command:
-            found.append(int(entry.name))
-    return found
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError):
+                commands[int(entry.name)] = (entry / "cmdline").read_bytes()
+                # After the name, which stands in brackets: state, parent.
+                parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+
+    def is_ours(pid: int) -> bool:
+        return pid == os.getpid() or (pid in parents and is_ours(parents[pid]))
+
+    return [pid for pid, command in commands.items() if b"RayTrainWorker" in command and is_ours(pid)]
 
 
 class Killer(threading.Thread):
