@@ -25,7 +25,7 @@ Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 PositiveFloat = Annotated[float, Field(gt=0.0)]
 PositiveInt = Annotated[int, Field(ge=1)]
 
-ConsensusMethod = Literal["mcla", "hbgf", "cspa", "vote", "best_head"]
+ConsensusMethod = Literal["mcla", "hbgf", "cspa", "vote", "best_head", "hgpa"]
 CONSENSUS_METHODS: tuple[ConsensusMethod, ...] = get_args(ConsensusMethod)
 
 
@@ -49,27 +49,47 @@ class EmbeddingsConfig(Section):
     """The list column of the Parquet file. Not set: its only list column."""
 
 
-class EmbedConfig(Section):
+class BackboneConfig(Section):
     backbone: str = "vit_large_patch14_dinov2.lvd142m"
     """A timm model name, or `pixels`: the flattened pixels, 0 to 1, which need no weights."""
     features: Literal["auto", "cls", "cls+patch_mean", "last4", "last4+patch_mean", "pooled"] = "auto"
     """What is kept of a vision transformer (METHOD section 0). `auto`: `cls+patch_mean` where the model has a class
     token, `pooled` elsewhere."""
     weights: str | None = None
-    """A .safetensors file, or a .pth/.pt file that loads with weights only. Not set: the model hub. `random`: the
-    initialisation (for trying out the plumbing; the clusters mean nothing)."""
+    """A .safetensors file, or a .pth/.pt/.bin file that loads with weights only; its path, or its URI on object
+    storage. Not set: the model hub. `random`: the initialisation (for trying out the plumbing; the clusters mean
+    nothing)."""
     image_size: PositiveInt | None = None
     """Side of the square input in pixels. Not set: 224 (`pixels`: 32)."""
     grayscale: bool = False
     """With `pixels`: one channel (luma) instead of three."""
-    batch_size: PositiveInt = 64
-    """Images per forward pass. It does not change which images share a part."""
+
+
+class EmbedConfig(BackboneConfig):
+    extra: tuple[BackboneConfig, ...] = ()
+    """More backbones, for more feature sets from the same pass over the images: each file is read and decoded once.
+    Each takes the settings above, such as `{backbone: resnet50.a1_in1k}`. Later stages use the first set unless told
+    otherwise."""
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Of the networks' matrix products. `auto`: bfloat16 where the worker's processor multiplies it natively, else
+    float32. Name one where machines differ and every bit must agree. Embeddings are stored as float16 in any case."""
+    compile: bool = False
+    """Run the networks through torch.compile: about a minute per worker before the first image, so for many images on
+    GPUs. It changes embeddings by rounding only."""
+    batch_size: PositiveInt | Literal["auto"] = "auto"
+    """Images per forward pass. `auto`: 64 on CPUs; on a GPU each worker doubles it at its start for as long as that is
+    faster and fits. It does not change which images share a part."""
     images_per_part: PositiveInt = 512
     """Images per Parquet part: what is lost at most when a worker dies."""
     max_image_pixels: PositiveInt = 100_000_000
     """An image of more pixels (width x height) is not decoded: it goes into the errors table."""
     max_error_rate: Fraction = 0.1
     """The stage stops when more than this share of the images cannot be used."""
+
+    @property
+    def backbones(self) -> tuple[BackboneConfig, ...]:
+        """All of them, the one that later stages use first."""
+        return (self, *self.extra)
 
 
 class NeighborsConfig(Section):
@@ -114,6 +134,9 @@ class NeighborsConfig(Section):
 class HeadsConfig(Section):
     num_heads: PositiveInt = 50
     """Clustering heads trained side by side (H); they differ by their initialisation only."""
+    max_images: Annotated[int, Field(ge=2)] | None = 2_000_000
+    """Above this many images, a uniform random sample of them is trained on (neighbours, heads, consensus, classifier);
+    the classifier labels the others. `null`: always train on all."""
     num_epochs: PositiveInt = 100
     """Passes over the images."""
     batch_size: Annotated[int, Field(ge=2)] | Literal["auto"] = "auto"
@@ -135,6 +158,10 @@ class HeadsConfig(Section):
     rotate: bool = True
     """Apply a random rotation (seeded) before `input_norm`: per-dimension scaling then no longer blows up the small
     dimensions of features that come sorted by variance, such as PCA's."""
+    loss: Literal["temi", "scan"] = "temi"
+    """`temi`: weighted mutual information, with what is switched on below. `scan`: SCAN's, on the student alone."""
+    scan_entropy_weight: Annotated[float, Field(ge=0.0)] = 5.0
+    """With `scan`: weight of the entropy of the mean assignment."""
     sinkhorn: bool = True
     """Teacher targets by Sinkhorn-Knopp over the global batch (ICCE) instead of a softmax (TEMI)."""
     sinkhorn_iterations: PositiveInt = 3
@@ -158,13 +185,21 @@ class HeadsConfig(Section):
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the matrix products; sums and losses are float32. `auto`: bfloat16 where the processor multiplies it
     natively."""
+    early_stop_change: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
+    """Stop when, three epochs in a row, less than this share of the labels changed. `null`: train all epochs."""
     checkpoint_interval_s: PositiveFloat = 60.0
     """Seconds of training that a killed run loses at most, and one epoch."""
 
 
 class ConsensusConfig(Section):
     methods: tuple[ConsensusMethod, ...] = ("mcla", "hbgf", "cspa", "vote")
-    """Consensus functions to try; the result with the highest average NMI with the heads is kept."""
+    """Consensus functions to try; the result with the highest average NMI with the heads is kept. `hgpa` needs the
+    extra `[hgpa]` (Mt-KaHyPar). `hbgf`, `hgpa` and `cspa` are left out, with a line that says why, where there are too
+    many images for them."""
+    extra_runs: tuple[str, ...] = ()
+    """Other runs over the same images whose heads take part: one consensus of several backbones, thresholds or numbers
+    of clusters. Names of runs under `output` (a run's last lines tell it), or places of their records elsewhere
+    (`<output>/runs/<name>.json`)."""
     cspa_max_images: PositiveInt = 5_000
     """CSPA builds an N x N matrix: above this many images it is left out."""
     imbalance: Annotated[float, Field(ge=1.0)] = 1.5
@@ -257,8 +292,19 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "heads": {"input_norm": "standardize", "rotate": False, "sinkhorn": False, "max_ce_weight": 0.0},
         "consensus": {"methods": ("best_head",), "refine": False},
     },
+    "scan": {
+        "neighbors": {
+            "similarity_threshold": None,
+            "min_neighbors": 20,
+            "max_neighbors": 20,
+            "duplicate_threshold": None,
+        },
+        "heads": {"loss": "scan", "input_norm": "standardize", "rotate": False},
+        "consensus": {"methods": ("best_head",), "refine": False},
+    },
 }
-"""What a preset sets, by section; everything else is the default. `temi` is arXiv 2303.17896."""
+"""What a preset sets, by section; everything else is the default. `temi` is arXiv 2303.17896, `scan` the loss of arXiv
+2005.12320 on frozen features."""
 
 
 class Config(Section):
@@ -266,7 +312,7 @@ class Config(Section):
     """Folder or URI under which every artifact lies. Runs that share it share embeddings and graphs."""
     num_clusters: Annotated[int, Field(ge=2)]
     """Clusters to find (K)."""
-    preset: Literal["icce", "temi"] = "icce"
+    preset: Literal["icce", "temi", "scan"] = "icce"
     """Which method's settings fill in what is not given."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """Of every random draw. Same config, seed and machine: identical labels."""

@@ -21,10 +21,11 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from icce_ray.classifier.linear import LinearClassifier, fit_classifier
 from icce_ray.config import Config, build_config
 from icce_ray.consensus.ensemble import cluster_ensemble
-from icce_ray.errors import InputError
+from icce_ray.errors import ConfigError, InputError
 from icce_ray.heads.training import train_heads
 from icce_ray.neighbors.graph import build_graph
 from icce_ray.progress import Progress
+from icce_ray.sample.draw import sample_rows
 
 MAX_SEED = 2**31 - 1
 FLOATS = [np.float32, np.float16]
@@ -35,12 +36,13 @@ class ICCE(ClusterMixin, BaseEstimator):
 
     Args:
         n_clusters: clusters to find (K).
-        preset: ``icce``, or ``temi`` (arXiv 2303.17896): fixed neighbours, softmax targets, the best head.
+        preset: ``icce``; ``temi`` (arXiv 2303.17896): fixed neighbours, softmax targets, the best head; or ``scan``
+            (arXiv 2005.12320): its loss on the same heads, the best head.
         n_heads: clustering heads (H).
         epochs: passes over the images. None: the config's default.
         batch_size: pairs per step. None: the config's default.
         similarity_threshold: cosine from which on images are neighbours; ``auto``; or None for `min_neighbors` each.
-            With the preset ``temi``, ``auto`` means the preset's choice, None.
+            With the other presets ``auto`` means the preset's choice, None.
         random_state: int, RandomState or None. An int gives the labels of a run with that ``seed``.
         device: torch device of the heads and the classifier.
         n_threads: CPU threads; None for torch's setting. It does not change the result.
@@ -49,8 +51,9 @@ class ICCE(ClusterMixin, BaseEstimator):
 
     Attributes:
         labels_: (N,) int32, the consensus, 0..K-1.
-        head_labels_: (H, N) int32, each head's clusters.
-        agreement_: (N,) float32, share of the heads that agree with `labels_`.
+        head_labels_: (H, N) int32, clusters of each head that did not collapse; -1 for rows that took no part: above
+            ``heads["max_images"]`` rows a sample is trained on, and the classifier labels the others.
+        agreement_: (N,) float32, share of the heads that agree with `labels_`; NaN for rows that took no part.
         vote_entropy_: (N,) float32, nats, of the heads' votes.
         anmi_: float, mean normalised mutual information of `labels_` with the heads.
         consensus_method_: str, the consensus function that was kept.
@@ -64,7 +67,7 @@ class ICCE(ClusterMixin, BaseEstimator):
         self,
         n_clusters: int,
         *,
-        preset: Literal["icce", "temi"] = "icce",
+        preset: Literal["icce", "temi", "scan"] = "icce",
         n_heads: int = 50,
         epochs: int | None = None,
         batch_size: int | None = None,
@@ -108,15 +111,17 @@ class ICCE(ClusterMixin, BaseEstimator):
         features_ND = validate_data(self, X, dtype=FLOATS, ensure_min_samples=2)
         if len(features_ND) < config.num_clusters:
             raise InputError(f"X has {len(features_ND)} rows, fewer than n_clusters={config.num_clusters}")
+        rows = sample_rows(len(features_ND), config.heads.max_images, config.seed)
+        trained_on_nD = features_ND if rows is None else features_ND[rows]
         graph, audit = build_graph(
-            features_ND,
+            trained_on_nD,
             config.neighbors,
             num_clusters=config.num_clusters,
             seed=config.seed,
             progress=self._progress("neighbors", "images"),
         )
         trained = train_heads(
-            features_ND,
+            trained_on_nD,
             graph,
             config.heads,
             num_clusters=config.num_clusters,
@@ -136,7 +141,7 @@ class ICCE(ClusterMixin, BaseEstimator):
             head_losses=trained.head_losses_H,
         )
         self.classifier_: LinearClassifier = fit_classifier(
-            features_ND,
+            trained_on_nD,
             ensemble.labels,
             config.classifier,
             num_clusters=config.num_clusters,
@@ -153,6 +158,8 @@ class ICCE(ClusterMixin, BaseEstimator):
         self.consensus_method_ = ensemble.method
         self.similarity_threshold_ = audit.similarity_threshold
         self.head_losses_ = trained.head_losses_H
+        if rows is not None:
+            self._extend(features_ND, rows)
         return self
 
     def predict(self, X: npt.ArrayLike) -> npt.NDArray[np.int32]:
@@ -166,6 +173,17 @@ class ICCE(ClusterMixin, BaseEstimator):
         features = self._check_new(X)
         return self.classifier_.predict_proba(features)
 
+    def _extend(self, features_ND: npt.NDArray[Any], rows: npt.NDArray[np.int64]) -> None:
+        """From the sample to all rows: the classifier labels those that took no part."""
+        labels_N = self.classifier_.predict(features_ND)
+        labels_N[rows] = self.labels_
+        head_labels_HN = np.full((len(self.head_labels_), len(features_ND)), -1, dtype=np.int32)
+        head_labels_HN[:, rows] = self.head_labels_
+        agreement_N, vote_entropy_N = np.full((2, len(features_ND)), np.nan, dtype=np.float32)
+        agreement_N[rows], vote_entropy_N[rows] = self.agreement_, self.vote_entropy_
+        self.labels_, self.head_labels_ = labels_N, head_labels_HN
+        self.agreement_, self.vote_entropy_ = agreement_N, vote_entropy_N
+
     def _check_new(self, X: npt.ArrayLike) -> npt.NDArray[Any]:
         check_is_fitted(self)
         features: npt.NDArray[Any] = validate_data(self, X, dtype=FLOATS, reset=False)
@@ -176,7 +194,7 @@ class ICCE(ClusterMixin, BaseEstimator):
         heads |= {"num_epochs": self.epochs} if self.epochs is not None else {}
         heads |= {"batch_size": self.batch_size} if self.batch_size is not None else {}
         neighbors: dict[str, Any] = {}
-        if not (self.preset == "temi" and self.similarity_threshold == "auto"):
+        if not (self.preset != "icce" and self.similarity_threshold == "auto"):
             neighbors["similarity_threshold"] = self.similarity_threshold
         seed = self.random_state
         if not isinstance(seed, (int, np.integer)):
@@ -193,7 +211,13 @@ class ICCE(ClusterMixin, BaseEstimator):
             "embeddings": {"uri": "X"},
             "output": "memory",
         }
-        return build_config(settings, type(self).__name__)
+        config = build_config(settings, type(self).__name__)
+        if config.consensus.extra_runs:
+            raise ConfigError(
+                f"{type(self).__name__}: consensus.extra_runs names runs of the pipeline, and there are none "
+                "here; give cluster_ensemble a list of label matrices"
+            )
+        return config
 
     def _progress(self, stage: str, unit: str) -> Progress:
         return Progress(stage, unit, quiet=not self.verbose)

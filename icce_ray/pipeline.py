@@ -58,12 +58,16 @@ def _embed_settings(config: Config) -> Settings:
     return embed_settings(config)
 
 
+def _sample_settings(config: Config) -> Settings:
+    return {"max_images": config.heads.max_images, "seed": config.seed}
+
+
 def _neighbors_settings(config: Config) -> Settings:
     return _drawn(config) | {"neighbors": config.neighbors.model_dump()}
 
 
 def _heads_settings(config: Config) -> Settings:
-    return _drawn(config) | {"heads": config.heads.model_dump(exclude={"checkpoint_interval_s"})}
+    return _drawn(config) | {"heads": config.heads.model_dump(exclude={"checkpoint_interval_s", "max_images"})}
 
 
 def _consensus_settings(config: Config) -> Settings:
@@ -96,17 +100,26 @@ def _drawn(config: Config) -> Settings:
 STAGES: tuple[Stage, ...] = (
     Stage("images", "icce_ray.embed.listing", 1, (), _images_settings),
     Stage("embed", "icce_ray.embed.job", 1, ("images",), _embed_settings),
-    Stage("neighbors", "icce_ray.neighbors.job", 2, ("embed",), _neighbors_settings),
-    Stage("heads", "icce_ray.heads.job", 1, ("embed", "neighbors"), _heads_settings, "epochs"),
-    Stage("consensus", "icce_ray.consensus.job", 1, ("heads",), _consensus_settings, "steps"),
-    Stage("classifier", "icce_ray.classifier.job", 1, ("embed", "consensus"), _classifier_settings, "iterations"),
-    Stage("assign", "icce_ray.assign.job", 1, ("images", "embed", "consensus", "classifier"), _assign_settings),
+    Stage("sample", "icce_ray.sample.job", 1, ("embed",), _sample_settings),
+    Stage("neighbors", "icce_ray.neighbors.job", 2, ("embed", "sample"), _neighbors_settings),
+    Stage("heads", "icce_ray.heads.job", 2, ("embed", "sample", "neighbors"), _heads_settings, "epochs"),
+    Stage("consensus", "icce_ray.consensus.job", 2, ("heads",), _consensus_settings, "steps"),
+    Stage(
+        "classifier", "icce_ray.classifier.job", 1, ("embed", "sample", "consensus"), _classifier_settings, "iterations"
+    ),
+    Stage(
+        "assign",
+        "icce_ray.assign.job",
+        1,
+        ("images", "embed", "sample", "consensus", "classifier"),
+        _assign_settings,
+    ),
     # The only stage that is told where the true labels are; nothing that makes clusters comes after it.
     Stage(
         "evaluate",
         "icce_ray.evaluate.stage",
         1,
-        ("images", "embed", "heads", "consensus", "assign"),
+        ("images", "embed", "sample", "heads", "consensus", "assign"),
         _evaluate_settings,
         sees_labels=True,
     ),
@@ -230,7 +243,7 @@ def _run_stage(config: Config, step: PlannedStage, artifacts: Mapping[str, Artif
         metrics=metrics,
         seconds=seconds,
     )
-    progress.finish(f"done in {seconds:.1f} s")
+    progress.note(f"done in {seconds:.1f} s")
     return artifact
 
 
@@ -252,6 +265,10 @@ def _check(config: Config, pending: list[str]) -> None:
         from icce_ray.evaluate.labels import check_labels
 
         check_labels(config)
+    if "consensus" in pending and config.consensus.extra_runs:
+        from icce_ray.consensus.runs import find_heads
+
+        find_heads(config)
     if pending:
         from icce_ray.cluster import check_resources
 

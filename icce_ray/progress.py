@@ -42,8 +42,8 @@ class Progress:
             text += f", {rate:,.3g}/s, {format_seconds((total - done) / rate)} left"
         self._print(text + (f", {note}" if note else ""))
 
-    def finish(self, text: str) -> None:
-        """Close the stage with one lasting line."""
+    def note(self, text: str) -> None:
+        """One lasting line: something worth knowing, or the end of the stage."""
         if self.quiet:
             return
         self._print(f"{self.stage}: {text}")

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from icce_ray.config import HeadsConfig
 from icce_ray.heads.model import HeadParameters
-from icce_ray.heads.training import teacher_momentum
+from icce_ray.heads.schedule import teacher_momentum
 
 
 class PlainHead(torch.nn.Module):

@@ -19,6 +19,7 @@ from icce_ray.embed.backbone import embed_settings
 from icce_ray.embed.features import load_features
 from icce_ray.errors import WorkerError
 from icce_ray.progress import Progress
+from icce_ray.sample.draw import training_set
 from icce_ray.store import Artifact
 
 VERSION = 1
@@ -83,7 +84,7 @@ def run(config: Config, context: StageContext) -> dict[str, Any]:
         WorkerError: the actor died more often than it is restarted.
     """
     connect(config.resources)
-    embed, consensus = context.inputs["embed"], context.inputs["consensus"]
+    embed, consensus = training_set(context.inputs), context.inputs["consensus"]
     data = _train(config, embed, consensus, context.progress)
     classifier = LinearClassifier.from_bytes(data)
     context.output.write_bytes(MODEL_NAME, data)

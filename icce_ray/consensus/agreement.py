@@ -13,7 +13,8 @@ import numpy as np
 import numpy.typing as npt
 from scipy.optimize import linear_sum_assignment
 
-from icce_ray.consensus.contingency import Counts, HeadLabels, Labels, count_consensus, count_labels, count_pairs
+from icce_ray.consensus.contingency import count_consensus, count_pairs
+from icce_ray.consensus.matrix import MISSING, Counts, Heads, Labels, count_labels
 from icce_ray.consensus.votes import block_rows, rank_votes
 
 MAX_CONFUSED_WITH = 3
@@ -30,7 +31,7 @@ class Agreement:
     second_choice: Labels
 
 
-def align_heads(counts_KC: Counts, offsets: Counts) -> npt.NDArray[np.int64]:
+def align_heads(counts_KC: npt.NDArray[Any], offsets: Counts) -> npt.NDArray[np.int64]:
     """Consensus cluster that each head cluster stands for: (C,).
 
     A head with as many clusters as the consensus is matched one to one so that most images agree (Hungarian); of any
@@ -45,22 +46,30 @@ def align_heads(counts_KC: Counts, offsets: Counts) -> npt.NDArray[np.int64]:
     return cluster_of_column
 
 
-def measure_agreement(labels_N: Labels, heads: HeadLabels, num_clusters: int, *, seed: int) -> Agreement:
+def measure_agreement(labels_N: Labels, heads: Heads, num_clusters: int, *, seed: int) -> Agreement:
     """Agreement of the heads with the consensus `labels_N`, (N,) integers 0..num_clusters-1."""
     cluster_of_column = align_heads(count_consensus(labels_N, heads, num_clusters), heads.offsets)
-    agreement_N = np.empty(heads.num_images, dtype=np.float32)
-    entropy_N = np.empty(heads.num_images, dtype=np.float32)
-    second_N = np.empty(heads.num_images, dtype=np.int32)
+    pieces = list(heads.map(_measure_piece, heads.image_pieces(), labels_N, cluster_of_column.astype(np.int32), seed))
+    return Agreement(*(np.concatenate(parts) for parts in zip(*pieces, strict=True)))
+
+
+def _measure_piece(
+    heads: Heads, start: int, stop: int, labels_N: Labels, cluster_of_column: Labels, seed: int
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32], Labels]:
+    part = heads.read(start, stop)
+    agreement_n = np.empty(stop - start, dtype=np.float32)
+    entropy_n = np.empty(stop - start, dtype=np.float32)
+    second_n = np.empty(stop - start, dtype=np.int32)
     step = block_rows(heads.num_heads)
-    for start in range(0, heads.num_images, step):
-        columns_nH = heads.columns(start, start + step)
-        votes_nH = np.where(columns_nH >= 0, cluster_of_column[columns_nH], -1)
-        own_n = labels_N[start : start + step]
-        block = slice(start, start + len(own_n))
-        agreement_N[block] = (votes_nH == own_n[:, None]).sum(axis=1) / (votes_nH >= 0).sum(axis=1)
-        ranked_n2, _, entropy_N[block] = rank_votes(votes_nH, 2, seed=seed)
-        second_N[block] = np.where(ranked_n2[:, 0] == own_n, ranked_n2[:, 1], ranked_n2[:, 0])
-    return Agreement(agreement_N, entropy_N, second_N)
+    for begin in range(0, stop - start, step):
+        columns_nH = part.columns(begin, begin + step)
+        votes_nH = np.where(columns_nH >= 0, cluster_of_column[columns_nH], np.int32(MISSING))
+        block = slice(begin, begin + len(votes_nH))
+        own_n = labels_N[start:stop][block]
+        agreement_n[block] = (votes_nH == own_n[:, None]).sum(axis=1) / (votes_nH >= 0).sum(axis=1)
+        ranked_n2, _, entropy_n[block] = rank_votes(votes_nH, 2, seed=seed)
+        second_n[block] = np.where(ranked_n2[:, 0] == own_n, ranked_n2[:, 1], ranked_n2[:, 0])
+    return agreement_n, entropy_n, second_n
 
 
 def describe_clusters(

@@ -9,8 +9,8 @@ from __future__ import annotations
 import numpy as np
 import scipy.sparse as sp
 
-from icce_ray.consensus.contingency import HeadLabels, Labels
 from icce_ray.consensus.hbgf import group_equal_images
+from icce_ray.consensus.matrix import HeadLabels, Heads, Labels
 from icce_ray.consensus.partition import PartitionError, partition_graph
 
 
@@ -25,17 +25,20 @@ def co_association(heads: HeadLabels) -> sp.csr_array:
     return sp.csr_array(membership_NC @ membership_NC.T)
 
 
-def cspa(heads: HeadLabels, num_clusters: int, *, imbalance: float, seeds: list[int]) -> list[Labels]:
+def cspa(heads: Heads, num_clusters: int, *, imbalance: float, seeds: list[int], max_images: int) -> list[Labels]:
     """Consensus labels (N,), 0..num_clusters-1, one vector for each seed. Parts may be empty.
 
     Raises:
-        PartitionError: METIS failed.
+        PartitionError: METIS failed, or there are more images than `max_images`.
     """
-    first_G, group_N = group_equal_images(heads)
+    if heads.num_images > max_images:
+        raise PartitionError(f"{heads.num_images:,} images are more than cspa_max_images, {max_images:,}")
+    gathered = heads.gather()
+    first_G, group_N = group_equal_images(gathered)
     if len(first_G) < num_clusters:
         raise PartitionError(f"only {len(first_G)} images differ in their labels, fewer than {num_clusters} clusters")
     images_G = np.bincount(group_N)
-    graph = co_association(HeadLabels(heads.codes[:, first_G], heads.values)).tocoo()
+    graph = co_association(HeadLabels(gathered.codes[:, first_G], gathered.values)).tocoo()
     rows, columns = graph.coords
     off_diagonal = rows != columns
     rows, columns = rows[off_diagonal], columns[off_diagonal]

@@ -8,12 +8,13 @@ from __future__ import annotations
 import numpy as np
 import scipy.sparse as sp
 
-from icce_ray.consensus.contingency import HeadLabels, Labels
+from icce_ray.consensus.matrix import HeadLabels, Heads, Labels
 from icce_ray.consensus.partition import PartitionError, partition_graph
 from icce_ray.consensus.votes import hash_numbers
 
-MAX_EDGES = 10_000_000
-"""METIS needs about 100 bytes and two microseconds an edge: above this many (head labels), HBGF is left out."""
+MAX_EDGES = 3_000_000
+"""METIS needs about two microseconds and 100 bytes for an edge (an image's label from a head), and its cuts of larger
+graphs are poor: above this many HBGF is left out."""
 
 
 def group_equal_images(heads: HeadLabels) -> tuple[np.ndarray, np.ndarray]:
@@ -28,21 +29,23 @@ def group_equal_images(heads: HeadLabels) -> tuple[np.ndarray, np.ndarray]:
     return first_G, group_N
 
 
-def hbgf(heads: HeadLabels, num_clusters: int, *, imbalance: float, seeds: list[int]) -> list[Labels]:
+def hbgf(heads: Heads, num_clusters: int, *, imbalance: float, seeds: list[int]) -> list[Labels]:
     """Consensus labels (N,), 0..num_clusters-1, one vector for each seed. Parts may be empty.
 
     Raises:
         PartitionError: METIS failed, or the graph is too large for it.
     """
-    first_G, group_N = group_equal_images(heads)
+    num_edges = int(heads.head_cluster_sizes().sum())
+    if num_edges > MAX_EDGES:
+        raise PartitionError(f"its graph has {num_edges:,} edges, over the limit of {MAX_EDGES:,}")
+    gathered = heads.gather()
+    first_G, group_N = group_equal_images(gathered)
     num_groups = len(first_G)
-    columns_GH = heads.columns()[first_G] if num_groups < heads.num_images else heads.columns()
-    present = columns_GH >= 0
-    if present.sum() > MAX_EDGES:
-        raise PartitionError(f"its graph has {present.sum():,} edges, over the limit of {MAX_EDGES:,}")
     if num_groups < num_clusters:
         raise PartitionError(f"only {num_groups} images differ in their labels, fewer than {num_clusters} clusters")
     images_G = np.bincount(group_N)
+    columns_GH = gathered.columns()[first_G]
+    present = columns_GH >= 0
     rows, head_index = np.nonzero(present)
     columns = columns_GH[rows, head_index] + num_groups
     num_vertices = num_groups + heads.num_head_clusters

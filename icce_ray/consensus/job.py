@@ -1,21 +1,56 @@
-"""The consensus stage on Ray: one task, on whichever machine has room, reads the label matrix and writes the parts."""
+"""The consensus stage on Ray: tasks go through the label matrix in pieces, here their counts are added up.
+
+What is here besides: the graph of the head clusters, tables of K x C and some vectors of N (`consensus/memory.py`).
+"""
 
 from __future__ import annotations
 
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import ray
 
-from icce_ray.cluster import connect
+from icce_ray.cluster import available_cpus, connect
 from icce_ray.config import Config
 from icce_ray.consensus.agreement import describe_clusters
-from icce_ray.consensus.ensemble import cluster_ensemble
+from icce_ray.consensus.combine import find_consensus
+from icce_ray.consensus.matrix import Heads, check_surveys
+from icce_ray.consensus.memory import check_memory
+from icce_ray.consensus.runs import find_heads
+from icce_ray.consensus.stored import StoredHeads, open_heads
 from icce_ray.context import StageContext
-from icce_ray.errors import WorkerError
-from icce_ray.store import Artifact, ArtifactWriter
+from icce_ray.errors import DamagedArtifactError, WorkerError, describe_cause, find_cause
 
-VERSION = 1
+VERSION = 2
 MAX_RETRIES = 3
+PIECES_IN_FLIGHT = 2
+"""For each CPU: enough to keep it busy, and no more answers than that wait in memory."""
+
+
+@dataclass(frozen=True)
+class RayHeads(StoredHeads):
+    """Stored heads whose pieces are worked on by Ray tasks."""
+
+    def map(self, function: Callable[..., Any], pieces: Iterable[tuple[int, ...]], *shared: Any) -> Iterator[Any]:
+        task = ray.remote(_work_on_piece).options(num_cpus=1, max_retries=MAX_RETRIES)
+        inputs: Any = ray.put((StoredHeads(self.runs, self.values), shared))
+        limit = max(1, int(PIECES_IN_FLIGHT * available_cpus()))
+        running: deque[Any] = deque()
+        for piece in pieces:
+            running.append(task.remote(function, inputs, piece))
+            if len(running) >= limit:
+                yield ray.get(running.popleft())
+        while running:
+            yield ray.get(running.popleft())
+
+
+def _work_on_piece(function: Callable[..., Any], inputs: tuple[Heads, tuple[Any, ...]], piece: tuple[int, ...]) -> Any:
+    heads, shared = inputs
+    return function(heads, *piece, *shared)
 
 
 def run(config: Config, context: StageContext) -> dict[str, Any]:
@@ -23,46 +58,56 @@ def run(config: Config, context: StageContext) -> dict[str, Any]:
 
     Returns:
         method, anmi (of the labels, 0 to 1), anmi_by_method and start_anmi_by_method (after and before refinement),
-        skipped (method: reason), mean_agreement, num_clusters (used), smallest_cluster, median_cluster, largest_cluster
-        (images).
+        skipped (method: reason), repaired (method: clusters that it left empty), mean_agreement, num_clusters (used),
+        smallest_cluster, median_cluster, largest_cluster (images), num_heads (of all runs).
 
     Raises:
-        WorkerError: the task's process died more often than it is retried.
+        InputError: labels that cannot be used, or extra runs that are not there or have other images.
+        ResourceError: this machine lacks the memory; the message says what is needed.
+        WorkerError: tasks died more often than they are retried.
     """
     connect(config.resources)
-    context.progress.update(0, 1)
-    task = ray.remote(_make_consensus).options(num_cpus=1, max_retries=MAX_RETRIES)
+    own = context.inputs["heads"]
+    extra = find_heads(config, own)
     try:
-        writer, metrics = ray.get(task.remote(config, context.inputs["heads"], context.output))
-    except (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError) as error:
+        heads = _survey(open_heads([own, *extra]))
+        check_memory(heads, config.num_clusters, config.consensus, num_workers=_num_workers_here())
+        result = find_consensus(
+            heads,
+            config.num_clusters,
+            config.consensus,
+            seed=config.seed,
+            # Losses of runs with other settings cannot be compared.
+            head_losses=None if extra else np.asarray(own.read_json("training.json")["head_losses"], dtype=np.float64),
+            say=context.progress.update,
+        )
+    except ray.exceptions.RayError as error:
+        damage = find_cause(error, DamagedArtifactError)
+        if damage is not None:
+            raise damage from None
         raise WorkerError(
-            f"consensus: its process died {MAX_RETRIES + 1} times. Out of memory is the usual cause: it needs about "
-            "20 bytes per head and image, and 16 bytes per cluster and head's cluster"
+            f"consensus: a task failed {MAX_RETRIES + 1} times; the same command starts this stage again. "
+            f"{describe_cause(error)}"
         ) from error
-    for part in writer.parts.values():
-        context.output.add(part)
-    context.progress.update(1, 1)
-    return dict(metrics)
-
-
-def _make_consensus(config: Config, heads: Artifact, output: ArtifactWriter) -> tuple[ArtifactWriter, dict[str, Any]]:
-    labels_HN = heads.read_array("label_matrix.npy")
-    consensus = config.consensus
-    result = cluster_ensemble(
-        labels_HN,
-        config.num_clusters,
-        methods=consensus.methods,
-        random_state=config.seed,
-        refine=consensus.refine,
-        imbalance=consensus.imbalance,
-        cspa_max_images=consensus.cspa_max_images,
-        head_losses=heads.read_json("training.json")["head_losses"],
-    )
+    for method, reason in result.skipped.items():
+        context.progress.note(f"{method} left out: {reason}")
+    output = context.output
     output.write_array("labels.npy", result.labels)
     output.write_array("agreement.npy", result.agreement)
     output.write_array("vote_entropy.npy", result.vote_entropy)
     output.write_array("second_choice.npy", result.second_choice)
-    metrics = result.summary()
+    metrics = result.summary() | {"num_heads": heads.num_heads}
     clusters = describe_clusters(result.labels, result.agreement, result.second_choice, config.num_clusters)
     output.write_json("summary.json", metrics | {"clusters": clusters})
-    return output, metrics
+    context.progress.update(1, 1)
+    return metrics
+
+
+def _survey(heads: StoredHeads) -> RayHeads:
+    """The heads with the labels that they use."""
+    on_ray = RayHeads(heads.runs, heads.values)
+    return replace(on_ray, values=check_surveys(list(on_ray.map(StoredHeads.survey, on_ray.image_pieces()))))
+
+
+def _num_workers_here() -> int:
+    return max(1, min(int(available_cpus()), os.cpu_count() or 1))

@@ -2,73 +2,29 @@
 
 The clusters of all heads are the vertices of a graph whose edges weigh how much two clusters overlap (Jaccard). METIS
 cuts it into K meta-clusters; each image goes to the meta-cluster with which its clusters are associated most. The graph
-comes from contingency counts and the vote is made image by image, so both passes run over shards of any size.
+comes from contingency counts and the vote is made image by image, so it works at any number of images.
 
 Shape letters: N images, H heads, C head clusters, K meta-clusters.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import scipy.sparse as sp
 
-from icce_ray.consensus.contingency import MISSING, Counts, HeadLabels, Labels, count_pairs
-from icce_ray.consensus.partition import partition_graph
+from icce_ray.consensus.matrix import MISSING, Heads, Labels
+from icce_ray.consensus.pairs import HeadPairs
+from icce_ray.consensus.partition import PartitionError, partition_graph
 from icce_ray.consensus.votes import block_rows, rank_votes
 
-MAX_FULL_CLUSTERS = 2000
-MIN_JACCARD = 0.01
-"""With more head clusters than that, pairs that overlap less get no edge: most of the pairs, and chance alone."""
-JACCARD_SCALE = 1000
-"""Edge weights are integers for METIS: thousandths of the Jaccard similarity."""
-
-
-def head_pair_counts(heads: HeadLabels) -> Iterator[tuple[int, int, sp.csr_array]]:
-    """Contingency counts of every pair of heads g < h. One pair at a time: they add up over shards of images."""
-    sizes = heads.num_clusters
-    for g in range(heads.num_heads):
-        for h in range(g + 1, heads.num_heads):
-            yield g, h, count_pairs(heads.codes[g], heads.codes[h], int(sizes[g]), int(sizes[h]))
-
-
-def cluster_graph(
-    pair_counts: Iterable[tuple[int, int, sp.csr_array]],
-    head_cluster_sizes: Counts,
-    offsets: Counts,
-) -> sp.csr_array:
-    """Graph of the head clusters: (C, C) symmetric int32, Jaccard similarities in thousandths.
-
-    Args:
-        pair_counts: (g, h, counts) for the pairs of heads g < h.
-        head_cluster_sizes: (C,) images per head cluster.
-        offsets: (H+1,) first head cluster of each head.
-    """
-    num_head_clusters = int(offsets[-1])
-    min_jaccard = MIN_JACCARD if num_head_clusters > MAX_FULL_CLUSTERS else 0.5 / JACCARD_SCALE
-    rows, columns, weights = [], [], []
-    for g, h, counts in pair_counts:
-        cells = counts.tocoo()
-        row, column = cells.coords[0] + offsets[g], cells.coords[1] + offsets[h]
-        union = head_cluster_sizes[row] + head_cluster_sizes[column] - cells.data
-        jaccard = cells.data / union
-        kept = jaccard >= min_jaccard
-        rows.append(row[kept])
-        columns.append(column[kept])
-        weights.append(np.maximum(np.rint(jaccard[kept] * JACCARD_SCALE), 1).astype(np.int32))
-    shape = (num_head_clusters, num_head_clusters)
-    if not rows:
-        return sp.csr_array(shape, dtype=np.int32)
-    edges = (np.concatenate(weights), (np.concatenate(rows), np.concatenate(columns)))
-    upper = sp.csr_array(sp.coo_array(edges, shape=shape))
-    return sp.csr_array(upper + upper.T)
+MAX_EDGES = 50_000_000
+"""Above this many overlapping pairs of clusters the graph is left alone: METIS needs about 100 bytes for each."""
 
 
 def vote(
-    heads: HeadLabels, meta_of_head_cluster: npt.NDArray[Any], num_clusters: int, *, seed: int, by_mean: bool = True
+    heads: Heads, meta_of_head_cluster: npt.NDArray[Any], num_clusters: int, *, seed: int, by_mean: bool = True
 ) -> Labels:
     """Each image's meta-cluster by the votes of its head clusters: (N,) int32.
 
@@ -81,17 +37,30 @@ def vote(
     """
     members_K = np.bincount(meta_of_head_cluster, minlength=num_clusters)
     weights_K = 1.0 / np.maximum(members_K, 1) if by_mean else None
-    labels_N = np.empty(heads.num_images, dtype=np.int32)
+    pieces = heads.map(_vote_piece, heads.image_pieces(), meta_of_head_cluster.astype(np.int32), weights_K, seed)
+    return np.concatenate(list(pieces))
+
+
+def _vote_piece(
+    heads: Heads,
+    start: int,
+    stop: int,
+    meta_C: npt.NDArray[np.int32],
+    weights_K: npt.NDArray[np.float64] | None,
+    seed: int,
+) -> Labels:
+    part = heads.read(start, stop)
+    labels_n = np.empty(stop - start, dtype=np.int32)
     step = block_rows(heads.num_heads)
-    for start in range(0, heads.num_images, step):
-        columns_nH = heads.columns(start, start + step)
-        votes_nH = np.where(columns_nH >= 0, meta_of_head_cluster[columns_nH], MISSING)
+    for begin in range(0, stop - start, step):
+        columns_nH = part.columns(begin, begin + step)
+        votes_nH = np.where(columns_nH >= 0, meta_C[columns_nH], np.int32(MISSING))
         ranked_n1, _, _ = rank_votes(votes_nH, 1, seed=seed, cluster_weights=weights_K)
-        labels_N[start : start + len(votes_nH)] = ranked_n1[:, 0]
-    return labels_N
+        labels_n[begin : begin + step] = ranked_n1[:, 0]
+    return labels_n
 
 
-def mcla(heads: HeadLabels, num_clusters: int, *, imbalance: float, seeds: list[int]) -> list[Labels]:
+def mcla(heads: Heads, pairs: HeadPairs, num_clusters: int, *, imbalance: float, seeds: list[int]) -> list[Labels]:
     """Consensus labels (N,), 0..num_clusters-1. Clusters may be empty.
 
     Two vectors for each seed: METIS balances the parts' weights, and a head cluster weighs its images [S] or 1 [ours].
@@ -99,12 +68,14 @@ def mcla(heads: HeadLabels, num_clusters: int, *, imbalance: float, seeds: list[
     right balance (planted power-law clusters are recovered exactly where [S] gives two thirds of them).
 
     Raises:
-        PartitionError: METIS failed.
+        PartitionError: METIS failed, or the graph is too large for it.
     """
     if heads.num_head_clusters <= num_clusters:
         return [vote(heads, np.arange(heads.num_head_clusters), num_clusters, seed=seeds[0])]
-    sizes_C = heads.head_cluster_sizes()
-    graph = cluster_graph(head_pair_counts(heads), sizes_C, heads.offsets)
+    num_edges = len(pairs.edges.weights)
+    if num_edges > MAX_EDGES:
+        raise PartitionError(f"its graph has {num_edges:,} edges, over the limit of {MAX_EDGES:,}")
+    graph, sizes_C = pairs.cluster_graph(), heads.head_cluster_sizes()
     metas = [
         meta_C
         for weights in (sizes_C, None)

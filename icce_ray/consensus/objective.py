@@ -7,16 +7,15 @@ mean of the two entropies. Entropies are in nats.
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-import scipy.sparse as sp
 
-from icce_ray.consensus.contingency import Counts, HeadLabels, count_consensus
+from icce_ray.consensus.contingency import Table, count_consensus
+from icce_ray.consensus.matrix import Counts, Heads
 
 Mean = Literal["geometric", "arithmetic"]
-Table: TypeAlias = sp.csr_array | npt.NDArray[Any]
 
 
 def entropy(sizes: npt.NDArray[Any]) -> float:
@@ -28,19 +27,19 @@ def entropy(sizes: npt.NDArray[Any]) -> float:
 
 def mutual_information(table: Table) -> float:
     """Mutual information in nats between the rows and columns of a contingency table; never negative."""
-    if isinstance(table, np.ndarray):
-        rows, columns = np.nonzero(table)
-        counts = table[rows, columns].astype(np.float64)
-    else:
-        cells = table.tocoo()
-        (rows, columns), counts = cells.coords, cells.data.astype(np.float64)
-    total = counts.sum()
+    total = int(table.sum())
     if total == 0:
         return 0.0
-    log_rows = np.log(np.maximum(np.asarray(table.sum(axis=1)).ravel(), 1))
-    log_columns = np.log(np.maximum(np.asarray(table.sum(axis=0)).ravel(), 1))
-    ratios = np.log(counts) - log_rows[rows] - log_columns[columns] + np.log(total)
-    return max(float((counts * ratios).sum() / total), 0.0)
+    cells = table.ravel() if isinstance(table, np.ndarray) else table.data
+    rows, columns = (np.asarray(table.sum(axis=axis)).ravel() for axis in (1, 0))
+    surprise = _x_log_x(cells) - _x_log_x(rows) - _x_log_x(columns) + total * float(np.log(total))
+    return max(surprise / total, 0.0)
+
+
+def _x_log_x(counts: npt.NDArray[Any]) -> float:
+    """Sum of x log x. Ones count nothing: most of a large table's cells."""
+    values = counts[counts > 1].astype(np.float64)
+    return float((values * np.log(values)).sum())
 
 
 def nmi_from_counts(table: Table, mean: Mean = "geometric") -> float:
@@ -60,7 +59,7 @@ def nmi_from_counts(table: Table, mean: Mean = "geometric") -> float:
     return min(mutual_information(table) / norm, 1.0)
 
 
-def anmi(labels_N: npt.NDArray[Any], heads: HeadLabels, num_clusters: int) -> float:
+def anmi(labels_N: npt.NDArray[Any], heads: Heads, num_clusters: int) -> float:
     """Average NMI (geometric) of a labelling with every head, 0 to 1.
 
     Args:
@@ -70,6 +69,6 @@ def anmi(labels_N: npt.NDArray[Any], heads: HeadLabels, num_clusters: int) -> fl
     return anmi_from_counts(count_consensus(labels_N, heads, num_clusters), heads.offsets)
 
 
-def anmi_from_counts(counts_KC: Counts, offsets: Counts) -> float:
+def anmi_from_counts(counts_KC: npt.NDArray[Any], offsets: Counts) -> float:
     """The same from the counts of :func:`icce_ray.consensus.contingency.count_consensus`."""
     return float(np.mean([nmi_from_counts(counts_KC[:, start:stop]) for start, stop in pairwise(offsets)]))

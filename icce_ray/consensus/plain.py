@@ -7,73 +7,72 @@ Shape letters: N images, H heads, C head clusters, K clusters of the consensus.
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from icce_ray.consensus.agreement import align_heads
-from icce_ray.consensus.contingency import MISSING, Counts, HeadLabels, Labels, count_consensus
+from icce_ray.consensus.contingency import count_consensus
+from icce_ray.consensus.matrix import MISSING, Counts, Heads, Labels
 from icce_ray.consensus.mcla import vote
-from icce_ray.consensus.objective import anmi
+from icce_ray.consensus.objective import anmi_from_counts
 from icce_ray.consensus.partition import PartitionError
 
 MAX_ROUNDS = 20
 
 
-def best_head(heads: HeadLabels, num_clusters: int, losses_H: npt.NDArray[np.float64] | None = None) -> Labels:
-    """The labels (N,) of the head with the lowest loss, or without losses with the highest ANMI, with its own numbers
-    where these lie in 0..num_clusters-1. Only heads that label every image and have at most that many clusters.
+def best_head(heads: Heads, num_clusters: int, *, scores_H: npt.NDArray[np.float64]) -> Labels:
+    """The labels (N,) of the head with the highest score (NaN is lowest), with its own numbers where these lie in
+    0..num_clusters-1. Only heads that label every image and have at most that many clusters.
 
     Raises:
         PartitionError: there is no such head.
     """
-    usable = [head for head in range(heads.num_heads) if _is_usable(heads, head, num_clusters)]
-    if not usable:
+    sizes_C = heads.head_cluster_sizes()
+    labelled_H = np.array([sizes_C[start:stop].sum() for start, stop in pairwise(heads.offsets)])
+    usable = np.flatnonzero((heads.num_clusters <= num_clusters) & (labelled_H == heads.num_images))
+    if not len(usable):
         raise PartitionError(f"no head labels every image with at most {num_clusters} clusters")
-    if losses_H is not None:
-        head = min(usable, key=lambda h: (np.isnan(losses_H[h]), losses_H[h]))
-    else:
-        head = max(usable, key=lambda h: anmi(heads.codes[h], heads, num_clusters))
+    head = int(usable[np.where(np.isnan(scores_H[usable]), -np.inf, scores_H[usable]).argmax()])
     values = heads.values[head]
-    codes_N = heads.codes[head]
-    labels_N: Labels = values[codes_N].astype(np.int32) if values[-1] < num_clusters else codes_N.copy()
+    codes_N = heads.gather(slice(head, head + 1)).codes[0]
+    labels_N: Labels = values[codes_N].astype(np.int32) if values[-1] < num_clusters else codes_N
     return labels_N
 
 
-def _is_usable(heads: HeadLabels, head: int, num_clusters: int) -> bool:
-    return len(heads.values[head]) <= num_clusters and bool((heads.codes[head] >= 0).all())
-
-
-def align_and_vote(heads: HeadLabels, num_clusters: int, *, seed: int, num_starts: int = 1) -> list[Labels]:
+def align_and_vote(
+    heads: Heads, num_clusters: int, *, scores_H: npt.NDArray[np.float64], seed: int, num_starts: int = 1
+) -> list[Labels]:
     """Majority of the heads, aligned to one of them; then aligned to that majority, and so on until the ANMI stops
-    rising: labels (N,) for each of `num_starts` heads, those with the highest ANMI among the ones that fit.
+    rising: labels (N,) for each of `num_starts` heads, those with the highest score among the ones that fit.
 
     A head with more than `num_clusters` clusters keeps its largest and joins the rest to the smallest of these.
     """
-    clusters = heads.num_clusters
-    fits = [bool(clusters[head] <= num_clusters) for head in range(heads.num_heads)]
-    scores = [anmi(_as_start(heads, head, num_clusters), heads, num_clusters) for head in range(heads.num_heads)]
-    order = sorted(range(heads.num_heads), key=lambda head: (not fits[head], -scores[head]))
-    starts = [_as_start(heads, head, num_clusters) for head in order[:num_starts]]
+    fits_H = heads.num_clusters <= num_clusters
+    order = np.lexsort((-scores_H, ~fits_H))
+    starts = (_as_start(heads, int(head), num_clusters) for head in order[:num_starts])
     return [_vote_until_stable(labels_N, heads, num_clusters, seed) for labels_N in starts]
 
 
-def _vote_until_stable(labels_N: Labels, heads: HeadLabels, num_clusters: int, seed: int) -> Labels:
+def _vote_until_stable(labels_N: Labels, heads: Heads, num_clusters: int, seed: int) -> Labels:
     best_N, best = labels_N, -1.0
+    counts_KC = count_consensus(labels_N, heads, num_clusters)
     for _ in range(MAX_ROUNDS):
-        cluster_of_column = align_heads(count_consensus(labels_N, heads, num_clusters), heads.offsets)
+        cluster_of_column = align_heads(counts_KC, heads.offsets)
         labels_N = vote(heads, cluster_of_column, num_clusters, seed=seed, by_mean=False)
-        labels_N = fill_empty_clusters(labels_N, heads, num_clusters)
-        value = anmi(labels_N, heads, num_clusters)
+        labels_N, _ = fill_empty_clusters(labels_N, heads, num_clusters)
+        counts_KC = count_consensus(labels_N, heads, num_clusters)
+        value = anmi_from_counts(counts_KC, heads.offsets)
         if value <= best:
             break
         best_N, best = labels_N, value
     return best_N
 
 
-def _as_start(heads: HeadLabels, head: int, num_clusters: int) -> Labels:
+def _as_start(heads: Heads, head: int, num_clusters: int) -> Labels:
     """The head's labels in 0..num_clusters-1, none missing."""
-    codes_N = heads.codes[head]
+    codes_N = heads.gather(slice(head, head + 1)).codes[0]
     if len(heads.values[head]) > num_clusters:
         order = np.argsort(-np.bincount(codes_N[codes_N >= 0]), kind="stable")
         rank = np.empty(len(order), dtype=np.int32)
@@ -83,17 +82,17 @@ def _as_start(heads: HeadLabels, head: int, num_clusters: int) -> Labels:
     return labels_N
 
 
-def fill_empty_clusters(labels_N: Labels, heads: HeadLabels, num_clusters: int) -> Labels:
-    """The labels (N,) with every cluster 0..num_clusters-1 used, if enough images differ in their labels.
+def fill_empty_clusters(labels_N: Labels, heads: Heads, num_clusters: int) -> tuple[Labels, int]:
+    """The labels (N,) with every cluster 0..num_clusters-1 used, if enough images differ in their labels, and how many
+    clusters were empty.
 
     An empty cluster gets the largest group of images that one head tells apart from the rest of their cluster: the
     second largest cell of a cluster's row in the counts against a head.
     """
+    empty = np.flatnonzero(np.bincount(labels_N, minlength=num_clusters) == 0)
+    if not len(empty):
+        return labels_N, 0
     counts_KC = count_consensus(labels_N, heads, num_clusters)
-    sizes_K = np.bincount(labels_N, minlength=num_clusters)
-    empty = list(np.flatnonzero(sizes_K == 0))
-    if not empty:
-        return labels_N
     labels_N = labels_N.copy()
     splits = [_largest_split(counts_C, heads.offsets) for counts_C in counts_KC]
     for target in empty:
@@ -101,18 +100,28 @@ def fill_empty_clusters(labels_N: Labels, heads: HeadLabels, num_clusters: int) 
         size, head, code = splits[source]
         if size == 0:
             break
-        moved = np.flatnonzero((labels_N == source) & (heads.codes[head] == code))
-        labels_N[moved] = target
-        shard = HeadLabels(heads.codes[:, moved], heads.values)
-        counts_C = count_consensus(np.zeros(len(moved), dtype=np.int32), shard, 1)[0]
-        counts_KC[target] += counts_C
-        counts_KC[source] -= counts_C
+        for moved, counts_C in heads.map(_split_piece, heads.image_pieces(), labels_N, source, head, code):
+            labels_N[moved] = target
+            counts_KC[target] += counts_C
+            counts_KC[source] -= counts_C
         for cluster in (source, target):
             splits[cluster] = _largest_split(counts_KC[cluster], heads.offsets)
-    return labels_N
+    return labels_N, len(empty)
 
 
-def _largest_split(counts_C: Counts, offsets: Counts) -> tuple[int, int, int]:
+def _split_piece(
+    heads: Heads, start: int, stop: int, labels_N: Labels, source: int, head: int, code: int
+) -> tuple[npt.NDArray[np.int64], Counts]:
+    """Images that `head` puts into its cluster `code` among those of the consensus cluster `source`, and their counts
+    against the head clusters (C,)."""
+    part = heads.read(start, stop)
+    moved_n = np.flatnonzero((labels_N[start:stop] == source) & (part.codes[head] == code))
+    codes_Hn = part.codes[:, moved_n]
+    columns = (codes_Hn + heads.offsets[:-1, None])[codes_Hn >= 0]
+    return start + moved_n, np.bincount(columns, minlength=heads.num_head_clusters)
+
+
+def _largest_split(counts_C: npt.NDArray[Any], offsets: Counts) -> tuple[int, int, int]:
     """Images in the second largest cell of one head, that head, and its cluster; 0 images where no head splits it."""
     best = (0, 0, 0)
     for head, (start, stop) in enumerate(pairwise(offsets)):

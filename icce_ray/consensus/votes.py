@@ -41,12 +41,12 @@ def rank_votes(
         entropy (n,) in nats of the image's votes (unweighted).
     """
     num_rows, num_heads = votes_nH.shape
-    votes = np.sort(votes_nH, axis=1).astype(np.int64)
+    votes = np.sort(votes_nH.astype(np.int32, copy=False), axis=1)
     starts_run = np.ones((num_rows, num_heads), dtype=bool)
     starts_run[:, 1:] = votes[:, 1:] != votes[:, :-1]
     starts = np.flatnonzero(starts_run)
     run_lengths = np.diff(np.append(starts, num_rows * num_heads)).astype(np.float64)
-    rows = starts // num_heads
+    rows = (starts // num_heads).astype(np.int32)
     clusters = votes.ravel()[starts]
     valid = clusters >= 0
     rows, clusters, run_lengths = rows[valid], clusters[valid], run_lengths[valid]
@@ -70,7 +70,7 @@ def _best_of_each_row(
     rows: npt.NDArray[Any],
     clusters: npt.NDArray[Any],
     scores: npt.NDArray[np.float64],
-    votes: npt.NDArray[np.int64],
+    votes: npt.NDArray[np.int32],
     seed: int | None,
 ) -> npt.NDArray[np.int64]:
     """Positions of the highest score of each row; `rows` ascend. Equal scores: by hash, or the first."""

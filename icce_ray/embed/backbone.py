@@ -1,4 +1,4 @@
-"""From pixels to features: a frozen network, or the pixels themselves. METHOD section 0.
+"""Which backbone a config means, and how to build it: timm networks, or the pixels themselves. METHOD section 0.
 
 Any timm model works. A vision transformer gives its class token, the mean of its patch tokens, or the class tokens of
 its last four blocks, all after the final norm; any other model its pooled features. torch and timm are imported only
@@ -10,18 +10,27 @@ D of a transformer of width W: ``cls`` W, ``cls+patch_mean`` 2 W, ``last4`` 4 W,
 from __future__ import annotations
 
 import difflib
-import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 
-from icce_ray.config import Config, EmbedConfig
-from icce_ray.embed.images import Interpolation, Pixels, Preprocessing
-from icce_ray.embed.weights import WEIGHTS_ENDINGS, check_hub, load_weights, no_hub
-from icce_ray.errors import ConfigError
+from icce_ray.config import BackboneConfig, Config, EmbedConfig
+from icce_ray.embed.images import Interpolation, Preprocessing, SeveralViews
+from icce_ray.embed.networks import (
+    Backbone,
+    PixelsBackbone,
+    SeveralBackbones,
+    TimmBackbone,
+    common_preprocessing,
+    data_config,
+    extract_features,
+    find_batch_size,
+)
+from icce_ray.embed.weights import check_hub, check_weights, load_weights, no_hub, weights_digest
+from icce_ray.errors import ConfigError, UserError
 
 if TYPE_CHECKING:
     import torch
@@ -30,18 +39,6 @@ PIXELS = "pixels"
 PIXELS_IMAGE_SIZE = 32
 DEFAULT_IMAGE_SIZE = 224
 RANDOM_WEIGHTS = "random"
-
-
-class Backbone(Protocol):
-    """Turns images into features. Holds no state that an image could change."""
-
-    dim: int
-
-    def embed(self, images_BHWC: Pixels) -> npt.NDArray[np.float16]:
-        """(B, H, W, C) uint8 as :class:`Preprocessing` says -> (B, dim) float16.
-
-        Features beyond float16's range come out infinite, and not-a-number stays: the caller leaves those images out.
-        """
 
 
 @dataclass(frozen=True)
@@ -56,6 +53,27 @@ class BackbonePlan:
     """Of the feature set, e.g. ``vit_small_patch14_dinov2.lvd142m:cls``."""
 
 
+@dataclass(frozen=True)
+class EmbeddingPlan:
+    """The same of all backbones of a run."""
+
+    backbones: tuple[BackbonePlan, ...]
+    """One per feature set, the one that later stages use first."""
+
+    @property
+    def preprocessing(self) -> Preprocessing | SeveralViews:
+        """What serves them all."""
+        return common_preprocessing([plan.preprocessing for plan in self.backbones])
+
+    @property
+    def names(self) -> list[str]:
+        return [plan.name for plan in self.backbones]
+
+    @property
+    def dims(self) -> tuple[int, ...]:
+        return tuple(plan.dim for plan in self.backbones)
+
+
 def check_backbone(config: Config) -> None:
     """Refuse a backbone that cannot work, before any work starts; downloads no weights.
 
@@ -68,15 +86,29 @@ def check_backbone(config: Config) -> None:
     """
     if config.embeddings.uri is not None:
         return
-    plan_backbone(config.embed)
-    if config.embed.backbone != PIXELS and config.embed.weights is None:
-        check_hub(config.embed.backbone)
+    plan_embedding(config.embed)
+    for index, embed in enumerate(config.embed.backbones):
+        if embed.backbone != PIXELS and embed.weights is None:
+            with _named(index):
+                check_hub(embed.backbone)
 
 
-def plan_backbone(embed: EmbedConfig) -> BackbonePlan:
-    """Features, dimension and preprocessing of `embed`'s backbone, found without weights (on torch's meta device).
+def plan_embedding(embed: EmbedConfig) -> EmbeddingPlan:
+    """:func:`plan_backbone` of each of `embed`'s backbones.
 
-    Usage: ``preprocessing = plan_backbone(config.embed).preprocessing``
+    Usage: ``preprocessing = plan_embedding(config.embed).preprocessing``
+    """
+    plans = []
+    for index, backbone in enumerate(embed.backbones):
+        with _named(index):
+            plans.append(plan_backbone(backbone))
+    return EmbeddingPlan(tuple(plans))
+
+
+def plan_backbone(embed: BackboneConfig) -> BackbonePlan:
+    """Features, dimension and preprocessing of a backbone, found without weights (on torch's meta device).
+
+    Usage: ``dim = plan_backbone(config.embed).dim``
 
     Raises:
         ConfigError: as :func:`check_backbone`.
@@ -85,7 +117,8 @@ def plan_backbone(embed: EmbedConfig) -> BackbonePlan:
         return _plan_pixels(embed)
     if embed.grayscale:
         raise ConfigError(f"embed.grayscale: only for backbone {PIXELS!r}; {embed.backbone} takes three channels")
-    _check_weights_path(embed.weights)
+    if embed.weights not in (None, RANDOM_WEIGHTS):
+        check_weights(embed.weights)
     import torch
 
     size = image_size(embed)
@@ -100,7 +133,7 @@ def plan_backbone(embed: EmbedConfig) -> BackbonePlan:
 
 
 def make_backbone(config: Config, *, device: str = "cpu", num_threads: int | None = None) -> Backbone:
-    """Build the backbone with its weights.
+    """Build the backbone with its weights; several of them as one, feature set after feature set.
 
     Usage: ``features_ND = make_backbone(config).embed(images_NHWC)``
 
@@ -113,15 +146,31 @@ def make_backbone(config: Config, *, device: str = "cpu", num_threads: int | Non
         ConfigError: as :func:`check_backbone`, and weights that do not fit the model (which keys).
         ResourceError: no weights file is named and the hub cannot be reached.
     """
-    plan = plan_backbone(config.embed)
-    if config.embed.backbone == PIXELS:
+    plan = plan_embedding(config.embed)
+    made: list[Backbone] = []
+    for index, embed in enumerate(config.embed.backbones):
+        with _named(index):
+            made.append(_make_one(embed, plan.backbones[index], config, device, num_threads))
+    views = [one.preprocessing for one in plan.backbones]
+    backbone = made[0] if len(made) == 1 else SeveralBackbones(made, views)
+    if config.embed.batch_size != "auto":
+        backbone.batch_size = config.embed.batch_size
+    elif device != "cpu":
+        backbone.batch_size = find_batch_size(backbone.embed, plan.preprocessing.shape)
+    return backbone
+
+
+def _make_one(
+    embed: BackboneConfig, plan: BackbonePlan, config: Config, device: str, num_threads: int | None
+) -> Backbone:
+    if embed.backbone == PIXELS:
         return PixelsBackbone(plan.dim)
     import torch
 
     if num_threads is not None:
         torch.set_num_threads(num_threads)
-    name, size = config.embed.backbone, image_size(config.embed)
-    weights = config.embed.weights
+    name, size = embed.backbone, image_size(embed)
+    weights = embed.weights
     if weights == RANDOM_WEIGHTS:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
@@ -130,67 +179,11 @@ def make_backbone(config: Config, *, device: str = "cpu", num_threads: int | Non
         model = _create_from_hub(name, size)
     else:
         model = load_weights(lambda **options: _create(name, size, **options), weights, name)
-    return TimmBackbone(model, plan, device)
+    precision, compiled = config.embed.precision, config.embed.compile
+    return TimmBackbone(model, plan.features, plan.dim, device, precision, compiled=compiled)
 
 
-class PixelsBackbone:
-    """The flattened pixels, 0 to 1."""
-
-    def __init__(self, dim: int) -> None:
-        self.dim = dim
-
-    def embed(self, images_BHWC: Pixels) -> npt.NDArray[np.float16]:
-        return (images_BHWC.reshape(len(images_BHWC), -1) / np.float32(255.0)).astype(np.float16)
-
-
-class TimmBackbone:
-    """A frozen timm model in inference mode, float32."""
-
-    def __init__(self, model: torch.nn.Module, plan: BackbonePlan, device: str) -> None:
-        import torch
-
-        self.dim = plan.dim
-        self._features = plan.features
-        self._device = torch.device(device)
-        self._model = model.eval().requires_grad_(False).to(self._device)
-        data = _data_config(model)
-        self._mean = torch.tensor(data["mean"], device=self._device)
-        self._std = torch.tensor(data["std"], device=self._device)
-
-    def embed(self, images_BHWC: Pixels) -> npt.NDArray[np.float16]:
-        import torch
-
-        # A copy: the array may be shared memory, which torch would write through.
-        pixels = torch.from_numpy(np.array(images_BHWC)).to(self._device)
-        with torch.inference_mode():
-            scaled = (pixels.float() / 255.0 - self._mean) / self._std
-            features = extract_features(self._model, scaled.permute(0, 3, 1, 2).contiguous(), self._features)
-            result: npt.NDArray[np.float16] = features.to(torch.float16).cpu().numpy()
-        return result
-
-
-def extract_features(model: Any, images_BCHW: torch.Tensor, features: str) -> torch.Tensor:
-    """Normalised images -> (B, D) float32; `features` as in METHOD section 0, tokens after the model's final norm."""
-    import torch
-
-    if features == "pooled":
-        pooled: torch.Tensor = model(images_BCHW)
-        return pooled.flatten(1)
-    if features.startswith("last4"):
-        blocks = model.forward_intermediates(
-            images_BCHW, indices=4, return_prefix_tokens=True, norm=True, output_fmt="NLC", intermediates_only=True
-        )
-        chosen = [prefix[:, 0] for _, prefix in blocks]
-        patches = blocks[-1][0]
-    else:
-        tokens = model.forward_features(images_BCHW)
-        chosen, patches = [tokens[:, 0]], tokens[:, model.num_prefix_tokens :]
-    if features.endswith("patch_mean"):
-        chosen.append(patches.mean(dim=1))
-    return torch.cat(chosen, dim=1)
-
-
-def image_size(embed: EmbedConfig) -> int:
+def image_size(embed: BackboneConfig) -> int:
     """Side of the square input in pixels, defaults filled in."""
     if embed.image_size is not None:
         return embed.image_size
@@ -202,8 +195,8 @@ def embed_settings(config: Config) -> dict[str, Any]:
 
     Usage: ``fingerprint("embed", job.VERSION, embed_settings(config), {"images": images.fingerprint})``
 
-    A weights file counts by its content, not its path. `batch_size` is left out (it changes features by rounding only),
-    and so is `max_error_rate`: raising it after a stop goes on with the finished parts.
+    A weights file counts by its content, not its path. `batch_size` and `compile` are left out (they change features by
+    rounding only), and so is `max_error_rate`: raising it after a stop goes on with the finished parts.
 
     Raises:
         ConfigError: the weights file is not there.
@@ -211,23 +204,38 @@ def embed_settings(config: Config) -> dict[str, Any]:
     if config.embeddings.uri is not None:
         return {"embeddings": {"column": config.embeddings.column}}
     embed = config.embed
-    settings = embed.model_dump(
-        mode="json", exclude={"batch_size", "max_error_rate", "weights", "features", "grayscale"}
-    )
-    settings["image_size"] = image_size(embed)
-    if embed.backbone == PIXELS:
-        return {"embed": settings | {"grayscale": embed.grayscale}}
-    settings |= {"features": embed.features, "weights": "hub" if embed.weights is None else embed.weights}
-    if embed.weights == RANDOM_WEIGHTS:
-        settings["seed"] = config.seed
-    elif embed.weights is not None:
-        _check_weights_path(embed.weights)
-        with Path(embed.weights).expanduser().open("rb") as file:
-            settings["weights"] = "sha256:" + hashlib.file_digest(file, "sha256").hexdigest()
+    shared = {"images_per_part": embed.images_per_part, "max_image_pixels": embed.max_image_pixels}
+    settings = shared | _backbone_settings(embed, config)
+    if embed.extra:
+        settings["extra"] = [_backbone_settings(extra, config) for extra in embed.extra]
     return {"embed": settings}
 
 
-def _plan_pixels(embed: EmbedConfig) -> BackbonePlan:
+def _backbone_settings(embed: BackboneConfig, config: Config) -> dict[str, Any]:
+    settings: dict[str, Any] = {"backbone": embed.backbone, "image_size": image_size(embed)}
+    if embed.backbone == PIXELS:
+        return settings | {"grayscale": embed.grayscale}
+    settings |= {"features": embed.features, "weights": "hub" if embed.weights is None else embed.weights}
+    settings["precision"] = config.embed.precision
+    if embed.weights == RANDOM_WEIGHTS:
+        settings["seed"] = config.seed
+    elif embed.weights is not None:
+        settings["weights"] = "sha256:" + weights_digest(embed.weights)
+    return settings
+
+
+@contextmanager
+def _named(index: int) -> Iterator[None]:
+    """Within it, errors say which of the backbones they mean."""
+    try:
+        yield
+    except UserError as error:
+        if index == 0:
+            raise
+        raise type(error)(f"embed.extra[{index - 1}]: {error}") from None
+
+
+def _plan_pixels(embed: BackboneConfig) -> BackbonePlan:
     for setting, value in (("features", embed.features), ("weights", embed.weights)):
         if value not in (None, "auto"):
             raise ConfigError(f"embed.{setting}: {value!r} is for networks; leave it out with backbone {PIXELS!r}")
@@ -271,7 +279,7 @@ def _create_from_hub(name: str, size: int) -> Any:
         raise no_hub(name, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}") from None
 
 
-def _choose_features(model: Any, embed: EmbedConfig) -> str:
+def _choose_features(model: Any, embed: BackboneConfig) -> str:
     has_tokens = getattr(model, "cls_token", None) is not None and getattr(model, "num_prefix_tokens", 0) >= 1
     if embed.features == "auto":
         return "cls+patch_mean" if has_tokens else "pooled"
@@ -286,7 +294,7 @@ def _choose_features(model: Any, embed: EmbedConfig) -> str:
     return embed.features
 
 
-def _probe(model: Any, embed: EmbedConfig, example: torch.Tensor) -> tuple[str, int]:
+def _probe(model: Any, embed: BackboneConfig, example: torch.Tensor) -> tuple[str, int]:
     """The features that `embed` means, and their dimension, by trying."""
     import torch
 
@@ -302,7 +310,7 @@ def _probe(model: Any, embed: EmbedConfig, example: torch.Tensor) -> tuple[str, 
 
 
 def _preprocessing(model: Any, size: int) -> Preprocessing:
-    data = _data_config(model)
+    data = data_config(model)
     known: dict[str, Interpolation] = {"nearest": "nearest", "bilinear": "bilinear", "lanczos": "lanczos"}
     return Preprocessing(
         size=size,
@@ -310,21 +318,3 @@ def _preprocessing(model: Any, size: int) -> Preprocessing:
         interpolation=known.get(data["interpolation"], "bicubic"),
         squash=data["crop_mode"] == "squash",
     )
-
-
-def _data_config(model: Any) -> dict[str, Any]:
-    """timm's: mean, std, interpolation, crop_pct, crop_mode."""
-    from timm.data.config import resolve_model_data_config
-
-    settings: dict[str, Any] = resolve_model_data_config(model)  # type: ignore[no-untyped-call]
-    return settings
-
-
-def _check_weights_path(weights: str | None) -> None:
-    if weights in (None, RANDOM_WEIGHTS):
-        return
-    assert weights is not None
-    if not weights.lower().endswith(WEIGHTS_ENDINGS):
-        raise ConfigError(f"embed.weights: {weights} does not end in {' or '.join(WEIGHTS_ENDINGS)}")
-    if not Path(weights).expanduser().is_file():
-        raise ConfigError(f"embed.weights: there is no file {weights}")

@@ -6,12 +6,8 @@ it as .npy into the cache folder, part by part; all others map the same file.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import io
-import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,11 +17,13 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from icce_ray.embed.local_files import locked, replacing
 from icce_ray.errors import DamagedArtifactError
 from icce_ray.store import Artifact
 from icce_ray.store.artifact import cache_folder
 
 PART_PREFIX = "part-"
+COLUMN = "embedding"
 
 
 @dataclass(frozen=True)
@@ -48,7 +46,14 @@ class Features:
         return int(self.matrix.shape[1])
 
 
-def load_features(artifact: Artifact) -> Features:
+def feature_set_names(artifact: Artifact) -> list[str]:
+    """Names of the feature sets of an ``embed`` artifact, such as ``vit_small_patch14_dinov2:cls``; the first is the
+    one that stages use unless told otherwise. Usage: ``range(len(feature_set_names(artifact)))`` are their numbers."""
+    first = artifact.metrics.get("feature_set", COLUMN)
+    return [str(name) for name in artifact.metrics.get("feature_sets", [first])]
+
+
+def load_features(artifact: Artifact, feature_set: int = 0) -> Features:
     """The matrix of a finished ``embed`` artifact.
 
     Usage::
@@ -59,6 +64,10 @@ def load_features(artifact: Artifact) -> Features:
     The first call on a machine copies the parts into ``<cache>/embed/<fingerprint>/`` (ICCE_CACHE), one part in memory
     at a time; simultaneous callers wait for it, later ones only map the file.
 
+    Args:
+        artifact: the stage's.
+        feature_set: which of :func:`feature_set_names`, where several backbones were run.
+
     Raises:
         DamagedArtifactError: a part is missing, or its bytes or its type are not those that the manifest promises.
     """
@@ -68,33 +77,45 @@ def load_features(artifact: Artifact) -> Features:
     # The fingerprint says what was asked for; the checksums say what came out, and a stale cache must never be read.
     digest = hashlib.sha256("".join(artifact.part(name).sha256 for name in names).encode()).hexdigest()[:12]
     folder = cache_folder() / artifact.manifest.stage / artifact.fingerprint
-    matrix_path, ids_path = folder / f"features-{digest}.npy", folder / f"image_ids-{digest}.npy"
+    suffix = f"-{feature_set}" if feature_set else ""
+    matrix_path, ids_path = folder / f"features-{digest}{suffix}.npy", folder / f"image_ids-{digest}.npy"
     if not matrix_path.exists() or not ids_path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        with _locked(folder / ".features.lock"):
+        with locked(folder / ".features.lock"):
             if not matrix_path.exists() or not ids_path.exists():
-                _build(artifact, names, matrix_path, ids_path)
+                _build(artifact, names, feature_set, matrix_path, ids_path)
     matrix = np.load(matrix_path, mmap_mode="r", allow_pickle=False)
     image_ids = np.load(ids_path, allow_pickle=False)
     image_ids.flags.writeable = False
-    return Features(image_ids, matrix, str(artifact.metrics.get("feature_set", "embedding")))
+    return Features(image_ids, matrix, feature_set_names(artifact)[feature_set])
 
 
-def table_to_arrays(table: pa.Table) -> tuple[npt.NDArray[np.int64], npt.NDArray[Any]]:
+def table_to_arrays(table: pa.Table, feature_set: int = 0) -> tuple[npt.NDArray[np.int64], npt.NDArray[Any]]:
     """``(image_ids (n,) int64, embeddings (n, D))`` of one Parquet part, read-only where no copy was needed."""
-    column = table["embedding"].combine_chunks()
+    column = table[column_name(feature_set)].combine_chunks()
     values = column.flatten().to_numpy(zero_copy_only=True)
     return table["image_id"].to_numpy(), values.reshape(len(column), column.type.list_size)
 
 
-def _build(artifact: Artifact, names: list[str], matrix_path: Path, ids_path: Path) -> None:
+def column_name(feature_set: int) -> str:
+    """The Parquet column of a feature set: ``embedding``, ``embedding_1``, ``embedding_2``, ..."""
+    return COLUMN if feature_set == 0 else f"{COLUMN}_{feature_set}"
+
+
+def joined_columns(table: pa.Table) -> npt.NDArray[Any]:
+    """(n, sum of D): the feature sets of a part side by side, as a backbone gives them."""
+    num_sets = sum(name.startswith(COLUMN) for name in table.schema.names)
+    sets = [table_to_arrays(table, feature_set)[1] for feature_set in range(num_sets)]
+    return sets[0] if num_sets == 1 else np.concatenate(sets, axis=1)
+
+
+def _build(artifact: Artifact, names: list[str], feature_set: int, matrix_path: Path, ids_path: Path) -> None:
     num_images = sum(artifact.part(name).rows or 0 for name in names)
     image_ids = np.empty(num_images, dtype=np.int64)
     matrix: npt.NDArray[Any] | None = None
-    with _replacing(matrix_path) as temporary:
+    with replacing(matrix_path) as temporary:
         start = 0
         for name in names:
-            ids, rows = table_to_arrays(pq.read_table(pa.BufferReader(artifact.read_bytes(name))))
+            ids, rows = table_to_arrays(pq.read_table(pa.BufferReader(artifact.read_bytes(name))), feature_set)
             if matrix is None:
                 matrix = np.lib.format.open_memmap(
                     temporary, mode="w+", dtype=rows.dtype, shape=(num_images, rows.shape[1])
@@ -111,26 +132,7 @@ def _build(artifact: Artifact, names: list[str], matrix_path: Path, ids_path: Pa
             raise DamagedArtifactError(f"{artifact.folder.uri}: the parts do not hold each image once, in order")
         assert isinstance(matrix, np.memmap)
         matrix.flush()
-    with _replacing(ids_path) as temporary:
+    with replacing(ids_path) as temporary:
         sink = io.BytesIO()
         np.save(sink, image_ids, allow_pickle=False)
         temporary.write_bytes(sink.getbuffer())
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A path to write to that becomes `path` at the end, or vanishes after an error."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        yield temporary
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold the lock file for this machine's other processes; the kernel lets go of it when a holder dies."""
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield

@@ -2,11 +2,13 @@
 
 Every mode that Pillow opens becomes 8-bit RGB or grey: EXIF rotation applied, transparency on white, the first frame of
 an animation. A file that cannot be used costs itself only: it yields a short, stable reason for the errors table.
+Several backbones that want different sizes get them from one decoding.
 """
 
 from __future__ import annotations
 
 import io
+import math
 import warnings
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -23,8 +25,13 @@ from icce_ray.store.filesystem import open_uri
 ENDINGS = {b"\xff\xd8\xff": b"\xff\xd9", b"\x89PNG": b"IEND\xaeB`\x82", b"GIF8": b";"}
 """How files that begin so end, when they are whole."""
 OTHER_SIGNATURES = (b"RIFF", b"BM", b"II*\0", b"MM\0*")
+DRAFT_FORMATS = ("JPEG", "MPO")
+"""MPO: what some cameras write, JPEGs one after another."""
 DRAFT_FACTOR = 2
 """JPEGs are decoded at the smallest of 1/1, 1/2, 1/4, 1/8 that is still this many times the wanted size."""
+
+MAX_ASPECT = 16
+"""Of a longer strip only the middle is scaled: scaled whole, a line of a million pixels would fill the memory."""
 
 Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
 Pixels = npt.NDArray[np.uint8]
@@ -46,11 +53,34 @@ class Preprocessing:
     """One channel (luma) instead of three."""
 
     @property
-    def shape(self) -> tuple[int, int, int]:
+    def shape(self) -> tuple[int, ...]:
         return self.size, self.size, 1 if self.grayscale else 3
 
+    @property
+    def views(self) -> tuple[Preprocessing, ...]:
+        return (self,)
 
-def decode_image(data: bytes, preprocessing: Preprocessing, *, max_pixels: int = 100_000_000) -> Pixels | str:
+
+@dataclass(frozen=True)
+class SeveralViews:
+    """Several pictures of each image, for backbones that want them different: their pixels one after another (P)."""
+
+    views: tuple[Preprocessing, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (sum(math.prod(view.shape) for view in self.views),)
+
+    def split(self, pixels_BP: Pixels) -> list[Pixels]:
+        """(B, P) -> (B, H, W, C) of each view."""
+        ends = np.cumsum([math.prod(view.shape) for view in self.views])
+        pieces = np.split(pixels_BP, ends[:-1], axis=1)
+        return [piece.reshape(-1, *view.shape) for piece, view in zip(pieces, self.views, strict=True)]
+
+
+def decode_image(
+    data: bytes, preprocessing: Preprocessing | SeveralViews, *, max_pixels: int = 100_000_000
+) -> Pixels | str:
     """Decode, orient, convert and scale one image file.
 
     Usage::
@@ -64,25 +94,25 @@ def decode_image(data: bytes, preprocessing: Preprocessing, *, max_pixels: int =
         max_pixels: width x height above which nothing is decoded.
 
     Returns:
-        (H, W, C) uint8; or the reason: ``zero bytes``, ``truncated``, ``not an image``, ``decompression bomb`` (more
-        than twice Pillow's own limit of 89 million pixels), ``over the limit of N pixels``, ``unreadable: ...``. It
-        never raises.
+        (H, W, C) uint8, with several views (P,); or the reason: ``zero bytes``, ``truncated``, ``not an image``,
+        ``decompression bomb`` (more than twice Pillow's own limit of 89 million pixels), ``over the limit of N
+        pixels``, ``unreadable: ...``. It never raises.
     """
     if not data:
         return "zero bytes"
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with Image.open(io.BytesIO(data)) as image:
-                if image.width * image.height > max_pixels:
-                    return f"over the limit of {max_pixels} pixels"
-                return _to_pixels(image, preprocessing)
+            pictures = _decode_views(data, preprocessing.views, max_pixels)
     except Image.DecompressionBombError:
         return "decompression bomb"
     except UnidentifiedImageError:
         return _why_unidentified(data)
     except Exception as error:  # whatever a decoder raises, it must cost this image alone
         return "truncated" if _is_cut_off(data, error) else f"unreadable: {_one_line(error)}"
+    if isinstance(pictures, str):
+        return pictures
+    return pictures[0] if len(pictures) == 1 else np.concatenate([picture.ravel() for picture in pictures])
 
 
 def read_image(uri: str) -> bytes | str:
@@ -115,25 +145,43 @@ def _open_remote(uri: str) -> tuple[pafs.FileSystem, str]:
 _filesystems: dict[str, pafs.FileSystem] = {}
 
 
-def _to_pixels(image: Image.Image, preprocessing: Preprocessing) -> Pixels:
-    size = preprocessing.scale_size
-    mode = "L" if preprocessing.grayscale else "RGB"
-    if image.format == "JPEG":
-        image.draft(None, (DRAFT_FACTOR * size, DRAFT_FACTOR * size))
-    image.load()
-    upright = _convert(_turn_upright(image), mode)
+def _decode_views(data: bytes, views: tuple[Preprocessing, ...], max_pixels: int) -> list[Pixels] | str:
+    """The pixels of each view, as it would get them alone; decoded once for all that want the same JPEG scale."""
+    upright: dict[tuple[int, int], Image.Image] = {}
+    pictures = []
+    for view in views:
+        with Image.open(io.BytesIO(data)) as image:  # reads the header only
+            if image.width * image.height > max_pixels:
+                return f"over the limit of {max_pixels} pixels"
+            if image.format in DRAFT_FORMATS:
+                image.draft(None, (DRAFT_FACTOR * view.scale_size, DRAFT_FACTOR * view.scale_size))
+            drafted = image.size
+            if drafted not in upright:
+                image.load()
+                upright[drafted] = _turn_upright(image)
+        pictures.append(_to_pixels(_convert(upright[drafted], "L" if view.grayscale else "RGB"), view))
+    return pictures
+
+
+def _to_pixels(upright: Image.Image, view: Preprocessing) -> Pixels:
+    size = view.scale_size
     width, height = upright.size
-    if preprocessing.squash:
+    if max(width, height) > MAX_ASPECT * min(width, height) and not view.squash:
+        length = MAX_ASPECT * min(width, height)
+        left, top = max(0, (width - length) // 2), max(0, (height - length) // 2)
+        upright = upright.crop((left, top, min(width, left + length), min(height, top + length)))
+        width, height = upright.size
+    if view.squash:
         target = (size, size)
     elif width <= height:
         target = (size, max(size, int(size * height / width)))
     else:
         target = (max(size, int(size * width / height)), size)
     if target != upright.size:
-        upright = upright.resize(target, Image.Resampling[preprocessing.interpolation.upper()])
-    left, top = round((target[0] - preprocessing.size) / 2), round((target[1] - preprocessing.size) / 2)
-    square = upright.crop((left, top, left + preprocessing.size, top + preprocessing.size))
-    return np.asarray(square, dtype=np.uint8).reshape(preprocessing.shape)
+        upright = upright.resize(target, Image.Resampling[view.interpolation.upper()])
+    left, top = round((target[0] - view.size) / 2), round((target[1] - view.size) / 2)
+    square = upright.crop((left, top, left + view.size, top + view.size))
+    return np.asarray(square, dtype=np.uint8).reshape(view.shape)
 
 
 def _turn_upright(image: Image.Image) -> Image.Image:

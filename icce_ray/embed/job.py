@@ -23,9 +23,10 @@ from icce_ray import errors
 from icce_ray.cluster import available_cpus, connect, worker_cpus
 from icce_ray.config import Config
 from icce_ray.context import StageContext
-from icce_ray.embed.backbone import Backbone, make_backbone, plan_backbone
-from icce_ray.embed.images import Preprocessing
+from icce_ray.embed.backbone import make_backbone, plan_embedding
+from icce_ray.embed.images import Preprocessing, SeveralViews
 from icce_ray.embed.listing import TABLE_NAME
+from icce_ray.embed.networks import Backbone
 from icce_ray.embed.parts import (
     PartRange,
     PartRecord,
@@ -54,7 +55,8 @@ def run(config: Config, context: StageContext) -> dict[str, Any]:
     """Embed all images of the ``images`` artifact.
 
     Returns:
-        Metrics: num_images, num_errors, errors (by reason), dim, dtype, feature_set, images_per_s.
+        Metrics: num_images, num_errors, errors (by reason), dim, dtype, feature_set, images_per_s; where several
+        backbones were run, feature_sets and dims of all, and dim that of the first.
 
     Raises:
         InputError: more failed images than `embed.max_error_rate` allows, or fewer good ones than `num_clusters`.
@@ -73,7 +75,7 @@ def run(config: Config, context: StageContext) -> dict[str, Any]:
         pending = tally.resume(plan_parts(len(uris), rows))
         convert_ready_made(embeddings, pending, tally, context)
         return tally.finish("ready-made", config.num_clusters)
-    plan = plan_backbone(config.embed)
+    plan = plan_embedding(config.embed)
     tally = Tally(context, uris, config.embed.max_error_rate)
     rows = images_per_part(plan.preprocessing, config.embed.images_per_part)
     pending = tally.resume(plan_parts(len(uris), rows))
@@ -82,7 +84,8 @@ def run(config: Config, context: StageContext) -> dict[str, Any]:
         with closing(_embed(config, context.output.folder, plan.preprocessing, pending, uris)) as records:
             for record in records:
                 tally.add(record)
-    return tally.finish(plan.name, config.num_clusters)
+    metrics = tally.finish(plan.names[0], config.num_clusters)
+    return metrics | ({"feature_sets": plan.names, "dims": plan.dims} if len(plan.names) > 1 else {})
 
 
 class Embedder:
@@ -107,14 +110,14 @@ class Embedder:
         except (errors.UserError, errors.WorkerError) as error:
             # As a row: raised here, it would come back inside Ray's own traceback.
             return pa.table({"record": [""], "error": [json.dumps([type(error).__name__, str(error)])]})
-        table = embed_part(part, decoded, backbone, self.config.embed.batch_size)
+        table = embed_part(part, decoded, backbone, backbone.batch_size)
         record = asdict(write_part(self.folder, part, table))
         end_tries(self.folder, part)
         record["part"] = record["part"].model_dump(mode="json")
         return pa.table({"record": [json.dumps(record)], "error": [""]})
 
 
-def decode(batch: Any, preprocessing: Preprocessing, max_pixels: int) -> Any:
+def decode(batch: Any, preprocessing: Preprocessing | SeveralViews, max_pixels: int) -> Any:
     """The task: one row that names a part's images -> one row that holds their pixels."""
     row = batch.to_pylist()[0]
     part = PartRange(row["index"], row["start"], row["stop"])
@@ -122,7 +125,11 @@ def decode(batch: Any, preprocessing: Preprocessing, max_pixels: int) -> Any:
 
 
 def _embed(
-    config: Config, folder: Folder, preprocessing: Preprocessing, pending: list[PartRange], uris: pa.ChunkedArray
+    config: Config,
+    folder: Folder,
+    preprocessing: Preprocessing | SeveralViews,
+    pending: list[PartRange],
+    uris: pa.ChunkedArray,
 ) -> Generator[PartRecord, None, None]:
     """Embed the `pending` parts; yields each as it is finished, in any order."""
     connect(config.resources)

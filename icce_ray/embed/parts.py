@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +18,9 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from icce_ray.embed.backbone import Backbone
-from icce_ray.embed.images import Pixels, Preprocessing, decode_image, read_image
+from icce_ray.embed.features import column_name, joined_columns
+from icce_ray.embed.images import Pixels, Preprocessing, SeveralViews, decode_image, read_image
+from icce_ray.embed.networks import Backbone
 from icce_ray.errors import WorkerError
 from icce_ray.store import Folder, Part
 
@@ -53,7 +55,7 @@ class DecodedPart:
     image_ids: npt.NDArray[np.int64]
     """(n,), ascending."""
     pixels: Pixels
-    """(n, H, W, C) uint8."""
+    """(n, H, W, C) uint8, with several views (n, P)."""
     hashes: list[str]
     """SHA-256 of each file, hex."""
     errors: list[Error]
@@ -103,10 +105,9 @@ def plan_parts(num_images: int, images_per_part: int) -> list[PartRange]:
     return [PartRange(index, start, min(start + images_per_part, num_images)) for index, start in enumerate(starts)]
 
 
-def images_per_part(preprocessing: Preprocessing, wanted: int) -> int:
+def images_per_part(preprocessing: Preprocessing | SeveralViews, wanted: int) -> int:
     """`wanted`, or as many as MAX_DECODED_PART_BYTES holds."""
-    height, width, channels = preprocessing.shape
-    return max(1, min(wanted, MAX_DECODED_PART_BYTES // (height * width * channels)))
+    return max(1, min(wanted, MAX_DECODED_PART_BYTES // math.prod(preprocessing.shape)))
 
 
 def ready_made_rows_per_part(dim: int, itemsize: int) -> int:
@@ -114,7 +115,9 @@ def ready_made_rows_per_part(dim: int, itemsize: int) -> int:
     return max(1, min(READY_MADE_PART_ROWS, READY_MADE_PART_BYTES // (dim * itemsize)))
 
 
-def decode_part(part: PartRange, uris: list[str], preprocessing: Preprocessing, *, max_pixels: int) -> DecodedPart:
+def decode_part(
+    part: PartRange, uris: list[str], preprocessing: Preprocessing | SeveralViews, *, max_pixels: int
+) -> DecodedPart:
     """Read and decode a part's images; `uris[i]` is that of image ``part.start + i``. What fails is an error."""
     assert len(uris) == part.stop - part.start
     image_ids: list[int] = []
@@ -145,7 +148,7 @@ def embed_part(part: PartRange, decoded: DecodedPart, backbone: Backbone, batch_
         reason = "feature not a number" if np.isnan(embeddings[row]).any() else "feature overflow"
         errors.append((int(decoded.image_ids[row]), reason))
     hashes = pa.array(decoded.hashes, pa.string()).filter(pa.array(good))
-    return part_table(part, decoded.image_ids[good], embeddings[good], hashes, sorted(errors))
+    return part_table(part, decoded.image_ids[good], embeddings[good], hashes, sorted(errors), backbone.dims)
 
 
 def part_table(
@@ -154,6 +157,7 @@ def part_table(
     embeddings: npt.NDArray[Any],
     hashes: pa.Array | None = None,
     errors: list[Error] | None = None,
+    dims: tuple[int, ...] = (),
 ) -> pa.Table:
     """The part as a table, record included.
 
@@ -163,13 +167,13 @@ def part_table(
         embeddings: (n, D) float16 or float32.
         hashes: (n,) string; None where there are no image files.
         errors: the images that are missing here.
+        dims: where D is several feature sets side by side, D of each: they get a column each.
     """
-    values = pa.array(np.ascontiguousarray(embeddings).reshape(-1))
-    columns = {
-        "image_id": pa.array(image_ids),
-        "embedding": pa.FixedSizeListArray.from_arrays(values, embeddings.shape[1]),
-        "content_hash": hashes if hashes is not None else pa.nulls(len(image_ids), pa.string()),
-    }
+    columns = {"image_id": pa.array(image_ids)}
+    for index, rows in enumerate(np.split(embeddings, np.cumsum(dims)[:-1], axis=1)):
+        values = pa.array(np.ascontiguousarray(rows).reshape(-1))
+        columns[column_name(index)] = pa.FixedSizeListArray.from_arrays(values, rows.shape[1])
+    columns["content_hash"] = hashes if hashes is not None else pa.nulls(len(image_ids), pa.string())
     table = pa.table(columns)
     record = {"start": part.start, "stop": part.stop, "errors": errors or []}
     record["sha256"] = _content_digest(table, record)
@@ -236,7 +240,7 @@ def _content_digest(table: pa.Table, record: dict[str, Any]) -> str:
     """Of all that a part says, apart from how Parquet puts it."""
     digest = hashlib.sha256(json.dumps(record, sort_keys=True).encode())
     digest.update(table["image_id"].to_numpy().tobytes())
-    digest.update(table["embedding"].combine_chunks().flatten().to_numpy().tobytes())
+    digest.update(joined_columns(table).tobytes())
     digest.update("\0".join(value or "" for value in table["content_hash"].to_pylist()).encode())
     return digest.hexdigest()
 

@@ -1,8 +1,13 @@
-"""A backbone's weights: a local file (safetensors, or a .pth that loads without running code from it), or the hub."""
+"""A backbone's weights: a file (safetensors, or a .pth that loads without running code from it), or the hub.
+
+A file on object storage is copied once to each machine that needs it, into the cache folder (ICCE_CACHE).
+"""
 
 from __future__ import annotations
 
+import hashlib
 import pickle
+import shutil
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,7 +17,12 @@ from unittest import mock
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
+import pyarrow.fs as pafs
+
+from icce_ray.embed.local_files import locked, replacing
 from icce_ray.errors import ConfigError, ResourceError
+from icce_ray.store.artifact import cache_folder
+from icce_ray.store.filesystem import open_uri
 
 WEIGHTS_ENDINGS = (".safetensors", ".pth", ".pt", ".bin")
 WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model", "teacher")
@@ -21,6 +31,62 @@ PREFIXES = ("_orig_mod.", "module.", "backbone.")
 UNUSED_PREFIXES = ("head", "fc.", "classifier", "mask_token", "decoder")
 """Layers that a file may hold although features do not need them."""
 MAX_KEYS_SHOWN = 5
+COPY_BUFFER_BYTES = 16 * 2**20
+
+
+def check_weights(location: str) -> None:
+    """Refuse weights that cannot be a file of weights; nothing of it is read.
+
+    Args:
+        location: a path, or the URI of a file on object storage.
+
+    Raises:
+        ConfigError: another ending, credentials in the URI, no such file.
+        ResourceError: the storage cannot be reached, or refuses.
+    """
+    if not location.lower().endswith(WEIGHTS_ENDINGS):
+        raise ConfigError(f"embed.weights: {_shown(location)} does not end in {' or '.join(WEIGHTS_ENDINGS)}")
+    if "@" in urlsplit(location).netloc:
+        raise ConfigError(
+            f"embed.weights: {_shown(location)} holds credentials, which manifests would repeat; set "
+            "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY instead"
+        )
+    with _reading(location):
+        filesystem, path = open_uri(location)
+        if filesystem.get_file_info(path).type != pafs.FileType.File:
+            raise FileNotFoundError
+
+
+def weights_digest(location: str) -> str:
+    """What tells one file of weights from another: SHA-256 of its content, hex. Raises as :func:`local_weights`."""
+    with local_weights(location).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def local_weights(location: str) -> Path:
+    """The file on this machine: itself, or for object storage its copy, made once for each content.
+
+    Raises:
+        ConfigError: as :func:`check_weights`.
+        ResourceError: likewise, or it came incomplete.
+    """
+    check_weights(location)
+    filesystem, path = open_uri(location)
+    if isinstance(filesystem, pafs.LocalFileSystem):
+        return Path(path)
+    with _reading(location), filesystem.open_input_file(path) as remote:
+        size = remote.size()
+        version = repr((location, size, sorted((remote.metadata() or {}).items())))  # has the ETag, where there is one
+        name = hashlib.sha256(version.encode()).hexdigest()[:16]
+        copy = cache_folder() / "weights" / name / Path(path).name
+        with locked(copy.with_name(".lock")):
+            if not copy.exists():
+                with replacing(copy) as temporary:
+                    with temporary.open("wb") as file:
+                        shutil.copyfileobj(remote, file, COPY_BUFFER_BYTES)
+                    if temporary.stat().st_size != size:
+                        raise OSError(f"{temporary.stat().st_size} bytes came of {size}")
+    return copy
 
 
 def load_weights(create: Callable[..., Any], path: str, name: str) -> Any:
@@ -28,7 +94,7 @@ def load_weights(create: Callable[..., Any], path: str, name: str) -> Any:
 
     Args:
         create: ``create(**options)`` calls ``timm.create_model`` with them.
-        path: the weights file.
+        path: the weights file, or its URI.
         name: the model's name, for messages.
 
     Raises:
@@ -61,7 +127,7 @@ def read_weights(path: str) -> dict[str, Any]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    location = str(Path(path).expanduser())
+    location = str(local_weights(path))
     try:
         if location.lower().endswith(".safetensors"):
             content: Any = load_file(location)
@@ -117,6 +183,24 @@ def no_hub(name: str, reason: str) -> ResourceError:
         "network, download them elsewhere and set embed.weights to the .safetensors or .pth file; "
         "`embed.backbone=pixels` needs none"
     )
+
+
+def _shown(location: str) -> str:
+    """`location` without what may be a secret."""
+    scheme, separator, rest = location.partition("://")
+    place, slash, path = rest.partition("/")
+    return location if "@" not in place else f"{scheme}{separator}...@{place.rpartition('@')[2]}{slash}{path}"
+
+
+@contextmanager
+def _reading(location: str) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError:
+        raise ConfigError(f"embed.weights: there is no file {location}") from None
+    except OSError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ResourceError(f"embed.weights: {location} cannot be read: {reason}") from None
 
 
 def _strip(key: str) -> str:

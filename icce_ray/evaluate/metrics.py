@@ -115,10 +115,12 @@ def adjusted_rand_from_counts(table: sp.csr_array) -> float:
     num_pairs = _num_pairs(np.array([table.sum()]))
     if num_pairs == 0 or in_class == in_cluster == together:
         return 1.0
-    expected = in_class * in_cluster / num_pairs
-    return float((together - expected) / ((in_class + in_cluster) / 2 - expected))
+    # Whole numbers to the end: the terms are large and nearly cancel.
+    expected = in_class * in_cluster
+    return 2 * (together * num_pairs - expected) / ((in_class + in_cluster) * num_pairs - 2 * expected)
 
 
-def _num_pairs(counts: npt.NDArray[Any]) -> float:
-    values = np.asarray(counts, dtype=np.float64)
-    return float((values * (values - 1) / 2).sum())
+def _num_pairs(counts: npt.NDArray[Any]) -> int:
+    """Pairs of images within each count, together: exact up to four billion images."""
+    values = np.asarray(counts, dtype=np.int64)
+    return int((values * (values - 1) // 2).sum())

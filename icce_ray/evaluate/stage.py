@@ -13,6 +13,7 @@ from icce_ray.context import StageContext
 from icce_ray.embed.listing import TABLE_NAME
 from icce_ray.evaluate.labels import TrueLabels, load_labels
 from icce_ray.evaluate.metrics import clustering_accuracy, contingency_table, match_clusters, metrics_from_counts
+from icce_ray.sample.draw import sampled_ids, spread
 from icce_ray.store import Artifact
 
 VERSION = 1
@@ -36,11 +37,16 @@ def run(config: Config, context: StageContext) -> dict[str, Any]:
         images = context.inputs["images"].read_table(TABLE_NAME)
         labels = load_labels(config, images, table["image_id"].to_numpy())
         heads = context.inputs["heads"]
+        heads_HN = heads.read_array("label_matrix.npy")
+        sample = sampled_ids(context.inputs)
+        if sample is not None:
+            image_ids = table["image_id"].to_numpy()
+            heads_HN = np.stack([spread(head_n, sample, image_ids, -1) for head_n in heads_HN])
         metrics = evaluate(
             labels,
             table["cluster"].to_numpy(),
             table["agreement"].to_numpy(),
-            heads.read_array("label_matrix.npy"),
+            heads_HN,
             np.asarray(heads.read_json("training.json")["head_losses"]),
             context,
         )

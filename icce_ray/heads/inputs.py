@@ -13,9 +13,11 @@ import numpy.typing as npt
 import torch
 
 from icce_ray.heads.communicator import Communicator
+from icce_ray.heads.memory import max_held_bytes
+from icce_ray.heads.threads import ThreadPool
 
 BN_EPS = 1e-5
-ROWS_PER_BLOCK = 8192
+ROWS_PER_BLOCK = 4096
 
 
 class InputNorm:
@@ -27,6 +29,7 @@ class InputNorm:
         rotate: as `heads.rotate`.
         seed: of the rotation.
         device: where batches go.
+        pool: threads for the pass over everything at the start.
     """
 
     def __init__(
@@ -36,26 +39,29 @@ class InputNorm:
         rotate: bool,
         seed: int,
         device: torch.device,
+        pool: ThreadPool | None = None,
     ) -> None:
         self.features_ND = features_ND
         self.kind = kind
         self.device = device
         dim = features_ND.shape[1]
         self.rotation_DD = random_rotation(dim, seed).to(device) if rotate else None
+        self.held_ND: torch.Tensor | None = None
+        if features_ND.size * 4 <= max_held_bytes(device):
+            self._hold(pool or ThreadPool(0))
         self.mean_D, self.scale_D = torch.zeros(dim, device=device), torch.ones(dim, device=device)
         # BatchNorm's epsilon is meant for activations of about unit size. Features come in any unit, so it is taken
         # relative to their mean variance: constant dimensions stay 0, and the unit does not matter.
         self.min_variance = 0.0
         if kind != "none":
-            self._measure_the_set()
+            (pool or ThreadPool(0)).call(self._measure_the_set)
 
     def gather(self, rows: npt.NDArray[np.int64]) -> torch.Tensor:
         """The features of `rows` (any shape), rotated, float32 (*rows.shape, D) on the device."""
-        batch = np.asarray(self.features_ND[rows.ravel()], dtype=np.float32)
-        tensor = torch.from_numpy(batch).to(self.device)
-        if self.rotation_DD is not None:
-            tensor = tensor @ self.rotation_DD
-        return tensor.view(*rows.shape, -1)
+        if self.held_ND is not None:
+            index = torch.from_numpy(rows.ravel()).to(self.device, non_blocking=True)
+            return self.held_ND.index_select(0, index).view(*rows.shape, -1)
+        return self._read(rows.ravel()).view(*rows.shape, -1)
 
     def normalise_batch(self, batch_nD: torch.Tensor, num_global: int, communicator: Communicator) -> torch.Tensor:
         """Normalise this worker's rows of a training batch that has `num_global` rows over all workers."""
@@ -69,6 +75,20 @@ class InputNorm:
     def normalise(self, batch_nD: torch.Tensor) -> torch.Tensor:
         """Normalise rows by the statistics of the whole set."""
         return (batch_nD - self.mean_D) * self.scale_D
+
+    def _read(self, rows: npt.NDArray[np.int64] | slice) -> torch.Tensor:
+        batch = torch.from_numpy(np.array(self.features_ND[rows], dtype=np.float32)).to(self.device)
+        return batch if self.rotation_DD is None else batch @ self.rotation_DD
+
+    def _hold(self, pool: ThreadPool) -> None:
+        """Rotate everything once: on a CPU, rotating each batch would cost as much as several heads."""
+        held_ND = torch.empty(self.features_ND.shape, device=self.device)
+
+        def fill(start: int) -> None:
+            held_ND[start : start + ROWS_PER_BLOCK] = self._read(slice(start, start + ROWS_PER_BLOCK))
+
+        pool.map(fill, range(0, len(held_ND), ROWS_PER_BLOCK))
+        self.held_ND = held_ND
 
     def _measure_the_set(self) -> None:
         num_rows, dim = self.features_ND.shape

@@ -12,7 +12,6 @@ import uuid
 from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import asdict
 from typing import Any
 
 import ray
@@ -26,15 +25,18 @@ from icce_ray.cluster import connect, worker_cpus
 from icce_ray.config import Config
 from icce_ray.context import StageContext
 from icce_ray.embed.features import load_features
-from icce_ray.errors import WorkerError, describe_cause
+from icce_ray.errors import ResourceError, WorkerError, describe_cause
 from icce_ray.heads.checkpoint import CheckpointFolder
 from icce_ray.heads.communicator import SingleWorker, TorchDistributed
-from icce_ray.heads.training import TrainedHeads, train_heads
+from icce_ray.heads.metrics_log import MetricsLog
+from icce_ray.heads.result import TrainedHeads
+from icce_ray.heads.training import train_heads
 from icce_ray.neighbors.graph import load_graph
 from icce_ray.progress import Progress
+from icce_ray.sample.draw import training_set
 from icce_ray.store import Artifact, ArtifactWriter, Part
 
-VERSION = 1
+VERSION = 2
 MAX_FAILURES = 3
 POLL_INTERVAL_S = 1.0
 
@@ -64,13 +66,16 @@ class BoardProgress(Progress):
 
 
 def run(config: Config, context: StageContext) -> dict[str, Any]:
-    """Train the heads: label_matrix.npy (H x N int32), heads.safetensors, training.json.
+    """Train the heads: label_matrix.npy (H x N int32), heads.safetensors, training.json (head_losses, collapsed_heads,
+    history), all without the heads that collapsed. While it runs, and afterwards, metrics.jsonl shows every epoch.
 
     Returns:
-        num_heads, num_epochs, loss (mean over heads, last epoch), best_head, best_head_loss, num_workers,
-        seconds_per_epoch, num_collapsed_heads (heads that use fewer than half of their clusters).
+        num_heads, num_epochs, stopped_early, loss (mean over heads, last epoch), best_head, best_head_loss,
+        num_workers, seconds_per_epoch, label_change (share, last epoch), collapsed_heads (those that use fewer than
+        half of their clusters).
 
     Raises:
+        ResourceError: training would not fit into a worker's memory.
         WorkerError: the loss was not finite, or workers died more often than training is restarted.
     """
     connect(config.resources)
@@ -80,7 +85,7 @@ def run(config: Config, context: StageContext) -> dict[str, Any]:
     board = ray.remote(ProgressBoard).options(num_cpus=0).remote()
     settings = {
         "config": config,
-        "embed": context.inputs["embed"],
+        "embed": training_set(context.inputs),
         "neighbors": context.inputs["neighbors"],
         "output": context.output,
         "checkpoints": checkpoints,
@@ -108,12 +113,17 @@ def run(config: Config, context: StageContext) -> dict[str, Any]:
                 outcome = _fit(trainer)
         except ray.train.TrainingFailedError as error:
             raise WorkerError(f"heads: training ended {MAX_FAILURES + 1} times: {describe_cause(error)}") from error
+    if "shortage" in outcome:
+        raise ResourceError(f"heads: {outcome['shortage']}")
     if "failure" in outcome:
         raise WorkerError(f"heads: {outcome['failure']}")
     for part in outcome["parts"]:
         context.output.add(Part(**part))
     checkpoints.clear()
     metrics: dict[str, Any] = outcome["metrics"]
+    if metrics["collapsed_heads"]:
+        heads = ", ".join(map(str, metrics["collapsed_heads"]))
+        context.progress.note(f"heads {heads} collapsed into few clusters; the consensus does without them")
     return metrics | {"num_workers": worker.num_workers}
 
 
@@ -149,10 +159,13 @@ def _train_on_worker(settings: dict[str, Any]) -> dict[str, Any]:
             num_threads=settings["num_threads"],
             checkpoints=settings["checkpoints"],
             progress=BoardProgress(settings["board"]),
+            metrics_log=MetricsLog(settings["output"].folder),
         )
+    # As values: an exception would be retried, and come again.
     except FloatingPointError as error:
-        # As a value: an exception would be retried, and come again.
         return {"failure": str(error)}
+    except ResourceError as error:
+        return {"shortage": str(error)}
     if ray.train.get_context().get_world_rank() != 0:
         return {}
     return _write_parts(trained, settings["output"])
@@ -163,9 +176,16 @@ def _write_parts(trained: TrainedHeads, output: ArtifactWriter) -> dict[str, Any
     parts = [
         output.write_array("label_matrix.npy", trained.label_matrix_HN),
         output.write_bytes("heads.safetensors", safetensors.torch.save(tensors)),
-        output.write_json("training.json", {"head_losses": trained.head_losses_H.tolist(), "history": trained.history}),
+        output.write_json(
+            "training.json",
+            {
+                "head_losses": trained.head_losses_H.tolist(),
+                "collapsed_heads": trained.collapsed_heads,
+                "history": trained.history,
+            },
+        ),
     ]
-    return {"parts": [part.model_dump() for part in parts], "metrics": asdict(trained.summary())}
+    return {"parts": [part.model_dump() for part in parts], "metrics": trained.summary()}
 
 
 @contextmanager

@@ -33,24 +33,19 @@ class HeadParameters:
     ) -> HeadParameters:
         """Weights truncated normal (deviation 0.02), biases 0. Head h depends on `seed` and h alone, so the first heads
         of a larger ensemble are those of a smaller one."""
-        heads = []
+        parameters = cls(
+            hidden_weight_HMD=torch.empty(num_heads, hidden_dim, dim),
+            hidden_bias_HM=torch.zeros(num_heads, hidden_dim),
+            bottleneck_weight_HPM=torch.empty(num_heads, bottleneck_dim, hidden_dim),
+            bottleneck_bias_HP=torch.zeros(num_heads, bottleneck_dim),
+            prototypes_HKP=torch.empty(num_heads, num_clusters, bottleneck_dim),
+        )
+        weights = (parameters.hidden_weight_HMD, parameters.bottleneck_weight_HPM, parameters.prototypes_HKP)
         for head in range(num_heads):
             generator = torch.Generator().manual_seed(_mix_seed(seed, head))
-
-            def weight(*shape: int, generator: torch.Generator = generator) -> torch.Tensor:
-                return torch.nn.init.trunc_normal_(torch.empty(shape), std=INIT_STD, generator=generator)
-
-            heads.append(
-                (weight(hidden_dim, dim), weight(bottleneck_dim, hidden_dim), weight(num_clusters, bottleneck_dim))
-            )
-        hidden, bottleneck, prototypes = (torch.stack(weights) for weights in zip(*heads, strict=True))
-        return cls(
-            hidden_weight_HMD=hidden,
-            hidden_bias_HM=torch.zeros(num_heads, hidden_dim),
-            bottleneck_weight_HPM=bottleneck,
-            bottleneck_bias_HP=torch.zeros(num_heads, bottleneck_dim),
-            prototypes_HKP=prototypes,
-        )
+            for weight in weights:
+                torch.nn.init.trunc_normal_(weight[head], std=INIT_STD, generator=generator)
+        return parameters
 
     def tensors(self) -> list[torch.Tensor]:
         return [getattr(self, field.name) for field in fields(self)]

@@ -9,7 +9,7 @@ faster than all cores on one product, and the result does not depend on the numb
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -20,60 +20,25 @@ from icce_ray.config import HeadsConfig
 from icce_ray.heads.checkpoint import CheckpointFolder
 from icce_ray.heads.communicator import Communicator, SingleWorker
 from icce_ray.heads.inputs import InputNorm
-from icce_ray.heads.loss import ce_weight_at, pair_agreement, pair_losses, teacher_log_targets
+from icce_ray.heads.loss import PairLosses, pair_agreement, scan_losses, teacher_targets, temi_losses
+from icce_ray.heads.memory import check_memory, head_blocks
+from icce_ray.heads.metrics_log import MetricsLog
 from icce_ray.heads.model import HeadParameters, backward, forward, head_logits
+from icce_ray.heads.result import TrainedHeads
 from icce_ray.heads.sampling import choose_batch_size, epoch_batches, num_steps_per_epoch
+from icce_ray.heads.schedule import ce_weight_at, learning_rate_at, teacher_momentum
 from icce_ray.heads.threads import ThreadPool
+from icce_ray.heads.watch import EpochWatch
 from icce_ray.neighbors.graph import NeighborGraph
+from icce_ray.precision import matmul_dtype
 from icce_ray.progress import Progress
 
-BASE_BATCH_SIZE = 256
 MIN_PRIOR = 1e-12
-TEACHER_MEMORY = 0.05
-MAX_TEACHER_MEMORY_STEPS = 250.0
 LABELLING_ROWS = 4096
+EARLY_STOP_EPOCHS = 3
 
-
-@dataclass
-class TrainedHeads:
-    """What stage 1 leaves behind."""
-
-    label_matrix_HN: npt.NDArray[np.int32]
-    """Every head's cluster of every image."""
-    head_losses_H: npt.NDArray[np.float64]
-    """Mean loss of the last epoch; the best head has the lowest."""
-    parameters: HeadParameters
-    """Of the heads that gave the labels."""
-    history: list[dict[str, Any]] = field(default_factory=list)
-    """Per epoch: loss, learning rate, weight of the cross-entropy, seconds."""
-
-    def summary(self) -> TrainingSummary:
-        """Figures for the manifest and the log."""
-        num_used_H = [len(np.unique(labels_N)) for labels_N in self.label_matrix_HN]
-        return TrainingSummary(
-            num_heads=len(self.head_losses_H),
-            num_epochs=len(self.history),
-            loss=float(self.head_losses_H.mean()),
-            best_head=int(self.head_losses_H.argmin()),
-            best_head_loss=float(self.head_losses_H.min()),
-            num_collapsed_heads=sum(used < self.parameters.num_clusters / 2 for used in num_used_H),
-            seconds_per_epoch=round(sum(epoch["seconds"] for epoch in self.history) / max(1, len(self.history)), 4),
-        )
-
-
-@dataclass(frozen=True)
-class TrainingSummary:
-    """A training run in figures."""
-
-    num_heads: int
-    num_epochs: int
-    loss: float
-    """Mean over heads in the last epoch."""
-    best_head: int
-    best_head_loss: float
-    num_collapsed_heads: int
-    """Heads that use fewer than half of their clusters."""
-    seconds_per_epoch: float
+Objective = Callable[[slice, torch.Tensor], PairLosses]
+"""Losses of a run of heads, given their students' cosines (2, heads, b, K)."""
 
 
 class HeadTrainer:
@@ -91,28 +56,34 @@ class HeadTrainer:
         device: torch.device | str = "cpu",
         num_threads: int | None = None,
     ) -> None:
-        assert features_ND.shape[0] == graph.num_images
+        num_images, dim = features_ND.shape
+        assert num_images == graph.num_images
         self.config = config
         self.graph = graph
         self.seed = seed
-        self.batch_size = choose_batch_size(graph.num_images, config.batch_size)
+        self.batch_size = choose_batch_size(num_images, config.batch_size)
         self.communicator: Communicator = communicator or SingleWorker()
         self.device = torch.device(device)
         self.dtype = matmul_dtype(config.precision, self.device)
-        # With one block there is nothing to share out: the calling thread does the work.
-        self.blocks = head_blocks(self.device, config.num_heads)
-        self.pool = ThreadPool(num_threads or torch.get_num_threads() if len(self.blocks) > 1 else 0)
-        self.inputs = self.pool.call(
-            lambda: InputNorm(features_ND, config.input_norm, config.rotate, seed, self.device)
-        )
+        num_threads = num_threads or torch.get_num_threads()
+        check_memory(
+            config, num_images=num_images, dim=dim, num_clusters=num_clusters, batch_size=self.batch_size,
+            device=self.device, num_threads=num_threads, num_workers=self.communicator.num_workers,
+        )  # fmt: skip
+        num_rows = self.batch_size * (1 + config.num_positives)
+        self.blocks = head_blocks(self.device, config.num_heads, num_rows, num_clusters)
+        # On a GPU, or with one head, there is nothing to share out: the calling thread does the work.
+        self.pool = ThreadPool(num_threads if self.device.type == "cpu" and len(self.blocks) > 1 else 0)
+        self.inputs = InputNorm(features_ND, config.input_norm, config.rotate, seed, self.device, self.pool)
         self.student = HeadParameters.initialise(
-            config.num_heads, features_ND.shape[1], config.hidden_dim, config.bottleneck_dim, num_clusters, seed
+            config.num_heads, dim, config.hidden_dim, config.bottleneck_dim, num_clusters, seed
         ).map(lambda tensor: tensor.to(self.device))
         self.teacher = self.student.map(torch.clone)
         self.gradient = self.student.map(torch.zeros_like)
         self.prior_HK = torch.full((config.num_heads, num_clusters), 1.0 / num_clusters, device=self.device)
         self.optimizer = self._make_optimizer()
         self.teacher_momentum = teacher_momentum(config, self.steps_per_epoch)
+        self.watch = EpochWatch(num_images, config.num_heads, num_clusters, config.num_epochs, seed, self.device)
         self.epoch = 0
         self.history: list[dict[str, Any]] = []
         self.head_losses_H = np.full(config.num_heads, np.nan)
@@ -121,16 +92,25 @@ class HeadTrainer:
     def steps_per_epoch(self) -> int:
         return num_steps_per_epoch(self.graph.num_images, self.batch_size)
 
+    @property
+    def labels_rest(self) -> bool:
+        """The labels have stopped moving: `early_stop_change` was not reached for three epochs in a row."""
+        limit, last = self.config.early_stop_change, self.history[-EARLY_STOP_EPOCHS:]
+        if limit is None or len(last) < EARLY_STOP_EPOCHS:
+            return False
+        return all(epoch["label_change"] is not None and epoch["label_change"] < limit for epoch in last)
+
     def train_epoch(self) -> None:
         """One pass over all images.
 
         Raises:
-            FloatingPointError: a loss is not finite; names epoch, step and heads.
+            FloatingPointError: a loss is not finite; names heads, epoch, step and what led to it.
         """
         started = time.perf_counter()
         self._freeze_prototypes(self.epoch < self.config.freeze_last_layer_epochs)
+        self.watch.start_epoch()
         loss_sum_H = torch.zeros(self.config.num_heads, dtype=torch.float64, device=self.device)
-        culprits_H = torch.zeros(self.config.num_heads, dtype=torch.bool, device=self.device)
+        bad_step_H = torch.full((self.config.num_heads,), self.steps_per_epoch, device=self.device)
         batches = epoch_batches(
             self.graph,
             self.batch_size,
@@ -143,30 +123,31 @@ class HeadTrainer:
         learning_rate = ce_weight = 0.0
         for step, (rows, num_pairs) in enumerate(batches):
             position = self.epoch + step / self.steps_per_epoch
-            learning_rate = self._learning_rate(position, num_pairs)
+            learning_rate = learning_rate_at(position, self.steps_per_epoch, num_pairs, self.config)
             ce_weight = ce_weight_at(position, self.config)
             loss_H = self.train_step(rows, num_pairs, learning_rate, ce_weight)
             loss_sum_H += loss_H
-            # The weight of a pair is shared, so one bad head spoils all in the next step. Kept on the device: asking
-            # whether there is one would make a GPU wait at every step.
-            culprits_H |= ~loss_H.isfinite() & ~culprits_H.any()
+            # Kept on the device: asking whether a loss is finite would make a GPU wait at every step.
+            bad_step_H = torch.where(loss_H.isfinite(), bad_step_H, bad_step_H.clamp_max(step))
         # One sum an epoch: the loss is only looked at here.
-        self.head_losses_H = (self.communicator.sum_(loss_sum_H) / self.graph.num_images).cpu().numpy()
-        if not np.isfinite(self.head_losses_H).all():
-            bad = culprits_H.nonzero().flatten().tolist()
-            raise FloatingPointError(
-                f"the loss of heads {bad} is not finite in epoch {self.epoch} (learning rate {learning_rate:.3g}, "
-                f"cross-entropy weight {ce_weight:.3g}); lower heads.learning_rate or set heads.precision=float32"
-            )
+        head_losses_H = (self.communicator.sum_(loss_sum_H) / self.graph.num_images).cpu().numpy()
+        if not np.isfinite(head_losses_H).all():
+            raise FloatingPointError(self._describe_fault(bad_step_H, learning_rate, ce_weight))
         self.epoch += 1
+        self.head_losses_H = head_losses_H
+        watched = self.watch.finish_epoch(self.epoch, self.communicator)
+        seconds = time.perf_counter() - started
         self.history.append(
             {
                 "epoch": self.epoch,
-                "loss": float(self.head_losses_H.mean()),
-                "best_head_loss": float(self.head_losses_H.min()),
+                "loss": float(head_losses_H.mean()),
+                "best_head_loss": float(head_losses_H.min()),
+                "head_losses": [round(loss, 6) for loss in head_losses_H.tolist()],
                 "learning_rate": learning_rate,
                 "ce_weight": ce_weight,
-                "seconds": round(time.perf_counter() - started, 3),
+                **watched,
+                "seconds": round(seconds, 3),
+                "pairs_per_s": round(self.graph.num_images / seconds, 1),
             }
         )
 
@@ -175,26 +156,25 @@ class HeadTrainer:
     ) -> torch.Tensor:
         """One update. `rows` (1 + num_positives, b) is this worker's share of `num_pairs` pairs. Returns the loss per
         head, summed over this worker's pairs, float32 (H,)."""
-        num_views, b = rows.shape
         batch = self.pool.call(lambda: self._prepare(rows, num_pairs))
-        teacher_log_VHBK, weight_B = self._teacher_targets(batch, num_views, num_pairs)
-        log_prior_HK = self.prior_HK.clamp_min(MIN_PRIOR).log()
-        student_rows = batch[: 2 * b]
+        if self.config.loss == "scan":
+            objective = self._scan_objective(rows, num_pairs)
+        else:
+            objective = self._temi_objective(batch, rows, num_pairs, ce_weight)
+        student_rows = batch[: 2 * rows.shape[1]]
         scale = 1.0 / (self.config.num_heads * num_pairs)
 
         def update_gradient(heads: slice) -> torch.Tensor:
             parameters = self.student.heads(heads)
             cache = forward(parameters, student_rows)
-            logits_HnK = cache.logits_HnK.requires_grad_()
-            student_VHBK, teacher_VHBK = _by_view(logits_HnK, 2), teacher_log_VHBK[:, heads]
-            loss = pair_losses(student_VHBK, teacher_VHBK, log_prior_HK[heads], weight_B, self.config, ce_weight)
-            loss_H = loss.temi_H + ce_weight * loss.cross_entropy_H
-            (logits_gradient_HnK,) = torch.autograd.grad(loss_H.sum() * scale, logits_HnK)
-            with torch.no_grad():
-                backward(parameters, student_rows, cache, logits_gradient_HnK, self.gradient.heads(heads))
-            return loss_H.detach()
+            losses = objective(heads, _by_view(cache.logits_HnK, 2))
+            gradient_HnK = losses.gradient_VHBK.mul_(scale).transpose(0, 1).reshape(cache.logits_HnK.shape)
+            backward(parameters, student_rows, cache, gradient_HnK, self.gradient.heads(heads))
+            return losses.loss_H
 
-        losses = self.pool.map(update_gradient, self.blocks)
+        # Workers must meet in the same order, so an objective that sums over them stays in one thread.
+        in_threads = self.config.loss == "temi" or self.communicator.num_workers == 1
+        losses = (self.pool if in_threads else ThreadPool(0)).map(update_gradient, self.blocks)
         for gradient in self.gradient.tensors():
             self.communicator.sum_(gradient)
         for group in self.optimizer.param_groups:
@@ -222,6 +202,8 @@ class HeadTrainer:
     def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """Everything a resumed run needs: tensors, and JSON-able values."""
         tensors = {"prior": self.prior_HK}
+        if self.watch.previous_Hw is not None:
+            tensors["watch"] = self.watch.previous_Hw
         for name in self.student.named():
             parameter = getattr(self.student, name)
             tensors[f"student.{name}"] = parameter
@@ -233,6 +215,8 @@ class HeadTrainer:
 
     def load_state(self, tensors: dict[str, torch.Tensor], values: dict[str, Any]) -> None:
         self.prior_HK.copy_(tensors["prior"])
+        if "watch" in tensors:
+            self.watch.previous_Hw = tensors["watch"].to(self.device)
         for name in self.student.named():
             parameter = getattr(self.student, name)
             parameter.copy_(tensors[f"student.{name}"])
@@ -248,46 +232,62 @@ class HeadTrainer:
         self.history = values["history"]
         self.head_losses_H = np.asarray(values["head_losses"])
 
+    def _temi_objective(
+        self, batch: torch.Tensor, rows: npt.NDArray[np.int64], num_pairs: int, ce_weight: float
+    ) -> Objective:
+        log_targets_VHBK, weight_B = self._teacher_targets(batch, rows, num_pairs)
+        log_prior_HK = self.prior_HK.clamp_min(MIN_PRIOR).log()
+
+        def objective(heads: slice, cosines_VHBK: torch.Tensor) -> PairLosses:
+            log_targets = log_targets_VHBK[:, heads]
+            return temi_losses(cosines_VHBK, log_targets, log_prior_HK[heads], weight_B, self.config, ce_weight)
+
+        return objective
+
+    def _scan_objective(self, rows: npt.NDArray[np.int64], num_pairs: int) -> Objective:
+        def objective(heads: slice, cosines_VHBK: torch.Tensor) -> PairLosses:
+            self.watch.record(heads, rows[0], cosines_VHBK[0].argmax(dim=-1))
+            return scan_losses(cosines_VHBK, num_pairs, self.config, self.communicator)
+
+        return objective
+
     def _teacher_targets(
-        self, batch: torch.Tensor, num_views: int, num_pairs: int
+        self, batch: torch.Tensor, rows: npt.NDArray[np.int64], num_pairs: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Log targets of the image and of its neighbours (2, H, b, K), and the weight of each pair; moves the prior."""
-        config, single = self.config, self.communicator.num_workers == 1
+        config, num_views = self.config, len(rows)
+        H, K = self.prior_HK.shape
+        log_targets_VHBK = torch.empty((2, H, rows.shape[1], K), device=self.device)
 
-        def targets(logits_VHBK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-            log_q_VHBK = teacher_log_targets(logits_VHBK, config, self.communicator)
-            q_VHBK = log_q_VHBK.exp()
+        def teacher_cosines(heads: slice) -> torch.Tensor:
+            cosines_VHBK = _by_view(head_logits(self.teacher.heads(heads), batch), num_views)
+            self.watch.record(heads, rows[0], cosines_VHBK[0].argmax(dim=-1))
+            return cosines_VHBK
+
+        def targets(heads: slice, cosines_VHBK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            q_VHBK, log_q_VHBK = teacher_targets(cosines_VHBK, config, self.communicator)
             mass_HK = q_VHBK.sum(dim=(0, 2))
             if num_views > 2:
                 mean_HBK = q_VHBK[1:].mean(dim=0)
                 q_VHBK = torch.stack([q_VHBK[0], mean_HBK])
                 log_q_VHBK = torch.stack([log_q_VHBK[0], mean_HBK.log()])
-            return log_q_VHBK, mass_HK, pair_agreement(q_VHBK)
+            log_targets_VHBK[:, heads] = log_q_VHBK
+            return mass_HK, pair_agreement(q_VHBK)
 
-        def teacher_logits(heads: slice) -> torch.Tensor:
-            return _by_view(head_logits(self.teacher.heads(heads), batch), num_views)
-
-        if single:
-            results = self.pool.map(lambda heads: targets(teacher_logits(heads)), self.blocks)
+        if self.communicator.num_workers == 1:
+            results = self.pool.map(lambda heads: targets(heads, teacher_cosines(heads)), self.blocks)
         else:
             # Workers must meet in the same order, so what sums over them stays in one thread.
-            results = [targets(torch.cat(self.pool.map(teacher_logits, self.blocks), dim=1))]
-        log_targets, masses, agreements = zip(*results, strict=True)
+            results = [targets(slice(None), torch.cat(self.pool.map(teacher_cosines, self.blocks), dim=1))]
+        masses, agreements = zip(*results, strict=True)
         batch_prior_HK = self.communicator.sum_(torch.cat(masses)) / (num_views * num_pairs)
         self.prior_HK.lerp_(batch_prior_HK, 1.0 - config.prior_momentum)
-        return torch.cat(log_targets, dim=1), sum(agreements[1:], agreements[0]) / config.num_heads
+        return log_targets_VHBK, sum(agreements[1:], agreements[0]) / config.num_heads
 
     def _prepare(self, rows: npt.NDArray[np.int64], num_pairs: int) -> torch.Tensor:
         """The normalised batch, all views below each other, in the dtype of the products."""
         batch = self.inputs.gather(rows).flatten(0, 1)
         return self.inputs.normalise_batch(batch, len(rows) * num_pairs, self.communicator).to(self.dtype)
-
-    def _learning_rate(self, position: float, num_pairs: int) -> float:
-        target = self.config.learning_rate * num_pairs / BASE_BATCH_SIZE
-        warmup = min(self.config.warmup_epochs, self.config.num_epochs)
-        if position >= warmup:
-            return target
-        return target * (position * self.steps_per_epoch + 1) / (warmup * self.steps_per_epoch)
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
         for parameter, gradient in zip(self.student.tensors(), self.gradient.tensors(), strict=True):
@@ -305,6 +305,17 @@ class HeadTrainer:
         # An optimiser passes over parameters without gradient: no decay, no moments, as if the layer was not there.
         self.student.prototypes_HKP.grad = None if frozen else self.gradient.prototypes_HKP
 
+    def _describe_fault(self, bad_step_H: torch.Tensor, learning_rate: float, ce_weight: float) -> str:
+        # The weight of a pair is shared, so one bad head spoils all in the next step: the first ones are to blame.
+        first = int(bad_step_H.min())
+        heads = (bad_step_H == first).nonzero().flatten().tolist()
+        before = "this is the first epoch" if self.epoch == 0 else f"mean loss before {self.head_losses_H.mean():.4g}"
+        return (
+            f"the loss of heads {heads} is not finite in epoch {self.epoch}, step {first} of {self.steps_per_epoch} "
+            f"(learning rate {learning_rate:.3g}, cross-entropy weight {ce_weight:.3g}, {before}); lower "
+            "heads.learning_rate or set heads.precision=float32"
+        )
+
 
 def train_heads(
     features_ND: npt.NDArray[Any],
@@ -318,8 +329,9 @@ def train_heads(
     num_threads: int | None = None,
     checkpoints: CheckpointFolder | None = None,
     progress: Progress | None = None,
+    metrics_log: MetricsLog | None = None,
 ) -> TrainedHeads:
-    """Train the heads and label every image with each.
+    """Train the heads and label every image with each. Heads that collapse are left out of the result.
 
     Args:
         features_ND: float16 or float32 (N, D), finite.
@@ -332,12 +344,14 @@ def train_heads(
         num_threads: on a CPU; torch's setting when not given. It does not change the result.
         checkpoints: where to save every `checkpoint_interval_s` and resume from.
         progress: told of every epoch.
+        metrics_log: given the history as it grows, by the worker of rank 0.
 
     Returns:
         The same on every worker.
 
     Raises:
         FloatingPointError: a loss is not finite.
+        ResourceError: it would not fit into memory.
     """
     trainer = HeadTrainer(
         features_ND,
@@ -352,46 +366,28 @@ def train_heads(
     saved = checkpoints.load() if checkpoints is not None else None
     if saved is not None:
         trainer.load_state(*saved)
+    is_first = trainer.communicator.rank == 0
     last_saved = time.monotonic()
-    while trainer.epoch < config.num_epochs:
+    while trainer.epoch < config.num_epochs and not trainer.labels_rest:
         trainer.train_epoch()
         if progress is not None:
             progress.update(trainer.epoch, config.num_epochs, f"loss {trainer.history[-1]['loss']:.4f}")
-        if checkpoints is not None and trainer.communicator.rank == 0:
+        if metrics_log is not None and is_first:
+            metrics_log.update(trainer.history)
+        if checkpoints is not None and is_first:
             due = time.monotonic() - last_saved >= config.checkpoint_interval_s
             if due and trainer.epoch < config.num_epochs:
                 checkpoints.save(*trainer.state())
                 last_saved = time.monotonic()
-    return TrainedHeads(trainer.label_matrix(), trainer.head_losses_H, trainer.teacher, trainer.history)
-
-
-def matmul_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """The dtype of the matrix products: bfloat16 where asked for, or, with `auto`, where the processor has units for it
-    (elsewhere it would be emulated, and slower than float32)."""
-    if precision == "float32":
-        return torch.float32
-    if precision == "bfloat16":
-        return torch.bfloat16
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
-    capabilities = torch.cpu.get_capabilities()
-    native = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") or capabilities.get("arm_bf16")
-    return torch.bfloat16 if native else torch.float32
-
-
-def teacher_momentum(config: HeadsConfig, steps_per_epoch: int) -> float:
-    """The teacher's momentum. `auto` [ours]: a teacher that remembers as long as the paper's, 250 steps, would still be
-    what it was at the start when a short run on a small collection ends."""
-    if config.teacher_momentum != "auto":
-        return config.teacher_momentum
-    remembered = min(max(1.0, TEACHER_MEMORY * steps_per_epoch * config.num_epochs), MAX_TEACHER_MEMORY_STEPS)
-    return 1.0 - 1.0 / remembered
-
-
-def head_blocks(device: torch.device, num_heads: int) -> list[slice]:
-    """The runs of heads that are computed together: see the top of this file."""
-    size = num_heads if device.type == "cuda" else 1
-    return [slice(start, min(start + size, num_heads)) for start in range(0, num_heads, size)]
+    if metrics_log is not None and is_first:
+        metrics_log.update(trainer.history, finished=True)
+    return TrainedHeads(
+        trainer.label_matrix(),
+        trainer.head_losses_H,
+        trainer.teacher,
+        trainer.history,
+        stopped_early=trainer.epoch < config.num_epochs,
+    ).without_collapsed_heads()
 
 
 def _by_view(logits_HnK: torch.Tensor, num_views: int) -> torch.Tensor:

@@ -36,6 +36,7 @@ from icce_ray.neighbors.shards import (
     source_of,
     write_leaders,
 )
+from icce_ray.sample.draw import training_set
 from icce_ray.store import Artifact, Folder
 
 MAX_RESTARTS = 5
@@ -57,7 +58,7 @@ def run(config: Config, context: StageContext) -> dict[str, Any]:
         WorkerError: a worker died more often than it is restarted.
     """
     connect(config.resources)
-    embed, folder = context.inputs["embed"], context.output.folder
+    embed, folder = training_set(context.inputs), context.output.folder
     features = load_features(embed)
     source = source_of(config, embed)
     tasks = plan_parts(features.num_images)

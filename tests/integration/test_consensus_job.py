@@ -1,18 +1,29 @@
 from __future__ import annotations
 
+import json
+import os
+import signal
+import sys
+
 import numpy as np
+import pyarrow as pa
 import pytest
+from ray import cloudpickle
 
 from icce_ray.config import Config
 from icce_ray.consensus import job
+from icce_ray.consensus import matrix as matrix_module
 from icce_ray.consensus.agreement import describe_clusters
 from icce_ray.consensus.ensemble import cluster_ensemble
+from icce_ray.consensus.runs import find_heads
+from icce_ray.consensus.stored import open_heads
 from icce_ray.context import StageContext
-from icce_ray.errors import InputError, find_cause
+from icce_ray.errors import InputError, ResourceError, WorkerError, find_cause
 from icce_ray.progress import Progress
 from icce_ray.store import ArtifactWriter, Folder
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
+ARRAYS = ("labels", "agreement", "vote_entropy", "second_choice")
 
 
 @pytest.fixture
@@ -23,28 +34,64 @@ def label_matrix():
     return np.array(heads, dtype=np.int32)
 
 
-def run_job(tmp_path, label_matrix, losses, **consensus):
-    writer = ArtifactWriter(Folder.at(tmp_path / "heads"))
-    writer.write_array("label_matrix.npy", label_matrix)
-    writer.write_json("training.json", {"head_losses": losses})
-    given = {"stage": "heads", "fingerprint": "f", "inputs": {}, "config": {}, "metrics": {}, "seconds": 0.0}
-    heads = writer.commit(**given)
-    config = Config(output=str(tmp_path), num_clusters=3, seed=5, embeddings={"uri": "unused.npy"}, consensus=consensus)
-    output = ArtifactWriter(Folder.at(tmp_path / "consensus"))
-    metrics = job.run(config, StageContext(output, {"heads": heads}, Progress("consensus", quiet=True)))
-    return metrics, output.commit(**given | {"stage": "consensus"})
+def commit(root, stage, fingerprint, inputs, **parts):
+    writer = ArtifactWriter(Folder.at(root / stage / fingerprint))
+    for name, value in parts.items():
+        if isinstance(value, np.ndarray):
+            writer.write_array(f"{name}.npy", value)
+        elif isinstance(value, pa.Table):
+            writer.write_table(f"{name}.parquet", value)
+        else:
+            writer.write_json(f"{name}.json", value)
+    return writer.commit(stage=stage, fingerprint=fingerprint, inputs=inputs, config={}, metrics={}, seconds=0.0)
 
 
-def test_the_job_gives_what_one_process_gives(tmp_path, label_matrix):
-    metrics, artifact = run_job(tmp_path, label_matrix, [1.0] * 6)
+def write_run(root, name, label_matrix, losses=None, uris=None, failed=(), drawn=None):
+    """A run as far as its heads; `drawn` are the ids of the images it was trained on."""
+    uris = uris or [f"/photos/{i}.png" for i in range(label_matrix.shape[1])]
+    commit(root, "images", f"images-{name}", {}, images=pa.table({"uri": uris}))
+    errors = pa.table({"image_id": pa.array(failed, pa.int64())})
+    commit(root, "embed", f"embed-{name}", {"images": f"images-{name}"}, errors=errors)
+    training = {"head_losses": losses or [1.0] * len(label_matrix)}
+    sample = ArtifactWriter(Folder.at(root / "sample" / f"sample-{name}"))
+    if drawn is not None:
+        sample.write_table("part-00000.parquet", pa.table({"image_id": pa.array(drawn, pa.int64())}))
+    sample.commit(stage="sample", fingerprint=f"sample-{name}", inputs={}, config={}, metrics={}, seconds=0.0)
+    inputs = {"embed": f"embed-{name}", "sample": f"sample-{name}"}
+    heads = commit(root, "heads", f"heads-{name}", inputs, label_matrix=label_matrix, training=training)
+    record = {"stages": {"images": f"images-{name}", "embed": f"embed-{name}", "heads": f"heads-{name}"}}
+    Folder.at(root / "runs").write_bytes(f"{name}.json", json.dumps(record).encode())
+    return heads
+
+
+def config_of(root, **consensus):
+    return Config(output=str(root), num_clusters=3, seed=5, embeddings={"uri": "unused.npy"}, consensus=consensus)
+
+
+def run_job(root, heads, **consensus):
+    output = ArtifactWriter(Folder.at(root / "consensus"))
+    context = StageContext(output, {"heads": heads}, Progress("consensus"))
+    metrics = job.run(config_of(root, **consensus), context)
+    return metrics, output.commit(
+        stage="consensus", fingerprint="f", inputs={}, config={}, metrics=metrics, seconds=0.0
+    )
+
+
+@pytest.mark.parametrize("piece_labels", [None, 300])
+def test_the_job_gives_what_one_process_gives_however_the_work_is_cut(
+    tmp_path, label_matrix, piece_labels, monkeypatch
+):
     expected = cluster_ensemble(label_matrix, 3, random_state=5)
-    for name in ("labels", "agreement", "vote_entropy", "second_choice"):
+    if piece_labels is not None:
+        monkeypatch.setattr(matrix_module, "PIECE_LABELS", piece_labels)
+    metrics, artifact = run_job(tmp_path, write_run(tmp_path, "own", label_matrix))
+    for name in ARRAYS:
         part = artifact.read_array(f"{name}.npy")
         np.testing.assert_array_equal(part, getattr(expected, name))
         assert part.dtype == getattr(expected, name).dtype
-    assert metrics == expected.summary()
+    assert metrics == expected.summary() | {"num_heads": 6}
     clusters = describe_clusters(expected.labels, expected.agreement, expected.second_choice, 3)
-    assert artifact.read_json("summary.json") == expected.summary() | {"clusters": clusters}
+    assert artifact.read_json("summary.json") == metrics | {"clusters": clusters}
     assert artifact.part_names() == [
         "agreement.npy",
         "labels.npy",
@@ -54,15 +101,95 @@ def test_the_job_gives_what_one_process_gives(tmp_path, label_matrix):
     ]
 
 
-def test_the_settings_reach_the_ensemble(tmp_path, label_matrix):
-    losses = [1.0, 0.2, 1.0, 1.0, 1.0, 1.0]
-    metrics, artifact = run_job(tmp_path, label_matrix, losses, methods=["best_head"], refine=False)
+def test_the_settings_reach_the_ensemble_and_what_is_left_out_is_said(tmp_path, label_matrix, capsys):
+    heads = write_run(tmp_path, "own", label_matrix, losses=[1.0, 0.2, 1.0, 1.0, 1.0, 1.0])
+    metrics, artifact = run_job(tmp_path, heads, methods=["best_head", "cspa"], refine=False, cspa_max_images=10)
     assert metrics["method"] == "best_head"
+    assert capsys.readouterr().err == "consensus: cspa left out: 210 images are more than cspa_max_images, 10\n"
     np.testing.assert_array_equal(artifact.read_array("labels.npy"), label_matrix[1])
+
+
+def test_the_heads_of_other_runs_take_part(tmp_path, label_matrix):
+    coarse = np.minimum(label_matrix[:2], 1)
+    fine = label_matrix[2:5] * 2 + np.random.default_rng(1).integers(0, 2, (3, 210))
+    write_run(tmp_path, "coarse", coarse)
+    write_run(tmp_path / "elsewhere", "fine", fine.astype(np.int16))
+    elsewhere = str(tmp_path / "elsewhere" / "runs" / "fine.json")
+    heads = write_run(tmp_path, "own", label_matrix)
+    metrics, artifact = run_job(tmp_path, heads, extra_runs=["coarse", elsewhere])
+    expected = cluster_ensemble([label_matrix, coarse, fine], 3, random_state=5)
+    for name in ARRAYS:
+        np.testing.assert_array_equal(artifact.read_array(f"{name}.npy"), getattr(expected, name))
+    assert metrics["num_heads"] == 11
+
+
+def test_extra_runs_that_are_not_there_or_have_other_images_are_refused(tmp_path, label_matrix):
+    own = write_run(tmp_path, "own", label_matrix)
+    with pytest.raises(InputError, match=r"no run 'gone'.*runs/gone\.json does not exist"):
+        find_heads(config_of(tmp_path, extra_runs=["gone"]))
+    write_run(tmp_path, "others", label_matrix, uris=[f"/others/{i}.png" for i in range(210)])
+    write_run(tmp_path, "failed", label_matrix, failed=[7])
+    write_run(tmp_path, "sampled", label_matrix, drawn=range(0, 420, 2))
+    for name in ("others", "failed", "sampled"):
+        assert len(find_heads(config_of(tmp_path, extra_runs=[name]))) == 1
+        with pytest.raises(InputError, match=f"'{name}' has other images"):
+            run_job(tmp_path, own, extra_runs=[name])
+    (tmp_path / "heads" / "heads-others" / "manifest.json").unlink()
+    with pytest.raises(InputError, match="'others' are not finished"):
+        find_heads(config_of(tmp_path, extra_runs=["others"]))
+    (tmp_path / "runs" / "others.json").write_text("{}")
+    with pytest.raises(InputError, match="not the record of a run"):
+        find_heads(config_of(tmp_path, extra_runs=["others"]))
+
+
+def test_embeddings_without_image_names_are_matched_by_their_rows(tmp_path, label_matrix):
+    own = write_run(tmp_path, "own", label_matrix, uris=[f"/a/dino.npy#{i}" for i in range(210)])
+    write_run(tmp_path, "other", label_matrix, uris=[f"/b/mae.npy#{i}" for i in range(210)])
+    assert len(find_heads(config_of(tmp_path, extra_runs=["other"]), own)) == 1
+
+
+def die_once(heads, start, stop, marker):
+    if not os.path.exists(marker):
+        open(marker, "w").close()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return heads.read(start, stop).codes
+
+
+def die(heads, start, stop):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.fixture
+def _functions_of_this_file_reach_the_workers():
+    module = sys.modules[__name__]
+    cloudpickle.register_pickle_by_value(module)
+    yield
+    cloudpickle.unregister_pickle_by_value(module)
+
+
+@pytest.mark.usefixtures("_functions_of_this_file_reach_the_workers")
+def test_a_worker_that_is_killed_costs_nothing_and_one_that_always_dies_is_an_error(
+    tmp_path, label_matrix, monkeypatch
+):
+    monkeypatch.setattr(matrix_module, "PIECE_LABELS", 300)
+    own = write_run(tmp_path, "own", label_matrix)
+    heads = job._survey(open_heads([own]))
+    pieces = list(heads.map(die_once, heads.image_pieces(), str(tmp_path / "marker")))
+    np.testing.assert_array_equal(np.concatenate(pieces, axis=1), heads.gather().codes)
+    monkeypatch.setattr(job, "MAX_RETRIES", 1)
+    monkeypatch.setattr(job, "find_consensus", lambda heads, *a, **k: list(heads.map(die, heads.image_pieces())))
+    with pytest.raises(WorkerError, match="a task failed 2 times"):
+        run_job(tmp_path, own)
 
 
 def test_a_label_matrix_that_cannot_be_used_is_the_users_to_mend(tmp_path, label_matrix):
     with pytest.raises(InputError) as raised:
-        run_job(tmp_path, np.full_like(label_matrix, -1), [1.0] * 6)
+        run_job(tmp_path, write_run(tmp_path, "own", np.full_like(label_matrix, -1)))
     cause = find_cause(raised.value, InputError)
     assert str(cause) == "head 0 has no label for any image (all are -1); leave it out"
+
+
+def test_too_little_memory_is_said_before_the_work(tmp_path, label_matrix, monkeypatch):
+    monkeypatch.setattr("icce_ray.consensus.memory.available_memory_bytes", lambda: 1000)
+    with pytest.raises(ResourceError, match=r"210 images.*GB"):
+        run_job(tmp_path, write_run(tmp_path, "own", label_matrix))

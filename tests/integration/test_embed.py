@@ -21,7 +21,7 @@ from icce_ray.config import Config
 from icce_ray.context import StageContext
 from icce_ray.embed import job, listing
 from icce_ray.embed.backbone import make_backbone, plan_backbone
-from icce_ray.embed.features import load_features
+from icce_ray.embed.features import feature_set_names, load_features
 from icce_ray.embed.images import decode_image
 from icce_ray.errors import ConfigError, InputError, WorkerError
 from icce_ray.progress import Progress
@@ -29,6 +29,7 @@ from icce_ray.store import Artifact, ArtifactWriter, Folder
 
 PIXELS = {"backbone": "pixels", "image_size": 8, "images_per_part": 8}
 VIT = {"backbone": "test_vit", "weights": "random", "image_size": 64, "images_per_part": 8, "batch_size": 5}
+VIT |= {"precision": "float32"}  # whose rounding does not depend on the batch so much
 SLOW_VIT = {"backbone": "vit_tiny_patch16_224", "weights": "random", "image_size": 160, "images_per_part": 6}
 
 
@@ -99,6 +100,32 @@ def test_the_stage_gives_what_a_plain_loop_over_the_files_gives(
     assert artifact.metrics["errors"] == {"zero bytes": 1, "not an image": 1, "truncated": 1}
     assert artifact.metrics["dim"] == features.dim
     assert artifact.part_names("part-") == [f"part-{index:05d}.parquet" for index in range(5)]
+
+
+@pytest.mark.slow
+def test_several_backbones_in_one_pass_give_what_each_gives_alone(
+    ray_cluster: None, photos: Path, tmp_path: Path
+) -> None:
+    (photos / "zero.jpg").touch()
+    shared = {"images_per_part": 8, "precision": "float32"}
+    backbones = [
+        {"backbone": "test_vit", "weights": "random", "image_size": 64, "features": "last4"},
+        {"backbone": "pixels", "image_size": 8},
+        {"backbone": "test_resnet", "weights": "random", "image_size": 64},
+    ]
+    artifact = run_stage(
+        config_for(photos, tmp_path, **backbones[0], extra=backbones[1:], **shared), tmp_path / "together"
+    )
+    names = ["test_vit:last4", "pixels", "test_resnet:pooled"]
+    assert feature_set_names(artifact) == artifact.metrics["feature_sets"] == names
+    assert list(artifact.metrics["dims"]) == [256, 192, load_features(artifact, 2).dim]
+    for index, backbone in enumerate(backbones):
+        alone = run_stage(config_for(photos, tmp_path, **backbone, **shared), tmp_path / str(index))
+        expected, together = load_features(alone), load_features(artifact, index)
+        assert np.array_equal(together.matrix, expected.matrix)
+        assert together.image_ids.tolist() == expected.image_ids.tolist()
+        assert together.name == expected.name == names[index]
+        assert artifact.metrics["num_errors"] == alone.metrics["num_errors"] == 1
 
 
 def test_a_run_takes_up_what_is_finished_and_redoes_the_rest_to_the_same_bytes(

@@ -61,7 +61,7 @@ def test_a_config_survives_the_way_through_json(config_file: Path) -> None:
         ("neighbors.max_neighbors=1", r"neighbors: max_neighbors is 1, below min_neighbors \d+"),
         ("embeddings.uri=x.npy", r"both are given: name the input with either images\.uri or embeddings\.uri"),
         ("images.uri=null", r"neither is given: name the input with either"),
-        ("preset=best", r"preset: 'best' is not usable: .*'icce' or 'temi'"),
+        ("preset=best", r"preset: 'best' is not usable: .*'icce', 'temi' or 'scan'"),
         ("consensus.methods=[]", r"consensus: methods is empty"),
         ("heads", r"--set heads: write it as section\.key=value"),
         ("heads=5", r"heads: 5 is not usable"),

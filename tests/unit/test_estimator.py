@@ -65,6 +65,17 @@ def test_the_same_seed_gives_the_same_labels_on_any_number_of_threads(fitted: IC
     assert not np.array_equal(other.head_labels_, fitted.head_labels_)
 
 
+def test_above_max_images_a_sample_is_trained_on_and_the_rest_is_labelled(blobs) -> None:
+    estimator = quick(heads=QUICK | {"max_images": 180}).fit(blobs[0])
+    took_part = estimator.head_labels_[0] >= 0
+    assert took_part.sum() == 180
+    assert np.array_equal(np.isfinite(estimator.agreement_), took_part)
+    assert clustering_accuracy(blobs[1], estimator.labels_) > 0.95
+    alone = quick(heads=QUICK | {"max_images": None}).fit(blobs[0][took_part])
+    assert np.array_equal(estimator.labels_[took_part], alone.labels_)
+    assert np.array_equal(estimator.labels_[~took_part], alone.predict(blobs[0][~took_part]))
+
+
 def test_labels_handed_to_fit_change_nothing(fitted: ICCE, blobs) -> None:
     features, labels = blobs
     assert np.array_equal(quick().fit_predict(features, labels), fitted.labels_)

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from icce_ray.consensus import contingency
-from icce_ray.consensus.contingency import count_consensus, count_labels, count_pairs, encode_heads
+from icce_ray.consensus.contingency import count_consensus, count_pairs
+from icce_ray.consensus.matrix import HeadLabels, count_labels, encode_heads
 from icce_ray.errors import InputError
 
 LABELS = hnp.arrays(np.int32, st.integers(1, 60), elements=st.integers(-1, 5))
@@ -50,7 +51,7 @@ def test_counts_of_shards_add_up_to_those_of_the_whole(cut):
     heads = encode_heads(matrix)
     whole = count_consensus(labels_N, heads, 5)
     shards = [
-        count_consensus(labels_N[part], contingency.HeadLabels(heads.codes[:, part], heads.values), 5)
+        count_consensus(labels_N[part], HeadLabels(heads.codes[:, part], heads.values), 5)
         for part in (slice(0, cut), slice(cut, None))
     ]
     np.testing.assert_array_equal(shards[0] + shards[1], whole)

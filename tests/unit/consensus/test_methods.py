@@ -6,20 +6,38 @@ import numpy as np
 import pytest
 
 from icce_ray.consensus import mcla as mcla_module
-from icce_ray.consensus.contingency import HeadLabels, encode_heads
+from icce_ray.consensus import pairs as pairs_module
 from icce_ray.consensus.cspa import co_association, cspa
 from icce_ray.consensus.hbgf import group_equal_images, hbgf
-from icce_ray.consensus.mcla import JACCARD_SCALE, cluster_graph, head_pair_counts, mcla, vote
+from icce_ray.consensus.matrix import HeadLabels, encode_heads
+from icce_ray.consensus.mcla import mcla, vote
+from icce_ray.consensus.pairs import JACCARD_SCALE, compare_heads
 from icce_ray.consensus.partition import PartitionError
 from icce_ray.consensus.plain import align_and_vote, best_head, fill_empty_clusters
 from icce_ray.evaluate.metrics import clustering_accuracy
+
+
+def run_mcla(heads, num_clusters):
+    return mcla(heads, compare_heads(heads), num_clusters, imbalance=1.5, seeds=[0, 1])
+
+
+def run_hbgf(heads, num_clusters):
+    return hbgf(heads, num_clusters, imbalance=1.5, seeds=[0, 1])
+
+
+def run_cspa(heads, num_clusters):
+    return cspa(heads, num_clusters, imbalance=1.5, seeds=[0, 1], max_images=5000)
+
+
+def run_vote(heads, num_clusters, num_starts=1):
+    return align_and_vote(heads, num_clusters, scores_H=compare_heads(heads).anmi(), seed=0, num_starts=num_starts)
 
 
 def test_the_cluster_graph_holds_the_jaccard_similarities_of_a_plain_loop(planted):
     _, matrix = planted([20, 30, 10], 4, 0.3)
     matrix[2, ::7] = -1
     heads = encode_heads(matrix)
-    graph = cluster_graph(head_pair_counts(heads), heads.head_cluster_sizes(), heads.offsets).toarray()
+    graph = compare_heads(heads).cluster_graph().toarray()
     members = [
         set(np.flatnonzero(c == k)) for c, v in zip(heads.codes, heads.values, strict=True) for k in range(len(v))
     ]
@@ -34,11 +52,11 @@ def test_the_cluster_graph_holds_the_jaccard_similarities_of_a_plain_loop(plante
 def test_large_cluster_graphs_leave_out_overlaps_that_chance_makes(planted, monkeypatch):
     _, matrix = planted([300, 300, 5], 3, 0.02)
     heads = encode_heads(matrix)
-    full = cluster_graph(head_pair_counts(heads), heads.head_cluster_sizes(), heads.offsets)
-    monkeypatch.setattr(mcla_module, "MAX_FULL_CLUSTERS", 3)
-    cut = cluster_graph(head_pair_counts(heads), heads.head_cluster_sizes(), heads.offsets)
+    full = compare_heads(heads).cluster_graph()
+    monkeypatch.setattr(pairs_module, "MAX_FULL_CLUSTERS", 3)
+    cut = compare_heads(heads).cluster_graph()
     assert cut.nnz < full.nnz
-    assert cut.data.min() >= mcla_module.MIN_JACCARD * JACCARD_SCALE
+    assert cut.data.min() >= pairs_module.MIN_JACCARD * JACCARD_SCALE
 
 
 @pytest.mark.parametrize("by_mean", [True, False])
@@ -86,10 +104,10 @@ def test_equal_images_are_grouped_and_others_are_not(planted):
     np.testing.assert_array_equal(matrix[:, first_G[group_N]], matrix)
 
 
-@pytest.mark.parametrize("method", [mcla, hbgf, cspa])
+@pytest.mark.parametrize("method", [run_mcla, run_hbgf, run_cspa])
 def test_each_partition_method_recovers_planted_clusters(planted, method):
     labels_N, matrix = planted([60] * 5, 10, 0.3)
-    tries = method(encode_heads(matrix), 5, imbalance=1.5, seeds=[0, 1])
+    tries = method(encode_heads(matrix), 5)
     assert len(tries) >= 2
     assert all(labels.shape == (300,) and labels.min() >= 0 and labels.max() < 5 for labels in tries)
     assert max(clustering_accuracy(labels_N, labels) for labels in tries) > 0.99
@@ -99,35 +117,35 @@ def test_mcla_and_the_vote_recover_clusters_of_very_different_size(planted):
     labels_N, matrix = planted([1000, 500, 200, 100, 50, 25, 10], 12, 0.3)
     heads = encode_heads(matrix)
     best_single = max(clustering_accuracy(labels_N, row) for row in matrix)
-    for tries in (mcla(heads, 7, imbalance=1.5, seeds=[0, 1]), align_and_vote(heads, 7, seed=0)):
+    for tries in (run_mcla(heads, 7), run_vote(heads, 7)):
         assert max(clustering_accuracy(labels_N, labels) for labels in tries) > max(0.98, best_single)
 
 
-@pytest.mark.parametrize("method", [hbgf, cspa])
+@pytest.mark.parametrize("method", [run_hbgf, run_cspa])
 def test_fewer_different_images_than_clusters_is_a_fault_of_that_method_alone(method):
     with pytest.raises(PartitionError, match="only 2 images differ"):
-        method(encode_heads([[0, 0, 1, 1, 1]]), 3, imbalance=1.5, seeds=[0])
+        method(encode_heads([[0, 0, 1, 1, 1]]), 3)
 
 
 def test_the_best_head_is_the_one_with_the_lowest_loss_with_its_own_numbers():
     matrix = np.array([[0, 0, 1, 1], [3, 3, 1, 1], [0, 1, 1, 1]])
     heads = encode_heads(matrix)
-    np.testing.assert_array_equal(best_head(heads, 4, np.array([0.3, 0.1, 0.2])), matrix[1])
-    np.testing.assert_array_equal(best_head(heads, 2, np.array([0.3, 0.1, 0.2])), [1, 1, 0, 0])
-    np.testing.assert_array_equal(best_head(heads, 2, np.array([0.3, np.nan, np.nan])), matrix[0])
-    assert best_head(heads, 2).tolist() in ([0, 0, 1, 1], [1, 1, 0, 0])
+    np.testing.assert_array_equal(best_head(heads, 4, scores_H=-np.array([0.3, 0.1, 0.2])), matrix[1])
+    np.testing.assert_array_equal(best_head(heads, 2, scores_H=-np.array([0.3, 0.1, 0.2])), [1, 1, 0, 0])
+    np.testing.assert_array_equal(best_head(heads, 2, scores_H=-np.array([0.3, np.nan, np.nan])), matrix[0])
+    np.testing.assert_array_equal(best_head(heads, 2, scores_H=np.full(3, np.nan)), matrix[0])
 
 
 def test_a_head_that_leaves_out_images_or_has_too_many_clusters_cannot_be_the_best():
     heads = encode_heads([[0, 0, -1, 1], [0, 1, 2, 3]])
-    np.testing.assert_array_equal(best_head(heads, 4), [0, 1, 2, 3])
+    np.testing.assert_array_equal(best_head(heads, 4, scores_H=np.array([1.0, 0.5])), [0, 1, 2, 3])
     with pytest.raises(PartitionError, match="no head"):
-        best_head(heads, 3)
+        best_head(heads, 3, scores_H=np.array([1.0, 0.5]))
 
 
 def test_the_vote_copes_with_heads_that_all_have_more_clusters(planted):
     labels_N, matrix = planted([50, 50, 50, 50], 6, 0.1)
-    tries = align_and_vote(encode_heads(matrix), 3, seed=0, num_starts=3)
+    tries = run_vote(encode_heads(matrix), 3, num_starts=3)
     assert len(tries) == 3
     assert all(sorted(np.unique(labels)) == [0, 1, 2] for labels in tries)
     assert max(clustering_accuracy(labels_N, labels) for labels in tries) > 0.7
@@ -136,14 +154,15 @@ def test_the_vote_copes_with_heads_that_all_have_more_clusters(planted):
 def test_an_empty_cluster_gets_the_largest_group_that_a_head_tells_apart():
     heads = encode_heads([[0, 0, 0, 0, 1, 1, 2, 2, 2], [0, 0, 0, 0, 0, 0, 1, 1, 1]])
     labels_N = np.zeros(9, dtype=np.int32)
-    filled = fill_empty_clusters(labels_N, heads, 3)
+    filled, num_empty = fill_empty_clusters(labels_N, heads, 3)
+    assert num_empty == 2
     np.testing.assert_array_equal(filled, [0, 0, 0, 0, 2, 2, 1, 1, 1])
     assert not labels_N.any()
 
 
 def test_clusters_stay_empty_where_no_head_tells_images_apart():
     heads = encode_heads([[0, 0, 1, 1]])
-    filled = fill_empty_clusters(np.array([0, 0, 2, 2], dtype=np.int32), heads, 4)
+    filled, _ = fill_empty_clusters(np.array([0, 0, 2, 2], dtype=np.int32), heads, 4)
     np.testing.assert_array_equal(filled, [0, 0, 2, 2])
 
 
@@ -151,5 +170,5 @@ def test_filled_clusters_leave_no_gap_whatever_the_labels(planted):
     _, matrix = planted([30, 20, 10], 5, 0.5)
     heads = encode_heads(matrix)
     for num_clusters in (4, 8, 20):
-        filled = fill_empty_clusters(np.full(60, 1, dtype=np.int32), heads, num_clusters)
+        filled, _ = fill_empty_clusters(np.full(60, 1, dtype=np.int32), heads, num_clusters)
         assert len(np.unique(filled)) == num_clusters

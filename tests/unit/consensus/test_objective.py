@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import mutual_info_score, normalized_mutual_info_score
 
-from icce_ray.consensus.contingency import count_consensus, count_pairs, encode_heads
+from icce_ray.consensus.contingency import count_consensus, count_pairs
+from icce_ray.consensus.matrix import encode_heads
 from icce_ray.consensus.objective import anmi, anmi_from_counts, entropy, mutual_information, nmi_from_counts
 
 

@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from icce_ray.consensus import refine as refine_module
-from icce_ray.consensus.contingency import count_consensus, encode_heads
+from icce_ray.consensus.contingency import count_consensus
+from icce_ray.consensus.matrix import encode_heads
 from icce_ray.consensus.objective import anmi
 from icce_ray.consensus.refine import refine
 from icce_ray.evaluate.metrics import clustering_accuracy
@@ -27,8 +28,12 @@ def test_refinement_never_lowers_the_anmi_nor_empties_a_cluster(seed, num_cluste
     assert set(np.unique(labels_N)) == set(np.unique(start_N))
 
 
+@pytest.mark.parametrize("dense", [True, False])
 @pytest.mark.parametrize("missing", [0.0, 0.3])
-def test_the_gain_of_a_move_equals_the_change_of_the_anmi(planted, missing):
+def test_the_gain_of_a_move_equals_the_change_of_the_anmi(planted, missing, dense, monkeypatch):
+    if not dense:
+        monkeypatch.setattr(refine_module, "MAX_DENSE_CLUSTERS", 2)
+        monkeypatch.setattr(refine_module, "MIN_RIVAL_SHARE", 0.0)
     _, matrix = planted([400, 200, 100], 5, 0.3)
     rng = np.random.default_rng(0)
     matrix[1:][rng.random((4, 700)) < missing] = -1
@@ -84,6 +89,20 @@ def test_voted_candidates_lead_to_the_same_clusters_as_all_of_them(planted, monk
     monkeypatch.setattr(refine_module, "MAX_DENSE_CLUSTERS", 2)
     voted_N, _ = refine(start_N, heads, 6)
     np.testing.assert_array_equal(everywhere_N, voted_N)
+
+
+def test_only_images_with_a_rival_are_looked_at_and_the_others_would_not_have_moved(planted, monkeypatch):
+    _, matrix = planted([60] * 6, 8, 0.4)
+    heads = encode_heads(matrix)
+    labels_N = matrix[0].astype(np.int32)
+    counts_KC = count_consensus(labels_N, heads, 6)
+    _, every_gain_N = refine_module._best_moves(labels_N, counts_KC, heads)
+    monkeypatch.setattr(refine_module, "MAX_DENSE_CLUSTERS", 2)
+    _, gain_N = refine_module._best_moves(labels_N, counts_KC, heads)
+    untouched = gain_N == 0
+    assert 0.1 < untouched.mean() < 0.9
+    assert every_gain_N[untouched].max() < 0
+    np.testing.assert_allclose(gain_N[gain_N > 0], every_gain_N[gain_N > 0], atol=1e-12)
 
 
 def test_blocks_do_not_change_the_refinement(planted, monkeypatch):

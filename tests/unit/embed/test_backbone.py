@@ -25,7 +25,7 @@ from icce_ray.errors import ConfigError, ResourceError
 
 
 def config_for(backbone: str = "test_vit", seed: int = 0, **embed: Any) -> Config:
-    embed = {"weights": "random", "image_size": 64} | embed
+    embed = {"weights": "random", "image_size": 64, "precision": "float32"} | embed
     return Config(output="x", num_clusters=2, seed=seed, images={"uri": "x"}, embed={"backbone": backbone} | embed)
 
 
@@ -193,6 +193,10 @@ def _save_deeper_model(path: Path) -> None:
     save_file(model.state_dict(), path)
 
 
+def _save_wider_model(path: Path) -> None:
+    save_file(timm.create_model("test_vit", img_size=64, embed_dim=128).state_dict(), path)
+
+
 def _save_less(path: Path) -> None:
     state = timm.create_model("test_vit", img_size=64).state_dict()
     del state["blocks.1.norm1.weight"]
@@ -200,7 +204,12 @@ def _save_less(path: Path) -> None:
 
 
 UNFIT = {
-    "another model": (_save_other_model, "w.safetensors", ["does not fit test_vit"]),
+    "another model": (
+        _save_other_model,
+        "w.safetensors",
+        ["does not fit test_vit", "lacks cls_token, pos_embed", "has unknown bn1."],
+    ),
+    "a wider one": (_save_wider_model, "w.safetensors", ["size mismatch for cls_token", "[1, 1, 128]", "[1, 1, 64]"]),
     "a deeper one": (_save_deeper_model, "w.safetensors", ["has unknown blocks.6", "more"]),
     "a key is missing": (_save_less, "w.safetensors", ["lacks blocks.1.norm1.weight"]),
     "not safetensors": (lambda path: path.write_bytes(b"no"), "w.safetensors", ["cannot be read"]),
@@ -278,7 +287,7 @@ def test_the_fingerprint_sees_the_weights_content_and_not_their_path(tmp_path: P
 
 
 def test_the_fingerprint_sees_all_that_changes_features_and_nothing_else() -> None:
-    same = [{}, {"batch_size": 3}, {"max_error_rate": 0.5}]
+    same = [{}, {"batch_size": 3}, {"max_error_rate": 0.5}, {"compile": True}]
     assert len({str(embed_settings(config_for(**embed))) for embed in same}) == 1
     assert embed_settings(config_for(image_size=None)) == embed_settings(config_for(image_size=224))
     other = [{"backbone": "test_vit2"}, {"features": "cls"}, {"image_size": 48}, {"images_per_part": 3}, {"seed": 1}]
@@ -287,6 +296,11 @@ def test_the_fingerprint_sees_all_that_changes_features_and_nothing_else() -> No
         {"max_image_pixels": 5},
         {"backbone": "pixels"},
         {"backbone": "pixels", "grayscale": True},
+        {"precision": "bfloat16"},
+        {"extra": [{"backbone": "pixels"}]},
+        {"extra": [{"backbone": "pixels", "image_size": 8}]},
     ]
     assert len({str(embed_settings(config_for(**embed))) for embed in [{}, *other]}) == 1 + len(other)
     assert embed_settings(config_for("pixels", seed=1)) == embed_settings(config_for("pixels"))
+    pixels = {"backbone": "pixels", "image_size": 32, "images_per_part": 512, "max_image_pixels": 100_000_000}
+    assert embed_settings(config_for("pixels", image_size=None)) == {"embed": pixels | {"grayscale": False}}

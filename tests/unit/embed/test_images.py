@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import io
+import struct
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from icce_ray.embed.images import Preprocessing, decode_image, read_image
+from icce_ray.embed import images
+from icce_ray.embed.images import Preprocessing, SeveralViews, decode_image, read_image
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 WHOLE = Preprocessing(size=16, scale_size=16)
@@ -67,8 +70,10 @@ def test_a_lossy_image_comes_out_nearly_as_it_is(kind: str) -> None:
         ("CMYK", "TIFF"),
         ("YCbCr", "JPEG"),
         ("YCbCr", "TIFF"),
+        ("LAB", "TIFF"),
         ("I;16", "PNG"),
         ("I;16", "TIFF"),
+        ("I;16B", "TIFF"),
         ("I", "TIFF"),
         ("F", "TIFF"),
     ],
@@ -78,6 +83,8 @@ def test_every_mode_gives_the_same_picture(mode: str, kind: str, grayscale: bool
     grey[:, 8:] = 255
     if mode == "I;16":
         image = Image.fromarray(grey.astype(np.uint16) * 257)
+    elif mode == "I;16B":
+        image = Image.frombytes(mode, (16, 16), (grey.astype(">u2") * 257).tobytes())
     elif mode == "I":
         image = Image.fromarray(grey.astype(np.int32) * 257)
     elif mode == "F":
@@ -87,6 +94,51 @@ def test_every_mode_gives_the_same_picture(mode: str, kind: str, grayscale: bool
     preprocessing = Preprocessing(size=16, scale_size=16, grayscale=grayscale)
     pixels = decoded(encode(image, kind), preprocessing).astype(int)
     assert np.abs(pixels - grey[:, :, None]).max() <= 6
+
+
+def raw_png(rows: np.ndarray, bit_depth: int, color_type: int) -> bytes:
+    """A PNG of a kind that Pillow reads but does not write. `rows`: (height, bytes of a row) uint8."""
+    channels = {0: 1, 2: 3, 4: 2, 6: 4}[color_type]
+    height, width = len(rows), rows.shape[1] * 8 // (bit_depth * channels)
+    header = struct.pack(">IIBBBBB", width, height, bit_depth, color_type, 0, 0, 0)
+    filtered = b"".join(b"\0" + row.tobytes() for row in rows)
+    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(filtered)), (b"IEND", b"")]
+    packed = [struct.pack(">I", len(b)) + k + b + struct.pack(">I", zlib.crc32(k + b)) for k, b in chunks]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(packed)
+
+
+@pytest.mark.parametrize(("color_type", "channels"), [(0, 1), (2, 3), (4, 2), (6, 4)])
+def test_16_bits_a_channel_lose_their_lower_eight(color_type: int, channels: int) -> None:
+    rng = np.random.default_rng(0)
+    values = rng.integers(0, 65536, (16, 16, channels), dtype=np.uint16)
+    has_alpha = color_type in (4, 6)
+    if has_alpha:
+        values[..., -1] = 65535
+    pixels = decoded(raw_png(values.astype(">u2").view(np.uint8).reshape(16, -1), 16, color_type)).astype(int)
+    shown = values[..., :-1] if has_alpha else values
+    assert np.abs(pixels - np.rint(shown / 257)).max() <= 1
+
+
+@pytest.mark.parametrize("bit_depth", [1, 2, 4])
+def test_fewer_than_eight_bits_of_grey_reach_from_black_to_white(bit_depth: int) -> None:
+    half = 16 * bit_depth // 16
+    rows = np.zeros((16, 2 * half), np.uint8)
+    rows[:, half:] = 255
+    expected = np.zeros((16, 16, 3), np.uint8)
+    expected[:, 8:] = 255
+    assert np.array_equal(decoded(raw_png(rows, bit_depth, 0)), expected)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_a_palette_of_any_depth_gives_its_colours(bits: int) -> None:
+    indices = np.zeros((16, 16), np.uint8)
+    indices[:, 8:] = 1
+    image = Image.fromarray(indices).convert("P")
+    image.putdata(indices.ravel().tolist())
+    image.putpalette([250, 10, 20, 5, 100, 200])
+    pixels = decoded(encode(image, "PNG", bits=bits))
+    assert pixels[3, 3].tolist() == [250, 10, 20]
+    assert pixels[3, 12].tolist() == [5, 100, 200]
 
 
 def test_16_bits_are_scaled_not_clipped() -> None:
@@ -133,7 +185,26 @@ def test_damaged_exif_does_not_cost_the_image() -> None:
     assert decoded(encode(two_halves(), "JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\xff")).shape == (16, 16, 3)
 
 
-@pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "TIFF"])
+def test_a_large_jpeg_that_is_decoded_smaller_is_still_turned_upright() -> None:
+    upright = np.zeros((800, 800, 3), np.uint8)
+    upright[:200, :500] = 255
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = encode(Image.fromarray(np.ascontiguousarray(np.rot90(upright))), "JPEG", exif=exif, quality=95)
+    assert np.abs(decoded(data).astype(int) - decoded(encode(Image.fromarray(upright), "PNG"))).max() <= 12
+
+
+@pytest.mark.parametrize("kind", ["GIF", "WEBP"])
+def test_the_transparent_part_of_a_first_frame_is_white(kind: str) -> None:
+    first = Image.new("RGBA", (16, 16), (255, 0, 0, 255))
+    first.paste((0, 0, 0, 0), (4, 0, 12, 16))
+    data = encode(first, kind, save_all=True, append_images=[Image.new("RGBA", (16, 16), "blue")])
+    pixels = decoded(data).astype(int)
+    assert np.abs(pixels[:, :3] - np.array([255, 0, 0])).max() < 12
+    assert (pixels[:, 5:11] >= 250).all()
+
+
+@pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "TIFF", "MPO"])
 def test_of_an_animation_the_first_frame_is_taken(kind: str) -> None:
     frames = [Image.new("RGB", (16, 16), color) for color in ("red", "lime", "blue")]
     data = encode(frames[0], kind, save_all=True, append_images=frames[1:])
@@ -160,11 +231,66 @@ def test_an_extreme_aspect_ratio_still_gives_a_square() -> None:
     decoded(encode(noise(2000, 1), "PNG"), Preprocessing(32, 36))
 
 
+def test_a_line_of_millions_of_pixels_does_not_fill_the_memory() -> None:
+    for shape in ((3_000_000, 1), (1, 3_000_000)):
+        values = np.zeros(shape, np.uint8)
+        values[shape[0] // 2 :, shape[1] // 2 :] = 255
+        pixels = decoded(encode(Image.fromarray(values), "PNG"), Preprocessing(224, 256))
+        assert pixels.mean() == pytest.approx(127.5, abs=2.0)
+
+
 def test_the_smaller_decoding_of_a_large_jpeg_looks_the_same() -> None:
     ramp = np.linspace(0, 255, 1600).astype(np.uint8)
     picture = Image.fromarray(np.stack([np.broadcast_to(ramp, (1200, 1600))] * 3, axis=-1))
     jpeg, png = decoded(encode(picture, "JPEG", quality=95)), decoded(encode(picture, "PNG"))
     assert np.abs(jpeg.astype(int) - png).max() <= 3
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "MPO"])
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("progressive", [False, True])
+def test_a_large_jpeg_is_never_decoded_whole(
+    kind: str, mode: str, progressive: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = []
+    original = images._turn_upright
+    monkeypatch.setattr(images, "_turn_upright", lambda image: loaded.append(image.size) or original(image))
+    image = noise(1200, 1600).convert(mode)
+    several = {"save_all": True, "append_images": [image]} if kind == "MPO" else {}
+    data = encode(image, kind, progressive=progressive, **several)
+    decoded(data, Preprocessing(100, 100))
+    assert loaded == [(400, 300)]
+
+
+def jpeg_noise() -> bytes:
+    return encode(noise(300, 500).resize((1500, 900)), "JPEG")
+
+
+@pytest.mark.parametrize("data", [jpeg_noise(), encode(noise(), "PNG"), encode(noise().convert("P"), "GIF")])
+def test_several_views_are_each_what_a_decoding_of_its_own_gives(data: bytes) -> None:
+    views = (
+        Preprocessing(32, 36),
+        Preprocessing(32, 32, "bicubic"),
+        Preprocessing(16, 16, squash=True, grayscale=True),
+        Preprocessing(224, 256),
+    )
+    several = SeveralViews(views)
+    packed = decode_image(data, several)
+    assert isinstance(packed, np.ndarray)
+    assert packed.shape == several.shape == (32 * 32 * 3 * 2 + 16 * 16 + 224 * 224 * 3,)
+    for view, picture in zip(views, several.split(packed[None]), strict=True):
+        assert np.array_equal(picture[0], decoded(data, view))
+
+
+def test_several_views_of_one_scale_are_decoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = []
+    original = images._turn_upright
+    monkeypatch.setattr(images, "_turn_upright", lambda image: loaded.append(image.size) or original(image))
+    views = (Preprocessing(100, 100), Preprocessing(96, 110, "bicubic"), Preprocessing(100, 100, grayscale=True))
+    decode_image(jpeg_noise(), SeveralViews(views))
+    assert len(loaded) == 1
+    assert decode_image(b"no", SeveralViews(views)) == "not an image"
+    assert decode_image(jpeg_noise(), SeveralViews(views), max_pixels=10) == "over the limit of 10 pixels"
 
 
 @pytest.mark.parametrize("kind", FORMATS)

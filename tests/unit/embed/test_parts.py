@@ -11,7 +11,9 @@ import pytest
 from PIL import Image
 
 from icce_ray.context import StageContext
-from icce_ray.embed.images import Preprocessing
+from icce_ray.embed.features import joined_columns, table_to_arrays
+from icce_ray.embed.images import Preprocessing, SeveralViews
+from icce_ray.embed.networks import SeveralBackbones
 from icce_ray.embed.parts import (
     MAX_DECODED_PART_BYTES,
     DecodedPart,
@@ -39,7 +41,9 @@ PREPROCESSING = Preprocessing(size=4, scale_size=4)
 class MeanBackbone:
     """One feature: the mean of the pixels, times `factor`."""
 
+    dims: tuple[int, ...] = (1,)
     dim = 1
+    batch_size = 64
 
     def __init__(self, factor: float = 1.0) -> None:
         self.factor = factor
@@ -78,6 +82,7 @@ def test_parts_of_large_images_are_smaller() -> None:
     assert images_per_part(Preprocessing(224, 224), 512) == 512
     few = images_per_part(Preprocessing(1024, 1024), 512)
     assert 1 < few < 512
+    assert images_per_part(SeveralViews((Preprocessing(1024, 1024), Preprocessing(512, 512))), 512) < few
     assert few * 1024 * 1024 * 3 <= MAX_DECODED_PART_BYTES
     assert images_per_part(Preprocessing(20_000, 20_000), 512) == 1
 
@@ -126,6 +131,41 @@ def test_features_that_are_no_float16_numbers_are_errors_not_infinities() -> Non
         assert table["content_hash"].to_pylist() == ["b"] * len(good)
         failed = [[image_id, reason] for image_id in range(3) if image_id not in good]
         assert str(failed).replace("'", '"') in table.schema.metadata[b"icce_ray.part"].decode()
+
+
+def test_each_feature_set_has_its_column_and_an_image_that_fails_in_one_is_in_none(tmp_path: Path) -> None:
+    views = [PREPROCESSING, Preprocessing(2, 2), PREPROCESSING]
+    backbone = SeveralBackbones([MeanBackbone(), MeanBackbone(2.0), MeanBackbone(10_000.0)], views)
+    uris = write_images(tmp_path / "images", 12, bad=(3,))
+    part = PartRange(0, 0, 12)
+    decoded = decode_part(part, uris, SeveralViews((PREPROCESSING, Preprocessing(2, 2))), max_pixels=100)
+    assert decoded.pixels.shape == (11, 4 * 4 * 3 + 2 * 2 * 3)
+    record = write_part(Folder.at(tmp_path / "out"), part, embed_part(part, decoded, backbone, 4))
+    stored = pq.read_table(tmp_path / "out" / part.name)
+    assert stored.schema.names == ["image_id", "embedding", "embedding_1", "embedding_2", "content_hash"]
+    assert {str(stored.schema.field(name).type) for name in stored.schema.names[1:4]} == {
+        "fixed_size_list<element: halffloat>[1]"
+    }
+    good = [0, 1, 2, 4, 5, 6]
+    assert stored["image_id"].to_pylist() == good
+    for feature_set, factor in enumerate((1.0, 2.0, 10_000.0)):
+        ids, rows = table_to_arrays(stored, feature_set)
+        assert ids.tolist() == good
+        assert rows[:, 0].tolist() == [np.float16(factor * number) for number in good]
+    assert joined_columns(stored).shape == (6, 3)
+    assert record.errors == [(3, "not an image")] + [(number, "feature overflow") for number in range(7, 12)]
+    assert read_record(Folder.at(tmp_path / "out"), part) == record
+    changed = stored.set_column(3, "embedding_2", stored["embedding_1"])
+    pq.write_table(changed, tmp_path / "out" / part.name)
+    assert read_record(Folder.at(tmp_path / "out"), part) is None
+
+
+def test_one_feature_set_is_written_the_same_whether_its_width_is_named_or_not() -> None:
+    rows = np.arange(12, dtype=np.float16).reshape(4, 3)
+    table = part_table(PartRange(0, 0, 5), np.array([0, 1, 2, 4]), rows, errors=[(3, "missing")])
+    assert table.schema.names == ["image_id", "embedding", "content_hash"]
+    named = part_table(PartRange(0, 0, 5), np.array([0, 1, 2, 4]), rows, None, [(3, "missing")], (3,))
+    assert table.equals(named, check_metadata=True)
 
 
 def test_a_part_without_a_good_image_still_has_its_width(tmp_path: Path) -> None:

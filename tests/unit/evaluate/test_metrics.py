@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import itertools
+from fractions import Fraction
 
 import numpy as np
 import pytest
+import scipy.sparse as sp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
@@ -95,6 +97,19 @@ def test_a_million_labels_of_a_thousand_classes_are_counted_exactly():
     metrics = evaluate_clustering(true_N, pred_N)
     assert metrics["acc"] == pytest.approx(np.mean((true_N * 7) % 1000 == pred_N))
     assert metrics["ari"] == pytest.approx(0.75**2, abs=0.01)
+
+
+def test_a_billion_images_are_counted_exactly():
+    cells = np.array([[400_000_001, 3, 0], [5, 299_999_999, 7], [1, 0, 300_000_011]])
+    metrics = metrics_from_counts(sp.csr_array(cells))
+    together, rows, columns, total = (
+        sum(n * (n - 1) // 2 for n in counts.ravel().tolist())
+        for counts in (cells, cells.sum(axis=1), cells.sum(axis=0), cells.sum())
+    )
+    expected = Fraction(rows * columns, total)
+    exact = (together - expected) / (Fraction(rows + columns, 2) - expected)
+    assert metrics["ari"] == float(exact)
+    assert metrics["acc"] == int(np.trace(cells)) / int(cells.sum())
 
 
 def test_strings_and_booleans_are_labels():

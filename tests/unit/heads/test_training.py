@@ -10,8 +10,10 @@ import torch
 from icce_ray.config import PRESETS, HeadsConfig
 from icce_ray.evaluate.metrics import clustering_accuracy
 from icce_ray.heads.checkpoint import CheckpointFolder
+from icce_ray.heads.result import TrainedHeads
 from icce_ray.heads.sampling import epoch_batches
-from icce_ray.heads.training import HeadTrainer, teacher_momentum, train_heads
+from icce_ray.heads.schedule import teacher_momentum
+from icce_ray.heads.training import HeadTrainer, train_heads
 from icce_ray.store import Folder
 
 from .reference import ReferenceTrainer, sinkhorn
@@ -84,16 +86,12 @@ class _ThreadWorker:
         return self._combine(tensor, maximum=True)
 
 
-@pytest.mark.parametrize("num_workers", [2, 3])
-def test_many_workers_follow_the_trajectory_of_one(planted, num_workers: int) -> None:
-    features, graph, _ = planted
-    config = settings(num_epochs=17)
-    alone = train_heads(features, graph, config, num_clusters=4, seed=0)
+def train_in_threads(num_workers: int, features, graph, config: HeadsConfig, **options: object) -> list[TrainedHeads]:
     group, results = ThreadWorkers(num_workers), {}
 
     def work(rank: int) -> None:
         results[rank] = train_heads(
-            features, graph, config, num_clusters=4, seed=0, communicator=group.worker(rank), num_threads=1
+            features, graph, config, num_clusters=4, seed=0, communicator=group.worker(rank), num_threads=1, **options
         )
 
     threads = [threading.Thread(target=work, args=(rank,)) for rank in range(num_workers)]
@@ -102,10 +100,21 @@ def test_many_workers_follow_the_trajectory_of_one(planted, num_workers: int) ->
     for thread in threads:
         thread.join(timeout=120)
     assert sorted(results) == list(range(num_workers))
+    return [results[rank] for rank in range(num_workers)]
+
+
+@pytest.mark.parametrize(("num_workers", "loss"), [(2, "temi"), (3, "temi"), (2, "scan")])
+def test_many_workers_follow_the_trajectory_of_one(planted, num_workers: int, loss: str) -> None:
+    features, graph, _ = planted
+    config = settings(num_epochs=17, loss=loss)
+    alone = train_heads(features, graph, config, num_clusters=4, seed=0)
     assert len(alone.history) * 3 >= 50
-    for trained in results.values():
-        ours, theirs = ([epoch["loss"] for epoch in run.history] for run in (trained, alone))
-        np.testing.assert_allclose(ours, theirs, rtol=1e-4)
+    for trained in train_in_threads(num_workers, features, graph, config):
+        ours, theirs = (np.array([epoch["head_losses"] for epoch in run.history]) for run in (trained, alone))
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=2e-6)
+        for name in ("empty_clusters", "label_change"):
+            ours, theirs = ([epoch[name] for epoch in run.history[1:]] for run in (trained, alone))
+            np.testing.assert_allclose(ours, theirs, atol=0.005)
         assert (trained.label_matrix_HN == alone.label_matrix_HN).mean() >= 0.995
 
 
@@ -135,6 +144,33 @@ def test_a_stopped_run_resumes_to_the_very_same_result(planted, tmp_path: Path) 
     assert [epoch["loss"] for epoch in resumed.history] == [epoch["loss"] for epoch in undisturbed.history]
 
 
+def test_a_run_resumes_on_another_number_of_workers(planted, tmp_path: Path) -> None:
+    features, graph, _ = planted
+    config = settings(num_epochs=12)
+    undisturbed = train_heads(features, graph, config, num_clusters=4, seed=0)
+    trainer = HeadTrainer(features, graph, config, num_clusters=4, seed=0)
+    for _ in range(5):
+        trainer.train_epoch()
+    checkpoints = CheckpointFolder(Folder.at(tmp_path))
+    checkpoints.save(*trainer.state())
+    for trained in train_in_threads(2, features, graph, config, checkpoints=checkpoints):
+        assert trained.history[:5] == trainer.history
+        assert (trained.label_matrix_HN == undisturbed.label_matrix_HN).mean() >= 0.995
+
+
+def test_training_stops_when_the_labels_rest_and_says_so(planted) -> None:
+    features, graph, _ = planted
+    config = settings(num_epochs=60, teacher_momentum=0.9)
+    assert not train_heads(features, graph, config, num_clusters=4, seed=0).stopped_early
+    trained = train_heads(
+        features, graph, config.model_copy(update={"early_stop_change": 0.02}), num_clusters=4, seed=0
+    )
+    assert trained.stopped_early
+    changes = [epoch["label_change"] for epoch in trained.history]
+    assert max(changes[-3:]) < 0.02
+    assert all(max(changes[stop - 3 : stop]) >= 0.02 for stop in range(4, len(changes)))
+
+
 def test_two_checkpoints_are_kept_and_a_damaged_one_is_passed_over(planted, tmp_path: Path) -> None:
     features, graph, _ = planted
     trainer = HeadTrainer(features, graph, settings(), num_clusters=4, seed=0)
@@ -153,7 +189,9 @@ def test_two_checkpoints_are_kept_and_a_damaged_one_is_passed_over(planted, tmp_
     assert loaded[1]["epoch"] == 2
 
 
-@pytest.mark.parametrize("changes", [{}, {"num_positives": 3}, {"sinkhorn": False}, {"input_norm": "none"}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"num_positives": 3}, {"sinkhorn": False}, {"input_norm": "none"}, {"loss": "scan"}]
+)
 def test_planted_clusters_are_found(planted, changes: dict[str, object]) -> None:
     features, graph, labels = planted
     config = settings(num_epochs=40, teacher_momentum=0.9, **changes)
@@ -168,7 +206,7 @@ def test_with_several_positives_the_target_is_their_mean(planted) -> None:
     trainer = HeadTrainer(features, graph, config, num_clusters=4, seed=0)
     rows, num_pairs = next(epoch_batches(graph, 64, 3, 0, 0, 0, 1))
     batch = trainer._prepare(rows, num_pairs)
-    log_targets, weight = trainer._teacher_targets(batch, 4, num_pairs)
+    log_targets, weight = trainer._teacher_targets(batch, rows, num_pairs)
     reference = ReferenceTrainer(trainer.teacher, config, 3)
     plain = []
     for teacher in reference.teachers:
@@ -193,7 +231,7 @@ def test_a_loss_that_is_not_finite_is_reported_with_what_led_to_it(planted) -> N
     features, graph, _ = planted
     trainer = HeadTrainer(features, graph, settings(), num_clusters=4, seed=0)
     trainer.student.prototypes_HKP[1, 0, 0] = float("nan")
-    with pytest.raises(FloatingPointError, match=r"heads \[1\] is not finite in epoch 0 \(learning rate"):
+    with pytest.raises(FloatingPointError, match=r"heads \[1\] is not finite in epoch 0, step 0 of 3 \(learning rate"):
         trainer.train_epoch()
 
 

@@ -1,0 +1,147 @@
+"""The consensus at ImageNet's size and at a tenth of it, planted labels with noise.
+
+The stage runs on Ray with as many CPUs as there are here (two on the reference machine), and the same matrix goes
+through `cluster_ensemble` in one process: the labels must be equal. Memory is that of all processes, shared pages
+counted once (PSS); what the stage itself states it needs comes on top of an idle Ray's.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cases.planted import planted_heads
+from icce_ray.config import Config, ConsensusConfig
+from icce_ray.consensus.ensemble import cluster_ensemble
+from icce_ray.consensus.matrix import encode_heads
+from icce_ray.consensus.memory import coordinator_bytes, worker_bytes
+from icce_ray.context import StageContext
+from icce_ray.evaluate.metrics import evaluate_clustering, normalized_mutual_info
+from icce_ray.progress import Progress
+from icce_ray.store import ArtifactWriter, Folder
+
+SETTINGS: dict[str, Any] = {
+    "num_images": 1_281_167,
+    "num_heads": 50,
+    "num_clusters": 1000,
+    "small_num_images": 100_000,
+    "small_num_clusters": 100,
+    "noise": 0.3,
+}
+MAX_SECONDS, MAX_SMALL_SECONDS = 300.0, 20.0
+MAX_BYTES = 8_000_000_000
+SAMPLE_INTERVAL_S = 0.5
+
+
+def run(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, bool]]:
+    noise, num_heads = settings["noise"], settings["num_heads"]
+    labels_N, heads_HN = planted_heads(settings["small_num_images"], num_heads, settings["small_num_clusters"], noise)
+    started = time.perf_counter()
+    small = cluster_ensemble(heads_HN, settings["small_num_clusters"], random_state=0)
+    small_s = time.perf_counter() - started
+    print(f"{heads_HN.shape[1]:,} images, one process: {small_s:.1f} s, {small.method}", flush=True)
+    for method, reason in small.skipped.items():
+        print(f"  {method} left out: {reason}")
+    figures: dict[str, Any] = {"small_s": small_s, "small_nmi": normalized_mutual_info(labels_N, small.labels)}
+    bounds = {f"{heads_HN.shape[1]:,} images in at most {MAX_SMALL_SECONDS:.0f} s": small_s <= MAX_SMALL_SECONDS}
+
+    num_clusters = settings["num_clusters"]
+    labels_N, heads_HN = planted_heads(settings["num_images"], num_heads, num_clusters, noise)
+    stage, consensus_N = run_stage(heads_HN, num_clusters)
+    started = time.perf_counter()
+    metrics = evaluate_clustering(labels_N, consensus_N)
+    stage["metrics_s"] = time.perf_counter() - started
+    seconds = stage["seconds"] + stage["metrics_s"]
+    best_head = max(normalized_mutual_info(labels_N, head_N) for head_N in heads_HN)
+    started = time.perf_counter()
+    local = cluster_ensemble(heads_HN, num_clusters, random_state=0)
+    figures |= {
+        "stage": stage,
+        "metrics": metrics,
+        "best_head_nmi": best_head,
+        "one_process_s": time.perf_counter() - started,
+    }
+    gigabytes = [stage[name] / 1e9 for name in ("bytes", "idle_bytes", "stated_bytes")]
+    print(
+        f"{heads_HN.shape[1]:,} images, the stage on Ray: {stage['seconds']:.1f} s, {gigabytes[0]:.1f} GB "
+        f"({gigabytes[1]:.1f} idle, stated besides {gigabytes[2]:.1f}); metrics {stage['metrics_s']:.1f} s; "
+        f"one process {figures['one_process_s']:.1f} s"
+    )
+    print(f"NMI to the planted labels {metrics['nmi']:.4f}, best head {best_head:.4f}")
+    bounds |= {
+        f"{heads_HN.shape[1]:,} images in at most {MAX_SECONDS:.0f} s, metrics included": seconds <= MAX_SECONDS,
+        f"in at most {MAX_BYTES / 1e9:.0f} GB": stage["bytes"] <= MAX_BYTES,
+        "in at most the memory that was stated": stage["bytes"] - stage["idle_bytes"] <= stage["stated_bytes"],
+        "NMI to the planted labels above every head's": metrics["nmi"] > best_head,
+        "the labels of the stage are those of one process": bool(np.array_equal(local.labels, consensus_N)),
+    }
+    return figures, bounds
+
+
+def run_stage(heads_HN: Any, num_clusters: int) -> tuple[dict[str, Any], Any]:
+    """Seconds and bytes of the stage on Ray; and its labels."""
+    import ray
+
+    from icce_ray.cluster import connect
+    from icce_ray.consensus import job
+    from icce_ray.consensus.stored import MATRIX_NAME
+
+    with tempfile.TemporaryDirectory(prefix="icce_ray-consensus-") as folder:
+        writer = ArtifactWriter(Folder.at(Path(folder) / "heads"))
+        writer.write_array(MATRIX_NAME, heads_HN)
+        writer.write_json("training.json", {"head_losses": [0.0] * len(heads_HN)})
+        heads = writer.commit(stage="heads", fingerprint="f", inputs={}, config={}, metrics={}, seconds=0.0)
+        config = Config(output=folder, num_clusters=num_clusters, embeddings={"uri": "unused.npy"})
+        connect(config.resources)
+        output = ArtifactWriter(Folder.at(Path(folder) / "consensus"))
+        before, peak, finished = used_bytes(), 0, threading.Event()
+
+        def watch() -> None:
+            nonlocal peak
+            while not finished.wait(SAMPLE_INTERVAL_S):
+                peak = max(peak, used_bytes())
+
+        watcher = threading.Thread(target=watch, daemon=True)
+        watcher.start()
+        started = time.perf_counter()
+        job.run(config, StageContext(output, {"heads": heads}, Progress("consensus")))
+        seconds = time.perf_counter() - started
+        finished.set()
+        watcher.join()
+        ray.shutdown()
+        labels_N = np.load(Path(folder) / "consensus" / "labels.npy")
+    encoded = encode_heads(heads_HN)
+    num_workers = len(os.sched_getaffinity(0))
+    stated = coordinator_bytes(encoded, num_clusters, ConsensusConfig()) + num_workers * worker_bytes(
+        encoded, num_clusters
+    )
+    return {"seconds": seconds, "bytes": peak, "idle_bytes": before, "stated_bytes": stated}, labels_N
+
+
+def used_bytes() -> int:
+    """Memory of this process and all below it, pages that several share counted once."""
+    parents = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+            except (OSError, IndexError):
+                continue
+    total = 0
+    for process in parents:
+        above = process
+        while above in parents and above != os.getpid():
+            above = parents[above]
+        if above == os.getpid():
+            try:
+                lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
+                total += 1024 * next(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
+            except (OSError, StopIteration):
+                continue
+    return total

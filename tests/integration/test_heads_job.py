@@ -1,0 +1,149 @@
+"""Training on Ray when its workers die, and when what it is asked for does not fit."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from icce_ray import ICCE, run
+from icce_ray.config import Config
+from icce_ray.context import StageContext
+from icce_ray.errors import ResourceError
+from icce_ray.heads import job
+from icce_ray.progress import Progress
+from icce_ray.store import Artifact, ArtifactWriter, Folder
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
+
+HEADS: dict[str, Any] = {
+    "num_heads": 4,
+    "num_epochs": 100,
+    "hidden_dim": 64,
+    "bottleneck_dim": 32,
+    "learning_rate": 2e-3,
+    "precision": "float32",
+    "checkpoint_interval_s": 0.5,
+}
+CLASSIFIER = {"num_iterations": 100}
+
+
+@pytest.fixture(scope="module")
+def features() -> np.ndarray:
+    generator = np.random.default_rng(4)
+    centres = generator.normal(size=(5, 24)) * 1.2
+    return (centres[generator.integers(0, 5, 900)] + generator.normal(size=(900, 24))).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(features: np.ndarray) -> np.ndarray:
+    heads = dict(HEADS)
+    estimator = ICCE(
+        5, n_heads=heads.pop("num_heads"), epochs=heads.pop("num_epochs"), heads=heads, classifier=CLASSIFIER,
+        random_state=0,
+    )  # fmt: skip
+    labels: np.ndarray = estimator.fit(features).head_labels_
+    return labels
+
+
+def make_config(folder: Path, num_workers: int = 1, **heads: object) -> Config:
+    return Config.model_validate(
+        {
+            "embeddings": {"uri": str(folder / "features.npy")},
+            "num_clusters": 5,
+            "output": str(folder / "out"),
+            "heads": HEADS | heads,
+            "classifier": CLASSIFIER,
+            "resources": {"heads": {"num_workers": num_workers, "cpus_per_worker": 1}},
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def inputs(features: np.ndarray, ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Artifact]:
+    """Embeddings and neighbours, as a short run makes them."""
+    folder = tmp_path_factory.mktemp("inputs")
+    np.save(folder / "features.npy", features)
+    run(make_config(folder, num_epochs=1), quiet=True)
+    return {stage: find_artifact(folder / "out" / stage) for stage in ("embed", "neighbors")}
+
+
+def find_artifact(stage_folder: Path) -> Artifact:
+    (path,) = stage_folder.iterdir()
+    artifact = Artifact.find(Folder.at(path))
+    assert artifact is not None
+    return artifact
+
+
+def run_heads(inputs: dict[str, Artifact], folder: Path, num_workers: int = 1, **heads: object) -> ArtifactWriter:
+    writer = ArtifactWriter(Folder.at(folder))
+    job.run(make_config(folder, num_workers, **heads), StageContext(writer, inputs, Progress("heads", quiet=True)))
+    return writer
+
+
+def train_workers() -> list[int]:
+    """Processes of Ray Train's workers that descend from this one."""
+    commands, parents = {}, {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError):
+                commands[int(entry.name)] = (entry / "cmdline").read_bytes()
+                # After the name, which stands in brackets: state, parent.
+                parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+
+    def is_ours(pid: int) -> bool:
+        return pid == os.getpid() or (pid in parents and is_ours(parents[pid]))
+
+    return [pid for pid, command in commands.items() if b"RayTrainWorker" in command and is_ours(pid)]
+
+
+class Killer(threading.Thread):
+    """Kills one of the workers as soon as there is a checkpoint."""
+
+    def __init__(self, output: Path) -> None:
+        super().__init__(daemon=True)
+        self.output = output
+        self.killed: int | None = None
+
+    def run(self) -> None:
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline:
+            if any(self.output.glob("checkpoints/epoch-*.safetensors")):
+                workers = train_workers()
+                if workers:
+                    os.kill(workers[-1], signal.SIGKILL)
+                    self.killed = workers[-1]
+                    return
+            time.sleep(0.01)
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_a_killed_worker_costs_no_labels(inputs, undisturbed, tmp_path: Path, num_workers: int) -> None:
+    killer = Killer(tmp_path)
+    killer.start()
+    run_heads(inputs, tmp_path, num_workers)
+    killer.join()
+    assert killer.killed is not None
+    assert killer.killed not in train_workers()
+    labels = np.load(tmp_path / "label_matrix.npy")
+    if num_workers == 1:
+        assert np.array_equal(labels, undisturbed)
+    else:
+        assert (labels == undisturbed).mean() >= 0.995
+    history = json.loads((tmp_path / "training.json").read_text())["history"]
+    assert [epoch["epoch"] for epoch in history] == list(range(1, HEADS["num_epochs"] + 1))
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == history
+
+
+def test_heads_that_do_not_fit_are_refused_before_they_are_made(inputs, tmp_path: Path) -> None:
+    with pytest.raises(ResourceError, match=r"heads: training 400 heads .* GB are free"):
+        run_heads(inputs, tmp_path, num_heads=400, hidden_dim=200_000, bottleneck_dim=100_000)

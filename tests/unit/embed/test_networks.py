@@ -1,0 +1,183 @@
+"""How networks are run: precision, memory, batch size, several side by side."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from icce_ray.config import Config
+from icce_ray.embed.backbone import check_backbone, make_backbone, plan_embedding
+from icce_ray.embed.images import Preprocessing, SeveralViews
+from icce_ray.embed.networks import MAX_BATCH_SIZE, TimmBackbone, common_preprocessing, find_batch_size
+from icce_ray.embed.parts import DecodedPart, PartRange, embed_part
+from icce_ray.errors import ConfigError
+from icce_ray.precision import matmul_dtype
+
+CPU = torch.device("cpu")
+
+
+def config_for(**embed: Any) -> Config:
+    embed = {"backbone": "test_vit", "weights": "random", "image_size": 64} | embed
+    return Config(output="x", num_clusters=2, images={"uri": "x"}, embed=embed)
+
+
+def random_images(count: int = 6, size: int = 64) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (count, size, size, 3), dtype=np.uint8)
+
+
+def embedded(backbone: str, **embed: Any) -> np.ndarray:
+    return make_backbone(config_for(backbone=backbone, **embed)).embed(random_images())
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+@pytest.mark.parametrize(
+    ("name", "features"), [("test_vit", "cls+patch_mean"), ("test_vit", "last4"), ("test_convnext", "auto")]
+)
+def test_half_precision_gives_nearly_the_features_of_float32(name: str, features: str, precision: str) -> None:
+    exact = embedded(name, features=features, precision="float32").astype(np.float32)
+    half = embedded(name, features=features, precision=precision)
+    assert half.dtype == np.float16
+    assert not np.array_equal(half, exact)
+    assert np.linalg.norm(half - exact) < 0.02 * np.linalg.norm(exact)
+
+
+def test_auto_is_bfloat16_where_the_processor_multiplies_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    for capabilities, expected in (({"avx512_bf16": True}, "bfloat16"), ({"avx2": True}, "float32")):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=capabilities: found)
+        assert matmul_dtype("auto", CPU) == getattr(torch, expected)
+        assert np.array_equal(embedded("test_vit", precision="auto"), embedded("test_vit", precision=expected))
+
+
+def broken_vit(scale: float, precision: str) -> Any:
+    """A network whose class token is `scale` times too large."""
+    backbone: Any = make_backbone(config_for(features="cls", precision=precision))
+    with torch.no_grad():
+        backbone._model.norm.weight *= scale
+    return backbone
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
+def test_features_beyond_float16_cost_the_image_and_are_called_so(precision: str) -> None:
+    decoded = DecodedPart(np.arange(6), random_images(), list("abcdef"), [])
+    table = embed_part(PartRange(0, 0, 6), decoded, broken_vit(1e6, precision), 4)
+    assert table.num_rows == 0
+    assert table.schema.metadata[b"icce_ray.part"].decode().count("feature overflow") == 6
+
+
+def test_a_network_that_overflows_inside_costs_its_images() -> None:
+    backbone = broken_vit(1.0, "float16")
+    with torch.no_grad():
+        backbone._model.blocks[0].mlp.fc1.weight *= 1e7
+    decoded = DecodedPart(np.arange(6), random_images(), list("abcdef"), [])
+    record = embed_part(PartRange(0, 0, 6), decoded, backbone, 4).schema.metadata[b"icce_ray.part"].decode()
+    assert record.count("feature not a number") == 6
+
+
+def test_a_batch_that_does_not_fit_is_halved_until_it_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    backbone = make_backbone(config_for(precision="float32"))
+    assert isinstance(backbone, TimmBackbone)
+    whole = backbone.embed(random_images(11))
+    original, sizes = backbone._embed, []
+
+    def little_memory(images: np.ndarray) -> np.ndarray:
+        sizes.append(len(images))
+        if len(images) > limit:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return original(images)
+
+    monkeypatch.setattr(backbone, "_embed", little_memory)
+    limit = 3
+    np.testing.assert_allclose(backbone.embed(random_images(11)), whole, atol=1e-3)
+    assert sizes == [11, 5, 2, 3, 6, 3, 3]
+    limit = 0
+    with pytest.raises(torch.OutOfMemoryError):
+        backbone.embed(random_images(2))
+
+
+@pytest.mark.parametrize(("saturates_at", "expected"), [(16, 16), (128, 128), (10**9, MAX_BATCH_SIZE)])
+def test_the_batch_is_doubled_for_as_long_as_that_is_faster(saturates_at: int, expected: int) -> None:
+    now, shapes = 0.0, []
+
+    def embed(images: np.ndarray) -> np.ndarray:
+        nonlocal now
+        shapes.append(images.shape)
+        now += max(1.0, len(images) / saturates_at)  # a device that is not full takes as long for fewer
+        return np.zeros((len(images), 1), np.float16)
+
+    assert find_batch_size(embed, (8, 8, 3), clock=lambda: now) == expected
+    assert max(shapes)[0] == min(2 * expected, MAX_BATCH_SIZE)
+    assert {shape[1:] for shape in shapes} == {(8, 8, 3)}
+
+
+def test_the_batch_size_is_what_is_given_and_64_on_a_cpu() -> None:
+    assert make_backbone(config_for()).batch_size == 64
+    assert make_backbone(config_for(batch_size=7)).batch_size == 7
+    assert make_backbone(config_for(batch_size=7, extra=[{"backbone": "pixels"}])).batch_size == 7
+
+
+def test_several_backbones_give_their_features_side_by_side() -> None:
+    settings: list[dict[str, Any]] = [
+        {"backbone": "test_vit", "weights": "random", "image_size": 64, "features": "last4"},
+        {"backbone": "pixels", "weights": None, "image_size": 8},
+        {"backbone": "test_resnet", "weights": "random", "image_size": 64},
+        {"backbone": "test_vit", "weights": "random", "image_size": 64, "features": "cls"},
+    ]
+    config = config_for(**settings[0], extra=settings[1:], precision="float32")
+    plan = plan_embedding(config.embed)
+    assert plan.names == ["test_vit:last4", "pixels", "test_resnet:pooled", "test_vit:cls"]
+    assert isinstance(plan.preprocessing, SeveralViews)
+    assert len(plan.preprocessing.views) == len(set(plan.preprocessing.views)) < 4
+
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (5, *plan.preprocessing.shape), dtype=np.uint8)
+    pictures = dict(zip(plan.preprocessing.views, plan.preprocessing.split(pixels), strict=True))
+    together = make_backbone(config)
+    features = together.embed(pixels)
+    assert together.dims == plan.dims
+    assert features.shape == (5, together.dim)
+    columns = np.split(features, np.cumsum(plan.dims)[:-1], axis=1)
+    for one, planned, column in zip(settings, plan.backbones, columns, strict=True):
+        alone = make_backbone(config_for(**one, precision="float32"))
+        assert np.array_equal(alone.embed(pictures[planned.preprocessing]), column)
+
+
+def test_backbones_that_want_the_same_pixels_share_them() -> None:
+    same = Preprocessing(64, 64, "bicubic")
+    assert common_preprocessing([same, Preprocessing(64, 64, "bicubic")]) == same
+    extra = [{"backbone": "test_vit", "weights": "random", "image_size": 64, "features": "cls"}]
+    config = config_for(extra=extra)
+    assert isinstance(plan_embedding(config.embed).preprocessing, Preprocessing)
+    features = make_backbone(config).embed(random_images())
+    assert np.array_equal(features[:, :64], features[:, 128:])
+
+
+def test_what_is_wrong_with_a_further_backbone_says_with_which() -> None:
+    with pytest.raises(ConfigError, match=r"^embed\.extra\[1\]: embed\.backbone: timm has no model 'vitt'"):
+        check_backbone(config_for(extra=[{"backbone": "pixels"}, {"backbone": "vitt"}]))
+
+
+@pytest.mark.slow
+def test_a_compiled_network_gives_the_same_features() -> None:
+    """Of one block, which is what the compiler takes its time for."""
+    import timm
+
+    model: Any = timm.create_model("test_vit", num_classes=0, img_size=64, depth=1)
+    plain, compiled = (
+        TimmBackbone(model, "cls+patch_mean", 128, "cpu", "float32", compiled=compiled) for compiled in (False, True)
+    )
+    images = random_images()
+    np.testing.assert_allclose(compiled.embed(images), plain.embed(images), atol=2e-3, rtol=2e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+@pytest.mark.parametrize("name", ["test_vit", "test_convnext"])
+def test_a_gpu_gives_the_features_of_a_cpu_in_batches_of_its_own_size(name: str) -> None:
+    exact = embedded(name, precision="float32").astype(np.float32)
+    for precision in ("float32", "bfloat16", "float16"):
+        backbone = make_backbone(config_for(backbone=name, precision=precision), device="cuda")
+        assert 16 <= backbone.batch_size <= MAX_BATCH_SIZE
+        assert np.linalg.norm(backbone.embed(random_images()) - exact) < 0.02 * np.linalg.norm(exact)
