@@ -39,6 +39,7 @@ from icce_ray.neighbors.shards import (
 from icce_ray.sample.draw import training_set
 from icce_ray.store import Artifact, Folder
 
+VERSION = 2
 MAX_RESTARTS = 5
 PARTS_IN_FLIGHT = 3
 
@@ -60,7 +61,7 @@ def run(config: Config, context: StageContext) -> dict[str, Any]:
     connect(config.resources)
     embed, folder = training_set(context.inputs), context.output.folder
     features = load_features(embed)
-    source = source_of(config, embed)
+    source = source_of(config, embed, VERSION)
     tasks = plan_parts(features.num_images)
     shards = Shards(config, embed, folder, source)
     try:

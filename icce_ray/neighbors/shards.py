@@ -40,7 +40,6 @@ from icce_ray.neighbors.rule import Rule
 from icce_ray.neighbors.search import Candidates
 from icce_ray.store import Artifact, ArtifactWriter, Folder, Part
 
-VERSION = 2
 AUDIT_NAME = "audit"
 MEAN_NAME = "mean.npy"
 CELLS_NAME = "cells.npy"
@@ -94,10 +93,10 @@ def plan_parts(num_images: int) -> list[PartTask]:
     return [PartTask(number, start, stop) for number, (start, stop) in enumerate(part_ranges(num_images))]
 
 
-def source_of(config: Config, embed: Artifact) -> str:
-    """What parts are made from: the bytes of the embeddings, the settings, this module's version."""
+def source_of(config: Config, embed: Artifact, version: int) -> str:
+    """What parts are made from: the bytes of the embeddings, the settings, the stage's version."""
     checksums = [embed.part(name).sha256 for name in embed.part_names("part-")]
-    settings = [config.neighbors.model_dump(), config.num_clusters, config.seed, VERSION]
+    settings = [config.neighbors.model_dump(), config.num_clusters, config.seed, version]
     return hashlib.sha256(json.dumps([checksums, settings]).encode()).hexdigest()[:16]
 
 

@@ -22,7 +22,7 @@ from icce_ray.report.plots import (
     training_curve,
 )
 
-VERSION = 1
+VERSION = 2
 PAGE_NAME = "report.html"
 SHEET_NAME = "clusters.png"
 NUM_LEAST_CERTAIN = 36
