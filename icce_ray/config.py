@@ -110,6 +110,11 @@ class NeighborsConfig(Section):
     where that saves at least half."""
     min_recall: Annotated[float, Field(gt=0.0, le=1.0)] = 0.95
     """With `ivf`: share of the 50 most similar images that must be found, measured on sampled images."""
+    feature_sets: tuple[Annotated[int, Field(ge=0)], ...] = (0,)
+    """Feature sets that neighbours are looked for in, by their numbers among the backbones of `embed`, 0 the first."""
+    combine: Literal["union", "intersection"] = "union"
+    """With several feature sets: an image's neighbours in any of them, or in all of them (where these are fewer than
+    `min_neighbors`, those in the first)."""
     center: bool = True
     """Subtract the mean feature before the cosine. Uncentred convolutional features are all similar to each other."""
 
@@ -118,6 +123,8 @@ class NeighborsConfig(Section):
         tau = self.similarity_threshold
         if isinstance(tau, float) and not -1.0 <= tau <= 1.0:
             raise ValueError(f"similarity_threshold is {tau}; a cosine lies between -1 and 1")
+        if not self.feature_sets or len(set(self.feature_sets)) < len(self.feature_sets):
+            raise ValueError(f"feature_sets is {list(self.feature_sets)}; name at least one, and each once")
         duplicate = self.duplicate_threshold
         if isinstance(duplicate, float) and not 0.0 < duplicate <= 1.0:
             raise ValueError(f"duplicate_threshold is {duplicate}; allowed is a cosine above 0 and up to 1")

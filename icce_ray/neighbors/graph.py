@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -22,7 +23,15 @@ from icce_ray.neighbors.duplicates import DuplicatePairs, leaders
 from icce_ray.neighbors.engine import Engine, FaissEngine
 from icce_ray.neighbors.ivf import Cells, IvfEngine, choose_method
 from icce_ray.neighbors.prepared import Ids, PreparedFeatures, prepare
-from icce_ray.neighbors.rows import Rows, ids_to_search_again, merge_shards, part_ranges, replace_rows, search_shard
+from icce_ray.neighbors.rows import (
+    Rows,
+    combine_rows,
+    ids_to_search_again,
+    merge_shards,
+    part_ranges,
+    replace_rows,
+    search_shard,
+)
 from icce_ray.neighbors.rule import Rule
 from icce_ray.progress import Progress
 from icce_ray.store import Artifact
@@ -167,6 +176,14 @@ def build(
             parts[number] = replace_rows(parts[number], start, ids, new)
     rows = Rows.join(parts)
     return BuiltGraph(NeighborGraph(rows.indptr, rows.indices), audit, duplicates, leader_N)
+
+
+def combine_graphs(graphs: Sequence[NeighborGraph], config: NeighborsConfig, seed: int) -> NeighborGraph:
+    """One graph of those of several feature sets of the same images, as `config.combine` says."""
+    rule = Rule(None, min(config.min_neighbors, graphs[0].num_images - 1), config.max_neighbors, seed)
+    rows = [Rows(graph.degrees, graph.indices, graph.degrees) for graph in graphs]
+    combined = combine_rows(rows, 0, config.combine, rule)
+    return NeighborGraph(combined.indptr, combined.indices)
 
 
 def load_graph(artifact: Artifact) -> NeighborGraph:

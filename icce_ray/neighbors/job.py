@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,8 +19,8 @@ import ray
 from icce_ray.cluster import connect, worker_cpus
 from icce_ray.config import Config
 from icce_ray.context import StageContext
-from icce_ray.embed.features import load_features
-from icce_ray.errors import ResourceError, WorkerError, find_cause
+from icce_ray.embed.features import feature_set_names, load_features
+from icce_ray.errors import InputError, ResourceError, WorkerError, find_cause
 from icce_ray.neighbors.audit import Audit
 from icce_ray.neighbors.duplicates import DuplicatePairs, group_table, leaders, pair_table
 from icce_ray.neighbors.memory import needed_bytes
@@ -31,11 +31,13 @@ from icce_ray.neighbors.shards import (
     Finished,
     PartTask,
     ShardWorker,
+    combine_part,
     plan_parts,
     read_duplicates,
     source_of,
     write_leaders,
 )
+from icce_ray.progress import Progress
 from icce_ray.sample.draw import training_set
 from icce_ray.store import Artifact, Folder
 
@@ -51,28 +53,86 @@ def run(config: Config, context: StageContext) -> dict[str, Any]:
         similarity_threshold, duplicate_threshold, method, recall, operations_share (of an exact search), num_images,
         num_edges, mean_neighbors, min_neighbors, max_neighbors (as found), share_at_min (rows that had fewer above the
         threshold than `min_neighbors`), num_duplicate_pairs, num_left_out (near-duplicates that are nobody's
-        neighbour, since their leader is).
+        neighbour, since their leader is). What the audit says is of the first feature set.
 
     Raises:
-        InputError: features that are not finite.
+        InputError: features that are not finite, or a feature set that there is not.
         ResourceError: a machine lacks the memory; the message says what is needed.
         WorkerError: a worker died more often than it is restarted.
     """
+    embed = training_set(context.inputs)
+    sets = config.neighbors.feature_sets
+    num_sets = len(feature_set_names(embed))
+    if max(sets) >= num_sets:
+        raise InputError(
+            f"neighbors.feature_sets: {max(sets)} is asked for, but the embeddings have {num_sets}, counted from 0"
+        )
     connect(config.resources)
-    embed, folder = training_set(context.inputs), context.output.folder
-    features = load_features(embed)
+    folder = context.output.folder
     source = source_of(config, embed, VERSION)
-    tasks = plan_parts(features.num_images)
-    shards = Shards(config, embed, folder, source)
+    folders = [folder] if len(sets) == 1 else [folder / f"set-{number}" for number in sets]
+    built = [
+        _build(config, embed, number, place, source, context.progress)
+        for number, place in zip(sets, folders, strict=True)
+    ]
+    finished = built[0].finished if len(sets) == 1 else _combine(config, built, folder, source)
+    first = built[0]
+    for part in finished:
+        for file in part.files:
+            context.output.add(file)
+    for number, graph in zip(sets, built, strict=True):
+        for file in graph.audited.files:
+            # The first set's audit is the graph's; of the others' graphs only the audit is kept.
+            name = file.name if graph is first else f"set-{number}-{file.name}"
+            if len(built) > 1:
+                folder.write_bytes(name, graph.folder.read_bytes(file.name))
+            context.output.add(file.model_copy(update={"name": name}))
+    image_ids = load_features(embed).image_ids
+    context.output.write_table("duplicate_pairs.parquet", pair_table(first.duplicates, image_ids))
+    context.output.write_table("duplicate_groups.parquet", group_table(first.leader_N, image_ids))
+    _remove_intermediate_files(folder, set(context.output.parts))
+    if len(built) > 1:
+        for graph in built:
+            graph.folder.clear()
+    leader_N, audit = first.leader_N, first.audit
+    return Rows.join_summaries([part.metrics for part in finished]) | {
+        "similarity_threshold": audit.similarity_threshold,
+        "duplicate_threshold": audit.duplicate_threshold,
+        "method": audit.method,
+        "recall": audit.recall,
+        "operations_share": audit.operations_share,
+        "num_duplicate_pairs": len(first.duplicates),
+        "num_left_out": 0 if leader_N is None else int((leader_N != np.arange(len(leader_N))).sum()),
+    }
+
+
+@dataclass(frozen=True)
+class SetGraph:
+    """The graph of one feature set, in parts on storage."""
+
+    folder: Folder
+    audit: Audit
+    audited: Finished
+    tasks: list[PartTask]
+    finished: list[Finished]
+    duplicates: DuplicatePairs
+    leader_N: Ids | None
+
+
+def _build(
+    config: Config, embed: Artifact, feature_set: int, folder: Folder, source: str, progress: Progress
+) -> SetGraph:
+    tasks = plan_parts(load_features(embed, feature_set).num_images)
+    shards = Shards(config, embed, feature_set, folder, source)
     try:
         audited = Finished.find(folder, AUDIT_NAME, source) or shards.audit()
         audit = Audit.from_json(json.loads(folder.read_bytes(f"{AUDIT_NAME}.json")))
-        finished = shards.make(tasks, audit, context)
+        finished = shards.make(tasks, audit, progress)
         duplicates, leader_N = _duplicates(tasks, audit, folder, config.neighbors.min_neighbors)
         if leader_N is not None:
             write_leaders(folder, leader_N)
             tasks = [replace(task, among_leaders=True) for task in tasks]
-            finished = shards.make(tasks, audit, context)
+            finished = shards.make(tasks, audit, progress)
     except ray.exceptions.RayError as error:
         if find_cause(error, ray.exceptions.RayActorError) is None:
             raise
@@ -83,29 +143,26 @@ def run(config: Config, context: StageContext) -> dict[str, Any]:
         ) from error
     finally:
         shards.stop()
-    for part in [audited, *finished]:
-        for file in part.files:
-            context.output.add(file)
-    context.output.write_table("duplicate_pairs.parquet", pair_table(duplicates, features.image_ids))
-    context.output.write_table("duplicate_groups.parquet", group_table(leader_N, features.image_ids))
-    _remove_intermediate_files(folder, {file.name for part in [audited, *finished] for file in part.files})
-    return Rows.join_summaries([part.metrics for part in finished]) | {
-        "similarity_threshold": audit.similarity_threshold,
-        "duplicate_threshold": audit.duplicate_threshold,
-        "method": audit.method,
-        "recall": audit.recall,
-        "operations_share": audit.operations_share,
-        "num_duplicate_pairs": len(duplicates),
-        "num_left_out": 0 if leader_N is None else int((leader_N != np.arange(len(leader_N))).sum()),
-    }
+    return SetGraph(folder, audit, audited, tasks, finished, duplicates, leader_N)
+
+
+def _combine(config: Config, built: list[SetGraph], folder: Folder, source: str) -> list[Finished]:
+    """The parts of all sets as one graph's."""
+    combine = ray.remote(combine_part).options(num_cpus=worker_cpus(config.resources.neighbors))
+    folders = [graph.folder for graph in built]
+    tasks = zip(*(graph.tasks for graph in built), strict=True)
+    finished: list[Finished] = ray.get(
+        [combine.remote(config, folders, list(parts), folder, source) for parts in tasks]
+    )
+    return finished
 
 
 class Shards:
     """The shard actors; they are started when there is something to do."""
 
-    def __init__(self, config: Config, embed: Artifact, folder: Folder, source: str) -> None:
+    def __init__(self, config: Config, embed: Artifact, feature_set: int, folder: Folder, source: str) -> None:
         self.config = config
-        self.arguments = (config, embed, folder, source)
+        self.arguments = (config, embed, feature_set, folder, source)
         self.folder = folder
         self.source = source
         self.num_images = load_features(embed).num_images
@@ -137,7 +194,7 @@ class Shards:
         finished: Finished = ray.get(self.start()[0].audit.remote())
         return finished
 
-    def make(self, tasks: list[PartTask], audit: Audit, context: StageContext) -> list[Finished]:
+    def make(self, tasks: list[PartTask], audit: Audit, progress: Progress) -> list[Finished]:
         """All parts of a pass; those that are on storage are not made again."""
         finished = {task: Finished.find(self.folder, task.name, self.source) for task in tasks}
         pending = [task for task in reversed(tasks) if finished[task] is None]
@@ -147,7 +204,7 @@ class Shards:
         answering: dict[Any, tuple[PartTask, list[Any]]] = {}
         making: dict[Any, PartTask] = {}
         while pending or answering or making:
-            context.progress.update(done, self.num_images)
+            progress.update(done, self.num_images)
             while pending and len({task for task, _ in answering.values()}) + len(making) < PARTS_IN_FLIGHT:
                 task = pending.pop()
                 answers = [actor.answer.remote(task) for actor in self.actors]
@@ -162,7 +219,7 @@ class Shards:
             if not any(answer in answering for answer in answers):
                 maker = self.actors[task.number % len(self.actors)]
                 making[maker.make.remote(task, *answers)] = task
-        context.progress.update(done, self.num_images)
+        progress.update(done, self.num_images)
         return [part for task in tasks if (part := finished[task]) is not None]
 
 

@@ -80,7 +80,7 @@ class DuplicateList:
         ids_P = np.concatenate([np.empty(0, np.int64), *(pairs.ids_P for pairs in lists)])
         units_P = np.concatenate([np.empty(0, np.int64), *(pairs.units_P for pairs in lists)])
         order_P = np.lexsort((ids_P, rows_P))
-        order_P = order_P[_rank_in_row(rows_P[order_P]) < MAX_DUPLICATES_PER_IMAGE]
+        order_P = order_P[rank_in_row(rows_P[order_P]) < MAX_DUPLICATES_PER_IMAGE]
         return DuplicateList(rows_P[order_P], ids_P[order_P], units_P[order_P])
 
 
@@ -100,7 +100,7 @@ def keep(pairs: PairList, num_hits_Q: Ids, ids_Q: Ids, rule: Rule, error: float,
         cut, rest = pairs.take(is_cut_P), pairs.take(~is_cut_P)
         hash_P = pair_hash(rule.seed, ids_Q[cut.rows_P], cut.ids_P)
         order_P = np.lexsort((cut.ids_P, hash_P, cut.rows_P))
-        order_P = order_P[_rank_in_row(cut.rows_P[order_P]) < rule.max_neighbors]
+        order_P = order_P[rank_in_row(cut.rows_P[order_P]) < rule.max_neighbors]
         pairs = PairList.join([rest, cut.take(order_P)])
     num_pairs_Q = np.bincount(pairs.rows_P, minlength=len(ids_Q))
     is_crowded_Q = ~is_long_Q & (num_pairs_Q > rule.min_neighbors)
@@ -139,7 +139,7 @@ def _nearest(pairs: PairList, k: int, error: float, exact: Exact) -> PairList:
     close_P = np.flatnonzero(is_close_P & has_choice_R[row_P])
     units_P = exact(pairs.rows_P[close_P], pairs.ids_P[close_P])
     close_P = close_P[np.lexsort((pairs.ids_P[close_P], -units_P, row_P[close_P]))]
-    kept_P[close_P] = _rank_in_row(row_P[close_P]) < num_open_R[row_P[close_P]]
+    kept_P[close_P] = rank_in_row(row_P[close_P]) < num_open_R[row_P[close_P]]
     return pairs.take(kept_P)
 
 
@@ -157,6 +157,6 @@ def _kth_scores(scores_P: Floats, num_pairs_R: Ids, k: int) -> Floats:
     return kth_R
 
 
-def _rank_in_row(sorted_rows_P: npt.NDArray[np.integer]) -> Ids:
+def rank_in_row(sorted_rows_P: npt.NDArray[np.integer]) -> Ids:
     """0, 1, 2, ... within each run of equal values."""
     return np.arange(len(sorted_rows_P)) - np.searchsorted(sorted_rows_P, sorted_rows_P, side="left")
