@@ -99,7 +99,6 @@ def run(config: Config, context: StageContext) -> dict[str, Any]:
     metrics = result.summary() | {"num_heads": heads.num_heads}
     clusters = describe_clusters(result.labels, result.agreement, result.second_choice, config.num_clusters)
     output.write_json("summary.json", metrics | {"clusters": clusters})
-    context.progress.update(1, 1)
     return metrics
 
 

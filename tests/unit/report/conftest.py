@@ -116,6 +116,7 @@ def build_run(config: Config, root: Path, rows_per_part: int) -> PlantedRun:
     output.write_array("agreement.npy", agreement)
     confused = [{"cluster": 0, "size": 30, "mean_agreement": 0.9, "confused_with": [{"cluster": 1, "share": 0.25}]}]
     summary = {"method": "mcla", "anmi": 0.8123, "anmi_by_method": {"mcla": 0.8123, "hbgf": 0.7}, "clusters": confused}
+    summary |= {"skipped": {"cspa": "6,000 images are more than cspa_max_images, 5,000"}}
     output.write_json("summary.json", summary)
     inputs["consensus"] = commit(output, "consensus", config, {"anmi": 0.8123})
 
