@@ -95,7 +95,7 @@ def _drawn(config: Config) -> Settings:
 
 STAGES: tuple[Stage, ...] = (
     Stage("images", "icce_ray.embed.listing", 1, (), _images_settings),
-    Stage("embed", "icce_ray.embed.job", 1, ("images",), _embed_settings),
+    Stage("embed", "icce_ray.embed.job", 2, ("images",), _embed_settings),
     Stage("neighbors", "icce_ray.neighbors.job", 1, ("embed",), _neighbors_settings),
     Stage("heads", "icce_ray.heads.job", 1, ("embed", "neighbors"), _heads_settings, "epochs"),
     Stage("consensus", "icce_ray.consensus.job", 1, ("heads",), _consensus_settings, "steps"),

@@ -45,7 +45,7 @@ from icce_ray.embed.ready_made import open_embeddings
 from icce_ray.embed.tally import Tally, convert_ready_made
 from icce_ray.store import Folder, Part
 
-VERSION = 1
+VERSION = 2
 MAX_TRIES = 3
 """Of a part whose actor dies: Ray Data would restart it and try again for ever."""
 NO_PROGRESS_TIMEOUT_S = 1800.0
