@@ -99,7 +99,7 @@ def _drawn(config: Config) -> Settings:
 
 STAGES: tuple[Stage, ...] = (
     Stage("images", "icce_ray.embed.listing", 1, (), _images_settings),
-    Stage("embed", "icce_ray.embed.job", 1, ("images",), _embed_settings),
+    Stage("embed", "icce_ray.embed.job", 2, ("images",), _embed_settings),
     Stage("sample", "icce_ray.sample.job", 1, ("embed",), _sample_settings),
     Stage("neighbors", "icce_ray.neighbors.job", 1, ("embed", "sample"), _neighbors_settings),
     Stage("heads", "icce_ray.heads.job", 2, ("embed", "sample", "neighbors"), _heads_settings, "epochs"),

@@ -23,7 +23,7 @@ from icce_ray import errors
 from icce_ray.cluster import available_cpus, connect, worker_cpus
 from icce_ray.config import Config
 from icce_ray.context import StageContext
-from icce_ray.embed.backbone import make_backbone, plan_embedding
+from icce_ray.embed.backbone import PIXELS, make_backbone, plan_embedding
 from icce_ray.embed.images import Preprocessing, SeveralViews
 from icce_ray.embed.listing import TABLE_NAME
 from icce_ray.embed.networks import Backbone
@@ -45,7 +45,7 @@ from icce_ray.embed.ready_made import open_embeddings
 from icce_ray.embed.tally import Tally, convert_ready_made
 from icce_ray.store import Folder, Part
 
-VERSION = 1
+VERSION = 2
 MAX_TRIES = 3
 """Of a part whose actor dies: Ray Data would restart it and try again for ever."""
 NO_PROGRESS_TIMEOUT_S = 1800.0
@@ -97,6 +97,8 @@ class Embedder:
         self.run_id = run_id
         self.num_threads = num_threads
         self.device = device
+        if any(backbone.backbone != PIXELS for backbone in config.embed.backbones):
+            import timm  # noqa: F401  # takes seconds, in which the first part is being decoded
 
     @cached_property
     def backbone(self) -> Backbone:
