@@ -85,6 +85,16 @@ def decode_image(data: bytes, preprocessing: Preprocessing, *, max_pixels: int =
         return "truncated" if _is_cut_off(data, error) else f"unreadable: {_one_line(error)}"
 
 
+def convert_image(image: Image.Image, preprocessing: Preprocessing, *, max_pixels: int = 100_000_000) -> Pixels | str:
+    """As :func:`decode_image`, of an image that Pillow has opened, which stays as it is."""
+    if image.width * image.height > max_pixels:
+        return f"over the limit of {max_pixels} pixels"
+    try:
+        return _to_pixels(image.copy(), preprocessing)
+    except Exception as error:
+        return f"unreadable: {_one_line(error)}"
+
+
 def read_image(uri: str) -> bytes | str:
     """The bytes of the file that `uri` names, or the reason: ``missing``, ``unreadable: ...``.
 
