@@ -212,6 +212,9 @@ class ClassifierConfig(Section):
     """Of SGD."""
     holdout_fraction: Annotated[float, Field(gt=0.0, le=0.5)] = 0.1
     """Images kept back; the classifier that agrees best with the consensus on them is chosen."""
+    include_backbone: bool = True
+    """Copy the file `embed.weights` into the model's folder, which then labels images on any machine. Off: the machine
+    needs the file at the same path."""
 
 
 class AssignConfig(Section):
@@ -220,7 +223,8 @@ class AssignConfig(Section):
     num_exemplars: PositiveInt = 16
     """Exemplars marked per cluster."""
     outlier_quantile: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.999
-    """An image farther from its cluster than this share of the images is an outlier."""
+    """An image is an outlier when it lies farther from the mean of its predicted cluster (Mahalanobis distance) than
+    this share of the images that the classifier was trained on."""
 
 
 class EvaluateConfig(Section):
@@ -260,6 +264,8 @@ class ResourcesConfig(Section):
     embed: WorkerResources = WorkerResources()
     neighbors: WorkerResources = WorkerResources()
     heads: WorkerResources = WorkerResources()
+    classifier: WorkerResources = WorkerResources()
+    """Its workers share the grid of learning rates: more than there are settings are not started."""
     assign: WorkerResources = WorkerResources()
 
 
@@ -324,7 +330,11 @@ class Config(Section):
 
 
 def load_config(
-    path: str | Path | None, overrides: list[str] | None = None, *, base: dict[str, Any] | None = None
+    path: str | Path | None,
+    overrides: list[str] | None = None,
+    *,
+    base: dict[str, Any] | None = None,
+    source: str = "the built-in config",
 ) -> Config:
     """Read a YAML config, apply ``a.b=c`` overrides (values are YAML) and check the whole.
 
@@ -332,11 +342,12 @@ def load_config(
         path: the YAML file; None to start from `base` alone.
         overrides: the `--set` arguments, in order; later ones win.
         base: settings under the file's.
+        source: what messages call the settings where there is no file.
 
     Raises:
         ConfigError: file, key, value and what is allowed, for every problem found.
     """
-    source = str(path) if path is not None else "the built-in config"
+    source = str(path) if path is not None else source
     data: dict[str, Any] = dict(base or {})
     if path is not None:
         data |= _read_yaml(Path(path))

@@ -105,12 +105,12 @@ STAGES: tuple[Stage, ...] = (
     Stage("heads", "icce_ray.heads.job", 2, ("embed", "sample", "neighbors"), _heads_settings, "epochs"),
     Stage("consensus", "icce_ray.consensus.job", 2, ("heads",), _consensus_settings, "steps"),
     Stage(
-        "classifier", "icce_ray.classifier.job", 1, ("embed", "sample", "consensus"), _classifier_settings, "iterations"
+        "classifier", "icce_ray.classifier.job", 2, ("embed", "sample", "consensus"), _classifier_settings, "iterations"
     ),
     Stage(
         "assign",
         "icce_ray.assign.job",
-        1,
+        2,
         ("images", "embed", "sample", "consensus", "classifier"),
         _assign_settings,
     ),
@@ -149,16 +149,22 @@ class PlannedStage:
         return self.stage.name
 
 
-def plan(config: Config) -> list[PlannedStage]:
+def plan(
+    config: Config, stages: tuple[Stage, ...] | None = None, given: Mapping[str, Artifact] | None = None
+) -> list[PlannedStage]:
     """The stages of `config` in order, with what of them is finished. Reads manifests only.
+
+    Args:
+        stages: those of a run where None.
+        given: finished artifacts that the stages build on, by the names they know them by.
 
     Raises:
         InputError: the input does not exist or cannot be listed, or the output cannot be read.
     """
     root = Folder.at(config.output)
-    fingerprints: dict[str, str] = {}
+    fingerprints = {name: artifact.fingerprint for name, artifact in (given or {}).items()}
     planned = []
-    for stage in STAGES:
+    for stage in STAGES if stages is None else stages:
         inputs = {name: fingerprints[name] for name in stage.inputs}
         settings = stage.settings(stage.config_of(config))
         fingerprints[stage.name] = fingerprint(stage.name, stage.version, settings, inputs)
@@ -196,8 +202,21 @@ def run(config: Config, *, quiet: bool = False) -> Result:
     name = run_name(planned)
     fingerprints = {step.name: step.fingerprint for step in planned}
     write_record(config, name, fingerprints)
+    seconds = finish(config, planned, artifacts, quiet)
+    result = sum_up(config, name, artifacts, seconds, finished_before)
+    if len(finished_before) < len(planned):
+        write_record(config, name, fingerprints, result)
+    if not quiet:
+        print(summary(result, artifacts, time.monotonic() - started), file=sys.stderr, flush=True)
+    return result
 
-    seconds = dict.fromkeys(fingerprints, 0.0)
+
+def finish(
+    config: Config, planned: list[PlannedStage], artifacts: dict[str, Artifact], quiet: bool
+) -> dict[str, float]:
+    """Run the planned stages that `artifacts` lacks, in order, and put them there; one that turns out to be damaged is
+    made again. Artifacts that are not planned are given, and never touched. Returns the seconds spent on each."""
+    seconds = dict.fromkeys((step.name for step in planned), 0.0)
     redone: set[str] = set()
     while step := next((step for step in planned if step.name not in artifacts), None):
         began = time.monotonic()
@@ -205,7 +224,7 @@ def run(config: Config, *, quiet: bool = False) -> Result:
             _check_listed(config, artifacts)
             artifacts[step.name] = _run_stage(config, step, artifacts, quiet)
         except Exception as error:
-            damage = _damage_of_inputs(error, step, artifacts)
+            damage = _damage_of_inputs(error, step, {name: artifacts[name] for name in seconds if name in artifacts})
             if not damage or redone & set(damage):
                 raise
             for damaged, parts in damage.items():
@@ -217,13 +236,7 @@ def run(config: Config, *, quiet: bool = False) -> Result:
             redone |= set(damage)
         finally:
             seconds[step.name] = round(seconds[step.name] + time.monotonic() - began, 3)
-
-    result = sum_up(config, name, artifacts, seconds, finished_before)
-    if len(finished_before) < len(planned):
-        write_record(config, name, fingerprints, result)
-    if not quiet:
-        print(summary(result, artifacts, time.monotonic() - started), file=sys.stderr, flush=True)
-    return result
+    return seconds
 
 
 def _run_stage(config: Config, step: PlannedStage, artifacts: Mapping[str, Artifact], quiet: bool) -> Artifact:
@@ -251,7 +264,8 @@ def _damage_of_inputs(error: Exception, step: PlannedStage, artifacts: Mapping[s
     """The inputs of `step` that are damaged, if that is why it failed. They are unfinished from here on."""
     if find_cause(error, DamagedArtifactError) is None:
         return {}
-    damage = {name: Artifact.discard_damage(artifacts[name].folder) for name in step.stage.inputs}
+    inputs = [name for name in step.stage.inputs if name in artifacts]
+    damage = {name: Artifact.discard_damage(artifacts[name].folder) for name in inputs}
     return {name: parts for name, parts in damage.items() if parts}
 
 

@@ -45,6 +45,8 @@ class Result:
     """By stage, in this run: 0 for what was finished before."""
     finished_before: tuple[str, ...]
     """Stages that this run did not have to do."""
+    model: str = ""
+    """The folder of the model that labels new images: see `icce_ray.load`."""
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -77,6 +79,7 @@ def sum_up(
         assignments=artifacts["assign"].folder.file_uri("assignments"),
         report=artifacts["report"].folder.file_uri("report.html"),
         errors=artifacts["embed"].folder.file_uri("errors.parquet"),
+        model=artifacts["classifier"].folder.uri if "classifier" in artifacts else "",
         metrics=artifacts["evaluate"].metrics,
         seconds=dict(seconds),
         finished_before=finished_before,
@@ -127,5 +130,9 @@ def summary(result: Result, artifacts: Mapping[str, Artifact], total_s: float) -
         lines.append(f"  {stage:<10} {spent}")
     if result.num_errors:
         lines.append(f"errors       {result.errors}")
-    lines += [f"assignments  {result.assignments}", f"report       {result.report}"]
+    lines += [
+        f"assignments  {result.assignments}",
+        f"model        {result.model}",
+        f"report       {result.report}",
+    ]
     return "\n".join(lines)

@@ -115,6 +115,17 @@ def decode_image(
     return pictures[0] if len(pictures) == 1 else np.concatenate([picture.ravel() for picture in pictures])
 
 
+def convert_image(image: Image.Image, preprocessing: Preprocessing, *, max_pixels: int = 100_000_000) -> Pixels | str:
+    """As :func:`decode_image`, of an image that Pillow has opened, which stays as it is."""
+    if image.width * image.height > max_pixels:
+        return f"over the limit of {max_pixels} pixels"
+    try:
+        upright = _turn_upright(image.copy())
+        return _to_pixels(_convert(upright, "L" if preprocessing.grayscale else "RGB"), preprocessing)
+    except Exception as error:
+        return f"unreadable: {_one_line(error)}"
+
+
 def read_image(uri: str) -> bytes | str:
     """The bytes of the file that `uri` names, or the reason: ``missing``, ``unreadable: ...``.
 

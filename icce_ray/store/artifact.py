@@ -20,11 +20,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from icce_ray.errors import DamagedArtifactError
-from icce_ray.store.filesystem import Folder
+from icce_ray.store.filesystem import Folder, open_uri
 
 SCHEMA_VERSION = 1
 MANIFEST_NAME = "manifest.json"
@@ -152,11 +153,16 @@ class Artifact:
 
     def read_array(self, name: str) -> npt.NDArray[Any]:
         """A .npy part, memory-mapped read-only. Remote parts are first copied to this machine's cache folder."""
-        path = self._local_file(name)
+        path = self.local_file(name)
         array: npt.NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
         return array
 
-    def _local_file(self, name: str) -> Path:
+    def local_file(self, name: str) -> Path:
+        """A part as a file of this machine, checked. Remote parts are first copied to the machine's cache folder.
+
+        Raises:
+            DamagedArtifactError: it is gone or not what the manifest promises.
+        """
         if self.folder.local_path is not None:
             path = self.folder.local_path / name
             if name not in self._verified:
@@ -219,6 +225,19 @@ class ArtifactWriter:
         np.save(sink, array, allow_pickle=False)
         rows = array.shape[0] if array.ndim else None
         return self.write_bytes(name, sink.getbuffer(), rows=rows, dtype=str(array.dtype), shape=array.shape)
+
+    def copy_file(self, name: str, uri: str) -> Part:
+        """Copy the file at `uri` here as a part, without holding it in memory. Only the manifest makes it count: a copy
+        that was cut off is made again."""
+        filesystem, path = open_uri(uri)
+        with filesystem.open_input_file(path) as file:
+            digest, num_bytes = hashlib.file_digest(file, "sha256").hexdigest(), file.size()
+        target = self.folder.filesystem
+        target.create_dir(self.folder.path)
+        pafs.copy_files(path, f"{self.folder.path}/{name}", source_filesystem=filesystem, destination_filesystem=target)
+        part = Part(name=name, num_bytes=num_bytes, sha256=digest)
+        self.add(part)
+        return part
 
     def commit(
         self,

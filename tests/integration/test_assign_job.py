@@ -20,7 +20,8 @@ from icce_ray.assign import job as assign_job
 from icce_ray.assign.exemplars import pick_exemplars
 from icce_ray.assign.labeling import SCHEMA, label_images
 from icce_ray.classifier import job as classifier_job
-from icce_ray.classifier.linear import LinearClassifier, fit_classifier
+from icce_ray.classifier.linear import LinearClassifier
+from icce_ray.classifier.self_training import fit_classifier
 from icce_ray.config import Config
 from icce_ray.context import StageContext
 from icce_ray.embed import parts as embed_parts
@@ -40,7 +41,7 @@ AGREEMENT = RNG.random(len(GOOD)).astype(np.float32)
 
 
 def config_for(tmp_path: Path, **sections: Any) -> Config:
-    resources = {"heads": {"cpus_per_worker": 1}, "assign": {"num_workers": 2, "cpus_per_worker": 1}}
+    resources = {"classifier": {"cpus_per_worker": 1}, "assign": {"num_workers": 2, "cpus_per_worker": 1}}
     base = {
         "images": {"uri": "/images"},
         "num_clusters": 4,
@@ -129,7 +130,7 @@ def test_assignments_equal_those_of_a_single_process_whatever_the_parts_and_work
     with_classifier: dict[str, Artifact], tmp_path: Path
 ) -> None:
     model = model_of(with_classifier)
-    expected = label_images(model, FEATURES, CONSENSUS, AGREEMENT)
+    expected, _ = label_images(model, FEATURES, CONSENSUS, AGREEMENT)
     exemplars = np.concatenate(pick_exemplars(FEATURES, CONSENSUS, AGREEMENT, model, num_exemplars=3, seed=0))
     for name, rows_per_part, num_workers in (("many", 30, 2), ("one", 1000, 1)):
         sections = {

@@ -12,8 +12,10 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-from icce_ray.assign.parts import UriReader, plan_parts, write_part
-from icce_ray.classifier.linear import fit_classifier
+from icce_ray.assign.sources import EmbeddedImages
+from icce_ray.assign.writers import RunWriter
+from icce_ray.classifier.linear import MODEL_NAME
+from icce_ray.classifier.self_training import fit_classifier
 from icce_ray.config import ClassifierConfig, Config
 from icce_ray.context import StageContext
 from icce_ray.embed import parts as embed_parts
@@ -129,22 +131,16 @@ def build_run(config: Config, root: Path, rows_per_part: int) -> PlantedRun:
         outlier_quantile=0.98,
     )
     output = writer("classifier")
+    output.write_bytes(MODEL_NAME, classifier.to_bytes())
     figures = {"learning_rate": 0.01, "holdout_agreement": 0.99, "num_holdout": 9, "ece": 0.02}
     inputs["classifier"] = commit(output, "classifier", config, figures)
 
     output = writer("assign")
-    for wanted in plan_parts(inputs["embed"], 40, ["test"]):
-        finished = write_part(
-            wanted,
-            output.folder,
-            embed=inputs["embed"],
-            uris=UriReader(inputs["images"]),
-            classifier=classifier,
-            consensus_N=labels,
-            agreement_N=agreement,
-            exemplar_rows=np.arange(10, len(rows), 3),
-        )
-        output.add(finished.part)
+    source = EmbeddedImages(inputs["embed"], inputs["images"])
+    exemplar_rows = np.arange(10, len(rows), 3)
+    maker = RunWriter(source, output.folder, inputs["classifier"], inputs["consensus"], exemplar_rows)
+    for wanted in source.plan(40, ["test"]):
+        output.add(maker.write(wanted).part)
     inputs["assign"] = commit(output, "assign", config)
     output = writer("evaluate")
     output.write_json("metrics.json", {})
