@@ -24,12 +24,12 @@ from PIL import Image
 
 SETTINGS: dict[str, Any] = {
     "backbone": "vit_small_patch14_dinov2",
-    "num_images": 1024,
+    "num_images": 512,
     "few_images": 8,
     "batch_size": 64,
     "precision": "auto",
     "loader_workers": [0, 1],
-    "repeats": 2,
+    "repeats": 3,
 }
 MIN_SHARE = 0.9
 MAX_OVERHEAD_S = 10.0

@@ -100,7 +100,7 @@ class TimmBackbone:
 
         try:
             return self._embed(images_BHWC)
-        except torch.OutOfMemoryError:
+        except torch.cuda.OutOfMemoryError:
             if len(images_BHWC) == 1:
                 raise
         # Out of the handler, whose traceback would hold on to the memory.

@@ -85,7 +85,7 @@ def test_a_batch_that_does_not_fit_is_halved_until_it_does(monkeypatch: pytest.M
     def little_memory(images: np.ndarray) -> np.ndarray:
         sizes.append(len(images))
         if len(images) > limit:
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
         return original(images)
 
     monkeypatch.setattr(backbone, "_embed", little_memory)
@@ -93,7 +93,7 @@ def test_a_batch_that_does_not_fit_is_halved_until_it_does(monkeypatch: pytest.M
     np.testing.assert_allclose(backbone.embed(random_images(11)), whole, atol=1e-3)
     assert sizes == [11, 5, 2, 3, 6, 3, 3]
     limit = 0
-    with pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(torch.cuda.OutOfMemoryError):
         backbone.embed(random_images(2))
 
 
