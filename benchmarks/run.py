@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 CASES = {
     "accuracy": "ICCE's consensus against the TEMI preset and k-means, real features, several seeds",
+    "assign": "rows/s of `icce-ray assign --embeddings` against a bare torch matmul over the same Parquet",
     "demo": "the demo: seconds by stage, and its accuracy against k-means, Ward and spectral clustering",
     "heads": "the trainer against a plain loop over heads in float32",
 }
