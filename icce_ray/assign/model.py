@@ -165,7 +165,9 @@ def embedding_config(artifact: Artifact, description: dict[str, Any]) -> Config:
     # The stages behind the embeddings see the first feature set.
     embed = EmbedConfig(**description["embed"]).model_copy(update={"extra": ()})
     copied = description["backbone_file"]
-    if copied is not None:
+    is_remote = artifact.folder.local_path is None
+    # Of a model on object storage the copy would lie on this machine alone; workers on others see the file itself.
+    if copied is not None and not (is_remote and Path(str(embed.weights)).expanduser().is_file()):
         embed = embed.model_copy(update={"weights": str(artifact.local_file(copied))})
     return Config(
         images=ImagesConfig(uri="new images"),

@@ -26,7 +26,7 @@ Float32Array = npt.NDArray[np.float32]
 FloatArray = npt.NDArray[np.floating]
 IntArray = npt.NDArray[np.integer]
 
-CHUNK_ROWS = 1_024
+CHUNK_ROWS = 256
 """Rows scored at a time: what is made of them stays in the processor's cache."""
 NUM_CONFIDENCE_BINS = 20
 MODEL_NAME = "classifier.safetensors"

@@ -57,7 +57,7 @@ class OutlierModel:
 
     def project(self, x_nD: Float32Array, num_directions: int) -> Float32Array:
         """(n, at most `num_directions`) coordinates along the directions in which images of a cluster differ most."""
-        return x_nD @ (self.directions * self.deviations)[:, -num_directions:]
+        return x_nD @ (self.directions[:, -num_directions:] * self.deviations[-num_directions:])
 
 
 def fit_outlier_rule(

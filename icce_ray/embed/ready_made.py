@@ -310,7 +310,7 @@ def _row_uris(uri: str, start: int, stop: int) -> pa.Array:
 def _checked(block: npt.NDArray[Any], dtype: np.dtype[Any], first: int, uri: str) -> npt.NDArray[Any]:
     with np.errstate(over="ignore"):
         kept = np.ascontiguousarray(block, dtype=dtype)
-    wrong = np.flatnonzero(~np.isfinite(kept).all(axis=1))
+    wrong = np.flatnonzero(~_is_finite(kept).all(axis=1))
     if len(wrong):
         more = f" and {len(wrong) - 3} more there" if len(wrong) > 3 else ""
         rows = ", ".join(str(first + row) for row in wrong[:3])
@@ -319,3 +319,10 @@ def _checked(block: npt.NDArray[Any], dtype: np.dtype[Any], first: int, uri: str
             "Leave these rows out, or mend what made them"
         )
     return kept
+
+
+def _is_finite(values: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
+    """As np.isfinite, which goes through float32 for float16 and takes several times as long."""
+    if values.dtype != np.float16:
+        return np.asarray(np.isfinite(values))
+    return np.asarray((values.view(np.uint16) & 0x7C00) != 0x7C00)

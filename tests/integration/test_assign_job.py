@@ -118,6 +118,29 @@ def test_the_classifier_on_ray_is_the_one_of_a_single_process(
     assert metrics["holdout_agreement"] == alone.holdout_agreement > 0.9
 
 
+@pytest.mark.slow
+def test_workers_of_ray_train_share_the_grid_and_make_the_same_classifier(
+    with_classifier: dict[str, Artifact], tmp_path: Path
+) -> None:
+    config = config_for(tmp_path, resources={"classifier": {"num_workers": 2, "cpus_per_worker": 1}})
+    context = context_for(tmp_path / "classifier", with_classifier)
+    metrics = classifier_job.run(config, context)
+    alone = with_classifier["classifier"].metrics
+    for name in ("learning_rate", "num_diverged", "num_holdout", "holdout_agreement"):
+        assert metrics[name] == alone[name]
+    made = LinearClassifier.from_bytes(context.output.folder.read_bytes("classifier.safetensors"))
+    np.testing.assert_allclose(made.weights, model_of(with_classifier).weights, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_mistake_that_all_workers_meet_is_the_users_to_mend(inputs: dict[str, Artifact], tmp_path: Path) -> None:
+    resources = {"classifier": {"num_workers": 2, "cpus_per_worker": 1}}
+    diverging = {"num_iterations": 200, "learning_rates": [1.5e39, 1.6e39]}
+    config = config_for(tmp_path, classifier=diverging, resources=resources)
+    with pytest.raises(InputError, match=r"classifier\.learning_rates"):
+        classifier_job.run(config, context_for(tmp_path, inputs))
+
+
 def test_the_description_says_how_to_embed_a_new_image(with_classifier: dict[str, Artifact]) -> None:
     described = with_classifier["classifier"].read_json("classifier.json")
     assert described["embed"]["backbone"] == "pixels"
