@@ -29,6 +29,9 @@ CASES = {
     "demo": "the demo: seconds by stage, and its accuracy against k-means, Ward and spectral clustering",
     "embed": "the embed stage against a plain PyTorch loop over the same files; on a GPU, a ViT-L against its peak",
     "heads": "the trainer against a plain loop over heads in float32",
+    "neighbors": "the neighbors stage on two shards against faiss's own knn with two threads",
+    "neighbors-scale": "counted operations, bytes and predicted time of the graph for 10M to 1B images",
+    "thresholds": "neighbour precision and accuracy at the automatic threshold against fixed ones",
 }
 
 

@@ -101,6 +101,20 @@ class NeighborsConfig(Section):
     there: on weaker features shorter lists were measured to be better)."""
     max_neighbors: PositiveInt | None = 1000
     """Longer lists keep a uniform random subset of this size. `null`: no limit."""
+    duplicate_threshold: float | Literal["auto"] | None = "auto"
+    """Images at least this similar (cosine) are near-duplicates: they are listed, and a group of them counts once as a
+    neighbour. `auto`: a hundred times nearer than neighbours usually are. `null`: none are looked for."""
+    method: Literal["auto", "exact", "ivf"] = "auto"
+    """`exact`: every pair of images is compared. `ivf`: an inverted file on the CPU, which looks into the likely cells
+    only. `auto`: exact up to 5e15 multiplications (N x N x D: 1.5 million images at 2048 dimensions), beyond it IVF
+    where that saves at least half."""
+    min_recall: Annotated[float, Field(gt=0.0, le=1.0)] = 0.95
+    """With `ivf`: share of the 50 most similar images that must be found, measured on sampled images."""
+    feature_sets: tuple[Annotated[int, Field(ge=0)], ...] = (0,)
+    """Feature sets that neighbours are looked for in, by their numbers among the backbones of `embed`, 0 the first."""
+    combine: Literal["union", "intersection"] = "union"
+    """With several feature sets: an image's neighbours in any of them, or in all of them (where these are fewer than
+    `min_neighbors`, those in the first)."""
     center: bool = True
     """Subtract the mean feature before the cosine. Uncentred convolutional features are all similar to each other."""
 
@@ -109,6 +123,16 @@ class NeighborsConfig(Section):
         tau = self.similarity_threshold
         if isinstance(tau, float) and not -1.0 <= tau <= 1.0:
             raise ValueError(f"similarity_threshold is {tau}; a cosine lies between -1 and 1")
+        if not self.feature_sets or len(set(self.feature_sets)) < len(self.feature_sets):
+            raise ValueError(f"feature_sets is {list(self.feature_sets)}; name at least one, and each once")
+        duplicate = self.duplicate_threshold
+        if isinstance(duplicate, float) and not 0.0 < duplicate <= 1.0:
+            raise ValueError(f"duplicate_threshold is {duplicate}; allowed is a cosine above 0 and up to 1")
+        if isinstance(duplicate, float) and isinstance(tau, float) and duplicate <= tau:
+            raise ValueError(
+                f"duplicate_threshold is {duplicate}, not above similarity_threshold {tau}: every neighbour would be a "
+                "near-duplicate"
+            )
         if self.max_neighbors is not None and self.max_neighbors < self.min_neighbors:
             raise ValueError(f"max_neighbors is {self.max_neighbors}, below min_neighbors {self.min_neighbors}")
         return self
@@ -272,12 +296,22 @@ class ResourcesConfig(Section):
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "icce": {},
     "temi": {
-        "neighbors": {"similarity_threshold": None, "min_neighbors": 50, "max_neighbors": 50},
+        "neighbors": {
+            "similarity_threshold": None,
+            "min_neighbors": 50,
+            "max_neighbors": 50,
+            "duplicate_threshold": None,
+        },
         "heads": {"input_norm": "standardize", "rotate": False, "sinkhorn": False, "max_ce_weight": 0.0},
         "consensus": {"methods": ("best_head",), "refine": False},
     },
     "scan": {
-        "neighbors": {"similarity_threshold": None, "min_neighbors": 20, "max_neighbors": 20},
+        "neighbors": {
+            "similarity_threshold": None,
+            "min_neighbors": 20,
+            "max_neighbors": 20,
+            "duplicate_threshold": None,
+        },
         "heads": {"loss": "scan", "input_norm": "standardize", "rotate": False},
         "consensus": {"methods": ("best_head",), "refine": False},
     },

@@ -17,9 +17,11 @@ import numpy as np
 import numpy.typing as npt
 
 from icce_ray.config import NeighborsConfig
-from icce_ray.neighbors.memory import worker_bytes
+from icce_ray.neighbors.duplicates import auto_threshold
+from icce_ray.neighbors.memory import shard_bytes, worker_bytes
 from icce_ray.neighbors.precision import AGREEMENT_WEIGHTS, NUM_RUNS, cluster_labels, times_together
-from icce_ray.neighbors.search import QUERY_BLOCK, Floats, Ids, most_similar, prepare
+from icce_ray.neighbors.prepared import Floats, Ids, PreparedFeatures, prepare
+from icce_ray.neighbors.search import QUERY_BLOCK, most_similar
 
 STREAM = 2
 """Of the seed: keeps the audit's draws apart from those of other stages."""
@@ -48,13 +50,17 @@ class Audit:
     is_automatic: whether the audit chose it; reason: how, in words.
     mean_neighbors: expected mean length of the graph's rows; estimated_precision: expected share of them that belong
         to the image's cluster.
+    duplicate_threshold: cosine from which on images are near-duplicates; None: they are not looked for, as when it is
+        not above `similarity_threshold`.
+    method, method_reason: exact or ivf, and why. num_cells, num_probes: of the inverted file, 0 where exact; recall: of
+        the 50 most similar images, measured on a sample; operations_share: products, of those of an exact search.
     num_queries: images that the expectations were measured on, each against all others.
     bin_edges, random_pairs, nearest_pairs: histograms of the cosine of random pairs and of the `min_neighbors` most
         similar pairs.
     thresholds: for each threshold: mean_neighbors (of the graph it gives), share_at_min (rows with fewer than
         `min_neighbors` above it), estimated_precision.
-    base_bytes, worker_bytes, graph_bytes: memory for the features (shared by the workers of a machine), of each worker,
-        and of the graph on storage. predicted_s: seconds of one process for the search, from the audit's own speed.
+    base_bytes, worker_bytes, graph_bytes: memory for the features (all shards together), of each worker besides, and
+        of the graph on storage. predicted_s: seconds of one process for the search, from the audit's own speed.
     """
 
     num_images: int
@@ -64,6 +70,7 @@ class Audit:
     reason: str
     mean_neighbors: float
     estimated_precision: float
+    duplicate_threshold: float | None
     num_queries: int
     bin_edges: list[float]
     random_pairs: list[int]
@@ -73,6 +80,12 @@ class Audit:
     worker_bytes: int
     graph_bytes: int
     predicted_s: float
+    method: str = "exact"
+    method_reason: str = ""
+    num_cells: int = 0
+    num_probes: int = 0
+    recall: float = 1.0
+    operations_share: float = 1.0
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -104,28 +117,28 @@ def audit(features_ND: npt.NDArray[np.floating], config: NeighborsConfig, *, num
     return audit_prepared(prepare(features_ND, config.center), config, num_clusters=num_clusters, seed=seed)
 
 
-def audit_prepared(base_ND: Floats, config: NeighborsConfig, *, num_clusters: int, seed: int) -> Audit:
+def audit_prepared(prepared: PreparedFeatures, config: NeighborsConfig, *, num_clusters: int, seed: int) -> Audit:
     """Similarity histograms, what each threshold would give, and the threshold to use.
 
     Args:
-        base_ND: (N, D) float32 as `search.prepare` returns it.
+        prepared: the features of N images, as `prepare` returns them.
         config: threshold (`auto`: chosen here) and limits.
         num_clusters: K.
         seed: of samples and k-means starts.
     """
-    num_images, dim = base_ND.shape
+    num_images, dim = prepared.shape
     rng = np.random.default_rng([seed, STREAM])
     floor = min(config.min_neighbors, num_images - 1)
-    random_P = _random_similarities(base_ND, rng)
+    random_P = _random_similarities(prepared, rng)
     num_queries = min(num_images, MAX_QUERIES, max(MIN_QUERIES, MAX_PAIRS // num_images))
     queries_Q = np.sort(rng.choice(num_images, num_queries, replace=False))
     started = time.perf_counter()
-    nearest_Qk, nearest_ids_Qk = most_similar(base_ND, queries_Q, floor)
+    nearest_Qk, nearest_ids_Qk = most_similar(prepared, queries_Q, floor)
     search_s = time.perf_counter() - started
-    labels_RN = cluster_labels(base_ND, num_clusters, rng)
+    labels_RN = cluster_labels(prepared, num_clusters, rng)
     share_of_interest = min(1.0, max(1.5 / num_clusters, 2.0 * floor / num_images))
     thresholds_T = _candidate_thresholds(float(np.quantile(random_P, 1.0 - share_of_interest)))
-    curves = measure_curves(base_ND, queries_Q, nearest_ids_Qk, labels_RN, thresholds_T, config.max_neighbors)
+    curves = measure_curves(prepared, queries_Q, nearest_ids_Qk, labels_RN, thresholds_T, config.max_neighbors)
 
     threshold, reason = config.similarity_threshold, "given"
     if threshold == "auto":
@@ -134,6 +147,12 @@ def audit_prepared(base_ND: Floats, config: NeighborsConfig, *, num_clusters: in
     if threshold is not None:
         t = max(0, int(np.searchsorted(thresholds_T, threshold + FINEST_STEP / 2)) - 1)
         mean_neighbors, precision = float(curves.mean_neighbors[t]), float(curves.precision[t])
+    duplicate_threshold = config.duplicate_threshold
+    if duplicate_threshold == "auto":
+        duplicate_threshold = auto_threshold(nearest_Qk[:, -1])
+    if duplicate_threshold is not None and threshold is not None and duplicate_threshold <= threshold:
+        # Where all neighbours are so similar, similarity does not tell copies from them.
+        duplicate_threshold = None
     index_bytes = 4 if num_images <= 2**31 - 1 else 8
     edges = np.linspace(-1.0, 1.0, NUM_HISTOGRAM_BINS + 1).round(6)
     return Audit(
@@ -144,6 +163,7 @@ def audit_prepared(base_ND: Floats, config: NeighborsConfig, *, num_clusters: in
         reason=reason,
         mean_neighbors=round(mean_neighbors, 2),
         estimated_precision=round(precision, 4),
+        duplicate_threshold=duplicate_threshold,
         num_queries=num_queries,
         bin_edges=edges.tolist(),
         random_pairs=np.histogram(random_P.clip(-1, 1), edges)[0].tolist(),
@@ -157,7 +177,7 @@ def audit_prepared(base_ND: Floats, config: NeighborsConfig, *, num_clusters: in
             }
             for t in range(len(thresholds_T))
         ],
-        base_bytes=num_images * dim * 4,
+        base_bytes=shard_bytes(num_images, dim),
         worker_bytes=worker_bytes(dim, mean_neighbors),
         graph_bytes=int(num_images * (mean_neighbors * index_bytes + 8)),
         predicted_s=round(search_s / num_queries * num_images, 1),
@@ -192,7 +212,7 @@ def choose_threshold(curves: Curves, floor: int, num_images: int, num_clusters: 
 
 
 def measure_curves(
-    base_ND: Floats,
+    prepared: PreparedFeatures,
     queries_Q: Ids,
     nearest_ids_Qk: Ids,
     labels_RN: npt.NDArray[np.int32],
@@ -202,7 +222,7 @@ def measure_curves(
     """Compare the query images with all images.
 
     Args:
-        base_ND: (N, D) prepared features.
+        prepared: the features of N images.
         queries_Q: the images whose rows are measured.
         nearest_ids_Qk: their `min_neighbors` most similar images.
         labels_RN: of the k-means runs.
@@ -222,10 +242,10 @@ def measure_curves(
         cells: npt.NDArray[np.int32] = bin_of_step[step] + together
         return cells
 
-    queries_QD, labels_RQ = base_ND[queries_Q], labels_RN[:, queries_Q]
-    for start in range(0, len(base_ND), QUERY_BLOCK):
+    queries_QD, labels_RQ = prepared[queries_Q], labels_RN[:, queries_Q]
+    for start in range(0, len(prepared), QUERY_BLOCK):
         block = slice(start, start + QUERY_BLOCK)
-        cells_QB = cell(queries_QD @ base_ND[block].T, times_together(labels_RQ, labels_RN[:, block]))
+        cells_QB = cell(queries_QD @ prepared[block].T, times_together(labels_RQ, labels_RN[:, block]))
         counts += np.bincount((cells_QB + first_Q1).ravel(), minlength=len(counts))
     own_Q = np.einsum("qd,qd->q", queries_QD, queries_QD)
     np.subtract.at(counts, first_Q1[:, 0] + cell(own_Q, np.full(num_queries, NUM_RUNS, np.uint8)), 1)
@@ -252,11 +272,11 @@ def measure_curves(
     )
 
 
-def _random_similarities(base_ND: Floats, rng: np.random.Generator) -> Floats:
+def _random_similarities(prepared: PreparedFeatures, rng: np.random.Generator) -> Floats:
     """Cosines of about `NUM_RANDOM_PAIRS` pairs of different images."""
-    size = min(len(base_ND), round(NUM_RANDOM_PAIRS**0.5))
-    rows, columns = (rng.choice(len(base_ND), size, replace=False) for _ in range(2))
-    cosine = base_ND[rows] @ base_ND[columns].T
+    size = min(len(prepared), round(NUM_RANDOM_PAIRS**0.5))
+    rows, columns = (rng.choice(len(prepared), size, replace=False) for _ in range(2))
+    cosine = prepared[rows] @ prepared[columns].T
     pairs: Floats = cosine[rows[:, None] != columns[None, :]]
     return pairs
 

@@ -2,8 +2,7 @@
 
 N(i) = all images at least `threshold` similar to i; fewer than `min_neighbors` of them: the `min_neighbors` most
 similar; more than `max_neighbors`: a uniform random subset. The subset is drawn by a hash of (seed, i, j), so it does
-not depend on how the work is cut. A row of the graph depends on nothing but the features: `build_rows` is what gets
-distributed.
+not depend on how the work is cut. Where there are near-duplicates, the rule is that over the leaders of their groups.
 """
 
 from __future__ import annotations
@@ -11,17 +10,29 @@ from __future__ import annotations
 import hashlib
 import os
 import uuid
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from icce_ray.config import NeighborsConfig
 from icce_ray.neighbors.audit import Audit, audit_prepared
-from icce_ray.neighbors.memory import MAX_ROWS_PER_PART, PAIRS_HELD
-from icce_ray.neighbors.search import QUERY_BLOCK, Floats, Ids, most_similar, pairs_above, prepare
+from icce_ray.neighbors.duplicates import DuplicatePairs, leaders
+from icce_ray.neighbors.engine import Engine, FaissEngine
+from icce_ray.neighbors.ivf import Cells, IvfEngine, choose_method
+from icce_ray.neighbors.prepared import Ids, PreparedFeatures, prepare
+from icce_ray.neighbors.rows import (
+    Rows,
+    combine_rows,
+    ids_to_search_again,
+    merge_shards,
+    part_ranges,
+    replace_rows,
+    search_shard,
+)
+from icce_ray.neighbors.rule import Rule
 from icce_ray.progress import Progress
 from icce_ray.store import Artifact
 from icce_ray.store.artifact import cache_folder
@@ -56,146 +67,54 @@ class NeighborGraph:
 
 
 @dataclass(frozen=True)
-class Rows:
-    """Some consecutive rows of the graph.
+class BuiltGraph:
+    """A graph and what was learnt on the way; leader_N as `duplicates.leaders` returns it."""
 
-    lengths: (rows,) int64; indices: the rows' neighbours one after the other; num_fallback: rows with fewer than
-    `min_neighbors` images above the threshold.
-    """
-
-    lengths: npt.NDArray[np.int64]
-    indices: npt.NDArray[np.integer]
-    num_fallback: int
-
-    @property
-    def indptr(self) -> npt.NDArray[np.int64]:
-        return np.concatenate([np.zeros(1, np.int64), np.cumsum(self.lengths)])
-
-    def summary(self) -> dict[str, int]:
-        """Figures of these rows that `join_summaries` can add up."""
-        return {
-            "num_images": len(self.lengths),
-            "num_edges": int(self.lengths.sum()),
-            "min_neighbors": int(self.lengths.min()),
-            "max_neighbors": int(self.lengths.max()),
-            "num_fallback": self.num_fallback,
-        }
-
-    @staticmethod
-    def join_summaries(summaries: list[dict[str, int]]) -> dict[str, Any]:
-        """Figures of the whole graph from those of its parts."""
-        num_images = sum(part["num_images"] for part in summaries)
-        num_edges = sum(part["num_edges"] for part in summaries)
-        return {
-            "num_images": num_images,
-            "num_edges": num_edges,
-            "mean_neighbors": round(num_edges / num_images, 3),
-            "min_neighbors": min(part["min_neighbors"] for part in summaries),
-            "max_neighbors": max(part["max_neighbors"] for part in summaries),
-            "share_at_min": round(sum(part["num_fallback"] for part in summaries) / num_images, 6),
-        }
+    graph: NeighborGraph
+    audit: Audit
+    duplicates: DuplicatePairs
+    leader_N: Ids | None
 
 
-def part_ranges(num_images: int) -> list[tuple[int, int]]:
-    """Row ranges of the graph's parts. They depend on N only, so that any number of workers makes the same parts."""
-    per_part = min(MAX_ROWS_PER_PART, QUERY_BLOCK * max(1, round(num_images / 64 / QUERY_BLOCK)))
-    return [(start, min(start + per_part, num_images)) for start in range(0, num_images, per_part)]
-
-
-def index_dtype(num_images: int) -> np.dtype[np.integer]:
-    return np.dtype(np.int32 if num_images <= 2**31 - 1 else np.int64)
-
-
-def build_rows(
-    base_ND: Floats,
-    start: int,
-    stop: int,
-    *,
-    threshold: float | None,
-    min_neighbors: int,
-    max_neighbors: int | None,
-    seed: int,
-) -> Rows:
-    """Rows `start` to `stop` of the graph.
-
-    Args:
-        base_ND: (N, D) float32 as `search.prepare` returns it.
-        threshold: floor on the cosine; None: exactly `min_neighbors` each.
-        min_neighbors, max_neighbors: limits on a row's length; there are never more than N-1 others.
-        seed: of the random subset of rows longer than `max_neighbors`.
-    """
-    num_images = len(base_ND)
-    dtype = index_dtype(num_images)
-    floor = min(min_neighbors, num_images - 1)
-    blocks: list[Rows] = []
-    for block_start in range(start, stop, QUERY_BLOCK):
-        block_stop = min(block_start + QUERY_BLOCK, stop)
-        rows_P, columns_P, degrees_Q = _rows_above(base_ND, block_start, block_stop, threshold, max_neighbors, seed)
-        short_Q = np.flatnonzero(degrees_Q < floor)
-        if len(short_Q):
-            keep_P = degrees_Q[rows_P - block_start] >= floor
-            _, ids_Qk = most_similar(base_ND, short_Q + block_start, floor)
-            rows_P = np.concatenate([rows_P[keep_P], np.repeat(short_Q + block_start, floor)])
-            columns_P = np.concatenate([columns_P[keep_P], ids_Qk.ravel()])
-        order_P = np.lexsort((columns_P, rows_P))
-        lengths_Q = np.bincount(rows_P - block_start, minlength=block_stop - block_start)
-        blocks.append(Rows(lengths_Q.astype(np.int64), columns_P[order_P].astype(dtype), len(short_Q)))
-    return Rows(
-        np.concatenate([block.lengths for block in blocks]),
-        np.concatenate([block.indices for block in blocks]),
-        sum(block.num_fallback for block in blocks),
+def rule_of(config: NeighborsConfig, audit: Audit, seed: int) -> Rule:
+    """The rule that the audit leads to."""
+    return Rule(
+        audit.similarity_threshold,
+        min(config.min_neighbors, audit.num_images - 1),
+        config.max_neighbors,
+        seed,
+        audit.duplicate_threshold,
     )
 
 
-def _rows_above(
-    base_ND: Floats, start: int, stop: int, threshold: float | None, max_neighbors: int | None, seed: int
-) -> tuple[Ids, Ids, Ids]:
-    """Pairs above the threshold, rows cut to `max_neighbors`, and the rows' lengths before the cut (stop-start,)."""
-    degrees_Q = np.zeros(stop - start, np.int64)
-    rows_P, columns_P = np.empty(0, np.int64), np.empty(0, np.int64)
-    if threshold is None:
-        return rows_P, columns_P, degrees_Q
-    held: list[tuple[Ids, Ids]] = []
-    num_held = 0
-    for more_rows_P, more_columns_P in pairs_above(base_ND, start, stop, threshold):
-        degrees_Q += np.bincount(more_rows_P - start, minlength=stop - start)
-        held.append((more_rows_P, more_columns_P))
-        num_held += len(more_rows_P)
-        # A low threshold on many images finds more than memory holds; what the subset leaves out can go at once.
-        if max_neighbors is not None and num_held > PAIRS_HELD:
-            held = [_random_subset(*_joined(held), max_neighbors, seed)]
-            num_held = len(held[0][0])
-    rows_P, columns_P = _joined(held)
-    if max_neighbors is not None and (degrees_Q > max_neighbors).any():
-        rows_P, columns_P = _random_subset(rows_P, columns_P, max_neighbors, seed)
-    return rows_P, columns_P, degrees_Q
+def audit_and_plan(
+    prepared: PreparedFeatures, config: NeighborsConfig, *, num_clusters: int, seed: int
+) -> tuple[Audit, Cells | None]:
+    """The audit, and the cells of an approximate search where it is to be one."""
+    audit = audit_prepared(prepared, config, num_clusters=num_clusters, seed=seed)
+    cells, reason = choose_method(prepared, config, seed, audit.predicted_s)
+    audit = replace(audit, method_reason=reason)
+    if cells is None:
+        return audit, None
+    return replace(
+        audit,
+        method="ivf",
+        num_cells=len(cells.centroids_CD),
+        num_probes=cells.num_probes,
+        recall=round(cells.recall, 4),
+        operations_share=round(cells.operations_share, 4),
+    ), cells
 
 
-def _joined(pairs: list[tuple[Ids, Ids]]) -> tuple[Ids, Ids]:
-    return np.concatenate([rows for rows, _ in pairs]), np.concatenate([columns for _, columns in pairs])
+def make_engine(prepared: PreparedFeatures, ids_n: Ids, cells: Cells | None, device: str | None = None) -> Engine:
+    """A shard of the images `ids_n`: on the CPU by FAISS, or on a torch device; approximate (CPU only) with `cells`."""
+    if cells is not None:
+        return IvfEngine(prepared, ids_n, cells)
+    if device is None:
+        return FaissEngine(prepared, ids_n)
+    from icce_ray.neighbors.torch_engine import TorchEngine
 
-
-def _random_subset(rows_P: Ids, columns_P: Ids, max_neighbors: int, seed: int) -> tuple[Ids, Ids]:
-    """Of each row the `max_neighbors` pairs with the smallest hash: uniform, and applying it twice changes nothing."""
-    order_P = np.lexsort((columns_P, pair_hash(seed, rows_P, columns_P), rows_P))
-    sorted_rows_P = rows_P[order_P]
-    rank_P = np.arange(len(rows_P)) - np.searchsorted(sorted_rows_P, sorted_rows_P, side="left")
-    kept = order_P[rank_P < max_neighbors]
-    return rows_P[kept], columns_P[kept]
-
-
-def pair_hash(seed: int, rows_P: Ids, columns_P: Ids) -> npt.NDArray[np.uint64]:
-    """A uniform 64-bit number for each (seed, row, column), by SplitMix64 (Steele et al., OOPSLA 2014)."""
-    with np.errstate(over="ignore"):
-        row_state_P = _splitmix64(_splitmix64(np.array([seed], np.uint64)) ^ rows_P.astype(np.uint64))
-        return _splitmix64(row_state_P ^ columns_P.astype(np.uint64))
-
-
-def _splitmix64(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    x = x + np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+    return TorchEngine(prepared, ids_n, device)
 
 
 def build_graph(
@@ -206,6 +125,19 @@ def build_graph(
     seed: int,
     progress: Progress | None = None,
 ) -> tuple[NeighborGraph, Audit]:
+    """The graph and the audit of `build`."""
+    built = build(features_ND, config, num_clusters=num_clusters, seed=seed, progress=progress)
+    return built.graph, built.audit
+
+
+def build(
+    features_ND: npt.NDArray[np.floating],
+    config: NeighborsConfig,
+    *,
+    num_clusters: int,
+    seed: int,
+    progress: Progress | None = None,
+) -> BuiltGraph:
     """Audit the features and build the graph in this process: the oracle of the distributed stage.
 
     Args:
@@ -218,26 +150,40 @@ def build_graph(
     Raises:
         InputError: features that are not finite, or fewer than two.
     """
-    base_ND = prepare(features_ND, config.center)
-    audit = audit_prepared(base_ND, config, num_clusters=num_clusters, seed=seed)
+    prepared = prepare(features_ND, config.center)
+    num_images = len(prepared)
+    audit, cells = audit_and_plan(prepared, config, num_clusters=num_clusters, seed=seed)
+    rule = rule_of(config, audit, seed)
+    engine = make_engine(prepared, np.arange(num_images), cells)
     parts: list[Rows] = []
-    for start, stop in part_ranges(len(base_ND)):
-        parts.append(
-            build_rows(
-                base_ND,
-                start,
-                stop,
-                threshold=audit.similarity_threshold,
-                min_neighbors=config.min_neighbors,
-                max_neighbors=config.max_neighbors,
-                seed=seed,
-            )
-        )
+    pairs: list[DuplicatePairs] = []
+    for start, stop in part_ranges(num_images):
+        ids = np.arange(start, stop)
+        rows, duplicates = merge_shards([search_shard(engine, prepared, ids, rule)], prepared, ids, rule)
+        parts.append(rows)
+        pairs.append(duplicates)
         if progress is not None:
-            progress.update(stop, len(base_ND))
-    lengths = np.concatenate([part.lengths for part in parts])
-    indptr = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
-    return NeighborGraph(indptr, np.concatenate([part.indices for part in parts])), audit
+            progress.update(stop, num_images)
+    duplicates = DuplicatePairs.join(pairs)
+    leader_N = leaders(num_images, duplicates, min_leaders=rule.min_neighbors + 1)
+    if leader_N is not None:
+        rule = replace(rule, duplicate_threshold=None)
+        engine = make_engine(prepared, np.flatnonzero(leader_N == np.arange(num_images)), cells)
+        for number, (start, _) in enumerate(part_ranges(num_images)):
+            ids = ids_to_search_again(parts[number], start, leader_N)
+            answer = search_shard(engine, prepared, ids, rule, leader_N)
+            new, _ = merge_shards([answer], prepared, ids, rule, leader_N)
+            parts[number] = replace_rows(parts[number], start, ids, new)
+    rows = Rows.join(parts)
+    return BuiltGraph(NeighborGraph(rows.indptr, rows.indices), audit, duplicates, leader_N)
+
+
+def combine_graphs(graphs: Sequence[NeighborGraph], config: NeighborsConfig, seed: int) -> NeighborGraph:
+    """One graph of those of several feature sets of the same images, as `config.combine` says."""
+    rule = Rule(None, min(config.min_neighbors, graphs[0].num_images - 1), config.max_neighbors, seed)
+    rows = [Rows(graph.degrees, graph.indices, graph.degrees) for graph in graphs]
+    combined = combine_rows(rows, 0, config.combine, rule)
+    return NeighborGraph(combined.indptr, combined.indices)
 
 
 def load_graph(artifact: Artifact) -> NeighborGraph:

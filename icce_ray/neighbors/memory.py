@@ -2,26 +2,36 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 
-from icce_ray.neighbors.search import BASE_BLOCK, QUERY_BLOCK
+from icce_ray.neighbors.engine import BASE_BLOCK, SAMPLE_STRIDE
+from icce_ray.neighbors.search import PAIRS_HELD, QUERY_BLOCK
 
-MAX_ROWS_PER_PART = 16_384
+MAX_ROWS_PER_PART = 8192
 """A part is built in memory, then written."""
-PAIRS_HELD = 8_000_000
-"""Pairs above the threshold that a block of queries holds before it thins them out."""
 HIT_BYTES = 40
 """A hit as FAISS returns it (12), and as row, column and flags of ours."""
 PAIR_BYTES = 48
 """A held pair, and its hash and order while it is thinned out."""
 
 
+def shard_bytes(num_images: int, dim: int) -> int:
+    """Memory of a shard's features: float32, and a sample of them."""
+    return int(num_images * (dim + 1) * 4 * (1 + 1 / SAMPLE_STRIDE))
+
+
 def worker_bytes(dim: int, mean_neighbors: float) -> int:
-    """Memory of one worker besides the shared features, at worst."""
+    """Memory of one worker besides its shard's features, at worst."""
     hits = QUERY_BLOCK * BASE_BLOCK * HIT_BYTES + PAIRS_HELD * PAIR_BYTES
     rows = int(MAX_ROWS_PER_PART * mean_neighbors * 3 * 8)
     return hits + rows + (QUERY_BLOCK + BASE_BLOCK) * dim * 4
+
+
+def needed_bytes(base_bytes: int, worker_bytes: int, num_here: int, num_workers: int) -> int:
+    """Memory of a machine with `num_here` of `num_workers` workers, each with its share of the features."""
+    return math.ceil(num_here * (base_bytes / num_workers + worker_bytes))
 
 
 def available_memory_bytes() -> int:

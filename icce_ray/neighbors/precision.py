@@ -16,7 +16,8 @@ import faiss
 import numpy as np
 import numpy.typing as npt
 
-from icce_ray.neighbors.search import BASE_BLOCK, Floats
+from icce_ray.neighbors.engine import BASE_BLOCK
+from icce_ray.neighbors.prepared import Floats, PreparedFeatures
 
 NUM_RUNS = 8
 NUM_ITERATIONS = 15
@@ -27,25 +28,27 @@ AGREEMENT_WEIGHTS = np.array([c * (c - 1) / (NUM_RUNS * (NUM_RUNS - 1)) for c in
 """By the number of runs that put a pair into one cluster: the share of pairs of runs in which both do."""
 
 
-def cluster_labels(base_ND: Floats, num_clusters: int, rng: np.random.Generator) -> npt.NDArray[np.int32]:
+def cluster_labels(prepared: PreparedFeatures, num_clusters: int, rng: np.random.Generator) -> npt.NDArray[np.int32]:
     """Labels of `NUM_RUNS` independent spherical k-means: (R, N) int32.
 
     Each run learns its centroids from a random sample of the images, which bounds the time at any N.
 
     Args:
-        base_ND: (N, D) unit rows, as `search.prepare` returns them.
+        prepared: the features of N images.
         num_clusters: K; less where the images are fewer.
         rng: of samples and starts.
     """
-    num_images = len(base_ND)
+    num_images = len(prepared)
     num_clusters = min(num_clusters, num_images)
     num_training = min(num_images, max(MIN_TRAINING_IMAGES, TRAINING_IMAGES_PER_CLUSTER * num_clusters))
-    labels_RN = np.empty((NUM_RUNS, num_images), np.int32)
-    for run in range(NUM_RUNS):
+    centroids_RKD = []
+    for _ in range(NUM_RUNS):
         sample = np.sort(rng.choice(num_images, num_training, replace=False))
-        centroids_KD = _spherical_kmeans(base_ND[sample], num_clusters, int(rng.integers(2**31)))
-        for start in range(0, num_images, BASE_BLOCK):
-            block_BD = base_ND[start : start + BASE_BLOCK]
+        centroids_RKD.append(spherical_kmeans(prepared[sample], num_clusters, int(rng.integers(2**31)), NUM_ITERATIONS))
+    labels_RN = np.empty((NUM_RUNS, num_images), np.int32)
+    for start in range(0, num_images, BASE_BLOCK):
+        block_BD = prepared[start : start + BASE_BLOCK]
+        for run, centroids_KD in enumerate(centroids_RKD):
             labels_RN[run, start : start + len(block_BD)] = (block_BD @ centroids_KD.T).argmax(axis=1)
     return labels_RN
 
@@ -58,7 +61,8 @@ def times_together(labels_RA: npt.NDArray[np.int32], labels_RB: npt.NDArray[np.i
     return count_AB
 
 
-def _spherical_kmeans(points_MD: Floats, num_clusters: int, seed: int) -> Floats:
+def spherical_kmeans(points_MD: Floats, num_clusters: int, seed: int, num_iterations: int) -> Floats:
+    """Centroids of unit length, (K, D) float32; the same for any number of threads."""
     # One thread: the sums, and so the threshold that comes of them, must not depend on the machine's load or size.
     num_threads = faiss.omp_get_max_threads()
     faiss.omp_set_num_threads(1)
@@ -66,7 +70,7 @@ def _spherical_kmeans(points_MD: Floats, num_clusters: int, seed: int) -> Floats
         kmeans = faiss.Kmeans(
             points_MD.shape[1],
             num_clusters,
-            niter=NUM_ITERATIONS,
+            niter=num_iterations,
             seed=seed,
             spherical=True,
             min_points_per_centroid=1,

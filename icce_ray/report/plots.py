@@ -46,6 +46,32 @@ def similarity_histogram(audit: dict[str, Any]) -> str | None:
     return _svg("similarity", draw)
 
 
+def neighbors_by_threshold(audit: dict[str, Any]) -> str | None:
+    """Mean number of neighbours and their estimated precision by threshold; None where the audit holds none."""
+    rows = audit.get("thresholds")
+    if not rows:
+        return None
+
+    def draw(axes: Any) -> None:
+        thresholds = [row["threshold"] for row in rows]
+        axes.plot(thresholds, [max(row["mean_neighbors"], 1) for row in rows], color=ACCENT)
+        axes.set_yscale("log")
+        axes.set_xlabel("similarity threshold")
+        axes.set_ylabel("neighbours on average", color=ACCENT)
+        right = axes.twinx()
+        right.plot(thresholds, [100 * row["estimated_precision"] for row in rows], color=SECOND)
+        right.set_ylim(0, 102)
+        right.set_ylabel("estimated precision, %", color=SECOND)
+        right.spines["right"].set_visible(True)
+        chosen = audit.get("similarity_threshold")
+        if chosen is not None:
+            label = f"{'automatic' if audit.get('is_automatic') else 'given'}: {chosen:.2f}"
+            axes.axvline(chosen, color="black", linestyle="--", linewidth=1, label=label)
+            axes.legend(loc="lower left")
+
+    return _svg("thresholds", draw)
+
+
 def training_curve(history: Sequence[dict[str, Any]]) -> str | None:
     """Loss by epoch, mean of the heads and lowest; None without two epochs."""
     if len(history) < 2:

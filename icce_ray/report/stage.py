@@ -14,9 +14,15 @@ from icce_ray.context import StageContext
 from icce_ray.progress import format_seconds
 from icce_ray.report.content import Content, Shown, gather
 from icce_ray.report.pictures import Pixels, contact_sheet, data_uri, load_thumbnails
-from icce_ray.report.plots import certainty_histogram, similarity_histogram, size_chart, training_curve
+from icce_ray.report.plots import (
+    certainty_histogram,
+    neighbors_by_threshold,
+    similarity_histogram,
+    size_chart,
+    training_curve,
+)
 
-VERSION = 1
+VERSION = 2
 PAGE_NAME = "report.html"
 SHEET_NAME = "clusters.png"
 NUM_LEAST_CERTAIN = 36
@@ -94,11 +100,13 @@ def render(
     history = inputs["heads"].read_json("training.json").get("history", [])
     confused = {row["cluster"]: row["confused_with"] for row in summary.get("clusters", [])}
     metrics = inputs["evaluate"].metrics
+    audit = inputs["neighbors"].read_json("audit.json")
     source = config.images.uri or config.embeddings.uri or ""
     plots = [
         ("Cluster sizes", size_chart(content.sizes)),
         ("How sure the labels are", certainty_histogram(content.confidence_bins, content.agreement_bins)),
-        ("Similarity of images", similarity_histogram(inputs["neighbors"].read_json("audit.json"))),
+        ("Similarity of images", similarity_histogram(audit)),
+        ("Neighbours by threshold", neighbors_by_threshold(audit)),
         ("Training", training_curve(history)),
     ]
     environment = jinja2.Environment(

@@ -14,10 +14,12 @@ import ray
 
 from icce_ray.config import Config
 from icce_ray.context import StageContext
+from icce_ray.embed.features import column_name
 from icce_ray.errors import InputError, ResourceError, find_cause
 from icce_ray.neighbors import job, memory
 from icce_ray.neighbors.audit import Audit
-from icce_ray.neighbors.graph import build_graph, load_graph, part_ranges
+from icce_ray.neighbors.graph import build, build_graph, combine_graphs, load_graph
+from icce_ray.neighbors.rows import part_ranges
 from icce_ray.progress import Progress
 from icce_ray.store import Artifact, ArtifactWriter, Folder
 
@@ -32,14 +34,16 @@ def features() -> npt.NDArray[np.float16]:
     return rows.astype(np.float16)
 
 
-def write_embed(folder: Path, rows_ND: npt.NDArray[np.float16]) -> Artifact:
+def write_embed(folder: Path, *sets: npt.NDArray[np.float16]) -> Artifact:
     writer = ArtifactWriter(Folder.at(folder))
-    for number, rows in enumerate(np.array_split(rows_ND, 3)):
-        ids = np.arange(len(rows)) + sum(len(part) for part in np.array_split(rows_ND, 3)[:number])
-        embedding = pa.FixedSizeListArray.from_arrays(pa.array(rows.ravel()), rows.shape[1])
-        table = pa.table({"image_id": ids, "embedding": embedding, "content_hash": [""] * len(rows)})
-        writer.write_table(f"part-{number:05d}.parquet", table)
-    return writer.commit(stage="embed", fingerprint=folder.name, inputs={}, config={}, metrics={}, seconds=0.0)
+    for number, ids in enumerate(np.array_split(np.arange(NUM_IMAGES), 3)):
+        columns = {"image_id": pa.array(ids), "content_hash": pa.array([""] * len(ids))}
+        for feature_set, rows in enumerate(sets):
+            values = pa.array(np.ascontiguousarray(rows[ids]).ravel())
+            columns[column_name(feature_set)] = pa.FixedSizeListArray.from_arrays(values, rows.shape[1])
+        writer.write_table(f"part-{number:05d}.parquet", pa.table(columns))
+    metrics = {"feature_sets": [f"set {feature_set}" for feature_set in range(len(sets))]}
+    return writer.commit(stage="embed", fingerprint=folder.name, inputs={}, config={}, metrics=metrics, seconds=0.0)
 
 
 @pytest.fixture(scope="module")
@@ -68,18 +72,18 @@ def commit(stage: StageContext, metrics: dict[str, Any]) -> Artifact:
 
 
 @pytest.mark.usefixtures("ray_cluster")
-@pytest.mark.parametrize("num_workers", [1, 2, 3])
-def test_any_number_of_workers_gives_the_graph_of_one_process(
-    num_workers: int, embed: Artifact, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("num_workers", [1, 2, 3, 4])
+def test_any_number_of_shards_gives_the_graph_of_one_process(num_workers: int, embed: Artifact, tmp_path: Path) -> None:
     stage = context(tmp_path / f"workers{num_workers}", embed)
     metrics = job.run(config(num_workers), stage)
     artifact = commit(stage, metrics)
     graph = load_graph(artifact)
-    expected, audit = build_graph(features(), config().neighbors, num_clusters=5, seed=3)
+    built = build(features(), config().neighbors, num_clusters=5, seed=3)
+    expected, audit = built.graph, built.audit
     assert np.array_equal(graph.indptr, expected.indptr)
     assert np.array_equal(graph.indices, expected.indices)
-    assert len(artifact.part_names("part-")) == 2 * len(part_ranges(NUM_IMAGES)) > 2
+    indptr_names = [name for name in artifact.part_names("part-") if name.endswith("-indptr.npy")]
+    assert len(indptr_names) == len(part_ranges(NUM_IMAGES)) > 1
     written = Audit.from_json(artifact.read_json("audit.json"))
     assert written.to_json() | {"predicted_s": 0} == audit.to_json() | {"predicted_s": 0}
     assert metrics["similarity_threshold"] == audit.similarity_threshold
@@ -88,16 +92,25 @@ def test_any_number_of_workers_gives_the_graph_of_one_process(
     assert metrics["min_neighbors"] == expected.degrees.min()
     assert metrics["max_neighbors"] == expected.degrees.max()
     json.dumps(metrics)
+    # Rows 1000 to 1099 are copies of row 0.
+    assert metrics["num_left_out"] == 100
+    assert metrics["num_duplicate_pairs"] == len(built.duplicates) > 1000
+    groups = artifact.read_table("duplicate_groups.parquet").to_pydict()
+    assert groups == {"image_id": [0, *range(1000, 1100)], "leader": [0] * 101}
+    assert artifact.read_table("duplicate_pairs.parquet").num_rows == len(built.duplicates)
+    assert not np.isin(graph.indices, np.arange(1000, 1100)).any()
 
 
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_resumed_run_builds_only_what_is_missing(embed: Artifact, tmp_path: Path) -> None:
     folder = tmp_path / "resumed"
-    metrics = job.run(config(), context(folder, embed))
+    settings = config(duplicate_threshold=None)
+    metrics = job.run(settings, context(folder, embed))
+    assert metrics["num_left_out"] == 0
     before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
     (folder / "part-00001-indices.npy").unlink()
     stage = context(folder, embed)
-    assert job.run(config(), stage) == metrics
+    assert job.run(settings, stage) == metrics
     changed = {path.name for path in folder.iterdir() if path.stat().st_mtime_ns != before[path.name]}
     assert {name for name in changed if name.startswith("part")} == {
         "part-00001-indices.npy",
@@ -117,40 +130,87 @@ def test_parts_made_of_other_embeddings_are_not_taken_up(embed: Artifact, tmp_pa
     assert np.array_equal(graph.indices, expected.indices)
 
 
-class KillWorkerOnce(Progress):
-    """Kills the worker's process as soon as a part is built, with others under way."""
+@pytest.mark.usefixtures("ray_cluster")
+def test_an_approximate_search_on_shards_gives_the_graph_of_one_process(embed: Artifact, tmp_path: Path) -> None:
+    settings = config(3, method="ivf", min_recall=0.9)
+    stage = context(tmp_path / "ivf", embed)
+    metrics = job.run(settings, stage)
+    graph = load_graph(commit(stage, metrics))
+    built = build(features(), settings.neighbors, num_clusters=5, seed=3)
+    assert np.array_equal(graph.indptr, built.graph.indptr)
+    assert np.array_equal(graph.indices, built.graph.indices)
+    assert (metrics["method"], metrics["recall"]) == ("ivf", built.audit.recall)
+    assert 0.8 < metrics["recall"] < 1.0
+
+
+@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.parametrize("combine", ["union", "intersection"])
+def test_several_feature_sets_give_the_combined_graph_of_one_process(combine: str, tmp_path: Path) -> None:
+    second = np.random.default_rng(5).standard_normal((NUM_IMAGES, 12)) + 0.6 * features()[:, :12]
+    sets = [features(), second.astype(np.float16)]
+    stage = context(tmp_path / combine, write_embed(tmp_path / f"embed-{combine}", *sets))
+    settings = config(2, feature_sets=(0, 1), combine=combine, max_neighbors=60)
+    metrics = job.run(settings, stage)
+    artifact = commit(stage, metrics)
+    graph = load_graph(artifact)
+    graphs = [build_graph(rows, settings.neighbors, num_clusters=5, seed=3)[0] for rows in sets]
+    expected = combine_graphs(graphs, settings.neighbors, seed=3)
+    assert np.array_equal(graph.indptr, expected.indptr)
+    assert np.array_equal(graph.indices, expected.indices)
+    assert metrics["num_edges"] == expected.num_edges
+    assert {"audit.json", "set-1-audit.json"} <= set(artifact.part_names())
+    assert artifact.read_json("audit.json")["dim"] == 24
+    assert artifact.read_json("set-1-audit.json")["dim"] == 12
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_feature_set_that_there_is_not_is_refused(embed: Artifact, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="2 is asked for, but the embeddings have 1"):
+        job.run(config(feature_sets=(0, 2)), context(tmp_path / "out", embed))
+
+
+class KillOnce(Progress):
+    """Kills one shard's process as soon as a part is built, with others under way."""
 
     def __init__(self) -> None:
         super().__init__("neighbors", quiet=True)
-        self.worker: Any = None
+        self.actors: list[Any] = []
         self.killed_pid: int | None = None
-
-    def pid(self) -> int:
-        return int(ray.get(self.worker.__ray_call__.remote(lambda _: os.getpid())))
+        self.num_answers: list[int] = []
 
     def update(self, done: int, total: int, note: str = "") -> None:
         if 0 < done < total and self.killed_pid is None:
-            self.killed_pid = self.pid()
+            self.killed_pid = int(ray.get(self.actors[1].__ray_call__.remote(lambda _: os.getpid())))
             os.kill(self.killed_pid, signal.SIGKILL)
+        if done == total:
+            calls = [actor.__ray_call__.remote(lambda worker: worker.num_answers) for actor in self.actors]
+            self.num_answers = ray.get(calls)
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
-def test_a_killed_worker_costs_its_part_only(embed: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    progress = KillWorkerOnce()
-    start_workers = job._start_workers
+def test_a_killed_shard_costs_its_own_work_only(
+    embed: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    progress = KillOnce()
+    start = job.Shards.start
 
-    def remember_worker(*arguments: Any) -> list[Any]:
-        workers = start_workers(*arguments)
-        progress.worker = workers[0]
-        return workers
+    def remember(self: job.Shards) -> list[Any]:
+        progress.actors = start(self)
+        return progress.actors
 
-    monkeypatch.setattr(job, "_start_workers", remember_worker)
+    monkeypatch.setattr(job.Shards, "start", remember)
+    monkeypatch.setattr(job, "PARTS_IN_FLIGHT", 1)
+    settings = config(3, duplicate_threshold=None)
     stage = StageContext(ArtifactWriter(Folder.at(tmp_path / "killed")), {"embed": embed}, progress)
-    graph = load_graph(commit(stage, job.run(config(), stage)))
-    expected, _ = build_graph(features(), config().neighbors, num_clusters=5, seed=3)
+    graph = load_graph(commit(stage, job.run(settings, stage)))
+    expected, _ = build_graph(features(), settings.neighbors, num_clusters=5, seed=3)
     assert progress.killed_pid is not None
     assert not Path(f"/proc/{progress.killed_pid}").exists()
+    num_parts = len(part_ranges(NUM_IMAGES))
+    # The others answered once for each part; the new one only for those that the dead one had not.
+    assert (progress.num_answers[0], progress.num_answers[2]) == (num_parts, num_parts)
+    assert 0 < progress.num_answers[1] < num_parts
     assert np.array_equal(graph.indptr, expected.indptr)
     assert np.array_equal(graph.indices, expected.indices)
 
@@ -170,7 +230,8 @@ def test_features_that_are_not_finite_are_the_users_to_mend(tmp_path: Path) -> N
 def test_a_machine_without_the_memory_is_refused_with_both_numbers(
     embed: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(job.NeighborWorker, "available_memory_bytes", lambda self: 1_000_000)
-    with pytest.raises(ResourceError, match=r"2,500 images x 24 dimensions .* need .* GB .* available: 0\.0 GB"):
-        job.run(config(), context(tmp_path / "out", embed))
+    monkeypatch.setattr(job, "needed_bytes", lambda *sizes: 10**15)
+    message = r"2,500 images x 24 dimensions .* need 1000000\.0 GB on a machine with 2 of 2 workers; available: .* GB"
+    with pytest.raises(ResourceError, match=message):
+        job.run(config(2), context(tmp_path / "out", embed))
     assert memory.available_memory_bytes() > 1_000_000

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from icce_ray.neighbors.engine import RESOLUTION
 from icce_ray.neighbors.graph import NeighborGraph
-from icce_ray.neighbors.search import RESOLUTION
 
 
 def normalised(features: npt.NDArray[np.floating], center: bool) -> npt.NDArray[np.float64]:

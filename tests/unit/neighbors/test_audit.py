@@ -12,7 +12,7 @@ from icce_ray.neighbors import audit as audit_module
 from icce_ray.neighbors.audit import MAX_CLASS_SHARE, Audit, audit, audit_prepared
 from icce_ray.neighbors.graph import build_graph
 from icce_ray.neighbors.memory import available_memory_bytes
-from icce_ray.neighbors.search import prepare
+from icce_ray.neighbors.prepared import prepare
 
 
 def gaussian_clusters(
@@ -67,7 +67,7 @@ def test_histograms_count_pairs_and_the_nearest_lie_above_the_random_ones() -> N
     assert sum(result.random_pairs) > 900_000
     assert sum(result.nearest_pairs) == 1500 * 50
     random_mean = np.average(middles, weights=result.random_pairs)
-    cosine = prepare(features, True) @ prepare(features, True).T
+    cosine = prepare(features, True)[:] @ prepare(features, True)[:].T
     assert random_mean == pytest.approx(cosine.mean(), abs=0.02)
     assert np.average(middles, weights=result.nearest_pairs) > random_mean + 0.2
 
@@ -75,11 +75,11 @@ def test_histograms_count_pairs_and_the_nearest_lie_above_the_random_ones() -> N
 @pytest.mark.parametrize(("num_clusters", "dim", "separation"), [(5, 32, 0.35), (10, 64, 0.6), (20, 64, 0.5)])
 def test_the_estimated_precision_follows_the_true_one(num_clusters: int, dim: int, separation: float) -> None:
     features, labels = gaussian_clusters(1200, num_clusters, dim, separation)
-    base = prepare(features, True)
-    result = audit_prepared(base, NeighborsConfig(min_neighbors=50), num_clusters=num_clusters, seed=0)
+    prepared = prepare(features, True)
+    result = audit_prepared(prepared, NeighborsConfig(min_neighbors=50), num_clusters=num_clusters, seed=0)
     of_interest = [row for row in result.thresholds if row["mean_neighbors"] < 1200 / num_clusters]
     for row in of_interest[:: max(1, len(of_interest) // 6)]:
-        truth = true_precision(base, labels, row["threshold"], 50)
+        truth = true_precision(prepared[:], labels, row["threshold"], 50)
         assert row["estimated_precision"] == pytest.approx(truth, abs=0.1)
 
 
@@ -174,9 +174,10 @@ REAL_SETS = {
 def test_on_real_features_auto_keeps_the_precision_it_estimates(name: str, center: bool, real_data_dir: Path) -> None:
     labels_name, tolerance = REAL_SETS[name]
     labels = np.load(real_data_dir / f"{labels_name}.npy").astype(np.int64)
-    base = prepare(np.load(real_data_dir / f"{name}.npy"), center)
+    prepared = prepare(np.load(real_data_dir / f"{name}.npy"), center)
+    base = prepared[:]
     num_clusters = len(np.unique(labels))
-    result = audit_prepared(base, NeighborsConfig(min_neighbors=50), num_clusters=num_clusters, seed=0)
+    result = audit_prepared(prepared, NeighborsConfig(min_neighbors=50), num_clusters=num_clusters, seed=0)
     rows = np.random.default_rng(1).choice(len(base), 1000, replace=False)
     cosine = base[rows] @ base.T
     cosine[np.arange(len(rows)), rows] = -2

@@ -9,25 +9,35 @@ import pytest
 
 from icce_ray.config import NeighborsConfig
 from icce_ray.errors import InputError
-from icce_ray.neighbors import graph as graph_module
-from icce_ray.neighbors import memory, search
-from icce_ray.neighbors.graph import NeighborGraph, build_graph, build_rows, load_graph, pair_hash, part_ranges
-from icce_ray.neighbors.search import prepare
+from icce_ray.neighbors import engine, memory, search
+from icce_ray.neighbors import rows as rows_module
+from icce_ray.neighbors.engine import FaissEngine
+from icce_ray.neighbors.graph import NeighborGraph, build_graph, combine_graphs, load_graph
+from icce_ray.neighbors.prepared import PreparedFeatures, prepare
+from icce_ray.neighbors.rows import Rows, merge_shards, part_ranges, search_shard, shard_ids
+from icce_ray.neighbors.rule import Rule, pair_hash
 from icce_ray.store import Artifact, ArtifactWriter, Folder
 
 from . import reference
 
 
 def build(features: np.ndarray, **settings: object) -> NeighborGraph:
-    config = NeighborsConfig(**{"max_neighbors": None} | settings)  # type: ignore[arg-type]
+    config = NeighborsConfig(**{"max_neighbors": None, "duplicate_threshold": None} | settings)  # type: ignore[arg-type]
     return build_graph(features, config, num_clusters=5, seed=3)[0]
 
 
 def shrink_blocks(monkeypatch: pytest.MonkeyPatch, query: int, base: int) -> None:
-    for module in (search, graph_module):
+    for module in (search, rows_module):
         monkeypatch.setattr(module, "QUERY_BLOCK", query)
-    monkeypatch.setattr(search, "BASE_BLOCK", base)
-    monkeypatch.setattr(graph_module, "MAX_ROWS_PER_PART", query * 2)
+    monkeypatch.setattr(engine, "BASE_BLOCK", base)
+    monkeypatch.setattr(rows_module, "MAX_ROWS_PER_PART", query * 2)
+
+
+def build_rows(prepared: PreparedFeatures, start: int, stop: int, rule: Rule, num_shards: int = 1) -> Rows:
+    ids = np.arange(start, stop)
+    engines = [FaissEngine(prepared, shard_ids(len(prepared), shard, num_shards)) for shard in range(num_shards)]
+    answers = [search_shard(engine, prepared, ids, rule) for engine in engines]
+    return merge_shards(answers, prepared, ids, rule)[0]
 
 
 @pytest.mark.parametrize("center", [True, False])
@@ -42,7 +52,7 @@ def test_the_graph_is_that_of_brute_force(
     features = np.random.default_rng(1).standard_normal((2, 4)) if num_images == 2 else None
     features = reference.awkward_features(num_images, 6) if features is None else features
     graph = build(features, similarity_threshold=threshold, min_neighbors=min_neighbors, center=center)
-    expected = reference.neighbor_lists(prepare(features, center), threshold, min_neighbors)
+    expected = reference.neighbor_lists(prepare(features, center)[:], threshold, min_neighbors)
     assert reference.lists_of(graph) == expected
 
 
@@ -67,7 +77,7 @@ def test_blocks_do_not_change_the_graph(query: int, base: int, monkeypatch: pyte
     settings = {"similarity_threshold": 0.3, "min_neighbors": 15, "max_neighbors": 25}
     graph = build(features, **settings)
     shrink_blocks(monkeypatch, query, base)
-    monkeypatch.setattr(graph_module, "PAIRS_HELD", 100)
+    monkeypatch.setattr(search, "PAIRS_HELD", 100)
     again = build(features, **settings)
     assert np.array_equal(graph.indptr, again.indptr)
     assert np.array_equal(graph.indices, again.indices)
@@ -77,19 +87,19 @@ def test_threads_do_not_change_the_graph() -> None:
     features = reference.awkward_features(1500, 16)
     graphs = []
     for num_threads in (1, 2):
-        search.set_threads(num_threads)
+        engine.set_threads(num_threads)
         graphs.append(build(features, similarity_threshold="auto", min_neighbors=30, max_neighbors=100))
-    search.set_threads(1)
+    engine.set_threads(1)
     assert np.array_equal(graphs[0].indptr, graphs[1].indptr)
     assert np.array_equal(graphs[0].indices, graphs[1].indices)
 
 
 def test_long_lists_keep_a_subset_of_the_right_size_that_the_seed_decides() -> None:
-    base = prepare(reference.awkward_features(300, 6), center=True)
-    full = reference.neighbor_lists(base, 0.1, 10)
+    prepared = prepare(reference.awkward_features(300, 6), center=True)
+    full = reference.neighbor_lists(prepared[:], 0.1, 10)
     subsets = []
     for seed in (0, 1):
-        rows = build_rows(base, 0, 300, threshold=0.1, min_neighbors=10, max_neighbors=30, seed=seed)
+        rows = build_rows(prepared, 0, 300, Rule(0.1, 10, 30, seed=seed))
         lists = [part.tolist() for part in np.split(rows.indices, rows.indptr[1:-1])]
         for kept, whole in zip(lists, full, strict=True):
             assert len(kept) == min(30, len(whole))
@@ -100,8 +110,8 @@ def test_long_lists_keep_a_subset_of_the_right_size_that_the_seed_decides() -> N
 
 
 def test_the_random_subset_is_uniform() -> None:
-    base = prepare(np.ones((101, 2), np.float32), center=False)
-    rows = build_rows(base, 0, 101, threshold=0.5, min_neighbors=1, max_neighbors=50, seed=5)
+    prepared = prepare(np.ones((101, 2), np.float32), center=False)
+    rows = build_rows(prepared, 0, 101, Rule(0.5, 1, 50, seed=5))
     picks = Counter(rows.indices.tolist())
     # Each image is picked by each of the 100 others with probability 1/2: 50 +- 5.
     assert min(picks.values()) > 25
@@ -118,14 +128,15 @@ def test_pair_hashes_differ_by_seed_row_and_column_and_fill_the_range() -> None:
 
 
 def test_rows_depend_on_the_features_only_not_on_where_a_part_starts() -> None:
-    base = prepare(reference.awkward_features(250, 6), center=True)
-    settings = {"threshold": 0.8, "min_neighbors": 12, "max_neighbors": 20, "seed": 1}
-    whole = build_rows(base, 0, 250, **settings)
+    prepared = prepare(reference.awkward_features(250, 6), center=True)
+    rule = Rule(0.8, 12, 20, seed=1)
+    whole = build_rows(prepared, 0, 250, rule)
     cuts = [0, 1, 90, 91, 200, 250]
-    parts = [build_rows(base, start, stop, **settings) for start, stop in itertools.pairwise(cuts)]
+    parts = [build_rows(prepared, *ends, rule, num_shards=1 + n) for n, ends in enumerate(itertools.pairwise(cuts))]
     assert np.array_equal(np.concatenate([part.indices for part in parts]), whole.indices)
     assert np.array_equal(np.concatenate([part.lengths for part in parts]), whole.lengths)
-    assert sum(part.num_fallback for part in parts) == whole.num_fallback > 0
+    assert np.array_equal(np.concatenate([part.num_hits for part in parts]), whole.num_hits)
+    assert 0 < (whole.num_hits < 12).sum() < 250
 
 
 @pytest.mark.parametrize("num_images", [2, 1023, 1024, 1025, 70_001, 2_000_000])
@@ -142,6 +153,30 @@ def test_a_feature_that_is_not_finite_is_refused() -> None:
     features[2, 2] = np.nan
     with pytest.raises(InputError, match="row 2"):
         build(features)
+
+
+@pytest.mark.parametrize("how", ["union", "intersection"])
+def test_graphs_of_several_feature_sets_are_combined_as_sets_are(how: str) -> None:
+    rng = np.random.default_rng(0)
+    features = [rng.standard_normal((120, 4)).astype(np.float32) for _ in range(3)]
+    features[1] += 2 * features[0]
+    features[2] += features[0]
+    graphs = [build(rows, similarity_threshold=0.4, min_neighbors=6) for rows in features]
+    config = NeighborsConfig(min_neighbors=6, max_neighbors=None, combine=how)
+    combined = reference.lists_of(combine_graphs(graphs, config, seed=0))
+    lists = [reference.lists_of(graph) for graph in graphs]
+    num_short = 0
+    for image in range(120):
+        rows = [set(neighbors[image]) for neighbors in lists]
+        expected = set.union(*rows) if how == "union" else set.intersection(*rows)
+        if how == "intersection" and len(expected) < 6:
+            expected, num_short = rows[0], num_short + 1
+        assert combined[image] == sorted(expected)
+    assert num_short in (range(1, 119) if how == "intersection" else [0])
+    cut = combine_graphs(graphs, config.model_copy(update={"max_neighbors": 8}), seed=0)
+    for image, neighbors in enumerate(reference.lists_of(cut)):
+        assert len(neighbors) == min(8, len(combined[image]))
+        assert set(neighbors) <= set(combined[image])
 
 
 def write_artifact(folder: Path, graph: NeighborGraph, cuts: list[int]) -> Artifact:

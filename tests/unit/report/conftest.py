@@ -100,6 +100,10 @@ def build_run(config: Config, root: Path, rows_per_part: int) -> PlantedRun:
     output = writer("neighbors")
     counts = [0, 3, 40, 9, 0, 1]
     audit = {"similarity_threshold": 0.4, "bin_edges": [-1.0, -0.5, 0.0, 0.25, 0.5, 0.75, 1.0]}
+    audit["thresholds"] = [
+        {"threshold": tenth / 10, "mean_neighbors": 1000 / (tenth + 1), "estimated_precision": tenth / 10}
+        for tenth in range(10)
+    ]
     output.write_json("audit.json", audit | {"random_pairs": counts, "nearest_pairs": counts[::-1]})
     inputs["neighbors"] = commit(output, "neighbors", config)
 

@@ -128,8 +128,15 @@ def test_the_outlier_is_shown_as_one(written: tuple[Page, Path]) -> None:
 
 def test_there_is_a_diagram_of_each_kind(written: tuple[Page, Path]) -> None:
     page, _ = written
-    assert page.tags.count("svg") == 4
-    for label in ("threshold 0.40", "lowest head", "clusters, largest first", "agreement of the heads"):
+    assert page.tags.count("svg") == 5
+    for label in (
+        "threshold 0.40",
+        "neighbours on average",
+        "given: 0.40",
+        "lowest head",
+        "clusters, largest first",
+        "agreement of the heads",
+    ):
         assert label in page.html
     assert "#000000" not in page.html
 

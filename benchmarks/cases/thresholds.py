@@ -1,0 +1,90 @@
+"""The automatic threshold against fixed ones: the share of neighbours with the image's label, and the consensus' ACC.
+
+Labels are used to judge only. Fixed thresholds that put most images into every list are slow and useless; lists are cut
+at `max_neighbors` as always.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from cases import datasets
+from icce_ray import ICCE, clustering_accuracy
+from icce_ray.config import NeighborsConfig
+from icce_ray.neighbors.graph import build_graph
+
+SETTINGS: dict[str, Any] = {
+    "datasets": list(datasets.NAMES),
+    "thresholds": [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9],
+    "seeds": [0],
+    "num_heads": 8,
+    "num_epochs": 30,
+    "with_accuracy": True,
+}
+MAX_PRECISION_LOSS = 0.03
+MAX_ACCURACY_LOSS = 0.01
+
+
+def run(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, bool]]:
+    figures: dict[str, Any] = {}
+    bounds: dict[str, bool] = {}
+    for name in settings["datasets"]:
+        data = datasets.load(name)
+        if data is None:
+            print(f"{name:12} left out: its files are not in {datasets.data_folder()}")
+            continue
+        rows = {str(threshold): measure(*data, threshold, settings) for threshold in ["auto", *settings["thresholds"]]}
+        figures[name] = rows
+        auto, fixed = rows["auto"], [row for threshold, row in rows.items() if threshold != "auto"]
+        longer = [row["precision"] for row in fixed if row["mean_neighbors"] >= auto["mean_neighbors"]]
+        bounds[f"{name}: precision at most 3 points below the best fixed threshold's with as many neighbours"] = (
+            auto["precision"] >= max(longer, default=0.0) - MAX_PRECISION_LOSS
+        )
+        if settings["with_accuracy"]:
+            bounds[f"{name}: ACC within 1 point of the best fixed threshold's"] = (
+                auto["acc"] >= max(row["acc"] for row in fixed) - MAX_ACCURACY_LOSS
+            )
+    return figures, bounds
+
+
+def measure(
+    features: datasets.Floats, labels: datasets.Labels, threshold: Any, settings: dict[str, Any]
+) -> dict[str, float]:
+    """Of the graph's rows: their mean length, and the mean share of neighbours with the image's label; ACC."""
+    num_clusters = len(np.unique(labels))
+    config = NeighborsConfig(similarity_threshold=threshold)
+    graph, audit = build_graph(features, config, num_clusters=num_clusters, seed=settings["seeds"][0])
+    rows_E = np.repeat(np.arange(graph.num_images), graph.degrees)
+    is_same_E = labels[rows_E] == labels[graph.indices]
+    result = {
+        "threshold": audit.similarity_threshold,
+        "mean_neighbors": float(graph.degrees.mean()),
+        "precision": float((np.bincount(rows_E, is_same_E) / graph.degrees).mean()),
+    }
+    if settings["with_accuracy"]:
+        accuracies = [
+            clustering_accuracy(
+                labels,
+                ICCE(
+                    num_clusters,
+                    n_heads=settings["num_heads"],
+                    epochs=settings["num_epochs"],
+                    similarity_threshold=threshold,
+                    classifier={"num_iterations": 20},
+                    random_state=seed,
+                )
+                .fit(features)
+                .labels_,
+            )
+            for seed in settings["seeds"]
+        ]
+        result["acc"] = float(np.mean(accuracies))
+    print(
+        f"{threshold!s:>5} {audit.similarity_threshold:7.4f} {result['mean_neighbors']:8.1f} neighbours, "
+        f"{result['precision']:6.1%} with the image's label"
+        + (f", ACC {result['acc']:6.2%}" if "acc" in result else ""),
+        flush=True,
+    )
+    return result

@@ -1,0 +1,162 @@
+"""The adaptive rule on lists of pairs: what a row keeps of what was found (METHOD section 1).
+
+Every pair so close to a border that its score could be wrong is scored again in float64, and the order is total
+(similarity, then the lower id). So what is kept depends neither on how pairs were found nor on their order.
+
+Legend: Q queries, P pairs, k list length, R some of the rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from icce_ray.neighbors.prepared import Floats, Ids
+
+PADDED_ELEMENTS = 4_000_000
+MAX_DUPLICATES_PER_IMAGE = 32
+
+Exact = Callable[[npt.NDArray[np.int32], Ids], Ids]
+"""Rows and image ids of pairs to their cosine in units of the resolution."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Which images are neighbours.
+
+    threshold: floor on the cosine; None: exactly `min_neighbors` each.
+    min_neighbors: of an image; at most the number of others.
+    max_neighbors: longer rows keep the images with the smallest hash of (seed, i, j); None: no limit.
+    duplicate_threshold: cosine from which on a pair is also listed as near-duplicates; None: none are.
+    """
+
+    threshold: float | None
+    min_neighbors: int
+    max_neighbors: int | None
+    seed: int
+    duplicate_threshold: float | None = None
+
+
+@dataclass(frozen=True)
+class PairList:
+    """P pairs of a query (its number, 0..Q-1) and an image, with a score and whether it reaches the threshold."""
+
+    rows_P: npt.NDArray[np.int32]
+    ids_P: Ids
+    scores_P: Floats
+    is_hit_P: npt.NDArray[np.bool_]
+
+    def __len__(self) -> int:
+        return len(self.rows_P)
+
+    def take(self, chosen: npt.NDArray[np.integer | np.bool_]) -> PairList:
+        return PairList(self.rows_P[chosen], self.ids_P[chosen], self.scores_P[chosen], self.is_hit_P[chosen])
+
+    @staticmethod
+    def join(lists: Sequence[PairList]) -> PairList:
+        if not lists:
+            return PairList(np.empty(0, np.int32), np.empty(0, np.int64), np.empty(0, np.float32), np.empty(0, bool))
+        if len(lists) == 1:
+            return lists[0]
+        columns = zip(*((pairs.rows_P, pairs.ids_P, pairs.scores_P, pairs.is_hit_P) for pairs in lists), strict=True)
+        return PairList(*(np.concatenate(column) for column in columns))
+
+
+@dataclass(frozen=True)
+class DuplicateList:
+    """Pairs of a query and a near-duplicate of it with a lower id; at most `MAX_DUPLICATES_PER_IMAGE` of a query, those
+    with the lowest ids."""
+
+    rows_P: npt.NDArray[np.int32]
+    ids_P: Ids
+    units_P: Ids
+
+    @staticmethod
+    def join(lists: Sequence[DuplicateList]) -> DuplicateList:
+        rows_P = np.concatenate([np.empty(0, np.int32), *(pairs.rows_P for pairs in lists)])
+        ids_P = np.concatenate([np.empty(0, np.int64), *(pairs.ids_P for pairs in lists)])
+        units_P = np.concatenate([np.empty(0, np.int64), *(pairs.units_P for pairs in lists)])
+        order_P = np.lexsort((ids_P, rows_P))
+        order_P = order_P[rank_in_row(rows_P[order_P]) < MAX_DUPLICATES_PER_IMAGE]
+        return DuplicateList(rows_P[order_P], ids_P[order_P], units_P[order_P])
+
+
+def keep(pairs: PairList, num_hits_Q: Ids, ids_Q: Ids, rule: Rule, error: float, exact: Exact) -> PairList:
+    """The rule, on pairs among which all those are that it keeps. Applying it twice changes nothing, and neither does
+    applying it to a part of the pairs first.
+
+    Args:
+        pairs: in any order, each once.
+        num_hits_Q: how many images have reached the threshold so far, kept or not.
+        ids_Q: the queries' images.
+    """
+    is_long_Q = num_hits_Q >= rule.min_neighbors
+    pairs = pairs.take(pairs.is_hit_P | ~is_long_Q[pairs.rows_P])
+    if rule.max_neighbors is not None and (num_hits_Q > rule.max_neighbors).any():
+        is_cut_P = (num_hits_Q > rule.max_neighbors)[pairs.rows_P]
+        cut, rest = pairs.take(is_cut_P), pairs.take(~is_cut_P)
+        hash_P = pair_hash(rule.seed, ids_Q[cut.rows_P], cut.ids_P)
+        order_P = np.lexsort((cut.ids_P, hash_P, cut.rows_P))
+        order_P = order_P[rank_in_row(cut.rows_P[order_P]) < rule.max_neighbors]
+        pairs = PairList.join([rest, cut.take(order_P)])
+    num_pairs_Q = np.bincount(pairs.rows_P, minlength=len(ids_Q))
+    is_crowded_Q = ~is_long_Q & (num_pairs_Q > rule.min_neighbors)
+    if not is_crowded_Q.any():
+        return pairs
+    is_crowded_P = is_crowded_Q[pairs.rows_P]
+    crowded, rest = pairs.take(is_crowded_P), pairs.take(~is_crowded_P)
+    return PairList.join([rest, _nearest(crowded, rule.min_neighbors, error, exact)])
+
+
+def pair_hash(seed: int, rows_P: Ids, columns_P: Ids) -> npt.NDArray[np.uint64]:
+    """A uniform 64-bit number for each (seed, row, column), by SplitMix64 (Steele et al., OOPSLA 2014)."""
+    with np.errstate(over="ignore"):
+        row_state_P = _splitmix64(_splitmix64(np.array([seed], np.uint64)) ^ rows_P.astype(np.uint64))
+        return _splitmix64(row_state_P ^ columns_P.astype(np.uint64))
+
+
+def _splitmix64(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    x = x + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def _nearest(pairs: PairList, k: int, error: float, exact: Exact) -> PairList:
+    """Of each row that is there, which has more than `k` pairs, the `k` most similar; of ties the lower ids."""
+    pairs = pairs.take(np.argsort(pairs.rows_P, kind="stable"))
+    _, row_P, num_pairs_R = np.unique(pairs.rows_P, return_inverse=True, return_counts=True)
+    border_P = _kth_scores(pairs.scores_P, num_pairs_R, k)[row_P]
+    # True similarities outside these margins are on the same side of the k-th as the scores are.
+    is_safe_P = pairs.scores_P > border_P + 2 * error
+    is_close_P = ~is_safe_P & (pairs.scores_P >= border_P - 2 * error)
+    num_open_R = k - np.bincount(row_P[is_safe_P], minlength=len(num_pairs_R))
+    has_choice_R = np.bincount(row_P[is_close_P], minlength=len(num_pairs_R)) > num_open_R
+    kept_P = is_safe_P | is_close_P
+    close_P = np.flatnonzero(is_close_P & has_choice_R[row_P])
+    units_P = exact(pairs.rows_P[close_P], pairs.ids_P[close_P])
+    close_P = close_P[np.lexsort((pairs.ids_P[close_P], -units_P, row_P[close_P]))]
+    kept_P[close_P] = rank_in_row(row_P[close_P]) < num_open_R[row_P[close_P]]
+    return pairs.take(kept_P)
+
+
+def _kth_scores(scores_P: Floats, num_pairs_R: Ids, k: int) -> Floats:
+    """The `k`-th highest score of each row; `scores_P` holds one row after the other."""
+    kth_R = np.empty(len(num_pairs_R), np.float32)
+    first_R = np.concatenate([np.zeros(1, np.int64), np.cumsum(num_pairs_R)])
+    step = max(1, PADDED_ELEMENTS // int(num_pairs_R.max()))
+    for start in range(0, len(num_pairs_R), step):
+        lengths_r = num_pairs_R[start : start + step]
+        width = int(lengths_r.max())
+        padded_rw = np.full((len(lengths_r), width), -np.inf, np.float32)
+        padded_rw[np.arange(width) < lengths_r[:, None]] = scores_P[first_R[start] : first_R[start + len(lengths_r)]]
+        kth_R[start : start + step] = np.partition(padded_rw, width - k, axis=1)[:, width - k]
+    return kth_R
+
+
+def rank_in_row(sorted_rows_P: npt.NDArray[np.integer]) -> Ids:
+    """0, 1, 2, ... within each run of equal values."""
+    return np.arange(len(sorted_rows_P)) - np.searchsorted(sorted_rows_P, sorted_rows_P, side="left")

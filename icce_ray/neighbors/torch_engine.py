@@ -1,0 +1,91 @@
+"""The search engine for GPUs: blocked half-precision products on the tensor cores.
+
+FAISS on a GPU has no range search and lists of at most 2048, so the threshold rule cannot be built on it. Here a block
+of scores is compared with the queries' radii where it was computed, and only the pairs beyond leave the device. Scores
+in float16 are good to 0.002; pairs closer to a border than that are scored again from the float32 rows, in float64,
+on the device. So the neighbours are those of float32 on a CPU, ties included.
+
+Legend: D feature dimension, n images of the shard, Q queries, B images of a block, P pairs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from icce_ray.neighbors.engine import BASE_BLOCK, RESOLUTION, Pairs, as_slice, sample_rows
+from icce_ray.neighbors.prepared import Floats, Ids, PreparedFeatures
+
+SCORES_PER_BLOCK = 2**28
+RESCORED_ELEMENTS = 2**26
+SAFETY = 1.25
+
+
+class TorchEngine:
+    """Holds the rows of a shard on a device, in float16 for the products and in float32 for the second look.
+
+    Args:
+        prepared: the features of all images.
+        ids_n: the shard's images, ascending.
+        device: where to search; `cpu` gives the same neighbours, slowly.
+    """
+
+    def __init__(self, prepared: PreparedFeatures, ids_n: Ids, device: str = "cuda") -> None:
+        dim = prepared.shape[1]
+        self.ids_n = ids_n
+        self.error = half_precision_error(dim)
+        self.device = torch.device(device)
+        self._rows_nD = torch.empty((len(ids_n), dim), dtype=torch.float32, device=self.device)
+        for start in range(0, len(ids_n), BASE_BLOCK):
+            block = ids_n[start : start + BASE_BLOCK]
+            self._rows_nD[start : start + len(block)] = torch.from_numpy(prepared[as_slice(block)]).to(self.device)
+        self._half_nD = self._rows_nD.half()
+        # Split sums in float16 would be off by more than `error` says.
+        torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+
+    def lower_bounds(self, queries_QD: Floats, k: int) -> Floats:
+        sample_mD = self._half_nD[sample_rows(len(self.ids_n), k)]
+        if len(sample_mD) < k:
+            return np.full(len(queries_QD), -np.inf, np.float32)
+        scores_Qm = self._half(queries_QD) @ sample_mD.T
+        bounds_Q: Floats = scores_Qm.topk(k, dim=1).values[:, -1].float().cpu().numpy()
+        return bounds_Q
+
+    def pairs_above(self, queries_QD: Floats, radius_Q: Floats) -> Iterator[Pairs]:
+        half_QD = self._half(queries_QD)
+        radius_Q1 = torch.from_numpy(np.clip(radius_Q, -2.0, 2.0).astype(np.float32)).to(self.device)[:, None]
+        step = max(1, SCORES_PER_BLOCK // len(queries_QD))
+        for start in range(0, len(self.ids_n), step):
+            scores_QB = half_QD @ self._half_nD[start : start + step].T
+            rows_P, columns_P = (scores_QB >= radius_Q1).nonzero(as_tuple=True)
+            scores_P = scores_QB[rows_P, columns_P].float()
+            ids_P = self.ids_n[start + columns_P.cpu().numpy()]
+            yield rows_P.int().cpu().numpy(), ids_P, scores_P.cpu().numpy()
+
+    def exact(self, queries_QD: Floats, rows_P: npt.NDArray[np.int32], ids_P: Ids) -> Ids:
+        rows = torch.from_numpy(np.asarray(rows_P, dtype=np.int64)).to(self.device)
+        columns = torch.from_numpy(np.searchsorted(self.ids_n, ids_P)).to(self.device)
+        float_QD = torch.from_numpy(queries_QD).to(self.device)
+        units_P = torch.empty(len(rows), dtype=torch.int64, device=self.device)
+        step = max(1, RESCORED_ELEMENTS // queries_QD.shape[1])
+        for start in range(0, len(rows), step):
+            chunk = slice(start, start + step)
+            products = float_QD[rows[chunk]].double() * self._rows_nD[columns[chunk]].double()
+            units_P[chunk] = (products.sum(dim=1) / RESOLUTION).round().long()
+        units: Ids = units_P.cpu().numpy()
+        return units
+
+    def _half(self, queries_QD: Floats) -> torch.Tensor:
+        return torch.from_numpy(queries_QD).to(self.device).half()
+
+
+def half_precision_error(dim: int) -> float:
+    """Bound on the error of a float16 product of unit vectors, summed in float32, the result in float16.
+
+    Rounding both factors moves the sum by at most 2^-10 (Cauchy-Schwarz), what is too small for float16 by 2^-24 for
+    each dimension, the sum by 2^-23 for each, and the result by 2^-11.
+    """
+    return SAFETY * (2.0**-10 + 2.0**-11 + dim * (2.0**-23 + 2.0**-24)) + 2 * RESOLUTION
