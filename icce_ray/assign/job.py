@@ -26,7 +26,7 @@ from icce_ray.cluster import available_cpus, connect, worker_cpus
 from icce_ray.config import Config
 from icce_ray.context import StageContext
 from icce_ray.embed.features import load_features
-from icce_ray.embed.listing import TABLE_NAME
+from icce_ray.embed.listing import SHARD_PREFIX
 from icce_ray.errors import DamagedArtifactError, WorkerError, describe_cause
 from icce_ray.store import Artifact, Folder
 
@@ -126,7 +126,7 @@ def _source(config: Config, inputs: dict[str, Artifact]) -> list[str]:
     consensus = inputs["consensus"]
     return [
         f"version {VERSION}, exemplars {config.assign.num_exemplars}, seed {config.seed}",
-        inputs["images"].part(TABLE_NAME).sha256,
+        *(inputs["images"].part(name).sha256 for name in inputs["images"].part_names(SHARD_PREFIX)),
         inputs["classifier"].part(MODEL_NAME).sha256,
         consensus.part("labels.npy").sha256,
         consensus.part("agreement.npy").sha256,

@@ -19,13 +19,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 from pydantic import ValidationError
 
 from icce_ray.assign.labeling import assignments_table, label_images
 from icce_ray.classifier.linear import LinearClassifier
 from icce_ray.embed.features import table_to_arrays
-from icce_ray.embed.listing import TABLE_NAME
+from icce_ray.embed.listing import Listing
 from icce_ray.errors import WorkerError
 from icce_ray.store import Artifact, ArtifactWriter, Folder, Part
 
@@ -109,21 +108,17 @@ class FinishedPart:
 
 
 class UriReader:
-    """URIs by image id from the images artifact; only the row groups asked for are decoded."""
+    """URIs by image id from the images artifact, shard by shard."""
 
     def __init__(self, images: Artifact) -> None:
-        self._file = pq.ParquetFile(pa.BufferReader(images.read_bytes(TABLE_NAME)))
-        rows = [self._file.metadata.row_group(i).num_rows for i in range(self._file.num_row_groups)]
-        self._starts = np.concatenate([[0], np.cumsum(rows)])
+        self._listing = Listing(images)
 
     def read(self, image_ids: npt.NDArray[np.int64]) -> pa.ChunkedArray:
         """The URIs of (n,) ascending ids."""
         if not len(image_ids):
             return pa.chunked_array([], type=pa.string())
-        # Ids are dense, so an id is its row.
-        first, last = (int(np.searchsorted(self._starts, i, side="right")) - 1 for i in (image_ids[0], image_ids[-1]))
-        table = self._file.read_row_groups(list(range(first, last + 1)), columns=["uri"])
-        return table["uri"].take(pa.array(image_ids - self._starts[first]))
+        first = int(image_ids[0])
+        return self._listing.table(first, int(image_ids[-1]) + 1)["uri"].take(pa.array(image_ids - first))
 
 
 def note_name(part_name: str) -> str:

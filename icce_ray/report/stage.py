@@ -15,6 +15,7 @@ from icce_ray.progress import format_seconds
 from icce_ray.report.content import Content, Shown, gather
 from icce_ray.report.pictures import Pixels, contact_sheet, data_uri, load_thumbnails
 from icce_ray.report.plots import certainty_histogram, similarity_histogram, size_chart, training_curve
+from icce_ray.result import num_listed
 
 VERSION = 1
 PAGE_NAME = "report.html"
@@ -94,7 +95,7 @@ def render(
     history = inputs["heads"].read_json("training.json").get("history", [])
     confused = {row["cluster"]: row["confused_with"] for row in summary.get("clusters", [])}
     metrics = inputs["evaluate"].metrics
-    source = config.images.uri or config.embeddings.uri or ""
+    source = ", ".join(config.images.uris) or config.embeddings.uri or ""
     plots = [
         ("Cluster sizes", size_chart(content.sizes)),
         ("How sure the labels are", certainty_histogram(content.confidence_bins, content.agreement_bins)),
@@ -109,7 +110,7 @@ def render(
     return environment.from_string(template).render(
         title=config.report.title or f"Clusters of {PurePosixPath(source).name or source}",
         source=source,
-        num_listed=inputs["images"].part("images.parquet").rows,
+        num_listed=num_listed(inputs),
         num_errors=errors.num_rows,
         errors=errors.slice(0, MAX_ERRORS).to_pylist(),
         num_clusters=config.num_clusters,
