@@ -23,6 +23,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 CASES = {
     "accuracy": "ICCE's consensus against the TEMI preset and k-means, real features, several seeds",
     "demo": "the demo: seconds by stage, and its accuracy against k-means, Ward and spectral clustering",
+    "embed-faults": "embedding from an S3 server with faults against the same without",
+    "embed-memory": "peak memory of the whole embedding job, driver and Ray included, at 2,000 and at 20,000 images",
     "heads": "the trainer against a plain loop over heads in float32",
 }
 
@@ -33,7 +35,7 @@ def main() -> int:
     parser.add_argument("case", choices=CASES, help="; ".join(f"{name}: {text}" for name, text in CASES.items()))
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of the case")
     arguments = parser.parse_args()
-    module = importlib.import_module(f"cases.{arguments.case}")
+    module = importlib.import_module(f"cases.{arguments.case.replace('-', '_')}")
     settings = dict(module.SETTINGS)
     for item in arguments.set:
         key, separator, value = item.partition("=")
