@@ -1,4 +1,4 @@
-"""The command ``icce-ray``: run, assign, status, evaluate."""
+"""The command ``icce-ray``: run, estimate, assign, status, evaluate."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     assign.add_argument("--output", metavar="URI", help="where the results go; without it, beside those of the run")
     add_run_options(assign)
     assign.set_defaults(function=_assign)
+    estimate = commands.add_parser("estimate", help="embed a sample, and say what a run will take")
+    estimate.add_argument("config", metavar="CONFIG", help="a YAML file")
+    estimate.add_argument("--set", action="append", default=[], metavar="A.B=C", dest="overrides")
+    estimate.add_argument("--samples", type=int, default=256, metavar="N", help="images to embed (256)")
+    estimate.add_argument("--json", action="store_true", help="print the figures as JSON on the last line of stdout")
+    add_debug_argument(estimate)
+    estimate.set_defaults(function=_estimate)
 
     status = commands.add_parser("status", help="what of a run is finished, and where it lies")
     status.add_argument("target", metavar="CONFIG|OUTPUT", help="a YAML config, or the folder of results")
@@ -71,6 +79,17 @@ def _assign(arguments: argparse.Namespace) -> None:
     )
     if arguments.json:
         print(json.dumps(result.to_json()), flush=True)
+
+
+def _estimate(arguments: argparse.Namespace) -> None:
+    from icce_ray.estimate import estimate
+
+    if arguments.samples < 1:
+        raise InputError(f"--samples {arguments.samples}: needed is at least 1")
+    found = estimate(load_config(arguments.config, arguments.overrides), num_samples=arguments.samples)
+    print("\n".join(found.lines()))
+    if arguments.json:
+        print(json.dumps(asdict(found)), flush=True)
 
 
 def _status(arguments: argparse.Namespace) -> None:

@@ -96,6 +96,11 @@ def available_cpus() -> float:
     return sum(cpus for cpus, _ in _machines())
 
 
+def available_gpus() -> float:
+    """GPUs of all machines of the Ray we are connected to."""
+    return sum(gpus for _, gpus in _machines())
+
+
 def worker_cpus(worker: WorkerResources) -> float:
     """CPUs of each of a stage's workers: as configured, else a machine's CPUs divided among the workers on it.
 

@@ -54,7 +54,8 @@ class Result:
 
 def num_listed(artifacts: Mapping[str, Artifact]) -> int:
     """Images that the input names."""
-    return artifacts["images"].part("images.parquet").rows or 0
+    images = artifacts["images"]
+    return sum(images.part(name).rows or 0 for name in images.part_names("images"))
 
 
 def num_failed(artifacts: Mapping[str, Artifact]) -> int:
@@ -130,6 +131,9 @@ def summary(result: Result, artifacts: Mapping[str, Artifact], total_s: float) -
         lines.append(f"  {stage:<10} {spent}")
     if result.num_errors:
         lines.append(f"errors       {result.errors}")
+    if num_duplicates := artifacts["embed"].metrics.get("num_duplicates"):
+        place = artifacts["embed"].folder.file_uri("duplicates.parquet")
+        lines.append(f"duplicates   {place} ({num_duplicates:,} images with the bytes of another)")
     lines += [
         f"assignments  {result.assignments}",
         f"model        {result.model}",

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from icce_ray.assign.parts import ASSIGNMENTS_FOLDER, AssignPart
 from icce_ray.config import EmbeddingsConfig
 from icce_ray.embed.features import PART_PREFIX, table_to_arrays
-from icce_ray.embed.listing import TABLE_NAME
+from icce_ray.embed.listing import SHARD_PREFIX, Listing
 from icce_ray.embed.ready_made import NpyEmbeddings, ParquetEmbeddings, ReadyMade, SourceFile, open_embeddings
 from icce_ray.store import Artifact
 
@@ -50,7 +50,7 @@ class EmbeddedImages:
         self.images = images
 
     def plan(self, rows_per_part: int, made_from: Iterable[str]) -> list[AssignPart]:
-        shared = [*made_from, self.images.part(TABLE_NAME).sha256]
+        shared = [*made_from, *(self.images.part(name).sha256 for name in self.images.part_names(SHARD_PREFIX))]
         groups: list[list[str]] = []
         room = 0
         for name in self.embed.part_names(PART_PREFIX):
@@ -131,25 +131,17 @@ class EmbeddingFiles:
 
 
 class UriReader:
-    """URIs by image id from the images artifact; only the row groups asked for are decoded."""
+    """URIs by image id from the images artifact, shard by shard."""
 
     def __init__(self, images: Artifact) -> None:
-        self._file = pq.ParquetFile(pa.BufferReader(images.read_bytes(TABLE_NAME)))
-        rows = [self._file.metadata.row_group(i).num_rows for i in range(self._file.num_row_groups)]
-        self._starts = np.concatenate([[0], np.cumsum(rows)])
-        self._held: tuple[tuple[int, int], pa.Table] | None = None
+        self._listing = Listing(images)
 
     def read(self, image_ids: npt.NDArray[np.int64]) -> pa.ChunkedArray:
         """The URIs of (n,) ascending ids."""
         if not len(image_ids):
             return pa.chunked_array([], type=pa.string())
-        # Ids are dense, so an id is its row.
-        first, last = (int(np.searchsorted(self._starts, i, side="right")) - 1 for i in (image_ids[0], image_ids[-1]))
-        # Kept for the next call: a row group spans many embedding parts.
-        if self._held is None or self._held[0] != (first, last):
-            table = self._file.read_row_groups(list(range(first, last + 1)), columns=["uri"])
-            self._held = (first, last), table
-        return self._held[1]["uri"].take(pa.array(image_ids - self._starts[first]))
+        first = int(image_ids[0])
+        return self._listing.table(first, int(image_ids[-1]) + 1)["uri"].take(pa.array(image_ids - first))
 
 
 def _pieces(file: SourceFile) -> list[int]:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pytest
 from PIL import Image
 
@@ -94,7 +93,7 @@ def build_run(config: Config, root: Path, rows_per_part: int) -> PlantedRun:
         inside = rows[(rows >= part.start) & (rows < part.stop)]
         table = embed_parts.part_table(part, inside, features[inside])
         output.add(embed_parts.write_part(output.folder, part, table).part)
-    output.write_table("errors.parquet", embed_parts.errors_table([(failed, "truncated")], pa.chunked_array([uris])))
+    output.write_table("errors.parquet", embed_parts.errors_table([(failed, "truncated")], uris.__getitem__))
     inputs["embed"] = commit(output, "embed", config, {"feature_set": "planted"})
 
     output = writer("neighbors")
