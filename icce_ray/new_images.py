@@ -88,7 +88,7 @@ def assign(
     """Label new images with the model of a finished run.
 
     Args:
-        run: the run's config (.yaml), its output folder (where that holds one run), its record
+        run: the run's config (.yaml), its output folder (where that holds one model), its record
             (``<output>/runs/<run>.json``), or the folder of its model, or a copy of that.
         images: as `images.uri`.
         embeddings: as `embeddings.uri`; exactly one of the two is given.
@@ -134,12 +134,12 @@ def _find_run(run: str) -> tuple[Artifact, Settings]:
         root = before.rstrip("/") or "."
     records = [record for record in read_records(root) if wanted in (None, f"{record['run']}.json")]
     finished = [(record, found) for record in records if (found := _classifier_of(root, record)) is not None]
-    if len(finished) == 1:
-        record, found = finished[0]
+    if len({found.fingerprint for _, found in finished}) == 1:
+        record, found = finished[-1]
         return found, record["config"] | {"output": root}
     if finished:
         names = ", ".join(Folder.at(root).file_uri(f"{RUNS_FOLDER}/{record['run']}.json") for record, _ in finished)
-        raise InputError(f"{run} holds {len(finished)} finished runs: give the record of one ({names}) or its config")
+        raise InputError(f"{run} holds several models: give the record of one run ({names}), or its config")
     if records:
         raise InputError(f"{run}: the run has no classifier yet; finish it first")
     artifact = find_model(run)
