@@ -341,6 +341,7 @@ class ResourcesConfig(Section):
     """Object store of a Ray started here. Not set: Ray's choice, at most 2 GB."""
     embed: WorkerResources = WorkerResources()
     neighbors: WorkerResources = WorkerResources()
+    """Each worker is a shard: it holds its share of the features in memory, on its GPU where it has one."""
     heads: WorkerResources = WorkerResources()
     classifier: WorkerResources = WorkerResources()
     """Its workers share the grid of learning rates: more than there are settings are not started."""

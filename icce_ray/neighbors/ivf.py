@@ -29,6 +29,7 @@ RECALL_AT = 50
 MAX_EXACT_PRODUCTS = 5e15
 MAX_SHARE_OF_EXACT = 0.5
 NUM_SAMPLES = 256
+WANTED_SHARE_OF_MISSES = 0.8
 CELLS_PER_SQRT = 4
 TRAINING_IMAGES_PER_CELL = 64
 NUM_ITERATIONS = 10
@@ -91,7 +92,9 @@ def plan_cells(prepared: PreparedFeatures, seed: int, min_recall: float, min_siz
     """
     num_images = len(prepared)
     rng = np.random.default_rng([seed, STREAM])
-    num_cells = int(np.clip(2 ** round(np.log2(CELLS_PER_SQRT * num_images**0.5)), 1, max(1, num_images // 8)))
+    num_cells = int(
+        np.clip(2 ** round(np.log2(CELLS_PER_SQRT * num_images**0.5)), 1, max(1, num_images // (2 * min_size)))
+    )
     num_training = min(num_images, TRAINING_IMAGES_PER_CELL * num_cells)
     sample_MD = prepared[np.sort(rng.choice(num_images, num_training, replace=False))]
     centroids_CD = spherical_kmeans(sample_MD, num_cells, int(rng.integers(2**31)), NUM_ITERATIONS)
@@ -110,7 +113,9 @@ def plan_cells(prepared: PreparedFeatures, seed: int, min_recall: float, min_siz
     rank_QC = np.argsort(ranking_QC, axis=1)
     rank_Qk = np.take_along_axis(rank_QC, cells_Qk, axis=1)
     half = len(queries) // 2
-    num_probes = int(np.quantile(rank_Qk[:half], min_recall, method="higher")) + 1
+    # A little more on these images than is asked for, so that others reach it too.
+    wanted = 1.0 - WANTED_SHARE_OF_MISSES * (1.0 - min_recall)
+    num_probes = int(np.quantile(rank_Qk[:half], wanted, method="higher")) + 1
     visited = float(np.take(sizes_C, ranking_QC[:, :num_probes]).sum(axis=1).mean()) / num_images
     return Cells(
         centroids_CD,

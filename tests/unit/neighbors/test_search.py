@@ -84,7 +84,8 @@ def test_cut_rows_and_near_duplicates_do_not_depend_on_shards(num_shards: int) -
         assert np.array_equal(one, several)
 
 
-def test_scores_that_the_engine_gets_wrong_within_its_bound_change_nothing() -> None:
+@pytest.mark.parametrize(("num_images", "num_shards"), [(60, 1), (200, 1), (200, 2)])
+def test_scores_that_the_engine_gets_wrong_within_its_bound_change_nothing(num_images: int, num_shards: int) -> None:
     class Shaky(FaissEngine):
         """Off by up to `error`, at random."""
 
@@ -103,13 +104,13 @@ def test_scores_that_the_engine_gets_wrong_within_its_bound_change_nothing() -> 
                 found = shaken >= radius_Q[rows]
                 yield rows[found], ids[found], shaken[found]
 
-    prepared = prepare(reference.awkward_features(200, 6), center=True)
-    rule = Rule(0.4, 15, None, seed=0)
-    queries = Queries.of(prepared, np.arange(200))
-    shards = np.array_split(np.arange(200), 2)
+    prepared = prepare(reference.awkward_features(num_images, 6), center=True)
+    rule = Rule(0.7, 15, None, seed=0)
+    queries = Queries.of(prepared, np.arange(num_images))
+    shards = np.array_split(np.arange(num_images), num_shards)
     pairs = merge([search(Shaky(prepared, s), queries, rule) for s in shards], queries, prepared, rule).pairs
-    found = [sorted(pairs.ids_P[pairs.rows_P == row].tolist()) for row in range(200)]
-    assert found == reference.neighbor_lists(prepared[:], 0.4, 15)
+    found = [sorted(pairs.ids_P[pairs.rows_P == row].tolist()) for row in range(num_images)]
+    assert found == reference.neighbor_lists(prepared[:], 0.7, 15)
 
 
 @pytest.mark.parametrize("dim", [3, 64, 700])
