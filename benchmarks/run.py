@@ -22,11 +22,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 CASES = {
     "accuracy": "ICCE's consensus against the TEMI preset and k-means, real features, several seeds",
+    "assign": "rows/s of `icce-ray assign --embeddings` against a bare torch matmul over the same Parquet",
     "consensus": "the consensus at ImageNet's size and a tenth of it: seconds, memory, NMI to planted labels",
     "consensus-scale": "the growth of the consensus's time from N to 4N images",
     "defaults": "the trainer's settings one at a time around their defaults, and the ablation, on real features",
     "demo": "the demo: seconds by stage, and its accuracy against k-means, Ward and spectral clustering",
     "embed": "the embed stage against a plain PyTorch loop over the same files; on a GPU, a ViT-L against its peak",
+    "embed-faults": "embedding from an S3 server with faults against the same without",
+    "embed-memory": "peak memory of the whole embedding job, driver and Ray included, at 2,000 and at 20,000 images",
     "heads": "the trainer against a plain loop over heads in float32",
     "neighbors": "the neighbors stage on two shards against faiss's own knn with two threads",
     "neighbors-scale": "counted operations, bytes and predicted time of the graph for 10M to 1B images",

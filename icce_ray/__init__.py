@@ -9,19 +9,23 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from icce_ray.assign.model import load
     from icce_ray.config import Config
     from icce_ray.consensus.ensemble import cluster_ensemble
     from icce_ray.estimator import ICCE
     from icce_ray.evaluate.metrics import clustering_accuracy
+    from icce_ray.new_images import assign
     from icce_ray.pipeline import run
 
-__all__ = ["ICCE", "Config", "cluster_ensemble", "clustering_accuracy", "run"]
+__all__ = ["ICCE", "Config", "assign", "cluster_ensemble", "clustering_accuracy", "load", "run"]
 
 _MODULES = {
     "Config": "icce_ray.config",
     "ICCE": "icce_ray.estimator",
+    "assign": "icce_ray.assign",
     "cluster_ensemble": "icce_ray.consensus.ensemble",
     "clustering_accuracy": "icce_ray.evaluate.metrics",
+    "load": "icce_ray.assign.model",
     "run": "icce_ray.pipeline",
 }
 

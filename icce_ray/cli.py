@@ -1,4 +1,4 @@
-"""The command ``icce-ray``: run, status, evaluate."""
+"""The command ``icce-ray``: run, estimate, assign, status, evaluate."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import numpy as np
 from icce_ray.config import load_config
 from icce_ray.errors import InputError
 from icce_ray.result import read_records
-from icce_ray.run import add_arguments, add_debug_argument, guarded, run_command
+from icce_ray.run import add_arguments, add_debug_argument, add_run_options, guarded, run_command
 from icce_ray.store import Artifact, Folder
 
 
@@ -26,6 +27,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     run = commands.add_parser("run", help="cluster the images of a config; without one, the built-in demo")
     add_arguments(run)
     run.set_defaults(function=run_command)
+
+    assign = commands.add_parser("assign", help="label new images with a finished run's model")
+    assign.add_argument(
+        "run",
+        metavar="RUN",
+        help="a run's YAML config, its output folder, its record (runs/*.json), or the folder of its model",
+    )
+    source = assign.add_mutually_exclusive_group(required=True)
+    source.add_argument("--images", metavar="URI", help="a folder of images, or a list of them (.txt, .parquet)")
+    source.add_argument(
+        "--embeddings", metavar="URI", help="ready-made embeddings: .npy, or Parquet with a list column"
+    )
+    assign.add_argument("--output", metavar="URI", help="where the results go; without it, beside those of the run")
+    add_run_options(assign)
+    assign.set_defaults(function=_assign)
+    estimate = commands.add_parser("estimate", help="embed a sample, and say what a run will take")
+    estimate.add_argument("config", metavar="CONFIG", help="a YAML file")
+    estimate.add_argument("--set", action="append", default=[], metavar="A.B=C", dest="overrides")
+    estimate.add_argument("--samples", type=int, default=256, metavar="N", help="images to embed (256)")
+    estimate.add_argument("--json", action="store_true", help="print the figures as JSON on the last line of stdout")
+    add_debug_argument(estimate)
+    estimate.set_defaults(function=_estimate)
 
     status = commands.add_parser("status", help="what of a run is finished, and where it lies")
     status.add_argument("target", metavar="CONFIG|OUTPUT", help="a YAML config, or the folder of results")
@@ -41,6 +64,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     parsed = parser.parse_args(arguments)
     return guarded(parsed.function, parsed)
+
+
+def _assign(arguments: argparse.Namespace) -> None:
+    from icce_ray.new_images import assign
+
+    result = assign(
+        arguments.run,
+        images=arguments.images,
+        embeddings=arguments.embeddings,
+        output=arguments.output,
+        overrides=arguments.overrides,
+        quiet=arguments.quiet,
+    )
+    if arguments.json:
+        print(json.dumps(result.to_json()), flush=True)
+
+
+def _estimate(arguments: argparse.Namespace) -> None:
+    from icce_ray.estimate import estimate
+
+    if arguments.samples < 1:
+        raise InputError(f"--samples {arguments.samples}: needed is at least 1")
+    found = estimate(load_config(arguments.config, arguments.overrides), num_samples=arguments.samples)
+    print("\n".join(found.lines()))
+    if arguments.json:
+        print(json.dumps(asdict(found)), flush=True)
 
 
 def _status(arguments: argparse.Namespace) -> None:

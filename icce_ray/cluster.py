@@ -26,7 +26,7 @@ MAX_OBJECT_STORE_BYTES = 2_000_000_000
 CONNECT_TIMEOUT_S = 10.0
 MIN_OBJECT_STORE_BYTES = 100_000_000
 OBJECT_STORE_MEMORY_FRACTION = 0.3
-STAGES_WITH_WORKERS = ("embed", "neighbors", "heads", "assign")
+STAGES_WITH_WORKERS = ("embed", "neighbors", "heads", "classifier", "assign")
 """Sections of `resources`."""
 
 # Set when we connect unless the user has set them, since Ray reads them in this process and hands them to its workers.
@@ -94,6 +94,11 @@ def usable_cpus() -> int:
 def available_cpus() -> float:
     """CPUs of all machines of the Ray we are connected to."""
     return sum(cpus for cpus, _ in _machines())
+
+
+def available_gpus() -> float:
+    """GPUs of all machines of the Ray we are connected to."""
+    return sum(gpus for _, gpus in _machines())
 
 
 def worker_cpus(worker: WorkerResources) -> float:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
 
 from icce_ray.errors import ConfigError
 
@@ -34,11 +34,37 @@ class Section(BaseModel):
 
 
 class ImagesConfig(Section):
-    uri: str | None = None
-    """A folder (searched recursively for jpg, jpeg, png, webp, bmp, gif, tif, tiff), or a list of image URIs: a .txt
-    file with one per line, or a .parquet file."""
+    uri: str | tuple[str, ...] | None = None
+    """Where the images are, or several such places. A folder or prefix (searched recursively for jpg, jpeg, png, webp,
+    bmp, gif, tif, tiff and for .tar shards in WebDataset's layout; where it holds neither, for .parquet files); one
+    .tar; a .parquet file or folder with a column of URIs or of image files; a .txt list of URIs, one per line. Local
+    paths, s3://, gs://."""
     uri_column: str = "uri"
-    """The column that holds the URIs where `uri` names a Parquet file."""
+    """The column of a Parquet file that holds the URIs."""
+    bytes_column: str | None = None
+    """The column of a Parquet file that holds the image files themselves: binary, or a struct with a binary field
+    `bytes`. Not set: a file without `uri_column` is searched for its only such column."""
+    refresh: bool = False
+    """Look for new images: known ones keep their ids, new ones get the next. Object storage is looked at only once per
+    `output` unless this is set. What lies on local disks is looked at in every run; without `refresh` a change there
+    numbers all images anew."""
+
+    @property
+    def uris(self) -> tuple[str, ...]:
+        """`uri` as a tuple, empty where it is not set."""
+        return (self.uri,) if isinstance(self.uri, str) else self.uri or ()
+
+    @model_validator(mode="after")
+    def _check(self) -> ImagesConfig:
+        if self.uri is not None and (not self.uris or not all(self.uris)):
+            raise ValueError("uri is empty; name a folder, a prefix or a list of images")
+        for uri in self.uris:
+            if "@" in uri.removeprefix("s3://").partition("/")[0] and uri.startswith("s3://"):
+                raise ValueError(
+                    "uri holds credentials, which manifests would repeat; set AWS_ACCESS_KEY_ID and "
+                    "AWS_SECRET_ACCESS_KEY, or storage.access_key and storage.secret_key"
+                )
+        return self
 
 
 class EmbeddingsConfig(Section):
@@ -85,6 +111,9 @@ class EmbedConfig(BackboneConfig):
     """An image of more pixels (width x height) is not decoded: it goes into the errors table."""
     max_error_rate: Fraction = 0.1
     """The stage stops when more than this share of the images cannot be used."""
+    retry_errors: bool = False
+    """Try the images of a finished run's errors table again, and only those. What can be read now is added, and the
+    stages after this one run again."""
 
     @property
     def backbones(self) -> tuple[BackboneConfig, ...]:
@@ -236,6 +265,9 @@ class ClassifierConfig(Section):
     """Of SGD."""
     holdout_fraction: Annotated[float, Field(gt=0.0, le=0.5)] = 0.1
     """Images kept back; the classifier that agrees best with the consensus on them is chosen."""
+    include_backbone: bool = True
+    """Copy the file `embed.weights` into the model's folder, which then labels images on any machine. Off: the machine
+    needs the file at the same path."""
 
 
 class AssignConfig(Section):
@@ -244,12 +276,14 @@ class AssignConfig(Section):
     num_exemplars: PositiveInt = 16
     """Exemplars marked per cluster."""
     outlier_quantile: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.999
-    """An image farther from its cluster than this share of the images is an outlier."""
+    """An image is an outlier when it lies farther from the mean of its predicted cluster (Mahalanobis distance) than
+    this share of the images that the classifier was trained on."""
 
 
 class EvaluateConfig(Section):
     labels: str | None = None
-    """True labels, for evaluation only: `folder` (the image's parent folder), or a .npy, .csv or .parquet file."""
+    """True labels, for evaluation only: `folder` (the image's parent folder), `cls` (the .cls file beside the image in
+    a WebDataset shard), or a .npy, .csv or .parquet file."""
     label_column: str = "label"
     """The label column of a CSV or Parquet file."""
     uri_column: str | None = None
@@ -263,6 +297,30 @@ class ReportConfig(Section):
     """Pictures shown per cluster."""
     max_clusters: PositiveInt = 200
     """Clusters shown with pictures; the table lists all."""
+
+
+class StorageConfig(Section):
+    """How S3 is reached. What is not set comes from the environment: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY,
+    AWS_SESSION_TOKEN, AWS_PROFILE, AWS_REGION, AWS_ENDPOINT_URL, or the machine's role."""
+
+    endpoint: str | None = None
+    """URL of an S3-compatible store. Not set: AWS_ENDPOINT_URL, else AWS itself."""
+    region: str | None = None
+    """Region of the buckets."""
+    access_key: SecretStr | None = None
+    """Access key id. Better in the environment or a profile than in a file."""
+    secret_key: SecretStr | None = None
+    """Secret access key. Never written to manifests, logs or messages."""
+    session_token: SecretStr | None = None
+    """With temporary credentials."""
+    anonymous: bool = False
+    """Send no credentials: public buckets."""
+
+    @model_validator(mode="after")
+    def _check(self) -> StorageConfig:
+        if (self.access_key is None) != (self.secret_key is None):
+            raise ValueError("access_key and secret_key belong together: give both or neither")
+        return self
 
 
 class WorkerResources(Section):
@@ -285,6 +343,8 @@ class ResourcesConfig(Section):
     neighbors: WorkerResources = WorkerResources()
     """Each worker is a shard: it holds its share of the features in memory, on its GPU where it has one."""
     heads: WorkerResources = WorkerResources()
+    classifier: WorkerResources = WorkerResources()
+    """Its workers share the grid of learning rates: more than there are settings are not started."""
     assign: WorkerResources = WorkerResources()
 
 
@@ -334,6 +394,7 @@ class Config(Section):
     assign: AssignConfig = AssignConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     report: ReportConfig = ReportConfig()
+    storage: StorageConfig = StorageConfig()
     resources: ResourcesConfig = ResourcesConfig()
 
     @model_validator(mode="before")
@@ -359,7 +420,11 @@ class Config(Section):
 
 
 def load_config(
-    path: str | Path | None, overrides: list[str] | None = None, *, base: dict[str, Any] | None = None
+    path: str | Path | None,
+    overrides: list[str] | None = None,
+    *,
+    base: dict[str, Any] | None = None,
+    source: str = "the built-in config",
 ) -> Config:
     """Read a YAML config, apply ``a.b=c`` overrides (values are YAML) and check the whole.
 
@@ -367,11 +432,12 @@ def load_config(
         path: the YAML file; None to start from `base` alone.
         overrides: the `--set` arguments, in order; later ones win.
         base: settings under the file's.
+        source: what messages call the settings where there is no file.
 
     Raises:
         ConfigError: file, key, value and what is allowed, for every problem found.
     """
-    source = str(path) if path is not None else "the built-in config"
+    source = str(path) if path is not None else source
     data: dict[str, Any] = dict(base or {})
     if path is not None:
         data |= _read_yaml(Path(path))
@@ -436,7 +502,7 @@ def _describe(problem: Any) -> str:
     given = problem.get("input")
     if not key:
         return message
-    if isinstance(given, (dict, list)):
+    if isinstance(given, (dict, list)) or location[0] == "storage" or "@" in str(given):  # may be a secret
         return f"{key}: {message}"
     return f"{key}: {given!r} is not usable: {message}"
 

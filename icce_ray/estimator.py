@@ -18,7 +18,8 @@ from sklearn.base import BaseEstimator, ClusterMixin
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted, validate_data
 
-from icce_ray.classifier.linear import LinearClassifier, fit_classifier
+from icce_ray.classifier.linear import LinearClassifier
+from icce_ray.classifier.self_training import fit_classifier
 from icce_ray.config import Config, build_config
 from icce_ray.consensus.ensemble import cluster_ensemble
 from icce_ray.errors import ConfigError, InputError

@@ -17,8 +17,9 @@ from icce_ray.context import StageContext
 from icce_ray.errors import DamagedArtifactError, InputError, find_cause
 from icce_ray.progress import Progress
 from icce_ray.result import Result, num_failed, num_listed, sum_up, summary, write_record
-from icce_ray.store import Artifact, ArtifactWriter, Folder, fingerprint
+from icce_ray.store import Artifact, ArtifactWriter, Claim, Folder, fingerprint
 from icce_ray.store.filesystem import open_uri
+from icce_ray.store.s3 import check_bucket, is_s3, split_uri, use_s3
 
 Settings = dict[str, Any]
 
@@ -48,14 +49,17 @@ class Stage:
 def _images_settings(config: Config) -> Settings:
     from icce_ray.embed.listing import source_digest
 
-    given = {"images": config.images.model_dump(), "embeddings": config.embeddings.model_dump()}
+    images = config.images.model_dump(exclude={"refresh"})
+    given = {"images": images, "embeddings": config.embeddings.model_dump()}
     return given | {"source": source_digest(config)}
 
 
 def _embed_settings(config: Config) -> Settings:
     from icce_ray.embed.backbone import embed_settings
 
-    return embed_settings(config)
+    settings = embed_settings(config)
+    settings.get("embed", {}).pop("retry_errors", None)  # an operation on the artifact, not a property of it
+    return settings
 
 
 def _sample_settings(config: Config) -> Settings:
@@ -85,7 +89,7 @@ def _assign_settings(config: Config) -> Settings:
 
 def _evaluate_settings(config: Config) -> Settings:
     labels = config.evaluate.labels
-    identity = None if labels in (None, "folder") else _file_identity(str(labels))
+    identity = None if labels in (None, "folder", "cls") else _file_identity(str(labels))
     return {"evaluate": config.evaluate.model_dump(), "file": identity}
 
 
@@ -98,19 +102,19 @@ def _drawn(config: Config) -> Settings:
 
 
 STAGES: tuple[Stage, ...] = (
-    Stage("images", "icce_ray.embed.listing", 1, (), _images_settings),
-    Stage("embed", "icce_ray.embed.job", 1, ("images",), _embed_settings),
+    Stage("images", "icce_ray.embed.listing", 2, (), _images_settings),
+    Stage("embed", "icce_ray.embed.job", 3, ("images",), _embed_settings),
     Stage("sample", "icce_ray.sample.job", 1, ("embed",), _sample_settings),
     Stage("neighbors", "icce_ray.neighbors.job", 2, ("embed", "sample"), _neighbors_settings),
     Stage("heads", "icce_ray.heads.job", 2, ("embed", "sample", "neighbors"), _heads_settings, "epochs"),
     Stage("consensus", "icce_ray.consensus.job", 2, ("heads",), _consensus_settings, "steps"),
     Stage(
-        "classifier", "icce_ray.classifier.job", 1, ("embed", "sample", "consensus"), _classifier_settings, "iterations"
+        "classifier", "icce_ray.classifier.job", 2, ("embed", "sample", "consensus"), _classifier_settings, "iterations"
     ),
     Stage(
         "assign",
         "icce_ray.assign.job",
-        1,
+        2,
         ("images", "embed", "sample", "consensus", "classifier"),
         _assign_settings,
     ),
@@ -149,25 +153,34 @@ class PlannedStage:
         return self.stage.name
 
 
-def plan(config: Config) -> list[PlannedStage]:
+def plan(
+    config: Config, stages: tuple[Stage, ...] | None = None, given: Mapping[str, Artifact] | None = None
+) -> list[PlannedStage]:
     """The stages of `config` in order, with what of them is finished. Reads manifests only.
+
+    Args:
+        stages: those of a run where None.
+        given: finished artifacts that the stages build on, by the names they know them by.
 
     Raises:
         InputError: the input does not exist or cannot be listed, or the output cannot be read.
     """
+    use_s3(config.storage)
+    _check_storage(config)
     root = Folder.at(config.output)
-    fingerprints: dict[str, str] = {}
+    identities = {name: artifact.identity for name, artifact in (given or {}).items()}
     planned = []
-    for stage in STAGES:
-        inputs = {name: fingerprints[name] for name in stage.inputs}
+    for stage in STAGES if stages is None else stages:
+        inputs = {name: identities[name] for name in stage.inputs}
         settings = stage.settings(stage.config_of(config))
-        fingerprints[stage.name] = fingerprint(stage.name, stage.version, settings, inputs)
-        folder = root / stage.name / fingerprints[stage.name]
+        own = fingerprint(stage.name, stage.version, settings, inputs)
+        folder = root / stage.name / own
         try:
             artifact = Artifact.find(folder)
         except OSError as error:
             raise InputError(f"output: {config.output!r} cannot be read: {error}") from None
-        planned.append(PlannedStage(stage, fingerprints[stage.name], inputs, folder, artifact))
+        identities[stage.name] = own if artifact is None else artifact.identity
+        planned.append(PlannedStage(stage, own, inputs, folder, artifact))
     return planned
 
 
@@ -190,22 +203,37 @@ def run(config: Config, *, quiet: bool = False) -> Result:
     """
     started = time.monotonic()
     planned = plan(config)
+    if config.embed.retry_errors and retry_errors(config, planned, quiet):
+        planned = plan(config)
     artifacts = {step.name: step.artifact for step in planned if step.artifact is not None}
     finished_before = tuple(artifacts)
     _check(config, [step.name for step in planned if step.name not in artifacts])
     name = run_name(planned)
     fingerprints = {step.name: step.fingerprint for step in planned}
     write_record(config, name, fingerprints)
+    seconds = finish(config, planned, artifacts, quiet)
+    result = sum_up(config, name, artifacts, seconds, finished_before)
+    if len(finished_before) < len(planned):
+        write_record(config, name, fingerprints, result)
+    if not quiet:
+        print(summary(result, artifacts, time.monotonic() - started), file=sys.stderr, flush=True)
+    return result
 
-    seconds = dict.fromkeys(fingerprints, 0.0)
+
+def finish(
+    config: Config, planned: list[PlannedStage], artifacts: dict[str, Artifact], quiet: bool
+) -> dict[str, float]:
+    """Run the planned stages that `artifacts` lacks, in order, and put them there; one that turns out to be damaged is
+    made again. Artifacts that are not planned are given, and never touched. Returns the seconds spent on each."""
+    seconds = dict.fromkeys((step.name for step in planned), 0.0)
     redone: set[str] = set()
     while step := next((step for step in planned if step.name not in artifacts), None):
         began = time.monotonic()
         try:
             _check_listed(config, artifacts)
-            artifacts[step.name] = _run_stage(config, step, artifacts, quiet)
+            artifacts[step.name] = run_stage(config, step, artifacts, quiet)
         except Exception as error:
-            damage = _damage_of_inputs(error, step, artifacts)
+            damage = _damage_of_inputs(error, step, {name: artifacts[name] for name in seconds if name in artifacts})
             if not damage or redone & set(damage):
                 raise
             for damaged, parts in damage.items():
@@ -217,41 +245,74 @@ def run(config: Config, *, quiet: bool = False) -> Result:
             redone |= set(damage)
         finally:
             seconds[step.name] = round(seconds[step.name] + time.monotonic() - began, 3)
-
-    result = sum_up(config, name, artifacts, seconds, finished_before)
-    if len(finished_before) < len(planned):
-        write_record(config, name, fingerprints, result)
-    if not quiet:
-        print(summary(result, artifacts, time.monotonic() - started), file=sys.stderr, flush=True)
-    return result
+    return seconds
 
 
-def _run_stage(config: Config, step: PlannedStage, artifacts: Mapping[str, Artifact], quiet: bool) -> Artifact:
+def run_stage(config: Config, step: PlannedStage, artifacts: Mapping[str, Artifact], quiet: bool) -> Artifact:
+    """Make the artifact of one stage of a plan; `artifacts` holds its inputs."""
     Artifact.discard_damage(step.folder)
     writer = ArtifactWriter(step.folder)
     progress = Progress(step.name, step.stage.unit, quiet)
     inputs = {name: artifacts[name] for name in step.stage.inputs}
     config = step.stage.config_of(config)
-    began = time.monotonic()
-    metrics = importlib.import_module(step.stage.module).run(config, StageContext(writer, inputs, progress))
-    seconds = time.monotonic() - began
-    artifact = writer.commit(
-        stage=step.name,
-        fingerprint=step.fingerprint,
-        inputs=step.input_fingerprints,
-        config=config.model_dump(mode="json"),
-        metrics=metrics,
-        seconds=seconds,
-    )
+    with Claim(step.folder):
+        finished = Artifact.find(step.folder)  # by another job, since this one was planned
+        if finished is not None:
+            return finished
+        began = time.monotonic()
+        metrics = importlib.import_module(step.stage.module).run(config, StageContext(writer, inputs, progress))
+        seconds = time.monotonic() - began
+        artifact = writer.commit(
+            stage=step.name,
+            fingerprint=step.fingerprint,
+            inputs=step.input_fingerprints,
+            config=config.model_dump(mode="json"),
+            metrics=metrics,
+            seconds=seconds,
+            exclusive=True,
+        )
     progress.note(f"done in {seconds:.1f} s")
     return artifact
+
+
+def retry_errors(config: Config, planned: list[PlannedStage], quiet: bool) -> bool:
+    """Try the images of the finished ``embed`` artifact's errors table again. Returns whether it changed."""
+    step = next(step for step in planned if step.name == "embed")
+    inputs = {other.name: other.artifact for other in planned if other.name in step.stage.inputs}
+    images, artifact = inputs["images"], step.artifact
+    if artifact is None or images is None or not num_failed({"embed": artifact}):
+        return False
+    writer, progress = ArtifactWriter(step.folder), Progress("retry", step.stage.unit, quiet)
+    _check(config, ["embed"])
+    with Claim(step.folder):
+        began = time.monotonic()
+        module = importlib.import_module(step.stage.module)
+        metrics = module.retry(config, StageContext(writer, {"images": images}, progress), artifact)
+        seconds = time.monotonic() - began
+        if metrics is None:
+            progress.note("the images of the errors table failed again")
+            return False
+        amended = writer.commit(
+            stage=step.name,
+            fingerprint=step.fingerprint,
+            inputs=step.input_fingerprints,
+            config=step.stage.config_of(config).model_dump(mode="json"),
+            metrics=metrics,
+            seconds=seconds,
+            revision=artifact.manifest.revision + 1,
+        )
+        for name in set(artifact.part_names()) - set(amended.part_names()):
+            step.folder.remove(name)
+    progress.note(f"{num_failed({'embed': artifact}) - num_failed({'embed': amended})} images more can be used")
+    return True
 
 
 def _damage_of_inputs(error: Exception, step: PlannedStage, artifacts: Mapping[str, Artifact]) -> dict[str, list[str]]:
     """The inputs of `step` that are damaged, if that is why it failed. They are unfinished from here on."""
     if find_cause(error, DamagedArtifactError) is None:
         return {}
-    damage = {name: Artifact.discard_damage(artifacts[name].folder) for name in step.stage.inputs}
+    inputs = [name for name in step.stage.inputs if name in artifacts]
+    damage = {name: Artifact.discard_damage(artifacts[name].folder) for name in inputs}
     return {name: parts for name, parts in damage.items() if parts}
 
 
@@ -275,6 +336,16 @@ def _check(config: Config, pending: list[str]) -> None:
         check_resources(config, pending)
 
 
+def _check_storage(config: Config) -> None:
+    """Say within seconds that a bucket is not there, or refuses us."""
+    places = [("output", config.output), *(("images.uri", uri) for uri in config.images.uris)]
+    seen = set()
+    for setting, uri in places:
+        if is_s3(uri) and (bucket := split_uri(uri)[0]) not in seen:
+            seen.add(bucket)
+            check_bucket(uri, config.storage, setting)
+
+
 def _check_listed(config: Config, artifacts: Mapping[str, Artifact]) -> None:
     """Refuse what can be known to fail once the images are listed, and again once they are embedded."""
     if "images" not in artifacts:
@@ -287,9 +358,11 @@ def _check_listed(config: Config, artifacts: Mapping[str, Artifact]) -> None:
             f"num_clusters: {config.num_clusters} clusters asked for, but there are only {usable:,} {which}"
         )
     if "embed" not in artifacts and config.evaluate.labels is not None:
+        from icce_ray.embed.listing import Listing
         from icce_ray.evaluate.labels import check_labels
 
-        check_labels(config, artifacts["images"].read_table("images.parquet"))
+        listing = Listing(artifacts["images"])
+        check_labels(config, listing.table(0, len(listing)))
 
 
 def _file_identity(uri: str) -> Settings:

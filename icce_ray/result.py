@@ -45,6 +45,8 @@ class Result:
     """By stage, in this run: 0 for what was finished before."""
     finished_before: tuple[str, ...]
     """Stages that this run did not have to do."""
+    model: str = ""
+    """The folder of the model that labels new images: see `icce_ray.load`."""
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -52,7 +54,8 @@ class Result:
 
 def num_listed(artifacts: Mapping[str, Artifact]) -> int:
     """Images that the input names."""
-    return artifacts["images"].part("images.parquet").rows or 0
+    images = artifacts["images"]
+    return sum(images.part(name).rows or 0 for name in images.part_names("images"))
 
 
 def num_failed(artifacts: Mapping[str, Artifact]) -> int:
@@ -77,6 +80,7 @@ def sum_up(
         assignments=artifacts["assign"].folder.file_uri("assignments"),
         report=artifacts["report"].folder.file_uri("report.html"),
         errors=artifacts["embed"].folder.file_uri("errors.parquet"),
+        model=artifacts["classifier"].folder.uri if "classifier" in artifacts else "",
         metrics=artifacts["evaluate"].metrics,
         seconds=dict(seconds),
         finished_before=finished_before,
@@ -127,5 +131,12 @@ def summary(result: Result, artifacts: Mapping[str, Artifact], total_s: float) -
         lines.append(f"  {stage:<10} {spent}")
     if result.num_errors:
         lines.append(f"errors       {result.errors}")
-    lines += [f"assignments  {result.assignments}", f"report       {result.report}"]
+    if num_duplicates := artifacts["embed"].metrics.get("num_duplicates"):
+        place = artifacts["embed"].folder.file_uri("duplicates.parquet")
+        lines.append(f"duplicates   {place} ({num_duplicates:,} images with the bytes of another)")
+    lines += [
+        f"assignments  {result.assignments}",
+        f"model        {result.model}",
+        f"report       {result.report}",
+    ]
     return "\n".join(lines)

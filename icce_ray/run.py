@@ -32,6 +32,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The job's arguments, for `main` and for ``icce-ray run``."""
     parser.add_argument("config", nargs="?", metavar="CONFIG", help="a YAML file; without it, the built-in demo is run")
+    add_run_options(parser)
+
+
+def add_run_options(parser: argparse.ArgumentParser) -> None:
+    """What every command takes that does long work."""
     parser.add_argument(
         "--set",
         action="append",

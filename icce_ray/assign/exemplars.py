@@ -11,7 +11,6 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from icce_ray.assign.labeling import label_images
 from icce_ray.classifier.linear import LinearClassifier
 
 CANDIDATES_PER_EXEMPLAR = 16
@@ -60,7 +59,7 @@ def _pick(
     if not len(rows_c):
         return rows_c
     features_cD = np.asarray(features_ND[rows_c], dtype=np.float32)
-    labels = label_images(classifier, features_cD, np.full(len(rows_c), cluster))
+    labels = classifier.label(features_cD, np.full(len(rows_c), cluster))
     num_kept = max(num_exemplars, round(CENTRAL_SHARE * len(rows_c)))
     kept = np.flatnonzero(labels.cluster == cluster)
     # The confidence of clear images is the same to the last digit: then the middle of the cluster decides.

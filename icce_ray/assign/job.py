@@ -1,7 +1,8 @@
-"""The assign stage on Ray Data: actors read embedding parts, label them and write the assignments, one row per part.
+"""The assign stage on Ray Data: actors read parts of the embeddings, label them and write the assignments.
 
 Each image is in exactly one part, a part is written whole or not at all, and a run that was killed takes up the
-finished ones. The exemplars are picked beforehand, by one task, from the images of the consensus.
+finished ones. With a consensus among its inputs this is the stage of a run: the images are the run's own, and exemplars
+are picked beforehand, by one task. Without one, a finished run's model labels new images.
 """
 
 from __future__ import annotations
@@ -9,28 +10,33 @@ from __future__ import annotations
 import json
 import uuid
 from collections.abc import Iterator
-from functools import cached_property
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.parquet as pq
 import ray
 import ray.data
 
+from icce_ray.assign.candidates import choose_exemplars
+from icce_ray.assign.drift import summarize_drift
 from icce_ray.assign.exemplars import pick_exemplars
-from icce_ray.assign.parts import AssignPart, FinishedPart, Tally, UriReader, begin_try, plan_parts, write_part
-from icce_ray.classifier.job import MODEL_NAME
-from icce_ray.classifier.linear import LinearClassifier
+from icce_ray.assign.parts import AssignPart, FinishedPart, Tally, begin_try
+from icce_ray.assign.sources import EmbeddedImages, EmbeddingFiles, Source
+from icce_ray.assign.writers import NewWriter, RunWriter, Writer
+from icce_ray.classifier.linear import MODEL_NAME, LinearClassifier
 from icce_ray.cluster import available_cpus, connect, worker_cpus
-from icce_ray.config import Config
+from icce_ray.config import Config, WorkerResources
 from icce_ray.context import StageContext
 from icce_ray.embed.features import load_features
-from icce_ray.embed.listing import TABLE_NAME
-from icce_ray.errors import DamagedArtifactError, WorkerError, describe_cause
-from icce_ray.store import Artifact, Folder
+from icce_ray.errors import DamagedArtifactError, InputError, UserError, WorkerError, describe_cause
+from icce_ray.sample.draw import training_set
+from icce_ray.store import Artifact
 
-VERSION = 1
+VERSION = 2
+EXEMPLARS_NAME = "exemplars.parquet"
+DRIFT_NAME = "drift.json"
 MAX_TRIES = 3
 """Of a part whose actor died: a part that kills every actor must not do so for ever."""
 FREE_CPUS = 1.0
@@ -39,63 +45,106 @@ NO_PROGRESS_TIMEOUT_S = 1800.0
 
 
 class Labeler:
-    """The actor: holds the classifier, labels and writes parts. Restarts from its arguments alone."""
+    """The actor: labels and writes parts. Restarts from its arguments alone."""
 
-    def __init__(self, inputs: dict[str, Artifact], folder: Folder, run_id: str, exemplar_rows: Any) -> None:
-        self.inputs = inputs
-        self.folder = folder
+    def __init__(self, writer: Writer, run_id: str) -> None:
+        self.writer = writer
         self.run_id = run_id
-        # A copy: what comes out of the object store is shared with every process.
-        self.exemplar_rows = np.array(exemplar_rows, dtype=np.int64)
-
-    @cached_property
-    def classifier(self) -> LinearClassifier:
-        return LinearClassifier.from_bytes(self.inputs["classifier"].read_bytes(MODEL_NAME))
-
-    @cached_property
-    def uris(self) -> UriReader:
-        return UriReader(self.inputs["images"])
 
     def __call__(self, batch: Any) -> Any:
         row = json.loads(batch["part"][0].as_py())
         wanted = AssignPart(**(row | {"inputs": tuple(row["inputs"])}))
         try:
-            begin_try(wanted, self.folder, self.run_id, MAX_TRIES)
-            finished = write_part(
-                wanted,
-                self.folder,
-                embed=self.inputs["embed"],
-                uris=self.uris,
-                classifier=self.classifier,
-                consensus_N=self.inputs["consensus"].read_array("labels.npy"),
-                agreement_N=self.inputs["consensus"].read_array("agreement.npy"),
-                exemplar_rows=self.exemplar_rows,
-            )
+            begin_try(wanted, self.writer.folder, self.run_id, MAX_TRIES)
+            finished = self.writer.write(wanted)
         except Exception as error:
             # As a row: raised here, it would come back as Ray's own error, which has lost what went wrong.
+            if isinstance(error, UserError):
+                return _row(wanted.name, mistake=str(error))
             kind = "damaged" if isinstance(error, DamagedArtifactError) else "failed"
             return _row(wanted.name, **{kind: describe_cause(error)})
         return _row(wanted.name, finished=json.dumps(finished.to_json(wanted.source)))
 
 
 def _row(name: str, **values: str) -> pa.Table:
-    return pa.table({key: [values.get(key, "")] for key in ("finished", "damaged", "failed")} | {"name": [name]})
+    keys = ("finished", "mistake", "damaged", "failed")
+    return pa.table({key: [values.get(key, "")] for key in keys} | {"name": [name]})
 
 
 def run(config: Config, context: StageContext) -> dict[str, Any]:
-    """Label every embedded image: assignments/part-*.parquet.
+    """Label every image: assignments/part-*.parquet; for new images also exemplars.parquet and drift.json.
 
     Returns:
         num_images, num_in_consensus, num_outliers, num_exemplars, mean_confidence, num_clusters_used,
         cluster_sizes (images of each of the K).
 
     Raises:
+        InputError: ready-made embeddings that cannot be read.
         DamagedArtifactError: a part of an input is not what its manifest promises.
         WorkerError: workers died, or storage failed, more often than retries could mend; finished parts stay.
     """
     connect(config.resources)
-    inputs, folder = dict(context.inputs), context.output.folder
-    parts = plan_parts(inputs["embed"], config.assign.rows_per_part, _source(config, inputs))
+    if "consensus" in context.inputs:
+        return _label_run(config, context).metrics(config.num_clusters)
+    return _label_new(config, context)
+
+
+def _label_run(config: Config, context: StageContext) -> Tally:
+    inputs = context.inputs
+    source = EmbeddedImages(inputs["embed"], inputs["images"])
+    made_from = [
+        f"version {VERSION}, exemplars {config.assign.num_exemplars}, seed {config.seed}",
+        inputs["classifier"].part(MODEL_NAME).sha256,
+        inputs["consensus"].part("labels.npy").sha256,
+        inputs["consensus"].part("agreement.npy").sha256,
+    ]
+    parts = source.plan(config.assign.rows_per_part, made_from)
+
+    def writer() -> Writer:
+        rows = _pick_exemplars(config, dict(inputs))
+        return RunWriter(
+            source, context.output.folder, inputs["classifier"], inputs["consensus"], rows, inputs.get("sample")
+        )
+
+    tally, _ = _label_all(config, context, parts, writer)
+    return tally
+
+
+def _label_new(config: Config, context: StageContext) -> dict[str, Any]:
+    model, num_exemplars = context.inputs["classifier"], config.assign.num_exemplars
+    classifier = LinearClassifier.from_bytes(model.read_bytes(MODEL_NAME))
+    source: Source
+    if config.embeddings.uri is not None:
+        source = EmbeddingFiles(config.embeddings, config.images.uri_column)
+    else:
+        source = EmbeddedImages(context.inputs["embed"], context.inputs["images"])
+    made_from = [f"version {VERSION}, exemplars {num_exemplars}, seed {config.seed}", model.part(MODEL_NAME).sha256]
+    parts = source.plan(config.assign.rows_per_part, made_from)
+    num_images = sum(part.num_rows for part in parts)
+    writer = NewWriter(
+        source,
+        context.output.folder,
+        model,
+        num_images=num_images,
+        num_exemplars=num_exemplars,
+        seed=config.seed,
+    )
+    tally, finished = _label_all(config, context, parts, lambda: writer)
+    # Bounded: together the parts keep a few candidates for each exemplar wanted.
+    folder = context.output.folder
+    shortlists = [folder.read_bytes(part.beside.name) for part in finished if part.beside is not None]
+    candidates = pa.concat_tables(pq.read_table(pa.BufferReader(data)) for data in shortlists)
+    exemplars = choose_exemplars(candidates, num_exemplars)
+    context.output.write_table(EXEMPLARS_NAME, exemplars)
+    context.output.write_json(DRIFT_NAME, summarize_drift(tally, classifier))
+    return tally.metrics(classifier.num_clusters) | {"num_exemplars": len(exemplars)}
+
+
+def _label_all(
+    config: Config, context: StageContext, parts: list[AssignPart], make_writer: Any
+) -> tuple[Tally, list[FinishedPart]]:
+    """Label what is not finished; the figures of all parts, and the parts in order."""
+    folder = context.output.folder
     found = {part.name: FinishedPart.find(folder, part) for part in parts}
     finished = {name: part for name, part in found.items() if part is not None}
     pending = [part for part in parts if part.name not in finished]
@@ -103,11 +152,10 @@ def run(config: Config, context: StageContext) -> dict[str, Any]:
     context.progress.update(sum(part.tally.num_images for part in finished.values()), num_images)
     try:
         if pending:
-            rows = _pick_exemplars(config, inputs)
-            for name, part in _label(config, inputs, folder, pending, rows):
+            for name, part in _label(config.resources.assign, make_writer(), pending):
                 finished[name] = part
                 context.progress.update(sum(part.tally.num_images for part in finished.values()), num_images)
-    except DamagedArtifactError:
+    except (DamagedArtifactError, UserError):
         raise
     except (ray.exceptions.RayError, RuntimeError, OSError) as error:
         raise WorkerError(
@@ -115,22 +163,13 @@ def run(config: Config, context: StageContext) -> dict[str, Any]:
             f"{describe_cause(error)}"
         ) from error
     total = Tally()
-    for name in sorted(finished):
-        context.output.add(finished[name].part)
-        total += finished[name].tally
+    ordered = [finished[name] for name in sorted(finished)]
+    for part in ordered:
+        for file in part.files:
+            context.output.add(file)
+        total += part.tally
     assert total.num_images == num_images
-    return total.metrics(config.num_clusters)
-
-
-def _source(config: Config, inputs: dict[str, Artifact]) -> list[str]:
-    consensus = inputs["consensus"]
-    return [
-        f"version {VERSION}, exemplars {config.assign.num_exemplars}, seed {config.seed}",
-        inputs["images"].part(TABLE_NAME).sha256,
-        inputs["classifier"].part(MODEL_NAME).sha256,
-        consensus.part("labels.npy").sha256,
-        consensus.part("agreement.npy").sha256,
-    ]
+    return total, ordered
 
 
 def _pick_exemplars(config: Config, inputs: dict[str, Artifact]) -> npt.NDArray[np.int64]:
@@ -141,7 +180,7 @@ def _pick_exemplars(config: Config, inputs: dict[str, Artifact]) -> npt.NDArray[
 
 def _exemplar_rows(inputs: dict[str, Artifact], num_exemplars: int, seed: int) -> npt.NDArray[np.int64]:
     picked = pick_exemplars(
-        load_features(inputs["embed"]).matrix,
+        load_features(training_set(inputs)).matrix,
         inputs["consensus"].read_array("labels.npy"),
         inputs["consensus"].read_array("agreement.npy"),
         LinearClassifier.from_bytes(inputs["classifier"].read_bytes(MODEL_NAME)),
@@ -151,11 +190,8 @@ def _exemplar_rows(inputs: dict[str, Artifact], num_exemplars: int, seed: int) -
     return np.sort(np.concatenate(picked))
 
 
-def _label(
-    config: Config, inputs: dict[str, Artifact], folder: Folder, pending: list[AssignPart], exemplar_rows: Any
-) -> Iterator[tuple[str, FinishedPart]]:
+def _label(worker: WorkerResources, writer: Writer, pending: list[AssignPart]) -> Iterator[tuple[str, FinishedPart]]:
     """Label the `pending` parts; yields each as it is finished, in any order."""
-    worker = config.resources.assign
     num_workers = min(worker.num_workers, len(pending))
     total = available_cpus()
     cpus = min(worker_cpus(worker), max(total / 2, total - FREE_CPUS) / num_workers)
@@ -169,15 +205,12 @@ def _label(
             batch_size=1,
             batch_format="pyarrow",
             compute=ray.data.ActorPoolStrategy(size=num_workers),
-            fn_constructor_kwargs={
-                "inputs": inputs,
-                "folder": folder,
-                "run_id": uuid.uuid4().hex,
-                "exemplar_rows": exemplar_rows,
-            },
+            fn_constructor_kwargs={"writer": writer, "run_id": uuid.uuid4().hex},
             num_cpus=int(1000 * cpus) / 1000,
         )
         for row in dataset.iter_rows():
+            if row["mistake"]:
+                raise InputError(row["mistake"])
             if row["damaged"]:
                 raise DamagedArtifactError(row["damaged"])
             if row["failed"]:

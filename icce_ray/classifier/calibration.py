@@ -35,8 +35,9 @@ def calibrate(logits_nK: FloatArray, temperature: float, floor: float) -> npt.ND
 def fit_calibration(logits_nK: FloatArray, labels_n: IntArray) -> tuple[float, float]:
     """The temperature and the floor that minimise the cross-entropy of the calibrated probabilities.
 
-    Targets are smoothed by 1 / (n + 2): without that, held-out images that are all right would drive T to 0 and every
-    confidence to 1.
+    Targets are smoothed by 1 / (n + 2): without that, held-out images that are all right would drive every confidence
+    to 1. And log T has a standard normal prior [ours]: the same images would still drive T to 0, with the floor alone
+    to say how sure an answer is, and an image half-way between two clusters would be as sure as any other.
     """
     num_images, num_clusters = logits_nK.shape
     logits = np.asarray(logits_nK, dtype=np.float64)
@@ -46,9 +47,10 @@ def fit_calibration(logits_nK: FloatArray, labels_n: IntArray) -> tuple[float, f
 
     def loss(logs: npt.NDArray[np.float64]) -> float:
         temperature, floor = np.exp(logs)
+        prior = logs[0] ** 2 / (2 * num_images)
         log_p_nK = log_softmax(logits / temperature, axis=1) + np.log1p(-floor)
         log_p_nK = np.logaddexp(log_p_nK, np.log(floor / num_clusters))
-        return float(-(targets_nK * log_p_nK).sum(axis=1).mean())
+        return float(prior - (targets_nK * log_p_nK).sum(axis=1).mean())
 
     bounds = np.log([TEMPERATURE_BOUNDS, FLOOR_BOUNDS])
     fits = [minimize(loss, np.log(start), method="L-BFGS-B", bounds=bounds) for start in STARTS]

@@ -31,8 +31,8 @@ PROGRESS_STEPS = 50
 class Grid:
     """The settings that survived training, in the order of the grid."""
 
-    learning_rates: tuple[float, ...]
-    """As given, before scaling with the batch size."""
+    positions: tuple[int, ...]
+    """Which of the given settings they are."""
     weights: npt.NDArray[np.float32]
     """(G, D, K)."""
     biases: npt.NDArray[np.float32]
@@ -108,7 +108,7 @@ def train_grid(
                 on_step(step + 1, num_steps)
     solved = weights.cpu().numpy().reshape(num_dims + 1, len(alive), num_clusters).transpose(1, 0, 2)
     return Grid(
-        learning_rates=tuple(learning_rates[i] for i in alive),
+        positions=tuple(int(i) for i in alive),
         weights=np.ascontiguousarray(solved[:, :-1]),
         biases=np.ascontiguousarray(solved[:, -1]),
         num_diverged=len(rates) - len(alive),

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.optimize import linear_sum_assignment
 
-from icce_ray.consensus.contingency import count_consensus, count_pairs
+from icce_ray.consensus.contingency import count_consensus, count_pairs, largest_rows
 from icce_ray.consensus.matrix import MISSING, Counts, Heads, Labels, count_labels
 from icce_ray.consensus.votes import block_rows, rank_votes
 
@@ -31,14 +31,14 @@ class Agreement:
     second_choice: Labels
 
 
-def align_heads(counts_KC: npt.NDArray[Any], offsets: Counts) -> npt.NDArray[np.int64]:
+def align_heads(counts_KC: npt.NDArray[Any], offsets: Counts) -> npt.NDArray[np.int32]:
     """Consensus cluster that each head cluster stands for: (C,).
 
     A head with as many clusters as the consensus is matched one to one so that most images agree (Hungarian); of any
     other head each cluster stands for the consensus cluster that most of its images are in.
     """
     num_clusters = len(counts_KC)
-    cluster_of_column: npt.NDArray[np.int64] = counts_KC.argmax(axis=0).astype(np.int64)
+    cluster_of_column = largest_rows(counts_KC)
     for start, stop in pairwise(offsets):
         if stop - start == num_clusters:
             rows, columns = linear_sum_assignment(counts_KC[:, start:stop], maximize=True)
@@ -49,7 +49,7 @@ def align_heads(counts_KC: npt.NDArray[Any], offsets: Counts) -> npt.NDArray[np.
 def measure_agreement(labels_N: Labels, heads: Heads, num_clusters: int, *, seed: int) -> Agreement:
     """Agreement of the heads with the consensus `labels_N`, (N,) integers 0..num_clusters-1."""
     cluster_of_column = align_heads(count_consensus(labels_N, heads, num_clusters), heads.offsets)
-    pieces = list(heads.map(_measure_piece, heads.image_pieces(), labels_N, cluster_of_column.astype(np.int32), seed))
+    pieces = list(heads.map(_measure_piece, heads.image_pieces(), labels_N, cluster_of_column, seed))
     return Agreement(*(np.concatenate(parts) for parts in zip(*pieces, strict=True)))
 
 

@@ -85,5 +85,16 @@ def _count_piece(
     return table
 
 
+def largest_rows(counts_KC: npt.NDArray[Any]) -> npt.NDArray[np.int32]:
+    """Row of the largest count of each column (C,), the first of equal ones: argmax over the first axis, which numpy
+    does ten times slower on a wide table."""
+    largest_C, row_C = counts_KC[0].copy(), np.zeros(counts_KC.shape[1], dtype=np.int32)
+    for row, counts_C in enumerate(counts_KC[1:], start=1):
+        is_larger = counts_C > largest_C
+        np.copyto(largest_C, counts_C, where=is_larger)
+        np.copyto(row_C, np.int32(row), where=is_larger)
+    return row_C
+
+
 def count_dtype(num_images: int) -> type[np.integer[Any]]:
     return np.int32 if num_images < 2**31 else np.int64

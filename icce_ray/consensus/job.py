@@ -36,7 +36,7 @@ class RayHeads(StoredHeads):
     """Stored heads whose pieces are worked on by Ray tasks."""
 
     def map(self, function: Callable[..., Any], pieces: Iterable[tuple[int, ...]], *shared: Any) -> Iterator[Any]:
-        task = ray.remote(_work_on_piece).options(num_cpus=1, max_retries=MAX_RETRIES)
+        task = WORK_ON_PIECE.options(max_retries=MAX_RETRIES)
         inputs: Any = ray.put((StoredHeads(self.runs, self.values), shared))
         limit = max(1, int(PIECES_IN_FLIGHT * available_cpus()))
         running: deque[Any] = deque()
@@ -51,6 +51,10 @@ class RayHeads(StoredHeads):
 def _work_on_piece(function: Callable[..., Any], inputs: tuple[Heads, tuple[Any, ...]], piece: tuple[int, ...]) -> Any:
     heads, shared = inputs
     return function(heads, *piece, *shared)
+
+
+WORK_ON_PIECE = ray.remote(_work_on_piece)
+"""Made once: each `ray.remote` is sent to the workers anew."""
 
 
 def run(config: Config, context: StageContext) -> dict[str, Any]:
@@ -99,7 +103,6 @@ def run(config: Config, context: StageContext) -> dict[str, Any]:
     metrics = result.summary() | {"num_heads": heads.num_heads}
     clusters = describe_clusters(result.labels, result.agreement, result.second_choice, config.num_clusters)
     output.write_json("summary.json", metrics | {"clusters": clusters})
-    context.progress.update(1, 1)
     return metrics
 
 

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from icce_ray.consensus.contingency import count_consensus
+from icce_ray.consensus.contingency import count_consensus, largest_rows
 from icce_ray.consensus.matrix import MISSING, Counts, Heads, Labels
 from icce_ray.consensus.objective import anmi_from_counts, entropy, mutual_information
 from icce_ray.consensus.votes import block_rows, rank_votes
@@ -208,4 +208,4 @@ def _gain_terms(counts_KC: npt.NDArray[Any], heads: Heads) -> _Terms:
         # The consensus's entropy stands in the mutual information and, by its root, in the norm.
         nmi = mutual_information(table) / norm
         size_weight_H[head] = per_image * (nmi / (2 * entropy_consensus) - 1.0 / norm)
-    return _Terms(cell_weight_H, size_weight_H, sizes_KH, counts_KC.argmax(axis=0).astype(np.int32))
+    return _Terms(cell_weight_H, size_weight_H, sizes_KH, largest_rows(counts_KC))

@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow.compute as pc
 
 from icce_ray.config import Config
+from icce_ray.embed.listing import Listing
 from icce_ray.errors import InputError
 from icce_ray.result import RUNS_FOLDER
 from icce_ray.sample.draw import sampled_ids
@@ -74,7 +75,8 @@ def _have_same_images(one: Artifact, other: Artifact) -> bool:
         return False
     if embeds[0].manifest.inputs[IMAGES] == embeds[1].manifest.inputs[IMAGES]:
         return True
-    names = [_input(embed, IMAGES).read_table("images.parquet")["uri"] for embed in embeds]
+    listings = [Listing(_input(embed, IMAGES)) for embed in embeds]
+    names = [listing.table(0, len(listing))["uri"] for listing in listings]
     rows = [pc.replace_substring_regex(uris, pattern=r"^.*(#\d+)$", replacement=r"\1") for uris in names]
     return bool(rows[0].combine_chunks().equals(rows[1].combine_chunks()))
 

@@ -151,12 +151,16 @@ def make_backbone(config: Config, *, device: str = "cpu", num_threads: int | Non
     for index, embed in enumerate(config.embed.backbones):
         with _named(index):
             made.append(_make_one(embed, plan.backbones[index], config, device, num_threads))
-    views = [one.preprocessing for one in plan.backbones]
+    views = [planned.preprocessing for planned in plan.backbones]
     backbone = made[0] if len(made) == 1 else SeveralBackbones(made, views)
     if config.embed.batch_size != "auto":
         backbone.batch_size = config.embed.batch_size
     elif device != "cpu":
         backbone.batch_size = find_batch_size(backbone.embed, plan.preprocessing.shape)
+    if config.embed.compile:  # only now: each size that was tried would have been compiled
+        for one in made:
+            if isinstance(one, TimmBackbone):
+                one.compile()
     return backbone
 
 
@@ -179,8 +183,7 @@ def _make_one(
         model = _create_from_hub(name, size)
     else:
         model = load_weights(lambda **options: _create(name, size, **options), weights, name)
-    precision, compiled = config.embed.precision, config.embed.compile
-    return TimmBackbone(model, plan.features, plan.dim, device, precision, compiled=compiled)
+    return TimmBackbone(model, plan.features, plan.dim, device, config.embed.precision)
 
 
 def image_size(embed: BackboneConfig) -> int:

@@ -12,15 +12,10 @@ import math
 import warnings
 from dataclasses import dataclass
 from typing import Any, Literal
-from urllib.parse import urlsplit
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow.fs as pafs
 from PIL import Image, ImageOps, UnidentifiedImageError
-
-from icce_ray.embed.listing import local_path
-from icce_ray.store.filesystem import open_uri
 
 ENDINGS = {b"\xff\xd8\xff": b"\xff\xd9", b"\x89PNG": b"IEND\xaeB`\x82", b"GIF8": b";"}
 """How files that begin so end, when they are whole."""
@@ -115,34 +110,15 @@ def decode_image(
     return pictures[0] if len(pictures) == 1 else np.concatenate([picture.ravel() for picture in pictures])
 
 
-def read_image(uri: str) -> bytes | str:
-    """The bytes of the file that `uri` names, or the reason: ``missing``, ``unreadable: ...``.
-
-    Usage: ``data = read_image("/data/photos/1.jpg")``
-    """
+def convert_image(image: Image.Image, preprocessing: Preprocessing, *, max_pixels: int = 100_000_000) -> Pixels | str:
+    """As :func:`decode_image`, of an image that Pillow has opened, which stays as it is."""
+    if image.width * image.height > max_pixels:
+        return f"over the limit of {max_pixels} pixels"
     try:
-        if "://" not in uri or uri.startswith("file://"):
-            with open(local_path(uri), "rb") as file:
-                return file.read()
-        filesystem, path = _open_remote(uri)
-        with filesystem.open_input_file(path) as remote:
-            return bytes(remote.read())
-    except FileNotFoundError:
-        return "missing"
+        upright = _turn_upright(image.copy())
+        return _to_pixels(_convert(upright, "L" if preprocessing.grayscale else "RGB"), preprocessing)
     except Exception as error:
         return f"unreadable: {_one_line(error)}"
-
-
-def _open_remote(uri: str) -> tuple[pafs.FileSystem, str]:
-    """As :func:`open_uri`, but one connection per bucket: opening a filesystem costs a round trip."""
-    parts = urlsplit(uri)
-    key = f"{parts.scheme}://{parts.netloc}?{parts.query}"
-    if key not in _filesystems:
-        _filesystems[key] = open_uri(uri)[0]
-    return _filesystems[key], f"{parts.netloc}{parts.path}"
-
-
-_filesystems: dict[str, pafs.FileSystem] = {}
 
 
 def _decode_views(data: bytes, views: tuple[Preprocessing, ...], max_pixels: int) -> list[Pixels] | str:

@@ -68,14 +68,11 @@ class TimmBackbone:
         dim: D of them.
         device: torch device.
         precision: of the matrix products.
-        compiled: run it through ``torch.compile``.
     """
 
     batch_size = DEFAULT_BATCH_SIZE
 
-    def __init__(
-        self, model: torch.nn.Module, features: str, dim: int, device: str, precision: Precision, *, compiled: bool
-    ) -> None:
+    def __init__(self, model: torch.nn.Module, features: str, dim: int, device: str, precision: Precision) -> None:
         import torch
 
         self.dims: tuple[int, ...] = (dim,)
@@ -88,17 +85,22 @@ class TimmBackbone:
         self._mean = torch.tensor(data["mean"], device=self._device)
         self._std = torch.tensor(data["std"], device=self._device)
 
-        def forward(images_BCHW: torch.Tensor) -> torch.Tensor:
-            return extract_features(self._model, images_BCHW, features)
+        self._forward: Callable[[torch.Tensor], torch.Tensor] = lambda images_BCHW: extract_features(
+            self._model, images_BCHW, features
+        )
 
-        self._forward = torch.compile(forward) if compiled else forward
+    def compile(self) -> None:
+        """Run it through ``torch.compile`` from here on; the next call takes about a minute."""
+        import torch
+
+        self._forward = torch.compile(self._forward)
 
     def embed(self, images_BHWC: Pixels) -> Features:
         import torch
 
         try:
             return self._embed(images_BHWC)
-        except torch.OutOfMemoryError:
+        except torch.cuda.OutOfMemoryError:
             if len(images_BHWC) == 1:
                 raise
         # Out of the handler, whose traceback would hold on to the memory.

@@ -20,10 +20,12 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from icce_ray.config import Config, EvaluateConfig
+from icce_ray.embed.containers import labels_beside
 from icce_ray.errors import InputError
 from icce_ray.store.filesystem import open_uri
 
 FOLDER = "folder"
+WEBDATASET = "cls"
 ENDINGS = (".npy", ".csv", ".parquet")
 MAX_SHOWN = 3
 
@@ -53,6 +55,8 @@ def load_labels(config: Config, images_table: pa.Table, image_ids: npt.NDArray[n
     uris = images_table["uri"].to_pylist()
     if evaluate.labels == FOLDER:
         return _encode(_from_folders([uris[i] for i in image_ids]))
+    if evaluate.labels == WEBDATASET:
+        return _encode(_from_shards([uris[i] for i in image_ids]))
     values, names = _read(evaluate)
     if names is None:
         _check_length(evaluate, len(values), len(uris))
@@ -85,6 +89,8 @@ def check_labels(config: Config, images_table: pa.Table | None = None) -> None:
         if images_table is not None:
             _from_folders(images_table["uri"].to_pylist())
         return
+    if evaluate.labels == WEBDATASET:
+        return
     values, names = _read(evaluate)
     if names is None and images_table is not None:
         _check_length(evaluate, len(values), len(images_table))
@@ -100,12 +106,26 @@ def _from_folders(uris: list[str]) -> list[str]:
     return folders
 
 
+def _from_shards(uris: list[str]) -> list[Any]:
+    labels = labels_beside(uris)
+    without = [uri for uri, label in zip(uris, labels, strict=True) if label is None]
+    if without:
+        raise InputError(
+            f"evaluate.labels: 'cls', but {len(without):,} of {len(uris):,} images have no .cls file beside them in a "
+            f"tar shard, e.g. {', '.join(without[:MAX_SHOWN])}"
+        )
+    texts = [str(label) for label in labels]
+    return [int(text) for text in texts] if all(text.isdecimal() for text in texts) else texts
+
+
 def _read(evaluate: EvaluateConfig) -> tuple[list[Any], list[str] | None]:
     """The labels, and the names of the images they belong to, or None where they come in the order of the images."""
     uri = str(evaluate.labels)
     ending = PurePosixPath(uri).suffix.lower()
     if ending not in ENDINGS:
-        raise InputError(f"evaluate.labels: {uri}: labels are 'folder', or a file that ends with {', '.join(ENDINGS)}")
+        raise InputError(
+            f"evaluate.labels: {uri}: labels are 'folder', 'cls', or a file that ends with {', '.join(ENDINGS)}"
+        )
     filesystem, path = open_uri(uri)
     if filesystem.get_file_info(path).type != pafs.FileType.File:
         raise InputError(f"evaluate.labels: {uri}: there is no such file")

@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from icce_ray.config import Config
 from icce_ray.context import StageContext
-from icce_ray.embed.listing import TABLE_NAME
+from icce_ray.embed.listing import Listing
 from icce_ray.evaluate.labels import TrueLabels, load_labels
 from icce_ray.evaluate.metrics import clustering_accuracy, contingency_table, match_clusters, metrics_from_counts
 from icce_ray.sample.draw import sampled_ids, spread
@@ -34,7 +34,8 @@ def run(config: Config, context: StageContext) -> dict[str, Any]:
     metrics: dict[str, Any] = {}
     if config.evaluate.labels is not None:
         table = read_assignments(context.inputs["assign"], ["image_id", "cluster", "agreement"])
-        images = context.inputs["images"].read_table(TABLE_NAME)
+        listing = Listing(context.inputs["images"])
+        images = listing.table(0, len(listing))
         labels = load_labels(config, images, table["image_id"].to_numpy())
         heads = context.inputs["heads"]
         heads_HN = heads.read_array("label_matrix.npy")

@@ -109,8 +109,8 @@ def run(config: Config, context: StageContext) -> dict[str, Any]:
             ),
         )
         try:
-            with _relayed_progress(board, context.progress):
-                outcome = _fit(trainer)
+            with relayed_progress(board, context.progress):
+                outcome = fit_in_thread(trainer)
         except ray.train.TrainingFailedError as error:
             raise WorkerError(f"heads: training ended {MAX_FAILURES + 1} times: {describe_cause(error)}") from error
     if "shortage" in outcome:
@@ -127,7 +127,7 @@ def run(config: Config, context: StageContext) -> dict[str, Any]:
     return metrics | {"num_workers": worker.num_workers}
 
 
-def _fit(trainer: Any) -> dict[str, Any]:
+def fit_in_thread(trainer: Any) -> dict[str, Any]:
     """What the worker of rank 0 returns. In a thread of its own, because in the main thread Ray Train takes Ctrl-C for
     itself, ends the process without a word, and does not give it back afterwards."""
     outcome: Future[dict[str, Any]] = Future()
@@ -189,7 +189,7 @@ def _write_parts(trained: TrainedHeads, output: ArtifactWriter) -> dict[str, Any
 
 
 @contextmanager
-def _relayed_progress(board: Any, progress: Progress) -> Iterator[None]:
+def relayed_progress(board: Any, progress: Progress) -> Iterator[None]:
     """Pass on what the board says while the block runs."""
     finished = threading.Event()
 

@@ -12,8 +12,10 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
-from icce_ray.embed.images import Preprocessing, decode_image, read_image
+from icce_ray.embed.containers import locate
+from icce_ray.embed.images import Preprocessing, decode_image
 from icce_ray.embed.listing import IMAGE_ENDINGS
+from icce_ray.embed.reading import read_image
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -34,7 +36,7 @@ def load_thumbnails(uris: Iterable[str], on_done: Callable[[int, int], None] | N
     Args:
         on_done: called with (done, total) now and then.
     """
-    wanted = sorted({uri for uri in uris if PurePosixPath(uri).suffix.lower() in IMAGE_ENDINGS})
+    wanted = sorted({uri for uri in uris if PurePosixPath(uri).suffix.lower() in IMAGE_ENDINGS or locate(uri)})
     pictures: dict[str, Pixels] = {}
     with ThreadPoolExecutor(NUM_THREADS) as threads:
         for done, (uri, picture) in enumerate(zip(wanted, threads.map(_load, wanted), strict=True), start=1):

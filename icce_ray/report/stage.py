@@ -21,6 +21,7 @@ from icce_ray.report.plots import (
     size_chart,
     training_curve,
 )
+from icce_ray.result import num_listed
 
 VERSION = 2
 PAGE_NAME = "report.html"
@@ -101,7 +102,7 @@ def render(
     confused = {row["cluster"]: row["confused_with"] for row in summary.get("clusters", [])}
     metrics = inputs["evaluate"].metrics
     audit = inputs["neighbors"].read_json("audit.json")
-    source = config.images.uri or config.embeddings.uri or ""
+    source = ", ".join(config.images.uris) or config.embeddings.uri or ""
     plots = [
         ("Cluster sizes", size_chart(content.sizes)),
         ("How sure the labels are", certainty_histogram(content.confidence_bins, content.agreement_bins)),
@@ -117,7 +118,7 @@ def render(
     return environment.from_string(template).render(
         title=config.report.title or f"Clusters of {PurePosixPath(source).name or source}",
         source=source,
-        num_listed=inputs["images"].part("images.parquet").rows,
+        num_listed=num_listed(inputs),
         num_errors=errors.num_rows,
         errors=errors.slice(0, MAX_ERRORS).to_pylist(),
         num_clusters=config.num_clusters,

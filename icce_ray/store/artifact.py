@@ -20,15 +20,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from icce_ray.errors import DamagedArtifactError
-from icce_ray.store.filesystem import Folder
+from icce_ray.errors import DamagedArtifactError, WorkerError
+from icce_ray.store.filesystem import Folder, open_uri
 
 SCHEMA_VERSION = 1
 MANIFEST_NAME = "manifest.json"
-RECORDED_LIBRARIES = ("icce_ray", "numpy", "torch", "faiss-cpu", "ray", "timm", "pyarrow", "pymetis")
+RECORDED_LIBRARIES = ("icce_ray", "numpy", "torch", "faiss-cpu", "ray", "timm", "pyarrow", "pymetis", "mtkahypar")
 
 
 def fingerprint(stage: str, version: int, settings: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
@@ -71,6 +72,8 @@ class Manifest(BaseModel):
     metrics: dict[str, Any]
     libraries: dict[str, str]
     seconds: float
+    revision: int = 0
+    """How often a finished artifact was amended in place."""
 
 
 class Artifact:
@@ -91,7 +94,8 @@ class Artifact:
             return None
         if manifest.schema_version != SCHEMA_VERSION:
             return None
-        if any(folder.size(part.name) != part.num_bytes for part in manifest.parts):
+        sizes = folder.sizes()
+        if any(sizes.get(part.name) != part.num_bytes for part in manifest.parts):
             return None
         return cls(folder, manifest)
 
@@ -125,6 +129,12 @@ class Artifact:
     def fingerprint(self) -> str:
         return self.manifest.fingerprint
 
+    @property
+    def identity(self) -> str:
+        """What later stages depend on: the fingerprint, and where the artifact was amended since, the revision."""
+        revision = self.manifest.revision
+        return self.fingerprint if revision == 0 else f"{self.fingerprint}.r{revision}"
+
     def part_names(self, prefix: str = "") -> list[str]:
         return sorted(name for name in self._parts if name.startswith(prefix))
 
@@ -138,7 +148,7 @@ class Artifact:
             DamagedArtifactError: they are gone or not those that the manifest promises.
         """
         try:
-            data = self.folder.read_bytes(name)
+            data = self.folder.read_bytes(name, self._parts[name].num_bytes)
         except FileNotFoundError:
             raise DamagedArtifactError(f"{self.folder.file_uri(name)}: the part is missing") from None
         self._check(name, hashlib.sha256(data).hexdigest())
@@ -152,11 +162,16 @@ class Artifact:
 
     def read_array(self, name: str) -> npt.NDArray[Any]:
         """A .npy part, memory-mapped read-only. Remote parts are first copied to this machine's cache folder."""
-        path = self._local_file(name)
+        path = self.local_file(name)
         array: npt.NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
         return array
 
-    def _local_file(self, name: str) -> Path:
+    def local_file(self, name: str) -> Path:
+        """A part as a file of this machine, checked. Remote parts are first copied to the machine's cache folder.
+
+        Raises:
+            DamagedArtifactError: it is gone or not what the manifest promises.
+        """
         if self.folder.local_path is not None:
             path = self.folder.local_path / name
             if name not in self._verified:
@@ -167,11 +182,17 @@ class Artifact:
                     raise DamagedArtifactError(f"{path}: the part is missing") from None
                 self._verified.add(name)
             return path
+        # By its checksum, too: what an amended artifact holds under the same name is another file.
+        copy = f"{self._parts[name].sha256[:12]}-{name.replace('/', '-')}"
         cache = Folder.at(cache_folder() / self.manifest.stage / self.fingerprint)
         assert cache.local_path is not None
-        if cache.size(name) != self._parts[name].num_bytes:
-            cache.write_bytes(name, self.read_bytes(name))
-        return cache.local_path / name
+        if copy not in self._verified:
+            try:
+                self._check(name, hashlib.sha256(cache.read_bytes(copy)).hexdigest())
+            except (FileNotFoundError, DamagedArtifactError):
+                cache.write_bytes(copy, self.read_bytes(name))
+            self._verified.add(copy)
+        return cache.local_path / copy
 
     def _check(self, name: str, digest: str) -> None:
         if digest != self._parts[name].sha256:
@@ -220,6 +241,19 @@ class ArtifactWriter:
         rows = array.shape[0] if array.ndim else None
         return self.write_bytes(name, sink.getbuffer(), rows=rows, dtype=str(array.dtype), shape=array.shape)
 
+    def copy_file(self, name: str, uri: str) -> Part:
+        """Copy the file at `uri` here as a part, without holding it in memory. Only the manifest makes it count: a copy
+        that was cut off is made again."""
+        filesystem, path = open_uri(uri)
+        with filesystem.open_input_file(path) as file:
+            digest, num_bytes = hashlib.file_digest(file, "sha256").hexdigest(), file.size()
+        target = self.folder.filesystem
+        target.create_dir(self.folder.path)
+        pafs.copy_files(path, f"{self.folder.path}/{name}", source_filesystem=filesystem, destination_filesystem=target)
+        part = Part(name=name, num_bytes=num_bytes, sha256=digest)
+        self.add(part)
+        return part
+
     def commit(
         self,
         *,
@@ -229,8 +263,18 @@ class ArtifactWriter:
         config: Mapping[str, Any],
         metrics: Mapping[str, Any],
         seconds: float,
+        revision: int = 0,
+        exclusive: bool = False,
     ) -> Artifact:
-        """Write the manifest: from here on the artifact exists."""
+        """Write the manifest: from here on the artifact exists.
+
+        Args:
+            revision: above 0 where it amends a finished artifact.
+            exclusive: write it only where there is none.
+
+        Raises:
+            WorkerError: `exclusive`, and another job finished the artifact meanwhile, with other parts.
+        """
         manifest = Manifest(
             stage=stage,
             fingerprint=fingerprint,
@@ -240,8 +284,21 @@ class ArtifactWriter:
             metrics=dict(metrics),
             libraries=_library_versions(),
             seconds=round(seconds, 3),
+            revision=revision,
         )
-        self.folder.write_bytes(MANIFEST_NAME, manifest.model_dump_json(indent=1).encode())
+        data = manifest.model_dump_json(indent=1).encode()
+        if not exclusive:
+            self.folder.write_bytes(MANIFEST_NAME, data)
+            return Artifact(self.folder, manifest)
+        try:
+            self.folder.create_bytes(MANIFEST_NAME, data)
+        except FileExistsError:
+            there = Artifact.find(self.folder)
+            if there is None or there.manifest.parts != manifest.parts:
+                raise WorkerError(
+                    f"{self.folder.uri}: another job wrote this artifact at the same time; run the command again"
+                ) from None
+            return there
         return Artifact(self.folder, manifest)
 
 
@@ -254,7 +311,7 @@ def cache_folder() -> Path:
 def _is_sound(folder: Folder, part: Part) -> bool:
     if folder.size(part.name) != part.num_bytes:
         return False
-    return hashlib.sha256(folder.read_bytes(part.name)).hexdigest() == part.sha256
+    return hashlib.sha256(folder.read_bytes(part.name, part.num_bytes)).hexdigest() == part.sha256
 
 
 def _library_versions() -> dict[str, str]:

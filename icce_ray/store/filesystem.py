@@ -1,20 +1,23 @@
 """Folders on anything ``pyarrow.fs`` opens: local disks, S3 and what speaks it, Google Cloud Storage.
 
 A write is seen whole or not at all: local files are written beside their place and renamed, object stores put whole
-objects.
+objects. On S3 every call has time limits and is retried, and a file can be created only where there is none.
 """
 
 from __future__ import annotations
 
 import os
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.fs as pafs
 
+from icce_ray.config import StorageConfig
 from icce_ray.errors import InputError
+from icce_ray.store import s3
 
 
 def open_uri(uri: str) -> tuple[pafs.FileSystem, str]:
@@ -22,9 +25,13 @@ def open_uri(uri: str) -> tuple[pafs.FileSystem, str]:
 
     Raises:
         InputError: the scheme is not one that pyarrow opens.
+        ConfigError: an S3 URI that holds credentials or options.
     """
     if "://" not in uri:
         return pafs.LocalFileSystem(), str(Path(uri).expanduser().absolute())
+    if s3.is_s3(uri):
+        bucket, key = s3.split_uri(uri)
+        return s3.filesystem(s3.current_options()), f"{bucket}/{key}".rstrip("/")
     try:
         filesystem, path = pafs.FileSystem.from_uri(uri)
     except (pa.ArrowInvalid, OSError, ValueError) as error:
@@ -39,15 +46,18 @@ class Folder:
     filesystem: pafs.FileSystem
     path: str
     uri: str
+    s3_options: StorageConfig | None = None
+    """Set where the folder lies on S3."""
 
     @classmethod
     def at(cls, uri: str | Path) -> Folder:
         filesystem, path = open_uri(str(uri))
         is_local = isinstance(filesystem, pafs.LocalFileSystem)
-        return cls(filesystem, path.rstrip("/") or "/", path if is_local else str(uri).rstrip("/"))
+        options = s3.current_options() if s3.is_s3(str(uri)) else None
+        return cls(filesystem, path.rstrip("/") or "/", path if is_local else str(uri).rstrip("/"), options)
 
     def __truediv__(self, name: str) -> Folder:
-        return Folder(self.filesystem, f"{self.path}/{name}", f"{self.uri}/{name}")
+        return Folder(self.filesystem, f"{self.path}/{name}", f"{self.uri}/{name}", self.s3_options)
 
     @property
     def local_path(self) -> Path | None:
@@ -59,6 +69,13 @@ class Folder:
 
     def size(self, name: str) -> int | None:
         """Bytes of the file `name`, or None where there is no such file."""
+        if self.s3_options is not None:
+            bucket, key = s3.split_uri(self.file_uri(name))
+            try:
+                with s3.translated(self.file_uri(name)):
+                    return int(s3.client(self.s3_options).head_object(Bucket=bucket, Key=key)["ContentLength"])
+            except FileNotFoundError:
+                return None
         info = self.filesystem.get_file_info(f"{self.path}/{name}")
         return info.size if info.type == pafs.FileType.File else None
 
@@ -67,23 +84,101 @@ class Folder:
 
     def names(self) -> list[str]:
         """Names of the files in the folder, sorted; unfinished writes are left out."""
-        selector = pafs.FileSelector(self.path, allow_not_found=True)
-        infos = self.filesystem.get_file_info(selector)
-        files = (info.base_name for info in infos if info.type == pafs.FileType.File)
-        return sorted(name for name in files if not name.startswith("."))
+        return sorted(name for name in self._sizes(recursive=False) if not name.startswith("."))
 
-    def read_bytes(self, name: str) -> bytes:
-        """Whole content of a file. Raises FileNotFoundError where there is none."""
+    def folder_names(self) -> list[str]:
+        """Names of the folders in the folder, sorted."""
+        if self.s3_options is not None:
+            bucket, prefix = s3.split_uri(f"{self.uri}/")
+            with s3.translated(self.uri):
+                pages = s3.client(self.s3_options).get_paginator("list_objects_v2")
+                found = [
+                    entry["Prefix"][len(prefix) :].rstrip("/")
+                    for page in pages.paginate(Bucket=bucket, Prefix=prefix, Delimiter="/")
+                    for entry in page.get("CommonPrefixes", ())
+                ]
+            return sorted(found)
+        infos = self.filesystem.get_file_info(pafs.FileSelector(self.path, allow_not_found=True))
+        return sorted(info.base_name for info in infos if info.type == pafs.FileType.Directory)
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes of each file in the folder and below it, by name: one listing, however many files there are."""
+        return self._sizes(recursive=True)
+
+    def _sizes(self, *, recursive: bool) -> dict[str, int]:
+        if self.s3_options is not None:
+            prefix = s3.split_uri(f"{self.uri}/")[1]
+            listed = s3.list_objects(f"{self.uri}/", self.s3_options, recursive=recursive)
+            return {key[len(prefix) :]: size for key, size, _ in listed}
+        infos = self.filesystem.get_file_info(pafs.FileSelector(self.path, allow_not_found=True, recursive=recursive))
+        start = len(self.path.rstrip("/")) + 1
+        return {info.path[start:]: info.size for info in infos if info.type == pafs.FileType.File}
+
+    def read_bytes(self, name: str, num_bytes: int | None = None) -> bytes:
+        """Whole content of a file. Raises FileNotFoundError where there is none.
+
+        Args:
+            num_bytes: what it should have: on S3, an answer of another length is asked for again.
+        """
+        if self.s3_options is not None:
+            return s3.get_object(self.file_uri(name), self.s3_options, num_bytes)
         with self.filesystem.open_input_file(f"{self.path}/{name}") as file:
             return bytes(file.read())
 
     def write_bytes(self, name: str, data: bytes | memoryview) -> None:
         """Write a file, atomically: readers see the old content or the new. `name` may lie in a folder below."""
+        if self.s3_options is not None:
+            self._put(name, data)
+            return
         if self.local_path is None:
             with self.filesystem.open_output_stream(f"{self.path}/{name}") as file:
                 file.write(data)
             return
-        target = self.local_path / name
+        self._write_beside(self.local_path / name, data, lambda temporary, target: temporary.replace(target))
+
+    def create_bytes(self, name: str, data: bytes | memoryview) -> None:
+        """Write a file where there is none. Of several that try at once, one succeeds.
+
+        On storage that knows no conditional put (neither local nor S3) this is a look, then a write.
+
+        Raises:
+            FileExistsError: the file is there.
+        """
+        if self.s3_options is not None:
+            self._put(name, data, IfNoneMatch="*")
+            return
+        if self.local_path is None:
+            if self.exists(name):
+                raise FileExistsError(self.file_uri(name))
+            self.write_bytes(name, data)
+            return
+        self._write_beside(self.local_path / name, data, lambda temporary, target: os.link(temporary, target))
+
+    def remove(self, name: str) -> None:
+        """Remove a file if it is there."""
+        if self.s3_options is not None:
+            bucket, key = s3.split_uri(self.file_uri(name))
+            with s3.translated(self.file_uri(name)):
+                s3.client(self.s3_options).delete_object(Bucket=bucket, Key=key)
+        elif self.exists(name):
+            self.filesystem.delete_file(f"{self.path}/{name}")
+
+    def clear(self) -> None:
+        """Remove every file of the folder, finished or not."""
+        if self.s3_options is not None:
+            for name in list(self.sizes()):
+                self.remove(name)
+        elif self.filesystem.get_file_info(self.path).type == pafs.FileType.Directory:
+            self.filesystem.delete_dir_contents(self.path)
+
+    def _put(self, name: str, data: bytes | memoryview, **condition: str) -> None:
+        assert self.s3_options is not None
+        bucket, key = s3.split_uri(self.file_uri(name))
+        with s3.translated(self.file_uri(name)):
+            s3.client(self.s3_options).put_object(Bucket=bucket, Key=key, Body=bytes(data), **condition)
+
+    @staticmethod
+    def _write_beside(target: Path, data: bytes | memoryview, finish: Callable[[Path, Path], object]) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
         try:
@@ -91,16 +186,6 @@ class Folder:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-            temporary.replace(target)
+            finish(temporary, target)
         finally:
             temporary.unlink(missing_ok=True)
-
-    def remove(self, name: str) -> None:
-        """Remove a file if it is there."""
-        if self.exists(name):
-            self.filesystem.delete_file(f"{self.path}/{name}")
-
-    def clear(self) -> None:
-        """Remove every file of the folder, finished or not."""
-        if self.filesystem.get_file_info(self.path).type == pafs.FileType.Directory:
-            self.filesystem.delete_dir_contents(self.path)

@@ -20,7 +20,8 @@ from icce_ray.assign import job as assign_job
 from icce_ray.assign.exemplars import pick_exemplars
 from icce_ray.assign.labeling import SCHEMA, label_images
 from icce_ray.classifier import job as classifier_job
-from icce_ray.classifier.linear import LinearClassifier, fit_classifier
+from icce_ray.classifier.linear import LinearClassifier
+from icce_ray.classifier.self_training import fit_classifier
 from icce_ray.config import Config
 from icce_ray.context import StageContext
 from icce_ray.embed import parts as embed_parts
@@ -40,7 +41,7 @@ AGREEMENT = RNG.random(len(GOOD)).astype(np.float32)
 
 
 def config_for(tmp_path: Path, **sections: Any) -> Config:
-    resources = {"heads": {"cpus_per_worker": 1}, "assign": {"num_workers": 2, "cpus_per_worker": 1}}
+    resources = {"classifier": {"cpus_per_worker": 1}, "assign": {"num_workers": 2, "cpus_per_worker": 1}}
     base = {
         "images": {"uri": "/images"},
         "num_clusters": 4,
@@ -117,6 +118,29 @@ def test_the_classifier_on_ray_is_the_one_of_a_single_process(
     assert metrics["holdout_agreement"] == alone.holdout_agreement > 0.9
 
 
+@pytest.mark.slow
+def test_workers_of_ray_train_share_the_grid_and_make_the_same_classifier(
+    with_classifier: dict[str, Artifact], tmp_path: Path
+) -> None:
+    config = config_for(tmp_path, resources={"classifier": {"num_workers": 2, "cpus_per_worker": 1}})
+    context = context_for(tmp_path / "classifier", with_classifier)
+    metrics = classifier_job.run(config, context)
+    alone = with_classifier["classifier"].metrics
+    for name in ("learning_rate", "num_diverged", "num_holdout", "holdout_agreement"):
+        assert metrics[name] == alone[name]
+    made = LinearClassifier.from_bytes(context.output.folder.read_bytes("classifier.safetensors"))
+    np.testing.assert_allclose(made.weights, model_of(with_classifier).weights, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_mistake_that_all_workers_meet_is_the_users_to_mend(inputs: dict[str, Artifact], tmp_path: Path) -> None:
+    resources = {"classifier": {"num_workers": 2, "cpus_per_worker": 1}}
+    diverging = {"num_iterations": 200, "learning_rates": [1.5e39, 1.6e39]}
+    config = config_for(tmp_path, classifier=diverging, resources=resources)
+    with pytest.raises(InputError, match=r"classifier\.learning_rates"):
+        classifier_job.run(config, context_for(tmp_path, inputs))
+
+
 def test_the_description_says_how_to_embed_a_new_image(with_classifier: dict[str, Artifact]) -> None:
     described = with_classifier["classifier"].read_json("classifier.json")
     assert described["embed"]["backbone"] == "pixels"
@@ -129,7 +153,7 @@ def test_assignments_equal_those_of_a_single_process_whatever_the_parts_and_work
     with_classifier: dict[str, Artifact], tmp_path: Path
 ) -> None:
     model = model_of(with_classifier)
-    expected = label_images(model, FEATURES, CONSENSUS, AGREEMENT)
+    expected, _ = label_images(model, FEATURES, CONSENSUS, AGREEMENT)
     exemplars = np.concatenate(pick_exemplars(FEATURES, CONSENSUS, AGREEMENT, model, num_exemplars=3, seed=0))
     for name, rows_per_part, num_workers in (("many", 30, 2), ("one", 1000, 1)):
         sections = {

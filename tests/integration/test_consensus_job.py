@@ -11,7 +11,7 @@ import pytest
 from ray import cloudpickle
 
 from icce_ray.config import Config
-from icce_ray.consensus import job
+from icce_ray.consensus import combine, job
 from icce_ray.consensus import matrix as matrix_module
 from icce_ray.consensus.agreement import describe_clusters
 from icce_ray.consensus.ensemble import cluster_ensemble
@@ -32,6 +32,11 @@ def label_matrix():
     labels_N = np.repeat(np.arange(3), [120, 60, 30])
     heads = [rng.permutation(3)[np.where(rng.random(210) < 0.3, rng.integers(0, 3, 210), labels_N)] for _ in range(6)]
     return np.array(heads, dtype=np.int32)
+
+
+@pytest.fixture(autouse=True)
+def _one_try_of_each_function(monkeypatch):
+    monkeypatch.setattr(combine, "TRIES_BUDGET", 1)
 
 
 def commit(root, stage, fingerprint, inputs, **parts):

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
-import signal
-import threading
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +19,11 @@ from icce_ray.embed import job, listing
 from icce_ray.embed.backbone import make_backbone, plan_backbone
 from icce_ray.embed.features import feature_set_names, load_features
 from icce_ray.embed.images import decode_image
-from icce_ray.errors import ConfigError, InputError, WorkerError
+from icce_ray.errors import ConfigError, InputError
 from icce_ray.progress import Progress
 from icce_ray.store import Artifact, ArtifactWriter, Folder
+
+from .stages import killing, run_embed, wait_for, workers
 
 PIXELS = {"backbone": "pixels", "image_size": 8, "images_per_part": 8}
 VIT = {"backbone": "test_vit", "weights": "random", "image_size": 64, "images_per_part": 8, "batch_size": 5}
@@ -36,14 +34,17 @@ SLOW_VIT = {"backbone": "vit_tiny_patch16_224", "weights": "random", "image_size
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
     """30 readable images of many sizes and kinds."""
-    folder = tmp_path / "photos"
+    write_photos(tmp_path / "photos")
+    return tmp_path / "photos"
+
+
+def write_photos(folder: Path) -> None:
     folder.mkdir()
     rng = np.random.default_rng(0)
     for number in range(30):
         height, width = rng.integers(40, 120, size=2)
         image = Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
         image.save(folder / f"{number:03d}.{('png', 'jpg', 'webp', 'gif')[number % 4]}")
-    return folder
 
 
 def config_for(photos: Path, tmp_path: Path, *, num_workers: int = 1, **embed: Any) -> Config:
@@ -111,14 +112,13 @@ def test_several_backbones_in_one_pass_give_what_each_gives_alone(
     backbones = [
         {"backbone": "test_vit", "weights": "random", "image_size": 64, "features": "last4"},
         {"backbone": "pixels", "image_size": 8},
-        {"backbone": "test_resnet", "weights": "random", "image_size": 64},
     ]
     artifact = run_stage(
         config_for(photos, tmp_path, **backbones[0], extra=backbones[1:], **shared), tmp_path / "together"
     )
-    names = ["test_vit:last4", "pixels", "test_resnet:pooled"]
+    names = ["test_vit:last4", "pixels"]
     assert feature_set_names(artifact) == artifact.metrics["feature_sets"] == names
-    assert list(artifact.metrics["dims"]) == [256, 192, load_features(artifact, 2).dim]
+    assert list(artifact.metrics["dims"]) == [256, 192]
     for index, backbone in enumerate(backbones):
         alone = run_stage(config_for(photos, tmp_path, **backbone, **shared), tmp_path / str(index))
         expected, together = load_features(alone), load_features(artifact, index)
@@ -157,7 +157,7 @@ def test_more_errors_than_allowed_stop_the_stage_and_its_workers(
         InputError, match=r"of 30 images.*embed\.max_error_rate \(0\.1\).* x not an image \(such as .*000"
     ):
         run_stage(config, tmp_path / "run")
-    wait_for(lambda: not embedders())
+    wait_for(lambda: not workers("Embedder"))
     kept = content(tmp_path / "run")
     artifact = run_stage(
         config.model_copy(update={"embed": config.embed.model_copy(update={"max_error_rate": 0.6})}), tmp_path / "run"
@@ -180,45 +180,116 @@ def test_a_backbone_that_fails_in_the_worker_comes_back_as_the_users_own_error(
 
 
 @pytest.mark.slow
-def test_killing_a_worker_changes_nothing(ray_cluster: None, photos: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("victim", ["Embedder", "decode"])
+def test_killing_a_worker_changes_nothing(
+    ray_cluster: None, undisturbed_photos: tuple[Path, Path], tmp_path: Path, victim: str
+) -> None:
+    photos, undisturbed = undisturbed_photos
     config = config_for(photos, tmp_path, **SLOW_VIT)
-    run_stage(config, tmp_path / "undisturbed")
     folder = tmp_path / "run" / "embed"
-
-    def when() -> bool:
-        return len(list(folder.glob("part-*.parquet"))) in (1, 2, 3)
-
+    begun = {"Embedder": "part-*.parquet", "decode": ".part-0000[12].parquet.decode"}[victim]
     killed: list[int] = []
-    with killing(when, limit=1, killed=killed):
+    with killing(victim, lambda: any(folder.glob(begun)), limit=1, killed=killed):
         artifact = run_stage(config, tmp_path / "run")
     assert len(killed) == 1
-    assert content(tmp_path / "run") == content(tmp_path / "undisturbed")
+    assert content(tmp_path / "run") == content(undisturbed)
     assert load_features(artifact).num_images == 30
-    assert not list(folder.glob(".*.tries"))
+    assert not list(folder.glob(".part-*"))
+
+
+@pytest.fixture(scope="module")
+def undisturbed_photos(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The photos, and the folder of a run over them that nobody killed."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    write_photos(folder / "photos")
+    run_stage(config_for(folder / "photos", folder, **SLOW_VIT), folder / "run")
+    return folder / "photos", folder / "run"
+
+
+DEADLY = """
+import os, signal
+from PIL import Image
+from icce_ray.embed.backbone import PixelsBackbone
+
+def die(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+Image.register_open("DEADLY", die, lambda prefix: prefix.startswith(b"DEADLY"))
+embed = PixelsBackbone.embed
+
+def deadly_embed(self, images):
+    return die() if (images == (255, 0, 255)).all(axis=(1, 2, 3)).any() else embed(self, images)
+
+PixelsBackbone.embed = deadly_embed
+"""
+RUN = """
+import sys
+from icce_ray import pipeline
+from icce_ray.config import load_config
+config = load_config(sys.argv[1])
+artifacts = {}
+for step in pipeline.plan(config)[:2]:
+    artifacts[step.name] = pipeline.run_stage(config, step, artifacts, True)
+open(sys.argv[2], "w").write(artifacts["embed"].folder.uri)  # Ray itself writes to stdout
+"""
 
 
 @pytest.mark.slow
-def test_a_part_that_kills_every_worker_ends_the_stage_and_keeps_the_rest(
+def test_images_that_kill_their_workers_are_isolated_and_the_others_embedded(photos: Path, tmp_path: Path) -> None:
+    """One file kills (-9) the process that decodes it, the pixels of another the actor that embeds them: really, by
+    code that every Python process of this run loads."""
+    (photos / "012a.png").write_bytes(b"DEADLY to decoders")
+    Image.new("RGB", (9, 9), (255, 0, 255)).save(photos / "020a.png")
+    (tmp_path / "deadly").mkdir()
+    (tmp_path / "deadly" / "sitecustomize.py").write_text(DEADLY)
+    config = config_for(photos, tmp_path, **PIXELS)
+    (tmp_path / "run.yaml").write_text(config.model_dump_json(exclude={"storage", "preset"}))
+    paths = os.pathsep.join([str(tmp_path / "deadly"), str(Path(__file__).parents[2])])
+    done = subprocess.run(
+        [sys.executable, "-c", RUN, str(tmp_path / "run.yaml"), str(tmp_path / "place")],
+        env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True, check=False, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    artifact = Artifact.find(Folder.at((tmp_path / "place").read_text()))
+    assert artifact is not None
+    errors = {Path(row["uri"]).name: row["reason"] for row in artifact.read_table("errors.parquet").to_pylist()}
+    assert errors == {"012a.png": "killed its worker", "020a.png": "killed its worker"}
+    features = load_features(artifact)
+    preprocessing, backbone = plan_backbone(config.embed).preprocessing, make_backbone(config)
+    good = [path for path in sorted(photos.iterdir()) if path.name not in errors]
+    for row, path in zip(features.matrix, good, strict=True):
+        pixels = decode_image(path.read_bytes(), preprocessing)
+        assert isinstance(pixels, np.ndarray)
+        assert np.array_equal(row, backbone.embed(pixels[None])[0])
+
+
+def test_the_same_bytes_are_embedded_once_in_a_collection_and_across_runs(
     ray_cluster: None, photos: Path, tmp_path: Path
 ) -> None:
-    config = config_for(photos, tmp_path, **SLOW_VIT)
-    run_stage(config, tmp_path / "undisturbed")
-    folder = tmp_path / "run" / "embed"
-    note = folder / ".part-00003.parquet.tries"
-    killed: list[int] = []
+    for copy, original in (("003b.jpg", "001.jpg"), ("029b.jpg", "001.jpg"), ("900.png", "028.png")):
+        (photos / copy).write_bytes((photos / original).read_bytes())
+    config = config_for(photos, tmp_path, num_workers=2, **PIXELS)
+    first = run_embed(config)
+    assert first.metrics["num_embedded"] == 30
+    assert first.metrics["num_duplicates"] == 3
+    rows = first.read_table("duplicates.parquet").to_pylist()
+    names = [path.name for path in sorted(photos.iterdir())]
+    assert [(names[row["image_id"]], names[row["duplicate_of"]]) for row in rows] == [
+        ("003b.jpg", "001.jpg"), ("029b.jpg", "001.jpg"), ("900.png", "028.png"),
+    ]  # fmt: skip
+    matrix = dict(zip(names, load_features(first).matrix, strict=True))
 
-    def when() -> bool:
-        return note.exists() and json.loads(note.read_bytes())[1] > len(killed)
+    # Another listing, numbered anew and cut into other parts: only what is new goes through the backbone.
+    Image.new("RGB", (30, 20), (9, 90, 200)).save(photos / "000a.png")
+    config = config_for(photos, tmp_path, **PIXELS | {"images_per_part": 7})
+    second = run_embed(config)
+    assert second.metrics["num_embedded"] == 1
+    again = dict(zip([path.name for path in sorted(photos.iterdir())], load_features(second).matrix, strict=True))
+    assert all(np.array_equal(again[name], row) for name, row in matrix.items())
 
-    with (
-        killing(when, limit=10, killed=killed),
-        pytest.raises(WorkerError, match="images 18 to 23 killed their worker 3 times"),
-    ):
-        run_stage(config, tmp_path / "run")
-    assert len(killed) == 3
-    wait_for(lambda: not embedders())
-    run_stage(config, tmp_path / "run")
-    assert content(tmp_path / "run") == content(tmp_path / "undisturbed")
+    # Another preprocessing is another model.
+    other = run_embed(config_for(photos, tmp_path, **PIXELS | {"image_size": 9}))
+    assert other.metrics["num_embedded"] == 31
 
 
 @pytest.mark.parametrize("form", ["npy", "parquet"])
@@ -246,7 +317,7 @@ def test_ready_made_embeddings_are_taken_up_part_by_part(tmp_path: Path, monkeyp
     config = Config(output=str(tmp_path), num_clusters=2, embeddings={"uri": str(tmp_path / "e.npy")})
     run_stage(config, tmp_path / "run")
     undisturbed = content(tmp_path / "run")
-    assert len(undisturbed) == 8 + 1
+    assert len(undisturbed) == 8 + 2
     for name in ("part-00002.parquet", "part-00003.parquet", "part-00007.parquet"):
         (tmp_path / "run" / "embed" / name).unlink()
     before = (tmp_path / "run" / "embed" / "part-00005.parquet").stat().st_mtime_ns
@@ -254,58 +325,3 @@ def test_ready_made_embeddings_are_taken_up_part_by_part(tmp_path: Path, monkeyp
     assert content(tmp_path / "run") == undisturbed
     assert (tmp_path / "run" / "embed" / "part-00005.parquet").stat().st_mtime_ns == before
     assert np.array_equal(load_features(artifact).matrix, np.load(tmp_path / "e.npy"))
-
-
-def wait_for(condition: Callable[[], bool], timeout_s: float = 30.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "waited too long"
-        time.sleep(0.05)
-
-
-def embedders() -> list[int]:
-    """Processes of this test's Ray that are embedding actors."""
-    parents, found = {}, []
-    for entry in Path("/proc").iterdir():
-        if not entry.name.isdigit():
-            continue
-        try:
-            title = (entry / "cmdline").read_bytes()
-            parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-        except (OSError, ValueError):
-            continue
-        if title.startswith(b"ray::") and b"Embedder" in title:
-            found.append(int(entry.name))
-    return [pid for pid in found if _descends_from_us(pid, parents)]
-
-
-def _descends_from_us(pid: int, parents: dict[int, int]) -> bool:
-    while pid in parents and pid > 1:
-        pid = parents[pid]
-        if pid == os.getpid():
-            return True
-    return False
-
-
-@contextmanager
-def killing(when: Callable[[], bool], limit: int, killed: list[int]) -> Iterator[None]:
-    """In the background: kill -9 the embedding actors whenever `when` holds, each once, at most `limit` of them; their
-    process ids go into `killed`."""
-    done = threading.Event()
-
-    def watch() -> None:
-        while not done.wait(0.002) and len(killed) < limit:
-            if not when():
-                continue
-            for pid in embedders():
-                if pid not in killed and len(killed) < limit and when():
-                    os.kill(pid, signal.SIGKILL)
-                    killed.append(pid)
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    try:
-        yield
-    finally:
-        done.set()
-        watcher.join()

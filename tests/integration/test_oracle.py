@@ -39,7 +39,11 @@ def features() -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def estimator(features: np.ndarray) -> ICCE:
-    heads = dict(SECTIONS["heads"])
+    return fit_estimator(features)
+
+
+def fit_estimator(features: np.ndarray, **changes: object) -> ICCE:
+    heads = SECTIONS["heads"] | changes
     return ICCE(
         6,
         n_heads=heads.pop("num_heads"),
@@ -51,7 +55,9 @@ def estimator(features: np.ndarray) -> ICCE:
     ).fit(features)
 
 
-def run_pipeline(features: np.ndarray, folder: Path, num_workers: int) -> tuple[dict[str, Artifact], list[int]]:
+def run_pipeline(
+    features: np.ndarray, folder: Path, num_workers: int, **heads: object
+) -> tuple[dict[str, Artifact], list[int]]:
     """Artifacts by stage, and the clusters that the assignments give."""
     np.save(folder / "features.npy", features)
     workers = {"num_workers": num_workers, "cpus_per_worker": 1}
@@ -62,6 +68,7 @@ def run_pipeline(features: np.ndarray, folder: Path, num_workers: int) -> tuple[
             "num_clusters": 6,
             "output": str(folder / "out"),
             "seed": 3,
+            "heads": SECTIONS["heads"] | heads,
             "resources": {"neighbors": workers, "heads": workers},
         }
     )
@@ -90,3 +97,13 @@ def test_two_workers_give_the_labels_of_one(ray_cluster, features, estimator, tm
     assert (labels == estimator.head_labels_).mean() >= 0.995
     assert (np.array(clusters) == estimator.labels_).mean() >= 0.995
     assert artifacts["heads"].metrics["num_workers"] == 2
+
+
+def test_above_max_images_the_pipeline_draws_the_sample_of_the_estimator(ray_cluster, features, tmp_path: Path) -> None:
+    artifacts, clusters = run_pipeline(features, tmp_path, num_workers=1, max_images=400)
+    estimator = fit_estimator(features, max_images=400)
+    took_part = estimator.head_labels_[0] >= 0
+    labels = artifacts["heads"].read_array("label_matrix.npy")
+    assert np.array_equal(labels, estimator.head_labels_[:, took_part])
+    assert labels.shape == (5, 400)
+    assert clusters == estimator.labels_.tolist()

@@ -5,7 +5,8 @@ import numpy.typing as npt
 import pytest
 
 from icce_ray.assign.exemplars import farthest_first, pick_exemplars
-from icce_ray.classifier.linear import LinearClassifier, fit_classifier
+from icce_ray.classifier.linear import LinearClassifier
+from icce_ray.classifier.self_training import fit_classifier
 from icce_ray.config import ClassifierConfig
 
 RNG = np.random.default_rng(0)

@@ -41,6 +41,15 @@ def test_a_few_images_that_are_all_right_do_not_make_certain() -> None:
     assert 0.9 < p.max() < 0.99
 
 
+def test_an_image_between_two_clusters_is_less_sure_although_all_that_were_kept_back_were_right() -> None:
+    labels = np.arange(60) % 2
+    logits = np.eye(2)[labels] * 8.0 + np.random.default_rng(0).normal(size=(60, 2))
+    fitted = fit_calibration(logits, labels)
+    clear, between = calibrate(np.array([[8.0, 0.0], [0.5, 0.0]]), *fitted).max(1)
+    assert clear > 0.97
+    assert between < 0.8
+
+
 def test_calibration_error_is_that_of_a_plain_sum_over_bins() -> None:
     confidence = np.repeat([0.6, 0.9], 30)
     is_right = np.concatenate([np.arange(30) < 12, np.arange(30) < 30])

@@ -10,7 +10,8 @@ import torch
 from sklearn.datasets import load_digits
 
 from icce_ray.classifier.calibration import expected_calibration_error
-from icce_ray.classifier.linear import LinearClassifier, fit_classifier
+from icce_ray.classifier.linear import LinearClassifier
+from icce_ray.classifier.self_training import fit_classifier
 from icce_ray.config import ClassifierConfig
 from icce_ray.errors import InputError
 
@@ -88,7 +89,7 @@ def test_bytes_hold_the_whole_classifier(
             np.testing.assert_array_equal(getattr(restored, field.name), getattr(classifier, field.name))
     x = digits[0][1400:]
     np.testing.assert_array_equal(restored.predict_proba(x), classifier.predict_proba(x))
-    np.testing.assert_array_equal(restored.outlier_score(x), classifier.outlier_score(x))
+    np.testing.assert_array_equal(restored.label(x).outlier_score, classifier.label(x).outlier_score)
     assert b"pickle" not in classifier.to_bytes()
 
 
@@ -119,14 +120,32 @@ def test_empty_clusters_are_never_predicted() -> None:
     classifier = fit(x, labels, num_clusters=5)
     assert set(classifier.predict(x)) == {1, 3}
     assert classifier.cluster_sizes.tolist() == [0, (labels == 1).sum(), 0, (labels == 3).sum(), 0]
-    assert np.isfinite(classifier.outlier_score(x)).all()
+    assert np.isfinite(classifier.label(x).outlier_score).all()
+
+
+def test_one_pass_says_what_the_plain_probabilities_say(
+    classifier: LinearClassifier, digits: tuple[npt.NDArray[np.float16], npt.NDArray[np.int64]]
+) -> None:
+    x = digits[0]
+    p = classifier.predict_proba(x)
+    found = classifier.label(x)
+    assert (found.cluster == p.argmax(1)).all()
+    np.testing.assert_allclose(found.confidence, p.max(1), atol=1e-6)
+    assert (found.second_choice == np.argsort(-p, axis=1, kind="stable")[:, 1]).mean() > 0.999
+    given = np.where(np.arange(len(x)) % 3 == 0, (found.cluster + 4) % 10, -1)
+    kept = classifier.label(x, given)
+    assert (kept.cluster == np.where(given >= 0, given, found.cluster)).all()
+    np.testing.assert_allclose(kept.confidence, p[np.arange(len(x)), kept.cluster], atol=1e-6)
+    assert (kept.second_choice[given >= 0] == found.cluster[given >= 0]).all()
+    np.testing.assert_array_equal(kept.outlier_score, found.outlier_score)
+    np.testing.assert_array_equal(found.is_outlier, found.outlier_score > classifier.outlier_threshold)
 
 
 def test_far_images_are_outliers_and_the_training_images_are_not(
     classifier: LinearClassifier, digits: tuple[npt.NDArray[np.float16], npt.NDArray[np.int64]]
 ) -> None:
-    assert classifier.is_outlier(digits[0][:1400]).mean() < 0.005
-    assert classifier.is_outlier(np.random.default_rng(0).random((100, 64))).mean() > 0.95
+    assert classifier.label(digits[0][:1400]).is_outlier.mean() < 0.005
+    assert classifier.label(np.random.default_rng(0).random((100, 64))).is_outlier.mean() > 0.95
 
 
 def test_features_of_another_width_are_refused(classifier: LinearClassifier) -> None:
@@ -155,7 +174,7 @@ def test_a_grid_that_diverges_altogether_says_so() -> None:
 def test_a_handful_of_equal_images_works(num_images: int) -> None:
     classifier = fit(np.ones((num_images, 3)), np.arange(num_images) % 2)
     assert np.isfinite(classifier.predict_proba(np.zeros((2, 3)))).all()
-    assert np.isfinite(classifier.outlier_score(np.zeros((2, 3)))).all()
+    assert np.isfinite(classifier.label(np.zeros((2, 3))).outlier_score).all()
 
 
 @pytest.mark.slow

@@ -5,10 +5,12 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import pytest
-from sklearn.cluster import KMeans
+from sklearn.cluster import MiniBatchKMeans
 from sklearn.metrics import roc_auc_score
 
 from icce_ray.classifier.outliers import fit_outlier_model, fit_outlier_rule
+from icce_ray.classifier.self_training import fit_classifier
+from icce_ray.config import ClassifierConfig
 
 Points = npt.NDArray[np.float32]
 
@@ -28,49 +30,69 @@ def test_the_score_is_the_mahalanobis_distance_under_the_model_covariance() -> N
     covariance = inside + model.noise_variance * (np.eye(8) - directions @ directions.T)
     means = np.stack([x[labels == k].mean(0) for k in range(4)])
     gaps = x[:, None] - means
-    expected = np.einsum("nkd,de,nke->nk", gaps, np.linalg.inv(covariance), gaps).min(1) / 8
-    np.testing.assert_allclose(model.score(x), expected, rtol=1e-3)
-    assert model.score(x).mean() == pytest.approx(1.0, abs=0.1)
+    distances = np.einsum("nkd,de,nke->nk", gaps, np.linalg.inv(covariance), gaps) / 8
+    other = (labels + 1) % 4
+    np.testing.assert_allclose(model.score(x, labels), distances[np.arange(400), labels], rtol=1e-3)
+    np.testing.assert_allclose(model.score(x, other), distances[np.arange(400), other], rtol=1e-3)
+    assert model.score(x, labels).mean() == pytest.approx(1.0, abs=0.1)
+
+
+def test_coordinates_are_those_along_the_directions_of_largest_variance() -> None:
+    x, labels = blobs(400, 8, 0)
+    x[:, 5] *= 10
+    model = fit_outlier_model(x, labels, 4)
+    np.testing.assert_allclose(np.abs(model.project(x, 1)[:, 0]), np.abs(x[:, 5]), atol=0.05 * np.abs(x[:, 5]).max())
+    assert model.project(x, 99).shape == (400, 4)
 
 
 def test_planted_foreign_points_score_higher_and_are_flagged() -> None:
     x, labels = blobs(2000, 20, 0)
-    fresh, _ = blobs(2000, 20, 1)
+    fresh, fresh_labels = blobs(2000, 20, 1)
     foreign = np.random.default_rng(3).normal(size=(200, 20)).astype(np.float32) * 6
     model, threshold = fit_outlier_rule(x, labels, 4, 0.99)
-    assert (model.score(foreign) > threshold).mean() > 0.9
-    assert 0.003 < (model.score(fresh) > threshold).mean() < 0.03
+    assert (model.score(foreign, np.zeros(200, dtype=int)) > threshold).mean() > 0.9
+    assert 0.003 < (model.score(fresh, fresh_labels) > threshold).mean() < 0.03
 
 
 def test_few_images_of_many_dimensions_are_not_outliers_to_each_other() -> None:
     x, labels = blobs(300, 200, 0)
-    fresh, _ = blobs(1000, 200, 1)
+    fresh, fresh_labels = blobs(1000, 200, 1)
     model, threshold = fit_outlier_rule(x, labels, 4, 0.99)
-    assert (model.score(fresh) > threshold).mean() < 0.05
-    flattered = np.quantile(model.score(x), 0.99)
-    assert (model.score(fresh) > flattered).mean() > 0.1
+    assert (model.score(fresh, fresh_labels) > threshold).mean() < 0.05
+    flattered = np.quantile(model.score(x, labels), 0.99)
+    assert (model.score(fresh, fresh_labels) > flattered).mean() > 0.1
 
 
 def test_dimensions_that_never_change_and_empty_clusters_keep_scores_finite() -> None:
     x, labels = blobs(100, 6, 0)
     x[:, 2:] = 0
     model = fit_outlier_model(x, labels, 7)
-    # The centre is no mean that anyone may lie near.
-    np.testing.assert_allclose(model.score(x), fit_outlier_model(x, labels, 4).score(x), rtol=1e-5)
-    assert np.isfinite(model.score(x)).all()
+    np.testing.assert_allclose(model.score(x, labels), fit_outlier_model(x, labels, 4).score(x, labels), rtol=1e-5)
+    assert np.isfinite(model.score(x, np.full(100, 6))).all()
     moved = x.copy()
     moved[:, 4] = 1
-    assert (model.score(moved) > model.score(x).max()).all()
+    assert (model.score(moved, labels) > model.score(x, labels).max()).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("same", ["cifar10_test_v1", "fmnist_2000_v1"])
 def test_foreign_images_are_found_among_real_features(real_data_dir: Path, same: str) -> None:
     other = {"cifar10_test_v1": "fmnist_2000_v1", "fmnist_2000_v1": "cifar10_test_v1"}[same]
     rng = np.random.default_rng(0)  # the files are sorted by class
-    x = rng.permutation(np.load(real_data_dir / f"{same}.npy"))[:2000].astype(np.float32)
-    foreign = rng.permutation(np.load(real_data_dir / f"{other}.npy"))[:1000].astype(np.float32)
-    center, scale = x.mean(0), x.std()
-    labels = KMeans(10, n_init=1, random_state=0).fit_predict(x[:1500])
-    model = fit_outlier_model((x[:1500] - center) / scale, labels, 10)
-    scores = model.score((np.concatenate([x[1500:], foreign]) - center) / scale)
-    assert roc_auc_score(np.arange(1500) >= 500, scores) > 0.95
+    x = rng.permutation(np.load(real_data_dir / f"{same}.npy"))
+    num_fresh = min(2000, len(x) // 4)
+    fresh, seen = x[:num_fresh], x[num_fresh:]
+    foreign = rng.permutation(np.load(real_data_dir / f"{other}.npy"))[:2000]
+    labels = MiniBatchKMeans(10, n_init=3, random_state=0).fit_predict(seen.astype(np.float32))
+    config = ClassifierConfig(num_iterations=1000)
+    classifier = fit_classifier(seen, labels, config, num_clusters=10, seed=0, outlier_quantile=0.999)
+    found = classifier.label(np.concatenate([fresh, foreign]))
+    is_foreign = np.arange(len(found.cluster)) >= num_fresh
+    assert roc_auc_score(is_foreign, found.outlier_score) > 0.95
+    assert found.is_outlier[~is_foreign].mean() < 0.01
+    print(
+        same,
+        roc_auc_score(is_foreign, found.outlier_score),
+        found.is_outlier[~is_foreign].mean(),
+        found.is_outlier[is_foreign].mean(),
+    )

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from icce_ray.consensus import contingency
-from icce_ray.consensus.contingency import count_consensus, count_pairs
+from icce_ray.consensus.contingency import count_consensus, count_pairs, largest_rows
 from icce_ray.consensus.matrix import HeadLabels, count_labels, encode_heads
 from icce_ray.errors import InputError
 
@@ -58,6 +58,11 @@ def test_counts_of_shards_add_up_to_those_of_the_whole(cut):
     for head, (start, stop) in enumerate(zip(heads.offsets[:-1], heads.offsets[1:], strict=True)):
         expected = plain_counts(labels_N, heads.codes[head], 5, stop - start)
         np.testing.assert_array_equal(whole[:, start:stop], expected)
+
+
+@given(counts_KC=hnp.arrays(np.int32, st.tuples(st.integers(1, 6), st.integers(0, 9)), elements=st.integers(0, 3)))
+def test_the_largest_row_is_the_first_of_equal_ones(counts_KC):
+    np.testing.assert_array_equal(largest_rows(counts_KC), counts_KC.argmax(axis=0))
 
 
 @given(matrix=hnp.arrays(np.int64, (3, 20), elements=st.sampled_from([-1, 0, 2, 7, 5000, 10**9])))

@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 
 from icce_ray.embed import images
-from icce_ray.embed.images import Preprocessing, SeveralViews, decode_image, read_image
+from icce_ray.embed.images import Preprocessing, SeveralViews, decode_image
+from icce_ray.embed.reading import read_image
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 WHOLE = Preprocessing(size=16, scale_size=16)

@@ -10,11 +10,12 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import pytest
 
+from icce_ray import pipeline
 from icce_ray.config import Config
 from icce_ray.context import StageContext
-from icce_ray.embed import listing
-from icce_ray.embed.images import read_image
-from icce_ray.embed.listing import list_images, source_digest
+from icce_ray.embed import listing, sources
+from icce_ray.embed.listing import Listing, list_images, source_digest
+from icce_ray.embed.reading import read_image
 from icce_ray.errors import InputError
 from icce_ray.progress import Progress
 from icce_ray.store import ArtifactWriter, Folder
@@ -109,8 +110,8 @@ def test_a_folder_of_parquet_files_is_one_list(tmp_path: Path) -> None:
 def test_a_remote_folder_is_listed_under_its_own_uri(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_files(tmp_path, "bucket/b.png", "bucket/x/a.png", "bucket/.x/h.png", "bucket/n.md")
     remote = pafs.SubTreeFileSystem(str(tmp_path), pafs.LocalFileSystem())
-    monkeypatch.setattr(listing, "open_uri", lambda uri: (remote, "bucket"))
-    assert uris(config_for("s3://bucket/")) == ["s3://bucket/b.png", "s3://bucket/x/a.png"]
+    monkeypatch.setattr(sources, "open_uri", lambda uri: (remote, "bucket"))
+    assert uris(config_for("gs://bucket/")) == ["gs://bucket/b.png", "gs://bucket/x/a.png"]
 
 
 MESSAGES = {
@@ -124,7 +125,7 @@ MESSAGES = {
     "no such column": ("list.parquet", ["no column 'uri'", "it has url, size", "did you mean 'url'"]),
     "broken parquet": ("broken.parquet", ["cannot be read as Parquet"]),
     "wrong type": ("numbers.parquet", ["is int64, not text"]),
-    "nulls": ("nulls.parquet", ["empty in 1 rows, first row 1"]),
+    "nulls": ("nulls.parquet", ["is empty, first row 1"]),
 }
 
 
@@ -188,7 +189,7 @@ def test_the_stage_writes_the_listing_and_counts_it(tmp_path: Path) -> None:
     context = StageContext(ArtifactWriter(Folder.at(tmp_path / "out")), {}, Progress("images", quiet=True))
     metrics = listing.run(config_for(tmp_path / "photos"), context)
     assert (metrics["num_images"], metrics["size_bytes"]) == (2, 10)
-    assert pq.read_table(tmp_path / "out" / "images.parquet").equals(list_images(config_for(tmp_path / "photos")))
+    assert pq.read_table(tmp_path / "out" / "images-00000.parquet").equals(list_images(config_for(tmp_path / "photos")))
 
 
 def test_results_inside_the_images_folder_are_no_images(tmp_path: Path) -> None:
@@ -202,3 +203,58 @@ def test_results_in_the_images_folder_itself_are_refused(tmp_path: Path) -> None
     write_files(tmp_path, "a.png", "b.png")
     with pytest.raises(InputError, match="is the folder of the images; name another"):
         uris(config_for(tmp_path).model_copy(update={"output": f"{tmp_path}/"}))
+
+
+def make(config: Config) -> Listing:
+    step = pipeline.plan(config)[0]
+    return Listing(step.artifact or pipeline.run_stage(config, step, {}, True))
+
+
+def names(listing_: Listing) -> list[str]:
+    return [Path(uri).name for uri in listing_.table(0, len(listing_))["uri"].to_pylist()]
+
+
+def local(tmp_path: Path, **images: Any) -> Config:
+    given = {"uri": str(tmp_path / "photos")} | images
+    embed = {"backbone": "pixels"}
+    return Config(output=str(tmp_path / "out"), num_clusters=2, images=given, embed=embed)
+
+
+def test_a_refresh_keeps_ids_adds_what_is_new_and_marks_what_is_gone(tmp_path: Path) -> None:
+    write_files(tmp_path / "photos", "b.png", "d.png", "f.png")
+    assert names(make(local(tmp_path))) == ["b.png", "d.png", "f.png"]
+    write_files(tmp_path / "photos", "e.png", "a.png")
+    (tmp_path / "photos" / "d.png").unlink()
+    (tmp_path / "photos" / "f.png").write_bytes(b"another picture")
+    refreshed = make(local(tmp_path, refresh=True))
+    assert names(refreshed) == ["b.png", "d.png", "f.png", "a.png", "e.png"]
+    rows = refreshed.rows(0, 5)
+    assert [row.image_id for row in rows] == list(range(5))
+    assert (rows[1].etag, rows[1].size_bytes) == ("removed", None)
+    assert rows[2].size_bytes == len(b"another picture")
+    # Nothing new: the same listing, with and without the setting.
+    fingerprints = {pipeline.plan(local(tmp_path, refresh=refresh))[0].fingerprint for refresh in (True, False)}
+    assert len(fingerprints) == 1
+    # And a removed image that comes back has its id again.
+    write_files(tmp_path / "photos", "d.png", "c.png")
+    assert names(make(local(tmp_path, refresh=True))) == ["b.png", "d.png", "f.png", "a.png", "e.png", "c.png"]
+
+
+def test_without_refresh_a_local_change_numbers_all_images_anew(tmp_path: Path) -> None:
+    write_files(tmp_path / "photos", "b.png", "c.png")
+    make(local(tmp_path))
+    write_files(tmp_path / "photos", "a.png")
+    assert names(make(local(tmp_path))) == ["a.png", "b.png", "c.png"]
+
+
+def test_a_listing_is_cut_into_shards_and_read_across_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(listing, "SHARD_ROWS", 4)
+    write_files(tmp_path / "photos", *(f"{number:02d}.png" for number in range(11)))
+    found = make(local(tmp_path))
+    assert len(found) == 11
+    assert [Path(row.uri).stem for row in found.rows(2, 10)] == [f"{number:02d}" for number in range(2, 10)]
+    assert found.uri(8).endswith("08.png")
+    assert found.rows(11, 20) == []
+    assert len(list((tmp_path / "out").rglob("images-*.parquet"))) == 3
+    write_files(tmp_path / "photos", "11.png")
+    assert len(make(local(tmp_path, refresh=True))) == 12

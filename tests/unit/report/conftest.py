@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pytest
 from PIL import Image
 
-from icce_ray.assign.parts import UriReader, plan_parts, write_part
-from icce_ray.classifier.linear import fit_classifier
+from icce_ray.assign.sources import EmbeddedImages
+from icce_ray.assign.writers import RunWriter
+from icce_ray.classifier.linear import MODEL_NAME
+from icce_ray.classifier.self_training import fit_classifier
 from icce_ray.config import ClassifierConfig, Config
 from icce_ray.context import StageContext
 from icce_ray.embed import parts as embed_parts
@@ -92,7 +93,7 @@ def build_run(config: Config, root: Path, rows_per_part: int) -> PlantedRun:
         inside = rows[(rows >= part.start) & (rows < part.stop)]
         table = embed_parts.part_table(part, inside, features[inside])
         output.add(embed_parts.write_part(output.folder, part, table).part)
-    output.write_table("errors.parquet", embed_parts.errors_table([(failed, "truncated")], pa.chunked_array([uris])))
+    output.write_table("errors.parquet", embed_parts.errors_table([(failed, "truncated")], uris.__getitem__))
     inputs["embed"] = commit(output, "embed", config, {"feature_set": "planted"})
 
     output = writer("neighbors")
@@ -120,6 +121,7 @@ def build_run(config: Config, root: Path, rows_per_part: int) -> PlantedRun:
     output.write_array("agreement.npy", agreement)
     confused = [{"cluster": 0, "size": 30, "mean_agreement": 0.9, "confused_with": [{"cluster": 1, "share": 0.25}]}]
     summary = {"method": "mcla", "anmi": 0.8123, "anmi_by_method": {"mcla": 0.8123, "hbgf": 0.7}, "clusters": confused}
+    summary |= {"skipped": {"cspa": "6,000 images are more than cspa_max_images, 5,000"}}
     output.write_json("summary.json", summary)
     inputs["consensus"] = commit(output, "consensus", config, {"anmi": 0.8123})
 
@@ -132,22 +134,16 @@ def build_run(config: Config, root: Path, rows_per_part: int) -> PlantedRun:
         outlier_quantile=0.98,
     )
     output = writer("classifier")
+    output.write_bytes(MODEL_NAME, classifier.to_bytes())
     figures = {"learning_rate": 0.01, "holdout_agreement": 0.99, "num_holdout": 9, "ece": 0.02}
     inputs["classifier"] = commit(output, "classifier", config, figures)
 
     output = writer("assign")
-    for wanted in plan_parts(inputs["embed"], 40, ["test"]):
-        finished = write_part(
-            wanted,
-            output.folder,
-            embed=inputs["embed"],
-            uris=UriReader(inputs["images"]),
-            classifier=classifier,
-            consensus_N=labels,
-            agreement_N=agreement,
-            exemplar_rows=np.arange(10, len(rows), 3),
-        )
-        output.add(finished.part)
+    source = EmbeddedImages(inputs["embed"], inputs["images"])
+    exemplar_rows = np.arange(10, len(rows), 3)
+    maker = RunWriter(source, output.folder, inputs["classifier"], inputs["consensus"], exemplar_rows)
+    for wanted in source.plan(40, ["test"]):
+        output.add(maker.write(wanted).part)
     inputs["assign"] = commit(output, "assign", config)
     output = writer("evaluate")
     output.write_json("metrics.json", {})

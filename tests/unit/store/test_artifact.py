@@ -115,3 +115,17 @@ def test_the_fingerprint_depends_on_all_that_determines_the_content_and_not_on_o
         fingerprint("heads", 1, {"a": 1, "b": [2]}, {"embed": "y"}),
     ]
     assert len({base, *others}) == 5
+
+
+def test_a_file_is_copied_as_a_part_and_found_again(tmp_path: Path) -> None:
+    source = tmp_path / "weights.bin"
+    source.write_bytes(bytes(range(256)) * 5000)
+    writer = ArtifactWriter(Folder.at(tmp_path / "artifact"))
+    part = writer.copy_file("copy.bin", str(source))
+    assert part.num_bytes == 256 * 5000
+    artifact = writer.commit(stage="x", fingerprint="f", inputs={}, config={}, metrics={}, seconds=0)
+    source.unlink()
+    assert artifact.local_file("copy.bin").read_bytes() == bytes(range(256)) * 5000
+    (tmp_path / "artifact" / "copy.bin").write_bytes(b"x" * 256 * 5000)
+    with pytest.raises(DamagedArtifactError, match=r"copy\.bin"):
+        Artifact(artifact.folder, artifact.manifest).local_file("copy.bin")

@@ -1,0 +1,103 @@
+"""Memory of the whole embedding job (driver, Ray's own processes, workers) at a small and at ten times as many images.
+
+Summed is the proportional set size of the process tree: a page that several processes share, such as of Ray's object
+store, counts once. The images and results lie on the local disk, whose cache belongs to no process.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+SETTINGS: dict[str, Any] = {"num_images": [2000, 20_000], "image_size": 64, "max_ratio": 1.2, "repeats": 1}
+SAMPLE_S = 0.2
+JOB = """
+import sys
+from icce_ray import pipeline
+from icce_ray.config import load_config
+config, artifacts = load_config(sys.argv[1]), {}
+for step in pipeline.plan(config)[:2]:
+    artifacts[step.name] = pipeline.run_stage(config, step, artifacts, True)
+assert artifacts["embed"].metrics["num_images"] == int(sys.argv[2])
+"""
+
+
+def run(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, bool]]:
+    peaks: dict[int, list[float]] = {count: [] for count in settings["num_images"]}
+    seconds: dict[int, list[float]] = {count: [] for count in settings["num_images"]}
+    with tempfile.TemporaryDirectory(prefix="icce_ray-memory-") as folder:
+        for count in peaks:
+            write_images(Path(folder) / str(count), count)
+        for repeat in range(settings["repeats"]):
+            for count in peaks:
+                started = time.perf_counter()
+                peak = run_job(Path(folder), count, settings["image_size"], repeat)
+                peaks[count].append(peak)
+                seconds[count].append(time.perf_counter() - started)
+                print(f"{count:>7,} images: peak {peak / 2**20:,.0f} MiB, {seconds[count][-1]:.1f} s", flush=True)
+    few, many = (float(np.median(peaks[count])) for count in peaks)
+    figures = {
+        "peak_bytes": {str(count): values for count, values in peaks.items()},
+        "seconds": {str(count): values for count, values in seconds.items()},
+        "ratio": many / few,
+    }
+    return figures, {f"ratio of the peaks below {settings['max_ratio']}": many / few < settings["max_ratio"]}
+
+
+def write_images(folder: Path, count: int) -> None:
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for number in range(count):
+        pixels = rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number:06d}.jpg")
+
+
+def run_job(folder: Path, count: int, image_size: int, repeat: int) -> float:
+    """Peak of the job's memory in bytes."""
+    config = folder / f"{count}-{repeat}.yaml"
+    settings = {
+        "images": {"uri": str(folder / str(count))},
+        "output": str(folder / f"out-{count}-{repeat}"),
+        "num_clusters": 2,
+        "embed": {"backbone": "pixels", "image_size": image_size},
+        "resources": {"object_store_bytes": 200_000_000},
+    }
+    config.write_text(json.dumps(settings))
+    peak = 0.0
+    with subprocess.Popen([sys.executable, "-c", JOB, str(config), str(count)]) as job:
+        while job.poll() is None:
+            peak = max(peak, tree_bytes(job.pid))
+            time.sleep(SAMPLE_S)
+    assert job.returncode == 0
+    return peak
+
+
+def tree_bytes(root: int) -> float:
+    """Proportional set size of a process and all below it."""
+    children: dict[int, list[int]] = {}
+    for entry in os.listdir("/proc"):
+        if entry.isdigit():
+            try:
+                parent = int(Path(f"/proc/{entry}/stat").read_text().rpartition(")")[2].split()[1])
+            except (OSError, IndexError):
+                continue
+            children.setdefault(parent, []).append(int(entry))
+    total, pending = 0.0, [root]
+    while pending:
+        pid = pending.pop()
+        pending += children.get(pid, [])
+        try:
+            lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+        except OSError:
+            continue
+        total += sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
+    return total

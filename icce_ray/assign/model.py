@@ -1,0 +1,204 @@
+"""A run's model without the run: one folder that labels new images, in one process, without Ray.
+
+    import icce_ray
+    model = icce_ray.load("clusters/classifier/0123456789abcdef")
+    found = model.predict(["new/1.jpg", "new/2.jpg"])
+    print(found.cluster, found.confidence, found.is_outlier)
+
+The folder is the artifact of the classifier stage as it lies there, or a copy of it on any machine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from icce_ray.classifier.linear import DESCRIPTION_NAME, MODEL_NAME, LinearClassifier, Prediction
+from icce_ray.config import Config, EmbedConfig, ImagesConfig
+from icce_ray.embed.backbone import embed_settings, make_backbone, plan_backbone
+from icce_ray.embed.images import Pixels, Preprocessing, convert_image, decode_image
+from icce_ray.embed.networks import Backbone
+from icce_ray.embed.reading import read_image
+from icce_ray.errors import InputError
+from icce_ray.store import Artifact, Folder
+
+
+@dataclass(frozen=True)
+class ImagePrediction(Prediction):
+    """What a model says of n images. One that cannot be used has cluster and second choice -1 and confidence NaN."""
+
+    errors: dict[int, str]
+    """Why an image cannot be used, by its place among those given."""
+
+
+def load(path: str | Path, *, device: str = "cpu") -> Model:
+    """Load the model of a finished run from its folder, `<output>/classifier/<fingerprint>` or a copy of it.
+
+    Args:
+        path: a folder, local or on object storage.
+        device: torch device of the backbone.
+
+    Raises:
+        InputError: there is no model, or it is of another version.
+        DamagedArtifactError: a file is not the one that was written.
+    """
+    return Model(find_model(str(path)), device=device)
+
+
+def find_model(path: str) -> Artifact:
+    """The classifier artifact in the folder `path`.
+
+    Raises:
+        InputError: it holds none.
+    """
+    artifact = Artifact.find(Folder.at(path))
+    if artifact is None or artifact.manifest.stage != "classifier":
+        raise InputError(
+            f"{path}: no model there; give the folder `classifier/...` of a finished run, whole (the run's last lines "
+            "and `icce-ray status` say where it lies)"
+        )
+    return artifact
+
+
+class Model:
+    """Labels images as ``icce-ray assign`` does. Made by :func:`load`."""
+
+    def __init__(self, artifact: Artifact, *, device: str = "cpu") -> None:
+        self.classifier = LinearClassifier.from_bytes(artifact.read_bytes(MODEL_NAME))
+        self.description: dict[str, Any] = artifact.read_json(DESCRIPTION_NAME)
+        """How the model came to be: backbone, features, cluster sizes, versions."""
+        self._artifact = artifact
+        self._device = device
+
+    @property
+    def num_clusters(self) -> int:
+        return self.classifier.num_clusters
+
+    def predict(self, images: Sequence[str | Path | Image.Image]) -> ImagePrediction:
+        """Label images: paths or URIs of image files, or Pillow images. One that cannot be used costs itself only.
+
+        Raises:
+            InputError: the model was made from ready-made embeddings, or something else than images was given.
+            ConfigError, ResourceError: the backbone cannot be built here.
+        """
+        if isinstance(images, (str, Path, Image.Image)):
+            raise InputError("predict takes a list of images: put the one you have into brackets")
+        batch_size = self._backbone.batch_size
+        features: list[npt.NDArray[np.float16]] = [np.empty((0, self.classifier.num_dims), dtype=np.float16)]
+        errors: dict[int, str] = {}
+        for start in range(0, len(images), batch_size):
+            features_nD, failed = self._embed(images[start : start + batch_size])
+            features.append(features_nD)
+            errors |= {start + place: reason for place, reason in failed.items()}
+        found = self.classifier.label(np.concatenate(features))
+        rows = list(errors)
+        found.cluster[rows] = found.second_choice[rows] = -1
+        found.confidence[rows] = found.outlier_score[rows] = np.nan
+        found.is_outlier[rows] = False
+        return ImagePrediction(**vars(found), errors=errors)
+
+    def predict_features(self, X: npt.ArrayLike) -> Prediction:
+        """Label images by their features, (n, D), the same that the run was trained on.
+
+        Raises:
+            InputError: another number of dimensions, or values that are not finite.
+        """
+        features = np.asarray(X)
+        if features.dtype.kind not in "fiu":
+            raise InputError(f"features are {features.dtype}; needed are numbers")
+        found = self.classifier.label(features)
+        wrong = np.flatnonzero(~np.isfinite(features).all(axis=1))
+        if len(wrong):
+            raise InputError(f"features of {len(wrong)} rows are not finite, such as row {wrong[0]}: leave them out")
+        return found
+
+    def _embed(self, images: Sequence[str | Path | Image.Image]) -> tuple[npt.NDArray[np.float16], dict[int, str]]:
+        """(n, D) features, 0 where an image failed, and why."""
+        preprocessing = self._preprocessing
+        max_pixels = self._config.embed.max_image_pixels
+        pixels = np.zeros((len(images), *preprocessing.shape), dtype=np.uint8)
+        failed: dict[int, str] = {}
+        for place, image in enumerate(images):
+            decoded = _decode(image, preprocessing, max_pixels)
+            if isinstance(decoded, str):
+                failed[place] = decoded
+            else:
+                pixels[place] = decoded
+        features_nD = self._backbone.embed(pixels)
+        for row in np.flatnonzero(~np.isfinite(features_nD).all(axis=1)):
+            failed.setdefault(int(row), "feature not finite")
+        features_nD[list(failed)] = 0
+        return features_nD, failed
+
+    @cached_property
+    def _config(self) -> Config:
+        return embedding_config(self._artifact, self.description)
+
+    @cached_property
+    def _preprocessing(self) -> Preprocessing:
+        return plan_backbone(self._config.embed).preprocessing
+
+    @cached_property
+    def _backbone(self) -> Backbone:
+        check_weights(self._config, self.description)
+        return make_backbone(self._config, device=self._device)
+
+
+def embedding_config(artifact: Artifact, description: dict[str, Any]) -> Config:
+    """Settings that embed images as those that the model was trained on; what does not matter for that is made up.
+
+    Raises:
+        InputError: it was trained on ready-made embeddings.
+    """
+    ready_made = description["embeddings"]["uri"]
+    if ready_made is not None:
+        raise InputError(
+            f"{artifact.folder.uri}: the model was made from ready-made embeddings ({ready_made}), so no backbone is "
+            "known to embed images with; embed them as those were, and give the embeddings"
+        )
+    # The stages behind the embeddings see the first feature set.
+    embed = EmbedConfig(**description["embed"]).model_copy(update={"extra": ()})
+    copied = description["backbone_file"]
+    is_remote = artifact.folder.local_path is None
+    # Of a model on object storage the copy would lie on this machine alone; workers on others see the file itself.
+    if copied is not None and not (is_remote and Path(str(embed.weights)).expanduser().is_file()):
+        embed = embed.model_copy(update={"weights": str(artifact.local_file(copied))})
+    return Config(
+        images=ImagesConfig(uri="new images"),
+        num_clusters=description["num_clusters"],
+        output="nowhere",
+        embed=embed,
+        seed=description["seed"],
+    )
+
+
+def check_weights(config: Config, description: dict[str, Any]) -> None:
+    """Refuse a weights file that is not the one the model's features came from.
+
+    Raises:
+        ConfigError: the file is not there.
+        InputError: it is another.
+    """
+    identities = embed_settings(config), description["embed_identity"]
+    here, there = (identity["embed"].get("weights") for identity in identities)
+    if here != there:
+        raise InputError(
+            f"embed.weights: {config.embed.weights} is not the file that the model was made with ({there}); its "
+            "features would mean something else"
+        )
+
+
+def _decode(image: str | Path | Image.Image, preprocessing: Preprocessing, max_pixels: int) -> Pixels | str:
+    if isinstance(image, Image.Image):
+        return convert_image(image, preprocessing, max_pixels=max_pixels)
+    if not isinstance(image, (str, Path)):
+        raise InputError(f"an image is a path, a URI or a Pillow image, not {type(image).__name__}")
+    data = read_image(str(image))
+    return data if isinstance(data, str) else decode_image(data, preprocessing, max_pixels=max_pixels)

@@ -1,0 +1,258 @@
+"""Self-training (METHOD section 4): a linear classifier on the frozen features, with the consensus labels as targets.
+
+Features are centred and divided by one number, so that a learning rate means the same for every backbone; scaling each
+dimension by itself was measured and is no better (and blows up dimensions that hardly vary). A tenth of the images is
+kept back: on them the learning rate is chosen by agreement with the consensus, and the calibration is fitted that makes
+the probabilities honest. The classifier that is returned is the chosen one as trained, without those images: retraining
+on all would void its calibration.
+
+The settings of the grid do not know of each other. So several processes share the grid, not the batch: each trains some
+settings on all images, nothing is sent between them but the winner, and the result is that of one process.
+
+Shapes: N images, D dims, K clusters, G settings of the grid.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from scipy.special import logsumexp
+
+from icce_ray.classifier.calibration import calibrate, expected_calibration_error, fit_calibration
+from icce_ray.classifier.linear import LinearClassifier, confidence_histogram, prepare
+from icce_ray.classifier.outliers import fit_outlier_rule
+from icce_ray.config import ClassifierConfig
+from icce_ray.errors import InputError
+from icce_ray.progress import Progress
+
+Float32Array = npt.NDArray[np.float32]
+FloatArray = npt.NDArray[np.floating]
+IntArray = npt.NDArray[np.integer]
+
+MIN_STEPS = 1_000
+"""Steps that even a small set gets."""
+CHUNK_ROWS = 4_096
+MAX_PREPARED_BYTES = 2**30
+"""Up to this size the scaled features of the training images are kept in memory."""
+MAX_OUTLIER_IMAGES = 50_000
+"""The outlier model is fitted on a seeded sample of at most this many images."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """The best of the settings that one process trained."""
+
+    position: int
+    """In the grid; -1 where every setting diverged."""
+    agreement: float
+    """Share of the images kept back whose predicted cluster is their consensus cluster."""
+    loss: float
+    """Their mean cross-entropy."""
+    weights: Float32Array
+    """(D, K)."""
+    bias: Float32Array
+    """(K,)."""
+    num_diverged: int
+    """Of the settings that the process trained."""
+
+
+class SelfTraining:
+    """One training problem: which images are trained on, which are kept back, how their features are scaled.
+
+    Args:
+        features_ND: floating point; may be memory-mapped, is not changed.
+        labels_N: consensus clusters 0..K-1; -1 for images that took no part.
+        seed: of the split and the batches. The same seed gives the same classifier.
+        outlier_quantile: share of these images that lie below the outlier threshold.
+
+    Raises:
+        InputError: fewer than 2 labelled images, or labels out of range.
+    """
+
+    def __init__(
+        self,
+        features_ND: FloatArray,
+        labels_N: IntArray,
+        config: ClassifierConfig,
+        *,
+        num_clusters: int,
+        seed: int,
+        outlier_quantile: float,
+    ) -> None:
+        rows, labels = _check(features_ND, labels_N, num_clusters)
+        self.features_ND = features_ND
+        self.config = config
+        self.num_clusters = num_clusters
+        self.outlier_quantile = outlier_quantile
+        self.cluster_sizes = np.bincount(labels, minlength=num_clusters).astype(np.int64)
+        seeds = np.random.SeedSequence([seed, 4]).generate_state(3)
+        split_seed, self.batch_seed, self.sample_seed = (int(s) for s in seeds)
+        order = np.random.default_rng(split_seed).permutation(len(rows))
+        num_holdout = min(max(1, round(config.holdout_fraction * len(rows))), len(rows) - 1)
+        holdout, train = np.sort(order[:num_holdout]), np.sort(order[num_holdout:])
+        self.train_rows, self.train_labels = rows[train], labels[train]
+        self.holdout_rows, self.holdout_labels = rows[holdout], labels[holdout]
+        self.mean_D, self.scale = _mean_and_scale(features_ND, self.train_rows)
+
+    def train(self, positions: Sequence[int], *, device: str = "cpu", progress: Progress | None = None) -> Candidate:
+        """Train the settings at `positions` of the grid side by side, and keep the one that agrees best with the
+        consensus on the images kept back; equals are decided by the lower cross-entropy.
+
+        Args:
+            device: "cpu" or "cuda".
+        """
+        # Imports torch, which those who only label images need not wait for.
+        from icce_ray.classifier.sgd import train_grid
+
+        num_train, num_dims = len(self.train_rows), self.features_ND.shape[1]
+        batch_size = min(self.config.batch_size, num_train)
+        max_steps = max(MIN_STEPS, math.ceil(self.config.max_epochs * num_train / batch_size))
+        prepared: Float32Array | None = None
+        if num_train * num_dims * 4 <= MAX_PREPARED_BYTES:
+            prepared = self._read(self.train_rows)
+        grid = train_grid(
+            lambda rows: prepared[rows] if prepared is not None else self._read(self.train_rows[rows]),
+            self.train_labels,
+            num_clusters=self.num_clusters,
+            num_dims=num_dims,
+            learning_rates=tuple(self.config.learning_rates[position] for position in positions),
+            momentum=self.config.momentum,
+            batch_size=batch_size,
+            num_steps=min(self.config.num_iterations, max_steps),
+            seed=self.batch_seed,
+            device=device,
+            on_step=progress.update if progress is not None else None,
+        )
+        nothing = np.empty((0, 0), dtype=np.float32)
+        best = Candidate(-1, -math.inf, math.inf, nothing, nothing.ravel(), grid.num_diverged)
+        x_nD = self._read(self.holdout_rows)
+        for index, weights_DK, bias_K in zip(grid.positions, grid.weights, grid.biases, strict=True):
+            agreement, loss = _score(x_nD @ weights_DK + bias_K, self.holdout_labels)
+            candidate = Candidate(positions[index], agreement, loss, weights_DK, bias_K, grid.num_diverged)
+            best = better(best, candidate)
+        return best
+
+    def finish(self, candidates: Sequence[Candidate]) -> LinearClassifier:
+        """The best of the candidates, which together cover the grid, calibrated and with its outlier rule.
+
+        Raises:
+            InputError: every learning rate diverged.
+        """
+        best = candidates[0]
+        for candidate in candidates[1:]:
+            best = better(best, candidate)
+        rates = self.config.learning_rates
+        if best.position < 0:
+            raise InputError(
+                f"classifier.learning_rates: all of them, {min(rates):g} to {max(rates):g}, made the classifier "
+                "diverge; give smaller ones"
+            )
+        x_nD = self._read(self.holdout_rows)
+        logits_nK = x_nD @ best.weights + best.bias
+        temperature, floor = fit_calibration(logits_nK, self.holdout_labels)
+        predicted_n = logits_nK.argmax(axis=1)
+        confidence_n = calibrate(logits_nK, temperature, floor).max(axis=1)
+
+        sample_nD = self._read(self.train_rows[_sample(len(self.train_rows), MAX_OUTLIER_IMAGES, self.sample_seed)])
+        sample_labels_n = (sample_nD @ best.weights + best.bias).argmax(axis=1)
+        outliers, threshold = fit_outlier_rule(sample_nD, sample_labels_n, self.num_clusters, self.outlier_quantile)
+        return LinearClassifier(
+            mean=self.mean_D,
+            scale=self.scale,
+            weights=best.weights,
+            bias=best.bias,
+            temperature=temperature,
+            confidence_floor=floor,
+            outliers=outliers,
+            outlier_threshold=threshold,
+            cluster_sizes=self.cluster_sizes,
+            learning_rate=rates[best.position],
+            num_diverged=sum(candidate.num_diverged for candidate in candidates),
+            num_holdout=len(self.holdout_rows),
+            holdout_agreement=best.agreement,
+            ece=expected_calibration_error(confidence_n, predicted_n == self.holdout_labels),
+            holdout_confidence=confidence_histogram(confidence_n),
+            holdout_mean_confidence=float(confidence_n.mean(dtype=np.float64)),
+            holdout_outlier_rate=float((outliers.score(x_nD, predicted_n) > threshold).mean()),
+        )
+
+    def _read(self, rows: IntArray) -> Float32Array:
+        return prepare(self.features_ND[rows], self.mean_D, self.scale)
+
+
+def fit_classifier(
+    features_ND: FloatArray,
+    labels_N: IntArray,
+    config: ClassifierConfig,
+    *,
+    num_clusters: int,
+    seed: int,
+    outlier_quantile: float,
+    progress: Progress | None = None,
+    device: str = "cpu",
+) -> LinearClassifier:
+    """Train the grid, choose without labels, calibrate, in this process: see :class:`SelfTraining`.
+
+    Raises:
+        InputError: fewer than 2 labelled images, labels out of range, or every learning rate diverged.
+    """
+    training = SelfTraining(
+        features_ND, labels_N, config, num_clusters=num_clusters, seed=seed, outlier_quantile=outlier_quantile
+    )
+    everything = training.train(range(len(config.learning_rates)), device=device, progress=progress)
+    return training.finish([everything])
+
+
+def better(one: Candidate, other: Candidate) -> Candidate:
+    """The one that agrees better with the consensus; of equals the one of lower loss, then the earlier in the grid."""
+    return min(one, other, key=lambda candidate: (-candidate.agreement, candidate.loss, candidate.position))
+
+
+def _check(features_ND: FloatArray, labels_N: IntArray, num_clusters: int) -> tuple[IntArray, IntArray]:
+    """Rows that have a consensus label, and those labels."""
+    if features_ND.ndim != 2 or len(features_ND) != len(labels_N):
+        raise InputError(f"features of shape {features_ND.shape} do not fit {len(labels_N)} labels")
+    rows = np.flatnonzero(labels_N >= 0)
+    if len(rows) < 2:
+        raise InputError(f"a classifier needs at least 2 labelled images, there are {len(rows)}")
+    labels = np.asarray(labels_N[rows], dtype=np.int64)
+    if labels.max() >= num_clusters:
+        raise InputError(f"there is a label {labels.max()}, but only {num_clusters} clusters: 0 to {num_clusters - 1}")
+    return rows, labels
+
+
+def _score(logits_nK: Float32Array, labels_n: IntArray) -> tuple[float, float]:
+    """Agreement with the labels, and mean cross-entropy."""
+    agreement = (logits_nK.argmax(axis=1) == labels_n).mean()
+    of_label_n = logits_nK[np.arange(len(labels_n)), labels_n]
+    return float(agreement), float((logsumexp(logits_nK, axis=1) - of_label_n).mean())
+
+
+def _mean_and_scale(features_ND: FloatArray, rows: IntArray) -> tuple[Float32Array, float]:
+    """Mean feature (D,), and the root mean square over the dimensions of the median image's distance to it.
+
+    The median, or one image with features a hundred times larger would leave the others without any.
+    """
+    total_D = np.zeros(features_ND.shape[1])
+    for chunk in _chunks(len(rows)):
+        total_D += features_ND[rows[chunk]].sum(axis=0, dtype=np.float64)
+    mean_D = (total_D / len(rows)).astype(np.float32)
+    squares_N = np.empty(len(rows))
+    for chunk in _chunks(len(rows)):
+        squares_N[chunk] = ((features_ND[rows[chunk]] - mean_D).astype(np.float64) ** 2).sum(axis=1)
+    square = float(np.median(squares_N)) or float(squares_N.mean())
+    return mean_D, math.sqrt(square / features_ND.shape[1]) or 1.0
+
+
+def _sample(num_images: int, max_images: int, seed: int) -> IntArray:
+    if num_images <= max_images:
+        return np.arange(num_images)
+    return np.sort(np.random.default_rng(seed).choice(num_images, max_images, replace=False))
+
+
+def _chunks(num_rows: int) -> Iterator[slice]:
+    return (slice(start, start + CHUNK_ROWS) for start in range(0, num_rows, CHUNK_ROWS))

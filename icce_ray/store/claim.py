@@ -1,0 +1,178 @@
+"""One job at a time writes an artifact: the second is told, and a job that was killed leaves nothing to clean up.
+
+On local disks the claim is a lock that the kernel lets go of when its holder dies. On S3 it is an object, put only
+where there is none, that its holder renews; one that is not renewed any more is taken over, by a put on condition that
+nobody else was faster. Storage that knows neither (gs://) is not guarded.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+import threading
+import time
+import uuid
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+from icce_ray.errors import InputError
+from icce_ray.store import s3
+from icce_ray.store.filesystem import Folder
+
+CLAIM_NAME = ".writer.json"
+RENEW_S = 5.0
+LEASE_S = 20.0
+"""Not renewed for this long: the holder is dead."""
+POLL_S = 0.5
+
+
+class Claim:
+    """Held while an artifact is written.
+
+    Usage::
+
+        with Claim(folder):
+            ...
+
+    Raises:
+        InputError: on entry: another job is writing the artifact.
+    """
+
+    def __init__(self, folder: Folder) -> None:
+        self._folder = folder
+        self._file: IO[str] | None = None
+        self._me = json.dumps({"id": uuid.uuid4().hex, "host": socket.gethostname(), **_process(os.getpid())})
+        self._renewals = 0
+        self._etag = ""
+        self._done = threading.Event()
+        self._renewer: threading.Thread | None = None
+
+    def __enter__(self) -> Claim:
+        if self._folder.local_path is not None:
+            self._lock(self._folder.local_path)
+        elif self._folder.s3_options is not None:
+            self._put_or_take_over()
+            self._renewer = threading.Thread(target=self._renew, daemon=True)
+            self._renewer.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._file is not None:
+            self._file.close()
+        if self._renewer is not None:
+            self._done.set()
+            self._renewer.join()
+            if self._content() == self._text():
+                self._folder.remove(CLAIM_NAME)
+
+    def _lock(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._file = (folder / CLAIM_NAME).open("a+")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._file.seek(0)
+            holder = self._file.read()
+            self._file.close()
+            raise self._busy(holder) from None
+        self._file.truncate(0)
+        self._file.write(self._me)
+        self._file.flush()
+
+    def _put_or_take_over(self) -> None:
+        if self._put(IfNoneMatch="*"):
+            return
+        content, etag = self._content(), self._etag
+        deadline = time.monotonic() + LEASE_S
+        while content and not _is_dead(content) and time.monotonic() < deadline:
+            if _lives_here(content) or self._etag != etag:  # it is renewed
+                raise self._busy(content)
+            time.sleep(POLL_S)
+            content = self._content()
+        if not self._put(**({"IfMatch": self._etag} if content else {"IfNoneMatch": "*"})):
+            raise self._busy(self._content())
+
+    def _put(self, **condition: str) -> bool:
+        assert self._folder.s3_options is not None
+        uri = self._folder.file_uri(CLAIM_NAME)
+        bucket, key = s3.split_uri(uri)
+        try:
+            with s3.translated(uri):
+                client = s3.client(self._folder.s3_options)
+                answer = client.put_object(Bucket=bucket, Key=key, Body=self._text().encode(), **condition)
+        except (FileExistsError, FileNotFoundError):
+            # A put that was sent again after its answer got lost meets itself.
+            return self._content() == self._text()
+        self._etag = answer["ETag"]
+        return True
+
+    def _content(self) -> str:
+        """Of the claim that is there, "" where there is none; notes its etag."""
+        assert self._folder.s3_options is not None
+        uri = self._folder.file_uri(CLAIM_NAME)
+        bucket, key = s3.split_uri(uri)
+        try:
+            with s3.translated(uri):
+                answer = s3.client(self._folder.s3_options).get_object(Bucket=bucket, Key=key)
+                content: str = answer["Body"].read().decode()
+        except FileNotFoundError:
+            return ""
+        self._etag = answer["ETag"]
+        return content
+
+    def _text(self) -> str:
+        return json.dumps({**json.loads(self._me), "renewals": self._renewals})
+
+    def _renew(self) -> None:
+        while not self._done.wait(RENEW_S):
+            self._renewals += 1
+            try:
+                if not self._put(IfMatch=self._etag):
+                    return  # taken over: the manifest's conditional put decides
+            except (OSError, InputError):
+                self._renewals -= 1
+
+    def _busy(self, content: str) -> InputError:
+        holder = _parse(content)
+        who = f"process {holder['pid']} on {holder['host']}" if holder else "another job"
+        return InputError(
+            f"{self._folder.uri}: {who} is writing this artifact now. Wait for it (the same command then uses its "
+            "result), stop it, or choose another output"
+        )
+
+
+def _process(pid: int) -> dict[str, Any]:
+    """A process, told from a later one of the same id by when it started."""
+    try:
+        started = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        started = None
+    return {"pid": pid, "started": started}
+
+
+def _parse(content: str) -> dict[str, Any] | None:
+    try:
+        holder: dict[str, Any] = json.loads(content)
+        return holder if {"host", "pid", "started"} <= holder.keys() else None
+    except (ValueError, AttributeError):
+        return None
+
+
+def _lives_here(content: str) -> bool:
+    holder = _parse(content)
+    return (
+        holder is not None
+        and holder["host"] == socket.gethostname()
+        and holder["started"] is not None
+        and _process(holder["pid"])["started"] == holder["started"]
+    )
+
+
+def _is_dead(content: str) -> bool:
+    holder = _parse(content)
+    return holder is not None and holder["host"] == socket.gethostname() and not _lives_here(content)

@@ -1,0 +1,81 @@
+"""The first stages as the pipeline runs them, without the later ones; and what kills their workers."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from icce_ray import pipeline
+from icce_ray.config import Config
+from icce_ray.store import Artifact
+
+
+def run_embed(config: Config) -> Artifact:
+    """Plan, list and embed; what is finished is used. Returns the ``embed`` artifact."""
+    planned = pipeline.plan(config)
+    if config.embed.retry_errors and pipeline.retry_errors(config, planned, True):
+        planned = pipeline.plan(config)
+    artifacts: dict[str, Artifact] = {}
+    for step in planned[:2]:
+        artifacts[step.name] = step.artifact or pipeline.run_stage(config, step, artifacts, True)
+    return artifacts["embed"]
+
+
+def wait_for(condition: Callable[[], bool], timeout_s: float = 30.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.05)
+
+
+def workers(task: str) -> list[int]:
+    """Processes of this test's Ray that are at work on `task`."""
+    parents, found = {}, []
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit():
+            continue
+        try:
+            title = (entry / "cmdline").read_bytes()
+            parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+        except (OSError, ValueError):
+            continue
+        if title.startswith(b"ray::") and task.encode() in title:
+            found.append(int(entry.name))
+    return [pid for pid in found if _descends_from_us(pid, parents)]
+
+
+def _descends_from_us(pid: int, parents: dict[int, int]) -> bool:
+    while pid in parents and pid > 1:
+        pid = parents[pid]
+        if pid == os.getpid():
+            return True
+    return False
+
+
+@contextmanager
+def killing(task: str, when: Callable[[], bool], limit: int, killed: list[int]) -> Iterator[None]:
+    """In the background: kill -9 the workers of `task` whenever `when` holds, each once, at most `limit` of them; their
+    process ids go into `killed`."""
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.002) and len(killed) < limit:
+            if not when():
+                continue
+            for pid in workers(task):
+                if pid not in killed and len(killed) < limit and when():
+                    os.kill(pid, signal.SIGKILL)
+                    killed.append(pid)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield
+    finally:
+        done.set()
+        watcher.join()

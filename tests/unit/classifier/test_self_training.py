@@ -1,0 +1,102 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from scipy.optimize import linear_sum_assignment
+from sklearn.cluster import MiniBatchKMeans
+from sklearn.datasets import load_digits
+from sklearn.preprocessing import normalize
+
+from icce_ray import cluster_ensemble
+from icce_ray.classifier.calibration import expected_calibration_error
+from icce_ray.classifier.self_training import SelfTraining, fit_classifier
+from icce_ray.config import ClassifierConfig
+
+MAX_CALIBRATION_ERROR = 0.05
+MAX_ACCURACY_LOSS = 0.005
+
+
+def blobs() -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 3, 300)
+    return (rng.normal(size=(300, 6)) + 2 * np.eye(6)[labels]).astype(np.float32), labels
+
+
+def training(**changes: object) -> SelfTraining:
+    config = ClassifierConfig.model_validate({"num_iterations": 200} | changes)
+    return SelfTraining(*blobs(), config, num_clusters=3, seed=0, outlier_quantile=0.99)
+
+
+@pytest.mark.parametrize("num_processes", [2, 3, 13])
+def test_processes_that_share_the_grid_make_the_classifier_of_one(num_processes: int) -> None:
+    problem = training()
+    alone = problem.finish([problem.train(range(13))])
+    shares = [problem.train(range(rank, 13, num_processes)) for rank in range(num_processes)]
+    together = problem.finish(shares)
+    assert together.learning_rate == alone.learning_rate
+    np.testing.assert_allclose(together.weights, alone.weights, atol=1e-5)
+    assert together.temperature == pytest.approx(alone.temperature, rel=1e-3)
+    assert together.holdout_agreement == alone.holdout_agreement
+
+
+def test_settings_that_diverge_are_dropped_in_whichever_process_they_are() -> None:
+    problem = training(learning_rates=[5e38, 0.01, 6e38, 0.05])
+    candidates = [problem.train([0, 2]), problem.train([1, 3])]
+    assert candidates[0].position == -1
+    classifier = problem.finish(candidates)
+    assert classifier.num_diverged == 2
+    assert classifier.learning_rate in (0.01, 0.05)
+
+
+def real(folder: Path, name: str) -> tuple[npt.NDArray[np.float16], npt.NDArray[np.int64]]:
+    if name == "digits":
+        digits = load_digits()
+        return (digits.data / 16).astype(np.float16), digits.target.astype(np.int64)
+    labels = "fmnist_2000_labels" if name.startswith("fmnist") else "cifar10_test_labels"
+    return np.load(folder / f"{name}.npy"), np.load(folder / f"{labels}.npy").astype(np.int64)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "num_folds"), [("digits", 5), ("cifar10_test_mixpca256", 1), ("cifar10_test_v1", 1), ("fmnist_2000_v1", 3)]
+)
+def test_on_real_sets_the_classifier_is_as_right_as_its_consensus_and_knows_how_sure_it_is(
+    real_data_dir: Path, name: str, num_folds: int
+) -> None:
+    """Heads are k-means runs on half of the dimensions each. True labels score; nothing else sees them. Of a fifth of a
+    small set one image is a quarter of a point, so more fifths are kept back in turn."""
+    features, true = real(real_data_dir, name)
+    rng = np.random.default_rng(0)
+    order = rng.permutation(len(features))  # the files are sorted by class
+    features, true = features[order], true[order]
+    num_clusters = len(np.unique(true))
+    centred = normalize(features.astype(np.float32) - features.mean(axis=0, dtype=np.float32))
+    halves = [rng.permutation(features.shape[1])[: features.shape[1] // 2] for _ in range(6)]
+    heads = [
+        MiniBatchKMeans(num_clusters, n_init=1, random_state=seed).fit_predict(centred[:, half])
+        for seed, half in enumerate(halves)
+    ]
+    consensus = cluster_ensemble(np.array(heads), num_clusters, random_state=0).labels
+    counts = np.zeros((num_clusters, num_clusters))
+    np.add.at(counts, (consensus, true), 1)
+    class_of = linear_sum_assignment(-counts)[1]
+    rights, errors = [], []
+    for fold in range(num_folds):
+        is_fresh = np.arange(len(features)) % 5 == fold
+        targets = np.where(is_fresh, -1, consensus)
+        config = ClassifierConfig(num_iterations=1000)
+        classifier = fit_classifier(
+            features, targets, config, num_clusters=num_clusters, seed=fold, outlier_quantile=0.999
+        )
+        found = classifier.label(features[is_fresh])
+        errors.append(expected_calibration_error(found.confidence, found.cluster == consensus[is_fresh]))
+        rights.append(
+            ((class_of[found.cluster] == true[is_fresh]).mean(), (class_of[consensus] == true)[is_fresh].mean())
+        )
+    accuracy, of_consensus = np.mean(rights, axis=0)
+    print(f"{name}: ACC {accuracy:.4f}, consensus {of_consensus:.4f}, calibration errors {np.round(errors, 4)}")
+    assert accuracy >= of_consensus - MAX_ACCURACY_LOSS
+    assert max(errors) < MAX_CALIBRATION_ERROR

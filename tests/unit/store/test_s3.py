@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import pytest
+
+from icce_ray.config import Config, StorageConfig, load_config
+from icce_ray.errors import ConfigError
+from icce_ray.store import Folder
+from icce_ray.store.s3 import endpoint_url, region_name, split_uri, use_s3
+
+SECRET = "do-not-print-this"
+
+
+def test_secrets_are_in_no_dump_and_no_repr_but_travel_to_workers() -> None:
+    storage = {"access_key": "id", "secret_key": SECRET, "session_token": SECRET, "endpoint": "http://127.0.0.1:9"}
+    config = Config(images={"uri": "s3://b/x"}, num_clusters=2, output="s3://b/o", storage=storage)
+    use_s3(config.storage)
+    folder = Folder.at("s3://b/o")
+    use_s3(StorageConfig())
+    assert SECRET not in config.model_dump_json() + repr(config) + repr(folder) + str(config.model_dump())
+    travelled = pickle.loads(pickle.dumps(folder))
+    assert travelled.s3_options.secret_key.get_secret_value() == SECRET
+    assert travelled == folder
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        f"storage.secret_key=[{SECRET}]",
+        f"storage.secret_key={SECRET}",
+        f"storage={SECRET}",
+        f"images.uri=s3://id:{SECRET}@bucket/x",
+        f"output=s3://id:{SECRET}@bucket/x",
+    ],
+)
+def test_a_mistake_with_a_secret_does_not_repeat_it(tmp_path: Path, setting: str) -> None:
+    (tmp_path / "run.yaml").write_text("{images: {uri: x}, num_clusters: 2, output: y}")
+    with pytest.raises(ConfigError) as caught:
+        Folder.at(load_config(tmp_path / "run.yaml", [setting]).output)
+    assert SECRET not in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["a/b.png", "a?b.png", "a#b c%20.png", ""])
+def test_a_key_may_hold_any_character(key: str) -> None:
+    assert split_uri(f"s3://bucket/{key}") == ("bucket", key)
+
+
+@pytest.mark.parametrize("uri", ["s3:///x", "s3://bucket?region=x/y"])
+def test_a_uri_without_a_plain_bucket_is_refused(uri: str) -> None:
+    with pytest.raises(ConfigError, match="write it as s3://bucket/prefix"):
+        split_uri(uri)
+
+
+def test_what_the_config_leaves_open_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_REGION", "AWS_DEFAULT_REGION"):
+        monkeypatch.delenv(name, raising=False)
+    assert (endpoint_url(StorageConfig()), region_name(StorageConfig())) == (None, None)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://store:9000")
+    monkeypatch.setenv("AWS_REGION", "eu-west-1")
+    assert (endpoint_url(StorageConfig()), region_name(StorageConfig())) == ("http://store:9000", "eu-west-1")
+    given = StorageConfig(endpoint="other.example", region="x")
+    assert (endpoint_url(given), region_name(given)) == ("https://other.example", "x")
