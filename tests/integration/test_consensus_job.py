@@ -172,6 +172,7 @@ def _functions_of_this_file_reach_the_workers():
     cloudpickle.unregister_pickle_by_value(module)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_functions_of_this_file_reach_the_workers")
 def test_a_worker_that_is_killed_costs_nothing_and_one_that_always_dies_is_an_error(
     tmp_path, label_matrix, monkeypatch

@@ -102,6 +102,7 @@ def test_the_temi_preset_takes_the_best_head_and_fixed_neighbours(blobs) -> None
         ({"similarity_threshold": 3.0}, r"similarity_threshold is 3\.0"),
         ({"preset": "dino"}, "preset: 'dino' is not usable"),
         ({"heads": {"num_head": 3}}, "did you mean num_heads"),
+        ({"consensus": {"extra_runs": ["a-run"]}}, "cluster_ensemble a list of label matrices"),
     ],
 )
 def test_bad_parameters_are_refused_by_fit_with_what_is_allowed(blobs, changes, message: str) -> None:

@@ -73,6 +73,7 @@ ALL = [stage.name for stage in TOYS]
 
 
 REAL_STAGES = pipeline.STAGES
+REAL_CHECK = pipeline._check
 
 
 @pytest.fixture(autouse=True)
@@ -232,6 +233,12 @@ def test_an_output_that_cannot_be_used_is_refused_before_any_work(tmp_path: Path
     with pytest.raises(InputError, match=r"output: .* cannot be read"):
         pipeline.run(config_for(tmp_path, output=str(tmp_path / "file" / "out")), quiet=True)
     assert ran == []
+
+
+def test_extra_runs_that_are_not_there_are_refused_before_any_work(tmp_path: Path) -> None:
+    config = config_for(tmp_path, consensus={"extra_runs": ["gone"]})
+    with pytest.raises(InputError, match=r"consensus\.extra_runs: there is no run 'gone'"):
+        REAL_CHECK(config, ["consensus", "report"])
 
 
 def test_the_record_of_a_run_names_its_artifacts(tmp_path: Path) -> None:
