@@ -11,7 +11,7 @@ import numpy as np
 from icce_ray import pipeline
 from icce_ray.config import Config
 from icce_ray.context import StageContext
-from icce_ray.embed.backbone import check_backbone, plan_backbone
+from icce_ray.embed.backbone import check_backbone, plan_embedding
 from icce_ray.embed.decoded import decode_part
 from icce_ray.embed.listing import Listing
 from icce_ray.embed.parts import PartRange
@@ -123,7 +123,7 @@ def _decode_s(config: Config, listing: Listing, rows: list[int]) -> float:
     decode_part(
         PartRange(0, 0, len(images)),
         images,
-        plan_backbone(config.embed).preprocessing,
+        plan_embedding(config.embed).preprocessing,
         max_pixels=config.embed.max_image_pixels,
     )
     return (time.monotonic() - began) / len(images)
