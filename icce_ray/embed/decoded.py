@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -96,8 +97,7 @@ def decode_part(
     pixels = np.empty((len(by_id), *preprocessing.shape), dtype=np.uint8)
     num_decoded = 0
     outcomes: dict[str, int | str] = {}
-    for ids in tries.steps(list(by_id), 1 if tries.is_careful else HASHED_TOGETHER):
-        files = list(read_images([by_id[image_id] for image_id in ids]))
+    for files in _files(list(by_id.values()), tries):
         hashes = [hashlib.sha256(data).hexdigest() if isinstance(data, bytes) else "" for _, data in files]
         new = sorted({value for value in hashes if value and value not in outcomes})
         outcomes |= dict.fromkeys(known(new) if known is not None and new else (), -1)
@@ -117,6 +117,7 @@ def decode_part(
                 errors.append((image.image_id, outcome))
             else:
                 good.append((image.image_id, outcome, content))
+    good.sort()  # files come in no order
     return DecodedPart(
         image_ids=np.array([image_id for image_id, _, _ in good], dtype=np.int64),
         rows=np.array([row for _, row, _ in good], dtype=np.int32),
@@ -124,6 +125,18 @@ def decode_part(
         hashes=[content for _, _, content in good],
         errors=sorted(errors),
     )
+
+
+def _files(images: Sequence[ListedImage], tries: Tries | NoTries) -> Iterator[list[tuple[ListedImage, bytes | str]]]:
+    """The files of the images, some at a time; one by one where it must be plain at which a worker dies."""
+    if tries.is_careful:
+        by_id = {image.image_id: image for image in images}
+        for ids in tries.steps(list(by_id), 1):
+            yield list(read_images([by_id[image_id] for image_id in ids]))
+        return
+    ahead = read_images(images)
+    while files := list(islice(ahead, HASHED_TOGETHER)):
+        yield files
 
 
 def embed_contents(

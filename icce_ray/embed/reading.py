@@ -8,9 +8,9 @@ from __future__ import annotations
 import random
 import threading
 import time
-from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from itertools import islice
 from typing import NamedTuple
 
 from icce_ray.embed.containers import ParquetCells, Span, locate
@@ -19,13 +19,15 @@ from icce_ray.errors import InputError
 from icce_ray.store import s3
 from icce_ray.store.filesystem import open_uri
 
-READ_TIMEOUTS_S = (3.0, 3.0, 6.0, 6.0, 12.0, 12.0, 24.0, 24.0)
+READ_TIMEOUTS_S = (1.5, 3.0, 6.0, 6.0, 12.0, 12.0, 24.0, 24.0)
 """Without a byte, by attempt."""
 BACKOFF_S = 0.1
 MAX_BACKOFF_S = 1.0
 """Doubles from the first to the second. A store that throttles slows down one of NUM_THREADS reads, not the job."""
 NUM_THREADS = 16
 """Reads under way at once in one process: what hides the latency of remote storage."""
+MAX_AHEAD = 32
+"""Files that are asked for and not handed on yet."""
 REMOVED = "removed"
 """In place of the etag of an image that a later listing did not find; and its reason."""
 
@@ -71,20 +73,20 @@ def read_image(uri: str, size_bytes: int | None = None) -> bytes | str:
 
 
 def read_images(rows: Sequence[ListedImage]) -> Iterator[tuple[ListedImage, bytes | str]]:
-    """The bytes of each image, in order; remote ones are read ahead by threads, NUM_THREADS at most at a time."""
+    """The bytes of each image; remote ones are read by threads and come as they arrive, so that a slow answer holds up
+    no other."""
     if not any(is_remote(row.uri) for row in rows):
         yield from ((row, _read_row(row)) for row in rows)
         return
-    under_way: deque[tuple[ListedImage, Future[bytes | str]]] = deque()
+    waiting = iter(rows)
     with ThreadPoolExecutor(NUM_THREADS) as threads:
-        for row in rows:
-            if len(under_way) == NUM_THREADS:
-                first, result = under_way.popleft()
-                yield first, result.result()
-            under_way.append((row, threads.submit(_read_row, row)))
+        under_way = {threads.submit(_read_row, row): row for row in islice(waiting, MAX_AHEAD)}
         while under_way:
-            first, result = under_way.popleft()
-            yield first, result.result()
+            done, _ = wait(under_way, return_when=FIRST_COMPLETED)
+            for result in done:
+                yield under_way.pop(result), result.result()
+                for row in islice(waiting, 1):
+                    under_way[threads.submit(_read_row, row)] = row
 
 
 def _read_row(row: ListedImage) -> bytes | str:
