@@ -59,6 +59,8 @@ def test_a_config_survives_the_way_through_json(config_file: Path) -> None:
         ("num_clusters=1", r"num_clusters: 1 is not usable: .*greater than or equal to 2"),
         ("neighbors.similarity_threshold=1.5", r"neighbors: similarity_threshold is 1\.5; a cosine lies between"),
         ("neighbors.max_neighbors=1", r"neighbors: max_neighbors is 1, below min_neighbors \d+"),
+        ("images.uri=[]", "images: uri is empty; name a folder"),
+        ("storage.access_key=id", "access_key and secret_key belong together"),
         ("embeddings.uri=x.npy", r"both are given: name the input with either images\.uri or embeddings\.uri"),
         ("images.uri=null", r"neither is given: name the input with either"),
         ("preset=best", r"preset: 'best' is not usable: .*'icce', 'temi' or 'scan'"),
