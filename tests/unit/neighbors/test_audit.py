@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import pytest
+from sklearn.datasets import load_digits
 
 from icce_ray.config import NeighborsConfig
 from icce_ray.neighbors import audit as audit_module
@@ -174,7 +175,20 @@ REAL_SETS = {
 def test_on_real_features_auto_keeps_the_precision_it_estimates(name: str, center: bool, real_data_dir: Path) -> None:
     labels_name, tolerance = REAL_SETS[name]
     labels = np.load(real_data_dir / f"{labels_name}.npy").astype(np.int64)
-    prepared = prepare(np.load(real_data_dir / f"{name}.npy"), center)
+    check_automatic_threshold(np.load(real_data_dir / f"{name}.npy"), labels, center, tolerance)
+
+
+@pytest.mark.parametrize("center", [True, False])
+def test_on_digits_auto_keeps_the_precision_of_fixed_thresholds(center: bool) -> None:
+    digits = load_digits()
+    check_automatic_threshold(digits.data.astype(np.float32), digits.target.astype(np.int64), center, 0.1)
+
+
+def check_automatic_threshold(
+    features: npt.NDArray[np.floating], labels: npt.NDArray[np.int64], center: bool, tolerance: float
+) -> None:
+    """Its precision is as estimated, and near the best of fixed thresholds that give as many neighbours."""
+    prepared = prepare(features, center)
     base = prepared[:]
     num_clusters = len(np.unique(labels))
     result = audit_prepared(prepared, NeighborsConfig(min_neighbors=50), num_clusters=num_clusters, seed=0)
