@@ -131,8 +131,9 @@ class NeighborsConfig(Section):
     max_neighbors: PositiveInt | None = 1000
     """Longer lists keep a uniform random subset of this size. `null`: no limit."""
     duplicate_threshold: float | Literal["auto"] | None = "auto"
-    """Images at least this similar (cosine) are near-duplicates: they are listed, and a group of them counts once as a
-    neighbour. `auto`: a hundred times nearer than neighbours usually are. `null`: none are looked for."""
+    """Images at least this similar (cosine) are near-duplicates: they are listed, and a group of them counts once in
+    training, by the one of the lowest id. `auto`: a hundred times nearer than neighbours usually are. `null`: none are
+    looked for."""
     method: Literal["auto", "exact", "ivf"] = "auto"
     """`exact`: every pair of images is compared. `ivf`: an inverted file on the CPU, which looks into the likely cells
     only. `auto`: exact up to 5e15 multiplications (N x N x D: 1.5 million images at 2048 dimensions), beyond it IVF

@@ -23,7 +23,7 @@ def choose_batch_size(num_images: int, batch_size: int | Literal["auto"]) -> int
 
 
 def num_steps_per_epoch(num_images: int, batch_size: int) -> int:
-    """Steps that cover every image once, in batches of nearly equal size, as near to `batch_size` as can be."""
+    """Steps that visit every image once, in batches of nearly equal size, as near to `batch_size` as can be."""
     return max(1, round(num_images / batch_size))
 
 
@@ -36,9 +36,10 @@ def epoch_batches(
         rows (1 + num_positives, b) int64, the images and, below each, its drawn neighbours; and the size of the global
         batch. Batches are of nearly equal size: with a small last batch BatchNorm and Sinkhorn-Knopp would see too few.
     """
-    num_images = graph.num_images
+    anchors = graph.anchors
+    num_images = len(anchors)
     generator = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, epoch])))
-    order = generator.permutation(num_images)
+    order = anchors[generator.permutation(num_images)]
     draws = generator.random((num_positives, num_images), dtype=np.float32)
     for batch in np.array_split(np.arange(num_images), num_steps_per_epoch(num_images, batch_size)):
         share = np.array_split(batch, num_workers)[rank]

@@ -61,7 +61,9 @@ class HeadTrainer:
         self.config = config
         self.graph = graph
         self.seed = seed
-        self.batch_size = choose_batch_size(num_images, config.batch_size)
+        anchors = graph.anchors
+        self.num_anchors = len(anchors)
+        self.batch_size = choose_batch_size(self.num_anchors, config.batch_size)
         self.communicator: Communicator = communicator or SingleWorker()
         self.device = torch.device(device)
         self.dtype = matmul_dtype(config.precision, self.device)
@@ -83,14 +85,16 @@ class HeadTrainer:
         self.prior_HK = torch.full((config.num_heads, num_clusters), 1.0 / num_clusters, device=self.device)
         self.optimizer = self._make_optimizer()
         self.teacher_momentum = teacher_momentum(config, self.steps_per_epoch)
-        self.watch = EpochWatch(num_images, config.num_heads, num_clusters, config.num_epochs, seed, self.device)
+        self.watch = EpochWatch(
+            num_images, anchors, config.num_heads, num_clusters, config.num_epochs, seed, self.device
+        )
         self.epoch = 0
         self.history: list[dict[str, Any]] = []
         self.head_losses_H = np.full(config.num_heads, np.nan)
 
     @property
     def steps_per_epoch(self) -> int:
-        return num_steps_per_epoch(self.graph.num_images, self.batch_size)
+        return num_steps_per_epoch(self.num_anchors, self.batch_size)
 
     @property
     def labels_rest(self) -> bool:
@@ -101,7 +105,7 @@ class HeadTrainer:
         return all(epoch["label_change"] is not None and epoch["label_change"] < limit for epoch in last)
 
     def train_epoch(self) -> None:
-        """One pass over all images.
+        """One pass over all images that have neighbours.
 
         Raises:
             FloatingPointError: a loss is not finite; names heads, epoch, step and what led to it.
@@ -130,7 +134,7 @@ class HeadTrainer:
             # Kept on the device: asking whether a loss is finite would make a GPU wait at every step.
             bad_step_H = torch.where(loss_H.isfinite(), bad_step_H, bad_step_H.clamp_max(step))
         # One sum an epoch: the loss is only looked at here.
-        head_losses_H = (self.communicator.sum_(loss_sum_H) / self.graph.num_images).cpu().numpy()
+        head_losses_H = (self.communicator.sum_(loss_sum_H) / self.num_anchors).cpu().numpy()
         if not np.isfinite(head_losses_H).all():
             raise FloatingPointError(self._describe_fault(bad_step_H, learning_rate, ce_weight))
         self.epoch += 1
@@ -147,7 +151,7 @@ class HeadTrainer:
                 "ce_weight": ce_weight,
                 **watched,
                 "seconds": round(seconds, 3),
-                "pairs_per_s": round(self.graph.num_images / seconds, 1),
+                "pairs_per_s": round(self.num_anchors / seconds, 1),
             }
         )
 

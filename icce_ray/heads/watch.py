@@ -19,16 +19,23 @@ NMI_PER_RUN = 20
 class EpochWatch:
     """Labels of a seeded sample of the images, and cluster sizes, of one epoch after the other.
 
-    Every image is labelled once an epoch, at the step that draws it: no extra forward pass, and labels that are half an
-    epoch old on average.
+    Every image of `anchors` is labelled once an epoch, at the step that draws it: no extra forward pass, and labels
+    that are half an epoch old on average.
     """
 
     def __init__(
-        self, num_images: int, num_heads: int, num_clusters: int, num_epochs: int, seed: int, device: torch.device
+        self,
+        num_images: int,
+        anchors: npt.NDArray[np.int64],
+        num_heads: int,
+        num_clusters: int,
+        num_epochs: int,
+        seed: int,
+        device: torch.device,
     ) -> None:
-        generator = np.random.default_rng([seed, num_images])
-        num_watched = min(num_images, MAX_WATCHED_IMAGES)
-        watched = generator.choice(num_images, num_watched, replace=False)
+        generator = np.random.default_rng([seed, len(anchors)])
+        num_watched = min(len(anchors), MAX_WATCHED_IMAGES)
+        watched = generator.choice(anchors, num_watched, replace=False)
         # All others share one more column: no mask is needed, which would make a GPU wait.
         column_N = np.full(num_images, num_watched)
         column_N[watched] = np.arange(num_watched)

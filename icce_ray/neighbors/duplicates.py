@@ -1,8 +1,9 @@
 """Near-duplicates: the same picture again, rescaled or saved anew. Each group counts once as a neighbour [ours].
 
 Ten copies of a picture are its ten most similar images, and nothing is learnt from them: they would fill its list and
-those of its neighbours. So a group of near-duplicates is represented by its leader, the lowest id; only leaders are
-neighbours, and no image is a neighbour of its own leader. A group holds images that are near-duplicates of the leader
+those of its neighbours; and a picture that is trained on ten times an epoch bends the balance of the clusters. So a
+group of near-duplicates is represented by its leader, the lowest id: only leaders have neighbours and are neighbours.
+The heads then label all. A group holds images that are near-duplicates of the leader
 itself: likeness is not passed on along chains, at whose ends images may differ.
 """
 

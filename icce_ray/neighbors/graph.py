@@ -29,7 +29,7 @@ from icce_ray.neighbors.rows import (
     ids_to_search_again,
     merge_shards,
     part_ranges,
-    replace_rows,
+    rows_among_leaders,
     search_shard,
 )
 from icce_ray.neighbors.rule import Rule
@@ -44,6 +44,7 @@ class NeighborGraph:
 
     indptr: (N+1,) int64; the neighbours of image i are indices[indptr[i]:indptr[i+1]].
     indices: (E,) int32, or int64 above 2^31-1 images; ascending within a row, never i itself.
+    A near-duplicate of another image, its leader, has no neighbours and is nobody's: it does not take part in training.
     """
 
     indptr: npt.NDArray[np.int64]
@@ -61,6 +62,11 @@ class NeighborGraph:
     def degrees(self) -> npt.NDArray[np.int64]:
         """(N,) number of neighbours of each image."""
         return np.diff(self.indptr)
+
+    @property
+    def anchors(self) -> npt.NDArray[np.int64]:
+        """(A,) ascending, the images that have neighbours: those that an epoch of training visits."""
+        return np.flatnonzero(self.degrees)
 
     def neighbors_of(self, image: int) -> npt.NDArray[np.integer]:
         return self.indices[self.indptr[image] : self.indptr[image + 1]]
@@ -173,7 +179,7 @@ def build(
             ids = ids_to_search_again(parts[number], start, leader_N)
             answer = search_shard(engine, prepared, ids, rule, leader_N)
             new, _ = merge_shards([answer], prepared, ids, rule, leader_N)
-            parts[number] = replace_rows(parts[number], start, ids, new)
+            parts[number] = rows_among_leaders(parts[number], start, leader_N, ids, new)
     rows = Rows.join(parts)
     return BuiltGraph(NeighborGraph(rows.indptr, rows.indices), audit, duplicates, leader_N)
 

@@ -41,7 +41,7 @@ from icce_ray.progress import Progress
 from icce_ray.sample.draw import training_set
 from icce_ray.store import Artifact, Folder
 
-VERSION = 2
+VERSION = 3
 MAX_RESTARTS = 5
 PARTS_IN_FLIGHT = 3
 
@@ -52,8 +52,9 @@ def run(config: Config, context: StageContext) -> dict[str, Any]:
     Returns:
         similarity_threshold, duplicate_threshold, method, recall, operations_share (of an exact search), num_images,
         num_edges, mean_neighbors, min_neighbors, max_neighbors (as found), share_at_min (rows that had fewer above the
-        threshold than `min_neighbors`), num_duplicate_pairs, num_left_out (near-duplicates that are nobody's
-        neighbour, since their leader is). What the audit says is of the first feature set.
+        threshold than `min_neighbors`), num_duplicate_pairs, num_left_out (near-duplicates that have no row, since
+        their leader has one; the figures of rows are those of the others). What the audit says is of the first
+        feature set.
 
     Raises:
         InputError: features that are not finite, or a feature set that there is not.

@@ -1,7 +1,8 @@
 """Rows of the graph from the answers of shards. The job does this with shards on other machines.
 
 Rows are made in parts: each shard answers for the part's images (`search_shard`), the answers become rows
-(`merge_shards`). Where near-duplicates were found, the rows that they stand in are made a second time, among leaders.
+(`merge_shards`). Where near-duplicates were found, the rows that they stand in are made a second time, among leaders,
+and their own rows are emptied.
 """
 
 from __future__ import annotations
@@ -47,26 +48,29 @@ class Rows:
 
     def summary(self, min_neighbors: int) -> dict[str, int]:
         """Figures of these rows that `join_summaries` can add up."""
+        has_list = self.lengths > 0
+        lengths = self.lengths[has_list]
         return {
             "num_images": len(self.lengths),
-            "num_edges": int(self.lengths.sum()),
-            "min_neighbors": int(self.lengths.min()),
-            "max_neighbors": int(self.lengths.max()),
-            "num_at_min": int((self.num_hits < min_neighbors).sum()),
+            "num_lists": len(lengths),
+            "num_edges": int(lengths.sum()),
+            "min_neighbors": int(lengths.min(initial=np.iinfo(np.int64).max)),
+            "max_neighbors": int(lengths.max(initial=0)),
+            "num_at_min": int((self.num_hits[has_list] < min_neighbors).sum()),
         }
 
     @staticmethod
     def join_summaries(summaries: list[dict[str, int]]) -> dict[str, Any]:
-        """Figures of the whole graph from those of its parts."""
-        num_images = sum(part["num_images"] for part in summaries)
+        """Figures of the whole graph from those of its parts; means and shares are of the images that have a list."""
+        num_lists = sum(part["num_lists"] for part in summaries)
         num_edges = sum(part["num_edges"] for part in summaries)
         return {
-            "num_images": num_images,
+            "num_images": sum(part["num_images"] for part in summaries),
             "num_edges": num_edges,
-            "mean_neighbors": round(num_edges / num_images, 3),
+            "mean_neighbors": round(num_edges / num_lists, 3),
             "min_neighbors": min(part["min_neighbors"] for part in summaries),
             "max_neighbors": max(part["max_neighbors"] for part in summaries),
-            "share_at_min": round(sum(part["num_at_min"] for part in summaries) / num_images, 6),
+            "share_at_min": round(sum(part["num_at_min"] for part in summaries) / num_lists, 6),
         }
 
 
@@ -121,26 +125,29 @@ def merge_shards(
 
 
 def ids_to_search_again(rows: Rows, start: int, leader_N: Ids) -> Ids:
-    """The images from `start` on whose rows are not yet those of the rule over leaders. A row of a leader in which only
-    leaders stand is, whatever the rule left out."""
+    """The leaders from `start` on whose rows are not yet those of the rule over leaders. A row in which only leaders
+    stand is, whatever the rule left out."""
     is_leader_N = leader_N == np.arange(len(leader_N))
     rows_P = np.repeat(np.arange(len(rows.lengths)), rows.lengths)
     num_others = np.bincount(rows_P[~is_leader_N[rows.indices]], minlength=len(rows.lengths))
     ids = np.arange(start, start + len(rows.lengths))
-    chosen: Ids = ids[(num_others > 0) | ~is_leader_N[ids]]
+    chosen: Ids = ids[(num_others > 0) & is_leader_N[ids]]
     return chosen
 
 
-def replace_rows(rows: Rows, start: int, ids: Ids, new: Rows) -> Rows:
+def rows_among_leaders(rows: Rows, start: int, leader_N: Ids, ids: Ids, new: Rows) -> Rows:
     """`rows`, which begin with image `start`, with those of `ids` taken from `new`, except where these are empty: an
-    approximate search may see nothing but copies."""
-    if not len(ids):
-        return rows
+    approximate search may see nothing but copies. Who follows a leader has an empty row: the leader stands for it."""
     lists = np.split(rows.indices, rows.indptr[1:-1])
     lengths, num_hits = rows.lengths.copy(), rows.num_hits.copy()
-    for row, neighbors, hits in zip(ids - start, np.split(new.indices, new.indptr[1:-1]), new.num_hits, strict=True):
+    # `np.split` makes one list of no rows at all.
+    new_lists = np.split(new.indices, new.indptr[1:-1])[: len(ids)]
+    for row, neighbors, hits in zip(ids - start, new_lists, new.num_hits, strict=True):
         if len(neighbors):
             lists[row], lengths[row], num_hits[row] = neighbors, len(neighbors), hits
+    own = np.arange(start, start + len(lengths))
+    for row in np.flatnonzero(leader_N[own] != own):
+        lists[row], lengths[row], num_hits[row] = rows.indices[:0], 0, 0
     return Rows(lengths, np.concatenate(lists), num_hits)
 
 

@@ -33,7 +33,7 @@ from icce_ray.neighbors.rows import (
     ids_to_search_again,
     merge_shards,
     part_ranges,
-    replace_rows,
+    rows_among_leaders,
     search_shard,
     shard_ids,
 )
@@ -199,7 +199,8 @@ class ShardWorker:
         ids = self._ids(task)
         rows, duplicates = merge_shards(answers, self.prepared, ids, rule, leader_N)
         if task.among_leaders:
-            rows = replace_rows(read_rows(self.folder, task.first_pass), task.start, ids, rows)
+            first_rows = read_rows(self.folder, task.first_pass)
+            rows = rows_among_leaders(first_rows, task.start, self.leaders, ids, rows)
         writer = ArtifactWriter(self.folder)
         files = [
             writer.write_array(f"{task.name}-indptr.npy", rows.indptr),

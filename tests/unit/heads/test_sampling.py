@@ -19,6 +19,15 @@ def test_an_epoch_shows_every_image_once_with_one_of_its_neighbours(planted) -> 
         assert neighbor in graph.neighbors_of(image)
 
 
+def test_an_epoch_visits_only_images_with_neighbours() -> None:
+    # Images 1, 2 and 5 follow leaders.
+    graph = NeighborGraph(np.array([0, 2, 2, 2, 4, 5, 5]), np.array([3, 4, 0, 4, 3], np.int32))
+    rows = np.concatenate([rows for rows, _ in batches_of(graph, m=2)], axis=1)
+    assert sorted(rows[0]) == [0, 3, 4]
+    for image, *neighbors in rows.T:
+        assert set(neighbors) <= set(graph.neighbors_of(image))
+
+
 def test_neighbours_are_drawn_uniformly(planted) -> None:
     _, graph, _ = planted
     drawn = np.concatenate([rows for epoch in range(400) for rows, _ in batches_of(graph, epoch=epoch)], axis=1)

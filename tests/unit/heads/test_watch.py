@@ -31,7 +31,7 @@ def test_the_watch_counts_what_changed_and_what_is_empty(max_watched: int, monke
     generator = np.random.default_rng(0)
     labels = generator.integers(0, 4, (3, 100))
     labels[1][labels[1] == 2] = 0  # one of twelve clusters is empty
-    watch = EpochWatch(100, 3, 4, num_epochs=20, seed=0, device=torch.device("cpu"))
+    watch = EpochWatch(100, np.arange(100), 3, 4, num_epochs=20, seed=0, device=torch.device("cpu"))
     first = watched_epoch(watch, labels, 1)
     assert first["empty_clusters"] == pytest.approx(1 / 12)
     assert first["label_change"] is None

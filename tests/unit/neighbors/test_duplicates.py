@@ -30,11 +30,14 @@ def plain_leaders(units: npt.NDArray[np.int64], threshold: float) -> list[int]:
 
 
 def plain_lists(base: npt.NDArray[np.floating], threshold: float, k: int, leader: list[int]) -> list[list[int]]:
-    """The adaptive rule over leaders, image by image."""
+    """The adaptive rule over leaders, image by image; nothing for who follows a leader."""
     units = reference.similarity_units(base)
-    lists = []
+    lists: list[list[int]] = []
     for image in range(len(base)):
-        others = [j for j in range(len(base)) if leader[j] == j and j != leader[image]]
+        if leader[image] != image:
+            lists.append([])
+            continue
+        others = [j for j in range(len(base)) if leader[j] == j and j != image]
         hits = [j for j in others if units[image, j] >= round(threshold / RESOLUTION)]
         if len(hits) < k:
             hits = sorted(others, key=lambda j: (-units[image, j], j))[:k]
@@ -79,18 +82,17 @@ def test_groups_do_not_chain_images_that_differ() -> None:
     assert built.leader_N[:10].tolist() == [0, 0, 2, 2, 4, 4, 6, 6, 8, 8]
 
 
-def test_no_list_is_filled_up_with_copies() -> None:
+def test_originals_are_each_others_neighbours_and_copies_nobodys() -> None:
     rng = np.random.default_rng(0)
     originals = rng.standard_normal((200, 32))
     copies = np.concatenate([np.repeat(np.arange(10), 12), [50]])
     features = np.concatenate([originals, originals[copies]]).astype(np.float16)
     built = build_with(features, similarity_threshold=None, min_neighbors=10)
     assert built.audit.duplicate_threshold is not None
-    group = np.concatenate([np.arange(200), copies])
-    for image, neighbors in enumerate(reference.lists_of(built.graph)):
-        assert len(neighbors) == 10
-        assert max(neighbors) < 200
-        assert group[image] not in neighbors
+    lists = reference.lists_of(built.graph)
+    assert all(len(neighbors) == 10 and max(neighbors) < 200 for neighbors in lists[:200])
+    assert not any(lists[200:])
+    assert built.graph.anchors.tolist() == list(range(200))
 
 
 def test_a_collection_of_one_picture_keeps_its_lists() -> None:
@@ -140,8 +142,10 @@ def test_thirty_percent_of_planted_duplicates_cost_less_than_a_point_of_accuracy
     copies = features[copied] + rng.normal(0, 0.002, (len(copied), 64)).astype(np.float32)
     planted = np.concatenate([features, copies])
 
-    def accuracy(rows: npt.NDArray[np.float32]) -> float:
-        labels = ICCE(10, n_heads=6, epochs=40, classifier={"num_iterations": 100}, random_state=0).fit(rows).labels_
-        return clustering_accuracy(digits.target, labels[: len(features)])
+    def accuracy(rows: npt.NDArray[np.float32], seed: int) -> float:
+        model = ICCE(10, n_heads=6, epochs=40, classifier={"num_iterations": 100}, random_state=seed)
+        return clustering_accuracy(digits.target, model.fit(rows).labels_[: len(features)])
 
-    assert accuracy(planted) > accuracy(features) - 0.01
+    # One seed says little: at six heads the same features range over five points.
+    loss = [accuracy(features, seed) - accuracy(planted, seed) for seed in range(3)]
+    assert np.mean(loss) < 0.01
