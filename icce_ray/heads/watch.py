@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from sklearn.metrics import normalized_mutual_info_score
 
 from icce_ray.heads.communicator import Communicator
 
@@ -76,6 +75,9 @@ def mean_pairwise_nmi(labels_HN: npt.NDArray[np.integer[Any]]) -> float | None:
     num_heads = len(labels_HN)
     if num_heads < 2:
         return None
+    # Takes a second to import, which every process that only knows of this file would wait for.
+    from sklearn.metrics import normalized_mutual_info_score
+
     pairs = [(head, (head + 1) % num_heads) for head in range(min(num_heads, MAX_HEAD_PAIRS))]
     values = [normalized_mutual_info_score(labels_HN[a], labels_HN[b], average_method="geometric") for a, b in pairs]
     return float(np.mean(values))
