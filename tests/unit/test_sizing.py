@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
+import itertools
 import json
 import re
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -45,21 +44,28 @@ def test_measured_rates_are_those_of_the_results() -> None:
         assert (RESULTS / re.findall(r"[\w-]+\.txt", RATES[name].source)[0]).exists()
 
 
-def test_counted_work_is_that_of_the_benchmarks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "path", [*sys.path, str(ROOT / "benchmarks")])
-    heads = importlib.import_module("cases.heads")
-    assert sizing.flop_per_pair() == pytest.approx(heads.flop_per_pair(HeadsConfig(), DIM, NUM_CLUSTERS))
-    assert sizing.backbone_flop() == pytest.approx(1.62e11, rel=0.01)  # 81 GMACs, as timm states for 224 pixels
+def test_the_backbones_work_is_that_of_its_layers() -> None:
+    width, tokens = 1024, 1 + 16 * 16
+    products = {
+        "queries, keys, values": 3 * width * width * tokens,
+        "scores": tokens * tokens * width,
+        "weighted sums": tokens * tokens * width,
+        "projection": width * width * tokens,
+        "the two layers of the perceptron": 2 * width * 4 * width * tokens,
+    }
+    assert sizing.backbone_flop() == 2 * 24 * sum(products.values())
 
 
-def test_the_default_backbone_is_the_one_that_is_counted() -> None:
-    import timm
-    import torch
-
-    with torch.device("meta"):
-        model: Any = timm.create_model(sizing.BACKBONE.partition(".")[0], num_classes=0, img_size=224)
-    assert (len(model.blocks), model.embed_dim) == (sizing.DEPTH, sizing.WIDTH)
-    assert model.patch_embed.num_patches + 1 == sizing.NUM_TOKENS
+def test_a_pairs_work_is_that_of_the_heads_layers() -> None:
+    widths = [DIM, 512, 256, NUM_CLUSTERS]
+    flop = 0
+    for layer, (rows, columns) in enumerate(itertools.pairwise(widths)):
+        forward = 2 * rows * columns
+        teacher, student = forward, forward
+        weight_gradient, input_gradient = forward, forward if layer > 0 else 0
+        flop += 2 * 50 * (teacher + student + weight_gradient + input_gradient)
+    assert sizing.flop_per_pair() == flop
+    assert sizing.head_parameters() == 50 * sum(rows * columns for rows, columns in itertools.pairwise(widths))
 
 
 def test_the_memory_of_heads_is_what_training_checks_less_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
