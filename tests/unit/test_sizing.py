@@ -1,0 +1,110 @@
+"""The sizing page: its tables are the code's, its measured rates are those of the results, its sums the stages' own."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from icce_ray import cli, sizing
+from icce_ray.config import HeadsConfig
+from icce_ray.sizing import DIM, NUM_CLUSTERS, PLANS, RATES, size, tables
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def results(name: str, case: str) -> dict[str, Any]:
+    lines = (RESULTS / name).read_text(encoding="utf-8").splitlines()
+    found = [json.loads(line) for line in lines if line.startswith("{")]
+    return next(result for result in found if result["case"] == case)
+
+
+@pytest.mark.parametrize("name", list(tables()))
+def test_the_pages_tables_are_the_codes(name: str) -> None:
+    page = (ROOT / "docs" / "sizing.md").read_text(encoding="utf-8")
+    assert f"<!-- {name} -->\n\n{tables()[name]}\n\n" in page
+
+
+def test_measured_rates_are_those_of_the_results() -> None:
+    memory = results("2026-11-21-embed-storage.txt", "embed-memory")
+    few, many = (memory["figures"]["seconds"][count][0] for count in ("2000", "20000"))
+    assert RATES["job"].value == pytest.approx(18_000 / (many - few) / memory["environment"]["num_cpus"], rel=1e-4)
+    consensus = results("2026-11-21-consensus.txt", "consensus")
+    labels = consensus["settings"]["num_images"] * consensus["settings"]["num_heads"]
+    assert RATES["consensus"].value == pytest.approx(labels / consensus["figures"]["stage"]["seconds"], rel=1e-4)
+    measured = {name for name, rate in RATES.items() if rate.kind == "measured"}
+    assert measured == {"job", "consensus"}
+    for name in measured:
+        assert (RESULTS / re.findall(r"[\w-]+\.txt", RATES[name].source)[0]).exists()
+
+
+def test_the_backbones_work_is_that_of_its_layers() -> None:
+    width, tokens = 1024, 1 + 16 * 16
+    products = {
+        "queries, keys, values": 3 * width * width * tokens,
+        "scores": tokens * tokens * width,
+        "weighted sums": tokens * tokens * width,
+        "projection": width * width * tokens,
+        "the two layers of the perceptron": 2 * width * 4 * width * tokens,
+    }
+    assert sizing.backbone_flop() == 2 * 24 * sum(products.values())
+
+
+def test_a_pairs_work_is_that_of_the_heads_layers() -> None:
+    widths = [DIM, 512, 256, NUM_CLUSTERS]
+    flop = 0
+    for layer, (rows, columns) in enumerate(itertools.pairwise(widths)):
+        forward = 2 * rows * columns
+        teacher, student = forward, forward
+        weight_gradient, input_gradient = forward, forward if layer > 0 else 0
+        flop += 2 * 50 * (teacher + student + weight_gradient + input_gradient)
+    assert sizing.flop_per_pair() == flop
+    assert sizing.head_parameters() == 50 * sum(rows * columns for rows, columns in itertools.pairwise(widths))
+
+
+def test_the_memory_of_heads_is_what_training_checks_less_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from icce_ray.heads.memory import MAX_GPU_BLOCK_BYTES, training_bytes
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (80e9, 80e9))
+    stated = sizing.memory_bytes(2_000_000, PLANS[0])["heads, the GPU"]
+    needed = training_bytes(
+        HeadsConfig(), num_images=2_000_000, dim=DIM, num_clusters=NUM_CLUSTERS, batch_size=sizing.BATCH_PAIRS,
+        device=torch.device("cuda"),
+    )  # fmt: skip
+    assert stated < needed < stated + 12 * MAX_GPU_BLOCK_BYTES
+
+
+def test_what_is_trained_on_stops_growing_and_the_rest_is_linear() -> None:
+    assert HeadsConfig().max_images == 2_000_000  # as the page says
+    small, large = size(100_000_000), size(1_000_000_000)
+    assert small.seconds["heads"] == large.seconds["heads"]
+    for stage in ("images", "embed", "assign"):
+        assert large.seconds[stage] == pytest.approx(10 * small.seconds[stage])
+    assert size(1000).plan is PLANS[0]
+    assert size(10**10).plan is PLANS[-1]
+
+
+def test_the_slowest_of_three_sets_the_pace_of_embedding() -> None:
+    seconds = sizing.embed_seconds(1_000_000, PLANS[0])
+    assert seconds["CPUs"] == pytest.approx(1e6 * (1 / 513.1 + 1 / 125) / (16 - 2))
+    assert seconds["GPUs"] == pytest.approx(1e6 * 1.617e11 / (989e12 * 0.4), rel=1e-3)
+    assert size(1_000_000).embed_bound == "CPUs"
+    assert max(sizing.embed_seconds(1, replace(PLANS[0], cpus=1000)).values()) == seconds["GPUs"] / 1e6
+
+
+def test_the_command_counts_without_a_config(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["estimate", "--images", "10000000", "--json"]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert "deploy/configs/eight-gpus.yaml" in printed[1]
+    assert json.loads(printed[-1])["storage_bytes"]["assignments"] == 860_000_000
+    assert cli.main(["estimate", "--images", "0"]) == 2
+    with pytest.raises(SystemExit):
+        cli.main(["estimate", "--images", "5", "run.yaml"])
