@@ -17,16 +17,23 @@ from icce_ray.store import Artifact
 
 def run_embed(config: Config) -> Artifact:
     """Plan, list and embed; what is finished is used. Returns the ``embed`` artifact."""
+    return run_until("embed", config)["embed"]
+
+
+def run_until(last: str, config: Config) -> dict[str, Artifact]:
+    """The artifacts of the stages up to the one named `last`; what is finished is used."""
     planned = pipeline.plan(config)
     if config.embed.retry_errors and pipeline.retry_errors(config, planned, True):
         planned = pipeline.plan(config)
     artifacts: dict[str, Artifact] = {}
-    for step in planned[:2]:
+    for step in planned:
         artifacts[step.name] = step.artifact or pipeline.run_stage(config, step, artifacts, True)
-    return artifacts["embed"]
+        if step.name == last:
+            break
+    return artifacts
 
 
-def wait_for(condition: Callable[[], bool], timeout_s: float = 30.0) -> None:
+def wait_for(condition: Callable[[], bool], timeout_s: float = 120.0) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline, "waited too long"

@@ -14,13 +14,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from icce_ray import ICCE, run
+from icce_ray import ICCE
 from icce_ray.config import Config
 from icce_ray.context import StageContext
 from icce_ray.errors import ResourceError
 from icce_ray.heads import job
 from icce_ray.progress import Progress
 from icce_ray.store import Artifact, ArtifactWriter, Folder
+
+from .stages import run_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
 
@@ -69,18 +71,10 @@ def make_config(folder: Path, num_workers: int = 1, **heads: object) -> Config:
 
 @pytest.fixture(scope="module")
 def inputs(features: np.ndarray, ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Artifact]:
-    """Embeddings and neighbours, as a short run makes them."""
+    """Embeddings and neighbours, as the pipeline makes them."""
     folder = tmp_path_factory.mktemp("inputs")
     np.save(folder / "features.npy", features)
-    run(make_config(folder, num_epochs=1), quiet=True)
-    return {stage: find_artifact(folder / "out" / stage) for stage in ("embed", "neighbors")}
-
-
-def find_artifact(stage_folder: Path) -> Artifact:
-    (path,) = stage_folder.iterdir()
-    artifact = Artifact.find(Folder.at(path))
-    assert artifact is not None
-    return artifact
+    return run_until("neighbors", make_config(folder))
 
 
 def run_heads(inputs: dict[str, Artifact], folder: Path, num_workers: int = 1, **heads: object) -> ArtifactWriter:

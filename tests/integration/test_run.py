@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import ray
 from PIL import Image
 
 from icce_ray.config import load_config
@@ -153,51 +154,58 @@ def test_status_tells_what_is_finished(finished: tuple[Path, dict[str, Any], str
         assert done.stdout.count("finished in") == len(STAGE_NAMES)
 
 
-@pytest.mark.slow
-def test_true_labels_permuted_labels_and_no_labels_give_the_same_clusters(
-    finished: tuple[Path, dict[str, Any], str], tmp_path: Path
-) -> None:
-    """Fingerprints: alike but for evaluation and report. Clusters: alike in a run that shares nothing."""
-    folder, result, _ = finished
-    np.save(tmp_path / "permuted.npy", np.random.default_rng(0).integers(0, NUM_CLASSES, NUM_IMAGES + len(BROKEN)))
-    permuted = f"evaluate.labels={tmp_path / 'permuted.npy'}"
-    plans = [plan(load_config(folder / "run.yaml", [labels])) for labels in (permuted, "evaluate.labels=null")]
-    for true_step, *other_steps in zip(plan(load_config(folder / "run.yaml")), *plans, strict=True):
-        same = all(step.fingerprint == true_step.fingerprint for step in other_steps)
-        assert same == (true_step.name not in ("evaluate", "report")), true_step.name
-
-    done = run_job("run.yaml", "--json", "--set", permuted, "--set", f"output={tmp_path}/out", folder=folder)
-    assert done.returncode == 0, done.stderr
-    other = json.loads(done.stdout.splitlines()[-1])
-    assert other["finished_before"] == []
-    assert other["metrics"]["acc"] < 0.7 < result["metrics"]["acc"]
-    assert read_assignments(other["assignments"]) == read_assignments(result["assignments"])
-
-
 def has_begun(step: PlannedStage, before: PlannedStage) -> bool:
     if step.name in ("embed", "neighbors", "heads", "assign"):
         return any(path.is_file() for path in Path(step.folder.path).rglob("*"))
     return before.folder.exists("manifest.json")
 
 
-@pytest.mark.slow
-def test_a_run_killed_at_every_stage_resumes_to_the_same_labels(
-    finished: tuple[Path, dict[str, Any], str], tmp_path: Path
-) -> None:
-    """kill -9 of the driver, stage after stage, in one output folder: where a stage writes in pieces after the first,
-    elsewhere when its inputs are finished."""
-    folder, result, _ = finished
-    output = f"output={tmp_path}/out"
-    steps = plan(load_config(folder / "run.yaml", [output]))
+@pytest.fixture(scope="module")
+def resumed(
+    finished: tuple[Path, dict[str, Any], str], ray_cluster: None, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[list[str], dict[str, Any]]:
+    """The settings and the JSON of a run with permuted labels, in an output folder and on a Ray of its own: its driver
+    is killed (-9) stage after stage; where a stage writes in pieces after the first, elsewhere when its inputs are
+    finished."""
+    folder, _, _ = finished
+    place = tmp_path_factory.mktemp("resumed")
+    np.save(place / "permuted.npy", np.random.default_rng(0).integers(0, NUM_CLASSES, NUM_IMAGES + len(BROKEN)))
+    labels = f"evaluate.labels={place / 'permuted.npy'}"
+    changes = [labels, f"output={place}/out", f"resources.ray_address={ray.get_runtime_context().gcs_address}"]
+    arguments = ["run.yaml", *(word for change in changes for word in ("--set", change))]
+    steps = plan(load_config(folder / "run.yaml", changes))
     for before, step in itertools.pairwise(steps):
-        arguments = ("run.yaml", "--quiet", "--set", output, "--set", "heads.checkpoint_interval_s=0.001")
-        with subprocess.Popen(command(*arguments), cwd=folder, start_new_session=True) as process:
+        killed = command(*arguments, "--quiet", "--set", "heads.checkpoint_interval_s=0.001")
+        with subprocess.Popen(killed, cwd=folder, start_new_session=True) as process:
             while process.poll() is None and not has_begun(step, before):
                 time.sleep(0.02)
             process.kill()
         assert process.returncode == -signal.SIGKILL
-    done = run_job("run.yaml", "--json", "--set", output, folder=folder)
+    done = run_job(*arguments, "--json", folder=folder)
     assert done.returncode == 0, done.stderr
-    resumed = json.loads(done.stdout.splitlines()[-1])
-    assert resumed["finished_before"][:2] == STAGE_NAMES[:2]
-    assert read_assignments(resumed["assignments"]) == read_assignments(result["assignments"])
+    return [labels], json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.slow
+def test_a_run_killed_at_every_stage_resumes_to_the_same_labels(
+    finished: tuple[Path, dict[str, Any], str], resumed: tuple[list[str], dict[str, Any]]
+) -> None:
+    result, again = finished[1], resumed[1]
+    assert again["finished_before"][:2] == STAGE_NAMES[:2]
+    assert read_assignments(again["assignments"]) == read_assignments(result["assignments"])
+
+
+@pytest.mark.slow
+def test_true_labels_permuted_labels_and_no_labels_give_the_same_clusters(
+    finished: tuple[Path, dict[str, Any], str], resumed: tuple[list[str], dict[str, Any]]
+) -> None:
+    """Fingerprints: alike but for evaluation and report. Clusters: alike in a run that shares nothing."""
+    folder, result, _ = finished
+    permuted, other = resumed
+    plans = [plan(load_config(folder / "run.yaml", labels)) for labels in (permuted, ["evaluate.labels=null"])]
+    for true_step, *other_steps in zip(plan(load_config(folder / "run.yaml")), *plans, strict=True):
+        same = all(step.fingerprint == true_step.fingerprint for step in other_steps)
+        assert same == (true_step.name not in ("evaluate", "report")), true_step.name
+    assert other["metrics"]["acc"] < 0.7 < result["metrics"]["acc"]
+    assert Path(other["assignments"]).parent != Path(result["assignments"]).parent
+    assert read_assignments(other["assignments"]) == read_assignments(result["assignments"])
