@@ -1,0 +1,163 @@
+"""Sweeps on a real Ray: what trials share is made once, failures stay their own, a killed sweep goes on."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from icce_ray import pipeline
+from icce_ray.config import build_config
+from icce_ray.store import Artifact, Folder
+from icce_ray.sweep import run_sweep
+from icce_ray.sweeps.settings import build_sweep
+
+pytestmark = pytest.mark.slow
+
+NUM_IMAGES, NUM_CLUSTERS = 160, 4
+HEADS = {"num_heads": 2, "num_epochs": 4, "hidden_dim": 16, "bottleneck_dim": 8, "batch_size": 32, "warmup_epochs": 1}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    generator = np.random.default_rng(0)
+    labels = np.arange(NUM_IMAGES) % NUM_CLUSTERS
+    centres = generator.normal(size=(NUM_CLUSTERS, 12)) * 1.2
+    np.save(folder / "x.npy", (centres[labels] + generator.normal(size=(NUM_IMAGES, 12))).astype(np.float32))
+    np.save(folder / "y.npy", labels)
+    return folder
+
+
+def sweep_of(data: Path, output: Path, space: dict[str, Any], **settings: Any) -> dict[str, Any]:
+    base = {
+        "embeddings": {"uri": str(data / "x.npy")},
+        "num_clusters": NUM_CLUSTERS,
+        "output": str(output),
+        "evaluate": {"labels": str(data / "y.npy")},
+        "neighbors": {"min_neighbors": 8},
+        "heads": HEADS,
+        "consensus": {"methods": ["vote"]},
+        "classifier": {"num_iterations": 50, "learning_rates": [0.01, 0.1]},
+    }
+    changes = settings.pop("base", {})
+    return {"base": base | changes, "space": space, "metric": "anmi", "ensemble": None} | settings
+
+
+def finished(output: Path, stage: str) -> list[Artifact]:
+    found = [Artifact.find(Folder.at(folder)) for folder in sorted((output / stage).iterdir())]
+    return [artifact for artifact in found if artifact is not None]
+
+
+def test_shared_stages_are_made_once_failures_stay_their_own_and_the_best_are_pooled(
+    ray_cluster: None, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    space = {"consensus.refine": [True, False], "num_clusters": [4, 500]}
+    asked = build_sweep(sweep_of(data, tmp_path / "out", space, ensemble={"top": 2}), "sweep.yaml")
+    result = run_sweep(asked)
+    said = capsys.readouterr().err
+    out = tmp_path / "out"
+
+    rows = pq.read_table(result.table).to_pylist()
+    assert (result.num_trials, result.num_failed) == (4, 2)
+    for row in rows:
+        if row["num_clusters"] == 500:
+            assert row["status"] == "failed"
+            assert "500 clusters asked for, but there are only 160" in row["error"]
+        else:
+            assert (row["status"], row["error"]) == ("finished", None)
+            assert 0 < row["anmi"] <= 1
+            assert 0 < row["acc"] <= 1
+    # Both finished trials differ in their consensus only: one training between them, one graph, one embedding.
+    counts = {stage: len(finished(out, stage)) for stage in ("images", "embed", "neighbors", "projection", "heads")}
+    assert set(counts.values()) == {1}, counts
+    assert len(finished(out, "proxies")) == 2
+    assert said.count("neighbors: done") == 1
+
+    assert result.ensemble is not None
+    assert result.ensemble.metrics["acc"] > 0.5
+    config = build_config(yaml.safe_load(Path(str(result.ensemble_config)).read_text()), "ensemble")
+    assert len(config.consensus.extra_runs) == 1
+
+
+def test_a_trial_is_the_main_job_and_its_best_config_runs_as_it_is(
+    ray_cluster: None, data: Path, tmp_path: Path
+) -> None:
+    swept = sweep_of(data, tmp_path / "out", {"heads.num_heads": [3]})
+    result = run_sweep(build_sweep(swept, "sweep.yaml"), quiet=True)
+    settings = yaml.safe_load(Path(result.best_config).read_text())
+    assert settings["heads"]["num_heads"] == 3
+    config = build_config(settings | {"output": str(tmp_path / "again")}, "best")
+    planned = pipeline.plan(config)
+    artifacts: dict[str, Artifact] = {}
+    for step in planned[:6]:
+        artifacts[step.name] = pipeline.run_stage(config, step, artifacts, True)
+    for stage, part in (("heads", "label_matrix.npy"), ("consensus", "labels.npy")):
+        (trial,) = finished(tmp_path / "out", stage)
+        assert trial.fingerprint == artifacts[stage].fingerprint
+        np.testing.assert_array_equal(trial.read_array(part), artifacts[stage].read_array(part))
+    name = pq.read_table(result.table)["runs"].to_pylist()[0][0]
+    assert json.loads((tmp_path / "out" / "runs" / f"{name}.json").read_text())["run"] == name
+
+
+def test_asha_stops_what_is_poor_at_a_rung_and_lets_the_best_end(ray_cluster: None, data: Path, tmp_path: Path) -> None:
+    # A learning rate of next to nothing leaves the heads as they were drawn: they do not agree.
+    space = {"heads.learning_rate": [3e-3, 1e-9, 1e30, 1e-10]}
+    settings = {"asha": {"grace_epochs": 4, "reduction_factor": 2}, "max_concurrent": 1}
+    base = {"heads": HEADS | {"num_epochs": 12}}
+    result = run_sweep(build_sweep(sweep_of(data, tmp_path / "out", space, base=base, **settings), "s"), quiet=True)
+    rows = pq.read_table(result.table).to_pylist()
+    assert (rows[0]["status"], rows[0]["epochs"], result.best_trial) == ("finished", 12, 0)
+    stopped = [row for row in rows if row["status"] == "stopped"]
+    assert stopped
+    assert all(row["epochs"] in (4, 8) and row["anmi"] is not None for row in stopped)
+    assert len(finished(tmp_path / "out", "heads")) == 3 - len(stopped)
+    (failed,) = [row for row in rows if row["status"] == "failed"]
+    assert failed["heads.learning_rate"] == 1e30
+    assert "is not finite" in failed["error"]
+
+
+def test_large_trials_are_trained_by_ray_train(ray_cluster: None, data: Path, tmp_path: Path) -> None:
+    base = {"resources": {"heads": {"num_workers": 2, "cpus_per_worker": 1}}}
+    result = run_sweep(build_sweep(sweep_of(data, tmp_path / "out", {"num_clusters": [4]}, base=base), "s"), quiet=True)
+    assert result.num_failed == 0
+    (heads,) = finished(tmp_path / "out", "heads")
+    assert heads.metrics["num_workers"] == 2
+
+
+def test_a_killed_sweep_goes_on_by_the_same_command_and_leaves_what_was_finished(data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    space = {"heads.learning_rate": [1e-3, 2e-3, 3e-3, 4e-3]}
+    base = {"heads": HEADS | {"num_epochs": 30}, "resources": {"num_cpus": 1}}
+    swept = sweep_of(data, out, space, base=base, seeds=[0, 1])
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(swept))
+    command = [sys.executable, "-m", "icce_ray.cli", "sweep", str(tmp_path / "sweep.yaml"), "--json"]
+    with subprocess.Popen(command, start_new_session=True, stderr=subprocess.DEVNULL) as process:
+        while process.poll() is None and len(list(out.glob("proxies/*/manifest.json"))) < 3:
+            time.sleep(0.02)
+        process.kill()
+    assert process.returncode == -signal.SIGKILL
+    before = {path: path.stat().st_mtime_ns for path in out.glob("*/*/manifest.json")}
+    assert 3 <= len([path for path in before if path.parts[-3] == "proxies"]) < 8
+
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert (result["num_trials"], result["num_failed"]) == (4, 0)
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert {stage: len(finished(out, stage)) for stage in ("heads", "proxies")} == {"heads": 8, "proxies": 8}
+    rows = pq.read_table(result["table"]).to_pylist()
+    assert all(row["status"] == "finished" and 0 <= row["stability"] <= 1 for row in rows)
+
+    third = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert json.loads(third.stdout.splitlines()[-1]) == result
+    assert "goes on" not in third.stderr
