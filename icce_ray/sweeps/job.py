@@ -28,7 +28,7 @@ from icce_ray.store import Folder
 from icce_ray.sweeps import trial
 from icce_ray.sweeps.search_space import CHOICE, GRID, Dimension
 from icce_ray.sweeps.settings import Sweep
-from icce_ray.sweeps.table import FAILED, FINISHED, STOPPED, Row, from_parameters, shown
+from icce_ray.sweeps.table import FAILED, FINISHED, STOPPED, Row, from_parameters, setting_text
 from icce_ray.sweeps.trial import Listings
 
 STATE_FOLDER = "tune"
@@ -232,7 +232,7 @@ class Announcer(tune.Callback):
 
     def _say(self, trials: list[Any], what: str, trial: Any) -> None:
         ended = 1 + sum(each.is_finished() for each in trials if each is not trial)
-        given = ", ".join(f"{name}={shown(value)}" for name, value in trial.config["parameters"].items())
+        given = ", ".join(f"{name}={setting_text(value)}" for name, value in trial.config["parameters"].items())
         if Announcer.progress is not None:
             Announcer.progress.note(f"{ended}/{Announcer.total} trials: {given}: {what}")
 

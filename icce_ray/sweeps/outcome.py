@@ -29,7 +29,7 @@ from icce_ray.sweeps.table import (
     choose_best,
     choose_pool,
     config_yaml,
-    shown,
+    setting_text,
     to_table,
     to_text,
     with_extra_runs,
@@ -134,7 +134,7 @@ def sum_up(artifact: Artifact, ensemble: Result | None) -> SweepResult:
 def print_summary(artifact: Artifact, result: SweepResult, total_s: float) -> None:
     """The closing lines of a sweep, on standard error."""
     counts = f"{result.num_trials} trials, {result.num_stopped} stopped early, {result.num_failed} failed"
-    given = ", ".join(f"{name}={shown(value)}" for name, value in result.best_parameters.items())
+    given = ", ".join(f"{name}={setting_text(value)}" for name, value in result.best_parameters.items())
     lines = [
         "",
         artifact.read_bytes(TEXT_NAME).decode(),

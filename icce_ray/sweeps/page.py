@@ -10,7 +10,7 @@ import yaml
 
 from icce_ray.sweeps.plots import metric_by_setting, parallel_coordinates
 from icce_ray.sweeps.settings import Sweep
-from icce_ray.sweeps.table import FAILED, STOPPED, Row, metric_names, ranked, shown
+from icce_ray.sweeps.table import FAILED, STOPPED, Row, metric_names, ranked, setting_text, shown
 
 
 def render(sweep: Sweep, rows: Sequence[Row], pooled: Sequence[Row], best_yaml: str) -> str:
@@ -27,7 +27,7 @@ def render(sweep: Sweep, rows: Sequence[Row], pooled: Sequence[Row], best_yaml: 
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters["shown"] = shown
+    environment.filters |= {"shown": shown, "setting": setting_text}
     template = importlib.resources.files("icce_ray.report").joinpath("sweep.html").read_text(encoding="utf-8")
     return environment.from_string(template).render(
         title=f"Sweep over {', '.join(sweep.names)}",

@@ -10,7 +10,7 @@ import numpy as np
 
 from icce_ray.report.plots import ACCENT, SECOND, svg
 from icce_ray.sweeps.search_space import LOG_RANGES, Dimension
-from icce_ray.sweeps.table import Row, ranked, shown
+from icce_ray.sweeps.table import Row, ranked, setting_text
 
 COLORS = "viridis"
 MAX_LABELS = 12
@@ -62,10 +62,10 @@ def parallel_coordinates(rows: Sequence[Row], dimensions: Sequence[Dimension], m
             labels.append(list(zip(spots, ticks, strict=True))[:MAX_LABELS])
         else:
             back = [10**end if dimension.kind in LOG_RANGES else end for end in ends]
-            labels.append([(0.0, f"{back[0]:.3g}"), (1.0, f"{back[1]:.3g}")])
+            labels.append(_ends(*back))
     scaled, ends = _to_unit(np.array([row.value(metric) for row in finished]))
     columns.append(scaled)
-    labels.append([(0.0, f"{ends[0]:.3g}"), (1.0, f"{ends[1]:.3g}")])
+    labels.append(_ends(*ends))
     colors = mpl.colormaps[COLORS]
 
     def draw(axes: Any) -> None:
@@ -75,9 +75,11 @@ def parallel_coordinates(rows: Sequence[Row], dimensions: Sequence[Dimension], m
         for place, marks in enumerate(labels):
             axes.axvline(place, color="black", linewidth=0.8)
             for height, text in marks:
-                axes.text(place + 0.02, height, text, fontsize=8, va="center")
+                # Not part of the layout: long words would squeeze the diagram out of its own figure.
+                axes.text(place + 0.02, height, text, fontsize=8, va="center").set_in_layout(False)
         axes.set_xticks(range(len(axes_names)), axes_names)
         axes.set_xlim(-0.1, len(axes_names) - 0.8)
+        axes.set_ylim(-0.05, 1.05)
         axes.set_yticks([])
         axes.spines["left"].set_visible(False)
 
@@ -89,9 +91,14 @@ def _positions(values: Sequence[Any]) -> tuple[Any, list[str] | None]:
     if all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values):
         return np.array(values, dtype=float), None
     numbers = sorted({value for value in values if isinstance(value, (int, float)) and not isinstance(value, bool)})
-    texts = sorted({shown(value) for value in values} - {shown(number) for number in numbers})
-    ticks = [*texts, *(shown(number) for number in numbers)]
-    return np.array([ticks.index(shown(value)) for value in values], dtype=float), ticks
+    texts = sorted({setting_text(value) for value in values} - {setting_text(number) for number in numbers})
+    ticks = [*texts, *(setting_text(number) for number in numbers)]
+    return np.array([ticks.index(setting_text(value)) for value in values], dtype=float), ticks
+
+
+def _ends(low: float, high: float) -> list[tuple[float, str]]:
+    """What stands at the ends of an axis; in its middle where there is one value only."""
+    return [(0.0, f"{low:.3g}"), (1.0, f"{high:.3g}")] if high > low else [(0.5, f"{low:.3g}")]
 
 
 def _to_unit(values: Any) -> tuple[Any, tuple[float, float]]:

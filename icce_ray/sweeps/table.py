@@ -67,10 +67,11 @@ def choose_best(rows: Sequence[Row], metric: str) -> Row:
     best = ranked(rows, metric)
     if best:
         return best[0]
+    what = f"sweep: no trial of {len(rows)} has the metric {metric}"
     failed = [row for row in rows if row.status == FAILED]
     if failed:
-        raise WorkerError(f"sweep: no trial of {len(rows)} has a {metric}; trial {failed[0].trial}: {failed[0].error}")
-    raise WorkerError(f"sweep: no trial of {len(rows)} has a {metric}; choose another metric")
+        raise WorkerError(f"{what}; trial {failed[0].trial}: {failed[0].error}")
+    raise WorkerError(f"{what}; choose another metric")
 
 
 def choose_pool(rows: Sequence[Row], metric: str, ensemble: EnsembleConfig) -> list[Row]:
@@ -124,7 +125,7 @@ def to_text(rows: Sequence[Row], names: Sequence[str], metric: str) -> str:
     order += [row for row in rows if row not in order and row.status != FAILED]
     lines = [["trial", *names, *metrics, *scores, "epochs", ""]]
     for row in order[:MAX_PRINTED]:
-        values = [shown(row.parameters.get(name)) for name in names]
+        values = [setting_text(row.parameters.get(name)) for name in names]
         figures = [shown(row.metrics.get(name)) for name in metrics] + [shown(row.scores.get(name)) for name in scores]
         note = "best" if row is order[0] and row.status == FINISHED else "" if row.status == FINISHED else row.status
         lines.append([str(row.trial), *values, *figures, shown(row.epochs), note])
@@ -134,7 +135,7 @@ def to_text(rows: Sequence[Row], names: Sequence[str], metric: str) -> str:
         text.append(f"and {len(order) - MAX_PRINTED} more")
     for row in rows:
         if row.status == FAILED:
-            given = ", ".join(f"{name}={shown(value)}" for name, value in row.parameters.items())
+            given = ", ".join(f"{name}={setting_text(value)}" for name, value in row.parameters.items())
             text.append(f"trial {row.trial} failed ({given}): {(row.error or '')[:MAX_REASON]}")
     return "\n".join(text)
 
@@ -144,6 +145,13 @@ def shown(value: Any) -> str:
     if value is None:
         return "-"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def setting_text(value: Any) -> str:
+    """A setting as YAML says it, floats shortened."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return "null" if value is None else shown(value)
 
 
 def config_yaml(config: Config, comment: str) -> bytes:

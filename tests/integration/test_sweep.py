@@ -17,11 +17,11 @@ import yaml
 
 from icce_ray import pipeline
 from icce_ray.config import build_config
+from icce_ray.errors import ResourceError
 from icce_ray.store import Artifact, Folder
 from icce_ray.sweep import run_sweep
-from icce_ray.sweeps.settings import build_sweep
-
-pytestmark = pytest.mark.slow
+from icce_ray.sweeps.job import draw, make_searcher
+from icce_ray.sweeps.settings import Sweep, build_sweep
 
 NUM_IMAGES, NUM_CLUSTERS = 160, 4
 HEADS = {"num_heads": 2, "num_epochs": 4, "hidden_dim": 16, "bottleneck_dim": 8, "batch_size": 32, "warmup_epochs": 1}
@@ -58,6 +58,7 @@ def finished(output: Path, stage: str) -> list[Artifact]:
     return [artifact for artifact in found if artifact is not None]
 
 
+@pytest.mark.slow
 def test_shared_stages_are_made_once_failures_stay_their_own_and_the_best_are_pooled(
     ray_cluster: None, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -89,6 +90,7 @@ def test_shared_stages_are_made_once_failures_stay_their_own_and_the_best_are_po
     assert len(config.consensus.extra_runs) == 1
 
 
+@pytest.mark.slow
 def test_a_trial_is_the_main_job_and_its_best_config_runs_as_it_is(
     ray_cluster: None, data: Path, tmp_path: Path
 ) -> None:
@@ -109,6 +111,7 @@ def test_a_trial_is_the_main_job_and_its_best_config_runs_as_it_is(
     assert json.loads((tmp_path / "out" / "runs" / f"{name}.json").read_text())["run"] == name
 
 
+@pytest.mark.slow
 def test_asha_stops_what_is_poor_at_a_rung_and_lets_the_best_end(ray_cluster: None, data: Path, tmp_path: Path) -> None:
     # A learning rate of next to nothing leaves the heads as they were drawn: they do not agree.
     space = {"heads.learning_rate": [3e-3, 1e-9, 1e30, 1e-10]}
@@ -126,6 +129,7 @@ def test_asha_stops_what_is_poor_at_a_rung_and_lets_the_best_end(ray_cluster: No
     assert "is not finite" in failed["error"]
 
 
+@pytest.mark.slow
 def test_large_trials_are_trained_by_ray_train(ray_cluster: None, data: Path, tmp_path: Path) -> None:
     base = {"resources": {"heads": {"num_workers": 2, "cpus_per_worker": 1}}}
     result = run_sweep(build_sweep(sweep_of(data, tmp_path / "out", {"num_clusters": [4]}, base=base), "s"), quiet=True)
@@ -134,6 +138,7 @@ def test_large_trials_are_trained_by_ray_train(ray_cluster: None, data: Path, tm
     assert heads.metrics["num_workers"] == 2
 
 
+@pytest.mark.slow
 def test_a_killed_sweep_goes_on_by_the_same_command_and_leaves_what_was_finished(data: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     space = {"heads.learning_rate": [1e-3, 2e-3, 3e-3, 4e-3]}
@@ -161,3 +166,37 @@ def test_a_killed_sweep_goes_on_by_the_same_command_and_leaves_what_was_finished
     third = subprocess.run(command, capture_output=True, text=True, check=False)
     assert json.loads(third.stdout.splitlines()[-1]) == result
     assert "goes on" not in third.stderr
+
+
+def asked_of(space: dict[str, Any], **settings: Any) -> Sweep:
+    base = {"embeddings": {"uri": "x.npy"}, "num_clusters": 5, "output": "out"}
+    return build_sweep({"base": base, "space": space} | settings, "sweep.yaml")
+
+
+def test_grids_are_crossed_and_draws_are_within_their_range_and_repeat() -> None:
+    grid = draw(asked_of({"heads.num_heads": [8, 16], "neighbors.similarity_threshold": ["auto", None]}))
+    assert grid is not None
+    assert {(trial["heads.num_heads"], trial["neighbors.similarity_threshold"]) for trial in grid} == {
+        (8, "auto"), (8, None), (16, "auto"), (16, None),
+    }  # fmt: skip
+    assert len(grid) == 4
+    space = {
+        "num_clusters": {"randint": [3, 4]},
+        "heads.learning_rate": {"loguniform": [1e-4, 1e-2]},
+        "heads.num_heads": [8, 16],
+    }
+    drawn = draw(asked_of(space, num_samples=20))
+    assert drawn is not None
+    assert len(drawn) == 40
+    assert {trial["num_clusters"] for trial in drawn} == {3, 4}, "both ends are included"
+    assert all(1e-4 <= trial["heads.learning_rate"] <= 1e-2 for trial in drawn)
+    assert np.median([trial["heads.learning_rate"] for trial in drawn]) < 4e-3, "the logarithm is uniform"
+    assert draw(asked_of(space, num_samples=20)) == drawn
+    assert draw(asked_of(space, num_samples=20, seed=1)) != drawn
+    assert json.loads(json.dumps(drawn)) == drawn, "plain values"
+    assert len(draw(asked_of({"heads.num_heads": {"choice": [8, 16]}}, num_samples=50)) or []) == 2, "none twice"
+
+
+def test_a_searcher_without_its_package_is_refused_with_what_to_install() -> None:
+    with pytest.raises(ResourceError, match=r"searcher: hebo cannot be used: .*Install its package"):
+        make_searcher("hebo", 0)
