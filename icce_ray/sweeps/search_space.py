@@ -8,7 +8,6 @@ what the YAML says, checked before anything starts.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -77,7 +76,7 @@ def settings_of(base: Mapping[str, Any], parameters: Mapping[str, Any], source: 
     Raises:
         ConfigError: they do not go together.
     """
-    data = copy.deepcopy(dict(base))
+    data = dict(base)
     for name, value in parameters.items():
         put(data, name, value)
     if seed is not None:
