@@ -22,8 +22,9 @@ from icce_ray.pipeline import plan
 from icce_ray.pipeline import run as run_job
 from icce_ray.progress import Progress
 from icce_ray.store import Artifact, ArtifactWriter, Claim, Folder, fingerprint
+from icce_ray.store.artifact import cache_folder
 from icce_ray.sweeps import outcome
-from icce_ray.sweeps.job import STATE_FOLDER, Parameters, draw, key_of, make_searcher, reason_of, run_trials
+from icce_ray.sweeps.job import Parameters, draw, key_of, make_searcher, reason_of, run_trials
 from icce_ray.sweeps.outcome import ENSEMBLE_NAME, SweepResult
 from icce_ray.sweeps.projection import spaces
 from icce_ray.sweeps.settings import Sweep, load_sweep
@@ -31,6 +32,7 @@ from icce_ray.sweeps.trial import Listings, make, shared_stages
 
 VERSION = 1
 STAGE = "sweep"
+STATE_FOLDER = "tune"
 
 
 def sweep(path: str | Path, overrides: Sequence[str] = (), *, quiet: bool = False) -> SweepResult:
@@ -76,7 +78,12 @@ def _search(asked: Sweep, listings: Listings, folder: Folder, name: str, quiet: 
     known = draw(asked)
     failures = _make_shared(asked, known or [{}], listings, quiet)
     progress = Progress(STAGE, "trials", quiet)
-    rows = run_trials(asked, known, listings, failures, folder, progress)
+    state = state_folder(folder)
+    rows = run_trials(asked, known, listings, failures, state, progress)
+    if not outcome.lie_there(asked, rows, listings):
+        progress.note("what earlier trials made is gone; it is made again")
+        state.clear()
+        rows = run_trials(asked, known, listings, failures, state, progress)
     writer = ArtifactWriter(folder)
     metrics = outcome.write(asked, rows, listings, writer)
     artifact = writer.commit(
@@ -88,8 +95,17 @@ def _search(asked: Sweep, listings: Listings, folder: Folder, name: str, quiet: 
         seconds=time.monotonic() - began,
     )
     if not metrics["num_failed"]:
-        (folder / STATE_FOLDER).clear()  # needed to go on only
+        state.clear()  # needed to go on only
     return artifact
+
+
+def state_folder(folder: Folder) -> Folder:
+    """Where Tune keeps what it needs to go on: beside the sweep's table, or in this machine's cache where the output is
+    remote, since Tune would write the credentials of remote storage down. Another machine then goes on with the same
+    trials, of which it finds those that are finished; only what a search had learnt is lost."""
+    if folder.local_path is not None:
+        return folder / STATE_FOLDER
+    return Folder.at(cache_folder() / STAGE / folder.path.rpartition("/")[2] / STATE_FOLDER)
 
 
 def _make_shared(asked: Sweep, trials: list[Parameters], listings: Listings, quiet: bool) -> dict[str, str]:

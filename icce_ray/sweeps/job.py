@@ -31,7 +31,6 @@ from icce_ray.sweeps.settings import Sweep
 from icce_ray.sweeps.table import FAILED, FINISHED, STOPPED, Row, from_parameters, setting_text
 from icce_ray.sweeps.trial import Listings
 
-STATE_FOLDER = "tune"
 TASK_RETRIES = 2
 """Of a task whose process died; what it had finished is used."""
 TRIAL_RESOURCES = {"memory": 1e6}
@@ -78,7 +77,7 @@ def run_trials(
     known: list[Parameters] | None,
     listings: Listings,
     failures: Mapping[str, str],
-    folder: Folder,
+    state: Folder,
     progress: Progress,
 ) -> list[Row]:
     """Run all trials, or those that an earlier try of the same sweep left.
@@ -86,7 +85,7 @@ def run_trials(
     Args:
         known: what each trial is given; None where a searcher decides.
         failures: why a trial cannot be run, by :func:`key_of` what it is given.
-        folder: Tune's state goes below it.
+        state: a local folder for what Tune remembers. It holds no result.
     """
     for key, value in QUIET_ENVIRONMENT.items():
         os.environ.setdefault(key, value)
@@ -97,21 +96,17 @@ def run_trials(
     )
     Announcer.progress, Announcer.metric, Announcer.best = progress, asked.config.metric, -np.inf
     Announcer.total = len(known) if known is not None else asked.config.num_samples
-    place, filesystem = f"{folder.path}/{STATE_FOLDER}", folder.filesystem
-    if tune.Tuner.can_restore(place, storage_filesystem=filesystem):
+    if tune.Tuner.can_restore(state.path):
         progress.note("goes on where it was")
-        tuner = tune.Tuner.restore(
-            place, trainable, resume_unfinished=True, restart_errored=True, storage_filesystem=filesystem
-        )
+        tuner = tune.Tuner.restore(state.path, trainable, resume_unfinished=True, restart_errored=True)
     else:
         tuner = tune.Tuner(
             trainable,
             param_space={"parameters": _param_space(asked, known)},
             tune_config=_tune_config(asked, known),
             run_config=tune.RunConfig(
-                name=STATE_FOLDER,
-                storage_path=folder.path,
-                storage_filesystem=filesystem,
+                name=state.path.rpartition("/")[2],
+                storage_path=state.path.rpartition("/")[0],
                 callbacks=[Announcer()],
                 verbose=0,
             ),

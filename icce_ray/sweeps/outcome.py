@@ -109,6 +109,19 @@ def write(sweep: Sweep, rows: Sequence[Row], listings: Listings, output: Artifac
     }
 
 
+def lie_there(sweep: Sweep, rows: Sequence[Row], listings: Listings) -> bool:
+    """Whether all that the finished trials made is on storage; someone may have removed it since."""
+    finished = [row for row in rows if row.status == FINISHED]
+    steps = [
+        step
+        for row in finished
+        for config in sweep.runs(row.parameters)
+        for step in plan(config, full_stages(listings))
+        if step.name in TRAINED
+    ]
+    return all(step.artifact is not None for step in steps)
+
+
 def pool_config(runs: Sequence[FoundRun]) -> Config:
     """The config of the first run, with the heads of the others in its consensus. Runs over other images, such as
     those of another sample, are left out."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import pytest
 import yaml
@@ -19,9 +21,9 @@ from icce_ray import pipeline
 from icce_ray.config import build_config
 from icce_ray.errors import ResourceError
 from icce_ray.store import Artifact, Folder
-from icce_ray.sweep import run_sweep
+from icce_ray.sweep import run_sweep, state_folder
 from icce_ray.sweeps.job import draw, make_searcher
-from icce_ray.sweeps.settings import Sweep, build_sweep
+from icce_ray.sweeps.settings import Sweep, build_sweep, load_sweep
 
 NUM_IMAGES, NUM_CLUSTERS = 160, 4
 HEADS = {"num_heads": 2, "num_epochs": 4, "hidden_dim": 16, "bottleneck_dim": 8, "batch_size": 32, "warmup_epochs": 1}
@@ -117,7 +119,8 @@ def test_asha_stops_what_is_poor_at_a_rung_and_lets_the_best_end(ray_cluster: No
     space = {"heads.learning_rate": [3e-3, 1e-9, 1e30, 1e-10]}
     settings = {"asha": {"grace_epochs": 4, "reduction_factor": 2}, "max_concurrent": 1}
     base = {"heads": HEADS | {"num_epochs": 12}}
-    result = run_sweep(build_sweep(sweep_of(data, tmp_path / "out", space, base=base, **settings), "s"), quiet=True)
+    asked = build_sweep(sweep_of(data, tmp_path / "out", space, base=base, **settings), "sweep.yaml")
+    result = run_sweep(asked, quiet=True)
     rows = pq.read_table(result.table).to_pylist()
     assert (rows[0]["status"], rows[0]["epochs"], result.best_trial) == ("finished", 12, 0)
     stopped = [row for row in rows if row["status"] == "stopped"]
@@ -127,6 +130,21 @@ def test_asha_stops_what_is_poor_at_a_rung_and_lets_the_best_end(ray_cluster: No
     (failed,) = [row for row in rows if row["status"] == "failed"]
     assert failed["heads.learning_rate"] == 1e30
     assert "is not finite" in failed["error"]
+
+    # The same command tries the failed one again; and what was removed since is made again.
+    shutil.rmtree(tmp_path / "out" / "heads")
+    again = run_sweep(asked, quiet=True)
+    assert (again.best_trial, again.best_value, again.num_failed) == (0, result.best_value, 1)
+    assert len(finished(tmp_path / "out", "heads")) >= 1
+
+
+def test_the_state_of_a_search_does_not_go_to_remote_storage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tune writes down how it reaches its storage, credentials included."""
+    monkeypatch.setenv("ICCE_CACHE", str(tmp_path / "cache"))
+    local = Folder.at(tmp_path / "out" / "sweep" / "abc")
+    assert state_folder(local).local_path == tmp_path / "out" / "sweep" / "abc" / "tune"
+    remote = Folder(pafs.SubTreeFileSystem("/bucket", pafs.LocalFileSystem()), "sweep/abc", "s3://bucket/sweep/abc")
+    assert state_folder(remote).local_path == tmp_path / "cache" / "sweep" / "abc" / "tune"
 
 
 @pytest.mark.slow
@@ -163,9 +181,8 @@ def test_a_killed_sweep_goes_on_by_the_same_command_and_leaves_what_was_finished
     rows = pq.read_table(result["table"]).to_pylist()
     assert all(row["status"] == "finished" and 0 <= row["stability"] <= 1 for row in rows)
 
-    third = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert json.loads(third.stdout.splitlines()[-1]) == result
-    assert "goes on" not in third.stderr
+    assert run_sweep(load_sweep(tmp_path / "sweep.yaml"), quiet=True).to_json() == result
+    assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
 def asked_of(space: dict[str, Any], **settings: Any) -> Sweep:
