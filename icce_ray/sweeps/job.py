@@ -139,6 +139,7 @@ def _tune_config(asked: Sweep, known: list[Parameters] | None) -> tune.TuneConfi
         scheduler=scheduler,
         search_alg=make_searcher(config.searcher, config.seed) if config.searcher is not None else None,
         num_samples=1 if known is not None else config.num_samples,
+        reuse_actors=True,
         max_concurrent_trials=config.max_concurrent or (max(1, slots) if asked.is_in_one_process else 1),
     )
 
