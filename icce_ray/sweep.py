@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from icce_ray.cluster import STAGES_WITH_WORKERS, check_resources, connect
+from icce_ray.cluster import STAGES_WITH_WORKERS, check_resources, connect, largest_machine_cpus
 from icce_ray.config import build_config
 from icce_ray.errors import ResourceError
 from icce_ray.pipeline import plan
@@ -57,6 +57,7 @@ def run_sweep(asked: Sweep, *, quiet: bool = False) -> SweepResult:
     if artifact is None or artifact.metrics["num_failed"]:
         _check(asked)
         connect(base.resources)
+        _check_cpus(asked)
         with Claim(folder):
             artifact = _search(asked, listings, folder, name, quiet)
     result = outcome.sum_up(artifact, None)
@@ -146,6 +147,14 @@ def _check(asked: Sweep) -> None:
             "metric silhouette_umap needs the package umap-learn: pip install 'icce_ray[umap]', or take silhouette_pca"
         )
     check_resources(base, STAGES_WITH_WORKERS)
+
+
+def _check_cpus(asked: Sweep) -> None:
+    wanted, there = asked.config.cpus_per_run, largest_machine_cpus()
+    if asked.is_in_one_process and wanted > there:
+        raise ResourceError(
+            f"cpus_per_run: {wanted:g} CPUs asked for, but the largest machine has {there:g}; set it to at most that"
+        )
 
 
 def _read_config(artifact: Artifact) -> dict[str, Any]:

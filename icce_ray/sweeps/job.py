@@ -123,12 +123,9 @@ def _param_space(asked: Sweep, known: list[Parameters] | None) -> Any:
 def _tune_config(asked: Sweep, known: list[Parameters] | None) -> tune.TuneConfig:
     config, scheduler = asked.config, None
     if config.asha is not None:
-        max_epochs = max(
-            run.heads.num_epochs for parameters in known or [{}] for run in _runs_or_none(asked, parameters)
-        )
         scheduler = AsyncHyperBandScheduler(
             time_attr="epoch",
-            max_t=max(max_epochs, config.asha.grace_epochs) + 1,
+            max_t=max(asked.max_epochs, config.asha.grace_epochs) + 1,  # beyond it, Tune stops what could end
             grace_period=config.asha.grace_epochs,
             reduction_factor=config.asha.reduction_factor,
         )
@@ -171,8 +168,10 @@ def run_trial(drawn: Parameters, *, asked: Sweep, listings: Listings, failures: 
         if rung <= reached:
             continue
         answers = _together(asked, [(trial.run_to_rung, run, listings, rung) for run in runs])
-        reached = min((answer[0] if answer else num_epochs) for answer in answers)
-        if reached < rung or reached >= num_epochs:  # finished before, or early by itself
+        if any(answer is None for answer in answers):  # another sweep, or an earlier try, finished the heads
+            break
+        reached = min(answer[0] for answer in answers)
+        if reached < rung or reached >= num_epochs:  # they came to rest early, or ended
             break
         metrics = trial.mean_metrics([answer[1] for answer in answers])
         _report(asked, metrics, {"status": STOPPED, "metrics": metrics, "epochs": reached})
@@ -263,13 +262,6 @@ def _fit_in_thread(tuner: tune.Tuner) -> Any:
 
     threading.Thread(target=fit, name="icce_ray-sweep", daemon=True).start()
     return results.result()
-
-
-def _runs_or_none(asked: Sweep, parameters: Parameters) -> list[Any]:
-    try:
-        return asked.runs(parameters)
-    except UserError:
-        return []
 
 
 def key_of(parameters: Parameters) -> str:

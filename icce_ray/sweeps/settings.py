@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,6 +129,12 @@ class Sweep:
         heads = self.base_config.resources.heads
         return heads.num_workers == 1 and heads.gpus_per_worker == 0
 
+    @property
+    def max_epochs(self) -> int:
+        """Of the heads, the most that a trial may have."""
+        swept = [dimension.values for dimension in self.dimensions if dimension.name == "heads.num_epochs"]
+        return max([self.base_config.heads.num_epochs, *(int(value) for values in swept for value in values)])
+
     def runs(self, parameters: Mapping[str, Any]) -> list[Config]:
         """The config of each run of a trial: one for each seed.
 
@@ -142,7 +149,7 @@ class Sweep:
         asha, epochs = self.config.asha, list[int]()
         rung = float(asha.grace_epochs) if asha else float(num_epochs)
         while asha and rung < num_epochs:
-            epochs.append(int(rung))
+            epochs.append(math.ceil(rung))
             rung *= asha.reduction_factor
         return epochs
 

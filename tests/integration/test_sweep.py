@@ -92,6 +92,12 @@ def test_shared_stages_are_made_once_failures_stay_their_own_and_the_best_are_po
     assert len(config.consensus.extra_runs) == 1
 
 
+def test_more_cpus_than_a_machine_has_are_refused(ray_cluster: None, data: Path, tmp_path: Path) -> None:
+    asked = build_sweep(sweep_of(data, tmp_path / "out", {"num_clusters": [4]}, cpus_per_run=5), "s")
+    with pytest.raises(ResourceError, match="cpus_per_run: 5 CPUs asked for, but the largest machine has 4"):
+        run_sweep(asked, quiet=True)
+
+
 @pytest.mark.slow
 def test_a_trial_gives_what_the_estimator_gives_in_one_process_or_on_ray_train(
     ray_cluster: None, data: Path, tmp_path: Path
