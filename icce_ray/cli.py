@@ -1,4 +1,4 @@
-"""The command ``icce-ray``: run, estimate, assign, status, evaluate."""
+"""The command ``icce-ray``: run, sweep, estimate, assign, status, evaluate."""
 
 from __future__ import annotations
 
@@ -27,6 +27,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     run = commands.add_parser("run", help="cluster the images of a config; without one, the built-in demo")
     add_arguments(run)
     run.set_defaults(function=run_command)
+
+    sweep = commands.add_parser("sweep", help="try settings of a config, judge them without labels, pool the best")
+    sweep.add_argument("sweep", metavar="SWEEP", help="a YAML file: base, space, and how to search it")
+    add_run_options(sweep)
+    sweep.set_defaults(function=_sweep)
 
     assign = commands.add_parser("assign", help="label new images with a finished run's model")
     assign.add_argument(
@@ -70,6 +75,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     parsed = parser.parse_args(arguments)
     return guarded(parsed.function, parsed)
+
+
+def _sweep(arguments: argparse.Namespace) -> None:
+    from icce_ray.sweep import sweep
+
+    result = sweep(arguments.sweep, arguments.overrides, quiet=arguments.quiet)
+    if arguments.json:
+        print(json.dumps(result.to_json()), flush=True)
 
 
 def _assign(arguments: argparse.Namespace) -> None:

@@ -96,6 +96,11 @@ def available_cpus() -> float:
     return sum(cpus for cpus, _ in _machines())
 
 
+def largest_machine_cpus() -> float:
+    """CPUs of the largest machine of the Ray we are connected to: a task that asks for more waits for ever."""
+    return max((cpus for cpus, _ in _machines()), default=0.0)
+
+
 def available_gpus() -> float:
     """GPUs of all machines of the Ray we are connected to."""
     return sum(gpus for _, gpus in _machines())

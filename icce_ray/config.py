@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
@@ -26,6 +26,8 @@ PositiveFloat = Annotated[float, Field(gt=0.0)]
 PositiveInt = Annotated[int, Field(ge=1)]
 
 ConsensusMethod = Literal["mcla", "hbgf", "cspa", "vote", "best_head", "hgpa"]
+Model = TypeVar("Model", bound=BaseModel)
+
 CONSENSUS_METHODS: tuple[ConsensusMethod, ...] = get_args(ConsensusMethod)
 
 
@@ -441,22 +443,36 @@ def load_config(
     source = str(path) if path is not None else source
     data: dict[str, Any] = dict(base or {})
     if path is not None:
-        data |= _read_yaml(Path(path))
+        data |= read_yaml(Path(path))
     for override in overrides or []:
-        _apply_override(data, override)
+        apply_override(data, override)
     return build_config(data, source)
 
 
 def build_config(data: dict[str, Any], source: str) -> Config:
     """Check settings from `source` (named in the message)."""
+    return validate(Config, data, source)
+
+
+def validate(model: type[Model], data: dict[str, Any], source: str) -> Model:
+    """`data` as a `model`.
+
+    Raises:
+        ConfigError: `source`, key, value and what is allowed, for every problem found.
+    """
     try:
-        return Config.model_validate(data)
+        return model.model_validate(data)
     except ValidationError as error:
-        lines = [_describe(problem) for problem in error.errors()]
+        lines = [_describe(problem, model) for problem in error.errors()]
         raise ConfigError(f"{source}: " + (lines[0] if len(lines) == 1 else "\n  ".join(["", *lines]))) from None
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The settings in a file.
+
+    Raises:
+        ConfigError: it cannot be read, or holds no settings.
+    """
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -472,7 +488,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return data
 
 
-def _apply_override(data: dict[str, Any], override: str) -> None:
+def apply_override(data: dict[str, Any], override: str) -> None:
+    """Put the value of ``a.b=c`` into `data`. Sections on the way are copied, not changed."""
     key, separator, text = override.partition("=")
     if not separator or not key.strip():
         raise ConfigError(f"--set {override}: write it as section.key=value")
@@ -480,7 +497,12 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"--set {override}: the value is not valid YAML: {' '.join(str(error).split())}") from None
-    *sections, last = key.strip().split(".")
+    put(data, key.strip(), value)
+
+
+def put(data: dict[str, Any], key: str, value: Any) -> None:
+    """Set the setting with the dotted name `key`. Sections on the way are copied, not changed."""
+    *sections, last = key.split(".")
     node = data
     for section in sections:
         child = node.get(section)
@@ -489,11 +511,11 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
     node[last] = value
 
 
-def _describe(problem: Any) -> str:
+def _describe(problem: Any, model: type[BaseModel]) -> str:
     location = [str(part) for part in problem["loc"]]
     key = ".".join(location)
     if problem["type"] == "extra_forbidden":
-        known = _known_keys(location[:-1])
+        known = _known_keys(location[:-1], model)
         close = difflib.get_close_matches(location[-1], known, n=3)
         remedy = f"did you mean {' or '.join(close)}?" if close else f"known here: {', '.join(known)}"
         return f"{key}: unknown setting; {remedy}"
@@ -508,8 +530,8 @@ def _describe(problem: Any) -> str:
     return f"{key}: {given!r} is not usable: {message}"
 
 
-def _known_keys(sections: list[str]) -> list[str]:
-    model: Any = Config
+def _known_keys(sections: list[str], root: type[BaseModel]) -> list[str]:
+    model: Any = root
     for section in sections:
         field = model.model_fields.get(section)
         if field is None or not isinstance(field.annotation, type) or not issubclass(field.annotation, BaseModel):

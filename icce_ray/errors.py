@@ -17,6 +17,10 @@ class InputError(UserError):
     """Images, embeddings or labels that cannot be used: missing, empty, of the wrong shape, not finite."""
 
 
+class BusyError(InputError):
+    """Another job is writing the artifact at this moment. Whoever can wait finds its result there afterwards."""
+
+
 class ResourceError(UserError):
     """The machine or cluster lacks what the run was told to use."""
 

@@ -16,8 +16,8 @@ import ray
 
 from icce_ray.cluster import available_cpus, connect
 from icce_ray.config import Config
-from icce_ray.consensus.agreement import describe_clusters
 from icce_ray.consensus.combine import find_consensus
+from icce_ray.consensus.local import write_parts
 from icce_ray.consensus.matrix import Heads, check_surveys
 from icce_ray.consensus.memory import check_memory
 from icce_ray.consensus.runs import find_heads
@@ -93,17 +93,7 @@ def run(config: Config, context: StageContext) -> dict[str, Any]:
             f"consensus: a task failed {MAX_RETRIES + 1} times; the same command starts this stage again. "
             f"{describe_cause(error)}"
         ) from error
-    for method, reason in result.skipped.items():
-        context.progress.note(f"{method} left out: {reason}")
-    output = context.output
-    output.write_array("labels.npy", result.labels)
-    output.write_array("agreement.npy", result.agreement)
-    output.write_array("vote_entropy.npy", result.vote_entropy)
-    output.write_array("second_choice.npy", result.second_choice)
-    metrics = result.summary() | {"num_heads": heads.num_heads}
-    clusters = describe_clusters(result.labels, result.agreement, result.second_choice, config.num_clusters)
-    output.write_json("summary.json", metrics | {"clusters": clusters})
-    return metrics
+    return write_parts(result, heads.num_heads, config, context)
 
 
 def _survey(heads: StoredHeads) -> RayHeads:

@@ -35,7 +35,7 @@ def find_heads(config: Config, own: Artifact | None = None) -> list[Artifact]:
             raise InputError(
                 f"consensus.extra_runs: the heads of the run {name!r} are not finished; finish that run first"
             )
-        if own is not None and not _have_same_images(heads, own):
+        if own is not None and not have_same_images(heads, own):
             raise InputError(
                 f"consensus.extra_runs: the run {name!r} has other images than this one; only runs that list the same "
                 "images, and could use the same of them, can be combined"
@@ -62,7 +62,7 @@ def _read_record(config: Config, name: str) -> tuple[dict[str, Any], Folder]:
     return record, Folder.at(root or "/")
 
 
-def _have_same_images(one: Artifact, other: Artifact) -> bool:
+def have_same_images(one: Artifact, other: Artifact) -> bool:
     """Whether the rows of two label matrices are the same images: listed in the same order, the same of them unusable,
     and the same drawn where a sample was trained on. Ready-made embeddings that name no images are told apart by their
     row numbers alone."""

@@ -85,7 +85,7 @@ def silhouette(
         )
     points = np.asarray(features_nD, dtype=np.float32)
     if space == "umap":
-        points = _embed_umap(points, random_state)
+        points = project_umap(points, random_state)
     return float(silhouette_score(points, labels_n))
 
 
@@ -94,7 +94,12 @@ def stability(labels_a_N: npt.NDArray[np.integer], labels_b_N: npt.NDArray[np.in
     return normalized_mutual_info(labels_a_N, labels_b_N, mean="geometric")
 
 
-def _embed_umap(points_nD: npt.NDArray[np.float32], random_state: int | None) -> npt.NDArray[np.float32]:
+def project_umap(points_nD: npt.NDArray[np.float32], random_state: int | None) -> npt.NDArray[np.float32]:
+    """`points_nD` in 50 UMAP dimensions (n_neighbors=30, min_dist=0), (n, at most 50).
+
+    Raises:
+        ResourceError: umap-learn is not installed.
+    """
     try:
         from umap import UMAP
     except ImportError:

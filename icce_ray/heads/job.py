@@ -16,7 +16,6 @@ from typing import Any
 
 import ray
 import ray.train
-import safetensors.torch
 import torch
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer, get_device
@@ -26,10 +25,9 @@ from icce_ray.config import Config
 from icce_ray.context import StageContext
 from icce_ray.embed.features import load_features
 from icce_ray.errors import ResourceError, WorkerError, describe_cause
-from icce_ray.heads.checkpoint import CheckpointFolder
 from icce_ray.heads.communicator import SingleWorker, TorchDistributed
+from icce_ray.heads.local import checkpoint_folder, write_parts
 from icce_ray.heads.metrics_log import MetricsLog
-from icce_ray.heads.result import TrainedHeads
 from icce_ray.heads.training import train_heads
 from icce_ray.neighbors.graph import load_graph
 from icce_ray.progress import Progress
@@ -81,7 +79,7 @@ def run(config: Config, context: StageContext) -> dict[str, Any]:
     connect(config.resources)
     worker = config.resources.heads
     cpus = worker_cpus(worker)
-    checkpoints = CheckpointFolder(context.output.folder / "checkpoints")
+    checkpoints = checkpoint_folder(context)
     board = ray.remote(ProgressBoard).options(num_cpus=0).remote()
     settings = {
         "config": config,
@@ -168,24 +166,9 @@ def _train_on_worker(settings: dict[str, Any]) -> dict[str, Any]:
         return {"shortage": str(error)}
     if ray.train.get_context().get_world_rank() != 0:
         return {}
-    return _write_parts(trained, settings["output"])
-
-
-def _write_parts(trained: TrainedHeads, output: ArtifactWriter) -> dict[str, Any]:
-    tensors = {name: tensor.cpu().contiguous() for name, tensor in trained.parameters.named().items()}
-    parts = [
-        output.write_array("label_matrix.npy", trained.label_matrix_HN),
-        output.write_bytes("heads.safetensors", safetensors.torch.save(tensors)),
-        output.write_json(
-            "training.json",
-            {
-                "head_losses": trained.head_losses_H.tolist(),
-                "collapsed_heads": trained.collapsed_heads,
-                "history": trained.history,
-            },
-        ),
-    ]
-    return {"parts": [part.model_dump() for part in parts], "metrics": trained.summary()}
+    output: ArtifactWriter = settings["output"]
+    write_parts(trained, output)
+    return {"parts": [part.model_dump() for part in output.parts.values()], "metrics": trained.summary()}
 
 
 @contextmanager

@@ -334,6 +334,7 @@ def train_heads(
     checkpoints: CheckpointFolder | None = None,
     progress: Progress | None = None,
     metrics_log: MetricsLog | None = None,
+    until_epoch: int | None = None,
 ) -> TrainedHeads:
     """Train the heads and label every image with each. Heads that collapse are left out of the result.
 
@@ -349,9 +350,10 @@ def train_heads(
         checkpoints: where to save every `checkpoint_interval_s` and resume from.
         progress: told of every epoch.
         metrics_log: given the history as it grows, by the worker of rank 0.
+        until_epoch: pause after this epoch with a checkpoint, from which the next call goes on.
 
     Returns:
-        The same on every worker.
+        The same on every worker. After a pause, what the heads say so far.
 
     Raises:
         FloatingPointError: a loss is not finite.
@@ -372,7 +374,8 @@ def train_heads(
         trainer.load_state(*saved)
     is_first = trainer.communicator.rank == 0
     last_saved = time.monotonic()
-    while trainer.epoch < config.num_epochs and not trainer.labels_rest:
+    last_epoch = config.num_epochs if until_epoch is None else min(config.num_epochs, until_epoch)
+    while trainer.epoch < last_epoch and not trainer.labels_rest:
         trainer.train_epoch()
         if progress is not None:
             progress.update(trainer.epoch, config.num_epochs, f"loss {trainer.history[-1]['loss']:.4f}")
@@ -380,11 +383,13 @@ def train_heads(
             metrics_log.update(trainer.history)
         if checkpoints is not None and is_first:
             due = time.monotonic() - last_saved >= config.checkpoint_interval_s
-            if due and trainer.epoch < config.num_epochs:
+            pauses = trainer.epoch == until_epoch
+            if (due or pauses) and trainer.epoch < config.num_epochs:
                 checkpoints.save(*trainer.state())
                 last_saved = time.monotonic()
+    finished = trainer.epoch == config.num_epochs or trainer.labels_rest
     if metrics_log is not None and is_first:
-        metrics_log.update(trainer.history, finished=True)
+        metrics_log.update(trainer.history, finished=finished)
     return TrainedHeads(
         trainer.label_matrix(),
         trainer.head_losses_H,

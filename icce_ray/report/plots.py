@@ -43,7 +43,7 @@ def similarity_histogram(audit: dict[str, Any]) -> str | None:
         axes.set_ylabel("share of pairs")
         axes.legend()
 
-    return _svg("similarity", draw)
+    return svg("similarity", draw)
 
 
 def neighbors_by_threshold(audit: dict[str, Any]) -> str | None:
@@ -69,7 +69,7 @@ def neighbors_by_threshold(audit: dict[str, Any]) -> str | None:
             axes.axvline(chosen, color="black", linestyle="--", linewidth=1, label=label)
             axes.legend(loc="lower left")
 
-    return _svg("thresholds", draw)
+    return svg("thresholds", draw)
 
 
 def training_curve(history: Sequence[dict[str, Any]]) -> str | None:
@@ -86,7 +86,7 @@ def training_curve(history: Sequence[dict[str, Any]]) -> str | None:
         axes.set_ylabel("loss")
         axes.legend()
 
-    return _svg("training", draw)
+    return svg("training", draw)
 
 
 def size_chart(sizes_K: npt.NDArray[np.int64]) -> str:
@@ -101,7 +101,7 @@ def size_chart(sizes_K: npt.NDArray[np.int64]) -> str:
         axes.set_ylabel("images")
         axes.legend()
 
-    return _svg("sizes", draw)
+    return svg("sizes", draw)
 
 
 def certainty_histogram(confidence: npt.NDArray[np.int64], agreement: npt.NDArray[np.int64]) -> str:
@@ -116,21 +116,22 @@ def certainty_histogram(confidence: npt.NDArray[np.int64], agreement: npt.NDArra
         axes.set_ylabel("images")
         axes.legend(loc="upper left")
 
-    return _svg("certainty", draw)
+    return svg("certainty", draw)
 
 
-def _svg(name: str, draw: Any) -> str:
+def svg(name: str, draw: Any, size_inches: tuple[float, float] = SIZE_INCHES) -> str:
+    """What `draw(axes)` draws as inline SVG; `name` tells the diagrams of a page apart."""
     # The salt makes ids the same every time, and those of two diagrams of one page different.
     with mpl.rc_context(STYLE | {"svg.hashsalt": name}):
-        figure = Figure(figsize=SIZE_INCHES, layout="constrained")
+        figure = Figure(figsize=size_inches, layout="constrained")
         draw(figure.add_subplot())
         sink = io.StringIO()
         metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         figure.savefig(sink, format="svg", transparent=True, metadata=metadata)
-    svg = sink.getvalue()
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r' xmlns(:\w+)?="[^"]*"', "", svg)
-    svg = re.sub(r' id="[a-zA-Z0-9.]+_\d+"', "", svg)
-    svg = re.sub(r"<defs>\s*<style.*?</defs>", "", svg, count=1, flags=re.DOTALL)
-    svg = re.sub(r' (width|height)="[\d.]+pt"', "", svg, count=2)
-    return svg.replace("#000000", "currentColor").replace("stroke: #", "stroke:#")
+    text = sink.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r' xmlns(:\w+)?="[^"]*"', "", text)
+    text = re.sub(r' id="[a-zA-Z0-9.]+_\d+"', "", text)
+    text = re.sub(r"<defs>\s*<style.*?</defs>", "", text, count=1, flags=re.DOTALL)
+    text = re.sub(r' (width|height)="[\d.]+pt"', "", text, count=2)
+    return text.replace("#000000", "currentColor").replace("stroke: #", "stroke:#")

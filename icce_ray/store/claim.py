@@ -18,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
-from icce_ray.errors import InputError
+from icce_ray.errors import BusyError, InputError
 from icce_ray.store import s3
 from icce_ray.store.filesystem import Folder
 
@@ -38,7 +38,7 @@ class Claim:
             ...
 
     Raises:
-        InputError: on entry: another job is writing the artifact.
+        BusyError: on entry: another job is writing the artifact.
     """
 
     def __init__(self, folder: Folder) -> None:
@@ -137,10 +137,10 @@ class Claim:
             except (OSError, InputError):
                 self._renewals -= 1
 
-    def _busy(self, content: str) -> InputError:
+    def _busy(self, content: str) -> BusyError:
         holder = _parse(content)
         who = f"process {holder['pid']} on {holder['host']}" if holder else "another job"
-        return InputError(
+        return BusyError(
             f"{self._folder.uri}: {who} is writing this artifact now. Wait for it (the same command then uses its "
             "result), stop it, or choose another output"
         )

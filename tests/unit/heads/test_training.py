@@ -171,6 +171,25 @@ def test_training_stops_when_the_labels_rest_and_says_so(planted) -> None:
     assert all(max(changes[stop - 3 : stop]) >= 0.02 for stop in range(4, len(changes)))
 
 
+def test_a_pause_tells_what_the_heads_say_so_far_and_changes_nothing(planted, tmp_path: Path) -> None:
+    features, graph, _ = planted
+    config = settings(checkpoint_interval_s=1e9)
+    whole = train_heads(features, graph, config, num_clusters=4, seed=0)
+    checkpoints = CheckpointFolder(Folder.at(tmp_path))
+    for epoch in (2, 5):
+        paused = train_heads(
+            features, graph, config, num_clusters=4, seed=0, checkpoints=checkpoints, until_epoch=epoch
+        )
+        assert paused.history[-1]["epoch"] == epoch
+        loaded = checkpoints.load()
+        assert loaded is not None
+        assert loaded[1]["epoch"] == epoch
+    assert not np.array_equal(paused.label_matrix_HN, whole.label_matrix_HN)
+    ended = train_heads(features, graph, config, num_clusters=4, seed=0, checkpoints=checkpoints)
+    np.testing.assert_array_equal(ended.label_matrix_HN, whole.label_matrix_HN)
+    assert [epoch["loss"] for epoch in ended.history] == [epoch["loss"] for epoch in whole.history]
+
+
 def test_two_checkpoints_are_kept_and_a_damaged_one_is_passed_over(planted, tmp_path: Path) -> None:
     features, graph, _ = planted
     trainer = HeadTrainer(features, graph, settings(), num_clusters=4, seed=0)

@@ -1,0 +1,202 @@
+"""Every setting of a sweep, declared once, with its meaning under it.
+
+base: run.yaml
+space:
+  neighbors.similarity_threshold: [auto, 0.4, 0.5]
+  heads.learning_rate: {loguniform: [1e-4, 1e-2]}
+num_samples: 4
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from icce_ray.config import Config, PositiveFloat, PositiveInt, Section, apply_override, read_yaml, validate
+from icce_ray.errors import ConfigError
+from icce_ray.sweeps.search_space import GRID, Dimension, check_space, parse_space, settings_of
+
+Metric = Literal["anmi", "generalization", "silhouette_pca", "silhouette_umap", "stability"]
+Searcher = Literal["optuna", "hyperopt", "bayesopt", "hebo", "ax", "bohb", "nevergrad", "zoopt"]
+NOT_IN_FINGERPRINT = {"max_concurrent", "cpus_per_run", "base"}
+
+
+class AshaConfig(Section):
+    """Asynchronous successive halving over the epochs of the heads: trials pause at rungs, the better share goes on."""
+
+    grace_epochs: PositiveInt = 20
+    """The first rung: every trial trains this long."""
+    reduction_factor: Annotated[float, Field(gt=1.0)] = 3.0
+    """Each rung is this many times as long as the one before, and one in this many trials passes it."""
+
+
+class EnsembleConfig(Section):
+    top: PositiveInt | None = 3
+    """Pool the heads of this many of the best trials."""
+    quantile: Annotated[float, Field(ge=0.0, lt=1.0)] | None = None
+    """Instead: those whose metric is at or above this quantile of all finished trials. 0.8: the best fifth."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _either(cls, data: Any) -> Any:
+        if isinstance(data, dict) and data.get("quantile") is not None and "top" not in data:
+            return {**data, "top": None}
+        return data
+
+    @model_validator(mode="after")
+    def _check(self) -> EnsembleConfig:
+        if (self.top is None) == (self.quantile is None):
+            raise ValueError("give either top or quantile")
+        return self
+
+
+class SweepConfig(Section):
+    base: str | dict[str, Any]
+    """The config that all trials start from: a YAML file (its place is relative to the sweep's), or its settings."""
+    space: dict[str, Any]
+    """What is varied, by dotted name. A list is tried whole, crossed with the other lists. `{choice: [...]}`,
+    `{uniform: [low, high]}`, `{loguniform: [low, high]}`, `{randint: [low, high]}` and `{lograndint: [low, high]}`
+    are drawn."""
+    num_samples: PositiveInt = 10
+    """Draws, at each point of the grid; with a searcher: trials. Without anything that is drawn: not used."""
+    searcher: Searcher | None = None
+    """A search algorithm of Ray Tune that learns from the trials so far; its own package must be installed, such as
+    `pip install optuna`. Not set: grid and random."""
+    seeds: tuple[Annotated[int, Field(ge=0, lt=2**31)], ...] | None = None
+    """Each trial is run with each of these; its metrics are their means. Not set: the base's seed alone."""
+    metric: Metric = "silhouette_pca"
+    """What the best trial has most of, judged without labels. `anmi`: how well the heads agree with their consensus.
+    `generalization`: how well a linear classifier learns the clusters. `silhouette_pca`, `silhouette_umap`: how far the
+    clusters lie apart in that space (UMAP needs umap-learn). `stability`: how alike the clusters of two seeds are.
+    Where it was measured, `stability` ranked trials best, at the price of a second seed; the default came next. All but
+    `anmi` and `stability` look at the features, so they compare trials over the same features only."""
+    asha: AshaConfig | None = None
+    """Stop poor trials early. Not set: every trial trains all its epochs."""
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    """Of what is drawn from the space."""
+    ensemble: EnsembleConfig | None = EnsembleConfig()
+    """The job after the sweep: one consensus of the best trials' heads, then classifier, assignments and report.
+    `null`: none."""
+    max_concurrent: PositiveInt | None = None
+    """Trials at a time. Not set: as many as have CPUs; one where trials are trained through Ray Train."""
+    cpus_per_run: PositiveFloat = 1.0
+    """CPUs of a trial that is trained in one process, for each of its seeds. More than one worker or a GPU in the
+    base's `resources.heads`: trials are trained through Ray Train instead, with those."""
+
+    @model_validator(mode="after")
+    def _check(self) -> SweepConfig:
+        if self.seeds is not None and (not self.seeds or len(set(self.seeds)) < len(self.seeds)):
+            raise ValueError(f"seeds is {list(self.seeds)}; name at least one, and each once")
+        if self.seeds is not None and "seed" in self.space:
+            raise ValueError("the seed is in the space and in seeds; choose one: seeds makes means, space makes trials")
+        if self.metric == "stability" and len(self.seeds or ()) < 2:
+            raise ValueError("metric is stability, which compares seeds: give at least two, such as seeds: [0, 1]")
+        if self.asha is not None and self.metric == "stability":
+            raise ValueError("asha cannot judge by stability, which is known at the end only; choose another metric")
+        return self
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A sweep as it was asked for, checked."""
+
+    config: SweepConfig
+    base: Mapping[str, Any]
+    """Settings of the base as they were given."""
+    dimensions: tuple[Dimension, ...]
+    source: str
+    """Its file, for messages."""
+
+    @property
+    def base_config(self) -> Config:
+        return settings_of(self.base, {}, self.source)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the settings that vary."""
+        return tuple(dimension.name for dimension in self.dimensions)
+
+    @property
+    def is_in_one_process(self) -> bool:
+        """Whether trials are trained in one process each, without Ray Train."""
+        heads = self.base_config.resources.heads
+        return heads.num_workers == 1 and heads.gpus_per_worker == 0
+
+    @property
+    def max_epochs(self) -> int:
+        """Of the heads, the most that a trial may have."""
+        swept = [dimension.values for dimension in self.dimensions if dimension.name == "heads.num_epochs"]
+        return max([self.base_config.heads.num_epochs, *(int(value) for values in swept for value in values)])
+
+    def runs(self, parameters: Mapping[str, Any]) -> list[Config]:
+        """The config of each run of a trial: one for each seed.
+
+        Raises:
+            ConfigError: the parameters do not go together.
+        """
+        seeds = self.config.seeds or (None,)
+        return [settings_of(self.base, parameters, "this trial", seed) for seed in seeds]
+
+    def rungs(self, num_epochs: int) -> list[int]:
+        """Epochs after which a trial of `num_epochs` is judged before its end; none without asha."""
+        asha, epochs = self.config.asha, list[int]()
+        rung = float(asha.grace_epochs) if asha else float(num_epochs)
+        while asha and rung < num_epochs:
+            epochs.append(math.ceil(rung))
+            rung *= asha.reduction_factor
+        return epochs
+
+    def settings(self) -> dict[str, Any]:
+        """All that determines which trials there are and which is best, JSON-able."""
+        return {
+            "base": _digest(self.base_config.model_dump(mode="json", exclude={"resources", "storage"})),
+            "sweep": self.config.model_dump(mode="json", exclude=NOT_IN_FINGERPRINT),
+        }
+
+
+def load_sweep(path: str | Path, overrides: list[str] | None = None) -> Sweep:
+    """Read a sweep's YAML, apply ``a.b=c`` overrides (``base.heads.num_epochs=20`` changes the base) and check it.
+
+    Raises:
+        ConfigError: file, key, value and what is allowed, for the first kind of problem found.
+    """
+    path = Path(path)
+    data = read_yaml(path)
+    base = data.get("base")
+    if isinstance(base, str):
+        data["base"] = read_yaml(path.parent / base)
+    for override in overrides or []:
+        apply_override(data, override)
+    return build_sweep(data, str(path))
+
+
+def build_sweep(data: dict[str, Any], source: str) -> Sweep:
+    """Check a sweep from `source` (named in the message)."""
+    config = validate(SweepConfig, data, source)
+    if isinstance(config.base, str):
+        raise ConfigError(f"{source}: base is {config.base!r}; give the settings, or load the sweep from a file")
+    dimensions = parse_space(config.space, source)
+    check_space(config.base, dimensions, source)
+    sweep = Sweep(config, config.base, dimensions, source)
+    if config.searcher is not None and any(dimension.kind == GRID for dimension in dimensions):
+        name = next(dimension.name for dimension in dimensions if dimension.kind == GRID)
+        raise ConfigError(
+            f"{source}: space.{name}: searcher {config.searcher} takes no grid; write {{choice: [...]}} instead"
+        )
+    if config.asha is not None and not sweep.is_in_one_process:
+        raise ConfigError(
+            f"{source}: asha pauses trials that are trained in one process; the base's resources.heads asks for "
+            "Ray Train. Leave asha out, or set base.resources.heads.num_workers=1 and gpus_per_worker=0"
+        )
+    return sweep
+
+
+def _digest(settings: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,0 +1,198 @@
+"""What a trial does: the stages of the pipeline up to the consensus, then the metrics, one run for each seed.
+
+Every stage is named by its fingerprint and lies where the pipeline puts it. So trials that have a stage in common use
+the same artifact, a second sweep uses those of the first, and `icce-ray run` on a trial's config finds its heads done.
+A stage that another trial is making at the moment is waited for.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from icce_ray.config import Config
+from icce_ray.context import StageContext
+from icce_ray.errors import BusyError
+from icce_ray.pipeline import STAGES, PlannedStage, Stage, finish, plan
+from icce_ray.progress import Progress
+from icce_ray.sample.draw import sampled_ids, training_set
+from icce_ray.store import Artifact, ArtifactWriter, Claim
+from icce_ray.sweeps.projection import spaces
+
+POLL_S = 1.0
+SHARED = ("images", "embed", "sample", "neighbors")
+"""Stages that many trials have in common."""
+TRAINED = ("heads", "consensus")
+NOT_METRICS = ("num_clusters_used",)
+
+PROJECTION = Stage(
+    "projection", "icce_ray.sweeps.projection", 1, ("embed", "sample"), lambda config: {"spaces": spaces()}, "spaces"
+)
+PROXIES = Stage(
+    "proxies", "icce_ray.sweeps.proxies", 1, ("embed", "sample", "consensus", "projection"), lambda config: {}
+)
+
+
+@dataclass
+class Listings:
+    """The settings of the `images` stage, looked up once for each place: listing a million files takes a while, and
+    all trials are to see the same."""
+
+    known: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def __call__(self, config: Config) -> dict[str, Any]:
+        places = {"images": config.images.model_dump(mode="json"), "embeddings": config.embeddings.model_dump()}
+        key = json.dumps(places, sort_keys=True)
+        if key not in self.known:
+            self.known[key] = STAGES[0].settings(config)
+        return self.known[key]
+
+
+@dataclass(frozen=True)
+class RunOutcome:
+    """What one run of a trial ended with."""
+
+    seed: int
+    metrics: dict[str, float | None]
+    num_clusters_used: int
+    seconds: float
+    """Of its heads, its consensus and its metrics, by whichever trial made them."""
+    labels: Artifact
+    """The consensus."""
+    embed: Mapping[str, Artifact]
+    """`embed` and `sample`."""
+
+
+def shared_stages(listings: Listings) -> tuple[Stage, ...]:
+    """Those that are made before the trials start, each once."""
+    by_name = {stage.name: stage for stage in STAGES}
+    images = replace(by_name["images"], settings=listings)
+    return (images, *(by_name[name] for name in SHARED[1:]), PROJECTION)
+
+
+def run_stages(listings: Listings, in_one_process: bool) -> tuple[Stage, ...]:
+    """Those of a run: the shared ones, then its own. In one process their maths is that of the distributed stages,
+    and so are their results and fingerprints."""
+    own = [stage for stage in STAGES if stage.name in TRAINED]
+    if in_one_process:
+        own = [replace(stage, module=stage.module.removesuffix(".job") + ".local") for stage in own]
+    return (*shared_stages(listings), *own, PROXIES)
+
+
+def full_stages(listings: Listings) -> tuple[Stage, ...]:
+    """Those of a whole job, for its name and its record."""
+    return (replace(STAGES[0], settings=listings), *STAGES[1:])
+
+
+def make(config: Config, stages: tuple[Stage, ...], *, quiet: bool = True) -> dict[str, Artifact]:
+    """The artifacts of `stages`: those that are finished, and the others made now, in order. What another trial, or
+    another job, is making is waited for."""
+    while True:
+        planned = plan(config, stages)
+        artifacts = {step.name: step.artifact for step in planned if step.artifact is not None}
+        try:
+            finish(config, planned, artifacts, quiet)
+        except BusyError:
+            time.sleep(POLL_S)
+        else:
+            return artifacts
+
+
+def run(config: Config, listings: Listings, in_one_process: bool) -> RunOutcome:
+    """Do all of one run."""
+    artifacts = make(config, run_stages(listings, in_one_process))
+    metrics = dict(artifacts["proxies"].metrics)
+    own = (*TRAINED, "proxies")
+    return RunOutcome(
+        seed=config.seed,
+        num_clusters_used=metrics.pop("num_clusters_used"),
+        metrics=metrics,
+        seconds=sum(artifacts[name].manifest.seconds for name in own),
+        labels=artifacts["consensus"],
+        embed={name: artifacts[name] for name in ("embed", "sample")},
+    )
+
+
+def run_to_rung(config: Config, listings: Listings, epoch: int) -> tuple[int, dict[str, float | None]] | None:
+    """Train the heads until `epoch`, leave a checkpoint, and judge a quick vote of what they say so far.
+
+    Returns:
+        The epoch that was reached (a checkpoint may be further), and the metrics; None where the heads are finished.
+    """
+    from icce_ray.consensus.ensemble import cluster_ensemble
+    from icce_ray.heads import local
+    from icce_ray.sweeps.proxies import measure
+
+    make(config, shared_stages(listings))
+    while True:
+        planned = {step.name: step for step in plan(config, run_stages(listings, True))}
+        step = planned["heads"]
+        if step.artifact is not None:
+            return None
+        inputs = _inputs(step, planned)
+        try:
+            with Claim(step.folder):
+                context = StageContext(ArtifactWriter(step.folder), inputs, Progress("heads", quiet=True))
+                trained = local.train(config, context, until_epoch=epoch)
+        except BusyError:
+            time.sleep(POLL_S)
+            continue
+        break
+    vote = cluster_ensemble(
+        trained.label_matrix_HN, config.num_clusters, methods=("vote",), refine=False, random_state=config.seed
+    )
+    projection = planned["projection"].artifact
+    assert projection is not None
+    metrics = measure(training_set(inputs), projection, vote.labels)
+    return trained.history[-1]["epoch"], {"anmi": vote.consensus_anmi, **metrics}
+
+
+def combine(outcomes: Sequence[RunOutcome]) -> dict[str, float | None]:
+    """The metrics of a trial: means over its runs, and with several the deviations (`<metric>_std`) and `stability`."""
+    metrics = mean_metrics([outcome.metrics for outcome in outcomes])
+    if len(outcomes) > 1:
+        for name in list(metrics):
+            values = [outcome.metrics[name] for outcome in outcomes]
+            known = [value for value in values if value is not None]
+            metrics[f"{name}_std"] = float(np.std(known)) if len(known) == len(values) else None
+        pairs = stabilities(outcomes)
+        metrics |= {"stability": float(np.mean(pairs)), "stability_std": float(np.std(pairs))}
+    return metrics
+
+
+def mean_metrics(runs: Sequence[Mapping[str, float | None]]) -> dict[str, float | None]:
+    """Means over runs; None where any of them could not tell."""
+    means: dict[str, float | None] = {}
+    for name in runs[0]:
+        values = [run[name] for run in runs]
+        known = [value for value in values if value is not None]
+        means[name] = float(np.mean(known)) if len(known) == len(values) else None
+    return means
+
+
+def stabilities(outcomes: Sequence[RunOutcome]) -> list[float]:
+    """NMI of the clusters of each two runs, over the images that both were trained on."""
+    from icce_ray.evaluate.proxies import stability
+
+    labels = [outcome.labels.read_array("labels.npy") for outcome in outcomes]
+    ids = [sampled_ids(outcome.embed) for outcome in outcomes]
+    found = []
+    for one in range(len(outcomes)):
+        for other in range(one):
+            mine, theirs = ids[one], ids[other]
+            if mine is None or theirs is None:
+                found.append(stability(labels[one], labels[other]))
+            else:
+                _, rows, other_rows = np.intersect1d(mine, theirs, assume_unique=True, return_indices=True)
+                found.append(stability(labels[one][rows], labels[other][other_rows]))
+    return found
+
+
+def _inputs(step: PlannedStage, planned: Mapping[str, PlannedStage]) -> dict[str, Artifact]:
+    inputs = {name: planned[name].artifact for name in step.stage.inputs}
+    return {name: artifact for name, artifact in inputs.items() if artifact is not None}

@@ -1,0 +1,105 @@
+from __future__ import annotations
+
+import pytest
+import yaml
+
+from icce_ray.config import build_config
+from icce_ray.errors import ConfigError, WorkerError
+from icce_ray.sweeps.settings import EnsembleConfig
+from icce_ray.sweeps.table import (
+    Row,
+    choose_best,
+    choose_pool,
+    config_yaml,
+    ranked,
+    to_table,
+    to_text,
+    with_extra_runs,
+)
+
+NAMES = ("neighbors.similarity_threshold", "heads.num_heads")
+
+
+def row(trial: int, value: float | None, status: str = "finished", **changes: object) -> Row:
+    parameters = {NAMES[0]: "auto" if trial % 2 else 0.4, NAMES[1]: 8 + trial}
+    given = {"metrics": {"anmi": value, "anmi_std": 0.1}, "epochs": 10, "seconds": 1.5} | changes
+    return Row(trial, status, parameters, **given)  # type: ignore[arg-type]
+
+
+ROWS = [
+    row(0, 0.5, scores={"acc": 0.3}),
+    row(1, 0.9, status="stopped", epochs=3),
+    row(2, 0.8),
+    row(3, None, status="failed", metrics={}, epochs=None, error="the loss of heads 0 is not finite"),
+    row(4, 0.8),
+    row(5, float("nan")),
+    row(6, None),
+]
+
+
+def test_the_best_is_a_finished_trial_and_the_first_of_equals() -> None:
+    assert choose_best(ROWS, "anmi").trial == 2
+    assert [each.trial for each in ranked(ROWS, "anmi")] == [2, 4, 0]
+
+
+def test_without_a_finished_trial_the_first_reason_is_said() -> None:
+    with pytest.raises(
+        WorkerError, match="no trial of 2 has the metric anmi; trial 3: the loss of heads 0 is not finite"
+    ):
+        choose_best([ROWS[1], ROWS[3]], "anmi")
+
+
+@pytest.mark.parametrize(
+    ("settings", "trials"),
+    [({"top": 2}, [2, 4]), ({"top": 9}, [2, 4, 0]), ({"quantile": 0.5}, [2, 4]), ({"quantile": 0.0}, [2, 4, 0])],
+)
+def test_the_pool_is_the_top_or_what_is_above_a_quantile(settings: dict[str, float], trials: list[int]) -> None:
+    pooled = choose_pool(ROWS, "anmi", EnsembleConfig.model_validate(settings))
+    assert [each.trial for each in pooled] == trials
+
+
+def test_the_table_has_a_row_for_every_trial_and_a_column_for_every_setting() -> None:
+    table = to_table(ROWS, NAMES, pooled=[2, 4], best=2)
+    data = table.to_pydict()
+    assert data["trial"] == list(range(7))
+    assert data[NAMES[0]][:2] == ["0.4", '"auto"'], "numbers and words together are JSON"
+    assert data[NAMES[1]] == [8 + trial for trial in range(7)]
+    assert data["anmi"][:5] == [0.5, 0.9, 0.8, None, 0.8]
+    assert data["acc"] == [0.3, *[None] * 6]
+    assert data["is_pooled"] == [trial in (2, 4) for trial in range(7)]
+    assert data["is_best"].index(True) == 2
+    assert data["error"][3] == "the loss of heads 0 is not finite"
+
+
+def test_the_printed_table_is_best_first_and_ends_with_what_failed() -> None:
+    lines = to_text(ROWS, NAMES, "anmi").splitlines()
+    assert lines[0].split() == ["trial", *NAMES, "anmi", "acc", "epochs"]
+    assert [line.split()[0] for line in lines[1:4]] == ["2", "4", "0"]
+    assert lines[1].endswith("best")
+    assert any(line.split()[0] == "1" and line.endswith("stopped") for line in lines)
+    assert lines[-1].startswith("trial 3 failed (neighbors.similarity_threshold=auto, heads.num_heads=11): the loss")
+
+
+def test_a_config_is_written_as_it_was_given_and_without_secrets() -> None:
+    given = {
+        "images": {"uri": "s3://photos"},
+        "num_clusters": 5,
+        "output": "s3://results",
+        "preset": "temi",
+        "heads": {"num_heads": 4},
+        "storage": {"endpoint": "http://store", "access_key": "the key", "secret_key": "the secret"},
+    }
+    config = build_config(given, "test")
+    written = config_yaml(with_extra_runs(config, ["b", "a", "b"]), "why").decode()
+    assert written.startswith("# why\n")
+    assert "the key" not in written
+    assert "**" not in written
+    read = yaml.safe_load(written)
+    assert read["consensus"]["extra_runs"] == ["b", "a"]
+    assert read["storage"] == {"endpoint": "http://store"}
+    again = build_config(read, "again")
+    assert again.heads == config.heads
+    assert again.neighbors == config.neighbors
+    assert again.consensus.methods == config.consensus.methods == ("best_head",)
+    with pytest.raises(ConfigError):
+        build_config(read | {"unknown": 1}, "again")

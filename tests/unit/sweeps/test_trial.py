@@ -1,0 +1,149 @@
+"""The parts of a trial without Ray: toy stages, planted labels."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+import types
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from icce_ray.config import Config, build_config
+from icce_ray.context import StageContext
+from icce_ray.evaluate.metrics import normalized_mutual_info
+from icce_ray.pipeline import STAGES, Stage
+from icce_ray.store import Artifact, ArtifactWriter, Folder
+from icce_ray.sweeps import projection, proxies, trial
+from icce_ray.sweeps.trial import Listings, RunOutcome
+
+
+def config_for(tmp_path: Path, **settings: Any) -> Config:
+    data = {"embeddings": {"uri": str(tmp_path / "x.npy")}, "num_clusters": 2, "output": str(tmp_path / "out")}
+    return build_config(data | settings, "test")
+
+
+def commit(folder: Path, **parts: Any) -> Artifact:
+    writer = ArtifactWriter(Folder.at(folder))
+    for name, value in parts.items():
+        if isinstance(value, pa.Table):
+            writer.write_table(f"{name}.parquet", value)
+        else:
+            writer.write_array(f"{name}.npy", value)
+    return writer.commit(stage="toy", fingerprint="f", inputs={}, config={}, metrics={}, seconds=1.0)
+
+
+def test_trials_that_need_the_same_stage_at_once_make_it_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+
+    def run(config: Config, context: StageContext) -> dict[str, Any]:
+        made.append(config.seed)
+        time.sleep(0.3)
+        context.output.write_json("part.json", 1)
+        return {"value": 7}
+
+    module = types.ModuleType("toy_slow")
+    module.run = run  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "toy_slow", module)
+    monkeypatch.setattr(trial, "POLL_S", 0.02)
+    stages = (Stage("toy", "toy_slow", 1, (), lambda config: {"seed": config.seed}),)
+    found: list[dict[str, Artifact]] = []
+
+    def one_trial(seed: int) -> None:
+        found.append(trial.make(config_for(tmp_path, seed=seed), stages))
+
+    threads = [threading.Thread(target=one_trial, args=(seed,)) for seed in (0, 0, 0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(made) == [0, 1]
+    assert [artifacts["toy"].metrics for artifacts in found] == [{"value": 7}] * 4
+
+
+def test_images_are_listed_once_for_each_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    np.save(tmp_path / "x.npy", np.zeros((4, 2), dtype=np.float32))
+    listings = Listings()
+    first = listings(config_for(tmp_path))
+    (tmp_path / "x.npy").unlink()
+    assert listings(config_for(tmp_path, num_clusters=3)) == first
+    assert trial.full_stages(listings)[0].settings(config_for(tmp_path)) == first
+    with pytest.raises(ValueError, match=r"y\.npy"):
+        listings(config_for(tmp_path, embeddings={"uri": str(tmp_path / "y.npy")}))
+
+
+def test_a_trial_in_one_process_has_the_fingerprints_of_the_distributed_one() -> None:
+    def identities(in_one_process: bool) -> list[tuple[str, int, tuple[str, ...]]]:
+        return [(s.name, s.version, s.inputs) for s in trial.run_stages(Listings(), in_one_process)]
+
+    assert identities(True) == identities(False)
+    in_process = {stage.name: stage.module for stage in trial.run_stages(Listings(), True)}
+    assert (in_process["heads"], in_process["consensus"]) == ("icce_ray.heads.local", "icce_ray.consensus.local")
+    whole = {stage.name: (stage.version, stage.inputs) for stage in STAGES}
+    assert all(whole[name] == (version, inputs) for name, version, inputs in identities(True) if name in whole)
+
+
+def outcome(folder: Path, seed: int, labels: Any, ids: Any = None, **metrics: float | None) -> RunOutcome:
+    embed = {"embed": commit(folder / f"embed-{seed}", errors=pa.table({"image_id": pa.array([], pa.int64())}))}
+    if ids is not None:
+        drawn = {"part-00000": pa.table({"image_id": pa.array(ids, pa.int64())})}
+        embed["sample"] = commit(folder / f"sample-{seed}", **drawn)
+    return RunOutcome(seed, metrics, 2, 1.0, commit(folder / f"labels-{seed}", labels=np.array(labels)), embed)
+
+
+def test_metrics_of_a_trial_are_means_over_its_seeds(tmp_path: Path) -> None:
+    labels = [[0, 0, 1, 1, 2, 2], [1, 1, 0, 0, 2, 2], [0, 0, 0, 1, 2, 2]]
+    values = [(0.2, 0.5), (0.4, None), (0.6, 0.5)]
+    runs = [
+        outcome(tmp_path, seed, labels[seed], anmi=anmi, generalization=score)
+        for seed, (anmi, score) in enumerate(values)
+    ]
+    metrics = trial.combine(runs)
+    assert metrics["anmi"] == pytest.approx(0.4)
+    assert metrics["anmi_std"] == pytest.approx(np.std([0.2, 0.4, 0.6]))
+    assert metrics["generalization"] is None
+    assert metrics["generalization_std"] is None
+    other = normalized_mutual_info(np.array(labels[0]), np.array(labels[2]))
+    assert metrics["stability"] == pytest.approx((1 + 2 * other) / 3)
+    assert "stability" not in trial.combine(runs[:1])
+
+
+def test_seeds_with_samples_of_their_own_are_compared_where_both_look(tmp_path: Path) -> None:
+    one = outcome(tmp_path, 0, [0, 0, 1, 1, 5], ids=[1, 3, 4, 6, 7])
+    other = outcome(tmp_path, 1, [9, 0, 0, 1, 1], ids=[0, 1, 3, 4, 6])
+    assert trial.stabilities([one, other]) == [pytest.approx(1.0)]
+
+
+def test_metrics_tell_good_clusters_from_bad_and_say_none_where_they_cannot() -> None:
+    generator = np.random.default_rng(0)
+    labels = np.repeat(np.arange(3), 60)
+    features = (np.eye(3)[labels] * 6 + generator.normal(size=(180, 3))).astype(np.float32)
+    points = {"pca": projection.project(features, "pca")}
+    good = proxies.measure_arrays(features, points, labels)
+    bad = proxies.measure_arrays(features, points, generator.permutation(labels))
+    assert good.keys() == {"generalization", "silhouette_pca"}
+    for name in good:
+        assert good[name] is not None
+        assert bad[name] is not None
+        assert good[name] > bad[name] + 0.3  # type: ignore[operator]
+    assert proxies.measure_arrays(features, points, np.zeros(180, dtype=int)) == dict.fromkeys(good)
+
+
+def test_the_same_sample_is_judged_in_every_trial() -> None:
+    assert np.array_equal(projection.sample(100), np.arange(100))
+    rows = projection.sample(projection.MAX_IMAGES + 500)
+    assert len(rows) == projection.MAX_IMAGES
+    assert (np.diff(rows) > 0).all()
+    assert np.array_equal(rows, projection.sample(projection.MAX_IMAGES + 500))
+
+
+def test_spaces_have_at_most_fifty_dimensions() -> None:
+    features = np.random.default_rng(0).normal(size=(80, 60)).astype(np.float32)
+    assert projection.project(features, "pca").shape == (80, 50)
+    assert projection.project(features[:20], "pca").shape == (20, 20)
+    if "umap" in projection.spaces():
+        assert projection.project(features, "umap").shape == (80, 50)
