@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from typing import Any
 
 PLAIN_INTERVAL_S = 5.0
 TERMINAL_INTERVAL_S = 0.2
@@ -55,6 +56,31 @@ class Progress:
             print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
         else:
             print(text, file=sys.stderr, flush=True)
+
+
+class ProgressBoard:
+    """A place on the cluster where workers say how far they are. Not beside the trainer: its process would have to
+    import all that the trainer does."""
+
+    def __init__(self) -> None:
+        self.latest: tuple[int, int, str] | None = None
+
+    def post(self, done: int, total: int, note: str) -> None:
+        self.latest = (done, total, note)
+
+    def read(self) -> tuple[int, int, str] | None:
+        return self.latest
+
+
+class BoardProgress(Progress):
+    """Progress that goes to the board instead of the worker's own terminal."""
+
+    def __init__(self, board: Any) -> None:
+        super().__init__("heads", quiet=True)
+        self.board = board
+
+    def update(self, done: int, total: int, note: str = "") -> None:
+        self.board.post.remote(done, total, note)
 
 
 def format_seconds(seconds: float) -> str:

@@ -28,8 +28,8 @@ from icce_ray.context import StageContext
 from icce_ray.embed.backbone import RANDOM_WEIGHTS, embed_settings
 from icce_ray.embed.features import load_features
 from icce_ray.errors import InputError, WorkerError, describe_cause
-from icce_ray.heads.job import BoardProgress, ProgressBoard, fit_in_thread, relayed_progress
-from icce_ray.progress import Progress
+from icce_ray.heads.job import fit_in_thread, relayed_progress
+from icce_ray.progress import BoardProgress, Progress, ProgressBoard
 from icce_ray.sample.draw import training_set
 from icce_ray.store import Artifact, ArtifactWriter
 

@@ -30,37 +30,13 @@ from icce_ray.heads.local import checkpoint_folder, write_parts
 from icce_ray.heads.metrics_log import MetricsLog
 from icce_ray.heads.training import train_heads
 from icce_ray.neighbors.graph import load_graph
-from icce_ray.progress import Progress
+from icce_ray.progress import BoardProgress, Progress, ProgressBoard
 from icce_ray.sample.draw import training_set
 from icce_ray.store import Artifact, ArtifactWriter, Part
 
 VERSION = 2
 MAX_FAILURES = 3
 POLL_INTERVAL_S = 1.0
-
-
-class ProgressBoard:
-    """A named place on the cluster where the trainer says how far it is."""
-
-    def __init__(self) -> None:
-        self.latest: tuple[int, int, str] | None = None
-
-    def post(self, done: int, total: int, note: str) -> None:
-        self.latest = (done, total, note)
-
-    def read(self) -> tuple[int, int, str] | None:
-        return self.latest
-
-
-class BoardProgress(Progress):
-    """Progress that goes to the board instead of the worker's own terminal."""
-
-    def __init__(self, board: Any) -> None:
-        super().__init__("heads", quiet=True)
-        self.board = board
-
-    def update(self, done: int, total: int, note: str = "") -> None:
-        self.board.post.remote(done, total, note)
 
 
 def run(config: Config, context: StageContext) -> dict[str, Any]:
