@@ -55,6 +55,7 @@ from icce_ray.embed.parts import (
 )
 from icce_ray.embed.reading import REMOVED
 from icce_ray.embed.ready_made import open_embeddings
+from icce_ray.embed.sources import is_remote
 from icce_ray.embed.tally import ERRORS_NAME, Tally, convert_ready_made
 from icce_ray.embed.tries import Tries
 from icce_ray.store import Artifact, Folder, Part
@@ -288,8 +289,10 @@ def _embed(config: Config, job: _Job, pending: list[PartRange]) -> Generator[Par
     threads = worker_cpus(worker)
     # A pool that holds every CPU leaves none to read with, and both wait for ever.
     total = available_cpus()
-    decode_cpus = min(1.0, total / 2)
-    actor_cpus = int(1000 * min(threads, (total - decode_cpus) / num_workers)) / 1000
+    decoding_cpus = min(1.0, total / 2)
+    actor_cpus = int(1000 * min(threads, (total - decoding_cpus) / num_workers)) / 1000
+    # While one task waits for the last slow answers of its part, another has the CPU.
+    decode_cpus = decoding_cpus / (2 if any(map(is_remote, config.images.uris)) else 1)
     if actor_cpus == decode_cpus:
         # Ray Data runs both steps in the actor where they ask for the same. An image that kills its decoder would then
         # kill actors, which are slower to come back than tasks.
