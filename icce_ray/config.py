@@ -349,6 +349,15 @@ class ResourcesConfig(Section):
     classifier: WorkerResources = WorkerResources()
     """Its workers share the grid of learning rates: more than there are settings are not started."""
     assign: WorkerResources = WorkerResources()
+    """On CPUs: reading the embeddings takes longer than the classifier."""
+
+    @model_validator(mode="after")
+    def _check_assign(self) -> ResourcesConfig:
+        if self.assign.gpus_per_worker:
+            raise ValueError(
+                f"assign.gpus_per_worker is {self.assign.gpus_per_worker:g}; images are labelled on CPUs: leave it out"
+            )
+        return self
 
 
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {

@@ -56,6 +56,7 @@ def test_a_config_survives_the_way_through_json(config_file: Path) -> None:
         ("heds.num_heads=3", r"heds: unknown setting; did you mean heads"),
         ("heads.num_heads=many", r"heads\.num_heads: 'many' is not usable: .*integer"),
         ("heads.num_heads=0", r"heads\.num_heads: 0 is not usable: .*greater than or equal to 1"),
+        ("resources.assign.gpus_per_worker=1", r"resources: assign\.gpus_per_worker is 1; images are labelled on CPUs"),
         ("num_clusters=1", r"num_clusters: 1 is not usable: .*greater than or equal to 2"),
         ("neighbors.similarity_threshold=1.5", r"neighbors: similarity_threshold is 1\.5; a cosine lies between"),
         ("neighbors.max_neighbors=1", r"neighbors: max_neighbors is 1, below min_neighbors \d+"),
