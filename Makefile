@@ -4,10 +4,12 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 CASE ?= demo
 
-.PHONY: demo test lint format bench clean
+.PHONY: demo setup test lint format bench clean
 
 demo: $(INSTALLED)  ## Cluster scikit-learn's handwritten digits: images and results go to demo/
 	$(BIN)/python -m icce_ray.run
+
+setup: $(INSTALLED)  ## Everything installed into .venv
 
 test: $(INSTALLED)  ## The quick tests first, then the slow ones
 	$(BIN)/python -m pytest -m "not slow"
