@@ -81,6 +81,13 @@ def connect(resources: ResourcesConfig) -> None:
         ) from None
 
 
+def disconnect() -> None:
+    """Leave the Ray that :func:`connect` joined, and end the one it started, without the half second that Ray takes for
+    its log when it is left to the interpreter's exit."""
+    if ray.is_initialized():
+        ray.shutdown()
+
+
 def usable_cpus() -> int:
     """CPUs that this process may use: its affinity, within its container's quota."""
     cpus = len(os.sched_getaffinity(0))

@@ -69,6 +69,7 @@ def run_command(arguments: argparse.Namespace) -> None:
 
 def guarded(command: Any, arguments: argparse.Namespace) -> int:
     """Call `command(arguments)`; turn what it raises into a message and an exit code."""
+    uses_ray_already = _uses_ray()
     try:
         command(arguments)
     except KeyboardInterrupt:
@@ -80,7 +81,15 @@ def guarded(command: Any, arguments: argparse.Namespace) -> int:
         mistake = find_cause(error, UserError)
         print(f"error: {mistake or describe_cause(error)}", file=sys.stderr, flush=True)
         return EXIT_USER_ERROR if mistake else EXIT_FAILED
+    finally:
+        if _uses_ray() and not uses_ray_already:
+            sys.modules["icce_ray.cluster"].disconnect()
     return 0
+
+
+def _uses_ray() -> bool:
+    """Asked without importing it."""
+    return "ray" in sys.modules and sys.modules["ray"].is_initialized()
 
 
 def _prepare_demo(arguments: argparse.Namespace) -> Config:

@@ -97,6 +97,7 @@ def _measured(kind: str, folder: str, settings: dict[str, Any]) -> float:
 
 
 def _stage(folder: str, settings: dict[str, Any]) -> None:
+    from icce_ray.cluster import disconnect
     from icce_ray.config import Config
     from icce_ray.context import StageContext
     from icce_ray.embed import job, listing
@@ -117,6 +118,7 @@ def _stage(folder: str, settings: dict[str, Any]) -> None:
         inputs[name] = writer.commit(
             stage=name, fingerprint="0" * 16, inputs={}, config={}, metrics=metrics, seconds=0.0
         )
+    disconnect()  # as the command does
 
 
 def _plain(folder: str, settings: dict[str, Any]) -> None:

@@ -132,7 +132,9 @@ def plan_backbone(embed: BackboneConfig) -> BackbonePlan:
     return BackbonePlan(_preprocessing(model, size), features, dim, f"{embed.backbone}:{features}")
 
 
-def make_backbone(config: Config, *, device: str = "cpu", num_threads: int | None = None) -> Backbone:
+def make_backbone(
+    config: Config, *, device: str = "cpu", num_threads: int | None = None, plan: EmbeddingPlan | None = None
+) -> Backbone:
     """Build the backbone with its weights; several of them as one, feature set after feature set.
 
     Usage: ``features_ND = make_backbone(config).embed(images_NHWC)``
@@ -141,12 +143,13 @@ def make_backbone(config: Config, *, device: str = "cpu", num_threads: int | Non
         config: its `embed` section says which; `seed` decides ``weights: random``.
         device: torch device.
         num_threads: CPU threads of this process; None leaves torch's choice.
+        plan: of `config`, where it was made already.
 
     Raises:
         ConfigError: as :func:`check_backbone`, and weights that do not fit the model (which keys).
         ResourceError: no weights file is named and the hub cannot be reached.
     """
-    plan = plan_embedding(config.embed)
+    plan = plan or plan_embedding(config.embed)
     made: list[Backbone] = []
     for index, embed in enumerate(config.embed.backbones):
         with _named(index):

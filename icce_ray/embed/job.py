@@ -92,7 +92,7 @@ def run(config: Config, context: StageContext) -> dict[str, Any]:
         pending = tally.resume(plan_parts(len(listing), rows))
         convert_ready_made(embeddings, pending, tally, context)
         return tally.finish("ready-made", config.num_clusters)
-    plan = plan_embedding(config.embed)
+    plan = _plan_and_connect(config)
     tally = Tally(context, listing, config.embed.max_error_rate)
     job = _Job.of(config, context, plan)
     pending = tally.resume(_parts(config, listing, plan))
@@ -116,7 +116,7 @@ def retry(config: Config, context: StageContext, artifact: Artifact) -> dict[str
     ids = [
         i for i, why in zip(failed["image_id"].to_pylist(), failed["reason"].to_pylist(), strict=True) if why != REMOVED
     ]
-    plan = plan_embedding(config.embed)
+    plan = _plan_and_connect(config)
     tally = Tally(context, listing, config.embed.max_error_rate)
     job = _Job.of(config, context, plan)
     amended = []
@@ -139,6 +139,14 @@ def retry(config: Config, context: StageContext, artifact: Artifact) -> dict[str
     for part in amended:
         context.output.folder.remove(part.name)
     return None
+
+
+def _plan_and_connect(config: Config) -> EmbeddingPlan:
+    """Both take seconds: one imports the networks' libraries, the other waits for Ray's processes."""
+    with ThreadPoolExecutor(1) as threads:
+        planned = threads.submit(plan_embedding, config.embed)
+        connect(config.resources)
+        return planned.result()
 
 
 def _sets(plan: EmbeddingPlan) -> dict[str, Any]:
@@ -188,7 +196,8 @@ class Embedder:
 
     @cached_property
     def backbone(self) -> Backbone:
-        return make_backbone(self.job.config, device=self.device, num_threads=self.num_threads)
+        job = self.job
+        return make_backbone(job.config, device=self.device, num_threads=self.num_threads, plan=job.plan)
 
     def __call__(self, batch: Any) -> Any:
         part, decoded = decoded_from_table(batch)
@@ -283,7 +292,6 @@ def _embed_all(config: Config, job: _Job, pending: list[PartRange], tally: Tally
 
 def _embed(config: Config, job: _Job, pending: list[PartRange]) -> Generator[PartRecord, None, None]:
     """Embed the `pending` parts; yields each as it is finished, in any order."""
-    connect(config.resources)
     worker = config.resources.embed
     num_workers = min(worker.num_workers, len(pending))
     threads = worker_cpus(worker)
@@ -313,7 +321,8 @@ def _embed(config: Config, job: _Job, pending: list[PartRange]) -> Generator[Par
         with ray.data.DataContext.current(data_context), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # max_retries has no name of its own in Ray Data yet
             dataset = (
-                ray.data.from_arrow(pa.table({"part": [part.to_json() for part in pending]}))
+                # One block; made of an Arrow table, it would be looked at by a task first.
+                ray.data.from_items([{"part": part.to_json()} for part in pending], override_num_blocks=1)
                 .repartition(target_num_rows_per_block=1)
                 .map_batches(
                     cast(Any, decode),
