@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import pytest
+import ray
 import yaml
 
 from icce_ray import ICCE, pipeline
@@ -169,11 +170,14 @@ def test_the_state_of_a_search_does_not_go_to_remote_storage(tmp_path: Path, mon
 
 
 @pytest.mark.slow
-def test_a_killed_sweep_goes_on_by_the_same_command_and_leaves_what_was_finished(data: Path, tmp_path: Path) -> None:
+def test_a_killed_sweep_goes_on_by_the_same_command_and_leaves_what_was_finished(
+    ray_cluster: None, data: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "out"
     space = {"heads.learning_rate": [1e-3, 2e-3, 3e-3]}
-    base = {"heads": HEADS | {"num_epochs": 30}, "resources": {"num_cpus": 1}}
-    swept = sweep_of(data, out, space, base=base, seeds=[0, 1])
+    address = ray.get_runtime_context().gcs_address
+    base = {"heads": HEADS | {"num_epochs": 30}, "resources": {"ray_address": address}}
+    swept = sweep_of(data, out, space, base=base, seeds=[0, 1], max_concurrent=1)
     (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(swept))
     command = [sys.executable, "-m", "icce_ray.cli", "sweep", str(tmp_path / "sweep.yaml"), "--json"]
     with subprocess.Popen(command, start_new_session=True, stderr=subprocess.DEVNULL) as process:
