@@ -66,7 +66,7 @@ class _Counter(Progress):
         super().__init__("classifier", quiet=True)
         self.done, self.total = 0, 0
 
-    def update(self, done: int, total: int, note: str = "") -> None:
+    def update(self, done: int, total: int, note: str = "", num_errors: int = 0) -> None:
         self.done, self.total = done, total
 
 
