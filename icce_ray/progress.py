@@ -118,8 +118,12 @@ class ProgressBoard:
     """A place on the cluster where workers say how far they are. Not beside the trainer: its process would have to
     import all that the trainer does."""
 
-    def __init__(self) -> None:
+    def __init__(self, stage: str) -> None:
+        self.stage = stage
         self.latest: tuple[int, int, str] | None = None
+
+    def __repr__(self) -> str:
+        return f"{self.stage}: progress"
 
     def post(self, done: int, total: int, note: str) -> None:
         self.latest = (done, total, note)
