@@ -64,6 +64,7 @@ def connect(resources: ResourcesConfig) -> None:
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # for when it was imported before it saw its variable
     logging.getLogger("ray.train").setLevel(logging.ERROR)
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    _keep_off_standard_output()
     address = resources.ray_address or os.environ.get("RAY_ADDRESS")
     if resources.ray_address is not None:
         options["address"] = address
@@ -274,6 +275,22 @@ def _check_listens(address: str) -> None:
     host, separator, port = address.rpartition("://")[2].rstrip("/").rpartition(":")
     if separator and port.isdigit():
         socket.create_connection((host, int(port)), timeout=CONNECT_TIMEOUT_S).close()
+
+
+def _keep_off_standard_output() -> None:
+    """Ray tells drivers of lost machines, and the like, on standard output, also after the last line, which is JSON for
+    whoever asked for that. It has no setting for this."""
+    import ray._private.worker as worker
+
+    original = getattr(worker, "print_to_stdstream", None)
+    if original is None or getattr(original, "is_ours", False):
+        return
+
+    def print_to_stderr(data: dict[str, Any], *arguments: Any, **options: Any) -> None:
+        original(data | {"is_err": True}, *arguments, **options)
+
+    print_to_stderr.is_ours = True  # type: ignore[attr-defined]
+    worker.print_to_stdstream = print_to_stderr
 
 
 @contextmanager
