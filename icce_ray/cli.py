@@ -16,7 +16,8 @@ from icce_ray.config import load_config
 from icce_ray.errors import InputError
 from icce_ray.result import read_records
 from icce_ray.run import add_arguments, add_debug_argument, add_run_options, guarded, run_command
-from icce_ray.store import Artifact, Folder
+from icce_ray.status import find_status
+from icce_ray.store import Folder
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -61,9 +62,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add_debug_argument(estimate)
     estimate.set_defaults(function=_estimate)
 
-    status = commands.add_parser("status", help="what of a run is finished, and where it lies")
+    status = commands.add_parser("status", help="how far a run is, and where it lies")
     status.add_argument("target", metavar="CONFIG|OUTPUT", help="a YAML config, or the folder of results")
     status.add_argument("--set", action="append", default=[], metavar="A.B=C", dest="overrides")
+    status.add_argument("--json", action="store_true", help="print all of it as JSON on the last line of stdout")
     add_debug_argument(status)
     status.set_defaults(function=_status)
 
@@ -126,36 +128,30 @@ def _estimate_counted(arguments: argparse.Namespace) -> None:
 
 
 def _status(arguments: argparse.Namespace) -> None:
+    root, runs = _find_runs(arguments)
+    found = [find_status(root, name, folders) for name, folders in runs.items()]
+    for status in found:
+        print("\n".join(status.lines()), flush=True)
+    if arguments.json:
+        print(json.dumps([status.to_json() for status in found]), flush=True)
+
+
+def _find_runs(arguments: argparse.Namespace) -> tuple[Folder, dict[str, dict[str, Folder]]]:
+    """The output folder, and by the name of each run in it the folders of its artifacts."""
     if arguments.target.endswith((".yaml", ".yml")) or Path(arguments.target).is_file():
         from icce_ray.pipeline import plan, run_name
 
         config = load_config(arguments.target, arguments.overrides)
         planned = plan(config)
-        print(f"run {run_name(planned)} in {Folder.at(config.output).uri}")
-        for step in planned:
-            print(_status_line(step.name, step.folder, step.artifact))
-        return
+        return Folder.at(config.output), {run_name(planned): {step.name: step.folder for step in planned}}
     records = read_records(arguments.target)
     if not records:
         raise InputError(f"{arguments.target}: no runs there; give the `output` of a run, or its config (.yaml)")
     root = Folder.at(arguments.target)
-    for record in records:
-        print(f"run {record['run']} in {root.uri}")
-        for stage, fingerprint in record["stages"].items():
-            folder = root / stage / fingerprint
-            print(_status_line(stage, folder, Artifact.find(folder)))
-
-
-def _status_line(stage: str, folder: Folder, artifact: Artifact | None) -> str:
-    if artifact is None:
-        return f"  {stage:<10} not finished  {folder.uri}"
-    plain = {key: value for key, value in artifact.metrics.items() if isinstance(value, (str, int, float))}
-    figures = ", ".join(
-        f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in plain.items()
-    )
-    return f"  {stage:<10} finished in {artifact.manifest.seconds:.1f} s  {folder.uri}" + (
-        f"\n{'':13}{figures}" if figures else ""
-    )
+    return root, {
+        record["run"]: {stage: root / stage / fingerprint for stage, fingerprint in record["stages"].items()}
+        for record in records
+    }
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:

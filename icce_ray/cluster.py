@@ -12,7 +12,8 @@ import shutil
 import socket
 import sys
 import tempfile
-from collections.abc import Collection, Iterator
+import time
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,11 @@ import ray
 
 from icce_ray.config import Config, ResourcesConfig, WorkerResources
 from icce_ray.errors import ResourceError
+from icce_ray.placement import fitting_cpus, shortfall
 
+AUTOSCALER_POLL_S = 1
+AUTOSCALER_ANSWER_S = 60.0
+SCALE_UP_TIMEOUT_S = 1800.0
 MAX_OBJECT_STORE_BYTES = 2_000_000_000
 CONNECT_TIMEOUT_S = 10.0
 MIN_OBJECT_STORE_BYTES = 100_000_000
@@ -59,6 +64,7 @@ def connect(resources: ResourcesConfig) -> None:
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # for when it was imported before it saw its variable
     logging.getLogger("ray.train").setLevel(logging.ERROR)
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    _keep_off_standard_output()
     address = resources.ray_address or os.environ.get("RAY_ADDRESS")
     if resources.ray_address is not None:
         options["address"] = address
@@ -124,6 +130,14 @@ def worker_cpus(worker: WorkerResources) -> float:
     return min(machines) / math.ceil(worker.num_workers / len(machines))
 
 
+def cpus_beside(worker: WorkerResources, num_workers: int, beside: float) -> float:
+    """CPUs for each of `num_workers` actors that leave `beside` CPUs together on some machine, wherever Ray puts the
+    actors: at most :func:`worker_cpus`, in thousandths. A pool that holds every CPU, or so much of each machine that no
+    task fits beside it, is fed by nobody, and waits for ever.
+    """
+    return fitting_cpus([cpus for cpus, _ in _machines()], num_workers, worker_cpus(worker), beside)
+
+
 def check_resources(config: Config, stages: Collection[str]) -> None:
     """Refuse a run that Ray would wait for for ever, before anything starts.
 
@@ -132,7 +146,8 @@ def check_resources(config: Config, stages: Collection[str]) -> None:
         stages: those that will run; a section of `resources` is looked at when its stage is among them.
 
     Raises:
-        ResourceError: what is asked for, what is there, what to set.
+        ResourceError: what is asked for, what is there, what to set. Not where Ray's autoscaler can add what is
+            missing; that it can takes it some seconds to say.
     """
     workers = {name: getattr(config.resources, name) for name in STAGES_WITH_WORKERS if name in stages}
     if not workers:
@@ -146,36 +161,113 @@ def check_resources(config: Config, stages: Collection[str]) -> None:
     for name, worker in workers.items():
         problem = shortfall(name, worker, machines)
         if problem:
-            raise ResourceError(problem)
+            _ask_for_machines(worker, problem)
 
 
-def shortfall(stage: str, worker: WorkerResources, machines: list[tuple[float, float]]) -> str | None:
-    """Why `worker` does not fit on `machines` ((CPUs, GPUs) of each), or None where it does."""
-    total_cpus = sum(cpus for cpus, _ in machines)
-    total_gpus = sum(gpus for _, gpus in machines)
-    there = f"Ray has {total_cpus:g} CPUs and {total_gpus:g} GPUs on {len(machines)} machine{'s' * (len(machines) > 1)}"
-    key = f"resources.{stage}"
-    count, cpus, gpus = worker.num_workers, worker.cpus_per_worker, worker.gpus_per_worker
-    if cpus is None and count > total_cpus:
-        return (
-            f"{key}.num_workers: {count} workers, but {there}. Set it to at most {int(total_cpus)}, set "
-            f"{key}.cpus_per_worker, or raise resources.num_cpus"
-        )
-    if gpus > 0 and sum(_slots(there_gpus, gpus) for _, there_gpus in machines) < count:
-        return f"{key}: {count} x {gpus:g} GPUs asked for, but {there}. Lower {key}.num_workers or gpus_per_worker"
-    if cpus is None:
+def wait_for_machines(resources: ResourcesConfig, stage: str, say: Callable[[str], None]) -> None:
+    """On a Ray that grows by itself, wait until the machines for a stage's workers are there; elsewhere, return.
+
+    The stages count machines before they share them out, and Ray brings machines only to who asks for them.
+
+    Args:
+        resources: the run's.
+        stage: a section of it.
+        say: told that, and for what, is waited.
+
+    Raises:
+        ResourceError: the machines cannot be had, or have not come in :data:`SCALE_UP_TIMEOUT_S`.
+    """
+    worker: WorkerResources = getattr(resources, stage)
+    problem = shortfall(stage, worker, _machines())
+    if problem is None or _autoscaler() is None:
+        return
+    say(f"waits for machines for {worker.num_workers} x {_in_words(_bundle(worker))}")
+    began = time.monotonic()
+    with _Question(worker, problem) as question:
+        while problem is not None:
+            question.ask()
+            if time.monotonic() - began > SCALE_UP_TIMEOUT_S:
+                raise ResourceError(f"{problem}. Its autoscaler has not added more in {SCALE_UP_TIMEOUT_S:.0f} s")
+            problem = shortfall(stage, worker, _machines())
+
+
+def _ask_for_machines(worker: WorkerResources, problem: str) -> None:
+    """Return if Ray's autoscaler can add what `worker` needs, else raise `problem`."""
+    if not ray.is_initialized() or _autoscaler() is None:
+        raise ResourceError(problem)
+    deadline = time.monotonic() + AUTOSCALER_ANSWER_S
+    with _Question(worker, problem) as question:
+        while not question.ask():
+            if time.monotonic() > deadline:
+                raise ResourceError(f"{problem}. Its autoscaler has not answered in {AUTOSCALER_ANSWER_S:.0f} s")
+
+
+class _Question:
+    """Can the autoscaler add what a stage's workers need? Asked by a placement group: it goes with us, unlike a request
+    for resources, which other jobs overwrite and which outlives its job."""
+
+    def __init__(self, worker: WorkerResources, problem: str) -> None:
+        self._problem = problem
+        self._group = ray.util.placement_group([_bundle(worker)] * worker.num_workers, strategy="PACK")
+        self._asked_at: int | None = None
+        """Version of the cluster's state that had the placement group in it."""
+
+    def __enter__(self) -> _Question:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        ray.util.remove_placement_group(self._group)
+
+    def ask(self) -> bool:
+        """Whether the autoscaler has said that it can; False after :data:`AUTOSCALER_POLL_S` in which it said nothing.
+
+        Raises:
+            ResourceError: no machines that it may start can hold it.
+        """
+        if self._group.wait(AUTOSCALER_POLL_S):
+            return True
+        reply, name = _autoscaler(), self._group.id.hex()
+        if reply is None:
+            return False
+        state, told = reply.cluster_resource_state, reply.autoscaling_state
+        if self._asked_at is None:
+            if any(name in request.details for request in state.pending_gang_resource_requests):
+                self._asked_at = state.cluster_resource_state_version
+            return False
+        if told.last_seen_cluster_resource_state_version <= self._asked_at:
+            return False
+        if any(name in request.details for request in told.infeasible_gang_resource_requests):
+            raise ResourceError(f"{self._problem}. Its autoscaler has no machines for that")
+        return True
+
+
+def _autoscaler() -> Any:
+    """What Ray's autoscaler (version 2) said last, and what it was told since; None where there is none. Version 1 does
+    not say what it cannot do, and counts as none."""
+    try:  # not among what Ray promises to keep
+        from ray._raylet import GcsClient  # type: ignore[attr-defined]
+        from ray.autoscaler.v2.utils import is_autoscaler_v2
+        from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply  # type: ignore[attr-defined]
+    except ImportError:
         return None
-    if sum(_slots(there_cpus, cpus) for there_cpus, _ in machines) < count:
-        return f"{key}: {count} x {cpus:g} CPUs asked for, but {there}. Lower {key}.num_workers or cpus_per_worker"
-    return None
+    client = GcsClient(address=ray.get_runtime_context().gcs_address)
+    if not is_autoscaler_v2(fetch_from_server=True, gcs_client=client):
+        return None
+    return GetClusterStatusReply.FromString(client.get_cluster_status(timeout_s=AUTOSCALER_ANSWER_S))
+
+
+def _bundle(worker: WorkerResources) -> dict[str, float]:
+    """Resources of each of a stage's workers."""
+    bundle = {"CPU": 1.0 if worker.cpus_per_worker is None else worker.cpus_per_worker}
+    return bundle | ({"GPU": worker.gpus_per_worker} if worker.gpus_per_worker else {})
+
+
+def _in_words(bundle: dict[str, float]) -> str:
+    return " and ".join(f"{amount:g} {name}s" for name, amount in bundle.items())
 
 
 def _joins_another(resources: ResourcesConfig) -> bool:
     return ray.is_initialized() or resources.ray_address is not None or "RAY_ADDRESS" in os.environ
-
-
-def _slots(available: float, each: float) -> int:
-    return math.floor(available / each + 1e-9)
 
 
 def _machines() -> list[tuple[float, float]]:
@@ -190,6 +282,22 @@ def _check_listens(address: str) -> None:
     host, separator, port = address.rpartition("://")[2].rstrip("/").rpartition(":")
     if separator and port.isdigit():
         socket.create_connection((host, int(port)), timeout=CONNECT_TIMEOUT_S).close()
+
+
+def _keep_off_standard_output() -> None:
+    """Ray tells drivers of lost machines, and the like, on standard output, also after the last line, which is JSON for
+    whoever asked for that. It has no setting for this."""
+    import ray._private.worker as worker
+
+    original = getattr(worker, "print_to_stdstream", None)
+    if original is None or getattr(original, "is_ours", False):
+        return
+
+    def print_to_stderr(data: dict[str, Any], *arguments: Any, **options: Any) -> None:
+        original(data | {"is_err": True}, *arguments, **options)
+
+    print_to_stderr.is_ours = True  # type: ignore[attr-defined]
+    worker.print_to_stdstream = print_to_stderr
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from icce_ray.context import StageContext
 from icce_ray.errors import DamagedArtifactError, InputError, find_cause
 from icce_ray.progress import Progress
 from icce_ray.result import Result, num_failed, num_listed, sum_up, summary, write_record
+from icce_ray.status import RunProgress
 from icce_ray.store import Artifact, ArtifactWriter, Claim, Folder, fingerprint
 from icce_ray.store.filesystem import open_uri
 from icce_ray.store.s3 import check_bucket, is_s3, split_uri, use_s3
@@ -211,7 +212,8 @@ def run(config: Config, *, quiet: bool = False) -> Result:
     name = run_name(planned)
     fingerprints = {step.name: step.fingerprint for step in planned}
     write_record(config, name, fingerprints)
-    seconds = finish(config, planned, artifacts, quiet)
+    with RunProgress(config.output, name) as told:
+        seconds = finish(config, planned, artifacts, quiet, told)
     result = sum_up(config, name, artifacts, seconds, finished_before)
     if len(finished_before) < len(planned):
         write_record(config, name, fingerprints, result)
@@ -221,17 +223,22 @@ def run(config: Config, *, quiet: bool = False) -> Result:
 
 
 def finish(
-    config: Config, planned: list[PlannedStage], artifacts: dict[str, Artifact], quiet: bool
+    config: Config,
+    planned: list[PlannedStage],
+    artifacts: dict[str, Artifact],
+    quiet: bool,
+    told: RunProgress | None = None,
 ) -> dict[str, float]:
     """Run the planned stages that `artifacts` lacks, in order, and put them there; one that turns out to be damaged is
-    made again. Artifacts that are not planned are given, and never touched. Returns the seconds spent on each."""
+    made again. Artifacts that are not planned are given, and never touched. `told` learns how far each stage is.
+    Returns the seconds spent on each."""
     seconds = dict.fromkeys((step.name for step in planned), 0.0)
     redone: set[str] = set()
     while step := next((step for step in planned if step.name not in artifacts), None):
         began = time.monotonic()
         try:
             _check_listed(config, artifacts)
-            artifacts[step.name] = run_stage(config, step, artifacts, quiet)
+            artifacts[step.name] = run_stage(config, step, artifacts, quiet, told)
         except Exception as error:
             damage = _damage_of_inputs(error, step, {name: artifacts[name] for name in seconds if name in artifacts})
             if not damage or redone & set(damage):
@@ -248,7 +255,13 @@ def finish(
     return seconds
 
 
-def run_stage(config: Config, step: PlannedStage, artifacts: Mapping[str, Artifact], quiet: bool) -> Artifact:
+def run_stage(
+    config: Config,
+    step: PlannedStage,
+    artifacts: Mapping[str, Artifact],
+    quiet: bool,
+    told: RunProgress | None = None,
+) -> Artifact:
     """Make the artifact of one stage of a plan; `artifacts` holds its inputs."""
     Artifact.discard_damage(step.folder)
     writer = ArtifactWriter(step.folder)
@@ -259,6 +272,8 @@ def run_stage(config: Config, step: PlannedStage, artifacts: Mapping[str, Artifa
         finished = Artifact.find(step.folder)  # by another job, since this one was planned
         if finished is not None:
             return finished
+        if told is not None:
+            told.watch(progress)
         began = time.monotonic()
         metrics = importlib.import_module(step.stage.module).run(config, StageContext(writer, inputs, progress))
         seconds = time.monotonic() - began

@@ -1,13 +1,53 @@
-"""Progress of a stage on standard error: a line that rewrites itself on a terminal, plain lines elsewhere."""
+"""Progress of a stage: on standard error a line that rewrites itself on a terminal, plain lines elsewhere; and what
+others may ask of it."""
 
 from __future__ import annotations
 
 import sys
 import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 PLAIN_INTERVAL_S = 5.0
 TERMINAL_INTERVAL_S = 0.2
+RECENT_S = 60.0
+"""The rate is that of the last minute: a slow start, or a machine more, shows in it soon."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How far a stage is at one moment."""
+
+    stage: str
+    unit: str
+    """What is counted, in the plural."""
+    done: int | None
+    """None until something was counted; so is `total`."""
+    total: int | None
+    rate: float | None
+    """Units per second, lately; None where nothing was done lately."""
+    num_errors: int
+    """Images that could not be used so far."""
+    note: str
+
+    @property
+    def seconds_left(self) -> float | None:
+        if self.rate is None or self.total is None or self.done is None:
+            return None
+        return (self.total - self.done) / self.rate
+
+    def text(self) -> str:
+        """``12,000/50,000 images, 350/s, 1 min 49 s left, 3 errors``."""
+        if self.done is None:
+            return "nothing counted yet"
+        said = [f"{self.done:,}/{self.total:,} {self.unit}"]
+        if self.rate is not None and self.seconds_left is not None:
+            said.append(f"{self.rate:,.3g}/s, {format_seconds(self.seconds_left)} left")
+        if self.num_errors:
+            said.append(f"{self.num_errors:,} error{'s' * (self.num_errors > 1)}")
+        return ", ".join([*said, *filter(None, [self.note])])
 
 
 class Progress:
@@ -17,31 +57,47 @@ class Progress:
         stage: name shown in front.
         unit: what is counted, in the plural.
         quiet: say nothing.
+        clock: seconds from anywhere on.
     """
 
-    def __init__(self, stage: str, unit: str = "images", quiet: bool = False) -> None:
+    def __init__(
+        self, stage: str, unit: str = "images", quiet: bool = False, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self.stage = stage
         self.unit = unit
         self.quiet = quiet
-        self._started = time.monotonic()
-        self._first_done: int | None = None
-        self._last_shown = self._started
+        self._clock = clock
+        self._recent: deque[tuple[float, int]] = deque()
+        self._total: int | None = None
+        self._num_errors = 0
+        self._note = ""
+        self._last_shown = clock()
         self._on_terminal = sys.stderr.isatty()
 
-    def update(self, done: int, total: int, note: str = "") -> None:
+    def update(self, done: int, total: int, note: str = "", num_errors: int = 0) -> None:
         """Report `done` of `total`; shown at most every few seconds. The rate leaves out what a resumed run had."""
-        now = time.monotonic()
-        if self._first_done is None:
-            self._first_done, self._started = done, now
+        now = self._clock()
+        self._recent.append((now, done))
+        # The last one that is older than a minute stays: the rate is measured from there.
+        while len(self._recent) > 2 and self._recent[1][0] <= now - RECENT_S:
+            self._recent.popleft()
+        self._total, self._note, self._num_errors = total, note, num_errors
         interval = TERMINAL_INTERVAL_S if self._on_terminal else PLAIN_INTERVAL_S
         if self.quiet or now - self._last_shown < interval:
             return
         self._last_shown = now
-        rate = (done - self._first_done) / max(now - self._started, 1e-9)
-        text = f"{self.stage}: {done:,}/{total:,} {self.unit}"
-        if rate > 0:
-            text += f", {rate:,.3g}/s, {format_seconds((total - done) / rate)} left"
-        self._print(text + (f", {note}" if note else ""))
+        self._print(f"{self.stage}: {self.read().text()}")
+
+    def read(self) -> Reading:
+        """How far it is now. May be called by another thread."""
+        recent = list(self._recent)
+        if not recent:
+            return Reading(self.stage, self.unit, None, None, None, 0, "")
+        (then, before), (_, done) = recent[0], recent[-1]
+        rate = (done - before) / max(self._clock() - then, 1e-9)
+        return Reading(
+            self.stage, self.unit, done, self._total, rate if rate > 0 else None, self._num_errors, self._note
+        )
 
     def note(self, text: str) -> None:
         """One lasting line: something worth knowing, or the end of the stage."""
@@ -62,8 +118,12 @@ class ProgressBoard:
     """A place on the cluster where workers say how far they are. Not beside the trainer: its process would have to
     import all that the trainer does."""
 
-    def __init__(self) -> None:
+    def __init__(self, stage: str) -> None:
+        self.stage = stage
         self.latest: tuple[int, int, str] | None = None
+
+    def __repr__(self) -> str:
+        return f"{self.stage}: progress"
 
     def post(self, done: int, total: int, note: str) -> None:
         self.latest = (done, total, note)
@@ -79,7 +139,7 @@ class BoardProgress(Progress):
         super().__init__("heads", quiet=True)
         self.board = board
 
-    def update(self, done: int, total: int, note: str = "") -> None:
+    def update(self, done: int, total: int, note: str = "", num_errors: int = 0) -> None:
         self.board.post.remote(done, total, note)
 
 

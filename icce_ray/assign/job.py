@@ -26,7 +26,7 @@ from icce_ray.assign.parts import AssignPart, FinishedPart, Tally, begin_try
 from icce_ray.assign.sources import EmbeddedImages, EmbeddingFiles, Source
 from icce_ray.assign.writers import NewWriter, RunWriter, Writer
 from icce_ray.classifier.linear import MODEL_NAME, LinearClassifier
-from icce_ray.cluster import available_cpus, connect, worker_cpus
+from icce_ray.cluster import available_cpus, connect, wait_for_machines, worker_cpus
 from icce_ray.config import Config, WorkerResources
 from icce_ray.context import StageContext
 from icce_ray.embed.features import load_features
@@ -84,6 +84,7 @@ def run(config: Config, context: StageContext) -> dict[str, Any]:
         WorkerError: workers died, or storage failed, more often than retries could mend; finished parts stay.
     """
     connect(config.resources)
+    wait_for_machines(config.resources, "assign", context.progress.note)
     if "consensus" in context.inputs:
         return _label_run(config, context).metrics(config.num_clusters)
     return _label_new(config, context)
@@ -173,7 +174,7 @@ def _label_all(
 
 
 def _pick_exemplars(config: Config, inputs: dict[str, Artifact]) -> npt.NDArray[np.int64]:
-    task = ray.remote(_exemplar_rows).options(num_cpus=1, max_retries=MAX_TRIES - 1)
+    task = ray.remote(_exemplar_rows).options(name="assign: pick exemplars", num_cpus=1, max_retries=MAX_TRIES - 1)
     rows: npt.NDArray[np.int64] = ray.get(task.remote(inputs, config.assign.num_exemplars, config.seed))
     return rows
 
@@ -208,6 +209,7 @@ def _label(worker: WorkerResources, writer: Writer, pending: list[AssignPart]) -
             fn_constructor_kwargs={"writer": writer, "run_id": uuid.uuid4().hex},
             num_cpus=int(1000 * cpus) / 1000,
         )
+        dataset.set_name("assign")
         for row in dataset.iter_rows():
             if row["mistake"]:
                 raise InputError(row["mistake"])

@@ -18,17 +18,17 @@ import numpy as np
 import ray
 import ray.train
 from ray.train import FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch import TorchTrainer
 
 from icce_ray.classifier.linear import DESCRIPTION_NAME, MODEL_NAME, LinearClassifier
 from icce_ray.classifier.self_training import SelfTraining
-from icce_ray.cluster import connect, worker_cpus
+from icce_ray.cluster import connect, wait_for_machines, worker_cpus
 from icce_ray.config import Config
 from icce_ray.context import StageContext
 from icce_ray.embed.backbone import RANDOM_WEIGHTS, embed_settings
 from icce_ray.embed.features import load_features
 from icce_ray.errors import InputError, WorkerError, describe_cause
-from icce_ray.heads.job import fit_in_thread, relayed_progress
+from icce_ray.heads.job import HostsTorchConfig, fit_in_thread, relayed_progress
 from icce_ray.progress import BoardProgress, Progress, ProgressBoard
 from icce_ray.sample.draw import training_set
 from icce_ray.store import Artifact, ArtifactWriter
@@ -49,6 +49,9 @@ class Trainer:
         self.num_threads = num_threads
         self.progress = _Counter()
 
+    def __repr__(self) -> str:
+        return "classifier: trainer"
+
     def fit(self) -> bytes:
         training = _prepare(self.config, self.embed, self.consensus, self.num_threads)
         everything = range(len(self.config.classifier.learning_rates))
@@ -66,7 +69,7 @@ class _Counter(Progress):
         super().__init__("classifier", quiet=True)
         self.done, self.total = 0, 0
 
-    def update(self, done: int, total: int, note: str = "") -> None:
+    def update(self, done: int, total: int, note: str = "", num_errors: int = 0) -> None:
         self.done, self.total = done, total
 
 
@@ -82,6 +85,7 @@ def run(config: Config, context: StageContext) -> dict[str, Any]:
         WorkerError: workers died more often than they are restarted.
     """
     connect(config.resources)
+    wait_for_machines(config.resources, "classifier", context.progress.note)
     embed, consensus = training_set(context.inputs), context.inputs["consensus"]
     num_workers = min(config.resources.classifier.num_workers, len(config.classifier.learning_rates))
     train = _train_in_one_process if num_workers == 1 else _train_in_several
@@ -190,7 +194,7 @@ def _train_in_one_process(config: Config, embed: Artifact, consensus: Artifact, 
 def _train_in_several(config: Config, embed: Artifact, consensus: Artifact, progress: Progress) -> bytes:
     resources = config.resources.classifier
     cpus = worker_cpus(resources)
-    board = ray.remote(ProgressBoard).options(num_cpus=0).remote()
+    board = ray.remote(ProgressBoard).options(num_cpus=0, max_restarts=-1).remote("classifier")
     each = {"CPU": cpus} | ({"GPU": resources.gpus_per_worker} if resources.gpus_per_worker else {})
     with tempfile.TemporaryDirectory(prefix="icce_ray-train-") as storage:
         trainer = TorchTrainer(
@@ -203,7 +207,7 @@ def _train_in_several(config: Config, embed: Artifact, consensus: Artifact, prog
                 "num_threads": max(1, int(cpus)),
             },
             # Gloo on GPUs too: it carries one small object at the end.
-            torch_config=TorchConfig(backend="gloo"),
+            torch_config=HostsTorchConfig(backend="gloo"),
             scaling_config=ScalingConfig(
                 num_workers=min(resources.num_workers, len(config.classifier.learning_rates)),
                 use_gpu=resources.gpus_per_worker > 0,

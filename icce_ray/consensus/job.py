@@ -36,7 +36,7 @@ class RayHeads(StoredHeads):
     """Stored heads whose pieces are worked on by Ray tasks."""
 
     def map(self, function: Callable[..., Any], pieces: Iterable[tuple[int, ...]], *shared: Any) -> Iterator[Any]:
-        task = WORK_ON_PIECE.options(max_retries=MAX_RETRIES)
+        task = WORK_ON_PIECE.options(name=f"consensus: {_words(function)}", max_retries=MAX_RETRIES)
         inputs: Any = ray.put((StoredHeads(self.runs, self.values), shared))
         limit = max(1, int(PIECES_IN_FLIGHT * available_cpus()))
         running: deque[Any] = deque()
@@ -51,6 +51,11 @@ class RayHeads(StoredHeads):
 def _work_on_piece(function: Callable[..., Any], inputs: tuple[Heads, tuple[Any, ...]], piece: tuple[int, ...]) -> Any:
     heads, shared = inputs
     return function(heads, *piece, *shared)
+
+
+def _words(function: Callable[..., Any]) -> str:
+    """A function's name as the dashboard shows it: ``count codes``."""
+    return str(getattr(function, "__name__", function)).strip("_").replace("_", " ")
 
 
 WORK_ON_PIECE = ray.remote(_work_on_piece)

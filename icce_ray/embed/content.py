@@ -83,6 +83,9 @@ class KnownContent:
                 for name, hashes in zip(names, threads.map(partial(read_hashes, folder), names), strict=True):
                     self._insert(place, name, hashes)
 
+    def __repr__(self) -> str:
+        return "embed: index of contents"
+
     def known(self, hashes: list[str]) -> set[str]:
         """Those of `hashes` whose embedding lies on storage."""
         return {value for value in hashes if self._find(value) is not None}

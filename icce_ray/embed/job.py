@@ -25,7 +25,14 @@ import ray
 import ray.data
 
 from icce_ray import errors
-from icce_ray.cluster import available_cpus, connect, worker_cpus
+from icce_ray.cluster import (
+    available_cpus,
+    connect,
+    cpus_beside,
+    largest_machine_cpus,
+    wait_for_machines,
+    worker_cpus,
+)
 from icce_ray.config import Config
 from icce_ray.context import StageContext
 from icce_ray.embed.backbone import PIXELS, EmbeddingPlan, embed_settings, make_backbone, plan_embedding
@@ -97,7 +104,7 @@ def run(config: Config, context: StageContext) -> dict[str, Any]:
     job = _Job.of(config, context, plan)
     pending = tally.resume(_parts(config, listing, plan))
     pending = list(_not_copied(pending, job.folders, tally))
-    _embed_all(config, job, pending, tally)
+    _embed_all(config, job, pending, tally, context)
     return tally.finish(plan.names[0], config.num_clusters) | _sets(plan)
 
 
@@ -132,7 +139,7 @@ def retry(config: Config, context: StageContext, artifact: Artifact) -> dict[str
         if record is None:
             raise errors.DamagedArtifactError(f"{artifact.folder.file_uri(name)}: missing or damaged")
         tally.add_finished(record)
-    _embed_all(config, job, tally.resume(amended), tally)
+    _embed_all(config, job, tally.resume(amended), tally, context)
     metrics = tally.finish(plan.names[0], config.num_clusters) | _sets(plan)
     if metrics["num_errors"] < len(failed):
         return metrics
@@ -282,8 +289,9 @@ def _not_copied(parts: list[PartRange], folders: list[Folder], tally: Tally) -> 
                 tally.add_finished(record)
 
 
-def _embed_all(config: Config, job: _Job, pending: list[PartRange], tally: Tally) -> None:
+def _embed_all(config: Config, job: _Job, pending: list[PartRange], tally: Tally, context: StageContext) -> None:
     if pending:
+        wait_for_machines(config.resources, "embed", context.progress.note)
         # Closed, or a run that stops over its errors would leave the workers at work.
         with closing(_embed(config, job, pending)) as records:
             for record in records:
@@ -295,10 +303,9 @@ def _embed(config: Config, job: _Job, pending: list[PartRange]) -> Generator[Par
     worker = config.resources.embed
     num_workers = min(worker.num_workers, len(pending))
     threads = worker_cpus(worker)
-    # A pool that holds every CPU leaves none to read with, and both wait for ever.
     total = available_cpus()
-    decoding_cpus = min(1.0, total / 2)
-    actor_cpus = int(1000 * min(threads, (total - decoding_cpus) / num_workers)) / 1000
+    decoding_cpus = min(1.0, largest_machine_cpus() / 2)
+    actor_cpus = cpus_beside(worker, num_workers, decoding_cpus)
     # While one task waits for the last slow answers of its part, another has the CPU.
     decode_cpus = decoding_cpus / (2 if any(map(is_remote, config.images.uris)) else 1)
     if actor_cpus == decode_cpus:
@@ -321,9 +328,7 @@ def _embed(config: Config, job: _Job, pending: list[PartRange]) -> Generator[Par
         with ray.data.DataContext.current(data_context), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # max_retries has no name of its own in Ray Data yet
             dataset = (
-                # One block; made of an Arrow table, it would be looked at by a task first.
-                ray.data.from_items([{"part": part.to_json()} for part in pending], override_num_blocks=1)
-                .repartition(target_num_rows_per_block=1)
+                _one_by_one([part.to_json() for part in pending], decoding_cpus)
                 .map_batches(
                     cast(Any, decode),
                     batch_size=1,
@@ -347,6 +352,7 @@ def _embed(config: Config, job: _Job, pending: list[PartRange]) -> Generator[Par
                     num_gpus=worker.gpus_per_worker or None,
                 )
             )
+            dataset.set_name("embed")
             for row in dataset.iter_rows():
                 yield _to_record(row)
     except (errors.UserError, errors.WorkerError):
@@ -358,6 +364,16 @@ def _embed(config: Config, job: _Job, pending: list[PartRange]) -> Generator[Par
         ) from error
     finally:
         ray.kill(index)
+
+
+def _one_by_one(parts: list[str], free_cpus: float) -> Any:
+    """A dataset with a block for each part, made of what `free_cpus` CPUs can make."""
+    rows = [{"part": part} for part in parts]  # an Arrow table would first be looked at by a task
+    if free_cpus < 1:
+        # Ray's repartition asks for a whole CPU, which machines of one CPU do not have beside an actor.
+        return ray.data.from_items(rows, override_num_blocks=len(rows))
+    # Milliseconds and kilobytes less for each part, of which there may be a million.
+    return ray.data.from_items(rows, override_num_blocks=1).repartition(target_num_rows_per_block=1)
 
 
 def _to_record(row: dict[str, Any]) -> PartRecord:

@@ -92,7 +92,7 @@ class Tally:
         self._num_embedded += record.num_embedded
         self._dims.add(record.part.shape[1])
         self._dtypes.add(record.part.dtype)
-        self._context.progress.update(self._done, self._num_listed, f"{len(self._errors)} errors" * bool(self._errors))
+        self._context.progress.update(self._done, self._num_listed, num_errors=len(self._errors))
         if len(self._errors) - self._num_removed > self._max_errors:
             raise InputError(
                 f"{len(self._errors):,} of {self._num_listed:,} images cannot be used so far, more than "

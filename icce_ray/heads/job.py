@@ -18,14 +18,14 @@ import ray
 import ray.train
 import torch
 from ray.train import FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchTrainer, get_device
+from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
-from icce_ray.cluster import connect, worker_cpus
+from icce_ray.cluster import connect, wait_for_machines, worker_cpus
 from icce_ray.config import Config
 from icce_ray.context import StageContext
 from icce_ray.embed.features import load_features
 from icce_ray.errors import ResourceError, WorkerError, describe_cause
-from icce_ray.heads.communicator import SingleWorker, TorchDistributed
+from icce_ray.heads.communicator import SingleWorker, TorchDistributed, talk_over
 from icce_ray.heads.local import checkpoint_folder, write_parts
 from icce_ray.heads.metrics_log import MetricsLog
 from icce_ray.heads.training import train_heads
@@ -53,10 +53,11 @@ def run(config: Config, context: StageContext) -> dict[str, Any]:
         WorkerError: the loss was not finite, or workers died more often than training is restarted.
     """
     connect(config.resources)
+    wait_for_machines(config.resources, "heads", context.progress.note)
     worker = config.resources.heads
     cpus = worker_cpus(worker)
     checkpoints = checkpoint_folder(context)
-    board = ray.remote(ProgressBoard).options(num_cpus=0).remote()
+    board = ray.remote(ProgressBoard).options(num_cpus=0, max_restarts=-1).remote("heads")
     settings = {
         "config": config,
         "embed": training_set(context.inputs),
@@ -70,6 +71,7 @@ def run(config: Config, context: StageContext) -> dict[str, Any]:
         trainer = TorchTrainer(
             _train_on_worker,  # type: ignore[arg-type]  # what it returns is `return_value` below
             train_loop_config=settings,
+            torch_config=HostsTorchConfig(),
             scaling_config=ScalingConfig(
                 num_workers=worker.num_workers,
                 use_gpu=worker.gpus_per_worker > 0,
@@ -99,6 +101,24 @@ def run(config: Config, context: StageContext) -> dict[str, Any]:
         heads = ", ".join(map(str, metrics["collapsed_heads"]))
         context.progress.note(f"heads {heads} collapsed into few clusters; the consensus does without them")
     return metrics | {"num_workers": worker.num_workers}
+
+
+class HostsTorchConfig(TorchConfig):
+    """Workers on several hosts find each other at the addresses that Ray knows."""
+
+    @property
+    def backend_cls(self) -> Any:
+        return _HostsBackend
+
+
+class _HostsBackend(TorchConfig().backend_cls):  # type: ignore[misc]
+    def on_start(self, worker_group: Any, *arguments: Any) -> None:
+        worker_group.execute(_talk_over_this_node)
+        super().on_start(worker_group, *arguments)
+
+
+def _talk_over_this_node() -> None:
+    talk_over(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
 
 
 def fit_in_thread(trainer: Any) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import ray
 
-from icce_ray.cluster import connect, worker_cpus
+from icce_ray.cluster import connect, wait_for_machines, worker_cpus
 from icce_ray.config import Config
 from icce_ray.context import StageContext
 from icce_ray.embed.features import feature_set_names, load_features
@@ -69,6 +69,7 @@ def run(config: Config, context: StageContext) -> dict[str, Any]:
             f"neighbors.feature_sets: {max(sets)} is asked for, but the embeddings have {num_sets}, counted from 0"
         )
     connect(config.resources)
+    wait_for_machines(config.resources, "neighbors", context.progress.note)
     folder = context.output.folder
     source = source_of(config, embed, VERSION)
     folders = [folder] if len(sets) == 1 else [folder / f"set-{number}" for number in sets]
@@ -149,7 +150,9 @@ def _build(
 
 def _combine(config: Config, built: list[SetGraph], folder: Folder, source: str) -> list[Finished]:
     """The parts of all sets as one graph's."""
-    combine = ray.remote(combine_part).options(num_cpus=worker_cpus(config.resources.neighbors))
+    combine = ray.remote(combine_part).options(
+        name="neighbors: combine feature sets", num_cpus=worker_cpus(config.resources.neighbors)
+    )
     folders = [graph.folder for graph in built]
     tasks = zip(*(graph.tasks for graph in built), strict=True)
     finished: list[Finished] = ray.get(

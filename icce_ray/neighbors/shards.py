@@ -139,6 +139,10 @@ class ShardWorker:
         self.num_answers = 0
         self._engine: tuple[bool, Engine] | None = None
 
+    def __repr__(self) -> str:
+        """Its name in Ray's dashboard and in front of what it logs."""
+        return f"neighbors: shard {self.shard + 1} of {self.num_shards}"
+
     @cached_property
     def prepared(self) -> PreparedFeatures:
         # Not in the constructor: an error there reaches the driver as a dead actor, and loses its own words.

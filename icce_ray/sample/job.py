@@ -35,7 +35,7 @@ def run(config: Config, context: StageContext) -> dict[str, Any]:
         return metrics
     connect(config.resources)
     parts = plan_parts(embed, rows)
-    task = ray.remote(_write).options(num_cpus=1, max_retries=MAX_RETRIES)
+    task = ray.remote(_write).options(name="sample: copy rows", num_cpus=1, max_retries=MAX_RETRIES)
     done, running, waiting = 0, dict[Any, SamplePart](), list(reversed(parts))
     context.progress.update(0, len(rows))
     try:

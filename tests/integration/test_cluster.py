@@ -7,7 +7,13 @@ import sys
 import pytest
 import ray
 
-from icce_ray.cluster import available_cpus, check_resources, connect, worker_cpus
+from icce_ray.cluster import (
+    _keep_off_standard_output,
+    available_cpus,
+    check_resources,
+    connect,
+    worker_cpus,
+)
 from icce_ray.config import ResourcesConfig, WorkerResources, build_config
 from icce_ray.errors import ResourceError
 
@@ -59,3 +65,16 @@ def test_a_ray_that_was_joined_is_left_running_without_a_word(ray_cluster: None)
     )
     assert (done.stdout.strip(), done.stderr, done.returncode) == ("4.0", "", 0)
     assert available_cpus() == 4
+
+
+def test_what_ray_tells_of_lost_machines_stays_off_standard_output(
+    ray_cluster: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import ray._private.worker as worker
+
+    _keep_off_standard_output()
+    _keep_off_standard_output()
+    told = {"lines": ["The node has been marked dead"], "pid": "raylet", "is_err": False}
+    worker.print_to_stdstream(told, ignore_prefix=False)
+    said = capsys.readouterr()
+    assert (said.out, said.err.count("The node has been marked dead")) == ("", 1)

@@ -25,6 +25,7 @@ from icce_ray.store import Artifact, ArtifactWriter, Folder
 
 from .stages import killing, run_embed, wait_for, workers
 
+REPOSITORY = Path(__file__).parents[2]
 PIXELS = {"backbone": "pixels", "image_size": 8, "images_per_part": 8}
 VIT = {"backbone": "test_vit", "weights": "random", "image_size": 64, "images_per_part": 8, "batch_size": 5}
 VIT |= {"precision": "float32"}  # whose rounding does not depend on the batch so much
@@ -71,6 +72,22 @@ def run_stage(config: Config, folder: Path) -> Artifact:
 
 def content(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted((folder / "embed").glob("*.parquet"))}
+
+
+@pytest.mark.slow
+def test_one_cpu_is_enough_to_embed(photos: Path, tmp_path: Path) -> None:
+    """Half of it for the actor, half for who feeds it; a task that asks for a whole one would never get it."""
+    code = (
+        "import sys; from pathlib import Path; from tests.integration.test_embed import *\n"
+        "config = config_for(Path(sys.argv[1]), Path(sys.argv[2]), **PIXELS)\n"
+        "one = config.resources.model_copy(update={'num_cpus': 1})\n"
+        "print(run_embed(config.model_copy(update={'resources': one})).metrics['num_images'])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(photos), str(tmp_path)],
+        cwd=REPOSITORY, capture_output=True, text=True, check=False, timeout=120,
+    )  # fmt: skip
+    assert done.stdout.strip() == "30", done.stderr
 
 
 @pytest.mark.parametrize("embed", [PIXELS, pytest.param(VIT, marks=pytest.mark.slow)])

@@ -221,12 +221,20 @@ def test_a_whole_run_from_bucket_to_bucket_with_a_killed_driver_and_a_second_job
         wait_for(lambda: first.poll() is not None or has_begun())
         first.send_signal(signal.SIGSTOP)  # as slow as a job can be, and alive
         second = subprocess.run(command, env=environment(endpoint), capture_output=True, text=True, check=False)
+        asked = [*JOB, "status", "s3://results/job", "--json"]
+        told = subprocess.run(asked, env=environment(endpoint), capture_output=True, text=True, check=False)
         first.send_signal(signal.SIGCONT)
         first.kill()
     assert first.returncode == -signal.SIGKILL
     assert second.returncode == 2, second.stderr
     assert f"process {first.pid} on " in second.stderr.splitlines()[-1]
     assert "is writing this artifact now" in second.stderr.splitlines()[-1]
+    assert told.returncode == 0, told.stderr
+    (run,) = json.loads(told.stdout.splitlines()[-1])
+    # The second job has not told its own story in the place of the first's.
+    assert (run["pid"], run["state"]) == (first.pid, "running")
+    progress = next(stage["progress"] for stage in run["stages"] if stage["stage"] == "embed")
+    assert progress["stage"] == "embed"
 
     done = subprocess.run([*command, "--json"], env=environment(endpoint), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -18,7 +18,9 @@ import ray
 from PIL import Image
 
 from icce_ray.config import load_config
-from icce_ray.pipeline import STAGES, PlannedStage, plan
+from icce_ray.pipeline import STAGES, PlannedStage, plan, run_name
+from icce_ray.status import RunStatus, find_status
+from icce_ray.store import Folder
 
 STAGE_NAMES = [stage.name for stage in STAGES]
 NUM_IMAGES, NUM_CLASSES = 120, 3
@@ -156,17 +158,18 @@ def test_status_tells_what_is_finished(finished: tuple[Path, dict[str, Any], str
 
 def has_begun(step: PlannedStage, before: PlannedStage) -> bool:
     if step.name in ("embed", "neighbors", "heads", "assign"):
-        return any(path.is_file() for path in Path(step.folder.path).rglob("*"))
+        # Not the claim, nor a file that is still being written.
+        return any(path.is_file() and path.name[0] != "." for path in Path(step.folder.path).rglob("*"))
     return before.folder.exists("manifest.json")
 
 
 @pytest.fixture(scope="module")
 def resumed(
     finished: tuple[Path, dict[str, Any], str], ray_cluster: None, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[list[str], dict[str, Any]]:
+) -> tuple[list[str], dict[str, Any], list[RunStatus]]:
     """The settings and the JSON of a run with permuted labels, in an output folder and on a Ray of its own: its driver
     is killed (-9) stage after stage; where a stage writes in pieces after the first, elsewhere when its inputs are
-    finished."""
+    finished. And what is told of it after each death, and at the end."""
     folder, _, _ = finished
     place = tmp_path_factory.mktemp("resumed")
     np.save(place / "permuted.npy", np.random.default_rng(0).integers(0, NUM_CLASSES, NUM_IMAGES + len(BROKEN)))
@@ -174,6 +177,14 @@ def resumed(
     changes = [labels, f"output={place}/out", f"resources.ray_address={ray.get_runtime_context().gcs_address}"]
     arguments = ["run.yaml", *(word for change in changes for word in ("--set", change))]
     steps = plan(load_config(folder / "run.yaml", changes))
+    told = []
+
+    def ask(seconds_later: float) -> None:
+        folders = {step.name: step.folder for step in steps}
+        told.append(
+            find_status(Folder.at(place / "out"), run_name(steps), folders, lambda: time.time() + seconds_later)
+        )
+
     for before, step in itertools.pairwise(steps):
         killed = command(*arguments, "--quiet", "--set", "heads.checkpoint_interval_s=0.001")
         with subprocess.Popen(killed, cwd=folder, start_new_session=True) as process:
@@ -181,14 +192,16 @@ def resumed(
                 time.sleep(0.02)
             process.kill()
         assert process.returncode == -signal.SIGKILL
+        ask(seconds_later=100)
     done = run_job(*arguments, "--json", folder=folder)
     assert done.returncode == 0, done.stderr
-    return [labels], json.loads(done.stdout.splitlines()[-1])
+    ask(seconds_later=100)
+    return [labels], json.loads(done.stdout.splitlines()[-1]), told
 
 
 @pytest.mark.slow
 def test_a_run_killed_at_every_stage_resumes_to_the_same_labels(
-    finished: tuple[Path, dict[str, Any], str], resumed: tuple[list[str], dict[str, Any]]
+    finished: tuple[Path, dict[str, Any], str], resumed: tuple[list[str], dict[str, Any], list[RunStatus]]
 ) -> None:
     result, again = finished[1], resumed[1]
     assert again["finished_before"][:2] == STAGE_NAMES[:2]
@@ -196,12 +209,28 @@ def test_a_run_killed_at_every_stage_resumes_to_the_same_labels(
 
 
 @pytest.mark.slow
+def test_status_tells_where_a_driver_was_killed_and_that_its_run_is_finished(
+    resumed: tuple[list[str], dict[str, Any], list[RunStatus]],
+) -> None:
+    *after_deaths, at_the_end = resumed[2]
+    assert at_the_end.state == "finished"
+    # A driver may die between two stages: then it is told of neither.
+    assert {status.state for status in after_deaths} <= {"stopped", "not finished"}
+    stopped = {stage.stage: stage for status in after_deaths for stage in status.stages if stage.state == "stopped"}
+    assert {"embed", "neighbors", "heads", "assign"} <= stopped.keys()
+    reading = stopped["heads"].reading
+    assert reading is not None
+    assert reading.unit == "epochs"
+    assert all(100 < (status.heard_s_ago or 0) < 160 for status in after_deaths)
+
+
+@pytest.mark.slow
 def test_true_labels_permuted_labels_and_no_labels_give_the_same_clusters(
-    finished: tuple[Path, dict[str, Any], str], resumed: tuple[list[str], dict[str, Any]]
+    finished: tuple[Path, dict[str, Any], str], resumed: tuple[list[str], dict[str, Any], list[RunStatus]]
 ) -> None:
     """Fingerprints: alike but for evaluation and report. Clusters: alike in a run that shares nothing."""
     folder, result, _ = finished
-    permuted, other = resumed
+    permuted, other, _ = resumed
     plans = [plan(load_config(folder / "run.yaml", labels)) for labels in (permuted, ["evaluate.labels=null"])]
     for true_step, *other_steps in zip(plan(load_config(folder / "run.yaml")), *plans, strict=True):
         same = all(step.fingerprint == true_step.fingerprint for step in other_steps)

@@ -262,8 +262,8 @@ def test_the_summary_says_what_came_out_and_where_it_lies(tmp_path: Path, capsys
 
 
 def test_workers_that_do_not_fit_are_refused_with_the_numbers() -> None:
-    from icce_ray.cluster import shortfall
     from icce_ray.config import WorkerResources
+    from icce_ray.placement import shortfall
 
     machines = [(4.0, 0.0), (4.0, 1.0)]
     assert shortfall("heads", WorkerResources(num_workers=8), machines) is None

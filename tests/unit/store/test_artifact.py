@@ -1,7 +1,9 @@
+import pickle
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.fs as pafs
 import pytest
 
 from icce_ray.errors import DamagedArtifactError
@@ -92,8 +94,6 @@ def test_nothing_is_discarded_from_a_sound_artifact(tmp_path: Path) -> None:
 
 
 def test_a_remote_part_is_copied_once_and_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import pyarrow.fs as pafs
-
     monkeypatch.setenv("ICCE_CACHE", str(tmp_path / "cache"))
     base = tmp_path / "bucket"
     base.mkdir()
@@ -103,6 +103,20 @@ def test_a_remote_part_is_copied_once_and_checked(tmp_path: Path, monkeypatch: p
     assert np.array_equal(artifact.read_array("labels.npy"), np.arange(10))
     (base / "toy" / "labels.npy").unlink()
     assert np.array_equal(artifact.read_array("labels.npy"), np.arange(10))
+
+
+def test_an_artifact_that_comes_from_another_machine_is_copied_to_this_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    remote = Folder(pafs.SubTreeFileSystem(str(tmp_path), pafs.LocalFileSystem()), "remote", "remote://x")
+    remote.filesystem.create_dir("remote")
+    artifact = write_artifact(remote)
+    monkeypatch.setenv("ICCE_CACHE", str(tmp_path / "sender"))
+    expected = artifact.read_array("labels.npy")
+    monkeypatch.setenv("ICCE_CACHE", str(tmp_path / "receiver"))
+    received = pickle.loads(pickle.dumps(artifact))
+    assert np.array_equal(received.read_array("labels.npy"), expected)
+    assert list((tmp_path / "receiver").rglob("*-labels.npy"))
 
 
 def test_the_fingerprint_depends_on_all_that_determines_the_content_and_not_on_order() -> None:
