@@ -107,7 +107,7 @@ STAGES: tuple[Stage, ...] = (
     Stage("sample", "icce_ray.sample.job", 1, ("embed",), _sample_settings),
     Stage("neighbors", "icce_ray.neighbors.job", 3, ("embed", "sample"), _neighbors_settings),
     Stage("heads", "icce_ray.heads.job", 2, ("embed", "sample", "neighbors"), _heads_settings, "epochs"),
-    Stage("consensus", "icce_ray.consensus.job", 2, ("heads",), _consensus_settings, "steps"),
+    Stage("consensus", "icce_ray.consensus.job", 3, ("heads",), _consensus_settings, "steps"),
     Stage(
         "classifier", "icce_ray.classifier.job", 2, ("embed", "sample", "consensus"), _classifier_settings, "iterations"
     ),
