@@ -1,4 +1,4 @@
-"""The command ``icce-ray``: run, sweep, estimate, assign, status, evaluate."""
+"""The command ``icce-ray``: run, sweep, estimate, assign, cut, status, evaluate."""
 
 from __future__ import annotations
 
@@ -47,6 +47,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     assign.add_argument("--output", metavar="URI", help="where the results go; without it, beside those of the run")
     add_run_options(assign)
     assign.set_defaults(function=_assign)
+
+    cut = commands.add_parser("cut", help="merge a finished run's most confused clusters until N groups are left")
+    cut.add_argument("run", metavar="RUN", help="a run's YAML config, its output folder, or its record (runs/*.json)")
+    cut.add_argument("--clusters", type=int, required=True, metavar="N", help="groups wanted, at most its clusters")
+    cut.add_argument("--output", required=True, metavar="FILE", help="Parquet: image_id, uri, cluster, group")
+    add_debug_argument(cut)
+    cut.set_defaults(function=_cut)
+
     estimate = commands.add_parser(
         "estimate", help="say what a run will take, by embedding a sample or by counted work"
     )
@@ -100,6 +108,13 @@ def _assign(arguments: argparse.Namespace) -> None:
         print(json.dumps(result.to_json()), flush=True)
 
 
+def _cut(arguments: argparse.Namespace) -> None:
+    from icce_ray.cut import write_cut
+
+    num_images = write_cut(arguments.run, arguments.clusters, arguments.output)
+    print(f"{num_images:,} images in {arguments.clusters} groups: {arguments.output}")
+
+
 def _estimate(arguments: argparse.Namespace) -> None:
     if arguments.images is not None:
         _estimate_counted(arguments)
@@ -127,13 +142,16 @@ def _estimate_counted(arguments: argparse.Namespace) -> None:
 
 def _status(arguments: argparse.Namespace) -> None:
     if arguments.target.endswith((".yaml", ".yml")) or Path(arguments.target).is_file():
-        from icce_ray.pipeline import plan, run_name
+        from icce_ray.pipeline import is_counted, plan, run_name
 
         config = load_config(arguments.target, arguments.overrides)
         planned = plan(config)
-        print(f"run {run_name(planned)} in {Folder.at(config.output).uri}")
+        name = run_name(planned) if is_counted(planned) else "without a name yet"
+        print(f"run {name} in {Folder.at(config.output).uri}")
         for step in planned:
             print(_status_line(step.name, step.folder, step.artifact))
+        if not is_counted(planned):
+            print("  the other stages are known once the number of clusters is chosen")
         return
     records = read_records(arguments.target)
     if not records:
@@ -148,13 +166,13 @@ def _status(arguments: argparse.Namespace) -> None:
 
 def _status_line(stage: str, folder: Folder, artifact: Artifact | None) -> str:
     if artifact is None:
-        return f"  {stage:<10} not finished  {folder.uri}"
+        return f"  {stage:<13} not finished  {folder.uri}"
     plain = {key: value for key, value in artifact.metrics.items() if isinstance(value, (str, int, float))}
     figures = ", ".join(
         f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in plain.items()
     )
-    return f"  {stage:<10} finished in {artifact.manifest.seconds:.1f} s  {folder.uri}" + (
-        f"\n{'':13}{figures}" if figures else ""
+    return f"  {stage:<13} finished in {artifact.manifest.seconds:.1f} s  {folder.uri}" + (
+        f"\n{'':16}{figures}" if figures else ""
     )
 
 

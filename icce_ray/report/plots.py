@@ -72,6 +72,38 @@ def neighbors_by_threshold(audit: dict[str, Any]) -> str | None:
     return svg("thresholds", draw)
 
 
+def cluster_count_curve(rows: Sequence[dict[str, Any]], metrics: Sequence[tuple[str, str]], name: str) -> str:
+    """Metrics by number of clusters with the interval of one standard error over seeds, and the number chosen.
+
+    Args:
+        rows: those of by_count.parquet.
+        metrics: a column and its label, for the left axis and the right.
+        name: of the diagram.
+    """
+
+    def draw(axes: Any) -> None:
+        numbers = [row["num_clusters"] for row in rows]
+        right = axes.twinx()
+        right.spines["right"].set_visible(True)
+        for side, (metric, label), color in zip((axes, right), metrics, (ACCENT, SECOND), strict=True):
+            side.plot(numbers, [row[metric] for row in rows], color=color, marker=".", markersize=4, linewidth=1.2)
+            low, high = ([row[f"{metric}_{end}"] for row in rows] for end in ("low", "high"))
+            side.fill_between(numbers, low, high, color=color, alpha=0.25, linewidth=0)
+            side.set_ylabel(label, color=color)
+        as_good = [row["num_clusters"] for row in rows if row["as_good"]]
+        axes.axvspan(as_good[0], as_good[-1], color="black", alpha=0.08, linewidth=0)
+        chosen = next(row["num_clusters"] for row in rows if row["chosen"])
+        axes.axvline(chosen, color="black", linestyle="--", linewidth=1)
+        axes.set_xscale("log")
+        ticks = [number for number in (2, 3, 5, 10, 20, 30, 50, 100, 200, 500, 1000) if numbers[0] <= number]
+        ticks = sorted({numbers[0], numbers[-1], *(number for number in ticks if number <= numbers[-1])})
+        axes.set_xticks(ticks, [str(number) for number in ticks])
+        axes.minorticks_off()
+        axes.set_xlabel(f"clusters (chosen: {chosen})")
+
+    return svg(name, draw)
+
+
 def training_curve(history: Sequence[dict[str, Any]]) -> str | None:
     """Loss by epoch, mean of the heads and lowest; None without two epochs."""
     if len(history) < 2:

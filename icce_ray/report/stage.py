@@ -16,14 +16,15 @@ from icce_ray.report.content import Content, Shown, gather
 from icce_ray.report.pictures import Pixels, contact_sheet, data_uri, load_thumbnails
 from icce_ray.report.plots import (
     certainty_histogram,
+    cluster_count_curve,
     neighbors_by_threshold,
     similarity_histogram,
     size_chart,
     training_curve,
 )
-from icce_ray.result import num_listed
+from icce_ray.result import CLUSTER_COUNT, num_listed
 
-VERSION = 2
+VERSION = 3
 PAGE_NAME = "report.html"
 SHEET_NAME = "clusters.png"
 NUM_LEAST_CERTAIN = 36
@@ -41,6 +42,12 @@ SCORES = (
     ("acc_high_agreement", "ACC, upper half by agreement"),
     ("acc_low_agreement", "ACC, lower half by agreement"),
 )
+
+COUNT_PLOTS = (
+    (("score", "score"), ("stability", "stability")),
+    (("silhouette", "silhouette"), ("generalization", "generalisation score")),
+)
+"""Two columns of by_count.parquet to a diagram, and what they are called."""
 
 
 def run(config: Config, context: StageContext) -> dict[str, Any]:
@@ -110,6 +117,14 @@ def render(
         ("Neighbours by threshold", neighbors_by_threshold(audit)),
         ("Training", training_curve(history)),
     ]
+    choice, count_plots = None, list[tuple[str, str]]()
+    if CLUSTER_COUNT in inputs:
+        choice = inputs[CLUSTER_COUNT].metrics["choice"]
+        rows = inputs[CLUSTER_COUNT].read_table("by_count.parquet").to_pylist()
+        count_plots = [
+            (f"{left[1].capitalize()} and {right[1]}", cluster_count_curve(rows, (left, right), f"count-{left[0]}"))
+            for left, right in COUNT_PLOTS
+        ]
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -122,6 +137,8 @@ def render(
         num_errors=errors.num_rows,
         errors=errors.slice(0, MAX_ERRORS).to_pylist(),
         num_clusters=config.num_clusters,
+        choice=choice,
+        count_plots=count_plots,
         num_outliers=int(content.num_outliers.sum()),
         summary=summary,
         mean_agreement=content.mean_agreement(),
