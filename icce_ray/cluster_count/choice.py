@@ -8,12 +8,15 @@ where spare clusters stay small; the silhouette falls at once there, but rises l
 range 0 to 1 over all K, and their mean, the *score*, peaks between. The generalisation score is reported, not used: it
 is highest where clusters are few.
 
-A score is not known exactly: each seed has its own. The *range* of K runs from the lowest to the highest that was tried
-around the best whose score is within one standard error (of the difference, over seeds) of the best.
+The *range* says how sure that is. A number that was tried is as good as the choice when it is, by at least one of the
+two measures, no worse, or worse by less than one standard error of the difference over seeds. The range runs down and
+up from the choice to the last such number before two in a row that are not. Where the measures disagree it is wide. It
+knows the spread of seeds, not that of the images: that other images of the same kind would differ is not in it.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +28,7 @@ import pyarrow as pa
 COARSE_RATIO = 2**0.5
 FINEST_RATIO = 1.05
 METRICS = ("stability", "generalization", "silhouette")
+CHOSEN_BY = ("stability", "silhouette")
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,7 @@ class Choice:
     num_clusters: int
     low: int
     high: int
-    """As good, within one standard error: from `low` to `high`."""
+    """By one measure or the other, as good as the choice within one standard error: from `low` to `high`."""
     curve: tuple[Measured, ...]
     """What was measured, by ascending number of clusters."""
     scores: npt.NDArray[np.float64]
@@ -60,9 +64,9 @@ class Choice:
         tried = f"tried {self.curve[0].num_clusters} to {self.curve[-1].num_clusters}"
         text = f"{self.num_clusters} clusters were chosen, {tried}"
         if self.low == self.high:
-            text += "; no other number tried is within one standard error"
+            text += "; the numbers beside it are worse by both measures"
         else:
-            text += f"; {self.low} to {self.high} are as good within one standard error"
+            text += f"; {self.low} to {self.high} are as good by stability or silhouette, within the seeds' spread"
         if self.num_clusters in (self.curve[0].num_clusters, self.curve[-1].num_clusters):
             text += ". The best lies at the end of the range: widen it (cluster_count.min_clusters, max_clusters)"
         return text
@@ -116,8 +120,8 @@ def search(low: int, high: int, measure: Callable[[Sequence[int]], Iterable[Meas
 
 
 def coarse_grid(low: int, high: int) -> list[int]:
-    """Both ends, and between them steps of about COARSE_RATIO."""
-    steps = max(1, round(np.log(high / low) / np.log(COARSE_RATIO)))
+    """Both ends, and between them steps of at most about COARSE_RATIO."""
+    steps = max(1, math.ceil(math.log(high / low, COARSE_RATIO)))
     return sorted({round(value) for value in np.geomspace(low, high, steps + 1)})
 
 
@@ -137,28 +141,43 @@ def between(known: Sequence[int], best: int) -> list[int]:
 def choose(known: Mapping[int, Measured]) -> Choice:
     """The number with the highest score."""
     curve = tuple(known[number] for number in sorted(known))
-    scores_PS = (_scaled(curve, "stability") + _scaled(curve, "silhouette")) / 2
-    means_P = scores_PS.mean(axis=1)
-    best = int(means_P.argmax())
-    behind_PS = scores_PS[best] - scores_PS
-    error_P = behind_PS.std(axis=1, ddof=1) / scores_PS.shape[1] ** 0.5
-    is_as_good_P = behind_PS.mean(axis=1) <= error_P
-    first, last = best, best
-    while first > 0 and is_as_good_P[first - 1]:
-        first -= 1
-    while last < len(curve) - 1 and is_as_good_P[last + 1]:
-        last += 1
+    parts = [_scaled(curve, metric) for metric in CHOSEN_BY]
+    scores_PS = np.mean(parts, axis=0)
+    best = int(scores_PS.mean(axis=1).argmax())
+    is_as_good_P = np.any([_is_as_good(values_PS, best) for values_PS in (*parts, scores_PS)], axis=0)
+    first = best - _reach(is_as_good_P[:best][::-1])
+    last = best + _reach(is_as_good_P[best + 1 :])
     return Choice(curve[best].num_clusters, curve[first].num_clusters, curve[last].num_clusters, curve, scores_PS)
+
+
+def _reach(is_as_good: npt.NDArray[np.bool_]) -> int:
+    """Steps to the last that is, before two in a row that are not."""
+    reached = 0
+    for step, good in enumerate(is_as_good, start=1):
+        if good:
+            reached = step
+        elif step > reached + 1:
+            break
+    return reached
+
+
+def _is_as_good(values_PS: npt.NDArray[np.float64], best: int) -> npt.NDArray[np.bool_]:
+    """Points (P,) that are not behind the best by more than one standard error of the difference. The variance over
+    seeds is the mean of all points: that of three seeds alone is hardly known."""
+    means_P = values_PS.mean(axis=1)
+    error = (2 * values_PS.var(axis=1, ddof=1).mean() / values_PS.shape[1]) ** 0.5
+    return np.asarray(means_P >= means_P[best] - error)
 
 
 def _scaled(curve: Sequence[Measured], metric: str) -> npt.NDArray[np.float64]:
     """A metric of each point and seed, (P, S), so that its means over seeds run from 0 to 1. What cannot be told counts
     as the worst."""
     values_PS = np.stack([getattr(point, metric) for point in curve])
-    values_PS = np.where(np.isnan(values_PS), np.nanmin(values_PS, initial=np.inf), values_PS)
+    is_known_PS = ~np.isnan(values_PS)
+    values_PS = np.where(is_known_PS, values_PS, values_PS[is_known_PS].min(initial=np.inf))
     means_P = values_PS.mean(axis=1)
-    width = means_P.max() - means_P.min()
-    if not width > 0:
+    if not is_known_PS.any() or means_P.max() == means_P.min():
         return np.zeros_like(values_PS)
+    width = means_P.max() - means_P.min()
     scaled_PS: npt.NDArray[np.float64] = (values_PS - means_P.min()) / width
     return scaled_PS

@@ -78,9 +78,11 @@ def test_a_run_chooses_and_is_then_the_run_of_that_number(
     assert "How many clusters" in page
 
     again = run(config, quiet=True)
-    assert set(again.finished_before) == {step.name for step in plan(config)} == {s.name for s in STAGES} | {
-        "cluster_count"
-    }
+    assert (
+        set(again.finished_before)
+        == {step.name for step in plan(config)}
+        == {s.name for s in STAGES} | {"cluster_count"}
+    )
     assert (again.run, again.num_clusters_range) == (result.run, (low, high))
     explicit = run(config_for(folder, num_clusters=NUM_CLUSTERS), quiet=True)
     assert set(explicit.finished_before) == {stage.name for stage in STAGES} - {"report"}
@@ -143,9 +145,10 @@ def test_what_a_killed_run_had_clustered_is_not_done_again(
         list(measure(coarse_grid(low, high)[:2]))
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(job, "search", killed)
-        count(Recorded())
+        with pytest.raises(KeyboardInterrupt):
+            count(Recorded())
     left = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "count" / "clusterings").iterdir()}
     assert sorted(left) == ["2-0.npz", "2-1.npz", "3-0.npz", "3-1.npz"]
 
