@@ -56,9 +56,9 @@ class ClusterCountConfig(Section):
     """Most clusters to choose from. Not set: 100, or a tenth of the images looked at where that is less."""
     num_seeds: Annotated[int, Field(ge=2)] = 3
     """Clusterings of each number of clusters, each of its own seed: what they differ in is the uncertainty."""
-    num_heads: PositiveInt = 6
+    num_heads: PositiveInt = 4
     """Heads of each clustering. They are smaller than those of the run itself."""
-    num_epochs: PositiveInt = 20
+    num_epochs: PositiveInt = 40
     """Passes over the sample in each clustering."""
     max_images: Annotated[int, Field(ge=20)] = 5_000
     """Above this many images, a uniform random sample of them is looked at."""

@@ -28,6 +28,7 @@ from icce_ray.errors import DamagedArtifactError, UserError, WorkerError, descri
 from icce_ray.sample.draw import training_set
 from icce_ray.store import Artifact, Folder
 
+VERSION = 1
 MAX_RETRIES = 3
 FOLDER = "clusterings"
 
