@@ -57,7 +57,7 @@ class ClusterCountConfig(Section):
     num_seeds: Annotated[int, Field(ge=2)] = 3
     """Clusterings of each number of clusters, each of its own seed: what they differ in is the uncertainty."""
     num_heads: PositiveInt = 4
-    """Heads of each clustering. They are smaller than those of the run itself."""
+    """Heads of each clustering. They are smaller than those of the run itself, and learn faster."""
     num_epochs: PositiveInt = 40
     """Passes over the sample in each clustering."""
     max_images: Annotated[int, Field(ge=20)] = 5_000
