@@ -12,9 +12,13 @@ import numpy as np
 import numpy.typing as npt
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from scipy.cluster.hierarchy import dendrogram
+
+from icce_ray.consensus.hierarchy import Hierarchy
 
 ACCENT, SECOND = "#3b7dd8", "#d8823b"
 SIZE_INCHES = (5.2, 2.6)
+MAX_LEAVES = 60
 STYLE: Any = {
     "svg.fonttype": "none",
     "font.size": 9,
@@ -102,6 +106,31 @@ def cluster_count_curve(rows: Sequence[dict[str, Any]], metrics: Sequence[tuple[
         axes.set_xlabel(f"clusters (chosen: {chosen})")
 
     return svg(name, draw)
+
+
+def merge_tree(hierarchy: Hierarchy) -> str | None:
+    """The last merges of the clusters: who joins whom, and how alike the two are; None without any."""
+    if hierarchy.num_clusters < 2:
+        return None
+    num_leaves = np.concatenate([np.ones(hierarchy.num_clusters), np.zeros(len(hierarchy.left))])
+    for step, (left, right) in enumerate(zip(hierarchy.left, hierarchy.right, strict=True)):
+        num_leaves[hierarchy.num_clusters + step] = num_leaves[left] + num_leaves[right]
+    heights = 1.0 - hierarchy.similarity
+    linkage = np.column_stack([hierarchy.left, hierarchy.right, heights, num_leaves[hierarchy.num_clusters :]])
+
+    def draw(axes: Any) -> None:
+        tree = dendrogram(linkage, truncate_mode="lastp", p=MAX_LEAVES, no_plot=True)
+        for across, up in zip(tree["icoord"], tree["dcoord"], strict=True):
+            axes.plot(across, up, color=ACCENT, linewidth=1)
+        places = 10 * np.arange(len(tree["ivl"])) + 5
+        axes.set_xticks(places, tree["ivl"], rotation=90, fontsize=6)
+        axes.set_ylim(min(heights[-MAX_LEAVES:]) - 0.02, 1.0)
+        ticks = [tick for tick in axes.get_yticks() if tick <= 1.0]
+        axes.set_yticks(ticks, [f"{1 - tick:.2g}" for tick in ticks])
+        axes.set_ylabel("share of heads that join them")
+        axes.set_xlabel("cluster; (n): n clusters that are merged before")
+
+    return svg("tree", draw)
 
 
 def training_curve(history: Sequence[dict[str, Any]]) -> str | None:

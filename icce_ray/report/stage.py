@@ -10,6 +10,7 @@ import jinja2
 import yaml
 
 from icce_ray.config import Config
+from icce_ray.consensus.hierarchy import HIERARCHY_NAME, Hierarchy
 from icce_ray.context import StageContext
 from icce_ray.progress import format_seconds
 from icce_ray.report.content import Content, Shown, gather
@@ -17,6 +18,7 @@ from icce_ray.report.pictures import Pixels, contact_sheet, data_uri, load_thumb
 from icce_ray.report.plots import (
     certainty_histogram,
     cluster_count_curve,
+    merge_tree,
     neighbors_by_threshold,
     similarity_histogram,
     size_chart,
@@ -117,6 +119,9 @@ def render(
         ("Neighbours by threshold", neighbors_by_threshold(audit)),
         ("Training", training_curve(history)),
     ]
+    if inputs["consensus"].part_names(HIERARCHY_NAME):
+        tree = Hierarchy.from_table(inputs["consensus"].read_table(HIERARCHY_NAME))
+        plots.append(("Which clusters the heads confuse", merge_tree(tree)))
     choice, count_plots = None, list[tuple[str, str]]()
     if CLUSTER_COUNT in inputs:
         choice = inputs[CLUSTER_COUNT].metrics["choice"]

@@ -130,7 +130,7 @@ def test_the_outlier_is_shown_as_one(written: tuple[Page, Path]) -> None:
 
 def test_there_is_a_diagram_of_each_kind(written: tuple[Page, Path]) -> None:
     page, _ = written
-    assert page.tags.count("svg") == 5
+    assert page.tags.count("svg") == 6
     for label in (
         "threshold 0.40",
         "neighbours on average",
@@ -138,6 +138,7 @@ def test_there_is_a_diagram_of_each_kind(written: tuple[Page, Path]) -> None:
         "lowest head",
         "clusters, largest first",
         "agreement of the heads",
+        "share of heads that join them",
     ):
         assert label in page.html
     assert "#000000" not in page.html
