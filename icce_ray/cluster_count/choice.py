@@ -8,10 +8,10 @@ where spare clusters stay small; the silhouette falls at once there, but rises l
 range 0 to 1 over all K, and their mean, the *score*, peaks between. The generalisation score is reported, not used: it
 is highest where clusters are few.
 
-The *range* says how sure that is. A number that was tried is as good as the choice when it is, by at least one of the
-two measures, no worse, or worse by less than one standard error of the difference over seeds. The range runs down and
-up from the choice to the last such number before two in a row that are not. Where the measures disagree it is wide. It
-knows the spread of seeds, not that of the images: that other images of the same kind would differ is not in it.
+The *range* says how sure that is: a number that was tried is as good as the choice when its score is behind by at most
+two standard errors of the difference over seeds (about 95%). It runs down and up from the choice to the last such
+number before two in a row that are not. It knows the spread of seeds, not that of the images, nor how far the two
+measures disagree: the curves show that.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ COARSE_RATIO = 2**0.5
 FINEST_RATIO = 1.05
 METRICS = ("stability", "generalization", "silhouette")
 CHOSEN_BY = ("stability", "silhouette")
+NUM_ERRORS = 2.0
+"""Standard errors to both sides of a mean: an interval of about 95%."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ class Choice:
     num_clusters: int
     low: int
     high: int
-    """By one measure or the other, as good as the choice within one standard error: from `low` to `high`."""
+    """As good as the choice, by what the seeds tell: from `low` to `high`."""
     curve: tuple[Measured, ...]
     """What was measured, by ascending number of clusters."""
     scores: npt.NDArray[np.float64]
@@ -64,9 +66,9 @@ class Choice:
         tried = f"tried {self.curve[0].num_clusters} to {self.curve[-1].num_clusters}"
         text = f"{self.num_clusters} clusters were chosen, {tried}"
         if self.low == self.high:
-            text += "; the numbers beside it are worse by both measures"
+            text += "; no number beside it is as good within the seeds' spread"
         else:
-            text += f"; {self.low} to {self.high} are as good by stability or silhouette, within the seeds' spread"
+            text += f"; {self.low} to {self.high} are as good within the seeds' spread"
         if self.num_clusters in (self.curve[0].num_clusters, self.curve[-1].num_clusters):
             text += ". The best lies at the end of the range: widen it (cluster_count.min_clusters, max_clusters)"
         return text
@@ -88,13 +90,13 @@ class Choice:
 
     def by_count(self) -> pa.Table:
         """A row per number of clusters: of each metric and of the score its mean over seeds, the deviation (`_std`) and
-        the interval of one standard error around the mean (`_low`, `_high`)."""
+        the interval of two standard errors around the mean (`_low`, `_high`)."""
         rows = []
         for point, scores in zip(self.curve, self.scores, strict=True):
             row: dict[str, Any] = {"num_clusters": point.num_clusters}
             for metric, values in [(metric, getattr(point, metric)) for metric in METRICS] + [("score", scores)]:
                 mean, std = float(np.mean(values)), float(np.std(values, ddof=1))
-                error = std / len(values) ** 0.5
+                error = NUM_ERRORS * std / len(values) ** 0.5
                 row |= {metric: mean, f"{metric}_std": std}
                 row |= {f"{metric}_low": mean - error, f"{metric}_high": mean + error}
             row["chosen"] = point.num_clusters == self.num_clusters
@@ -141,10 +143,9 @@ def between(known: Sequence[int], best: int) -> list[int]:
 def choose(known: Mapping[int, Measured]) -> Choice:
     """The number with the highest score."""
     curve = tuple(known[number] for number in sorted(known))
-    parts = [_scaled(curve, metric) for metric in CHOSEN_BY]
-    scores_PS = np.mean(parts, axis=0)
+    scores_PS = np.mean([_scaled(curve, metric) for metric in CHOSEN_BY], axis=0)
     best = int(scores_PS.mean(axis=1).argmax())
-    is_as_good_P = np.any([_is_as_good(values_PS, best) for values_PS in (*parts, scores_PS)], axis=0)
+    is_as_good_P = _is_as_good(scores_PS, best)
     first = best - _reach(is_as_good_P[:best][::-1])
     last = best + _reach(is_as_good_P[best + 1 :])
     return Choice(curve[best].num_clusters, curve[first].num_clusters, curve[last].num_clusters, curve, scores_PS)
@@ -161,12 +162,12 @@ def _reach(is_as_good: npt.NDArray[np.bool_]) -> int:
     return reached
 
 
-def _is_as_good(values_PS: npt.NDArray[np.float64], best: int) -> npt.NDArray[np.bool_]:
-    """Points (P,) that are not behind the best by more than one standard error of the difference. The variance over
+def _is_as_good(scores_PS: npt.NDArray[np.float64], best: int) -> npt.NDArray[np.bool_]:
+    """Points (P,) that are not behind the best by more than two standard errors of the difference. The variance over
     seeds is the mean of all points: that of three seeds alone is hardly known."""
-    means_P = values_PS.mean(axis=1)
-    error = (2 * values_PS.var(axis=1, ddof=1).mean() / values_PS.shape[1]) ** 0.5
-    return np.asarray(means_P >= means_P[best] - error)
+    means_P = scores_PS.mean(axis=1)
+    error = (2 * scores_PS.var(axis=1, ddof=1).mean() / scores_PS.shape[1]) ** 0.5
+    return np.asarray(means_P >= means_P[best] - NUM_ERRORS * error)
 
 
 def _scaled(curve: Sequence[Measured], metric: str) -> npt.NDArray[np.float64]:

@@ -77,7 +77,7 @@ def neighbors_by_threshold(audit: dict[str, Any]) -> str | None:
 
 
 def cluster_count_curve(rows: Sequence[dict[str, Any]], metrics: Sequence[tuple[str, str]], name: str) -> str:
-    """Metrics by number of clusters with the interval of one standard error over seeds, and the number chosen.
+    """Metrics by number of clusters with the interval of two standard errors over seeds, and the number chosen.
 
     Args:
         rows: those of by_count.parquet.
