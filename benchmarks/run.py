@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 CASES = {
     "accuracy": "ICCE's consensus against the TEMI preset and k-means, real features, several seeds",
     "assign": "rows/s of `icce-ray assign --embeddings` against a bare torch matmul over the same Parquet",
+    "cluster-count": "the number of clusters that `auto` chooses: planted 7, 20 and 60, and real features",
     "consensus": "the consensus at ImageNet's size and a tenth of it: seconds, memory, NMI to planted labels",
     "consensus-scale": "the growth of the consensus's time from N to 4N images",
     "defaults": "the trainer's settings one at a time around their defaults, and the ablation, on real features",

@@ -12,12 +12,13 @@ if TYPE_CHECKING:
     from icce_ray.assign.model import load
     from icce_ray.config import Config
     from icce_ray.consensus.ensemble import cluster_ensemble
+    from icce_ray.cut import cut_hierarchy
     from icce_ray.estimator import ICCE
     from icce_ray.evaluate.metrics import clustering_accuracy
     from icce_ray.new_images import assign
     from icce_ray.pipeline import run
 
-__all__ = ["ICCE", "Config", "assign", "cluster_ensemble", "clustering_accuracy", "load", "run"]
+__all__ = ["ICCE", "Config", "assign", "cluster_ensemble", "clustering_accuracy", "cut_hierarchy", "load", "run"]
 
 _MODULES = {
     "Config": "icce_ray.config",
@@ -25,6 +26,7 @@ _MODULES = {
     "assign": "icce_ray.assign",
     "cluster_ensemble": "icce_ray.consensus.ensemble",
     "clustering_accuracy": "icce_ray.evaluate.metrics",
+    "cut_hierarchy": "icce_ray.cut",
     "load": "icce_ray.assign.model",
     "run": "icce_ray.pipeline",
 }

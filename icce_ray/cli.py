@@ -1,4 +1,4 @@
-"""The command ``icce-ray``: run, sweep, estimate, assign, status, evaluate."""
+"""The command ``icce-ray``: run, sweep, estimate, assign, cut, status, evaluate."""
 
 from __future__ import annotations
 
@@ -48,6 +48,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     assign.add_argument("--output", metavar="URI", help="where the results go; without it, beside those of the run")
     add_run_options(assign)
     assign.set_defaults(function=_assign)
+
+    cut = commands.add_parser("cut", help="merge a finished run's most confused clusters until N groups are left")
+    cut.add_argument("run", metavar="RUN", help="a run's YAML config, its output folder, or its record (runs/*.json)")
+    cut.add_argument("--clusters", type=int, required=True, metavar="N", help="groups wanted, at most its clusters")
+    cut.add_argument("--output", required=True, metavar="FILE", help="Parquet: image_id, uri, cluster, group")
+    add_debug_argument(cut)
+    cut.set_defaults(function=_cut)
+
     estimate = commands.add_parser(
         "estimate", help="say what a run will take, by embedding a sample or by counted work"
     )
@@ -100,6 +108,13 @@ def _assign(arguments: argparse.Namespace) -> None:
     )
     if arguments.json:
         print(json.dumps(result.to_json()), flush=True)
+
+
+def _cut(arguments: argparse.Namespace) -> None:
+    from icce_ray.cut import write_cut
+
+    num_images = write_cut(arguments.run, arguments.clusters, arguments.output)
+    print(f"{num_images:,} images in {arguments.clusters} groups: {arguments.output}")
 
 
 def _estimate(arguments: argparse.Namespace) -> None:

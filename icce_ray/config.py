@@ -17,13 +17,25 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SecretStr,
+    TypeAdapter,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from icce_ray.errors import ConfigError
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 PositiveFloat = Annotated[float, Field(gt=0.0)]
 PositiveInt = Annotated[int, Field(ge=1)]
+
+AUTO: Literal["auto"] = "auto"
+NumClusters = Annotated[int, Field(ge=2)]
 
 ConsensusMethod = Literal["mcla", "hbgf", "cspa", "vote", "best_head", "hgpa"]
 Model = TypeVar("Model", bound=BaseModel)
@@ -33,6 +45,29 @@ CONSENSUS_METHODS: tuple[ConsensusMethod, ...] = get_args(ConsensusMethod)
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ClusterCountConfig(Section):
+    """How `num_clusters: auto` chooses: small clusterings of a sample, from few clusters to many."""
+
+    min_clusters: NumClusters = 2
+    """Fewest clusters to choose from."""
+    max_clusters: NumClusters | None = None
+    """Most clusters to choose from. Not set: 100, or a tenth of the images looked at where that is less."""
+    num_seeds: Annotated[int, Field(ge=2)] = 3
+    """Clusterings of each number of clusters, each of its own seed: what they differ in is the uncertainty."""
+    num_heads: PositiveInt = 4
+    """Heads of each clustering. They are smaller than those of the run itself, and learn faster."""
+    num_epochs: PositiveInt = 40
+    """Passes over the sample in each clustering."""
+    max_images: Annotated[int, Field(ge=20)] = 5_000
+    """Above this many images, a uniform random sample of them is looked at."""
+
+    @model_validator(mode="after")
+    def _check(self) -> ClusterCountConfig:
+        if self.max_clusters is not None and self.max_clusters < self.min_clusters:
+            raise ValueError(f"max_clusters is {self.max_clusters}, below min_clusters {self.min_clusters}")
+        return self
 
 
 class ImagesConfig(Section):
@@ -388,10 +423,14 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
 
 
 class Config(Section):
+    model_config = ConfigDict(serialize_by_alias=True)
+
     output: str
     """Folder or URI under which every artifact lies. Runs that share it share embeddings and graphs."""
-    num_clusters: Annotated[int, Field(ge=2)]
-    """Clusters to find (K)."""
+    given_num_clusters: int | Literal["auto"] = Field(alias="num_clusters")
+    """Clusters to find (K). `auto`: chosen as `cluster_count` says, without labels."""
+    cluster_count: ClusterCountConfig = ClusterCountConfig()
+    """Used where `num_clusters` is `auto`."""
     preset: Literal["icce", "temi", "scan"] = "icce"
     """Which method's settings fill in what is not given."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
@@ -408,6 +447,42 @@ class Config(Section):
     report: ReportConfig = ReportConfig()
     storage: StorageConfig = StorageConfig()
     resources: ResourcesConfig = ResourcesConfig()
+
+    @property
+    def num_clusters(self) -> int:
+        """K.
+
+        Raises:
+            ConfigError: it is `auto`, and this is no place to choose it.
+        """
+        if self.given_num_clusters == AUTO:
+            raise ConfigError("num_clusters: 'auto' is chosen by a run; a number is needed here")
+        return self.given_num_clusters
+
+    @property
+    def is_auto(self) -> bool:
+        """Whether the number of clusters is still to be chosen."""
+        return self.given_num_clusters == AUTO
+
+    @property
+    def needed_images(self) -> tuple[int, str]:
+        """Fewest images that the clusters asked for can be made of, and the setting that says so."""
+        if not self.is_auto:
+            return self.num_clusters, "num_clusters"
+        asked = self.cluster_count
+        if asked.max_clusters is None:
+            return asked.min_clusters, "cluster_count.min_clusters"
+        return asked.max_clusters, "cluster_count.max_clusters"
+
+    def with_num_clusters(self, num_clusters: int) -> Config:
+        """The same with this K."""
+        return self.model_copy(update={"given_num_clusters": num_clusters})
+
+    @field_validator("given_num_clusters", mode="wrap")
+    @classmethod
+    def _number_or_auto(cls, value: Any, handler: Any) -> int | Literal["auto"]:
+        # Not by the union, whose messages name the places "num_clusters.int" and "num_clusters.literal['auto']".
+        return AUTO if value == AUTO else TypeAdapter(NumClusters).validate_python(value)
 
     @model_validator(mode="before")
     @classmethod
@@ -546,4 +621,4 @@ def _known_keys(sections: list[str], root: type[BaseModel]) -> list[str]:
         if field is None or not isinstance(field.annotation, type) or not issubclass(field.annotation, BaseModel):
             return []
         model = field.annotation
-    return sorted(model.model_fields)
+    return sorted(field.alias or name for name, field in model.model_fields.items())

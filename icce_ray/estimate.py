@@ -74,7 +74,7 @@ def estimate(config: Config, *, num_samples: int = 256, quiet: bool = False) -> 
     from icce_ray.cluster import available_cpus, available_gpus, check_resources, connect
     from icce_ray.embed.job import run
 
-    step = pipeline.plan(config)[0]
+    step = pipeline.plan(config, pipeline.STAGES[:1])[0]
     check_backbone(config)
     check_resources(config, ["embed"])
     listing = Listing(step.artifact or pipeline.run_stage(config, step, {}, quiet))
@@ -88,7 +88,7 @@ def estimate(config: Config, *, num_samples: int = 256, quiet: bool = False) -> 
             update={"images_per_part": max(1, len(rows) // NUM_PARTS), "max_error_rate": 1.0, "retry_errors": False}
         )
         # Without the cache of earlier runs: it would make the sample look fast.
-        sampled = config.model_copy(update={"embed": embed, "output": folder, "num_clusters": 0})
+        sampled = config.with_num_clusters(0).model_copy(update={"embed": embed, "output": folder})
         metrics = run(sampled, StageContext(writer, {"images": images}, clock))
         stored = sum(part.num_bytes for name, part in writer.parts.items() if name.startswith("part-"))
     good, num_images = max(1, metrics["num_images"]), len(listing)
@@ -112,7 +112,7 @@ def estimate(config: Config, *, num_samples: int = 256, quiet: bool = False) -> 
         embeddings_bytes=stored * num_images // good,
         matrix_bytes=num_images * metrics["dim"] * np.dtype(metrics["dtype"]).itemsize,
         graph_bytes=num_images * min(max_neighbors, num_images) * (4 if num_images < 2**31 else 8),
-        labels_bytes=config.heads.num_heads * num_images * (2 if config.num_clusters < 2**15 else 4),
+        labels_bytes=config.heads.num_heads * num_images * (2 if config.needed_images[0] < 2**15 else 4),
     )
 
 

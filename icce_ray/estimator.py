@@ -14,12 +14,15 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from sklearn.base import BaseEstimator, ClusterMixin
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 from icce_ray.classifier.linear import LinearClassifier
 from icce_ray.classifier.self_training import fit_classifier
+from icce_ray.cluster_count.choice import Choice
+from icce_ray.cluster_count.local import count_clusters
 from icce_ray.config import Config, build_config
 from icce_ray.consensus.ensemble import cluster_ensemble
 from icce_ray.errors import ConfigError, InputError
@@ -36,7 +39,7 @@ class ICCE(ClusterMixin, BaseEstimator):
     """Image clustering with adaptive neighbours, many heads and a cluster ensemble (arXiv 2511.16213).
 
     Args:
-        n_clusters: clusters to find (K).
+        n_clusters: clusters to find (K), or ``auto``: chosen from the data, see `cluster_count`.
         preset: ``icce``; ``temi`` (arXiv 2303.17896): fixed neighbours, softmax targets, the best head; or ``scan``
             (arXiv 2005.12320): its loss on the same heads, the best head.
         n_heads: clustering heads (H).
@@ -47,7 +50,8 @@ class ICCE(ClusterMixin, BaseEstimator):
         random_state: int, RandomState or None. An int gives the labels of a run with that ``seed``.
         device: torch device of the heads and the classifier.
         n_threads: CPU threads; None for torch's setting. It does not change the result.
-        neighbors, heads, consensus, classifier: further settings of these sections of the config.
+        neighbors, heads, consensus, classifier, cluster_count: further settings of these sections of the config; the
+            last says how ``auto`` chooses, such as ``{"min_clusters": 5, "max_clusters": 40}``.
         verbose: show progress on standard error.
 
     Attributes:
@@ -60,13 +64,17 @@ class ICCE(ClusterMixin, BaseEstimator):
         consensus_method_: str, the consensus function that was kept.
         similarity_threshold_: float or None, the one used.
         head_losses_: (H,) float64, of the last epoch.
+        n_clusters_: int, K.
+        cluster_count_: with ``auto``, how K was chosen: `low` and `high`, the range that is as good; `by_count()`, a
+            table of what was measured; `sentence()`. Else None.
+        hierarchy_: the clusters merged step by step: ``hierarchy_.cut(n)[labels_]`` are n groups of them.
         classifier_: LinearClassifier, what `predict` uses.
         n_features_in_: int, D.
     """
 
     def __init__(
         self,
-        n_clusters: int,
+        n_clusters: int | Literal["auto"],
         *,
         preset: Literal["icce", "temi", "scan"] = "icce",
         n_heads: int = 50,
@@ -80,6 +88,7 @@ class ICCE(ClusterMixin, BaseEstimator):
         heads: Mapping[str, Any] | None = None,
         consensus: Mapping[str, Any] | None = None,
         classifier: Mapping[str, Any] | None = None,
+        cluster_count: Mapping[str, Any] | None = None,
         verbose: bool = False,
     ) -> None:
         self.n_clusters = n_clusters
@@ -95,6 +104,7 @@ class ICCE(ClusterMixin, BaseEstimator):
         self.heads = heads
         self.consensus = consensus
         self.classifier = classifier
+        self.cluster_count = cluster_count
         self.verbose = verbose
 
     def fit(self, X: npt.ArrayLike, y: object = None) -> ICCE:
@@ -110,10 +120,19 @@ class ICCE(ClusterMixin, BaseEstimator):
         """
         config = self._config()
         features_ND = validate_data(self, X, dtype=FLOATS, ensure_min_samples=2)
-        if len(features_ND) < config.num_clusters:
+        if not config.is_auto and len(features_ND) < config.num_clusters:
             raise InputError(f"X has {len(features_ND)} rows, fewer than n_clusters={config.num_clusters}")
         rows = sample_rows(len(features_ND), config.heads.max_images, config.seed)
         trained_on_nD = features_ND if rows is None else features_ND[rows]
+        choice: Choice | None = None
+        if config.is_auto:
+            choice = count_clusters(
+                trained_on_nD,
+                config,
+                num_threads=self.n_threads or torch.get_num_threads(),
+                progress=self._progress("cluster_count", "clusterings"),
+            )
+            config = config.with_num_clusters(choice.num_clusters)
         graph, audit = build_graph(
             trained_on_nD,
             config.neighbors,
@@ -151,6 +170,9 @@ class ICCE(ClusterMixin, BaseEstimator):
             progress=self._progress("classifier", "iterations"),
             device=self.device,
         )
+        self.n_clusters_ = config.num_clusters
+        self.cluster_count_ = choice
+        self.hierarchy_ = ensemble.hierarchy
         self.labels_ = ensemble.labels
         self.head_labels_ = trained.label_matrix_HN
         self.agreement_ = ensemble.agreement
@@ -208,6 +230,7 @@ class ICCE(ClusterMixin, BaseEstimator):
             "heads": heads | dict(self.heads or {}),
             "consensus": dict(self.consensus or {}),
             "classifier": dict(self.classifier or {}),
+            "cluster_count": dict(self.cluster_count or {}),
             # Arrays come from nowhere and labels go nowhere, but a config names both.
             "embeddings": {"uri": "X"},
             "output": "memory",

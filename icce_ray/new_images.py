@@ -124,8 +124,8 @@ def _find_run(run: str) -> tuple[Artifact, Settings]:
     """The classifier artifact of a finished run, and the run's settings as far as they are known."""
     if run.endswith((".yaml", ".yml")):
         config = load_config(run)
-        classifier = next(step for step in plan(config) if step.name == "classifier")
-        if classifier.artifact is None:
+        classifier = next((step for step in plan(config) if step.name == "classifier"), None)
+        if classifier is None or classifier.artifact is None:
             raise InputError(f"{run}: this run has no classifier yet; finish it first: icce-ray run {run}")
         return classifier.artifact, config.model_dump(mode="json")
     root, wanted = run, None
@@ -176,7 +176,7 @@ def _config_for(model: Artifact, settings: Settings, overrides: list[str]) -> Co
         config = config.model_copy(update={"embed": trained.embed.model_copy(update=given)})
         check_weights(config, description)
     # A run needs as many images as clusters; one new image is enough. So the bound is put below what a config allows.
-    return config.model_copy(update={"num_clusters": 1})
+    return config.with_num_clusters(1)
 
 
 def _check(config: Config, pending: list[str]) -> None:

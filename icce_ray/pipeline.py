@@ -9,14 +9,14 @@ import importlib
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from icce_ray.config import Config, EvaluateConfig
 from icce_ray.context import StageContext
 from icce_ray.errors import DamagedArtifactError, InputError, find_cause
 from icce_ray.progress import Progress
-from icce_ray.result import Result, num_failed, num_listed, sum_up, summary, write_record
+from icce_ray.result import Result, num_failed, num_listed, remove_record, sum_up, summary, write_record
 from icce_ray.status import RunProgress
 from icce_ray.store import Artifact, ArtifactWriter, Claim, Folder, fingerprint
 from icce_ray.store.filesystem import open_uri
@@ -67,6 +67,14 @@ def _sample_settings(config: Config) -> Settings:
     return {"max_images": config.heads.max_images, "seed": config.seed}
 
 
+def _cluster_count_settings(config: Config) -> Settings:
+    # Of the heads, the counting has its own number, length and width.
+    heads = config.heads.model_dump(exclude={"checkpoint_interval_s", "max_images"} | COUNTED_WITH_OWN)
+    neighbors = {"center": config.neighbors.center, "min_neighbors": config.neighbors.min_neighbors}
+    settings = {"cluster_count": config.cluster_count.model_dump(), "heads": heads, "neighbors": neighbors}
+    return settings | {"seed": config.seed}
+
+
 def _neighbors_settings(config: Config) -> Settings:
     return _drawn(config) | {"neighbors": config.neighbors.model_dump()}
 
@@ -102,13 +110,16 @@ def _drawn(config: Config) -> Settings:
     return {"num_clusters": config.num_clusters, "seed": config.seed}
 
 
+COUNTED_WITH_OWN = {"num_heads", "num_epochs", "hidden_dim", "bottleneck_dim", "early_stop_change"}
+"""Settings of the heads that `cluster_count` has its own of."""
+
 STAGES: tuple[Stage, ...] = (
     Stage("images", "icce_ray.embed.listing", 2, (), _images_settings),
     Stage("embed", "icce_ray.embed.job", 3, ("images",), _embed_settings),
     Stage("sample", "icce_ray.sample.job", 1, ("embed",), _sample_settings),
     Stage("neighbors", "icce_ray.neighbors.job", 3, ("embed", "sample"), _neighbors_settings),
     Stage("heads", "icce_ray.heads.job", 2, ("embed", "sample", "neighbors"), _heads_settings, "epochs"),
-    Stage("consensus", "icce_ray.consensus.job", 2, ("heads",), _consensus_settings, "steps"),
+    Stage("consensus", "icce_ray.consensus.job", 3, ("heads",), _consensus_settings, "steps"),
     Stage(
         "classifier", "icce_ray.classifier.job", 2, ("embed", "sample", "consensus"), _classifier_settings, "iterations"
     ),
@@ -131,12 +142,28 @@ STAGES: tuple[Stage, ...] = (
     Stage(
         "report",
         "icce_ray.report.stage",
-        2,
+        3,
         ("images", "embed", "neighbors", "heads", "consensus", "classifier", "assign", "evaluate"),
         _report_settings,
         "clusters",
     ),
 )
+
+CLUSTER_COUNT = Stage(
+    "cluster_count",
+    "icce_ray.cluster_count.job",
+    1,
+    ("embed", "sample"),
+    _cluster_count_settings,
+    "clusterings",
+)
+COUNTING: tuple[Stage, ...] = (*STAGES[:3], CLUSTER_COUNT)
+"""The stages of a run with `num_clusters: auto` until the number is chosen."""
+COUNTED: tuple[Stage, ...] = (
+    *STAGES[3:-1],
+    replace(STAGES[-1], inputs=(*STAGES[-1].inputs, CLUSTER_COUNT.name)),
+)
+"""Its other stages: those of a run that was given the number, but for the report, which shows how it was chosen."""
 
 
 @dataclass(frozen=True)
@@ -160,7 +187,7 @@ def plan(
     """The stages of `config` in order, with what of them is finished. Reads manifests only.
 
     Args:
-        stages: those of a run where None.
+        stages: those of a run where None. Where its number of clusters is still to be chosen, those until then.
         given: finished artifacts that the stages build on, by the names they know them by.
 
     Raises:
@@ -168,10 +195,19 @@ def plan(
     """
     use_s3(config.storage)
     _check_storage(config)
-    root = Folder.at(config.output)
     identities = {name: artifact.identity for name, artifact in (given or {}).items()}
+    if stages is not None or not config.is_auto:
+        return _plan(config, STAGES if stages is None else stages, identities)
+    planned = _plan(config, COUNTING, identities)
+    counted = planned[-1].artifact
+    return planned if counted is None else [*planned, *_plan(_resolved(config, counted), COUNTED, identities)]
+
+
+def _plan(config: Config, stages: tuple[Stage, ...], identities: dict[str, str]) -> list[PlannedStage]:
+    """`identities` of what the stages build on are by name; theirs are added."""
+    root = Folder.at(config.output)
     planned = []
-    for stage in STAGES if stages is None else stages:
+    for stage in stages:
         inputs = {name: identities[name] for name in stage.inputs}
         settings = stage.settings(stage.config_of(config))
         own = fingerprint(stage.name, stage.version, settings, inputs)
@@ -183,6 +219,16 @@ def plan(
         identities[stage.name] = own if artifact is None else artifact.identity
         planned.append(PlannedStage(stage, own, inputs, folder, artifact))
     return planned
+
+
+def is_counted(planned: list[PlannedStage]) -> bool:
+    """Whether all stages are planned: the number of clusters was given, or chosen by an earlier run."""
+    return planned[-1].name != CLUSTER_COUNT.name
+
+
+def _resolved(config: Config, counted: Artifact) -> Config:
+    """`config` with the number of clusters that was chosen."""
+    return config.with_num_clusters(counted.metrics["num_clusters"])
 
 
 def run_name(planned: list[PlannedStage]) -> str:
@@ -206,20 +252,47 @@ def run(config: Config, *, quiet: bool = False) -> Result:
     planned = plan(config)
     if config.embed.retry_errors and retry_errors(config, planned, quiet):
         planned = plan(config)
-    artifacts = {step.name: step.artifact for step in planned if step.artifact is not None}
+    artifacts = _finished(planned)
     finished_before = tuple(artifacts)
-    _check(config, [step.name for step in planned if step.name not in artifacts])
+    later = [] if is_counted(planned) else [stage.name for stage in COUNTED]
+    _check(config, [*(step.name for step in planned if step.name not in artifacts), *later])
+    counting_s: dict[str, float] = {}
+    if not is_counted(planned):
+        counting_s = _count(config, planned, artifacts, quiet)
+        rest = plan(_resolved(config, artifacts[CLUSTER_COUNT.name]), COUNTED, artifacts)
+        planned += rest
+        artifacts |= _finished(rest)
+        finished_before += tuple(_finished(rest))
+    resolved = _resolved(config, artifacts[CLUSTER_COUNT.name]) if config.is_auto else config
     name = run_name(planned)
     fingerprints = {step.name: step.fingerprint for step in planned}
     write_record(config, name, fingerprints)
     with RunProgress(config.output, name) as told:
-        seconds = finish(config, planned, artifacts, quiet, told)
-    result = sum_up(config, name, artifacts, seconds, finished_before)
+        seconds = finish(resolved, planned, artifacts, quiet, told)
+    seconds |= {stage: seconds[stage] + spent for stage, spent in counting_s.items()}
+    result = sum_up(resolved, name, artifacts, seconds, finished_before)
     if len(finished_before) < len(planned):
         write_record(config, name, fingerprints, result)
     if not quiet:
         print(summary(result, artifacts, time.monotonic() - started), file=sys.stderr, flush=True)
     return result
+
+
+def _count(
+    config: Config, planned: list[PlannedStage], artifacts: dict[str, Artifact], quiet: bool
+) -> dict[str, float]:
+    """Run the stages that choose the number of clusters. Until they have, these alone are the run, by a name of its
+    own, so that others can ask how far it is."""
+    name = run_name(planned)
+    write_record(config, name, {step.name: step.fingerprint for step in planned})
+    with RunProgress(config.output, name) as told:
+        seconds = finish(config, planned, artifacts, quiet, told)
+    remove_record(config, name)
+    return seconds
+
+
+def _finished(planned: list[PlannedStage]) -> dict[str, Artifact]:
+    return {step.name: step.artifact for step in planned if step.artifact is not None}
 
 
 def finish(
@@ -368,10 +441,9 @@ def _check_listed(config: Config, artifacts: Mapping[str, Artifact]) -> None:
     usable, which = num_listed(artifacts), "images"
     if "embed" in artifacts:
         usable, which = usable - num_failed(artifacts), "usable images"
-    if config.num_clusters > usable:
-        raise InputError(
-            f"num_clusters: {config.num_clusters} clusters asked for, but there are only {usable:,} {which}"
-        )
+    needed, setting = config.needed_images
+    if needed > usable:
+        raise InputError(f"{setting}: {needed} clusters asked for, but there are only {usable:,} {which}")
     if "embed" not in artifacts and config.evaluate.labels is not None:
         from icce_ray.embed.listing import Listing
         from icce_ray.evaluate.labels import check_labels

@@ -16,6 +16,7 @@ from icce_ray.progress import format_seconds
 from icce_ray.store import Artifact, Folder
 
 RUNS_FOLDER = "runs"
+CLUSTER_COUNT = "cluster_count"
 HEADLINE_METRICS = ("acc", "nmi", "ari")
 
 
@@ -47,6 +48,8 @@ class Result:
     """Stages that this run did not have to do."""
     model: str = ""
     """The folder of the model that labels new images: see `icce_ray.load`."""
+    num_clusters_range: tuple[int, int] | None = None
+    """Where the number of clusters was chosen: the fewest and the most that are as good, by what was measured."""
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -80,11 +83,19 @@ def sum_up(
         assignments=artifacts["assign"].folder.file_uri("assignments"),
         report=artifacts["report"].folder.file_uri("report.html"),
         errors=artifacts["embed"].folder.file_uri("errors.parquet"),
+        num_clusters_range=_range(artifacts),
         model=artifacts["classifier"].folder.uri if "classifier" in artifacts else "",
         metrics=artifacts["evaluate"].metrics,
         seconds=dict(seconds),
         finished_before=finished_before,
     )
+
+
+def _range(artifacts: Mapping[str, Artifact]) -> tuple[int, int] | None:
+    if CLUSTER_COUNT not in artifacts:
+        return None
+    low, high = artifacts[CLUSTER_COUNT].metrics["num_clusters_range"]
+    return low, high
 
 
 def write_record(config: Config, name: str, fingerprints: Mapping[str, str], result: Result | None = None) -> None:
@@ -108,6 +119,11 @@ def write_record(config: Config, name: str, fingerprints: Mapping[str, str], res
         raise InputError(f"output: {config.output!r} cannot be written to: {error}") from None
 
 
+def remove_record(config: Config, name: str) -> None:
+    """Forget the run `name`, not its artifacts."""
+    (Folder.at(config.output) / RUNS_FOLDER).remove(f"{name}.json")
+
+
 def read_records(output: str) -> list[dict[str, Any]]:
     """The records of all runs under an output folder."""
     folder = Folder.at(output) / RUNS_FOLDER
@@ -125,10 +141,12 @@ def summary(result: Result, artifacts: Mapping[str, Artifact], total_s: float) -
         f"{result.num_images:,} images, {result.num_errors:,} errors, {result.num_clusters:,} clusters; {scores}",
         f"run          {result.run}, {format_seconds(total_s)}",
     ]
+    if CLUSTER_COUNT in artifacts:
+        lines.insert(2, f"num_clusters {artifacts[CLUSTER_COUNT].metrics['choice']}")
     for stage, seconds in result.seconds.items():
         took = f"finished before (took {artifacts[stage].manifest.seconds:.1f} s)"
         spent = took if stage in result.finished_before and not seconds else f"{seconds:.1f} s"
-        lines.append(f"  {stage:<10} {spent}")
+        lines.append(f"  {stage:<13} {spent}")
     if result.num_errors:
         lines.append(f"errors       {result.errors}")
     if num_duplicates := artifacts["embed"].metrics.get("num_duplicates"):

@@ -104,7 +104,7 @@ def _prepare_demo(arguments: argparse.Namespace) -> Config:
     if not arguments.quiet:
         print(
             f"No config given, so this is the built-in demo: {what}, are clustered by their pixels into "
-            f"{config.num_clusters} clusters; results go to {config.output}",
+            f"{'a number of' if config.is_auto else config.num_clusters} clusters; results go to {config.output}",
             file=sys.stderr,
             flush=True,
         )

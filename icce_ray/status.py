@@ -153,7 +153,7 @@ class StageStatus:
             for key, value in self.metrics.items()
             if isinstance(value, (str, int, float))
         )
-        return f"  {self.stage:<10} {said}  {self.folder}" + (f"\n{'':13}{figures}" if figures else "")
+        return f"  {self.stage:<13} {said}  {self.folder}" + (f"\n{'':16}{figures}" if figures else "")
 
 
 @dataclass(frozen=True)

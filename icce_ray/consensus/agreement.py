@@ -46,9 +46,14 @@ def align_heads(counts_KC: npt.NDArray[Any], offsets: Counts) -> npt.NDArray[np.
     return cluster_of_column
 
 
-def measure_agreement(labels_N: Labels, heads: Heads, num_clusters: int, *, seed: int) -> Agreement:
-    """Agreement of the heads with the consensus `labels_N`, (N,) integers 0..num_clusters-1."""
-    cluster_of_column = align_heads(count_consensus(labels_N, heads, num_clusters), heads.offsets)
+def measure_agreement(
+    labels_N: Labels, heads: Heads, num_clusters: int, *, seed: int, counts_KC: npt.NDArray[Any] | None = None
+) -> Agreement:
+    """Agreement of the heads with the consensus `labels_N`, (N,) integers 0..num_clusters-1, whose counts against the
+    heads are `counts_KC` where they are known already."""
+    if counts_KC is None:
+        counts_KC = count_consensus(labels_N, heads, num_clusters)
+    cluster_of_column = align_heads(counts_KC, heads.offsets)
     pieces = list(heads.map(_measure_piece, heads.image_pieces(), labels_N, cluster_of_column, seed))
     return Agreement(*(np.concatenate(parts) for parts in zip(*pieces, strict=True)))
 

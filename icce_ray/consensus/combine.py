@@ -15,9 +15,11 @@ import numpy.typing as npt
 
 from icce_ray.config import ConsensusConfig
 from icce_ray.consensus.agreement import measure_agreement
+from icce_ray.consensus.contingency import count_consensus
 from icce_ray.consensus.cspa import cspa
 from icce_ray.consensus.hbgf import hbgf
 from icce_ray.consensus.hgpa import hgpa
+from icce_ray.consensus.hierarchy import Hierarchy, build_hierarchy
 from icce_ray.consensus.matrix import Heads, Labels
 from icce_ray.consensus.mcla import mcla
 from icce_ray.consensus.objective import anmi
@@ -61,6 +63,8 @@ class EnsembleResult:
     """(N,), nats: entropy of the heads' aligned labels."""
     second_choice: Labels
     """(N,) int32: the cluster with most votes besides the consensus; -1 where no head votes for another."""
+    hierarchy: Hierarchy
+    """The clusters merged step by step, those that the heads confuse most first; `hierarchy.cut(n)` leaves n groups."""
     skipped: dict[str, str] = field(default_factory=dict)
     """Functions that gave no result, and why."""
     repaired: dict[str, int] = field(default_factory=dict)
@@ -136,7 +140,8 @@ def find_consensus(
     say(len(config.methods), total, "agreement")
     best = max(candidates, key=lambda method: candidates[method].anmi)
     labels_N = candidates[best].labels
-    agreement = measure_agreement(labels_N, heads, num_clusters, seed=seeds[0])
+    counts_KC = count_consensus(labels_N, heads, num_clusters)
+    agreement = measure_agreement(labels_N, heads, num_clusters, seed=seeds[0], counts_KC=counts_KC)
     return EnsembleResult(
         labels=labels_N,
         method=best,
@@ -146,6 +151,7 @@ def find_consensus(
         agreement=agreement.agreement,
         vote_entropy=agreement.vote_entropy,
         second_choice=agreement.second_choice,
+        hierarchy=build_hierarchy(counts_KC, heads.offsets),
         skipped=skipped,
         repaired={name: one.num_repaired for name, one in candidates.items() if one.num_repaired},
     )

@@ -25,7 +25,7 @@ from icce_ray.consensus.stored import StoredHeads, open_heads
 from icce_ray.context import StageContext
 from icce_ray.errors import DamagedArtifactError, WorkerError, describe_cause, find_cause
 
-VERSION = 2
+VERSION = 3
 MAX_RETRIES = 3
 PIECES_IN_FLIGHT = 2
 """For each CPU: enough to keep it busy, and no more answers than that wait in memory."""
@@ -63,7 +63,8 @@ WORK_ON_PIECE = ray.remote(_work_on_piece)
 
 
 def run(config: Config, context: StageContext) -> dict[str, Any]:
-    """Make one clustering of all heads: labels.npy, agreement.npy, vote_entropy.npy, second_choice.npy, summary.json.
+    """Make one clustering of all heads: labels.npy, agreement.npy, vote_entropy.npy, second_choice.npy, summary.json,
+    hierarchy.parquet.
 
     Returns:
         method, anmi (of the labels, 0 to 1), anmi_by_method and start_anmi_by_method (after and before refinement),

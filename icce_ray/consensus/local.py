@@ -12,6 +12,7 @@ import numpy as np
 from icce_ray.config import Config
 from icce_ray.consensus.agreement import describe_clusters
 from icce_ray.consensus.combine import EnsembleResult, find_consensus
+from icce_ray.consensus.hierarchy import HIERARCHY_NAME
 from icce_ray.consensus.matrix import check_surveys
 from icce_ray.consensus.memory import check_memory
 from icce_ray.consensus.runs import find_heads
@@ -54,6 +55,7 @@ def write_parts(result: EnsembleResult, num_heads: int, config: Config, context:
     output.write_array("vote_entropy.npy", result.vote_entropy)
     output.write_array("second_choice.npy", result.second_choice)
     metrics = result.summary() | {"num_heads": num_heads}
+    output.write_table(HIERARCHY_NAME, result.hierarchy.to_table())
     clusters = describe_clusters(result.labels, result.agreement, result.second_choice, config.num_clusters)
     output.write_json("summary.json", metrics | {"clusters": clusters})
     return metrics

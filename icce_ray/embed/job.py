@@ -98,14 +98,14 @@ def run(config: Config, context: StageContext) -> dict[str, Any]:
         rows = ready_made_rows_per_part(embeddings.dim, embeddings.dtype.itemsize)
         pending = tally.resume(plan_parts(len(listing), rows))
         convert_ready_made(embeddings, pending, tally, context)
-        return tally.finish("ready-made", config.num_clusters)
+        return tally.finish("ready-made", *config.needed_images)
     plan = _plan_and_connect(config)
     tally = Tally(context, listing, config.embed.max_error_rate)
     job = _Job.of(config, context, plan)
     pending = tally.resume(_parts(config, listing, plan))
     pending = list(_not_copied(pending, job.folders, tally))
     _embed_all(config, job, pending, tally, context)
-    return tally.finish(plan.names[0], config.num_clusters) | _sets(plan)
+    return tally.finish(plan.names[0], *config.needed_images) | _sets(plan)
 
 
 def retry(config: Config, context: StageContext, artifact: Artifact) -> dict[str, Any] | None:
@@ -140,7 +140,7 @@ def retry(config: Config, context: StageContext, artifact: Artifact) -> dict[str
             raise errors.DamagedArtifactError(f"{artifact.folder.file_uri(name)}: missing or damaged")
         tally.add_finished(record)
     _embed_all(config, job, tally.resume(amended), tally, context)
-    metrics = tally.finish(plan.names[0], config.num_clusters) | _sets(plan)
+    metrics = tally.finish(plan.names[0], *config.needed_images) | _sets(plan)
     if metrics["num_errors"] < len(failed):
         return metrics
     for part in amended:

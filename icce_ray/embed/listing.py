@@ -317,12 +317,13 @@ def _place(uri: str) -> str:
 
 
 def _check_count(num_images: int, config: Config) -> None:
-    if num_images < config.num_clusters:
+    needed, needed_by = config.needed_images
+    if num_images < needed:
         named = config.embeddings.uri is not None
         setting, uri = ("embeddings.uri", config.embeddings.uri) if named else ("images.uri", _join(config.images.uris))
         raise InputError(
-            f"{setting}: {uri} holds {num_images} images, fewer than num_clusters ({config.num_clusters}): "
-            "lower num_clusters, or add images"
+            f"{setting}: {uri} holds {num_images} images, fewer than {needed_by} ({needed}): "
+            f"lower {needed_by}, or add images"
         )
 
 

@@ -100,8 +100,8 @@ class Tally:
                 "Mend or remove them, or raise embed.max_error_rate; what is finished stays"
             )
 
-    def finish(self, feature_set: str, num_clusters: int) -> dict[str, Any]:
-        """Write the tables of errors and duplicates.
+    def finish(self, feature_set: str, num_clusters: int, setting: str = "num_clusters") -> dict[str, Any]:
+        """Write the tables of errors and duplicates. `setting` is where `num_clusters` comes from.
 
         Returns:
             Metrics: num_images (good ones), num_errors, errors (count by reason), num_duplicates (images whose bytes an
@@ -117,7 +117,7 @@ class Tally:
         if num_good < num_clusters:
             failed = f": {self._reasons_with_examples()}" if self._errors else ""
             raise InputError(
-                f"num_clusters: {num_clusters} clusters asked for, but only {num_good} of {self._done} images "
+                f"{setting}: {num_clusters} clusters asked for, but only {num_good} of {self._done} images "
                 f"can be used{failed}"
             )
         self._context.output.write_table(ERRORS_NAME, errors_table(self._errors, self._listing.uri))

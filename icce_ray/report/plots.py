@@ -12,9 +12,13 @@ import numpy as np
 import numpy.typing as npt
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from scipy.cluster.hierarchy import dendrogram
+
+from icce_ray.consensus.hierarchy import Hierarchy
 
 ACCENT, SECOND = "#3b7dd8", "#d8823b"
 SIZE_INCHES = (5.2, 2.6)
+MAX_LEAVES = 60
 STYLE: Any = {
     "svg.fonttype": "none",
     "font.size": 9,
@@ -70,6 +74,63 @@ def neighbors_by_threshold(audit: dict[str, Any]) -> str | None:
             axes.legend(loc="lower left")
 
     return svg("thresholds", draw)
+
+
+def cluster_count_curve(rows: Sequence[dict[str, Any]], metrics: Sequence[tuple[str, str]], name: str) -> str:
+    """Metrics by number of clusters with the interval of two standard errors over seeds, and the number chosen.
+
+    Args:
+        rows: those of by_count.parquet.
+        metrics: a column and its label, for the left axis and the right.
+        name: of the diagram.
+    """
+
+    def draw(axes: Any) -> None:
+        numbers = [row["num_clusters"] for row in rows]
+        right = axes.twinx()
+        right.spines["right"].set_visible(True)
+        for side, (metric, label), color in zip((axes, right), metrics, (ACCENT, SECOND), strict=True):
+            side.plot(numbers, [row[metric] for row in rows], color=color, marker=".", markersize=4, linewidth=1.2)
+            low, high = ([row[f"{metric}_{end}"] for row in rows] for end in ("low", "high"))
+            side.fill_between(numbers, low, high, color=color, alpha=0.25, linewidth=0)
+            side.set_ylabel(label, color=color)
+        as_good = [row["num_clusters"] for row in rows if row["as_good"]]
+        axes.axvspan(as_good[0], as_good[-1], color="black", alpha=0.08, linewidth=0)
+        chosen = next(row["num_clusters"] for row in rows if row["chosen"])
+        axes.axvline(chosen, color="black", linestyle="--", linewidth=1)
+        axes.set_xscale("log")
+        ticks = [number for number in (2, 3, 5, 10, 20, 30, 50, 100, 200, 500, 1000) if numbers[0] <= number]
+        ticks = sorted({numbers[0], numbers[-1], *(number for number in ticks if number <= numbers[-1])})
+        axes.set_xticks(ticks, [str(number) for number in ticks])
+        axes.minorticks_off()
+        axes.set_xlabel(f"clusters (chosen: {chosen})")
+
+    return svg(name, draw)
+
+
+def merge_tree(hierarchy: Hierarchy) -> str | None:
+    """The last merges of the clusters: who joins whom, and how alike the two are; None without any."""
+    if hierarchy.num_clusters < 2:
+        return None
+    num_leaves = np.concatenate([np.ones(hierarchy.num_clusters), np.zeros(len(hierarchy.left))])
+    for step, (left, right) in enumerate(zip(hierarchy.left, hierarchy.right, strict=True)):
+        num_leaves[hierarchy.num_clusters + step] = num_leaves[left] + num_leaves[right]
+    heights = 1.0 - hierarchy.similarity
+    linkage = np.column_stack([hierarchy.left, hierarchy.right, heights, num_leaves[hierarchy.num_clusters :]])
+
+    def draw(axes: Any) -> None:
+        tree = dendrogram(linkage, truncate_mode="lastp", p=MAX_LEAVES, no_plot=True)
+        for across, up in zip(tree["icoord"], tree["dcoord"], strict=True):
+            axes.plot(across, up, color=ACCENT, linewidth=1)
+        places = 10 * np.arange(len(tree["ivl"])) + 5
+        axes.set_xticks(places, tree["ivl"], rotation=90, fontsize=6)
+        axes.set_ylim(min(heights[-MAX_LEAVES:]) - 0.02, 1.0)
+        ticks = [tick for tick in axes.get_yticks() if tick <= 1.0]
+        axes.set_yticks(ticks, [f"{1 - tick:.2g}" for tick in ticks])
+        axes.set_ylabel("share of heads that join them")
+        axes.set_xlabel("cluster; (n): n clusters that are merged before")
+
+    return svg("tree", draw)
 
 
 def training_curve(history: Sequence[dict[str, Any]]) -> str | None:

@@ -10,20 +10,23 @@ import jinja2
 import yaml
 
 from icce_ray.config import Config
+from icce_ray.consensus.hierarchy import HIERARCHY_NAME, Hierarchy
 from icce_ray.context import StageContext
 from icce_ray.progress import format_seconds
 from icce_ray.report.content import Content, Shown, gather
 from icce_ray.report.pictures import Pixels, contact_sheet, data_uri, load_thumbnails
 from icce_ray.report.plots import (
     certainty_histogram,
+    cluster_count_curve,
+    merge_tree,
     neighbors_by_threshold,
     similarity_histogram,
     size_chart,
     training_curve,
 )
-from icce_ray.result import num_listed
+from icce_ray.result import CLUSTER_COUNT, num_listed
 
-VERSION = 2
+VERSION = 3
 PAGE_NAME = "report.html"
 SHEET_NAME = "clusters.png"
 NUM_LEAST_CERTAIN = 36
@@ -41,6 +44,12 @@ SCORES = (
     ("acc_high_agreement", "ACC, upper half by agreement"),
     ("acc_low_agreement", "ACC, lower half by agreement"),
 )
+
+COUNT_PLOTS = (
+    (("score", "score"), ("stability", "stability")),
+    (("silhouette", "silhouette"), ("generalization", "generalisation score")),
+)
+"""Two columns of by_count.parquet to a diagram, and what they are called."""
 
 
 def run(config: Config, context: StageContext) -> dict[str, Any]:
@@ -110,6 +119,17 @@ def render(
         ("Neighbours by threshold", neighbors_by_threshold(audit)),
         ("Training", training_curve(history)),
     ]
+    if inputs["consensus"].part_names(HIERARCHY_NAME):
+        tree = Hierarchy.from_table(inputs["consensus"].read_table(HIERARCHY_NAME))
+        plots.append(("Which clusters the heads confuse", merge_tree(tree)))
+    choice, count_plots = None, list[tuple[str, str]]()
+    if CLUSTER_COUNT in inputs:
+        choice = inputs[CLUSTER_COUNT].metrics["choice"]
+        rows = inputs[CLUSTER_COUNT].read_table("by_count.parquet").to_pylist()
+        count_plots = [
+            (f"{left[1].capitalize()} and {right[1]}", cluster_count_curve(rows, (left, right), f"count-{left[0]}"))
+            for left, right in COUNT_PLOTS
+        ]
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -122,6 +142,8 @@ def render(
         num_errors=errors.num_rows,
         errors=errors.slice(0, MAX_ERRORS).to_pylist(),
         num_clusters=config.num_clusters,
+        choice=choice,
+        count_plots=count_plots,
         num_outliers=int(content.num_outliers.sum()),
         summary=summary,
         mean_agreement=content.mean_agreement(),

@@ -64,7 +64,7 @@ def check_space(base: Mapping[str, Any], dimensions: tuple[Dimension, ...], sour
     Raises:
         ConfigError: as the config itself says it.
     """
-    build_config(dict(base), f"{source}: base")
+    settings_of(base, {}, f"{source}: base")
     for dimension in dimensions:
         for value in dimension.values:
             settings_of(base, {dimension.name: value}, f"{source}: space")
@@ -81,7 +81,13 @@ def settings_of(base: Mapping[str, Any], parameters: Mapping[str, Any], source: 
         put(data, name, value)
     if seed is not None:
         data["seed"] = seed
-    return build_config(data, source)
+    config = build_config(data, source)
+    if config.is_auto:
+        raise ConfigError(
+            f"{source}: num_clusters: a sweep compares clusterings, and 'auto' is chosen by a run: give a number, or "
+            "several of them in the space"
+        )
+    return config
 
 
 def _parse_dimension(name: str, given: Any, source: str) -> Dimension:

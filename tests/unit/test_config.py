@@ -58,6 +58,11 @@ def test_a_config_survives_the_way_through_json(config_file: Path) -> None:
         ("heads.num_heads=0", r"heads\.num_heads: 0 is not usable: .*greater than or equal to 1"),
         ("resources.assign.gpus_per_worker=1", r"resources: assign\.gpus_per_worker is 1; images are labelled on CPUs"),
         ("num_clusters=1", r"num_clusters: 1 is not usable: .*greater than or equal to 2"),
+        ("num_clusters=automatic", r"num_clusters: 'automatic' is not usable: .*integer"),
+        ("given_num_clusters=3", "given_num_clusters: unknown setting; did you mean num_clusters"),
+        ("cluster_count.min_clusters=1", r"cluster_count\.min_clusters: 1 is not usable: .*greater than or equal to 2"),
+        ("cluster_count={min_clusters: 9, max_clusters: 8}", "max_clusters is 8, below min_clusters 9"),
+        ("cluster_count.num_seeds=1", r"num_seeds: 1 is not usable: .*greater than or equal to 2"),
         ("neighbors.similarity_threshold=1.5", r"neighbors: similarity_threshold is 1\.5; a cosine lies between"),
         ("neighbors.max_neighbors=1", r"neighbors: max_neighbors is 1, below min_neighbors \d+"),
         ("images.uri=[]", "images: uri is empty; name a folder"),
@@ -79,6 +84,19 @@ def test_all_mistakes_are_told_at_once(config_file: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         load_config(config_file, ["num_clusters=no", "heads.num_head=3", "seed=-1"])
     assert all(key in str(caught.value) for key in ("num_clusters", "heads.num_head", "seed"))
+
+
+def test_auto_is_a_number_of_clusters_only_where_it_is_chosen(config_file: Path) -> None:
+    config = load_config(config_file, ["num_clusters=auto", "cluster_count.max_clusters=30"])
+    assert config.is_auto
+    assert config.needed_images == (30, "cluster_count.max_clusters")
+    assert Config.model_validate_json(config.model_dump_json()) == config
+    with pytest.raises(ConfigError, match="num_clusters: 'auto' is chosen by a run; a number is needed here"):
+        _ = config.num_clusters
+    chosen = config.with_num_clusters(7)
+    assert (chosen.is_auto, chosen.num_clusters, chosen.needed_images) == (False, 7, (7, "num_clusters"))
+    assert chosen.model_dump()["num_clusters"] == 7
+    assert chosen == load_config(config_file, ["num_clusters=7", "cluster_count.max_clusters=30"])
 
 
 @pytest.mark.parametrize(

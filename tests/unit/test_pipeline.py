@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import sys
 import types
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,7 @@ ALL = [stage.name for stage in TOYS]
 
 
 REAL_STAGES = pipeline.STAGES
+REAL_COUNTED = pipeline.COUNTED
 REAL_CHECK = pipeline._check
 
 
@@ -159,13 +161,111 @@ def test_no_stage_but_evaluate_is_told_where_the_labels_are(tmp_path: Path, monk
     assert [stage.name for stage in REAL_STAGES if stage.sees_labels] == ["evaluate"]
 
 
-@pytest.mark.parametrize("stage", REAL_STAGES, ids=lambda stage: stage.name)
+@pytest.mark.parametrize("stage", [*REAL_STAGES, pipeline.CLUSTER_COUNT], ids=lambda stage: stage.name)
 def test_the_version_in_the_list_is_the_one_beside_the_code(stage: Stage) -> None:
     """Stated twice because planning must not import Ray, which the jobs do."""
     source = Path(pipeline.__file__).parent.parent.joinpath(*stage.module.split(".")).with_suffix(".py")
     assigned = [node for node in ast.parse(source.read_text()).body if isinstance(node, ast.Assign)]
     versions = [node.value for node in assigned if ast.unparse(node.targets[0]) == "VERSION"]
     assert [ast.literal_eval(version) for version in versions] == [stage.version]
+
+
+@pytest.fixture
+def chosen(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Toy stages of a run with `num_clusters: auto`; what is in the list is chosen."""
+    numbers = [3]
+
+    def cluster_count(config: Config, context: StageContext) -> dict[str, Any]:
+        ran.append("cluster_count")
+        assert config.is_auto
+        choice = f"{numbers[0]} clusters were chosen"
+        return {"num_clusters": numbers[0], "num_clusters_range": [2, 4], "choice": choice}
+
+    def consensus_of_three(config: Config, context: StageContext) -> dict[str, Any]:
+        assert config.num_clusters == numbers[0], "later stages know a number only"
+        return consensus(config, context)
+
+    install(monkeypatch, "cluster_count", cluster_count)
+    install(monkeypatch, "consensus", consensus_of_three)
+    count = Stage("cluster_count", "toy_cluster_count", 1, ("embed",), lambda config: {})
+    drawn = replace(TOYS[2], settings=lambda config: {"seed": config.seed, "num_clusters": config.num_clusters})
+    stages = (*TOYS[:2], drawn, *TOYS[3:])
+    monkeypatch.setattr(pipeline, "STAGES", stages)
+    monkeypatch.setattr(pipeline, "COUNTING", (*stages[:2], count))
+    last = replace(stages[-1], inputs=(*stages[-1].inputs, "cluster_count"))
+    monkeypatch.setattr(pipeline, "COUNTED", (*stages[2:-1], last))
+    return numbers
+
+
+AUTO = {"num_clusters": "auto"}
+COUNTED = [*ALL[:2], "cluster_count", *ALL[2:]]
+
+
+def test_auto_chooses_first_and_is_then_the_run_of_that_number(
+    tmp_path: Path, chosen: list[int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert [step.name for step in pipeline.plan(config_for(tmp_path, **AUTO))] == COUNTED[:3]
+    result = pipeline.run(config_for(tmp_path, **AUTO))
+    assert ran == COUNTED
+    assert (result.num_clusters, result.num_clusters_range) == (3, (2, 4))
+    assert (list(result.seconds), result.finished_before) == (COUNTED, ())
+    assert "3 clusters were chosen" in capsys.readouterr().err
+
+    planned = pipeline.plan(config_for(tmp_path, **AUTO))
+    assert ([step.name for step in planned], pipeline.run_name(planned)) == (COUNTED, result.run)
+    assert run_again(tmp_path, **AUTO) == []
+    assert run_again(tmp_path, num_clusters=3) == ["report"], "nothing but the page knows where the number is from"
+
+
+def test_what_the_run_of_the_number_has_finished_is_used_by_auto(tmp_path: Path, chosen: list[int]) -> None:
+    run_again(tmp_path, num_clusters=3)
+    ran.clear()
+    result = pipeline.run(config_for(tmp_path, **AUTO), quiet=True)
+    assert ran == ["cluster_count", "report"]
+    assert set(result.finished_before) == set(COUNTED) - set(ran)
+
+
+def test_a_run_that_was_killed_after_the_choice_does_not_choose_again(
+    tmp_path: Path, chosen: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(config: Config, context: StageContext) -> dict[str, Any]:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        install(patch, "assign", killed)
+        with pytest.raises(KeyboardInterrupt):
+            pipeline.run(config_for(tmp_path, **AUTO), quiet=True)
+    assert run_again(tmp_path, **AUTO) == ["assign", "evaluate", "report"]
+
+
+def test_the_record_of_a_run_with_auto_says_what_was_asked_and_what_was_chosen(
+    tmp_path: Path, chosen: list[int]
+) -> None:
+    from icce_ray.result import read_records
+
+    pipeline.run(config_for(tmp_path, **AUTO), quiet=True)
+    (record,) = read_records(str(tmp_path / "out"))
+    assert list(record["stages"]) == COUNTED
+    assert Config.model_validate(record["config"]).is_auto
+    assert (record["result"]["num_clusters"], record["result"]["num_clusters_range"]) == (3, [2, 4])
+
+
+def test_a_range_that_the_images_do_not_allow_is_refused_once_they_are_listed(
+    tmp_path: Path, chosen: list[int]
+) -> None:
+    asked = AUTO | {"cluster_count": {"max_clusters": 7}}
+    with pytest.raises(InputError, match=r"cluster_count\.max_clusters: 7 clusters asked for, but there are only 6"):
+        pipeline.run(config_for(tmp_path, **asked), quiet=True)
+    assert ran == ["images"]
+
+
+def test_the_real_stages_of_auto_are_those_of_a_number_and_one_more() -> None:
+    assert [stage.name for stage in (*pipeline.COUNTING, *REAL_COUNTED)] == [
+        "images", "embed", "sample", "cluster_count", "neighbors", "heads", "consensus", "classifier", "assign",
+        "evaluate", "report",
+    ]  # fmt: skip
+    known = {stage.name: stage for stage in REAL_STAGES}
+    assert [stage for stage in REAL_COUNTED[:-1] if stage != known[stage.name]] == []
 
 
 def test_a_failed_stage_keeps_what_was_finished_before_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

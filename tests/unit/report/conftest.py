@@ -16,6 +16,7 @@ from icce_ray.assign.writers import RunWriter
 from icce_ray.classifier.linear import MODEL_NAME
 from icce_ray.classifier.self_training import fit_classifier
 from icce_ray.config import ClassifierConfig, Config
+from icce_ray.consensus.hierarchy import HIERARCHY_NAME, merge_clusters
 from icce_ray.context import StageContext
 from icce_ray.embed import parts as embed_parts
 from icce_ray.embed.listing import list_images
@@ -123,6 +124,9 @@ def build_run(config: Config, root: Path, rows_per_part: int) -> PlantedRun:
     summary = {"method": "mcla", "anmi": 0.8123, "anmi_by_method": {"mcla": 0.8123, "hbgf": 0.7}, "clusters": confused}
     summary |= {"skipped": {"cspa": "6,000 images are more than cspa_max_images, 5,000"}}
     output.write_json("summary.json", summary)
+    together = np.array([[1.0, 0.4, 0.1, 0.0], [0.4, 1.0, 0.2, 0.0], [0.1, 0.2, 1.0, 0.0], [0.0, 0.0, 0.0, 0.0]])
+    tree = merge_clusters(together, np.bincount(labels, minlength=4))
+    output.write_table(HIERARCHY_NAME, tree.to_table())
     inputs["consensus"] = commit(output, "consensus", config, {"anmi": 0.8123})
 
     classifier = fit_classifier(

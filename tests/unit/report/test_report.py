@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from icce_ray.cluster_count.choice import Measured, choose
 from icce_ray.config import Config
 from icce_ray.report.stage import run
+from icce_ray.store import ArtifactWriter, Folder
 
 VOID = {"meta", "img", "br", "link", "input", "path", "use"}
 
@@ -128,7 +130,7 @@ def test_the_outlier_is_shown_as_one(written: tuple[Page, Path]) -> None:
 
 def test_there_is_a_diagram_of_each_kind(written: tuple[Page, Path]) -> None:
     page, _ = written
-    assert page.tags.count("svg") == 5
+    assert page.tags.count("svg") == 6
     for label in (
         "threshold 0.40",
         "neighbours on average",
@@ -136,6 +138,7 @@ def test_there_is_a_diagram_of_each_kind(written: tuple[Page, Path]) -> None:
         "lowest head",
         "clusters, largest first",
         "agreement of the heads",
+        "share of heads that join them",
     ):
         assert label in page.html
     assert "#000000" not in page.html
@@ -187,3 +190,28 @@ def test_ready_made_embeddings_are_shown_by_their_rows(make_run: Callable[..., A
     assert metrics["num_pictures"] == 0
     assert page.loaded == []
     assert "x.npy" in page.text
+
+
+def test_a_chosen_number_of_clusters_is_explained_with_its_curves(planted_run: Any, tmp_path: Path) -> None:
+    points = {}
+    for number, height in ((2, 0.1), (4, 0.9), (8, 0.3)):
+        values = np.array([height, height + 0.05])
+        points[number] = Measured(number, (0, 1), np.array([number, number]), values, 1 - values, values)
+    choice = choose(points)
+    writer = ArtifactWriter(Folder.at(tmp_path / "cluster_count"))
+    writer.write_table("by_count.parquet", choice.by_count())
+    metrics = {"choice": choice.sentence()}
+    counted = writer.commit(stage="cluster_count", fingerprint="c", inputs={}, config={}, metrics=metrics, seconds=1.0)
+    context = replace(planted_run.context(tmp_path / "report"), inputs={**planted_run.inputs, "cluster_count": counted})
+    run(planted_run.config, context)
+    page = Page((tmp_path / "report" / "report.html").read_text())
+    assert "How many clusters" in page.text
+    assert "4 clusters were chosen, tried 2 to 8" in page.text
+    assert "clusters (chosen: 4)" in page.html
+    assert "#count" in page.links
+    assert "generalisation score" in page.html
+
+
+def test_a_given_number_of_clusters_is_not(written: tuple[Page, Path]) -> None:
+    assert "How many clusters" not in written[0].text
+    assert "#count" not in written[0].links

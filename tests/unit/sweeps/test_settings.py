@@ -42,6 +42,8 @@ def sweep_of(space: dict[str, Any], **settings: Any) -> Sweep:
         ({"num_clusters": [3]}, {"searcher": "optuna"}, r"takes no grid; write \{choice"),
         ({"num_clusters": [3]}, {"ensemble": {"top": None}}, "give either top or quantile"),
         ({"num_clusters": [3]}, {"base": {"preset": "other"}}, "sweep.yaml: base: preset"),
+        ({"num_clusters": [3]}, {"base": {"num_clusters": "auto"}}, "base: num_clusters: a sweep compares clusterings"),
+        ({"num_clusters": ["auto", 3]}, {}, "space: num_clusters: a sweep compares clusterings.*give a number"),
         (
             {"num_clusters": [3]},
             {"asha": {}, "base": {"resources": {"heads": {"num_workers": 2}}}},

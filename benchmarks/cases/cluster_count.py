@@ -1,0 +1,96 @@
+"""The number of clusters that `auto` chooses, and the range it gives, on planted data and on real features.
+
+Planted: Gaussians in 32 dimensions whose centres are drawn with a deviation of `spread`; the smaller, the more they
+overlap (what a classifier that knows the centres gets right is printed). `sizes`: equal, or drawn from a Dirichlet
+distribution, by which some clusters are many times larger than others. The true numbers of the real sets are those of
+their labels, which need not be what the features hold.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import numpy as np
+
+from cases import datasets
+from icce_ray.cluster_count.local import count_clusters
+from icce_ray.config import build_config
+from icce_ray.progress import Progress
+
+SETTINGS: dict[str, Any] = {
+    "planted": [
+        {"clusters": clusters, "images": images, "spread": spread, "sizes": sizes}
+        for clusters, images in ((7, 1400), (20, 2000), (60, 3000))
+        for spread, sizes in ((0.6, "equal"), (0.8, "equal"), (0.8, "unequal"))
+    ],
+    "datasets": ["digits", "cifar10_mix", "fmnist_2000"],
+    "seed": 0,
+    "cluster_count": {},
+    "num_threads": 2,
+}
+DIM = 32
+CONCENTRATION = 4.0
+TOLERANCE = 0.15
+
+
+def run(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, bool]]:
+    figures: dict[str, Any] = {}
+    bounds: dict[str, bool] = {}
+    for asked in settings["planted"]:
+        features, labels, share = plant(**asked, seed=settings["seed"])
+        name = f"{asked['clusters']} planted, spread {asked['spread']}, {asked['sizes']}"
+        found = measure(features, settings) | {"true": asked["clusters"], "best_possible_accuracy": share}
+        if asked["sizes"] == "unequal":
+            sizes = np.bincount(labels)
+            found |= {"smallest": int(sizes.min()), "largest": int(sizes.max())}
+        figures[name] = found
+        say(name, found)
+        if asked["sizes"] == "equal":
+            bounds[f"{name}: within {TOLERANCE:.0%}"] = (
+                abs(found["num_clusters"] - asked["clusters"]) <= TOLERANCE * asked["clusters"]
+            )
+    for name in settings["datasets"]:
+        data = datasets.load(name)
+        if data is None:
+            print(f"{name}: left out: its files are not in {datasets.data_folder()}")
+            continue
+        figures[name] = measure(data[0], settings) | {"true": len(np.unique(data[1]))}
+        say(name, figures[name])
+    return figures, bounds
+
+
+def plant(clusters: int, images: int, spread: float, sizes: str, seed: int) -> tuple[Any, Any, float]:
+    """Features (N, DIM), labels (N,), and the share that the nearest true centre gets right."""
+    rng = np.random.default_rng([seed, clusters])
+    centres = rng.normal(size=(clusters, DIM)) * spread
+    shares = np.full(clusters, 1 / clusters) if sizes == "equal" else rng.dirichlet(np.full(clusters, CONCENTRATION))
+    labels = rng.choice(clusters, images, p=shares)
+    features = (centres[labels] + rng.normal(size=(images, DIM))).astype(np.float32)
+    nearest = ((features[:, None] - centres[None]) ** 2).sum(axis=2).argmin(axis=1)
+    return features, labels, round(float((nearest == labels).mean()), 3)
+
+
+def measure(features: Any, settings: dict[str, Any]) -> dict[str, Any]:
+    """The choice, its range, and the curves."""
+    given = {"embeddings": {"uri": "x"}, "output": "x", "num_clusters": "auto", "seed": settings["seed"]}
+    config = build_config(given | {"cluster_count": settings["cluster_count"]}, "cluster-count")
+    began = time.monotonic()
+    progress = Progress("cluster_count", quiet=True)
+    choice = count_clusters(features, config, num_threads=settings["num_threads"], progress=progress)
+    columns = ("num_clusters", "score", "stability", "silhouette", "generalization")
+    return {
+        "num_clusters": choice.num_clusters,
+        "range": [choice.low, choice.high],
+        "seconds": round(time.monotonic() - began, 1),
+        "curve": [[round(row[column], 4) for column in columns] for row in choice.by_count().to_pylist()],
+    }
+
+
+def say(name: str, found: dict[str, Any]) -> None:
+    low, high = found["range"]
+    text = f"{name:38} true {found['true']:3}   chosen {found['num_clusters']:3}   range {low} to {high}"
+    share = found.get("best_possible_accuracy")
+    text += f"   nearest true centre right: {share:.1%}" if share is not None else ""
+    text += f"   sizes {found['smallest']} to {found['largest']}" if "smallest" in found else ""
+    print(f"{text}   {found['seconds']:.0f} s", flush=True)

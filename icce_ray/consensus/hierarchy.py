@@ -1,0 +1,143 @@
+"""From many clusters to one, step by step: the clusters that the heads confuse most are merged first [ours].
+
+How alike two clusters are is the chance that a head puts an image of the one and an image of the other into the same of
+its clusters, mean over heads: the mean co-association of the two, which the contingency counts of the consensus with
+the heads tell without any table of images. Those counts add up over shards, so the tree is the same however the images
+are divided. After a merge, similarities are means over pairs of images again (average linkage, weighted by size).
+
+Shape letters: K clusters, C head clusters.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from icce_ray.consensus.matrix import Counts
+from icce_ray.errors import InputError
+
+HIERARCHY_NAME = "hierarchy.parquet"
+
+
+@dataclass(frozen=True)
+class Hierarchy:
+    """K - 1 merges, the most alike first. The clusters are 0..K-1; what step s merges gets the number K + s."""
+
+    left: npt.NDArray[np.int32]
+    """(K-1,) what is merged: the one with the lowest cluster in it."""
+    right: npt.NDArray[np.int32]
+    """(K-1,) what it is merged with."""
+    similarity: npt.NDArray[np.float64]
+    """(K-1,) 0 to 1, never rising: chance that a head puts an image of each together."""
+    size: Counts
+    """(K-1,) images in the two."""
+
+    @property
+    def num_clusters(self) -> int:
+        return len(self.left) + 1
+
+    def cut(self, num_groups: int) -> npt.NDArray[np.int32]:
+        """Group of each cluster, (K,) int32, when as many merges are made as leave `num_groups`. Groups are numbered by
+        their lowest cluster.
+
+        Raises:
+            InputError: `num_groups` is not 1..K.
+        """
+        if not 1 <= num_groups <= self.num_clusters:
+            raise InputError(
+                f"{num_groups} groups asked for; the hierarchy has {self.num_clusters} clusters: give a number from 1 "
+                f"to {self.num_clusters}"
+            )
+        lowest = np.arange(2 * self.num_clusters - 1)
+        holder_K = np.arange(self.num_clusters)
+        for step in range(self.num_clusters - num_groups):
+            ends = [lowest[self.left[step]], lowest[self.right[step]]]
+            holder_K[np.isin(holder_K, ends)] = lowest[self.num_clusters + step] = min(ends)
+        return np.unique(holder_K, return_inverse=True)[1].astype(np.int32)
+
+    def to_table(self) -> pa.Table:
+        """A row per merge: step, left, right, merged, similarity, size."""
+        steps = np.arange(len(self.left), dtype=np.int32)
+        return pa.table(
+            {
+                "step": steps,
+                "left": self.left,
+                "right": self.right,
+                "merged": steps + np.int32(self.num_clusters),
+                "similarity": self.similarity,
+                "size": self.size,
+            }
+        )
+
+    @classmethod
+    def from_table(cls, table: pa.Table) -> Hierarchy:
+        return cls(*(table[name].to_numpy() for name in ("left", "right", "similarity", "size")))
+
+
+def build_hierarchy(counts_KC: npt.NDArray[Any], offsets: Counts) -> Hierarchy:
+    """The tree of the clusters of a consensus.
+
+    Args:
+        counts_KC: (K, C) integers, images in each cluster and head cluster.
+        offsets: first head cluster of each head, and C.
+    """
+    return merge_clusters(similarities(counts_KC, offsets), _sizes(counts_KC, offsets))
+
+
+def similarities(counts_KC: npt.NDArray[Any], offsets: Counts) -> npt.NDArray[np.float64]:
+    """Of every two clusters, (K, K), 0 to 1: mean over heads of the chance that they share a head cluster. 0 where one
+    is empty; the diagonal is that of two draws from one cluster."""
+    similarity_KK = np.zeros((len(counts_KC),) * 2)
+    for start, stop in pairwise(offsets):  # head by head: the shares of all heads would take a second table of K x C
+        counts_Kc = counts_KC[:, start:stop].astype(np.float64)
+        shares_Kc = counts_Kc / np.maximum(counts_Kc.sum(axis=1, keepdims=True), 1)
+        similarity_KK += shares_Kc @ shares_Kc.T
+    return similarity_KK / max(len(offsets) - 1, 1)
+
+
+def merge_clusters(similarity_KK: npt.NDArray[np.float64], sizes_K: Counts) -> Hierarchy:
+    """Average linkage of clusters that stand for `sizes_K` images each, which SciPy's, of single points, is not. Of
+    equal similarities, the pair with the lowest clusters is merged; a group goes by its lowest cluster."""
+    num_clusters = len(sizes_K)
+    similarity = (similarity_KK + similarity_KK.T) / 2  # symmetric to the last bit, which `low < high` below rests on
+    np.fill_diagonal(similarity, -np.inf)
+    sizes, alive = sizes_K.astype(np.int64), np.ones(num_clusters, dtype=bool)
+    names = np.arange(num_clusters, dtype=np.int32)
+    partner, best = similarity.argmax(axis=1), similarity.max(axis=1)
+    left, right = np.empty((2, num_clusters - 1), dtype=np.int32)
+    merged_at, merged_sizes = np.empty(num_clusters - 1), np.empty(num_clusters - 1, dtype=np.int64)
+    for step in range(num_clusters - 1):
+        low = int(best.argmax())
+        high = int(partner[low])
+        assert low < high
+        left[step], right[step], merged_at[step] = names[low], names[high], best[low]
+        share = sizes[low] / max(sizes[low] + sizes[high], 1)
+        sizes[low] += sizes[high]
+        merged_sizes[step], names[low] = sizes[low], num_clusters + step
+        alive[high] = False
+        others = np.flatnonzero(alive)
+        others = others[others != low]
+        mean = share * similarity[low, others] + (1 - share) * similarity[high, others]
+        for gone in (low, high):
+            similarity[gone], similarity[:, gone], best[gone] = -np.inf, -np.inf, -np.inf
+        similarity[low, others] = similarity[others, low] = mean
+        # Who looked to one of the two looks anew; to all others the group is at most as alike as its likest part was,
+        # but for rounding, and may tie with a partner of a higher number.
+        stale = np.append(others[np.isin(partner[others], (low, high))], low)
+        partner[stale], best[stale] = similarity[stale].argmax(axis=1), similarity[stale].max(axis=1)
+        nearer = others[(mean > best[others]) | ((mean == best[others]) & (low < partner[others]))]
+        partner[nearer], best[nearer] = low, similarity[nearer, low]
+    # Means of similarities do not rise; their roundings may.
+    return Hierarchy(left, right, np.minimum.accumulate(merged_at), merged_sizes)
+
+
+def _sizes(counts_KC: npt.NDArray[Any], offsets: Counts) -> Counts:
+    """Images of each cluster (K,), as the head that labels most of them counts them."""
+    by_head = [counts_KC[:, start:stop].sum(axis=1, dtype=np.int64) for start, stop in pairwise(offsets)]
+    sizes_K: Counts = np.max(by_head, axis=0)
+    return sizes_K
