@@ -70,7 +70,7 @@ def test_a_stage_under_way_tells_its_progress_rate_time_left_and_errors(
         ["finished", "running", "not finished"],
     )
     # What a resumed run had is not counted: 500 in 10 s.
-    assert "  embed      1,500/5,000 images, 50/s, 1 min 10 s left, 3 errors  " in found.lines()[2]
+    assert "  embed         1,500/5,000 images, 50/s, 1 min 10 s left, 3 errors  " in found.lines()[2]
     stage = found.to_json()["stages"][1]
     assert stage["progress"]["rate"] == pytest.approx(50)
     assert stage["progress"]["seconds_left"] == pytest.approx(70)
