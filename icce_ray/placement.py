@@ -17,6 +17,8 @@ def shortfall(stage: str, worker: WorkerResources, machines: list[tuple[float, f
     )
     key = f"resources.{stage}"
     count, cpus, gpus = worker.num_workers, worker.cpus_per_worker, worker.gpus_per_worker
+    if gpus > 0 and sum(slots(there_gpus, gpus) for _, there_gpus in machines) < count:
+        return f"{key}: {count} x {gpus:g} GPUs asked for, but {there}. Lower {key}.num_workers or gpus_per_worker"
     if cpus is None and total_cpus < 1:
         return f"{key}.num_workers: {count} workers, but {there}. Start machines with CPUs"
     if cpus is None and count > total_cpus:
@@ -24,8 +26,6 @@ def shortfall(stage: str, worker: WorkerResources, machines: list[tuple[float, f
             f"{key}.num_workers: {count} workers, but {there}. Set it to at most {int(total_cpus)}, set "
             f"{key}.cpus_per_worker, or raise resources.num_cpus"
         )
-    if gpus > 0 and sum(slots(there_gpus, gpus) for _, there_gpus in machines) < count:
-        return f"{key}: {count} x {gpus:g} GPUs asked for, but {there}. Lower {key}.num_workers or gpus_per_worker"
     if cpus is None:
         return None
     if sum(slots(there_cpus, cpus) for there_cpus, _ in machines) < count:

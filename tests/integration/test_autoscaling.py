@@ -1,0 +1,154 @@
+"""A Ray that grows by itself: it starts with a head that has no CPUs, and its autoscaler (version 2, with Ray's own
+provider of pretended machines) may add one machine of three CPUs and two of two."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID, FAKE_HEAD_NODE_TYPE
+
+from .hosts import Hosts, process_table, title
+
+pytestmark = pytest.mark.slow
+
+PROVIDER = {
+    # By its name, Ray would look for its defaults in a file that is not in its package.
+    "type": "external",
+    "module": "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider",
+    "head_node_id": FAKE_HEAD_NODE_ID,
+    "launch_multiple": True,
+    "use_node_id_as_ip": True,
+    "disable_node_updaters": True,
+    "disable_launch_config_check": True,
+}
+NODE_TYPES = {
+    FAKE_HEAD_NODE_TYPE: {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},
+    **{
+        name: {
+            "resources": {"CPU": cpus, "object_store_memory": 100_000_000},
+            "node_config": {},
+            "min_workers": 0,
+            "max_workers": max_workers,
+        }
+        for name, cpus, max_workers in (("large", 3, 1), ("small", 2, 2))
+    },
+}
+EMPTY_LISTS = (
+    "initialization_commands", "setup_commands", "head_setup_commands", "worker_setup_commands",
+    "head_start_ray_commands", "worker_start_ray_commands", "cluster_synced_files", "rsync_exclude", "rsync_filter",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def growing() -> Iterator[Hosts]:
+    with Hosts(isolated=False) as hosts:
+        config = {
+            "cluster_name": "growing",
+            "max_workers": 3,
+            "provider": PROVIDER | {"gcs_address": f"127.0.0.1:{hosts.port}"},
+            "available_node_types": NODE_TYPES,
+            "head_node_type": FAKE_HEAD_NODE_TYPE,
+            "idle_timeout_minutes": 5,
+            "upscaling_speed": 1.0,
+            "auth": {},
+            "file_mounts": {},
+            "file_mounts_sync_continuously": False,
+            **{key: [] for key in EMPTY_LISTS},
+        }
+        path = hosts.folder / "autoscaling.json"
+        path.write_text(json.dumps(config))
+        hosts.environment |= {
+            "RAY_FAKE_CLUSTER": "1",
+            "RAY_enable_autoscaler_v2": "1",
+            "AUTOSCALER_UPDATE_INTERVAL_S": "1",
+            "RAY_CLOUD_INSTANCE_ID": FAKE_HEAD_NODE_ID,
+            "RAY_OVERRIDE_NODE_ID_FOR_TESTING": FAKE_HEAD_NODE_ID,
+            "RAY_NODE_TYPE_NAME": FAKE_HEAD_NODE_TYPE,
+        }
+        hosts.start("head", num_cpus=0, options=[f"--autoscaling-config={path}"])
+        hosts.wait_until_joined()
+        yield hosts
+
+
+def num_machines(hosts: Hosts) -> int:
+    """That the autoscaler has started."""
+    processes = hosts.head.processes(process_table())
+    return sum("/raylet/raylet " in title(pid) for pid in processes) - 1
+
+
+def run_job(hosts: Hosts, folder: Path, resources: dict[str, Any]) -> subprocess.CompletedProcess[str]:
+    features = np.random.default_rng(0).standard_normal((300, 8)) + np.repeat(np.eye(3, 8) * 9, 100, axis=0)
+    np.save(folder / "features.npy", features.astype(np.float32))
+    settings = {
+        "embeddings": {"uri": str(folder / "features.npy")},
+        "num_clusters": 3,
+        "output": str(folder / "out"),
+        "neighbors": {"min_neighbors": 10, "max_neighbors": 60},
+        "heads": {"num_heads": 2, "num_epochs": 3, "batch_size": 32, "warmup_epochs": 1},
+        "classifier": {"num_iterations": 50},
+        "resources": {"ray_address": f"127.0.0.1:{hosts.port}", **resources},
+    }
+    (folder / "run.yaml").write_text(json.dumps(settings))
+    command = [sys.executable, "-m", "icce_ray.run", "run.yaml", "--json"]
+    environment = {key: value for key, value in hosts.head.environment.items() if key != "TMPDIR"}
+    return subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, check=False, timeout=300
+    )
+
+
+def test_a_stage_waits_until_its_machine_is_there(growing: Hosts) -> None:
+    assert num_machines(growing) == 0
+    code = (
+        "import sys; from icce_ray.cluster import *; from icce_ray.config import *\n"
+        "worker = WorkerResources(num_workers=1, cpus_per_worker=3)\n"
+        "resources = ResourcesConfig(ray_address=sys.argv[1], neighbors=worker)\n"
+        "connect(resources)\n"
+        "wait_for_machines(resources, 'neighbors', print)\n"
+        "print(available_cpus())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, f"127.0.0.1:{growing.port}"],
+        env=growing.head.environment, capture_output=True, text=True, check=False, timeout=120,
+    )  # fmt: skip
+    assert done.stdout.splitlines() == ["waits for machines for 1 x 3 CPUs", "3.0"], done.stderr
+
+
+def test_a_run_finishes_on_machines_that_were_not_there(growing: Hosts, tmp_path: Path) -> None:
+    before = num_machines(growing)
+    resources = {
+        "neighbors": {"num_workers": 2, "cpus_per_worker": 2},
+        "heads": {"num_workers": 1, "cpus_per_worker": 2},
+        "classifier": {"num_workers": 1, "cpus_per_worker": 1},
+        "assign": {"num_workers": 1, "cpus_per_worker": 1},
+    }
+    done = run_job(growing, tmp_path, resources)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["num_images"] == 300
+    assert (before, num_machines(growing)) == (1, 2)
+
+
+@pytest.mark.parametrize(
+    ("resources", "message"),
+    [
+        ({"heads": {"gpus_per_worker": 1}}, "resources.heads: 1 x 1 GPUs asked for, but Ray has"),
+        ({"neighbors": {"num_workers": 3, "cpus_per_worker": 3}}, "resources.neighbors: 3 x 3 CPUs asked for, but"),
+    ],
+)
+def test_what_no_machine_can_hold_is_refused_before_anything_starts(
+    growing: Hosts, tmp_path: Path, resources: dict[str, Any], message: str
+) -> None:
+    began = time.monotonic()
+    done = run_job(growing, tmp_path, {"neighbors": {"cpus_per_worker": 1}} | resources)
+    assert done.returncode == 2, done.stderr
+    assert message in done.stderr.splitlines()[-1]
+    assert "Its autoscaler has no machines for that" in done.stderr.splitlines()[-1]
+    assert time.monotonic() - began < 60
+    assert not list(tmp_path.glob("out/images/*/manifest.json"))
