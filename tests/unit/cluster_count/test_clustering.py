@@ -86,16 +86,17 @@ def test_a_clustering_is_the_same_on_any_number_of_threads() -> None:
     assert (one.silhouette, one.generalization) == (two.silhouette, two.generalization)
 
 
+@pytest.mark.slow
 def test_the_estimator_finds_seven_planted_clusters_by_itself() -> None:
     features, _ = gaussians(7, 420, 0.8, 1)
     estimator = ICCE(
         "auto",
         n_heads=4,
-        epochs=12,
+        epochs=10,
         random_state=0,
         heads={"hidden_dim": 64, "bottleneck_dim": 32},
         classifier={"num_iterations": 100},
-        cluster_count={"max_clusters": 20, "num_seeds": 2, "num_heads": 3, "num_epochs": 12},
+        cluster_count={"min_clusters": 3, "max_clusters": 18, "num_seeds": 2, "num_heads": 2, "num_epochs": 12},
     ).fit(features)
     assert 6 <= estimator.n_clusters_ <= 8
     choice = estimator.cluster_count_
