@@ -67,6 +67,11 @@ class ClusterCountConfig(Section):
     def _check(self) -> ClusterCountConfig:
         if self.max_clusters is not None and self.max_clusters < self.min_clusters:
             raise ValueError(f"max_clusters is {self.max_clusters}, below min_clusters {self.min_clusters}")
+        most = self.max_clusters or self.min_clusters
+        if most > self.max_images:
+            raise ValueError(
+                f"max_images is {self.max_images}, fewer than the {most} clusters to choose from: raise it"
+            )
         return self
 
 

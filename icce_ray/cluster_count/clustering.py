@@ -106,8 +106,7 @@ def cluster_range(config: Config, num_images: int) -> tuple[int, int]:
     if most > num_images:
         setting = "max_clusters" if asked.max_clusters else "min_clusters"
         raise InputError(
-            f"cluster_count.{setting}: {most} clusters, but {num_images} images are looked at; lower it to at most "
-            "that, or raise cluster_count.max_images"
+            f"cluster_count.{setting}: {most} clusters, but {num_images} images are looked at; lower it to at most that"
         )
     return asked.min_clusters, most
 

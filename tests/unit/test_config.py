@@ -62,6 +62,7 @@ def test_a_config_survives_the_way_through_json(config_file: Path) -> None:
         ("given_num_clusters=3", "given_num_clusters: unknown setting; did you mean num_clusters"),
         ("cluster_count.min_clusters=1", r"cluster_count\.min_clusters: 1 is not usable: .*greater than or equal to 2"),
         ("cluster_count={min_clusters: 9, max_clusters: 8}", "max_clusters is 8, below min_clusters 9"),
+        ("cluster_count={max_clusters: 60, max_images: 50}", "max_images is 50, fewer than the 60 clusters"),
         ("cluster_count.num_seeds=1", r"num_seeds: 1 is not usable: .*greater than or equal to 2"),
         ("neighbors.similarity_threshold=1.5", r"neighbors: similarity_threshold is 1\.5; a cosine lies between"),
         ("neighbors.max_neighbors=1", r"neighbors: max_neighbors is 1, below min_neighbors \d+"),
