@@ -66,9 +66,9 @@ class Choice:
         tried = f"tried {self.curve[0].num_clusters} to {self.curve[-1].num_clusters}"
         text = f"{self.num_clusters} clusters were chosen, {tried}"
         if self.low == self.high:
-            text += "; no number beside it is as good within the seeds' spread"
+            text += "; no number beside it is as good within the spread of seeds"
         else:
-            text += f"; {self.low} to {self.high} are as good within the seeds' spread"
+            text += f"; {self.low} to {self.high} are as good within the spread of seeds"
         if self.num_clusters in (self.curve[0].num_clusters, self.curve[-1].num_clusters):
             text += ". The best lies at the end of the range: widen it (cluster_count.min_clusters, max_clusters)"
         return text

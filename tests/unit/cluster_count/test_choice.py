@@ -96,7 +96,7 @@ def test_the_range_goes_as_far_as_the_seeds_leave_it_open() -> None:
     # One number that falls out of line does not end it; two, 4 and 6, do.
     choice = curve(values, noise=3.0)
     assert (choice.low, choice.num_clusters, choice.high) == (8, 10, 13)
-    assert "8 to 13 are as good within the seeds' spread" in choice.sentence()
+    assert "8 to 13 are as good within the spread of seeds" in choice.sentence()
     values[9] = (0.8, 0.8)
     assert curve(values, noise=3.0).low == 8
 
