@@ -11,9 +11,9 @@ demo: $(INSTALLED)  ## Cluster scikit-learn's handwritten digits: images and res
 
 setup: $(INSTALLED)  ## Everything installed into .venv
 
-test: $(INSTALLED)  ## The quick tests first, then the slow ones
-	$(BIN)/python -m pytest -m "not slow"
-	$(BIN)/python -m pytest -m slow
+test: $(INSTALLED)  ## The quick tests first, then the slow ones; two files at a time
+	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
+	$(BIN)/python -m pytest -m slow -n 2 --dist loadfile
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
