@@ -97,8 +97,10 @@ def test_the_job_gives_what_one_process_gives_however_the_work_is_cut(
     assert metrics == expected.summary() | {"num_heads": 6}
     clusters = describe_clusters(expected.labels, expected.agreement, expected.second_choice, 3)
     assert artifact.read_json("summary.json") == metrics | {"clusters": clusters}
+    assert artifact.read_table("hierarchy.parquet").equals(expected.hierarchy.to_table())
     assert artifact.part_names() == [
         "agreement.npy",
+        "hierarchy.parquet",
         "labels.npy",
         "second_choice.npy",
         "summary.json",
