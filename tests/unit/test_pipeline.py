@@ -250,6 +250,29 @@ def test_the_record_of_a_run_with_auto_says_what_was_asked_and_what_was_chosen(
     assert (record["result"]["num_clusters"], record["result"]["num_clusters_range"]) == (3, [2, 4])
 
 
+def test_a_run_that_is_still_choosing_can_be_watched_under_a_name_of_its_own(
+    tmp_path: Path, chosen: list[int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from icce_ray.cli import main
+
+    def killed(config: Config, context: StageContext) -> dict[str, Any]:
+        context.progress.update(2, 8)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        install(patch, "cluster_count", killed)
+        with pytest.raises(KeyboardInterrupt):
+            pipeline.run(config_for(tmp_path, **AUTO), quiet=True)
+    assert main(["status", str(tmp_path / "out")]) == 0
+    said = capsys.readouterr().out
+    assert ": interrupted " in said
+    assert "cluster_count interrupted at 2/8 " in said
+    result = pipeline.run(config_for(tmp_path, **AUTO), quiet=True)
+    assert main(["status", str(tmp_path / "out")]) == 0
+    said = capsys.readouterr().out
+    assert (said.count("run "), f"run {result.run} in" in said) == (1, True)
+
+
 def test_a_range_that_the_images_do_not_allow_is_refused_once_they_are_listed(
     tmp_path: Path, chosen: list[int]
 ) -> None:
