@@ -30,6 +30,7 @@ FAST_TO_NOTICE = {
     "health_check_timeout_ms": 1500,
     "health_check_failure_threshold": 3,
 }
+REPOSITORY = Path(__file__).resolve().parents[2]
 START_TIMEOUT_S = 90.0
 KILL_TIMEOUT_S = 30.0
 
@@ -134,7 +135,7 @@ class Hosts:
         prepare = f'mkdir -p {folder}/tmp && cd {folder} && exec "$@"'
         command = ["sh", "-c", prepare, "sh", *node]
         if self.isolated:
-            mounts = "mount -t tmpfs tmpfs /tmp && mount -t tmpfs -o mode=1777 tmpfs /dev/shm"
+            mounts = " && ".join(own_temporary_folders())
             network = f"ip link set lo up && ip address add {address}/24 dev eth0 && ip link set eth0 up"
             wait = "until ip link show eth0 >/dev/null 2>&1; do sleep 0.02; done"
             command = [*HOST, "sh", "-c", f'hostname {name} && {mounts} && {wait}; {network} && exec "$@"', "sh", *command]  # fmt: skip  # noqa: E501
@@ -187,6 +188,20 @@ class Hosts:
         cable = f"host{self.num_started}"
         run(["ip", "link", "add", cable, "type", "veth", "peer", "name", "eth0", "netns", str(pid)])
         run(["ip", "link", "set", cable, "master", "br0", "up"])
+
+
+def own_temporary_folders() -> list[str]:
+    """Commands that give a host an empty /tmp and /dev/shm; of the old /tmp it keeps what it runs from."""
+    needed = [REPOSITORY, Path(sys.prefix), Path(sys.base_prefix)]
+    kept = sorted({path for path in needed if path.is_relative_to("/tmp")})
+    # Made where the other comes afterwards: what is mounted on /tmp hides what is to be kept.
+    tmpfs = "mount -t tmpfs -o mode=1777 tmpfs /dev/shm"
+    keep = [
+        f"mkdir -p '{to}' && mount --rbind '{path}' '{to}'"
+        for path in kept
+        for to in [f"/dev/shm/{path.relative_to('/tmp')}"]
+    ]
+    return [tmpfs, *keep, "mount --rbind /dev/shm /tmp", tmpfs]
 
 
 def run(command: Sequence[str]) -> None:

@@ -135,7 +135,7 @@ class Recorded(Progress):
 def test_what_a_killed_run_had_clustered_is_not_done_again(
     ray_cluster: None, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = config_for(folder)
+    config = config_for(folder, cluster_count=SECTIONS["cluster_count"] | {"max_clusters": 5})
     inputs = run_until("sample", config)
 
     def count(progress: Progress) -> dict[str, Any]:
@@ -154,7 +154,7 @@ def test_what_a_killed_run_had_clustered_is_not_done_again(
 
     progress = Recorded()
     metrics = count(progress)
-    assert progress.seen[0] == (4, 2 * len(coarse_grid(2, 9)))
+    assert progress.seen[0] == (4, 2 * len(coarse_grid(2, 5)))
     assert [done for done, _ in progress.seen][-1] == 2 * metrics["num_tried"]
     assert not list((tmp_path / "count" / "clusterings").iterdir())
     table = pq.read_table(tmp_path / "count" / "by_count.parquet")
