@@ -106,9 +106,10 @@ def test_the_estimator_finds_seven_planted_clusters_by_itself() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("planted", "num_images"), [(20, 800), (60, 2400)])
-def test_planted_clusters_that_overlap_are_counted_within_fifteen_percent(planted: int, num_images: int) -> None:
-    features, _ = gaussians(planted, num_images, 0.8, planted)
+def test_planted_clusters_that_overlap_are_counted_within_fifteen_percent() -> None:
+    """Sixty, which take minutes, are counted in `benchmarks/run.py cluster-count`."""
+    planted = 20
+    features, _ = gaussians(planted, 800, 0.8, planted)
     asked = {
         "min_clusters": planted // 5,
         "max_clusters": 2 * planted,
