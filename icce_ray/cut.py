@@ -9,12 +9,11 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from icce_ray.config import load_config
 from icce_ray.consensus.hierarchy import HIERARCHY_NAME, Hierarchy
 from icce_ray.errors import InputError
-from icce_ray.pipeline import plan
-from icce_ray.result import RUNS_FOLDER, Result, read_records
-from icce_ray.store import Artifact, Folder
+from icce_ray.find_run import find_stage
+from icce_ray.result import RUNS_FOLDER, Result
+from icce_ray.store import Artifact
 from icce_ray.store.filesystem import open_uri
 
 SCHEMA = pa.schema([("image_id", pa.int64()), ("uri", pa.string()), ("cluster", pa.int32()), ("group", pa.int32())])
@@ -32,7 +31,7 @@ def cut_hierarchy(run: str | Path | Result, num_clusters: int) -> npt.NDArray[np
     Raises:
         InputError: there is no such run, its consensus is not finished, or a number that cannot be.
     """
-    return _hierarchy(_find_stage(run, "consensus")).cut(num_clusters)
+    return _hierarchy(_find(run, "consensus", "consensus")).cut(num_clusters)
 
 
 def write_cut(run: str | Path | Result, num_clusters: int, output: str | Path) -> int:
@@ -45,7 +44,7 @@ def write_cut(run: str | Path | Result, num_clusters: int, output: str | Path) -
         InputError: as :func:`cut_hierarchy`, or the file cannot be written.
     """
     group_of_K = cut_hierarchy(run, num_clusters)
-    assigned = _find_stage(run, "assign")
+    assigned = _find(run, "assign", "assignments")
     filesystem, path = open_uri(str(output))
     num_images = 0
     try:
@@ -66,34 +65,12 @@ def _hierarchy(consensus: Artifact) -> Hierarchy:
     return Hierarchy.from_table(consensus.read_table(HIERARCHY_NAME))
 
 
-def _find_stage(run: str | Path | Result, stage: str) -> Artifact:
+def _find(run: str | Path | Result, stage: str, what: str) -> Artifact:
     """The finished artifact of one stage of a run."""
     if isinstance(run, Result):
-        # .../<stage>/<fingerprint>/report.html
-        output = run.report.rsplit("/", 3)[0]
-        return _of_record(output, run.run, stage)
-    given = str(run)
-    if given.endswith((".yaml", ".yml")):
-        step = next((step for step in plan(load_config(given)) if step.name == stage), None)
-        if step is None or step.artifact is None:
-            raise InputError(f"{given}: the stage {stage} of this run is not finished; finish it: icce-ray run {given}")
-        return step.artifact
-    if given.endswith(".json"):
-        before, _, name = given.rpartition(f"{RUNS_FOLDER}/")
-        return _of_record(before.rstrip("/") or ".", name.removesuffix(".json"), stage)
-    return _of_record(given, None, stage)
-
-
-def _of_record(output: str, name: str | None, stage: str) -> Artifact:
-    records = [record for record in read_records(output) if name in (None, record["run"])]
-    if not records:
-        raise InputError(f"{output}: there is no run {name or ''} there; give a run's config, output folder or record")
-    root = Folder.at(output)
-    found = {record["run"]: Artifact.find(root / stage / record["stages"].get(stage, "none")) for record in records}
-    finished = {run: artifact for run, artifact in found.items() if artifact is not None}
-    if not finished:
-        raise InputError(f"{output}: the stage {stage} is not finished; finish the run first")
-    if len({artifact.fingerprint for artifact in finished.values()}) > 1:
-        names = ", ".join(root.file_uri(f"{RUNS_FOLDER}/{run}.json") for run in finished)
-        raise InputError(f"{output} holds several runs: give the record of one ({names}), or its config")
-    return next(iter(finished.values()))
+        output = run.report.rsplit("/", 3)[0]  # .../<stage>/<fingerprint>/report.html
+        run = f"{output}/{RUNS_FOLDER}/{run.run}.json"
+    found = find_stage(str(run), stage, what=what)
+    if found is None:
+        raise InputError(f"{run}: there is no such run; give a run's config, output folder or record")
+    return found[0]

@@ -16,7 +16,7 @@ from icce_ray.embed.decoded import decode_part
 from icce_ray.embed.listing import Listing
 from icce_ray.embed.parts import PartRange
 from icce_ray.errors import ConfigError
-from icce_ray.progress import Progress, format_seconds
+from icce_ray.progress import Progress, format_bytes, format_seconds
 from icce_ray.store import Artifact, ArtifactWriter, Folder
 
 NUM_PARTS = 8
@@ -55,11 +55,11 @@ class Estimate:
             f"cluster           {self.cpus:g} CPUs, {self.gpus:g} GPUs",
             f"embedding         {self.images_per_s:,.3g} images/s after {self.startup_s:.0f} s of start-up: "
             f"{format_seconds(self.embed_s)}",
-            f"embeddings        {_size(self.embeddings_bytes)} on storage",
-            f"feature matrix    {_size(self.matrix_bytes)} on each machine's disk, memory-mapped; the neighbour search "
-            "holds it in memory",
-            f"neighbour graph   at most {_size(self.graph_bytes)}",
-            f"labels of heads   {_size(self.labels_bytes)} for the consensus",
+            f"embeddings        {format_bytes(self.embeddings_bytes)} on storage",
+            f"feature matrix    {format_bytes(self.matrix_bytes)} on each machine's disk, memory-mapped; the neighbour "
+            "search holds it in memory",
+            f"neighbour graph   at most {format_bytes(self.graph_bytes)}",
+            f"labels of heads   {format_bytes(self.labels_bytes)} for the consensus",
         ]
 
 
@@ -159,11 +159,3 @@ class _Clock(Progress):
             return 0.0, done_last / max(last - self.began, 1e-9)
         rate = (done_last - done_first) / (last - first)
         return max(0.0, first - self.began - done_first / rate), rate
-
-
-def _size(num_bytes: float) -> str:
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if num_bytes < 1000 or unit == "TB":
-            break
-        num_bytes /= 1000
-    return f"{num_bytes:.3g} {unit}"

@@ -21,10 +21,11 @@ from icce_ray.embed.backbone import check_backbone
 from icce_ray.embed.listing import source_digest
 from icce_ray.embed.ready_made import open_embeddings
 from icce_ray.errors import InputError
+from icce_ray.find_run import find_stage
 from icce_ray.pipeline import STAGES, Settings, Stage, finish, plan
 from icce_ray.progress import format_seconds
-from icce_ray.result import RUNS_FOLDER, num_failed, read_records
-from icce_ray.store import Artifact, Folder
+from icce_ray.result import num_failed
+from icce_ray.store import Artifact
 
 FREE_EMBED_SETTINGS = {"batch_size", "images_per_part", "max_error_rate", "max_image_pixels"}
 """How fast, and what is bad enough to stop for; what the features are is the model's."""
@@ -122,33 +123,12 @@ def assign(
 
 def _find_run(run: str) -> tuple[Artifact, Settings]:
     """The classifier artifact of a finished run, and the run's settings as far as they are known."""
-    if run.endswith((".yaml", ".yml")):
-        config = load_config(run)
-        classifier = next((step for step in plan(config) if step.name == "classifier"), None)
-        if classifier is None or classifier.artifact is None:
-            raise InputError(f"{run}: this run has no classifier yet; finish it first: icce-ray run {run}")
-        return classifier.artifact, config.model_dump(mode="json")
-    root, wanted = run, None
-    if run.endswith(".json"):
-        before, _, wanted = run.rpartition(f"{RUNS_FOLDER}/")
-        root = before.rstrip("/") or "."
-    records = [record for record in read_records(root) if wanted in (None, f"{record['run']}.json")]
-    finished = [(record, found) for record in records if (found := _classifier_of(root, record)) is not None]
-    if len({found.fingerprint for _, found in finished}) == 1:
-        record, found = finished[-1]
-        return found, record["config"] | {"output": root}
-    if finished:
-        names = ", ".join(Folder.at(root).file_uri(f"{RUNS_FOLDER}/{record['run']}.json") for record, _ in finished)
-        raise InputError(f"{run} holds several models: give the record of one run ({names}), or its config")
-    if records:
-        raise InputError(f"{run}: the run has no classifier yet; finish it first")
+    found = find_stage(run, "classifier", several="models")
+    if found is not None:
+        return found
     artifact = find_model(run)
     # What the machine that trained it had is no guide.
     return artifact, {key: artifact.manifest.config[key] for key in ("images", "embeddings", "assign")}
-
-
-def _classifier_of(root: str, record: dict[str, Any]) -> Artifact | None:
-    return Artifact.find(Folder.at(root) / "classifier" / record["stages"].get("classifier", "none"))
 
 
 def _config_for(model: Artifact, settings: Settings, overrides: list[str]) -> Config:

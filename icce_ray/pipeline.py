@@ -68,11 +68,9 @@ def _sample_settings(config: Config) -> Settings:
 
 
 def _cluster_count_settings(config: Config) -> Settings:
-    # Of the heads, the counting has its own number, length and width.
-    heads = config.heads.model_dump(exclude={"checkpoint_interval_s", "max_images"} | COUNTED_WITH_OWN)
-    neighbors = {"center": config.neighbors.center, "min_neighbors": config.neighbors.min_neighbors}
-    settings = {"cluster_count": config.cluster_count.model_dump(), "heads": heads, "neighbors": neighbors}
-    return settings | {"seed": config.seed}
+    from icce_ray.cluster_count.settings import settings_of
+
+    return settings_of(config)
 
 
 def _neighbors_settings(config: Config) -> Settings:
@@ -109,9 +107,6 @@ def _report_settings(config: Config) -> Settings:
 def _drawn(config: Config) -> Settings:
     return {"num_clusters": config.num_clusters, "seed": config.seed}
 
-
-COUNTED_WITH_OWN = {"num_heads", "num_epochs", "hidden_dim", "bottleneck_dim", "early_stop_change"}
-"""Settings of the heads that `cluster_count` has its own of."""
 
 STAGES: tuple[Stage, ...] = (
     Stage("images", "icce_ray.embed.listing", 2, (), _images_settings),

@@ -143,6 +143,15 @@ class BoardProgress(Progress):
         self.board.post.remote(done, total, note)
 
 
+def format_bytes(num_bytes: float, digits: int = 3) -> str:
+    """``1.23 GB``: in decimal units, `digits` of it, and all that stand before the point."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if num_bytes < 1000 or unit == "TB":
+            break
+        num_bytes /= 1000
+    return f"{num_bytes:.{digits}g} {unit}" if num_bytes < 100 else f"{num_bytes:.0f} {unit}"
+
+
 def format_seconds(seconds: float) -> str:
     """``42 s``, ``3 min 5 s``, ``2 h 10 min``."""
     whole = round(seconds)

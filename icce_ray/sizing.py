@@ -16,6 +16,7 @@ from typing import Any, Literal
 import numpy as np
 
 from icce_ray.config import BackboneConfig, ClassifierConfig, ConsensusConfig, HeadsConfig
+from icce_ray.progress import format_bytes
 
 NUM_CLUSTERS = 1000
 """K, of a large collection."""
@@ -28,8 +29,6 @@ DIM = 2 * WIDTH
 """D: class token and mean of the patches."""
 MEAN_NEIGHBORS = 200
 URI_BYTES = 60
-MAX_DIRECTIONS = 128
-"""Of the outlier score (`classifier.outliers`)."""
 
 
 @dataclass(frozen=True)
@@ -231,6 +230,8 @@ def classifier_seconds() -> float:
 def assign_seconds(num_images: int, plan: Plan) -> float:
     """``2 N D (K + r)`` FLOP on CPUs, r directions of the outlier score, or the way of 2 N D bytes, if that takes
     longer."""
+    from icce_ray.classifier.outliers import MAX_DIRECTIONS
+
     flop = 2.0 * num_images * DIM * (NUM_CLUSTERS + MAX_DIRECTIONS)
     return max(flop / (plan.assign_cpus * _cpu()), 2.0 * num_images * DIM / (plan.num_machines * _network()))
 
@@ -320,11 +321,7 @@ def _number(value: float) -> str:
 
 
 def _size(num_bytes: float) -> str:
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if num_bytes < 1000 or unit == "TB":
-            break
-        num_bytes /= 1000
-    return f"{num_bytes:.2g} {unit}" if num_bytes < 100 else f"{num_bytes:.0f} {unit}"
+    return format_bytes(num_bytes, digits=2)
 
 
 PAGE_IMAGES = (1_000_000, 10_000_000, 100_000_000, 1_000_000_000)

@@ -13,7 +13,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, replace
 from types import TracebackType
 from typing import Any
 
@@ -250,5 +250,4 @@ def find_status(
 
 
 def _without_rate(reading: Reading) -> str:
-    kept = {field.name: getattr(reading, field.name) for field in fields(reading)} | {"rate": None}
-    return Reading(**kept).text()
+    return replace(reading, rate=None).text()

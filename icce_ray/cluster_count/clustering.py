@@ -16,26 +16,22 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from sklearn.decomposition import PCA
 from sklearn.metrics import adjusted_rand_score
 
 from icce_ray.cluster_count.choice import Measured
-from icce_ray.config import Config, ConsensusConfig, HeadsConfig
+from icce_ray.cluster_count.settings import heads_config, neighbors_config
+from icce_ray.config import Config, ConsensusConfig
 from icce_ray.consensus.combine import find_consensus
 from icce_ray.consensus.matrix import encode_heads
 from icce_ray.errors import InputError, WorkerError
-from icce_ray.evaluate.proxies import generalization_score, silhouette
+from icce_ray.evaluate.proxies import generalization_score, project_pca, silhouette
 from icce_ray.heads.training import train_heads
 from icce_ray.neighbors.graph import NeighborGraph, build_graph
 from icce_ray.sample.draw import sample_rows
 
 Floats = npt.NDArray[Any]
 
-MAX_MEASURED, NUM_DIMS = 2_000, 50
-MAX_HIDDEN_DIM, MAX_BOTTLENECK_DIM, MIN_LEARNING_RATE = 128, 64, 2e-3
-"""Of the heads. Where it was tried, wider ones told the same and took four times as long. Heads that are trained too
-little merge what belongs apart: of 60 planted clusters they then stand best at 50. At this rate they need half as many
-epochs [ours]."""
+MAX_MEASURED = 2_000
 MOST_CLUSTERS, MIN_IMAGES_PER_CLUSTER = 100, 10
 """Where no range is given."""
 CONSENSUS = ConsensusConfig(methods=("vote",))
@@ -83,15 +79,12 @@ def draw_sample(features_ND: Floats, config: Config) -> Sample:
     """The sample of the (N, D) features that are trained on, its graph and its space."""
     rows = sample_rows(len(features_ND), config.cluster_count.max_images, config.seed)
     features_nD = np.array(features_ND if rows is None else features_ND[rows])
-    # A threshold chosen for one number of clusters would favour it.
-    neighbors = config.neighbors.model_copy(update={"similarity_threshold": None, "method": "exact"})
-    graph, _ = build_graph(features_nD, neighbors, num_clusters=2, seed=config.seed)
+    graph, _ = build_graph(features_nD, neighbors_config(config), num_clusters=2, seed=config.seed)
     measured_m = sample_rows(len(features_nD), MAX_MEASURED, config.seed)
     if measured_m is None:
         measured_m = np.arange(len(features_nD))
     measured_mD = features_nD[measured_m].astype(np.float32)
-    points_md = PCA(min(NUM_DIMS, *measured_mD.shape), random_state=config.seed).fit_transform(measured_mD)
-    return Sample(features_nD, graph, measured_m, points_md.astype(np.float32))
+    return Sample(features_nD, graph, measured_m, project_pca(measured_mD, config.seed))
 
 
 def cluster_range(config: Config, num_images: int) -> tuple[int, int]:
@@ -136,21 +129,6 @@ def make_clustering(sample: Sample, num_clusters: int, seed: int, config: Config
         num_clusters_used=len(np.unique(labels_n)),
         generalization=_or_nan(generalization_score, sample.points_md, labels_n[sample.measured_m], random_state=seed),
         silhouette=float(np.mean(silhouettes)),
-    )
-
-
-def heads_config(config: Config) -> HeadsConfig:
-    """The `heads` section of the small clusterings."""
-    asked, heads = config.cluster_count, config.heads
-    return heads.model_copy(
-        update={
-            "num_heads": asked.num_heads,
-            "num_epochs": asked.num_epochs,
-            "hidden_dim": min(heads.hidden_dim, MAX_HIDDEN_DIM),
-            "learning_rate": max(heads.learning_rate, MIN_LEARNING_RATE),
-            "bottleneck_dim": min(heads.bottleneck_dim, MAX_BOTTLENECK_DIM),
-            "early_stop_change": None,
-        }
     )
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import ray
 
 from icce_ray.cluster import connect
-from icce_ray.cluster_count.choice import Measured, search
+from icce_ray.cluster_count.choice import METRICS, Measured, search
 from icce_ray.cluster_count.clustering import (
     Clustering,
     Sample,
@@ -81,18 +81,19 @@ def run(config: Config, context: StageContext) -> dict[str, Any]:
         raise WorkerError(
             f"cluster_count: a task failed; what is finished stays, the same command goes on. {describe_cause(error)}"
         ) from error
-    context.output.write_table("by_count.parquet", choice.by_count())
+    by_count = choice.by_count()
+    context.output.write_table("by_count.parquet", by_count)
     context.output.write_table("by_seed.parquet", choice.by_seed())
     folder.clear()
     context.progress.note(choice.sentence())
-    chosen = next(row for row in choice.by_count().to_pylist() if row["chosen"])
+    chosen = next(row for row in by_count.to_pylist() if row["chosen"])
     return {
         "num_clusters": choice.num_clusters,
         "num_clusters_range": [choice.low, choice.high],
         "choice": choice.sentence(),
         "num_tried": len(choice.curve),
         "num_images": min(num_images, config.cluster_count.max_images),
-        **{metric: chosen[metric] for metric in ("stability", "generalization", "silhouette")},
+        **{metric: chosen[metric] for metric in METRICS},
     }
 
 

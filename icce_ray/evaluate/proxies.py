@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from sklearn.decomposition import PCA
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import silhouette_score
 from sklearn.model_selection import StratifiedKFold, cross_val_score
@@ -17,6 +18,7 @@ from icce_ray.evaluate.metrics import normalized_mutual_info
 
 NUM_FOLDS = 10
 MAX_IMAGES = 20_000
+PCA_DIMS = 50
 UMAP_SETTINGS: dict[str, Any] = {"n_neighbors": 30, "n_components": 50, "min_dist": 0.0}
 """arXiv 2406.02465."""
 
@@ -92,6 +94,13 @@ def silhouette(
 def stability(labels_a_N: npt.NDArray[np.integer], labels_b_N: npt.NDArray[np.integer]) -> float:
     """Agreement of two clusterings of the same images, say of two seeds: their NMI (geometric), 0 to 1."""
     return normalized_mutual_info(labels_a_N, labels_b_N, mean="geometric")
+
+
+def project_pca(points_nD: npt.NDArray[np.float32], random_state: int | None) -> npt.NDArray[np.float32]:
+    """`points_nD` in 50 principal components, (n, at most 50)."""
+    num_dims = min(PCA_DIMS, *points_nD.shape)
+    projected: npt.NDArray[np.float32] = PCA(num_dims, random_state=random_state).fit_transform(points_nD)
+    return projected.astype(np.float32)
 
 
 def project_umap(points_nD: npt.NDArray[np.float32], random_state: int | None) -> npt.NDArray[np.float32]:

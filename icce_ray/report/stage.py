@@ -112,16 +112,15 @@ def render(
     metrics = inputs["evaluate"].metrics
     audit = inputs["neighbors"].read_json("audit.json")
     source = ", ".join(config.images.uris) or config.embeddings.uri or ""
+    tree = Hierarchy.from_table(inputs["consensus"].read_table(HIERARCHY_NAME))
     plots = [
         ("Cluster sizes", size_chart(content.sizes)),
         ("How sure the labels are", certainty_histogram(content.confidence_bins, content.agreement_bins)),
         ("Similarity of images", similarity_histogram(audit)),
         ("Neighbours by threshold", neighbors_by_threshold(audit)),
         ("Training", training_curve(history)),
+        ("Which clusters the heads confuse", merge_tree(tree)),
     ]
-    if inputs["consensus"].part_names(HIERARCHY_NAME):
-        tree = Hierarchy.from_table(inputs["consensus"].read_table(HIERARCHY_NAME))
-        plots.append(("Which clusters the heads confuse", merge_tree(tree)))
     choice, count_plots = None, list[tuple[str, str]]()
     if CLUSTER_COUNT in inputs:
         choice = inputs[CLUSTER_COUNT].metrics["choice"]

@@ -11,16 +11,14 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from sklearn.decomposition import PCA
 
 from icce_ray.config import Config
 from icce_ray.context import StageContext
 from icce_ray.embed.features import load_features
-from icce_ray.evaluate.proxies import project_umap
+from icce_ray.evaluate.proxies import project_pca, project_umap
 from icce_ray.sample.draw import training_set
 
 MAX_IMAGES = 5_000
-NUM_DIMS = 50
 SEED = 0
 """The same for all trials, whatever their seed: their metrics are to be comparable."""
 
@@ -53,9 +51,5 @@ def run(config: Config, context: StageContext) -> dict[str, Any]:
 
 
 def project(features_nD: npt.NDArray[np.float32], space: str) -> npt.NDArray[np.float32]:
-    """At most NUM_DIMS dimensions of `space`: `pca`, or `umap` (arXiv 2406.02465)."""
-    if space == "umap":
-        return project_umap(features_nD, SEED)
-    num_dims = min(NUM_DIMS, *features_nD.shape)
-    projected: npt.NDArray[np.float32] = PCA(num_dims, random_state=SEED).fit_transform(features_nD)
-    return projected.astype(np.float32)
+    """At most 50 dimensions of `space`: `pca`, or `umap` (arXiv 2406.02465)."""
+    return (project_umap if space == "umap" else project_pca)(features_nD, SEED)

@@ -21,7 +21,6 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
-import boto3
 import numpy as np
 import pyarrow as pa
 from PIL import Image
@@ -32,7 +31,7 @@ from icce_ray.status import find_status
 from icce_ray.store import Folder
 
 from .hosts import Host, Hosts, at_work, process_table, title
-from .storage_server import ACCESS_KEY, SECRET_KEY, moto_server
+from .storage_server import ACCESS_KEY, SECRET_KEY, client, moto_server
 
 AT_WORK = {
     "embed": r"MapBatches\(decode\)|MapWorker\(MapBatches\(Embedder\)\)\.submit",
@@ -105,13 +104,6 @@ def write_images(endpoint: str) -> None:
         sink = io.BytesIO()
         Image.fromarray(pixels).save(sink, "PNG")
         s3.put_object(Bucket="photos", Key=f"{number:03d}.png", Body=sink.getvalue())
-
-
-def client(endpoint: str) -> Any:
-    return boto3.client(
-        "s3", endpoint_url=endpoint, region_name="us-east-1", aws_access_key_id=ACCESS_KEY,
-        aws_secret_access_key=SECRET_KEY,
-    )  # fmt: skip
 
 
 class Run:

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+import boto3
+
 ACCESS_KEY, SECRET_KEY = "tester", "do-not-print-this-secret"
 
 
@@ -30,6 +32,13 @@ def moto_server(address: str = "127.0.0.1") -> Iterator[str]:
         yield f"http://{host}:{port}"
     finally:
         server.stop()
+
+
+def client(url: str) -> Any:
+    """boto3's, for the server at `url`."""
+    return boto3.client(
+        "s3", endpoint_url=url, region_name="us-east-1", aws_access_key_id=ACCESS_KEY, aws_secret_access_key=SECRET_KEY
+    )
 
 
 @dataclass

@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import boto3
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -30,7 +29,7 @@ from icce_ray.store import Artifact, Claim, Folder, claim
 from icce_ray.store.s3 import use_s3
 
 from .stages import killing, run_embed, wait_for
-from .storage_server import ACCESS_KEY, SECRET_KEY, Faults, faulty_proxy, moto_server
+from .storage_server import ACCESS_KEY, SECRET_KEY, Faults, client, faulty_proxy, moto_server
 
 PIXELS = {"backbone": "pixels", "image_size": 8, "images_per_part": 16}
 NUM_IMAGES = 96
@@ -52,12 +51,6 @@ def endpoint() -> Iterator[str]:
 def _forget_storage() -> Iterator[None]:
     yield
     use_s3(Config(images={"uri": "x"}, num_clusters=2, output="x").storage)
-
-
-def client(url: str) -> Any:
-    return boto3.client(
-        "s3", endpoint_url=url, region_name="us-east-1", aws_access_key_id=ACCESS_KEY, aws_secret_access_key=SECRET_KEY
-    )
 
 
 def png(number: int) -> bytes:

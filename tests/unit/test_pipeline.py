@@ -282,6 +282,27 @@ def test_a_range_that_the_images_do_not_allow_is_refused_once_they_are_listed(
     assert ran == ["images"]
 
 
+@pytest.mark.parametrize(
+    ("section", "setting", "values", "counts_anew"),
+    [
+        ("heads", "hidden_dim", (32, 64), True),
+        ("heads", "hidden_dim", (256, 512), False),  # it has no more than 128 of its own
+        ("heads", "learning_rate", (3e-3, 4e-3), True),
+        ("heads", "num_heads", (16, 50), False),
+        ("neighbors", "duplicate_threshold", (0.99, None), True),
+        ("neighbors", "similarity_threshold", (0.5, None), False),
+        ("cluster_count", "num_heads", (4, 6), True),
+    ],
+)
+def test_the_choice_is_made_anew_when_what_it_is_made_with_changes(
+    tmp_path: Path, section: str, setting: str, values: tuple[Any, Any], counts_anew: bool
+) -> None:
+    one, other = (
+        pipeline.CLUSTER_COUNT.settings(config_for(tmp_path, **AUTO, **{section: {setting: value}})) for value in values
+    )
+    assert (one != other) == counts_anew
+
+
 def test_the_real_stages_of_auto_are_those_of_a_number_and_one_more() -> None:
     assert [stage.name for stage in (*pipeline.COUNTING, *REAL_COUNTED)] == [
         "images", "embed", "sample", "cluster_count", "neighbors", "heads", "consensus", "classifier", "assign",
