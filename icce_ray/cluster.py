@@ -34,7 +34,8 @@ OBJECT_STORE_MEMORY_FRACTION = 0.3
 STAGES_WITH_WORKERS = ("embed", "neighbors", "heads", "classifier", "assign")
 """Sections of `resources`."""
 
-# Set when we connect unless the user has set them, since Ray reads them in this process and hands them to its workers.
+# To be quiet and quick. Set when we connect unless the user has set them, since Ray reads them in this process and
+# hands them to its workers.
 QUIET_ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     # Two threads of a fresh worker may import pydantic at once, and then one of them fails half-way.
@@ -43,6 +44,7 @@ QUIET_ENVIRONMENT = {
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_DATA_LOG_LEVEL": "CRITICAL",  # its errors reach us as exceptions
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",  # else each report of a worker waits two seconds for its answer
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # an actor that tells workers what they would learn by their death
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # else every worker without a GPU warns
 }
 

@@ -8,6 +8,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from icce_ray.consensus.contingency import count_table
+from icce_ray.consensus.objective import nmi_from_counts
 from icce_ray.heads.communicator import Communicator
 
 MAX_WATCHED_IMAGES = 4096
@@ -75,9 +77,7 @@ def mean_pairwise_nmi(labels_HN: npt.NDArray[np.integer[Any]]) -> float | None:
     num_heads = len(labels_HN)
     if num_heads < 2:
         return None
-    # Takes a second to import, which every process that only knows of this file would wait for.
-    from sklearn.metrics import normalized_mutual_info_score
-
+    num_clusters = int(labels_HN.max()) + 1
     pairs = [(head, (head + 1) % num_heads) for head in range(min(num_heads, MAX_HEAD_PAIRS))]
-    values = [normalized_mutual_info_score(labels_HN[a], labels_HN[b], average_method="geometric") for a, b in pairs]
-    return float(np.mean(values))
+    tables = [count_table(labels_HN[a], labels_HN[b], num_clusters, num_clusters) for a, b in pairs]
+    return float(np.mean([nmi_from_counts(table) for table in tables]))
