@@ -1,13 +1,14 @@
-"""A whole run on a cluster of several hosts, then the same while one host after the other loses power; what was seen,
-as JSON on the last line. Run by test_many_nodes.py, in namespaces of its own where that is possible.
+"""A whole run on a cluster of several hosts, of which one after the other loses power; what was seen, as JSON on the
+last line. Run by test_many_nodes.py, in namespaces of its own where that is possible.
 
 Images and output lie in a bucket, on an S3 endpoint that all hosts reach; nothing else is shared. The driver runs on
-the head, which has no CPUs; the work lands on the others. In the second run, each of the stages in `KILLED_IN` costs
-the host that was found at work on it, and a fresh host joins in its place.
+the head, which has no CPUs; the work lands on the others. Each of the stages in `KILLED_IN` costs the host that was
+found at work on it, and a fresh host joins in its place.
 """
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
@@ -17,7 +18,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
 
@@ -26,6 +27,7 @@ import pyarrow as pa
 from PIL import Image
 
 from icce_ray.config import Config
+from icce_ray.embed.features import load_features
 from icce_ray.pipeline import PlannedStage, plan, run_name
 from icce_ray.status import find_status
 from icce_ray.store import Folder
@@ -86,34 +88,37 @@ def main(isolated: bool) -> None:
             hosts.start(f"host-{number}", num_cpus=1)
         write_images(endpoint)
         hosts.wait_until_joined()
-        undisturbed = Run("undisturbed", hosts, endpoint)
-        undisturbed.finish(undisturbed.watch)
-        disturbed = Run("disturbed", hosts, endpoint)
-        disturbed.finish(disturbed.kill_in_every_stage)
-        print(json.dumps({"isolated": isolated, "runs": [undisturbed.seen(), disturbed.seen()]}), flush=True)
+        disturbed = Run(hosts, endpoint)
+        disturbed.finish()
+        print(json.dumps({"isolated": isolated} | disturbed.seen()), flush=True)
 
 
 def write_images(endpoint: str) -> None:
     s3 = client(endpoint)
     for bucket in ("photos", "results"):
         s3.create_bucket(Bucket=bucket)
+    for name, content in images():
+        s3.put_object(Bucket="photos", Key=name, Body=content)
+
+
+def images() -> Iterator[tuple[str, bytes]]:
+    """Name and content of each image."""
     rng = np.random.default_rng(0)
     patterns = rng.integers(0, 256, (NUM_CLUSTERS, 8, 8, 3))
     for number in range(NUM_IMAGES):
         pixels = np.clip(patterns[number % NUM_CLUSTERS] + rng.normal(0, 160, (8, 8, 3)), 0, 255).astype(np.uint8)
         sink = io.BytesIO()
         Image.fromarray(pixels).save(sink, "PNG")
-        s3.put_object(Bucket="photos", Key=f"{number:03d}.png", Body=sink.getvalue())
+        yield f"{number:03d}.png", sink.getvalue()
 
 
 class Run:
     """One run of the pipeline, started on the head as its user would."""
 
-    def __init__(self, name: str, hosts: Hosts, endpoint: str) -> None:
-        self.name = name
+    def __init__(self, hosts: Hosts, endpoint: str) -> None:
         self.hosts = hosts
         storage = {"endpoint": endpoint, "access_key": ACCESS_KEY, "secret_key": SECRET_KEY}
-        self.config = Config.model_validate(SETTINGS | {"output": f"s3://results/{name}", "storage": storage})
+        self.config = Config.model_validate(SETTINGS | {"output": "s3://results/disturbed", "storage": storage})
         self.storage = client(endpoint)
         self.worked: set[tuple[str, str]] = set()
         self.kills: list[dict[str, Any]] = []
@@ -121,8 +126,8 @@ class Run:
         self.result: dict[str, Any] = {}
         self.seconds = 0.0
 
-    def finish(self, meanwhile: Callable[[threading.Event], None]) -> None:
-        """Run it to its end; `meanwhile` goes on beside it, until its event is set."""
+    def finish(self) -> None:
+        """Run it to its end, and disturb it meanwhile."""
         head = self.hosts.head
         settings = json.dumps(SETTINGS | {"output": self.config.output})
         write = f"cat > run.yaml <<'END'\n{settings}\nEND\n"
@@ -130,7 +135,7 @@ class Run:
         environment = head.environment | {"RAY_ADDRESS": f"{head.address}:{self.hosts.port}"}
         command = self.hosts.command_on(head, ["sh", "-c", f"{write}exec {job}"])
         ended = threading.Event()
-        beside = threading.Thread(target=meanwhile, args=(ended,))
+        beside = threading.Thread(target=self.kill_in_every_stage, args=(ended,))
         started = time.monotonic()
         beside.start()
         try:
@@ -139,21 +144,19 @@ class Run:
         finally:
             ended.set()
             beside.join()
-        assert process.returncode == 0, f"the run {self.name} ended with {process.returncode}"
+        assert process.returncode == 0, f"the run ended with {process.returncode}"
         assert said.splitlines()[-1].startswith("{"), said
         self.result = json.loads(said.splitlines()[-1])
         self.seconds = time.monotonic() - started
 
-    def watch(self, ended: threading.Event) -> None:
-        """Note which hosts work for which stage."""
-        while not ended.wait(0.02):
-            for host, _, what in at_work(list(self.hosts.running.values())):
-                for stage in AT_WORK:
-                    if is_at_work(what, stage):
-                        self.worked.add((stage, host.name))
+    def tasks(self) -> list[tuple[Host, int, str]]:
+        """Host, process and task of each that is at work now. Notes which hosts work for which stage."""
+        found = list(at_work(list(self.hosts.running.values())))
+        self.worked |= {(stage, host.name) for host, _, what in found for stage in AT_WORK if is_at_work(what, stage)}
+        return found
 
     def kill_in_every_stage(self, ended: threading.Event) -> None:
-        """Wait for a host that works for the next stage, kill it, start another, and so on."""
+        """Wait for a host that works for the next stage, kill it, start another, and so on; then look on."""
         steps, root = {step.name: step for step in plan(self.config)}, Folder.at(self.config.output)
         for stage in KILLED_IN:
             victim = None
@@ -182,12 +185,13 @@ class Run:
             )
             print(f"killed {host.name} at {what} in {stage}", file=sys.stderr, flush=True)
             self.hosts.start(f"host-{self.hosts.num_started}", num_cpus=1)
+        while not ended.wait(0.02):
+            self.tasks()
 
     def stopped_at_work(self, step: PlannedStage) -> tuple[Host, int, str] | None:
         """A host that is at work on `step` at this moment. The process that is, is stopped, so it cannot end first."""
-        workers = [host for host in self.hosts.running.values() if host is not self.hosts.head]
-        for host, pid, what in at_work(workers):
-            if is_at_work(what, step.name) and has_begun(step):
+        for host, pid, what in self.tasks():
+            if host is not self.hosts.head and is_at_work(what, step.name) and has_begun(step):
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGSTOP)
                     if title(pid) == f"ray::{what}":
@@ -196,29 +200,35 @@ class Run:
         return None
 
     def seen(self) -> dict[str, Any]:
-        stages = plan(self.config)
-        artifacts = {step.name: step.artifact for step in stages}
-        assign = artifacts["assign"]
-        assert assign is not None
-        tables = [assign.read_table(name) for name in assign.part_names("assignments/")]
-        rows = pa.concat_tables(tables).sort_by("image_id").to_pydict()
-        left = [name for name in Folder.at(self.config.output).sizes() if name.rpartition("/")[2].startswith(".")]
+        root = Folder.at(self.config.output)
+        report = self.result["report"].removeprefix(f"{self.config.output}/")
         return {
-            "name": self.name,
             "seconds": round(self.seconds, 1),
-            "result": self.result,
             "worked": sorted(self.worked),
             "kills": self.kills,
             "status_at_kills": self.told,
-            "rows": rows,
-            "left_behind": left,
-            "checksums": {
-                f"{name}/{part.name}": part.sha256
-                for name in ("embed", "neighbors", "heads", "consensus", "assign")
-                if (artifact := artifacts[name]) is not None
-                for part in artifact.manifest.parts
-            },
-        }
+            "report": root.read_bytes(report).decode(),
+            "left_behind": [name for name in root.sizes() if name.rpartition("/")[2].startswith(".")],
+        } | made_by(self.config, self.result)
+
+
+def made_by(config: Config, result: dict[str, Any]) -> dict[str, Any]:
+    """What a run's artifacts hold, JSON-able, but for where its images lay."""
+    artifacts = {step.name: step.artifact for step in plan(config)}
+    embed, heads, consensus, assign = (artifacts[name] for name in ("embed", "heads", "consensus", "assign"))
+    assert embed is not None
+    assert heads is not None
+    assert consensus is not None
+    assert assign is not None
+    arrays = {
+        "features": load_features(embed).matrix,
+        "label_matrix": heads.read_array("label_matrix.npy"),
+        "consensus": consensus.read_array("labels.npy"),
+    }
+    found = {name: hashlib.sha256(array.tobytes()).hexdigest() for name, array in arrays.items()}
+    tables = [assign.read_table(name) for name in assign.part_names("assignments/")]
+    rows = pa.concat_tables(tables).sort_by("image_id").to_pydict()
+    return found | {"anmi": result["anmi"], "names": [uri.rpartition("/")[2] for uri in rows.pop("uri")], "rows": rows}
 
 
 def is_at_work(what: str, stage: str) -> bool:

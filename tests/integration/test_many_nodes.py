@@ -1,5 +1,5 @@
-"""The whole pipeline on several hosts that share nothing but a bucket, undisturbed and with a host lost in each of five
-stages; see many_nodes.py for what is run."""
+"""The whole pipeline on several hosts that share nothing but a bucket, with a host lost in each of five stages, against
+an undisturbed run on this machine; see many_nodes.py for what is run."""
 
 from __future__ import annotations
 
@@ -11,8 +11,11 @@ from typing import Any
 
 import pytest
 
+from icce_ray import run
+from icce_ray.config import Config
+
 from .hosts import can_isolate, in_namespaces
-from .many_nodes import AT_WORK, KILLED_IN, NUM_CLUSTERS, NUM_IMAGES, is_at_work
+from .many_nodes import AT_WORK, KILLED_IN, NUM_CLUSTERS, NUM_IMAGES, SETTINGS, images, is_at_work, made_by
 
 pytestmark = pytest.mark.slow
 
@@ -20,7 +23,7 @@ TIMEOUT_S = 900
 
 
 @pytest.fixture(scope="module")
-def seen() -> dict[str, Any]:
+def disturbed() -> dict[str, Any]:
     """What `many_nodes` saw: on hosts with networks of their own where this machine lets us make them."""
     isolated = can_isolate() and os.environ.get("ICCE_TEST_HOSTS") != "processes"
     script = [sys.executable, "-m", "tests.integration.many_nodes", "isolated" if isolated else "processes"]
@@ -33,28 +36,31 @@ def seen() -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(seen: dict[str, Any]) -> dict[str, Any]:
-    return dict(seen["runs"][0])
+def undisturbed(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The same images and settings, on one machine and its disk, with as many workers."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    (folder / "photos").mkdir()
+    for name, content in images():
+        (folder / "photos" / name).write_bytes(content)
+    places = {"images": {"uri": str(folder / "photos")}, "output": str(folder / "out")}
+    config = Config.model_validate(SETTINGS | places)
+    return made_by(config, run(config, quiet=True).to_json())
 
 
-@pytest.fixture(scope="module")
-def disturbed(seen: dict[str, Any]) -> dict[str, Any]:
-    return dict(seen["runs"][1])
-
-
-def test_the_work_lands_on_all_hosts(undisturbed: dict[str, Any]) -> None:
-    hosts = {f"host-{number}" for number in range(3)}
-    on = {stage: {host for name, host in undisturbed["worked"] if name == stage} for stage in AT_WORK}
-    assert on["embed"] == on["neighbors"] == on["assign"] == hosts
-    assert len(on["heads"]) == 2  # workers
+def test_the_work_lands_on_all_hosts(disturbed: dict[str, Any]) -> None:
+    on = {stage: {host for name, host in disturbed["worked"] if name == stage} for stage in AT_WORK}
+    assert all(len(on[stage]) >= 3 for stage in ("embed", "neighbors", "assign")), on
+    assert len(on["heads"]) >= 2  # workers
     assert len(on["consensus"]) >= 1  # a task at a time
     assert "head" not in set.union(*on.values())
 
 
-def test_every_image_is_assigned_once(undisturbed: dict[str, Any]) -> None:
-    rows = undisturbed["rows"]
+def test_every_image_is_assigned_once_and_the_report_lies_in_the_bucket(disturbed: dict[str, Any]) -> None:
+    rows = disturbed["rows"]
     assert rows["image_id"] == list(range(NUM_IMAGES))
     assert set(rows["cluster"]) == set(range(NUM_CLUSTERS))
+    assert "<html" in disturbed["report"]
+    assert disturbed["left_behind"] == []
 
 
 def test_a_host_at_work_was_killed_in_each_stage(disturbed: dict[str, Any]) -> None:
@@ -72,14 +78,7 @@ def test_a_host_at_work_was_killed_in_each_stage(disturbed: dict[str, Any]) -> N
 
 
 def test_hosts_lost_in_every_stage_change_nothing(undisturbed: dict[str, Any], disturbed: dict[str, Any]) -> None:
-    assert disturbed["rows"] == undisturbed["rows"]
-    assert disturbed["result"]["anmi"] == undisturbed["result"]["anmi"]
-    for name in ("embed", "consensus"):
-        parts = [
-            {part: checksum for part, checksum in run["checksums"].items() if part.startswith(f"{name}/part-")}
-            for run in (undisturbed, disturbed)
-        ]
-        assert parts[0] == parts[1], name
+    assert {name: disturbed[name] for name in undisturbed} == undisturbed
 
 
 def test_status_told_from_elsewhere_how_far_the_run_was(disturbed: dict[str, Any]) -> None:
