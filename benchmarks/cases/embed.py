@@ -1,9 +1,10 @@
 """The embed stage against a plain PyTorch loop over the same files: same model, threads, batch size and precision.
 
-Each run is a process of its own and timed as a whole: imports, the building of the model, reading, decoding, embedding,
-writing; for the stage also Ray's start, listing, hashing, Parquet and manifests. What that costs besides the images is
-measured with a handful of them. Rates are of the images beyond those; the stage's fixed overhead is what its handful
-takes longer than the loop's.
+Each run is a process of its own, timed from its start until its result is on disk: imports, the building of the model,
+reading, decoding, embedding, writing; for the stage also Ray's start, listing, hashing, Parquet and manifests. What
+that costs besides the images is measured with a handful of them. Rates are of the images beyond those; the stage's
+fixed overhead is what its handful takes longer than the loop's. Ending Ray, which a run does once, after its last
+stage, is shown by itself.
 
 On a GPU, where there is one, the network runs alone instead, against the matmul peak measured beside it.
 """
@@ -44,6 +45,7 @@ def run(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, bool]]:
     count, few = settings["num_images"], settings["few_images"]
     kinds = {f"plain loop, {workers} workers": workers for workers in settings["loader_workers"]} | {"stage": None}
     seconds: dict[str, dict[int, list[float]]] = {name: {few: [], count: []} for name in kinds}
+    ending_s: dict[str, list[float]] = {name: [] for name in kinds}
     with tempfile.TemporaryDirectory(prefix="icce_ray-embed-") as folder:
         for size in (few, count):
             write_photos(Path(folder) / str(size), size)
@@ -51,7 +53,9 @@ def run(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, bool]]:
             for name, workers in kinds.items():
                 for size, measured in seconds[name].items():
                     extra = {"workers": workers, "output": f"{folder}/output-{repeat}-{size}"}
-                    measured.append(_measured(name.split()[0], f"{folder}/{size}", settings | extra))
+                    until_result, until_end = _measured(name.split()[0], f"{folder}/{size}", settings | extra)
+                    measured.append(until_result)
+                    ending_s[name].append(round(until_end - until_result, 2))
                 print(f"round {repeat}: {name}: {seconds[name]} s", flush=True)
     median = {name: {size: float(np.median(runs[size])) for size in runs} for name, runs in seconds.items()}
     rates = {name: (count - few) / (of[count] - of[few]) for name, of in median.items()}
@@ -59,10 +63,11 @@ def run(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, bool]]:
     share = rates["stage"] / rates[plain]
     overhead_s = median["stage"][few] - median[plain][few]
     share_of_all = median[plain][count] / median["stage"][count]
+    end_s = float(np.median(ending_s["stage"]))
     print(f"images/s: {rates}")
     print(
         f"stage: {share:.2f} of the loop's images/s, {overhead_s:.1f} s more fixed; with that, over {count} images, "
-        f"{share_of_all:.2f}"
+        f"{share_of_all:.2f}; {end_s:.1f} s to end Ray"
     )
     figures = {
         "images_per_s": rates,
@@ -70,6 +75,7 @@ def run(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, bool]]:
         "overhead_s": overhead_s,
         "share_with_overhead": share_of_all,
         "seconds": seconds,
+        "ending_s": ending_s,
     }
     return figures, {
         f"the stage embeds at least {MIN_SHARE} of the plain loop's images/s": share >= MIN_SHARE,
@@ -88,12 +94,13 @@ def write_photos(folder: Path, count: int) -> None:
         Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(folder / f"{number:05d}.jpg", quality=85)
 
 
-def _measured(kind: str, folder: str, settings: dict[str, Any]) -> float:
-    """Seconds of one run in a process of its own."""
+def _measured(kind: str, folder: str, settings: dict[str, Any]) -> tuple[float, float]:
+    """Seconds of one run in a process of its own: until its result is on disk, and until its end."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    started = time.perf_counter()
-    subprocess.run([sys.executable, __file__, kind, folder, json.dumps(settings)], check=True, env=environment)
-    return round(time.perf_counter() - started, 2)
+    started = time.time()
+    command = [sys.executable, __file__, kind, folder, json.dumps(settings)]
+    done = subprocess.run(command, check=True, env=environment, stdout=subprocess.PIPE, text=True)
+    return round(float(done.stdout.split()[-1]) - started, 2), round(time.time() - started, 2)
 
 
 def _stage(folder: str, settings: dict[str, Any]) -> None:
@@ -118,6 +125,7 @@ def _stage(folder: str, settings: dict[str, Any]) -> None:
         inputs[name] = writer.commit(
             stage=name, fingerprint="0" * 16, inputs={}, config={}, metrics=metrics, seconds=0.0
         )
+    print(time.time(), flush=True)
     disconnect()  # as the command does
 
 
@@ -151,6 +159,7 @@ def _plain(folder: str, settings: dict[str, Any]) -> None:
         for images in loader:
             rows.append(model.forward_features(images)[:, 0].to(torch.float16).numpy())
     np.save(f"{folder}.npy", np.concatenate(rows))
+    print(time.time(), flush=True)
 
 
 def _run_on_gpu() -> tuple[dict[str, Any], dict[str, bool]]:

@@ -45,7 +45,7 @@ TOLERANCE = 0.05
 
 
 def run(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, bool]]:
-    default = SweepConfig.model_fields["metric"].default
+    default = SweepConfig(base={}, space={}, seeds=settings["seeds"]).metric
     figures: dict[str, Any] = {}
     bounds: dict[str, bool] = {}
     for name in settings["datasets"]:

@@ -75,8 +75,9 @@ class SweepConfig(Section):
     """What the best trial has most of, judged without labels. `anmi`: how well the heads agree with their consensus.
     `generalization`: how well a linear classifier learns the clusters. `silhouette_pca`, `silhouette_umap`: how far the
     clusters lie apart in that space (UMAP needs umap-learn). `stability`: how alike the clusters of two seeds are.
-    Where it was measured, `stability` ranked trials best, at the price of a second seed; the default came next. All but
-    `anmi` and `stability` look at the features, so they compare trials over the same features only."""
+    Where it was measured, `stability` ranked trials best, and `silhouette_pca` best of those that need one seed only:
+    not set, it is `stability` where there are several `seeds` and no `asha`, else `silhouette_pca`. All but `anmi` and
+    `stability` look at the features, so they compare trials over the same features only."""
     asha: AshaConfig | None = None
     """Stop poor trials early. Not set: every trial trains all its epochs."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
@@ -89,6 +90,15 @@ class SweepConfig(Section):
     cpus_per_run: PositiveFloat = 1.0
     """CPUs of a trial that is trained in one process, for each of its seeds. More than one worker or a GPU in the
     base's `resources.heads`: trials are trained through Ray Train instead, with those."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _choose_metric(cls, data: Any) -> Any:
+        if isinstance(data, dict) and "metric" not in data and data.get("asha") is None:
+            seeds = data.get("seeds")
+            if isinstance(seeds, list | tuple) and len(seeds) > 1:
+                return {**data, "metric": "stability"}
+        return data
 
     @model_validator(mode="after")
     def _check(self) -> SweepConfig:

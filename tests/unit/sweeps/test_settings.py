@@ -56,6 +56,20 @@ def test_a_mistake_is_said_before_anything_starts(space: Any, settings: Any, mes
         sweep_of(space, **settings)
 
 
+@pytest.mark.parametrize(
+    ("settings", "metric"),
+    [
+        ({}, "silhouette_pca"),
+        ({"seeds": [4]}, "silhouette_pca"),
+        ({"seeds": [4, 5]}, "stability"),
+        ({"seeds": [4, 5], "asha": {}}, "silhouette_pca"),
+        ({"seeds": [4, 5], "metric": "anmi"}, "anmi"),
+    ],
+)
+def test_trials_are_judged_by_what_ranks_best_where_it_can_be_told(settings: dict[str, Any], metric: str) -> None:
+    assert sweep_of({"num_clusters": [3]}, **settings).config.metric == metric
+
+
 def test_values_of_a_trial_go_over_the_base_and_each_seed_is_a_run() -> None:
     asked = sweep_of(
         {"heads.num_heads": [8, 16], "neighbors.similarity_threshold": ["auto", 0.4]},
