@@ -21,7 +21,8 @@ RESOLUTION = 2.0**-22
 """Similarities are compared in these units: closer is a tie, and the lower id wins."""
 BASE_BLOCK = 16_384
 RESCORED_ELEMENTS = 4_000_000
-SAMPLE_STRIDE = 8
+SAMPLE_STRIDE = 12
+SAMPLE_BLOCK = 4_096
 MIN_SAMPLES_PER_RANK = 4
 
 Pairs = tuple[npt.NDArray[np.int32], Ids, Floats]
@@ -102,8 +103,15 @@ class FaissEngine:
         sample_mD = self._sample[1]
         if len(sample_mD) < k:
             return np.full(len(queries_QD), -np.inf, np.float32)
-        scores_Qk, _ = faiss.knn(queries_QD, sample_mD, k, metric=faiss.METRIC_INNER_PRODUCT)
-        bounds_Q: Floats = scores_Qk[:, k - 1]
+        # Not by FAISS: its k-th is the last of a sorted list, which takes three times as long as the products.
+        best_Qk = np.empty((len(queries_QD), 0), np.float32)
+        for start in range(0, len(sample_mD), SAMPLE_BLOCK):
+            scores_Qb = queries_QD @ sample_mD[start : start + SAMPLE_BLOCK].T
+            best_Qk = np.hstack([best_Qk, scores_Qb]) if start else scores_Qb
+            if best_Qk.shape[1] > k:
+                best_Qk.partition(best_Qk.shape[1] - k, axis=1)
+                best_Qk = best_Qk[:, -k:]
+        bounds_Q: Floats = best_Qk.min(axis=1)
         return bounds_Q
 
     def pairs_above(self, queries_QD: Floats, radius_Q: Floats) -> Iterator[Pairs]:

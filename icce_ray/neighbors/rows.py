@@ -76,7 +76,7 @@ class Rows:
 
 def part_ranges(num_images: int) -> list[tuple[int, int]]:
     """Row ranges of the graph's parts. They depend on N only, so that any number of workers makes the same parts."""
-    per_part = min(MAX_ROWS_PER_PART, QUERY_BLOCK * max(1, round(num_images / 64 / QUERY_BLOCK)))
+    per_part = min(MAX_ROWS_PER_PART, QUERY_BLOCK * max(1, round(num_images / 16 / QUERY_BLOCK)))
     return [(start, min(start + per_part, num_images)) for start in range(0, num_images, per_part)]
 
 
@@ -116,9 +116,11 @@ def merge_shards(
     rows, duplicates = [], []
     for queries, *answers_of_block in zip(_blocks(prepared, ids, leader_N), *answers, strict=True):
         merged = merge(answers_of_block, queries, prepared, rule)
-        order_P = np.lexsort((merged.pairs.ids_P, merged.pairs.rows_P))
+        # Sorted as one number, which takes a tenth of the time of sorting by two.
+        keys_P = np.sort(merged.pairs.rows_P * np.int64(len(prepared)) + merged.pairs.ids_P)
         lengths_Q = np.bincount(merged.pairs.rows_P, minlength=len(queries)).astype(np.int64)
-        rows.append(Rows(lengths_Q, merged.pairs.ids_P[order_P].astype(dtype), merged.num_hits_Q))
+        indices_P = keys_P - np.repeat(np.arange(len(queries)) * len(prepared), lengths_Q)
+        rows.append(Rows(lengths_Q, indices_P.astype(dtype), merged.num_hits_Q))
         found = merged.duplicates
         duplicates.append(DuplicatePairs(queries.ids_Q[found.rows_P], found.ids_P, found.units_P))
     return Rows.join(rows), DuplicatePairs.join(duplicates)

@@ -53,6 +53,10 @@ class PairList:
         return len(self.rows_P)
 
     def take(self, chosen: npt.NDArray[np.integer | np.bool_]) -> PairList:
+        if chosen.dtype == bool:
+            chosen = np.flatnonzero(chosen)  # once, not for each array
+            if len(chosen) == len(self):
+                return self
         return PairList(self.rows_P[chosen], self.ids_P[chosen], self.scores_P[chosen], self.is_hit_P[chosen])
 
     @staticmethod

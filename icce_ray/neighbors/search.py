@@ -84,8 +84,9 @@ def search(engine: Engine, queries: Queries, rule: Rule) -> Candidates:
         radius_Q[is_zero_Q] = np.inf
         held.append(_lowest_ids(engine.ids_n, np.flatnonzero(is_zero_Q), queries.excluded_Q, rule.min_neighbors))
     for rows_P, ids_P, scores_P in engine.pairs_above(features_QD, radius_Q):
-        is_other_P = ids_P != queries.excluded_Q[rows_P]
-        rows_P, ids_P, scores_P = rows_P[is_other_P], ids_P[is_other_P], scores_P[is_other_P]
+        other_P = np.flatnonzero(ids_P != queries.excluded_Q[rows_P])
+        if len(other_P) < len(rows_P):
+            rows_P, ids_P, scores_P = rows_P[other_P], ids_P[other_P], scores_P[other_P]
         is_hit_P = _reaches(rule.threshold, rows_P, ids_P, scores_P, error, exact)
         num_hits_Q += np.bincount(rows_P[is_hit_P], minlength=num_queries)
         duplicates.append(_duplicates(rule, queries, rows_P, ids_P, scores_P, error, exact))
@@ -164,7 +165,8 @@ def _duplicates(
 ) -> DuplicateList:
     if rule.duplicate_threshold is None:
         return DuplicateList.join([])
-    near_P = np.flatnonzero((scores_P >= rule.duplicate_threshold - error) & (ids_P < queries.ids_Q[rows_P]))
+    near_P = np.flatnonzero(scores_P >= rule.duplicate_threshold - error)
+    near_P = near_P[ids_P[near_P] < queries.ids_Q[rows_P[near_P]]]
     rows_P, ids_P = rows_P[near_P], ids_P[near_P]
     units_P = exact(rows_P, ids_P)
     is_near_P = units_P >= round(rule.duplicate_threshold / RESOLUTION)

@@ -31,6 +31,7 @@ def lists_found(
 @pytest.fixture
 def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine_module, "BASE_BLOCK", 70)
+    monkeypatch.setattr(engine_module, "SAMPLE_BLOCK", 7)
     monkeypatch.setattr(search_module, "PAIRS_HELD", 500)
     monkeypatch.setattr(search_module, "QUERY_BLOCK", 50)
     monkeypatch.setattr(search_module, "CHUNK_ELEMENTS", 5 * 64)
@@ -152,6 +153,21 @@ def test_a_zero_query_gets_the_lowest_ids() -> None:
     similarities, ids = most_similar(prepare(rows, center=False), np.array([1]), 3)
     assert ids.tolist() == [[0, 2, 3]]
     assert similarities.tolist() == [[0.0, 0.0, 0.0]]
+
+
+@pytest.mark.parametrize("block", [7, 64, 4096])
+@pytest.mark.parametrize("k", [1, 5, 30])
+def test_the_bound_is_the_kth_score_of_the_sample(k: int, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_module, "SAMPLE_BLOCK", block)
+    prepared = prepare(reference.awkward_features(900, 9), center=True)
+    queries = prepared[:40]
+    sample = prepared[:][engine_module.sample_rows(900, k)]
+    assert len(sample) < 900
+    expected = np.sort(queries @ sample.T, axis=1)[:, -k]
+    bounds = FaissEngine(prepared, np.arange(900)).lower_bounds(queries, k)
+    np.testing.assert_allclose(bounds, expected, atol=1e-6)
+    # With too few images to tell, everything is looked at.
+    assert (FaissEngine(prepared, np.arange(k - 1)).lower_bounds(queries, k) == -np.inf).all()
 
 
 @pytest.mark.parametrize("engine", ENGINES)
