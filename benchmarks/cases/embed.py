@@ -3,8 +3,8 @@
 Each run is a process of its own, timed from its start until its result is on disk: imports, the building of the model,
 reading, decoding, embedding, writing; for the stage also Ray's start, listing, hashing, Parquet and manifests. What
 that costs besides the images is measured with a handful of them. Rates are of the images beyond those; the stage's
-fixed overhead is what its handful takes longer than the loop's. Ending Ray, which a run does once, after its last
-stage, is shown by itself.
+fixed overhead is what its handful takes longer than the loop's. Two things are shown by themselves: the first run on a
+machine, which has to find out what the network is like, and ending Ray, which a run does once, after its last stage.
 
 On a GPU, where there is one, the network runs alone instead, against the matmul peak measured beside it.
 """
@@ -49,6 +49,8 @@ def run(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, bool]]:
     with tempfile.TemporaryDirectory(prefix="icce_ray-embed-") as folder:
         for size in (few, count):
             write_photos(Path(folder) / str(size), size)
+        os.environ["ICCE_CACHE"] = f"{folder}/cache"
+        first_s, _ = _measured("stage", f"{folder}/{few}", settings | {"workers": None, "output": f"{folder}/first"})
         for repeat in range(settings["repeats"]):
             for name, workers in kinds.items():
                 for size, measured in seconds[name].items():
@@ -63,16 +65,17 @@ def run(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, bool]]:
     share = rates["stage"] / rates[plain]
     overhead_s = median["stage"][few] - median[plain][few]
     share_of_all = median[plain][count] / median["stage"][count]
-    end_s = float(np.median(ending_s["stage"]))
+    first_overhead_s, end_s = first_s - median[plain][few], float(np.median(ending_s["stage"]))
     print(f"images/s: {rates}")
     print(
         f"stage: {share:.2f} of the loop's images/s, {overhead_s:.1f} s more fixed; with that, over {count} images, "
-        f"{share_of_all:.2f}; {end_s:.1f} s to end Ray"
+        f"{share_of_all:.2f}; {first_overhead_s:.1f} s on a machine's first run; {end_s:.1f} s to end Ray"
     )
     figures = {
         "images_per_s": rates,
         "share": share,
         "overhead_s": overhead_s,
+        "first_overhead_s": first_overhead_s,
         "share_with_overhead": share_of_all,
         "seconds": seconds,
         "ending_s": ending_s,

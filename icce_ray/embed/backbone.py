@@ -29,6 +29,7 @@ from icce_ray.embed.networks import (
     extract_features,
     find_batch_size,
 )
+from icce_ray.embed.plan_cache import remembered
 from icce_ray.embed.weights import check_hub, check_weights, load_weights, no_hub, weights_digest
 from icce_ray.errors import ConfigError, UserError
 
@@ -106,7 +107,8 @@ def plan_embedding(embed: EmbedConfig) -> EmbeddingPlan:
 
 
 def plan_backbone(embed: BackboneConfig) -> BackbonePlan:
-    """Features, dimension and preprocessing of a backbone, found without weights (on torch's meta device).
+    """Features, dimension and preprocessing of a backbone, found without weights (on torch's meta device), and
+    remembered.
 
     Usage: ``dim = plan_backbone(config.embed).dim``
 
@@ -119,9 +121,16 @@ def plan_backbone(embed: BackboneConfig) -> BackbonePlan:
         raise ConfigError(f"embed.grayscale: only for backbone {PIXELS!r}; {embed.backbone} takes three channels")
     if embed.weights not in (None, RANDOM_WEIGHTS):
         check_weights(embed.weights)
+    size = image_size(embed)
+    if ":" in embed.backbone:  # on a hub or a disk, where it may change
+        return _plan_network(embed, size)
+    asked = {"backbone": embed.backbone, "image_size": size, "features": embed.features}
+    return remembered(BackbonePlan, asked, lambda: _plan_network(embed, size))
+
+
+def _plan_network(embed: BackboneConfig, size: int) -> BackbonePlan:
     import torch
 
-    size = image_size(embed)
     try:
         with torch.device("meta"):
             model = _create(embed.backbone, size)

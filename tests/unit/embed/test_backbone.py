@@ -18,7 +18,8 @@ from safetensors.torch import save_file
 from timm.data import create_transform, resolve_model_data_config
 
 from icce_ray.config import Config
-from icce_ray.embed import weights
+from icce_ray.embed import backbone as backbone_module
+from icce_ray.embed import plan_cache, weights
 from icce_ray.embed.backbone import check_backbone, embed_settings, make_backbone, plan_backbone
 from icce_ray.embed.images import decode_image
 from icce_ray.errors import ConfigError, ResourceError
@@ -96,6 +97,69 @@ def test_a_model_without_tokens_gives_its_pooled_features(name: str) -> None:
     assert backbone.dim == expected.shape[1]
     np.testing.assert_allclose(backbone.embed(images), expected, rtol=2e-3, atol=2e-3)
     assert plan_backbone(config_for(name).embed).features == "pooled"
+
+
+@pytest.fixture
+def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The models that were made, with an empty cache."""
+    monkeypatch.setenv("ICCE_CACHE", str(tmp_path))
+    made: list[str] = []
+
+    def create(name: str, size: int) -> Any:
+        made.append(name)
+        return original(name, size)
+
+    original = backbone_module._create
+    monkeypatch.setattr(backbone_module, "_create", create)
+    return made
+
+
+def test_a_plan_is_made_once_for_each_question(asked: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    questions: list[dict[str, Any]] = [{}, {"features": "last4"}, {"image_size": 96}]
+    first = [plan_backbone(config_for("test_vit", **question).embed) for question in questions]
+    assert len(asked) == 3
+    assert len({plan.dim for plan in first}) == 2
+    assert [plan_backbone(config_for("test_vit", **question).embed) for question in questions] == first
+    assert len(asked) == 3
+    monkeypatch.setattr(plan_cache, "version", lambda _: "another timm")
+    assert plan_backbone(config_for("test_vit").embed) == first[0]
+    assert len(asked) == 4
+
+
+def test_a_plan_that_was_damaged_or_cannot_be_kept_is_made_again(
+    asked: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = plan_backbone(config_for("test_vit").embed)
+    (kept,) = (tmp_path / "backbones").iterdir()
+    for damaged in (b"", b"{}", kept.read_bytes().replace(b"dim", b"din")):
+        kept.write_bytes(damaged)
+        assert plan_backbone(config_for("test_vit").embed) == plan
+    assert len(asked) == 4
+    (tmp_path / "file").write_bytes(b"")
+    monkeypatch.setenv("ICCE_CACHE", str(tmp_path / "file"))
+    assert plan_backbone(config_for("test_vit").embed) == plan
+    assert len(asked) == 5
+
+
+def test_what_lies_elsewhere_may_change_and_is_planned_each_time(asked: list[str], tmp_path: Path) -> None:
+    for _ in range(2):
+        with pytest.raises(Exception, match="nowhere"):
+            plan_backbone(config_for(f"local-dir:{tmp_path}/nowhere").embed)
+    assert len(asked) >= 2
+    assert not (tmp_path / "backbones").exists()
+
+
+def test_a_plan_that_is_known_needs_no_timm(asked: list[str]) -> None:
+    plan_backbone(config_for("test_vit").embed)
+    code = (
+        "import sys\n"
+        "from icce_ray.config import Config\n"
+        "from icce_ray.embed.backbone import check_backbone\n"
+        "embed = {'backbone': 'test_vit', 'image_size': 64, 'weights': 'random'}\n"
+        "check_backbone(Config(output='x', num_clusters=2, images={'uri': 'x'}, embed=embed))\n"
+        "assert 'torch' not in sys.modules and 'timm' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_pixels_are_flattened_and_scaled_to_one_without_torch() -> None:

@@ -1,0 +1,40 @@
+"""What was found out about networks on this machine before. To find it out, timm is imported, which takes seconds; a
+command that only looks at what is finished, or a driver whose workers hold the network, does without.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from contextlib import suppress
+from importlib.metadata import version
+from typing import Any, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
+
+from icce_ray.store import Folder
+from icce_ray.store.artifact import cache_folder
+
+VERSION = 1
+T = TypeVar("T")
+
+
+def remembered(kind: type[T], asked: dict[str, Any], find_out: Callable[[], T]) -> T:
+    """What `find_out` returned when `asked` was asked before, with this version of timm; else what it returns now.
+
+    Args:
+        kind: the dataclass that it returns.
+        asked: all that the answer depends on, JSON-able.
+        find_out: takes seconds. What it raises is not remembered.
+    """
+    question = json.dumps([asked, version("timm"), VERSION], sort_keys=True)
+    name = f"{hashlib.sha256(question.encode()).hexdigest()[:32]}.json"
+    adapter = TypeAdapter(kind)
+    folder = Folder.at(cache_folder() / "backbones")
+    with suppress(OSError, ValidationError):
+        return adapter.validate_json(folder.read_bytes(name))
+    found = find_out()
+    with suppress(OSError):  # a full or read-only cache costs seconds the next time
+        folder.write_bytes(name, adapter.dump_json(found))
+    return found
