@@ -174,7 +174,7 @@ def test_a_killed_sweep_goes_on_by_the_same_command_and_leaves_what_was_finished
     ray_cluster: None, data: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    space = {"heads.learning_rate": [1e-3, 2e-3, 3e-3]}
+    space = {"heads.learning_rate": [1e-3, 3e-3]}
     address = ray.get_runtime_context().gcs_address
     base = {"heads": HEADS | {"num_epochs": 30}, "resources": {"ray_address": address}}
     swept = sweep_of(data, out, space, base=base, seeds=[0, 1], max_concurrent=1)
@@ -186,14 +186,14 @@ def test_a_killed_sweep_goes_on_by_the_same_command_and_leaves_what_was_finished
         process.kill()
     assert process.returncode == -signal.SIGKILL
     before = {path: path.stat().st_mtime_ns for path in out.glob("*/*/manifest.json")}
-    assert 2 <= len([path for path in before if path.parts[-3] == "proxies"]) < 6
+    assert 2 <= len([path for path in before if path.parts[-3] == "proxies"]) < 4
 
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
-    assert (result["num_trials"], result["num_failed"]) == (3, 0)
+    assert (result["num_trials"], result["num_failed"]) == (2, 0)
     assert {path: path.stat().st_mtime_ns for path in before} == before
-    assert {stage: len(finished(out, stage)) for stage in ("heads", "proxies")} == {"heads": 6, "proxies": 6}
+    assert {stage: len(finished(out, stage)) for stage in ("heads", "proxies")} == {"heads": 4, "proxies": 4}
     rows = pq.read_table(result["table"]).to_pylist()
     assert all(row["status"] == "finished" and 0 <= row["stability"] <= 1 for row in rows)
 

@@ -1,0 +1,129 @@
+"""`ray job submit`, as the README says it, to a head that was started by `ray start`."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from icce_ray.pipeline import STAGES
+
+from .hosts import Host, process_table
+from .stages import wait_for
+from .test_run import NUM_CLASSES, NUM_IMAGES, read_assignments, write_config, write_images
+
+pytestmark = pytest.mark.slow
+
+RAY = [sys.executable, "-m", "ray.scripts.scripts"]
+JOB = ["python", "-m", "icce_ray.run", "run.yaml"]
+EXIT_CODE = "import sys; from ray.job_submission import *; print(JobSubmissionClient().get_job_info(sys.argv[1]).{})"
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port: int = server.getsockname()[1]
+    return port
+
+
+@pytest.fixture(scope="module")
+def environment() -> Iterator[dict[str, str]]:
+    """Of whoever uses the head: its user's home, with the token that Ray made, and the address of its dashboard."""
+    home = Path(tempfile.mkdtemp(prefix="ij-", dir="/tmp"))  # Ray's sockets allow no long paths
+    port, dashboard = free_port(), free_port()
+    there = os.environ | {
+        "HOME": str(home),
+        "ICCE_CACHE": str(home / "cache"),
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}",
+        "RAY_BACKEND_LOG_LEVEL": "fatal",
+    }
+    options = [
+        f"--port={port}", f"--dashboard-port={dashboard}", "--num-cpus=2", f"--temp-dir={home}/ray",
+        "--object-store-memory=200000000", "--min-worker-port=0", "--max-worker-port=0",
+        "--dashboard-agent-listen-port=0", "--disable-usage-stats",
+    ]  # fmt: skip
+    log = (home / "head.log").open("wb")
+    head = subprocess.Popen([*RAY, "start", "--head", "--block", *options], env=there, stdout=log, stderr=log)
+
+    def answers() -> bool:
+        assert head.poll() is None, (home / "head.log").read_text()
+        with suppress(OSError):
+            try:
+                urllib.request.urlopen(f"{there['RAY_API_SERVER_ADDRESS']}/api/version", timeout=5)
+            except urllib.error.HTTPError:  # it wants a token
+                return True
+            return True
+        return False
+
+    wait_for(answers)
+    yield there
+    # Asked to end, it takes half a minute.
+    for pid in Host("head", "127.0.0.1", head, there, home).processes(process_table()):
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    head.wait()
+    shutil.rmtree(home, ignore_errors=True)
+
+
+def submit(name: str, folder: Path, environment: dict[str, str], *words: str) -> subprocess.CompletedProcess[str]:
+    """`words`: options of `ray job submit`, then of the job."""
+    options = [word for word in words if word == "--no-wait"]
+    settings = [word for word in words if word not in options]
+    command = [*RAY, "job", "submit", "--working-dir", ".", "--submission-id", name, *options, "--", *JOB, *settings]
+    return subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, check=False, timeout=300
+    )
+
+
+def told(name: str, what: str, environment: dict[str, str]) -> str:
+    """What Ray says of a job, such as its driver's exit code."""
+    command = [sys.executable, "-c", EXIT_CODE.format(what), name]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+def test_a_job_that_was_stopped_goes_on_by_the_same_command(tmp_path: Path, environment: dict[str, str]) -> None:
+    write_images(tmp_path / "photos")
+    (tmp_path / "place").mkdir()
+    write_config(tmp_path)
+    (tmp_path / "run.yaml").rename(tmp_path / "place" / "run.yaml")
+    place = tmp_path / "place"
+
+    first = submit("first", place, environment, "--no-wait", "--set", "heads.num_epochs=2000")
+    assert first.returncode == 0, first.stderr
+    wait_for(lambda: any(tmp_path.glob("out/heads/*/metrics.jsonl")))
+    stopped = subprocess.run([*RAY, "job", "stop", "first"], env=environment, capture_output=True, text=True)
+    assert stopped.returncode == 0, stopped.stderr
+    assert told("first", "status.name", environment) == "STOPPED"
+    assert not any(tmp_path.glob("out/heads/*/manifest.json"))
+
+    second = submit("second", place, environment, "--json")
+    assert second.returncode == 0, second.stdout + second.stderr
+    assert told("second", "driver_exit_code", environment) == "0"
+    result = json.loads(next(line for line in second.stdout.splitlines() if line.startswith('{"run"')))
+    before_heads = [stage.name for stage in STAGES[: [stage.name for stage in STAGES].index("heads")]]
+    assert result["finished_before"] == before_heads
+    assert (result["num_images"], result["num_clusters"]) == (NUM_IMAGES + 3, NUM_CLASSES)
+    assert len(read_assignments(result["assignments"])["uri"]) == NUM_IMAGES
+
+
+def test_the_drivers_exit_code_tells_a_mistake(tmp_path: Path, environment: dict[str, str]) -> None:
+    write_images(tmp_path / "photos")
+    write_config(tmp_path)
+    done = submit("mistaken", tmp_path, environment, "--set", "num_clusters=1000")
+    assert done.returncode == 1
+    assert told("mistaken", "driver_exit_code", environment) == "2"
+    assert "1000" in done.stdout
+    assert "Traceback" not in done.stdout
