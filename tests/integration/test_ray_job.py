@@ -46,6 +46,7 @@ def environment() -> Iterator[dict[str, str]]:
         "HOME": str(home),
         "ICCE_CACHE": str(home / "cache"),
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "RAY_AUTH_MODE": "token",
         "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}",
         "RAY_BACKEND_LOG_LEVEL": "fatal",
     }
@@ -54,6 +55,7 @@ def environment() -> Iterator[dict[str, str]]:
         "--object-store-memory=200000000", "--min-worker-port=0", "--max-worker-port=0",
         "--dashboard-agent-listen-port=0", "--disable-usage-stats",
     ]  # fmt: skip
+    subprocess.run([*RAY, "get-auth-token", "--generate"], env=there, capture_output=True, check=True)
     log = (home / "head.log").open("wb")
     head = subprocess.Popen([*RAY, "start", "--head", "--block", *options], env=there, stdout=log, stderr=log)
 
