@@ -149,7 +149,8 @@ def retry(config: Config, context: StageContext, artifact: Artifact) -> dict[str
 
 
 def _plan_and_connect(config: Config) -> EmbeddingPlan:
-    """Both take seconds: one imports the networks' libraries, the other waits for Ray's processes."""
+    """Both can take seconds: one imports the networks' libraries where their plan is not known yet, the other waits for
+    Ray's processes."""
     with ThreadPoolExecutor(1) as threads:
         planned = threads.submit(plan_embedding, config.embed)
         connect(config.resources)

@@ -4,8 +4,6 @@ command that only looks at what is finished, or a driver whose workers hold the 
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable
 from contextlib import suppress
 from importlib.metadata import version
@@ -13,7 +11,7 @@ from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
-from icce_ray.store import Folder
+from icce_ray.store import Folder, fingerprint
 from icce_ray.store.artifact import cache_folder
 
 VERSION = 1
@@ -28,8 +26,7 @@ def remembered(kind: type[T], asked: dict[str, Any], find_out: Callable[[], T]) 
         asked: all that the answer depends on, JSON-able.
         find_out: takes seconds. What it raises is not remembered.
     """
-    question = json.dumps([asked, version("timm"), VERSION], sort_keys=True)
-    name = f"{hashlib.sha256(question.encode()).hexdigest()[:32]}.json"
+    name = f"{fingerprint('backbone', VERSION, asked | {'timm': version('timm')}, {})}.json"
     adapter = TypeAdapter(kind)
     folder = Folder.at(cache_folder() / "backbones")
     with suppress(OSError, ValidationError):

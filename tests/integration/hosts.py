@@ -85,8 +85,7 @@ class Hosts:
             run(["ip", "address", "add", f"{SUBNET}.1/24", "dev", "br0"])
             run(["ip", "link", "set", "br0", "up"])
         else:
-            with socket.create_server(("127.0.0.1", 0)) as server:
-                self.port = server.getsockname()[1]
+            self.port = free_port()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -207,6 +206,13 @@ def own_temporary_folders() -> list[str]:
 def run(command: Sequence[str]) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"{' '.join(command)}: {done.stderr}"
+
+
+def free_port() -> int:
+    """At which nothing listens on this machine now."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port: int = server.getsockname()[1]
+    return port
 
 
 def process_table() -> dict[int, int]:

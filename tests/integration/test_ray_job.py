@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -18,23 +17,15 @@ from pathlib import Path
 
 import pytest
 
-from icce_ray.pipeline import STAGES
-
-from .hosts import Host, process_table
+from .hosts import Host, free_port, process_table
 from .stages import wait_for
-from .test_run import NUM_CLASSES, NUM_IMAGES, read_assignments, write_config, write_images
+from .test_run import NUM_CLASSES, NUM_IMAGES, STAGE_NAMES, read_assignments, write_config, write_images
 
 pytestmark = pytest.mark.slow
 
 RAY = [sys.executable, "-m", "ray.scripts.scripts"]
 JOB = ["python", "-m", "icce_ray.run", "run.yaml"]
-EXIT_CODE = "import sys; from ray.job_submission import *; print(JobSubmissionClient().get_job_info(sys.argv[1]).{})"
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port: int = server.getsockname()[1]
-    return port
+JOB_INFO = "import sys; from ray.job_submission import *; print(JobSubmissionClient().get_job_info(sys.argv[1]).{})"
 
 
 @pytest.fixture(scope="module")
@@ -61,13 +52,13 @@ def environment() -> Iterator[dict[str, str]]:
 
     def answers() -> bool:
         assert head.poll() is None, (home / "head.log").read_text()
-        with suppress(OSError):
-            try:
-                urllib.request.urlopen(f"{there['RAY_API_SERVER_ADDRESS']}/api/version", timeout=5)
-            except urllib.error.HTTPError:  # it wants a token
-                return True
+        try:
+            urllib.request.urlopen(f"{there['RAY_API_SERVER_ADDRESS']}/api/version", timeout=5)
+        except urllib.error.HTTPError:  # it wants a token
             return True
-        return False
+        except OSError:
+            return False
+        return True
 
     wait_for(answers)
     yield there
@@ -79,19 +70,19 @@ def environment() -> Iterator[dict[str, str]]:
     shutil.rmtree(home, ignore_errors=True)
 
 
-def submit(name: str, folder: Path, environment: dict[str, str], *words: str) -> subprocess.CompletedProcess[str]:
-    """`words`: options of `ray job submit`, then of the job."""
-    options = [word for word in words if word == "--no-wait"]
-    settings = [word for word in words if word not in options]
-    command = [*RAY, "job", "submit", "--working-dir", ".", "--submission-id", name, *options, "--", *JOB, *settings]
+def submit(
+    name: str, folder: Path, environment: dict[str, str], *settings: str, wait: bool = True
+) -> subprocess.CompletedProcess[str]:
+    options = ["--working-dir", ".", "--submission-id", name, *([] if wait else ["--no-wait"])]
     return subprocess.run(
-        command, cwd=folder, env=environment, capture_output=True, text=True, check=False, timeout=300
-    )
+        [*RAY, "job", "submit", *options, "--", *JOB, *settings],
+        cwd=folder, env=environment, capture_output=True, text=True, check=False, timeout=300,
+    )  # fmt: skip
 
 
 def told(name: str, what: str, environment: dict[str, str]) -> str:
     """What Ray says of a job, such as its driver's exit code."""
-    command = [sys.executable, "-c", EXIT_CODE.format(what), name]
+    command = [sys.executable, "-c", JOB_INFO.format(what), name]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     return done.stdout.strip()
 
@@ -103,7 +94,7 @@ def test_a_job_that_was_stopped_goes_on_by_the_same_command(tmp_path: Path, envi
     (tmp_path / "run.yaml").rename(tmp_path / "place" / "run.yaml")
     place = tmp_path / "place"
 
-    first = submit("first", place, environment, "--no-wait", "--set", "heads.num_epochs=2000")
+    first = submit("first", place, environment, "--set", "heads.num_epochs=2000", wait=False)
     assert first.returncode == 0, first.stderr
     wait_for(lambda: any(tmp_path.glob("out/heads/*/metrics.jsonl")))
     stopped = subprocess.run([*RAY, "job", "stop", "first"], env=environment, capture_output=True, text=True)
@@ -115,8 +106,7 @@ def test_a_job_that_was_stopped_goes_on_by_the_same_command(tmp_path: Path, envi
     assert second.returncode == 0, second.stdout + second.stderr
     assert told("second", "driver_exit_code", environment) == "0"
     result = json.loads(next(line for line in second.stdout.splitlines() if line.startswith('{"run"')))
-    before_heads = [stage.name for stage in STAGES[: [stage.name for stage in STAGES].index("heads")]]
-    assert result["finished_before"] == before_heads
+    assert result["finished_before"] == STAGE_NAMES[: STAGE_NAMES.index("heads")]
     assert (result["num_images"], result["num_clusters"]) == (NUM_IMAGES + 3, NUM_CLASSES)
     assert len(read_assignments(result["assignments"])["uri"]) == NUM_IMAGES
 
