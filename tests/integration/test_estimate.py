@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from icce_ray.cli import main
+
 
 @pytest.mark.slow
-def test_an_estimate_embeds_a_sample_and_leaves_only_the_listing(tmp_path: Path) -> None:
+def test_an_estimate_embeds_a_sample_and_leaves_only_the_listing(
+    ray_cluster: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "photos").mkdir()
     for number in range(90):
         pixels = np.random.default_rng(number).integers(0, 256, (8, 8, 3), dtype=np.uint8)
@@ -26,14 +28,13 @@ def test_an_estimate_embeds_a_sample_and_leaves_only_the_listing(tmp_path: Path)
         "heads": {"num_heads": 4},
     }
     (tmp_path / "run.yaml").write_text(json.dumps(settings))
-    command = [sys.executable, "-m", "icce_ray.cli", "estimate", str(tmp_path / "run.yaml"), "--samples", "40"]
-    done = subprocess.run([*command, "--json"], capture_output=True, text=True, check=False, timeout=200)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
+    assert main(["estimate", str(tmp_path / "run.yaml"), "--samples", "40", "--json"]) == 0
+    said = capsys.readouterr().out
+    found = json.loads(said.splitlines()[-1])
     assert (found["num_images"], found["num_sampled"], found["sampled_errors"]) == (90, 40, 0)
     assert found["images_per_s"] > 0
     assert found["matrix_bytes"] == 90 * 8 * 8 * 3 * 2
     assert found["labels_bytes"] == 4 * 90 * 2
     assert found["cpus"] >= 1
-    assert "images/s" in done.stdout
+    assert "images/s" in said
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["images"]

@@ -19,6 +19,7 @@ from PIL import Image
 
 from icce_ray.config import load_config
 from icce_ray.pipeline import STAGES, PlannedStage, plan, run_name
+from icce_ray.run import main
 from icce_ray.status import RunStatus, find_status
 from icce_ray.store import Folder
 
@@ -81,31 +82,53 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
     return folder, json.loads(done.stdout.splitlines()[-1]), done.stderr
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["run.yaml", "--set", "heads.num_head=3"], "heads.num_head: unknown setting; did you mean num_heads"),
-        (["run.yaml", "--set", "images.uri=nowhere"], "nowhere"),
-        (["run.yaml", "--set", "embed.backbone=resnet5"], "resnet50"),
-        (["run.yaml", "--set", "evaluate.labels=nowhere.npy"], "nowhere.npy"),
-        (["run.yaml", "--set", "resources.heads.num_workers=50", "--set", "resources.num_cpus=2"], "50 workers, but"),
-        (["run.yaml", "--set", "num_clusters=1000"], "1000"),
-        (["run.yaml", "--set", "resources.ray_address=127.0.0.1:1"], "no Ray answers at '127.0.0.1:1'"),
-        (["nothing.yaml"], "nothing.yaml: there is no such config file"),
-        (["--nonsense"], "--nonsense"),
-    ],
-)
+MISTAKES = [
+    (["run.yaml", "--set", "heads.num_head=3"], "heads.num_head: unknown setting; did you mean num_heads"),
+    (["run.yaml", "--set", "images.uri=nowhere"], "nowhere"),
+    (["run.yaml", "--set", "embed.backbone=resnet5"], "resnet50"),
+    (["run.yaml", "--set", "evaluate.labels=nowhere.npy"], "nowhere.npy"),
+    (["run.yaml", "--set", "num_clusters=1000"], "1000"),
+    (["nothing.yaml"], "nothing.yaml: there is no such config file"),
+]
+BEFORE_RAY_IS_STARTED = [
+    (["run.yaml", "--set", "resources.heads.num_workers=50", "--set", "resources.num_cpus=2"], "50 workers, but"),
+    (["run.yaml", "--set", "resources.ray_address=127.0.0.1:1"], "no Ray answers at '127.0.0.1:1'"),
+    (["--nonsense"], "--nonsense"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), MISTAKES)
 @pytest.mark.slow
-def test_a_mistake_costs_seconds_and_is_one_message_with_exit_code_2(
+def test_a_mistake_is_one_message_with_exit_code_2(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    message: str,
+) -> None:
+    write_images(tmp_path / "photos")
+    write_config(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    assert_is_one_message(capsys.readouterr().err, message)
+
+
+@pytest.mark.parametrize(("arguments", "message"), BEFORE_RAY_IS_STARTED)
+@pytest.mark.slow
+def test_a_mistake_about_ray_is_one_message_of_a_process_with_exit_code_2(
     tmp_path: Path, arguments: list[str], message: str
 ) -> None:
     write_images(tmp_path / "photos")
     write_config(tmp_path)
     done = run_job(*arguments, folder=tmp_path)
     assert done.returncode == 2, done.stderr
-    assert message in done.stderr
-    assert "Traceback" not in done.stderr
-    assert message in done.stderr.splitlines()[-1]
+    assert_is_one_message(done.stderr, message)
+
+
+def assert_is_one_message(said: str, message: str) -> None:
+    assert message in said
+    assert "Traceback" not in said
+    assert message in said.splitlines()[-1]
 
 
 @pytest.mark.slow
