@@ -48,8 +48,8 @@ def environment() -> Iterator[dict[str, str]]:
         "--dashboard-agent-listen-port=0", "--disable-usage-stats",
     ]  # fmt: skip
     subprocess.run([*RAY, "get-auth-token", "--generate"], env=there, capture_output=True, check=True)
-    log = (home / "head.log").open("wb")
-    head = subprocess.Popen([*RAY, "start", "--head", "--block", *options], env=there, stdout=log, stderr=log)
+    with (home / "head.log").open("wb") as log:
+        head = subprocess.Popen([*RAY, "start", "--head", "--block", *options], env=there, stdout=log, stderr=log)
 
     def answers() -> bool:
         assert head.poll() is None, (home / "head.log").read_text()
@@ -61,14 +61,16 @@ def environment() -> Iterator[dict[str, str]]:
             return False
         return True
 
-    wait_for(answers)
-    yield there
-    # Asked to end, it takes half a minute.
-    for pid in Host("head", "127.0.0.1", head, there, home).processes(process_table()):
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-    head.wait()
-    shutil.rmtree(home, ignore_errors=True)
+    try:
+        wait_for(answers)
+        yield there
+    finally:
+        # Asked to end, it takes half a minute.
+        for pid in Host("head", "127.0.0.1", head, there, home).processes(process_table()):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        head.wait()
+        shutil.rmtree(home, ignore_errors=True)
 
 
 def submit(

@@ -90,37 +90,42 @@ MISTAKES = [
     (["run.yaml", "--set", "num_clusters=1000"], "1000"),
     (["nothing.yaml"], "nothing.yaml: there is no such config file"),
 ]
-BEFORE_RAY_IS_STARTED = [
+MISTAKES_OF_A_PROCESS = [
     (["run.yaml", "--set", "resources.heads.num_workers=50", "--set", "resources.num_cpus=2"], "50 workers, but"),
     (["run.yaml", "--set", "resources.ray_address=127.0.0.1:1"], "no Ray answers at '127.0.0.1:1'"),
     (["--nonsense"], "--nonsense"),
 ]
+"""The Ray of this process would be taken for the one meant; of an unknown option argparse ends the process."""
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    """A folder with a run that has not begun."""
+    write_images(tmp_path / "photos")
+    write_config(tmp_path)
+    return tmp_path
 
 
 @pytest.mark.parametrize(("arguments", "message"), MISTAKES)
 @pytest.mark.slow
 def test_a_mistake_is_one_message_with_exit_code_2(
-    tmp_path: Path,
+    place: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     arguments: list[str],
     message: str,
 ) -> None:
-    write_images(tmp_path / "photos")
-    write_config(tmp_path)
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.chdir(place)
     assert main(arguments) == 2
     assert_is_one_message(capsys.readouterr().err, message)
 
 
-@pytest.mark.parametrize(("arguments", "message"), BEFORE_RAY_IS_STARTED)
+@pytest.mark.parametrize(("arguments", "message"), MISTAKES_OF_A_PROCESS)
 @pytest.mark.slow
-def test_a_mistake_about_ray_is_one_message_of_a_process_with_exit_code_2(
-    tmp_path: Path, arguments: list[str], message: str
+def test_a_mistake_ends_the_process_with_one_message_and_exit_code_2(
+    place: Path, arguments: list[str], message: str
 ) -> None:
-    write_images(tmp_path / "photos")
-    write_config(tmp_path)
-    done = run_job(*arguments, folder=tmp_path)
+    done = run_job(*arguments, folder=place)
     assert done.returncode == 2, done.stderr
     assert_is_one_message(done.stderr, message)
 
