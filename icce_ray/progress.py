@@ -8,7 +8,6 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 PLAIN_INTERVAL_S = 5.0
 TERMINAL_INTERVAL_S = 0.2
@@ -115,8 +114,8 @@ class Progress:
 
 
 class ProgressBoard:
-    """A place on the cluster where workers say how far they are. Not beside the trainer: its process would have to
-    import all that the trainer does."""
+    """A place where a worker says how far it is, and others ask. For several workers it is an actor: not beside the
+    trainer, whose process would have to import all that they do."""
 
     def __init__(self, stage: str) -> None:
         self.stage = stage
@@ -133,14 +132,19 @@ class ProgressBoard:
 
 
 class BoardProgress(Progress):
-    """Progress that goes to the board instead of the worker's own terminal."""
+    """Progress that goes to a board instead of the worker's own terminal.
 
-    def __init__(self, board: Any) -> None:
-        super().__init__("heads", quiet=True)
-        self.board = board
+    Args:
+        stage: the board's.
+        post: its method, or a remote call of that.
+    """
+
+    def __init__(self, stage: str, post: Callable[[int, int, str], object]) -> None:
+        super().__init__(stage, quiet=True)
+        self._post = post
 
     def update(self, done: int, total: int, note: str = "", num_errors: int = 0) -> None:
-        self.board.post.remote(done, total, note)
+        self._post(done, total, note)
 
 
 def format_bytes(num_bytes: float, digits: int = 3) -> str:

@@ -1,5 +1,5 @@
-"""The classifier stage on Ray. One worker: an actor trains, this process tells how far it is. Several: Ray Train, each
-worker trains its share of the grid on all images, and they exchange nothing but their best.
+"""The classifier stage on Ray. One worker is an actor. Several are Ray Train's: each trains its share of the grid on
+all images, and they exchange nothing but their best.
 
 Parts: classifier.safetensors (the model), classifier.json (what it is, and how to embed a new image for it) and, where
 the backbone's weights came from a file, that file. The folder as it is can be copied to another machine and used there:
@@ -9,68 +9,25 @@ see :func:`icce_ray.load`.
 from __future__ import annotations
 
 import importlib.metadata
-import tempfile
-import uuid
 from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
-import ray
-import ray.train
-from ray.train import FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchTrainer
 
 from icce_ray.classifier.linear import DESCRIPTION_NAME, MODEL_NAME, LinearClassifier
 from icce_ray.classifier.self_training import SelfTraining
-from icce_ray.cluster import connect, wait_for_machines, worker_cpus
+from icce_ray.cluster import connect, wait_for_machines
 from icce_ray.config import Config
 from icce_ray.context import StageContext
 from icce_ray.embed.backbone import RANDOM_WEIGHTS, embed_settings
 from icce_ray.embed.features import load_features
-from icce_ray.errors import InputError, WorkerError, describe_cause
-from icce_ray.heads.job import HostsTorchConfig, fit_in_thread, relayed_progress
-from icce_ray.progress import BoardProgress, Progress, ProgressBoard
+from icce_ray.progress import Progress
 from icce_ray.sample.draw import training_set
 from icce_ray.store import Artifact, ArtifactWriter
+from icce_ray.workers import work_on_workers
 
 VERSION = 2
-MAX_RESTARTS = 3
-POLL_INTERVAL_S = 1.0
 LIBRARIES = ("icce_ray", "numpy", "torch", "timm", "scipy")
-
-
-class Trainer:
-    """The actor. Two calls at a time: one trains, one asks how far it is."""
-
-    def __init__(self, config: Config, embed: Artifact, consensus: Artifact, num_threads: int) -> None:
-        self.config = config
-        self.embed = embed
-        self.consensus = consensus
-        self.num_threads = num_threads
-        self.progress = _Counter()
-
-    def __repr__(self) -> str:
-        return "classifier: trainer"
-
-    def fit(self) -> bytes:
-        training = _prepare(self.config, self.embed, self.consensus, self.num_threads)
-        everything = range(len(self.config.classifier.learning_rates))
-        candidate = training.train(everything, device=_device(self.config), progress=self.progress)
-        return training.finish([candidate]).to_bytes()
-
-    def done(self) -> tuple[int, int]:
-        return self.progress.done, self.progress.total
-
-
-class _Counter(Progress):
-    """Remembers instead of printing."""
-
-    def __init__(self) -> None:
-        super().__init__("classifier", quiet=True)
-        self.done, self.total = 0, 0
-
-    def update(self, done: int, total: int, note: str = "", num_errors: int = 0) -> None:
-        self.done, self.total = done, total
 
 
 def run(config: Config, context: StageContext) -> dict[str, Any]:
@@ -87,9 +44,16 @@ def run(config: Config, context: StageContext) -> dict[str, Any]:
     connect(config.resources)
     wait_for_machines(config.resources, "classifier", context.progress.note)
     embed, consensus = training_set(context.inputs), context.inputs["consensus"]
-    num_workers = min(config.resources.classifier.num_workers, len(config.classifier.learning_rates))
-    train = _train_in_one_process if num_workers == 1 else _train_in_several
-    data = train(config, embed, consensus, context.progress)
+    workers = config.resources.classifier
+    num_workers = min(workers.num_workers, len(config.classifier.learning_rates))
+    data: bytes = work_on_workers(
+        "classifier",
+        _train,
+        {"config": config, "embed": embed, "consensus": consensus},
+        workers.model_copy(update={"num_workers": num_workers}),
+        context.progress,
+        backend="gloo",  # on GPUs too: it carries one small object at the end
+    )
     classifier = LinearClassifier.from_bytes(data)
     context.output.write_bytes(MODEL_NAME, data)
     metrics = {
@@ -143,11 +107,16 @@ def _copy_backbone(config: Config, output: ArtifactWriter) -> str | None:
     return name
 
 
-def _prepare(config: Config, embed: Artifact, consensus: Artifact, num_threads: int) -> SelfTraining:
+def _train(
+    config: Config, embed: Artifact, consensus: Artifact, *, num_threads: int, device: str, progress: Progress
+) -> bytes | None:
+    """What each worker does: it trains its share of the grid on all images. That of rank 0 returns the classifier."""
+    # Here, because the driver imports this module too, and torch takes seconds.
     import torch
+    import torch.distributed as dist
 
     torch.set_num_threads(num_threads)
-    return SelfTraining(
+    training = SelfTraining(
         load_features(embed).matrix,
         consensus.read_array("labels.npy"),
         config.classifier,
@@ -155,97 +124,11 @@ def _prepare(config: Config, embed: Artifact, consensus: Artifact, num_threads: 
         seed=config.seed,
         outlier_quantile=config.assign.outlier_quantile,
     )
-
-
-def _device(config: Config) -> str:
-    return "cuda" if config.resources.classifier.gpus_per_worker else "cpu"
-
-
-def _train_in_one_process(config: Config, embed: Artifact, consensus: Artifact, progress: Progress) -> bytes:
-    resources = config.resources.classifier
-    cpus = worker_cpus(resources)
-    actor: Any = ray.remote(Trainer).options(
-        num_cpus=cpus,
-        num_gpus=min(1.0, resources.gpus_per_worker),
-        max_restarts=MAX_RESTARTS,
-        max_task_retries=MAX_RESTARTS,
-        max_concurrency=2,
-    )
-    trainer = actor.remote(config, embed, consensus, max(1, int(cpus)))
-    try:
-        fitted = trainer.fit.remote()
-        while not ray.wait([fitted], timeout=POLL_INTERVAL_S)[0]:
-            asked = trainer.done.remote()
-            if ray.wait([asked], timeout=POLL_INTERVAL_S)[0]:
-                done, total = ray.get(asked)
-                if total:
-                    progress.update(done, total)
-        data: bytes = ray.get(fitted)
-    except ray.exceptions.RayActorError as error:
-        raise WorkerError(
-            f"classifier: its process died {MAX_RESTARTS + 1} times ({' '.join(str(error).split())[:300]}). Out of "
-            "memory is the usual cause: give it a machine with more"
-        ) from error
-    finally:
-        ray.kill(trainer)
-    return data
-
-
-def _train_in_several(config: Config, embed: Artifact, consensus: Artifact, progress: Progress) -> bytes:
-    resources = config.resources.classifier
-    cpus = worker_cpus(resources)
-    board = ray.remote(ProgressBoard).options(num_cpus=0, max_restarts=-1).remote("classifier")
-    each = {"CPU": cpus} | ({"GPU": resources.gpus_per_worker} if resources.gpus_per_worker else {})
-    with tempfile.TemporaryDirectory(prefix="icce_ray-train-") as storage:
-        trainer = TorchTrainer(
-            _train_share,  # type: ignore[arg-type]  # what it returns is `return_value` below
-            train_loop_config={
-                "config": config,
-                "embed": embed,
-                "consensus": consensus,
-                "board": board,
-                "num_threads": max(1, int(cpus)),
-            },
-            # Gloo on GPUs too: it carries one small object at the end.
-            torch_config=HostsTorchConfig(backend="gloo"),
-            scaling_config=ScalingConfig(
-                num_workers=min(resources.num_workers, len(config.classifier.learning_rates)),
-                use_gpu=resources.gpus_per_worker > 0,
-                resources_per_worker=each,
-            ),
-            run_config=RunConfig(
-                # Ray Train resumes a run of the same name by itself, with its own idea of what was done.
-                name=f"classifier-{uuid.uuid4().hex[:12]}",
-                storage_path=storage,
-                failure_config=FailureConfig(max_failures=MAX_RESTARTS),
-            ),
-        )
-        try:
-            with relayed_progress(board, progress):
-                outcome = fit_in_thread(trainer)
-        except ray.train.TrainingFailedError as error:
-            raise WorkerError(
-                f"classifier: training ended {MAX_RESTARTS + 1} times: {describe_cause(error)}"
-            ) from error
-    if "mistake" in outcome:
-        raise InputError(outcome["mistake"])
-    data: bytes = outcome["classifier"]
-    return data
-
-
-def _train_share(settings: dict[str, Any]) -> dict[str, Any]:
-    """What each worker does; that of rank 0 returns the classifier."""
-    import torch.distributed as dist
-
-    config: Config = settings["config"]
-    rank, num_workers = dist.get_rank(), dist.get_world_size()
+    is_alone = not dist.is_initialized()
+    rank, num_workers = (0, 1) if is_alone else (dist.get_rank(), dist.get_world_size())
     share = range(rank, len(config.classifier.learning_rates), num_workers)
-    try:
-        training = _prepare(config, settings["embed"], settings["consensus"], settings["num_threads"])
-        progress = BoardProgress(settings["board"]) if rank == 0 else None
-        candidates: list[Any] = [None] * num_workers
-        dist.all_gather_object(candidates, training.train(share, device=_device(config), progress=progress))
-        return {"classifier": training.finish(candidates).to_bytes()} if rank == 0 else {}
-    except InputError as error:
-        # As a value: an exception would be retried, and come again. All workers meet the same one.
-        return {"mistake": str(error)}
+    found = training.train(share, device=device, progress=progress)
+    candidates: list[Any] = [found] * num_workers
+    if not is_alone:
+        dist.all_gather_object(candidates, found)
+    return training.finish(candidates).to_bytes() if rank == 0 else None

@@ -1,15 +1,15 @@
-"""Checkpoints of the trainer: one safetensors file each, written atomically, the last two kept."""
+"""Checkpoints of the trainer: one safetensors file each, written atomically, the last two kept. Imports torch where it
+is needed: who only clears them need not wait for it."""
 
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import safetensors
-import safetensors.torch
-import torch
+from icce_ray.store import ArtifactWriter, Folder
 
-from icce_ray.store import Folder
+if TYPE_CHECKING:
+    import torch
 
 NUM_KEPT = 2
 
@@ -20,8 +20,15 @@ class CheckpointFolder:
     def __init__(self, folder: Folder) -> None:
         self.folder = folder
 
+    @classmethod
+    def beside(cls, output: ArtifactWriter) -> CheckpointFolder:
+        """Where the stage that writes `output` keeps its checkpoints until it is finished."""
+        return cls(output.folder / "checkpoints")
+
     def save(self, tensors: dict[str, torch.Tensor], values: dict[str, Any]) -> None:
         """Write the checkpoint of ``values["epoch"]`` and drop all but the last two."""
+        import safetensors.torch
+
         cpu_tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         data = safetensors.torch.save(cpu_tensors, metadata={"values": json.dumps(values)})
         self.folder.write_bytes(f"epoch-{values['epoch']:06d}.safetensors", data)
@@ -30,6 +37,8 @@ class CheckpointFolder:
 
     def load(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
         """The newest checkpoint that can be read, or None."""
+        import safetensors.torch
+
         for name in reversed(self._names()):
             data = self.folder.read_bytes(name)
             try:

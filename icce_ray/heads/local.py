@@ -31,7 +31,7 @@ def run(config: Config, context: StageContext) -> dict[str, Any]:
     """
     trained = train(config, context)
     write_parts(trained, context.output)
-    checkpoint_folder(context).clear()
+    CheckpointFolder.beside(context.output).clear()
     return trained.summary() | {"num_workers": 1}
 
 
@@ -50,18 +50,13 @@ def train(config: Config, context: StageContext, until_epoch: int | None = None)
             num_clusters=config.num_clusters,
             seed=config.seed,
             num_threads=torch.get_num_threads(),
-            checkpoints=checkpoint_folder(context),
+            checkpoints=CheckpointFolder.beside(context.output),
             progress=context.progress,
             metrics_log=MetricsLog(context.output.folder),
             until_epoch=until_epoch,
         )
     except FloatingPointError as error:
         raise WorkerError(f"heads: {error}") from error
-
-
-def checkpoint_folder(context: StageContext) -> CheckpointFolder:
-    """Where the stage keeps its checkpoints until it is finished."""
-    return CheckpointFolder(context.output.folder / "checkpoints")
 
 
 def write_parts(trained: TrainedHeads, output: ArtifactWriter) -> None:

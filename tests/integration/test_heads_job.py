@@ -84,7 +84,7 @@ def run_heads(inputs: dict[str, Artifact], folder: Path, num_workers: int = 1, *
 
 
 def train_workers() -> list[int]:
-    """Processes of Ray Train's workers that descend from this one."""
+    """Processes that train, alone or by Ray Train, and descend from this one."""
     commands, parents = {}, {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
@@ -96,7 +96,8 @@ def train_workers() -> list[int]:
     def is_ours(pid: int) -> bool:
         return pid == os.getpid() or (pid in parents and is_ours(parents[pid]))
 
-    return [pid for pid, command in commands.items() if b"RayTrainWorker" in command and is_ours(pid)]
+    names = (b"ray::StageWorker", b"ray::RayTrainWorker")
+    return [pid for pid, command in commands.items() if command.startswith(names) and is_ours(pid)]
 
 
 class Killer(threading.Thread):

@@ -56,6 +56,7 @@ def test_a_config_survives_the_way_through_json(config_file: Path) -> None:
         ("heds.num_heads=3", r"heds: unknown setting; did you mean heads"),
         ("heads.num_heads=many", r"heads\.num_heads: 'many' is not usable: .*integer"),
         ("heads.num_heads=0", r"heads\.num_heads: 0 is not usable: .*greater than or equal to 1"),
+        ("resources.heads={num_workers: 2, ray_train: false}", r"resources\.heads: ray_train is false, but 2 workers"),
         ("resources.assign.gpus_per_worker=1", r"resources: assign\.gpus_per_worker is 1; images are labelled on CPUs"),
         ("num_clusters=1", r"num_clusters: 1 is not usable: .*greater than or equal to 2"),
         ("num_clusters=automatic", r"num_clusters: 'automatic' is not usable: .*integer"),
@@ -138,4 +139,4 @@ def test_every_setting_has_its_meaning_under_it() -> None:
 
 
 def is_section(annotation: str) -> bool:
-    return annotation.endswith("Config") or annotation == "WorkerResources"
+    return annotation.endswith("Config") or annotation in ("WorkerResources", "HeadsResources")
