@@ -100,12 +100,8 @@ def fit_outlier_model(x_ND: Float32Array, labels_N: npt.NDArray[np.integer], num
     np.add.at(means_KD, labels_N, x_ND)
     means_KD /= np.maximum(sizes_K, 1)[:, None]
     within_ND = x_ND - means_KD[labels_N].astype(np.float32)
-    covariance_DD = (within_ND.T @ within_ND).astype(np.float64) / num_images
     num_directions = max(1, min(MAX_DIRECTIONS, num_dims // 2, num_images // MIN_IMAGES_PER_DIRECTION))
-    variances_r, directions_Dr = scipy.linalg.eigh(
-        covariance_DD, subset_by_index=(num_dims - num_directions, num_dims - 1)
-    )
-    total = float(np.trace(covariance_DD))
+    variances_r, directions_Dr, total = _principal_directions(within_ND, num_directions)
     smallest = max(MIN_VARIANCE * total / num_dims, np.finfo(np.float32).tiny)
     variances_r = np.maximum(variances_r, smallest)
     # With few images the sample hardly varies in the dimensions left over; what it misses there counts as noise too.
@@ -117,3 +113,23 @@ def fit_outlier_model(x_ND: Float32Array, labels_N: npt.NDArray[np.integer], num
         cluster_means=means_KD.astype(np.float32),
         noise_variance=noise_variance,
     )
+
+
+def _principal_directions(
+    x_ND: Float32Array, num_directions: int
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64], float]:
+    """Variances (r,), ascending, and orthonormal directions (D, r) of the largest ones; and the sum of all D variances.
+
+    Of the two matrices that have these variances, that of dimensions and that of images, the smaller one is solved:
+    with 60 images in 3,072 dimensions, in milliseconds instead of seconds.
+    """
+    num_images, num_dims = x_ND.shape
+    of_images = num_images < num_dims
+    products = (x_ND @ x_ND.T if of_images else x_ND.T @ x_ND).astype(np.float64) / num_images
+    size = len(products)
+    variances_r, vectors = scipy.linalg.eigh(products, subset_by_index=(size - num_directions, size - 1))
+    if of_images:
+        # The images' combinations along a direction are a multiple of it. QR makes them orthonormal, also where a
+        # variance is 0; from the largest on, since a column is changed by those before it.
+        vectors = np.linalg.qr(x_ND.T.astype(np.float64) @ vectors[:, ::-1])[0][:, ::-1]
+    return variances_r, vectors, float(np.trace(products))

@@ -45,6 +45,29 @@ def test_coordinates_are_those_along_the_directions_of_largest_variance() -> Non
     assert model.project(x, 99).shape == (400, 4)
 
 
+@pytest.mark.parametrize("num_images", [40, 300])
+def test_directions_are_those_of_the_covariance_whether_images_or_dimensions_are_fewer(num_images: int) -> None:
+    x, labels = blobs(num_images, 120, 0)
+    x *= np.linspace(0.2, 3, 120, dtype=np.float32)
+    model = fit_outlier_model(x, labels, 4)
+    within = x - np.stack([x[labels == k].mean(0) for k in range(4)])[labels]
+    variances, vectors = np.linalg.eigh(within.T @ within / num_images)
+    r = len(model.deviations)
+    assert r == min(60, num_images // 4)
+    np.testing.assert_allclose(model.deviations**2, variances[-r:], rtol=1e-4)
+    directions = model.directions * model.deviations
+    np.testing.assert_allclose(np.abs(directions.T @ vectors[:, -r:]), np.eye(r), atol=2e-3)
+    assert model.noise_variance == pytest.approx(variances[:-r].sum() / (120 - r), rel=1e-3)
+
+
+def test_images_that_are_all_the_same_leave_directions_orthonormal() -> None:
+    x = np.tile(np.random.default_rng(0).normal(size=50).astype(np.float32), (20, 1))
+    model = fit_outlier_model(x, np.zeros(20, dtype=int), 1)
+    directions = model.directions * model.deviations
+    np.testing.assert_allclose(directions.T @ directions, np.eye(5), atol=1e-5)
+    assert np.isfinite(model.score(x, np.zeros(20, dtype=int))).all()
+
+
 def test_planted_foreign_points_score_higher_and_are_flagged() -> None:
     x, labels = blobs(2000, 20, 0)
     fresh, fresh_labels = blobs(2000, 20, 1)
