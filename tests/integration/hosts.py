@@ -131,7 +131,8 @@ class Hosts:
             "RAY_BACKEND_LOG_LEVEL": "fatal",
             **self.environment,
         }
-        prepare = f'mkdir -p {folder}/tmp && cd {folder} && exec "$@"'
+        # Ray gives a node half a minute to join, which on a busy machine may not do. One that gave up is started again.
+        prepare = f'mkdir -p {folder}/tmp && cd {folder} && until "$@"; do sleep 1; done'
         command = ["sh", "-c", prepare, "sh", *node]
         if self.isolated:
             mounts = " && ".join(own_temporary_folders())

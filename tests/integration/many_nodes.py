@@ -140,7 +140,10 @@ class Run:
         beside.start()
         try:
             with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
-                said, _ = process.communicate(timeout=RUN_TIMEOUT_S)
+                try:
+                    said, _ = process.communicate(timeout=RUN_TIMEOUT_S)
+                finally:
+                    process.kill()  # one that takes too long would be waited for
         finally:
             ended.set()
             beside.join()
