@@ -48,6 +48,8 @@ class RunProgress:
         self._clock = clock
         self._began = clock()
         self._progress: Progress | None = None
+        self._writing = threading.Lock()
+        """Else the writer's word of the last stage might come after the first one of the next."""
         self._ended = threading.Event()
         self._writer: threading.Thread | None = None
 
@@ -80,20 +82,21 @@ class RunProgress:
         """Say how far the run is at this moment."""
         if self._progress is None:
             return
-        said = Said(
-            run=self._run,
-            state=state,
-            reading=self._progress.read(),
-            host=socket.gethostname(),
-            pid=os.getpid(),
-            began=self._began,
-            heard=self._clock(),
-            error=error,
-        )
-        try:
-            self._folder.write_bytes(f"{self._run}.json", json.dumps(asdict(said)).encode())
-        except Exception:
-            return
+        with self._writing:
+            said = Said(
+                run=self._run,
+                state=state,
+                reading=self._progress.read(),
+                host=socket.gethostname(),
+                pid=os.getpid(),
+                began=self._began,
+                heard=self._clock(),
+                error=error,
+            )
+            try:
+                self._folder.write_bytes(f"{self._run}.json", json.dumps(asdict(said)).encode())
+            except Exception:
+                return
 
     def _write_on(self) -> None:
         while not self._ended.wait(WRITE_INTERVAL_S):

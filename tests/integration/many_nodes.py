@@ -44,6 +44,8 @@ AT_WORK = {
 }
 """What Ray's workers call themselves while they work for a stage."""
 KILLED_IN = tuple(AT_WORK)
+SHORT_TASKS = ("neighbors", "consensus")
+"""Stages whose tasks take milliseconds: one has to look often, which takes a third of a core."""
 NUM_IMAGES, NUM_CLUSTERS = 240, 3
 SETTINGS: dict[str, Any] = {
     "num_clusters": NUM_CLUSTERS,
@@ -162,8 +164,8 @@ class Run:
         """Wait for a host that works for the next stage, kill it, start another, and so on; then look on."""
         steps, root = {step.name: step for step in plan(self.config)}, Folder.at(self.config.output)
         for stage in KILLED_IN:
-            victim = None
-            while victim is None and not ended.wait(0.004):
+            victim, interval = None, 0.004 if stage in SHORT_TASKS else 0.05
+            while victim is None and not ended.wait(interval):
                 victim = self.stopped_at_work(steps[stage])
             if victim is None:
                 return
@@ -188,7 +190,7 @@ class Run:
             )
             print(f"killed {host.name} at {what} in {stage}", file=sys.stderr, flush=True)
             self.hosts.start(f"host-{self.hosts.num_started}", num_cpus=1)
-        while not ended.wait(0.02):
+        while not ended.wait(0.05):
             self.tasks()
 
     def stopped_at_work(self, step: PlannedStage) -> tuple[Host, int, str] | None:
