@@ -34,6 +34,7 @@ CASES = {
     "heads": "the trainer against a plain loop over heads in float32",
     "neighbors": "the neighbors stage on two shards against faiss's own knn with two threads",
     "neighbors-scale": "counted operations, bytes and predicted time of the graph for 10M to 1B images",
+    "one-worker": "training with one worker as an actor against by Ray Train: the same heads, seconds sooner",
     "sweep-metrics": "how well metrics without labels rank the trials of a sweep by ACC; the pooled heads of the best",
     "thresholds": "neighbour precision and accuracy at the automatic threshold against fixed ones",
 }

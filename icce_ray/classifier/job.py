@@ -24,7 +24,7 @@ from icce_ray.embed.features import load_features
 from icce_ray.progress import Progress
 from icce_ray.sample.draw import training_set
 from icce_ray.store import Artifact, ArtifactWriter
-from icce_ray.workers import work_on_workers
+from icce_ray.workers.job import work_on_workers
 
 VERSION = 2
 LIBRARIES = ("icce_ray", "numpy", "torch", "timm", "scipy")

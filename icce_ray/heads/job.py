@@ -19,7 +19,7 @@ from icce_ray.neighbors.graph import load_graph
 from icce_ray.progress import Progress
 from icce_ray.sample.draw import training_set
 from icce_ray.store import Artifact, ArtifactWriter
-from icce_ray.workers import work_on_workers
+from icce_ray.workers.job import work_on_workers
 
 VERSION = 2
 

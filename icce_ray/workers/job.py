@@ -53,7 +53,7 @@ def work_on_workers(
     settings = {**settings, "num_threads": max(1, int(worker_cpus(workers)))}
     if with_ray_train or (with_ray_train is None and workers.num_workers > 1):
         # Imports Ray Train and torch, which take seconds.
-        from icce_ray.ray_train import train
+        from icce_ray.ray_train.job import train
 
         outcome = train(stage, work, settings, workers, progress, backend=backend)
     else:

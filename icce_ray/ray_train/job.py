@@ -20,7 +20,7 @@ from icce_ray.config import WorkerResources
 from icce_ray.errors import WorkerError, describe_cause
 from icce_ray.heads.communicator import talk_over
 from icce_ray.progress import BoardProgress, Progress, ProgressBoard
-from icce_ray.workers import MAX_RESTARTS, Work, attempt, relayed_progress
+from icce_ray.workers.job import MAX_RESTARTS, Work, attempt, relayed_progress
 
 
 def train(
@@ -32,7 +32,7 @@ def train(
     *,
     backend: str | None = None,
 ) -> Any:
-    """See :func:`icce_ray.workers.work_on_workers`.
+    """See :func:`icce_ray.workers.job.work_on_workers`.
 
     Raises:
         WorkerError: training ended more often than it is started again.
