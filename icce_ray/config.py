@@ -374,11 +374,20 @@ class WorkerResources(Section):
     gpus_per_worker: Annotated[float, Field(ge=0.0)] = 0.0
     """GPUs of each."""
 
+    @property
+    def on_ray_train(self) -> bool:
+        """Whether workers that train together are started by Ray Train."""
+        return self.num_workers > 1
+
 
 class HeadsResources(WorkerResources):
     ray_train: bool | None = None
     """Whether Ray Train starts the workers. Not set: where there are several. A single one is ready some
     ten seconds sooner without it."""
+
+    @property
+    def on_ray_train(self) -> bool:
+        return super().on_ray_train if self.ray_train is None else self.ray_train
 
     @model_validator(mode="after")
     def _check_ray_train(self) -> HeadsResources:

@@ -6,10 +6,6 @@ folder of digits; images are embedded once, as for any user who changes the seed
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -20,6 +16,7 @@ from sklearn.cluster import AgglomerativeClustering, KMeans, SpectralClustering
 from sklearn.preprocessing import normalize
 
 from cases import datasets
+from cases.job import run_job
 from icce_ray import clustering_accuracy
 from icce_ray.evaluate.metrics import adjusted_rand_index, normalized_mutual_info
 
@@ -36,7 +33,7 @@ def run(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, bool]]:
     with tempfile.TemporaryDirectory(prefix="icce_ray-demo-") as folder:
         for seed in settings["seeds"]:
             started = time.perf_counter()
-            result = run_demo(Path(folder), seed)
+            result = run_job(Path(folder), "--set", f"seed={seed}")
             walls.append(time.perf_counter() - started)
             if seed == settings["seeds"][0]:
                 seconds_by_stage = result["seconds"]
@@ -69,14 +66,6 @@ def run(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, bool]]:
     }
     print("seconds by stage:", seconds_by_stage)
     return figures, bounds
-
-
-def run_demo(folder: Path, seed: int) -> dict[str, Any]:
-    """The demo in `folder`, as its own process; what it says with --json."""
-    command = [sys.executable, "-m", "icce_ray.run", "--json", "--set", f"seed={seed}"]
-    done = subprocess.run(command, cwd=folder, env=os.environ, stdout=subprocess.PIPE, text=True, check=True)
-    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return result
 
 
 def others(pixels: datasets.Floats, seed: int) -> dict[str, Any]:

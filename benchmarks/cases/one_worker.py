@@ -6,8 +6,6 @@ The digits' pixels, few heads and epochs, so that what is timed is mostly the st
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from cases import datasets
+from cases.job import run_job
 
 SETTINGS: dict[str, Any] = {"rounds": 3, "num_heads": 2, "num_epochs": 2}
 
@@ -29,7 +28,7 @@ def run(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, bool]]:
         for number in range(settings["rounds"]):
             for with_ray_train in seconds:
                 output = Path(folder) / f"{number}-{with_ray_train}"
-                result = run_job(Path(folder), output, with_ray_train, settings)
+                result = train(Path(folder), output, with_ray_train, settings)
                 seconds[with_ray_train].append(result["seconds"]["heads"])
                 (labels,) = output.glob("heads/*/label_matrix.npy")
                 heads.add(labels.read_bytes())
@@ -47,7 +46,8 @@ def run(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, bool]]:
     }
 
 
-def run_job(folder: Path, output: Path, with_ray_train: bool, settings: dict[str, Any]) -> dict[str, Any]:
+def train(folder: Path, output: Path, with_ray_train: bool, settings: dict[str, Any]) -> dict[str, Any]:
+    """What the job says."""
     config = {
         "embeddings": {"uri": str(folder / "features.npy")},
         "num_clusters": 10,
@@ -55,9 +55,5 @@ def run_job(folder: Path, output: Path, with_ray_train: bool, settings: dict[str
         "heads": {"num_heads": settings["num_heads"], "num_epochs": settings["num_epochs"]},
         "resources": {"heads": {"ray_train": with_ray_train}},
     }
-    path = folder / "run.yaml"
-    path.write_text(json.dumps(config))
-    command = [sys.executable, "-m", "icce_ray.run", str(path), "--json", "--quiet"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return result
+    (folder / "run.yaml").write_text(json.dumps(config))
+    return run_job(folder, "run.yaml", "--quiet")

@@ -9,6 +9,7 @@ see :func:`icce_ray.load`.
 from __future__ import annotations
 
 import importlib.metadata
+from functools import partial
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -48,8 +49,7 @@ def run(config: Config, context: StageContext) -> dict[str, Any]:
     num_workers = min(workers.num_workers, len(config.classifier.learning_rates))
     data: bytes = work_on_workers(
         "classifier",
-        _train,
-        {"config": config, "embed": embed, "consensus": consensus},
+        partial(_train, config, embed, consensus),
         workers.model_copy(update={"num_workers": num_workers}),
         context.progress,
         backend="gloo",  # on GPUs too: it carries one small object at the end

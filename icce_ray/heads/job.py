@@ -7,17 +7,15 @@ from the newest checkpoint, on any number of workers.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from icce_ray.cluster import connect, wait_for_machines
 from icce_ray.config import Config
 from icce_ray.context import StageContext
-from icce_ray.embed.features import load_features
-from icce_ray.errors import ResourceError, WorkerError
+from icce_ray.errors import ResourceError
 from icce_ray.heads.checkpoint import CheckpointFolder
-from icce_ray.neighbors.graph import load_graph
 from icce_ray.progress import Progress
-from icce_ray.sample.draw import training_set
 from icce_ray.store import Artifact, ArtifactWriter
 from icce_ray.workers.job import work_on_workers
 
@@ -40,13 +38,8 @@ def run(config: Config, context: StageContext) -> dict[str, Any]:
     connect(config.resources)
     wait_for_machines(config.resources, "heads", context.progress.note)
     workers = config.resources.heads
-    settings = {
-        "config": config,
-        "embed": training_set(context.inputs),
-        "neighbors": context.inputs["neighbors"],
-        "output": context.output,
-    }
-    outcome = work_on_workers("heads", _train, settings, workers, context.progress, with_ray_train=workers.ray_train)
+    work = partial(_train, config=config, inputs=dict(context.inputs), output=context.output)
+    outcome = work_on_workers("heads", work, workers, context.progress)
     for part in outcome["parts"]:
         context.output.add(part)
     CheckpointFolder.beside(context.output).clear()
@@ -58,11 +51,10 @@ def run(config: Config, context: StageContext) -> dict[str, Any]:
 
 
 def _train(
-    config: Config,
-    embed: Artifact,
-    neighbors: Artifact,
-    output: ArtifactWriter,
     *,
+    config: Config,
+    inputs: dict[str, Artifact],
+    output: ArtifactWriter,
     num_threads: int,
     device: str,
     progress: Progress,
@@ -71,32 +63,17 @@ def _train(
     # Here, because the driver imports this module too, and torch takes seconds.
     import torch
 
+    from icce_ray.heads import local
     from icce_ray.heads.communicator import SingleWorker, TorchDistributed
-    from icce_ray.heads.local import write_parts
-    from icce_ray.heads.metrics_log import MetricsLog
-    from icce_ray.heads.training import train_heads
 
     torch.set_num_threads(num_threads)
     communicator = SingleWorker() if config.resources.heads.num_workers == 1 else TorchDistributed()
+    context = StageContext(output, inputs, progress)
     try:
-        trained = train_heads(
-            load_features(embed).matrix,
-            load_graph(neighbors),
-            config.heads,
-            num_clusters=config.num_clusters,
-            seed=config.seed,
-            communicator=communicator,
-            device=device,
-            num_threads=num_threads,
-            checkpoints=CheckpointFolder.beside(output),
-            progress=progress,
-            metrics_log=MetricsLog(output.folder),
-        )
-    except FloatingPointError as error:
-        raise WorkerError(f"heads: {error}") from error
+        trained = local.train(config, context, communicator=communicator, device=device)
     except ResourceError as error:
         raise ResourceError(f"heads: {error}") from None
     if communicator.rank != 0:
         return {}
-    write_parts(trained, output)
+    local.write_parts(trained, output)
     return {"parts": list(output.parts.values()), "metrics": trained.summary()}

@@ -14,6 +14,7 @@ from icce_ray.context import StageContext
 from icce_ray.embed.features import load_features
 from icce_ray.errors import WorkerError
 from icce_ray.heads.checkpoint import CheckpointFolder
+from icce_ray.heads.communicator import Communicator
 from icce_ray.heads.metrics_log import MetricsLog
 from icce_ray.heads.result import TrainedHeads
 from icce_ray.heads.training import train_heads
@@ -35,8 +36,16 @@ def run(config: Config, context: StageContext) -> dict[str, Any]:
     return trained.summary() | {"num_workers": 1}
 
 
-def train(config: Config, context: StageContext, until_epoch: int | None = None) -> TrainedHeads:
-    """Train from the newest checkpoint to the end, or to `until_epoch`, and leave a checkpoint there.
+def train(
+    config: Config,
+    context: StageContext,
+    until_epoch: int | None = None,
+    *,
+    communicator: Communicator | None = None,
+    device: str = "cpu",
+) -> TrainedHeads:
+    """Train with torch's threads from the newest checkpoint to the end, or to `until_epoch`, and leave a checkpoint
+    there. With a `communicator` this process is one of several.
 
     Raises:
         ResourceError: training would not fit into memory.
@@ -49,6 +58,8 @@ def train(config: Config, context: StageContext, until_epoch: int | None = None)
             config.heads,
             num_clusters=config.num_clusters,
             seed=config.seed,
+            communicator=communicator,
+            device=device,
             num_threads=torch.get_num_threads(),
             checkpoints=CheckpointFolder.beside(context.output),
             progress=context.progress,

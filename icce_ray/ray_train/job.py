@@ -6,7 +6,6 @@ from __future__ import annotations
 import tempfile
 import threading
 import uuid
-from collections.abc import Mapping
 from concurrent.futures import Future
 from typing import Any
 
@@ -23,15 +22,7 @@ from icce_ray.progress import BoardProgress, Progress, ProgressBoard
 from icce_ray.workers.job import MAX_RESTARTS, Work, attempt, relayed_progress
 
 
-def train(
-    stage: str,
-    work: Work,
-    settings: Mapping[str, Any],
-    workers: WorkerResources,
-    progress: Progress,
-    *,
-    backend: str | None = None,
-) -> Any:
+def train(stage: str, work: Work, workers: WorkerResources, progress: Progress, backend: str | None) -> Any:
     """See :func:`icce_ray.workers.job.work_on_workers`.
 
     Raises:
@@ -45,7 +36,6 @@ def train(
             train_loop_config={
                 "stage": stage,
                 "work": work,
-                "settings": settings,
                 "on_gpu": workers.gpus_per_worker > 0,
                 "board": board,
             },
@@ -107,4 +97,4 @@ def _on_worker(given: dict[str, Any]) -> Any:
     board = given["board"]
     progress = BoardProgress(given["stage"], board.post.remote) if is_first else Progress(given["stage"], quiet=True)
     # Of the processes' results, Ray Train hands on that of rank 0.
-    return attempt(given["work"], given["settings"], str(get_device()) if given["on_gpu"] else "cpu", progress)
+    return attempt(given["work"], str(get_device()) if given["on_gpu"] else "cpu", progress)

@@ -138,7 +138,7 @@ class Sweep:
     def is_in_one_process(self) -> bool:
         """Whether trials are trained in one process each, without Ray Train."""
         heads = self.base_config.resources.heads
-        return heads.num_workers == 1 and heads.gpus_per_worker == 0 and not heads.ray_train
+        return heads.gpus_per_worker == 0 and not heads.on_ray_train
 
     @property
     def max_epochs(self) -> int:

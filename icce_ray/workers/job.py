@@ -7,8 +7,9 @@ that may pass, MAX_RESTARTS times; what was finished before, the work has to fin
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import ray
@@ -22,51 +23,47 @@ MAX_RESTARTS = 3
 POLL_INTERVAL_S = 1.0
 
 Work = Callable[..., Any]
-"""Called with the settings, `num_threads`, `device` ("cpu" or "cuda", maybe numbered) and `progress`. A function that a
-module has by its name, so that a process imports what it needs; several find each other by torch.distributed."""
+"""Called with `num_threads`, `device` ("cpu" or "cuda", maybe numbered) and `progress`; all else that a process needs
+to know is bound to it. A function that a module has by its name, so that a process imports what it needs; several find
+each other by torch.distributed."""
 
 
 def work_on_workers(
     stage: str,
     work: Work,
-    settings: Mapping[str, Any],
     workers: WorkerResources,
     progress: Progress,
-    *,
-    with_ray_train: bool | None = None,
     backend: str | None = None,
 ) -> Any:
     """What the work returns in the process of rank 0.
 
     Args:
         stage: its name, for messages.
-        settings: arguments of `work`; what a process needs to know, it is sent.
-        workers: how many processes, and what each has.
+        workers: how many processes, what each has, and whether Ray Train starts them.
         progress: told what the process of rank 0 reports.
-        with_ray_train: None: where there are several. One that Ray Train starts is ready some ten seconds later.
         backend: of torch.distributed; None: NCCL on GPUs, else gloo.
 
     Raises:
         UserError, WorkerError: as the work raised it; it is not tried again.
         WorkerError: processes died, or the work failed, more often than it is tried again.
     """
-    settings = {**settings, "num_threads": max(1, int(worker_cpus(workers)))}
-    if with_ray_train or (with_ray_train is None and workers.num_workers > 1):
+    work = partial(work, num_threads=max(1, int(worker_cpus(workers))))
+    if workers.on_ray_train:
         # Imports Ray Train and torch, which take seconds.
         from icce_ray.ray_train.job import train
 
-        outcome = train(stage, work, settings, workers, progress, backend=backend)
+        outcome = train(stage, work, workers, progress, backend)
     else:
-        outcome = _work_alone(stage, work, settings, workers, progress)
+        outcome = _work_alone(stage, work, workers, progress)
     if isinstance(outcome, Exception):
         raise outcome
     return outcome
 
 
-def attempt(work: Work, settings: Mapping[str, Any], device: str, progress: Progress) -> Any:
+def attempt(work: Work, device: str, progress: Progress) -> Any:
     """What the work returns; an error that a new try would only meet again is returned too, lest it is tried again."""
     try:
-        return work(**settings, device=device, progress=progress)
+        return work(device=device, progress=progress)
     except (UserError, WorkerError) as error:
         return error
 
@@ -103,16 +100,14 @@ class StageWorker:
     def __repr__(self) -> str:
         return f"{self.board.stage}: worker"
 
-    def work(self, work: Work, settings: Mapping[str, Any], device: str) -> Any:
-        return attempt(work, settings, device, BoardProgress(self.board.stage, self.board.post))
+    def work(self, work: Work, device: str) -> Any:
+        return attempt(work, device, BoardProgress(self.board.stage, self.board.post))
 
     def read_progress(self) -> tuple[int, int, str] | None:
         return self.board.read()
 
 
-def _work_alone(
-    stage: str, work: Work, settings: Mapping[str, Any], workers: WorkerResources, progress: Progress
-) -> Any:
+def _work_alone(stage: str, work: Work, workers: WorkerResources, progress: Progress) -> Any:
     actor: Any = ray.remote(StageWorker).options(
         num_cpus=worker_cpus(workers),
         num_gpus=min(1.0, workers.gpus_per_worker),
@@ -124,7 +119,7 @@ def _work_alone(
     device = "cuda" if workers.gpus_per_worker else "cpu"
     try:
         with relayed_progress(worker.read_progress.remote, progress):
-            return ray.get(worker.work.options(retry_exceptions=True).remote(work, settings, device))
+            return ray.get(worker.work.options(retry_exceptions=True).remote(work, device))
     except ray.exceptions.RayActorError as error:
         raise WorkerError(
             f"{stage}: its process died {MAX_RESTARTS + 1} times ({' '.join(str(error).split())[:300]}). Out of memory "

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +42,9 @@ def make_work() -> Any:
 
 
 def run(folder: Path, what: str, good_try: int, progress: Progress | None = None) -> Any:
-    settings = {"folder": folder, "what": what, "good_try": good_try}
+    work = partial(make_work(), folder, what, good_try)
     workers = WorkerResources(cpus_per_worker=1.5)
-    return work_on_workers("heads", make_work(), settings, workers, progress or Progress("heads", quiet=True))
+    return work_on_workers("heads", work, workers, progress or Progress("heads", quiet=True))
 
 
 def processes(folder: Path) -> list[str]:
