@@ -24,6 +24,7 @@ from icce_ray.heads.loss import PairLosses, pair_agreement, scan_losses, teacher
 from icce_ray.heads.memory import check_memory, head_blocks
 from icce_ray.heads.metrics_log import MetricsLog
 from icce_ray.heads.model import HeadParameters, backward, forward, head_logits
+from icce_ray.heads.optimizer import AdamW
 from icce_ray.heads.result import TrainedHeads
 from icce_ray.heads.sampling import choose_batch_size, epoch_batches, num_steps_per_epoch
 from icce_ray.heads.schedule import ce_weight_at, learning_rate_at, teacher_momentum
@@ -36,6 +37,9 @@ from icce_ray.progress import Progress
 MIN_PRIOR = 1e-12
 LABELLING_ROWS = 4096
 EARLY_STOP_EPOCHS = 3
+LAST_LAYER = ("prototypes_HKP",)
+OPTIMIZER = "optimizer."
+"""Before the names of the optimiser's tensors in a checkpoint."""
 
 Objective = Callable[[slice, torch.Tensor], PairLosses]
 """Losses of a run of heads, given their students' cosines (2, heads, b, K)."""
@@ -83,7 +87,7 @@ class HeadTrainer:
         self.teacher = self.student.map(torch.clone)
         self.gradient = self.student.map(torch.zeros_like)
         self.prior_HK = torch.full((config.num_heads, num_clusters), 1.0 / num_clusters, device=self.device)
-        self.optimizer = self._make_optimizer()
+        self.optimizer = AdamW(self.student, config.weight_decay)
         self.teacher_momentum = teacher_momentum(config, self.steps_per_epoch)
         self.watch = EpochWatch(
             num_images, anchors, config.num_heads, num_clusters, config.num_epochs, seed, self.device
@@ -111,7 +115,6 @@ class HeadTrainer:
             FloatingPointError: a loss is not finite; names heads, epoch, step and what led to it.
         """
         started = time.perf_counter()
-        self._freeze_prototypes(self.epoch < self.config.freeze_last_layer_epochs)
         self.watch.start_epoch()
         loss_sum_H = torch.zeros(self.config.num_heads, dtype=torch.float64, device=self.device)
         bad_step_H = torch.full((self.config.num_heads,), self.steps_per_epoch, device=self.device)
@@ -181,9 +184,8 @@ class HeadTrainer:
         losses = (self.pool if in_threads else ThreadPool(0)).map(update_gradient, self.blocks)
         for gradient in self.gradient.tensors():
             self.communicator.sum_(gradient)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
-        self.optimizer.step()
+        frozen = LAST_LAYER if self.epoch < self.config.freeze_last_layer_epochs else ()
+        self.optimizer.step(self.gradient, learning_rate, frozen)
         torch._foreach_lerp_(self.teacher.tensors(), self.student.tensors(), 1.0 - self.teacher_momentum)
         return torch.cat(losses)
 
@@ -209,11 +211,9 @@ class HeadTrainer:
         if self.watch.previous_Hw is not None:
             tensors["watch"] = self.watch.previous_Hw
         for name in self.student.named():
-            parameter = getattr(self.student, name)
-            tensors[f"student.{name}"] = parameter
+            tensors[f"student.{name}"] = getattr(self.student, name)
             tensors[f"teacher.{name}"] = getattr(self.teacher, name)
-            for key, value in self.optimizer.state[parameter].items():
-                tensors[f"optimizer.{name}.{key}"] = value
+        tensors |= {f"{OPTIMIZER}{name}": tensor for name, tensor in self.optimizer.tensors().items()}
         values = {"epoch": self.epoch, "history": self.history, "head_losses": self.head_losses_H.tolist()}
         return tensors, values
 
@@ -222,16 +222,11 @@ class HeadTrainer:
         if "watch" in tensors:
             self.watch.previous_Hw = tensors["watch"].to(self.device)
         for name in self.student.named():
-            parameter = getattr(self.student, name)
-            parameter.copy_(tensors[f"student.{name}"])
+            getattr(self.student, name).copy_(tensors[f"student.{name}"])
             getattr(self.teacher, name).copy_(tensors[f"teacher.{name}"])
-            prefix = f"optimizer.{name}."
-            state = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-            if state:
-                self.optimizer.state[parameter] = {
-                    key: value.to(self.device if key != "step" or self.device.type == "cuda" else "cpu")
-                    for key, value in state.items()
-                }
+        self.optimizer.load(
+            {name.removeprefix(OPTIMIZER): tensor for name, tensor in tensors.items() if name.startswith(OPTIMIZER)}
+        )
         self.epoch = values["epoch"]
         self.history = values["history"]
         self.head_losses_H = np.asarray(values["head_losses"])
@@ -292,22 +287,6 @@ class HeadTrainer:
         """The normalised batch, all views below each other, in the dtype of the products."""
         batch = self.inputs.gather(rows).flatten(0, 1)
         return self.inputs.normalise_batch(batch, len(rows) * num_pairs, self.communicator).to(self.dtype)
-
-    def _make_optimizer(self) -> torch.optim.Optimizer:
-        for parameter, gradient in zip(self.student.tensors(), self.gradient.tensors(), strict=True):
-            parameter.grad = gradient
-        named = self.student.named()
-        weights = [tensor for name, tensor in named.items() if not name.startswith(("hidden_bias", "bottleneck_bias"))]
-        biases = [tensor for name, tensor in named.items() if name.startswith(("hidden_bias", "bottleneck_bias"))]
-        groups = [
-            {"params": weights, "weight_decay": self.config.weight_decay},
-            {"params": biases, "weight_decay": 0.0},
-        ]
-        return torch.optim.AdamW(groups, lr=0.0, fused=True)
-
-    def _freeze_prototypes(self, frozen: bool) -> None:
-        # An optimiser passes over parameters without gradient: no decay, no moments, as if the layer was not there.
-        self.student.prototypes_HKP.grad = None if frozen else self.gradient.prototypes_HKP
 
     def _describe_fault(self, bad_step_H: torch.Tensor, learning_rate: float, ce_weight: float) -> str:
         # The weight of a pair is shared, so one bad head spoils all in the next step: the first ones are to blame.
