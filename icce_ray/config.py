@@ -216,7 +216,7 @@ class HeadsConfig(Section):
     max_images: Annotated[int, Field(ge=2)] | None = 2_000_000
     """Above this many images, a uniform random sample of them is trained on (neighbours, heads, consensus, classifier);
     the classifier labels the others. `null`: always train on all."""
-    num_epochs: PositiveInt = 100
+    num_epochs: PositiveInt = 50
     """Passes over the images."""
     batch_size: Annotated[int, Field(ge=2)] | Literal["auto"] = "auto"
     """Pairs per step, over all workers (B). `auto`: 1024; small collections: eight steps an epoch."""
