@@ -12,7 +12,8 @@ demo: $(INSTALLED)  ## Cluster scikit-learn's handwritten digits: images and res
 
 setup: $(INSTALLED)  ## Everything installed into .venv
 
-test: export OMP_NUM_THREADS = 1  # a core for each of the two: more threads would wait for each other
+# A core for each of the two processes: with more threads they would wait for each other.
+test: export OMP_NUM_THREADS = 1
 test: $(INSTALLED)  ## The quick tests first, then the slow ones; two files at a time
 	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
 	$(BIN)/python -m pytest -m slow -n 2 --dist loadfile --durations=10
