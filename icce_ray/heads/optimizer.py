@@ -6,7 +6,7 @@ process that trains, for something that is not used here.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 
 import torch
 from torch.optim.adamw import adamw
@@ -56,10 +56,5 @@ class AdamW:
             )
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """What a checkpoint keeps, by ``parameter.key``."""
+        """The state itself, by ``parameter.key``: who copies into these tensors goes on from there."""
         return {f"{name}.{key}": value for name, state in self.state.items() for key, value in state.items()}
-
-    def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Go on from what `tensors` gave."""
-        for name, tensor in self.tensors().items():
-            tensor.copy_(tensors[name])

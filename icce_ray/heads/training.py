@@ -38,8 +38,6 @@ MIN_PRIOR = 1e-12
 LABELLING_ROWS = 4096
 EARLY_STOP_EPOCHS = 3
 LAST_LAYER = ("prototypes_HKP",)
-OPTIMIZER = "optimizer."
-"""Before the names of the optimiser's tensors in a checkpoint."""
 
 Objective = Callable[[slice, torch.Tensor], PairLosses]
 """Losses of a run of heads, given their students' cosines (2, heads, b, K)."""
@@ -207,29 +205,30 @@ class HeadTrainer:
 
     def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """Everything a resumed run needs: tensors, and JSON-able values."""
-        tensors = {"prior": self.prior_HK}
+        tensors = self._trained_tensors()
         if self.watch.previous_Hw is not None:
             tensors["watch"] = self.watch.previous_Hw
-        for name in self.student.named():
-            tensors[f"student.{name}"] = getattr(self.student, name)
-            tensors[f"teacher.{name}"] = getattr(self.teacher, name)
-        tensors |= {f"{OPTIMIZER}{name}": tensor for name, tensor in self.optimizer.tensors().items()}
         values = {"epoch": self.epoch, "history": self.history, "head_losses": self.head_losses_H.tolist()}
         return tensors, values
 
     def load_state(self, tensors: dict[str, torch.Tensor], values: dict[str, Any]) -> None:
-        self.prior_HK.copy_(tensors["prior"])
+        for name, tensor in self._trained_tensors().items():
+            tensor.copy_(tensors[name])
         if "watch" in tensors:
             self.watch.previous_Hw = tensors["watch"].to(self.device)
-        for name in self.student.named():
-            getattr(self.student, name).copy_(tensors[f"student.{name}"])
-            getattr(self.teacher, name).copy_(tensors[f"teacher.{name}"])
-        self.optimizer.load(
-            {name.removeprefix(OPTIMIZER): tensor for name, tensor in tensors.items() if name.startswith(OPTIMIZER)}
-        )
         self.epoch = values["epoch"]
         self.history = values["history"]
         self.head_losses_H = np.asarray(values["head_losses"])
+
+    def _trained_tensors(self) -> dict[str, torch.Tensor]:
+        """What training changes in place, by its name in a checkpoint."""
+        owners = {
+            "student": self.student.named(),
+            "teacher": self.teacher.named(),
+            "optimizer": self.optimizer.tensors(),
+        }
+        found = {f"{owner}.{name}": tensor for owner, named in owners.items() for name, tensor in named.items()}
+        return {"prior": self.prior_HK} | found
 
     def _temi_objective(
         self, batch: torch.Tensor, rows: npt.NDArray[np.int64], num_pairs: int, ce_weight: float
