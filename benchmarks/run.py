@@ -33,6 +33,7 @@ CASES = {
     "embed-memory": "peak memory of the whole embedding job, driver and Ray included, at 2,000 and at 20,000 images",
     "heads": "the trainer against a plain loop over heads in float32",
     "neighbors": "the neighbors stage on two shards against faiss's own knn with two threads",
+    "neighbors-gpu": "the exact graph of 1.28 million images on a GPU: seconds by step, equality with FAISS",
     "neighbors-scale": "counted operations, bytes and predicted time of the graph for 10M to 1B images",
     "one-worker": "training with one worker as an actor against by Ray Train: the same heads, seconds sooner",
     "sweep-metrics": "how well metrics without labels rank the trials of a sweep by ACC; the pooled heads of the best",

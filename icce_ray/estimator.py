@@ -48,7 +48,7 @@ class ICCE(ClusterMixin, BaseEstimator):
         similarity_threshold: cosine from which on images are neighbours; ``auto``; or None for `min_neighbors` each.
             With the other presets ``auto`` means the preset's choice, None.
         random_state: int, RandomState or None. An int gives the labels of a run with that ``seed``.
-        device: torch device of the heads and the classifier.
+        device: torch device of the neighbour search, the heads and the classifier.
         n_threads: CPU threads; None for torch's setting. It does not change the result.
         neighbors, heads, consensus, classifier, cluster_count: further settings of these sections of the config; the
             last says how ``auto`` chooses, such as ``{"min_clusters": 5, "max_clusters": 40}``.
@@ -139,6 +139,8 @@ class ICCE(ClusterMixin, BaseEstimator):
             num_clusters=config.num_clusters,
             seed=config.seed,
             progress=self._progress("neighbors", "images"),
+            device=None if torch.device(self.device).type == "cpu" else self.device,
+            num_threads=self.n_threads or torch.get_num_threads(),
         )
         trained = train_heads(
             trained_on_nD,

@@ -34,6 +34,8 @@ class Engine(Protocol):
 
     ids_n: Ids
     """The shard's images, ascending."""
+    blocks_at_once: int
+    """How many blocks of queries to search at the same time, each in a thread."""
     error: float
     """Bound on what a score differs by from the cosine, `RESOLUTION` included."""
 
@@ -84,6 +86,8 @@ class FaissEngine:
         prepared: the features of all images.
         ids_n: the shard's images, ascending.
     """
+
+    blocks_at_once = 1  # FAISS has threads of its own
 
     def __init__(self, prepared: PreparedFeatures, ids_n: Ids) -> None:
         dim = prepared.shape[1]

@@ -112,7 +112,9 @@ def audit_and_plan(
     ), cells
 
 
-def make_engine(prepared: PreparedFeatures, ids_n: Ids, cells: Cells | None, device: str | None = None) -> Engine:
+def make_engine(
+    prepared: PreparedFeatures, ids_n: Ids, cells: Cells | None, device: str | None, num_threads: int
+) -> Engine:
     """A shard of the images `ids_n`: on the CPU by FAISS, or on a torch device; approximate (CPU only) with `cells`."""
     if cells is not None:
         return IvfEngine(prepared, ids_n, cells)
@@ -120,7 +122,7 @@ def make_engine(prepared: PreparedFeatures, ids_n: Ids, cells: Cells | None, dev
         return FaissEngine(prepared, ids_n)
     from icce_ray.neighbors.torch_engine import TorchEngine
 
-    return TorchEngine(prepared, ids_n, device)
+    return TorchEngine(prepared, ids_n, device, num_threads)
 
 
 def build_graph(
@@ -130,9 +132,14 @@ def build_graph(
     num_clusters: int,
     seed: int,
     progress: Progress | None = None,
+    device: str | None = None,
+    num_threads: int = 1,
 ) -> tuple[NeighborGraph, Audit]:
     """The graph and the audit of `build`."""
-    built = build(features_ND, config, num_clusters=num_clusters, seed=seed, progress=progress)
+    built = build(
+        features_ND, config, num_clusters=num_clusters, seed=seed, progress=progress, device=device,
+        num_threads=num_threads,
+    )  # fmt: skip
     return built.graph, built.audit
 
 
@@ -143,6 +150,8 @@ def build(
     num_clusters: int,
     seed: int,
     progress: Progress | None = None,
+    device: str | None = None,
+    num_threads: int = 1,
 ) -> BuiltGraph:
     """Audit the features and build the graph in this process: the oracle of the distributed stage.
 
@@ -152,6 +161,7 @@ def build(
         num_clusters: K; bounds the automatic threshold.
         seed: of the audit's samples and of the random subsets.
         progress: told of finished rows.
+        device: a torch device to search on, with `num_threads` of the CPU; None: the CPU, by FAISS.
 
     Raises:
         InputError: features that are not finite, or fewer than two.
@@ -160,12 +170,14 @@ def build(
     num_images = len(prepared)
     audit, cells = audit_and_plan(prepared, config, num_clusters=num_clusters, seed=seed)
     rule = rule_of(config, audit, seed)
-    engine = make_engine(prepared, np.arange(num_images), cells)
+    engine = make_engine(prepared, np.arange(num_images), cells, device, num_threads)
     parts: list[Rows] = []
     pairs: list[DuplicatePairs] = []
     for start, stop in part_ranges(num_images):
         ids = np.arange(start, stop)
-        rows, duplicates = merge_shards([search_shard(engine, prepared, ids, rule)], prepared, ids, rule)
+        rows, duplicates = merge_shards(
+            [search_shard(engine, prepared, ids, rule)], prepared, ids, rule, num_threads=num_threads
+        )
         parts.append(rows)
         pairs.append(duplicates)
         if progress is not None:
@@ -174,11 +186,12 @@ def build(
     leader_N = leaders(num_images, duplicates, min_leaders=rule.min_neighbors + 1)
     if leader_N is not None:
         rule = replace(rule, duplicate_threshold=None)
-        engine = make_engine(prepared, np.flatnonzero(leader_N == np.arange(num_images)), cells)
+        del engine  # its memory goes before the next one's comes
+        engine = make_engine(prepared, np.flatnonzero(leader_N == np.arange(num_images)), cells, device, num_threads)
         for number, (start, _) in enumerate(part_ranges(num_images)):
             ids = ids_to_search_again(parts[number], start, leader_N)
             answer = search_shard(engine, prepared, ids, rule, leader_N)
-            new, _ = merge_shards([answer], prepared, ids, rule, leader_N)
+            new, _ = merge_shards([answer], prepared, ids, rule, leader_N, num_threads)
             parts[number] = rows_among_leaders(parts[number], start, leader_N, ids, new)
     rows = Rows.join(parts)
     return BuiltGraph(NeighborGraph(rows.indptr, rows.indices), audit, duplicates, leader_N)

@@ -154,6 +154,7 @@ class IvfEngine:
         self.prepared = prepared
         self.ids_n = ids_n
         self.cells = cells
+        self.blocks_at_once = 1
         self.error = similarity_error(dim)
         self._quantizer = faiss.IndexFlatIP(dim + 1)  # never asked: cells are found without the column of ones
         self._index = faiss.IndexIVFFlat(self._quantizer, dim + 1, len(cells.centroids_CD), faiss.METRIC_INNER_PRODUCT)

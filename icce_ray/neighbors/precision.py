@@ -12,17 +12,21 @@ Legend: N images, D feature dimension, K clusters, R k-means runs, P pairs.
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import faiss
 import numpy as np
 import numpy.typing as npt
 
 from icce_ray.neighbors.engine import BASE_BLOCK
-from icce_ray.neighbors.prepared import Floats, PreparedFeatures
+from icce_ray.neighbors.prepared import Floats, Ids, PreparedFeatures
 
 NUM_RUNS = 8
 NUM_ITERATIONS = 15
 MIN_TRAINING_IMAGES = 20_000
 TRAINING_IMAGES_PER_CLUSTER = 64
+MAX_SAMPLES_BYTES = 2 * 1024**3
+"""Of the samples of the runs that are made at the same time."""
 
 AGREEMENT_WEIGHTS = np.array([c * (c - 1) / (NUM_RUNS * (NUM_RUNS - 1)) for c in range(NUM_RUNS + 1)])
 """By the number of runs that put a pair into one cluster: the share of pairs of runs in which both do."""
@@ -41,10 +45,19 @@ def cluster_labels(prepared: PreparedFeatures, num_clusters: int, rng: np.random
     num_images = len(prepared)
     num_clusters = min(num_clusters, num_images)
     num_training = min(num_images, max(MIN_TRAINING_IMAGES, TRAINING_IMAGES_PER_CLUSTER * num_clusters))
-    centroids_RKD = []
-    for _ in range(NUM_RUNS):
-        sample = np.sort(rng.choice(num_images, num_training, replace=False))
-        centroids_RKD.append(spherical_kmeans(prepared[sample], num_clusters, int(rng.integers(2**31)), NUM_ITERATIONS))
+    draws = [
+        (np.sort(rng.choice(num_images, num_training, replace=False)), int(rng.integers(2**31)))
+        for _ in range(NUM_RUNS)
+    ]
+
+    def centroids_of(draw: tuple[Ids, int]) -> Floats:
+        sample, seed = draw
+        return spherical_kmeans(prepared[sample], num_clusters, seed, NUM_ITERATIONS)
+
+    # Each run keeps to one thread, so that its sums do not depend on the machine: the runs share the cores instead.
+    at_once = MAX_SAMPLES_BYTES // (4 * num_training * prepared.shape[1])
+    with ThreadPoolExecutor(max(1, min(NUM_RUNS, faiss.omp_get_max_threads(), at_once))) as pool:
+        centroids_RKD = list(pool.map(centroids_of, draws))
     labels_RN = np.empty((NUM_RUNS, num_images), np.int32)
     for start in range(0, num_images, BASE_BLOCK):
         block_BD = prepared[start : start + BASE_BLOCK]

@@ -7,9 +7,10 @@ and their own rows are emptied.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +21,9 @@ from icce_ray.neighbors.memory import MAX_ROWS_PER_PART
 from icce_ray.neighbors.prepared import Ids, PreparedFeatures
 from icce_ray.neighbors.rule import Rule, pair_hash, rank_in_row
 from icce_ray.neighbors.search import QUERY_BLOCK, Candidates, Queries, merge, search
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -101,7 +105,11 @@ def search_shard(
         rule: limits of the rows.
         leader_N: of the groups of near-duplicates, when the engine holds only leaders.
     """
-    return [search(engine, queries, rule) for queries in _blocks(prepared, ids, leader_N)]
+
+    def answer(block: Ids) -> Candidates:
+        return search(engine, _queries(prepared, block, leader_N), rule)
+
+    return _in_threads(answer, _blocks(ids), engine.blocks_at_once)
 
 
 def merge_shards(
@@ -110,20 +118,26 @@ def merge_shards(
     ids: Ids,
     rule: Rule,
     leader_N: Ids | None = None,
+    num_threads: int = 1,
 ) -> tuple[Rows, DuplicatePairs]:
     """The rows of `ids`, and their near-duplicates, from the answers of all shards."""
     dtype = index_dtype(len(prepared))
-    rows, duplicates = [], []
-    for queries, *answers_of_block in zip(_blocks(prepared, ids, leader_N), *answers, strict=True):
+
+    def rows_of(block_and_answers: tuple[Ids, list[Candidates]]) -> tuple[Rows, DuplicatePairs]:
+        block, answers_of_block = block_and_answers
+        queries = _queries(prepared, block, leader_N)
         merged = merge(answers_of_block, queries, prepared, rule)
         # Sorted as one number, which takes a tenth of the time of sorting by two.
         keys_P = np.sort(merged.pairs.rows_P * np.int64(len(prepared)) + merged.pairs.ids_P)
         lengths_Q = np.bincount(merged.pairs.rows_P, minlength=len(queries)).astype(np.int64)
         indices_P = keys_P - np.repeat(np.arange(len(queries)) * len(prepared), lengths_Q)
-        rows.append(Rows(lengths_Q, indices_P.astype(dtype), merged.num_hits_Q))
         found = merged.duplicates
-        duplicates.append(DuplicatePairs(queries.ids_Q[found.rows_P], found.ids_P, found.units_P))
-    return Rows.join(rows), DuplicatePairs.join(duplicates)
+        duplicates = DuplicatePairs(queries.ids_Q[found.rows_P], found.ids_P, found.units_P)
+        return Rows(lengths_Q, indices_P.astype(dtype), merged.num_hits_Q), duplicates
+
+    blocks = [(block, list(found)) for block, *found in zip(_blocks(ids), *answers, strict=True)]
+    made = _in_threads(rows_of, blocks, num_threads)
+    return Rows.join([rows for rows, _ in made]), DuplicatePairs.join([duplicates for _, duplicates in made])
 
 
 def ids_to_search_again(rows: Rows, start: int, leader_N: Ids) -> Ids:
@@ -188,7 +202,17 @@ def combine_rows(parts: Sequence[Rows], start: int, how: Literal["union", "inter
     return Rows(lengths, ids_U.astype(parts[0].indices.dtype), num_hits)
 
 
-def _blocks(prepared: PreparedFeatures, ids: Ids, leader_N: Ids | None) -> Iterator[Queries]:
-    for start in range(0, len(ids), QUERY_BLOCK):
-        block = ids[start : start + QUERY_BLOCK]
-        yield Queries.of(prepared, block, None if leader_N is None else leader_N[block])
+def _in_threads(function: Callable[[T], R], items: Sequence[T], num_threads: int) -> list[R]:
+    """Results in the order of `items`; with one thread, in the calling one."""
+    if num_threads == 1:
+        return [function(item) for item in items]
+    with ThreadPoolExecutor(num_threads, thread_name_prefix="neighbors") as pool:
+        return list(pool.map(function, items))
+
+
+def _blocks(ids: Ids) -> list[Ids]:
+    return [ids[start : start + QUERY_BLOCK] for start in range(0, len(ids), QUERY_BLOCK)]
+
+
+def _queries(prepared: PreparedFeatures, ids: Ids, leader_N: Ids | None) -> Queries:
+    return Queries.of(prepared, ids, None if leader_N is None else leader_N[ids])

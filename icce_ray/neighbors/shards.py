@@ -136,6 +136,7 @@ class ShardWorker:
         self.shard = shard
         self.num_shards = num_shards
         self.device = device
+        self.num_threads = num_threads
         self.num_answers = 0
         self._engine: tuple[bool, Engine] | None = None
 
@@ -201,7 +202,7 @@ class ShardWorker:
         """Make the part of all shards' answers, and write it."""
         rule, leader_N = self._pass(task)
         ids = self._ids(task)
-        rows, duplicates = merge_shards(answers, self.prepared, ids, rule, leader_N)
+        rows, duplicates = merge_shards(answers, self.prepared, ids, rule, leader_N, self.num_threads)
         if task.among_leaders:
             first_rows = read_rows(self.folder, task.first_pass)
             rows = rows_among_leaders(first_rows, task.start, self.leaders, ids, rows)
@@ -233,7 +234,10 @@ class ShardWorker:
             ids = shard_ids(len(self.prepared), self.shard, self.num_shards)
             if task.among_leaders:
                 ids = ids[self.leaders[ids] == ids]
-            self._engine = task.among_leaders, make_engine(self.prepared, ids, self.cells, self.device)
+            self._engine = (
+                task.among_leaders,
+                make_engine(self.prepared, ids, self.cells, self.device, self.num_threads),
+            )
         return self._engine[1]
 
 

@@ -10,6 +10,7 @@ from sklearn.datasets import load_digits
 
 from icce_ray.config import NeighborsConfig
 from icce_ray.neighbors import audit as audit_module
+from icce_ray.neighbors import precision
 from icce_ray.neighbors.audit import MAX_CLASS_SHARE, Audit, audit, audit_prepared
 from icce_ray.neighbors.graph import build_graph
 from icce_ray.neighbors.memory import available_memory_bytes
@@ -210,3 +211,14 @@ def check_automatic_threshold(
     fixed = [length_and_precision(tenth / 10) for tenth in range(1, 10)]
     assert precision >= max((other for longer, other in fixed if longer >= length), default=0.0) - 0.03
     assert 50 <= length <= len(labels) / num_clusters
+
+
+def test_the_runs_of_k_means_do_not_depend_on_the_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    features, _ = gaussian_clusters(2000, 6, 16, 0.8)
+    prepared = prepare(features, True)
+    labels = []
+    for num_threads in (1, 5):
+        monkeypatch.setattr(precision.faiss, "omp_get_max_threads", lambda number=num_threads: number)
+        labels.append(precision.cluster_labels(prepared, 6, np.random.default_rng(0)))
+    assert np.array_equal(labels[0], labels[1])
+    assert len({run.tobytes() for run in labels[0]}) > 1

@@ -56,6 +56,23 @@ def test_the_graph_is_that_of_brute_force(
     assert reference.lists_of(graph) == expected
 
 
+@pytest.mark.parametrize("duplicate_threshold", [None, 0.999])
+def test_the_graph_is_the_same_on_a_torch_device_and_by_several_threads(
+    duplicate_threshold: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shrink_blocks(monkeypatch, 20, 70)
+    features = reference.awkward_features(331, 6)
+    settings = {"similarity_threshold": 0.5, "min_neighbors": 20, "duplicate_threshold": duplicate_threshold}
+    config = NeighborsConfig.model_validate(settings)
+    graphs = [
+        build_graph(features, config, num_clusters=5, seed=3, device=device, num_threads=num_threads)[0]
+        for device, num_threads in ((None, 1), (None, 3), ("cpu", 1), ("cpu", 5))
+    ]
+    for graph in graphs[1:]:
+        assert np.array_equal(graph.indptr, graphs[0].indptr)
+        assert np.array_equal(graph.indices, graphs[0].indices)
+
+
 def test_no_image_is_its_own_neighbour_where_blocks_meet_but_its_duplicate_is(monkeypatch: pytest.MonkeyPatch) -> None:
     shrink_blocks(monkeypatch, 64, 96)
     features = np.random.default_rng(0).standard_normal((400, 8)).astype(np.float32)
