@@ -37,14 +37,19 @@ class PlainHead(torch.nn.Module):
 class PlainTrainer:
     """Trains copies of the heads that `parameters` describes."""
 
-    def __init__(self, parameters: HeadParameters, config: HeadsConfig, steps_per_epoch: int) -> None:
+    def __init__(
+        self, parameters: HeadParameters, config: HeadsConfig, steps_per_epoch: int, device: str = "cpu"
+    ) -> None:
+        self.device = device
         self.config = config
         self.steps_per_epoch = steps_per_epoch
         self.momentum = teacher_momentum(config, steps_per_epoch)
-        self.norm = torch.nn.BatchNorm1d(parameters.hidden_weight_HMD.shape[2], affine=False)
-        self.students = [PlainHead(parameters, head) for head in range(parameters.num_heads)]
+        self.norm = torch.nn.BatchNorm1d(parameters.hidden_weight_HMD.shape[2], affine=False).to(device)
+        self.students = [PlainHead(parameters, head).to(device) for head in range(parameters.num_heads)]
         self.teachers = copy.deepcopy(self.students)
-        self.priors = [torch.full((parameters.num_clusters,), 1 / parameters.num_clusters) for _ in self.students]
+        self.priors = [
+            torch.full((parameters.num_clusters,), 1 / parameters.num_clusters, device=device) for _ in self.students
+        ]
         self.optimizers = [
             torch.optim.AdamW(head.parameters(), weight_decay=config.weight_decay) for head in self.students
         ]
@@ -53,7 +58,7 @@ class PlainTrainer:
     def step(self, features: npt.NDArray[Any], rows: npt.NDArray[np.int64]) -> None:
         """One update on the pairs `rows` (2, B)."""
         config = self.config
-        batch = torch.from_numpy(features[rows.ravel()].astype(np.float32))
+        batch = torch.from_numpy(features[rows.ravel()].astype(np.float32)).to(self.device)
         view_a, view_b = self.norm(batch).chunk(2)
         with torch.no_grad():
             targets = [(self._targets(teacher(view_a)), self._targets(teacher(view_b))) for teacher in self.teachers]

@@ -59,8 +59,7 @@ class InputNorm:
     def gather(self, rows: npt.NDArray[np.int64]) -> torch.Tensor:
         """The features of `rows` (any shape), rotated, float32 (*rows.shape, D) on the device."""
         if self.held_ND is not None:
-            index = torch.from_numpy(rows.ravel()).to(self.device, non_blocking=True)
-            return self.held_ND.index_select(0, index).view(*rows.shape, -1)
+            return self.held_ND.index_select(0, to_device(rows.ravel(), self.device)).view(*rows.shape, -1)
         return self._read(rows.ravel()).view(*rows.shape, -1)
 
     def normalise_batch(self, batch_nD: torch.Tensor, num_global: int, communicator: Communicator) -> torch.Tensor:
@@ -104,6 +103,13 @@ class InputNorm:
         self.min_variance = max(BN_EPS * float(variance.mean()), 1e-30)
         self.mean_D = (mean + guess_D).float()
         self.scale_D = torch.rsqrt(variance + self.min_variance).float()
+
+
+def to_device(array: npt.NDArray[np.int64], device: torch.device) -> torch.Tensor:
+    """A tensor of the array on the device. A GPU goes on computing meanwhile: from memory that is not pinned, a copy
+    would wait for all that it has been given to do."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def random_rotation(dim: int, seed: int) -> torch.Tensor:

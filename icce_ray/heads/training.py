@@ -3,7 +3,8 @@
 A step runs in two passes over blocks of heads: the teacher's targets of all heads come first, because the weight of a
 pair is a mean over heads; then each block's student goes forward and backward. On a GPU one block holds all heads. On a
 CPU a block is one head, whose activations stay in a core's cache, and every core works on a head of its own: that is
-faster than all cores on one product, and the result does not depend on the number of threads.
+faster than all cores on one product, and the result does not depend on the number of threads. Long runs on a GPU take
+the step of fused.py.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch
 from icce_ray.config import HeadsConfig
 from icce_ray.heads.checkpoint import CheckpointFolder
 from icce_ray.heads.communicator import Communicator, SingleWorker
+from icce_ray.heads.fused import FusedStep, compiled_step
 from icce_ray.heads.inputs import InputNorm
 from icce_ray.heads.loss import PairLosses, pair_agreement, scan_losses, teacher_targets, temi_losses
 from icce_ray.heads.memory import check_memory, head_blocks
@@ -89,6 +91,13 @@ class HeadTrainer:
         self.teacher_momentum = teacher_momentum(config, self.steps_per_epoch)
         self.watch = EpochWatch(
             num_images, anchors, config.num_heads, num_clusters, config.num_epochs, seed, self.device
+        )
+        self.fused: FusedStep | None = compiled_step(
+            config,
+            self.student.heads(self.blocks[0]),
+            num_rows=2 * -(-self.batch_size // self.communicator.num_workers),
+            num_steps=self.steps_per_epoch * config.num_epochs,
+            dtype=self.dtype,
         )
         self.epoch = 0
         self.history: list[dict[str, Any]] = []
@@ -162,6 +171,21 @@ class HeadTrainer:
         """One update. `rows` (1 + num_positives, b) is this worker's share of `num_pairs` pairs. Returns the loss per
         head, summed over this worker's pairs, float32 (H,)."""
         batch = self.pool.call(lambda: self._prepare(rows, num_pairs))
+        if self.fused is not None:
+            loss_H = self._write_gradient_fused(self.fused, batch, rows, num_pairs, ce_weight)
+        else:
+            loss_H = self._write_gradient(batch, rows, num_pairs, ce_weight)
+        for gradient in self.gradient.tensors():
+            self.communicator.sum_(gradient)
+        frozen = LAST_LAYER if self.epoch < self.config.freeze_last_layer_epochs else ()
+        self.optimizer.step(self.gradient, learning_rate, frozen)
+        torch._foreach_lerp_(self.teacher.tensors(), self.student.tensors(), 1.0 - self.teacher_momentum)
+        return loss_H
+
+    def _write_gradient(
+        self, batch: torch.Tensor, rows: npt.NDArray[np.int64], num_pairs: int, ce_weight: float
+    ) -> torch.Tensor:
+        """Fill `gradient` from this worker's pairs; their loss (H,), summed."""
         if self.config.loss == "scan":
             objective = self._scan_objective(rows, num_pairs)
         else:
@@ -179,13 +203,37 @@ class HeadTrainer:
 
         # Workers must meet in the same order, so an objective that sums over them stays in one thread.
         in_threads = self.config.loss == "temi" or self.communicator.num_workers == 1
-        losses = (self.pool if in_threads else ThreadPool(0)).map(update_gradient, self.blocks)
-        for gradient in self.gradient.tensors():
-            self.communicator.sum_(gradient)
-        frozen = LAST_LAYER if self.epoch < self.config.freeze_last_layer_epochs else ()
-        self.optimizer.step(self.gradient, learning_rate, frozen)
-        torch._foreach_lerp_(self.teacher.tensors(), self.student.tensors(), 1.0 - self.teacher_momentum)
+        return torch.cat((self.pool if in_threads else ThreadPool(0)).map(update_gradient, self.blocks))
+
+    def _write_gradient_fused(
+        self, fused: FusedStep, batch: torch.Tensor, rows: npt.NDArray[np.int64], num_pairs: int, ce_weight: float
+    ) -> torch.Tensor:
+        """As `_write_gradient`."""
+        targets, masses, agreements = [], [], []
+        for heads in self.blocks:
+            cosines_HVBK = fused.teacher_cosines(self.teacher.heads(heads), batch)
+            targets.append(fused.targets(cosines_HVBK, self.communicator))
+            mass_HK, agreement_B, labels_HB = fused.statistics(targets[-1])
+            masses.append(mass_HK)
+            agreements.append(agreement_B)
+            self.watch.record(heads, rows[0], labels_HB)
+        weight_B = self._move_prior(masses, agreements, 2 * num_pairs)
+        log_prior_HK = self.prior_HK.clamp_min(MIN_PRIOR).log()
+        ce_weight_tensor = torch.full((), ce_weight, device=self.device)
+        scale = torch.full((), 1.0 / (self.config.num_heads * num_pairs), device=self.device)
+        losses = [
+            fused.write_gradient(
+                self.student.heads(heads), batch, targets_of_block, log_prior_HK[heads], weight_B, ce_weight_tensor,
+                scale, self.gradient.heads(heads),
+            )
+            for heads, targets_of_block in zip(self.blocks, targets, strict=True)
+        ]  # fmt: skip
         return torch.cat(losses)
+
+    def _move_prior(self, masses: list[torch.Tensor], agreements: list[torch.Tensor], num_targets: int) -> torch.Tensor:
+        """Take in the sum of a step's targets of each block of heads; returns the weight of each pair (B,)."""
+        self.prior_HK.lerp_(self.communicator.sum_(torch.cat(masses)) / num_targets, 1.0 - self.config.prior_momentum)
+        return sum(agreements[1:], agreements[0]) / self.config.num_heads
 
     def label_matrix(self) -> npt.NDArray[np.int32]:
         """Every head's most likely cluster of every image, (H, N). Each worker labels its share of the rows."""
@@ -277,10 +325,8 @@ class HeadTrainer:
         else:
             # Workers must meet in the same order, so what sums over them stays in one thread.
             results = [targets(slice(None), torch.cat(self.pool.map(teacher_cosines, self.blocks), dim=1))]
-        masses, agreements = zip(*results, strict=True)
-        batch_prior_HK = self.communicator.sum_(torch.cat(masses)) / (num_views * num_pairs)
-        self.prior_HK.lerp_(batch_prior_HK, 1.0 - config.prior_momentum)
-        return log_targets_VHBK, sum(agreements[1:], agreements[0]) / config.num_heads
+        masses, agreements = map(list, zip(*results, strict=True))
+        return log_targets_VHBK, self._move_prior(masses, agreements, num_views * num_pairs)
 
     def _prepare(self, rows: npt.NDArray[np.int64], num_pairs: int) -> torch.Tensor:
         """The normalised batch, all views below each other, in the dtype of the products."""

@@ -11,6 +11,7 @@ import torch
 from icce_ray.consensus.contingency import count_table
 from icce_ray.consensus.objective import nmi_from_counts
 from icce_ray.heads.communicator import Communicator
+from icce_ray.heads.inputs import to_device
 
 MAX_WATCHED_IMAGES = 4096
 MAX_HEAD_PAIRS = 16
@@ -53,7 +54,7 @@ class EpochWatch:
 
     def record(self, heads: slice, images: npt.NDArray[np.int64], labels_Hb: torch.Tensor) -> None:
         """Labels of this worker's images of a step by some of the heads."""
-        columns = self.column_N[torch.from_numpy(images).to(self.column_N.device)]
+        columns = self.column_N[to_device(images, self.column_N.device)]
         self.labels_Hw[heads, columns] = labels_Hb
         self.sizes_HK[heads].scatter_add_(1, labels_Hb, torch.ones_like(labels_Hb))
 
