@@ -212,7 +212,7 @@ class NeighborsConfig(Section):
 
 class HeadsConfig(Section):
     num_heads: PositiveInt = 50
-    """Clustering heads trained side by side (H); they differ by their initialisation only."""
+    """Clustering heads trained side by side (H); they differ by their initialisation and by what they see."""
     max_images: Annotated[int, Field(ge=2)] | None = 2_000_000
     """Above this many images, a uniform random sample of them is trained on (neighbours, heads, consensus, classifier);
     the classifier labels the others. `null`: always train on all."""
@@ -237,6 +237,9 @@ class HeadsConfig(Section):
     rotate: bool = True
     """Apply a random rotation (seeded) before `input_norm`: per-dimension scaling then no longer blows up the small
     dimensions of features that come sorted by variance, such as PCA's."""
+    input_share: Annotated[float, Field(gt=0.0, le=1.0)] = 0.5
+    """Share of the (rotated) dimensions that each head sees, a random choice of its own, at least 32 of them: heads
+    that see different things make different mistakes, and train faster. 1: all heads see all, as in the paper."""
     loss: Literal["temi", "scan"] = "temi"
     """`temi`: weighted mutual information, with what is switched on below. `scan`: SCAN's, on the student alone."""
     scan_entropy_weight: Annotated[float, Field(ge=0.0)] = 5.0
@@ -433,7 +436,13 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "max_neighbors": 50,
             "duplicate_threshold": None,
         },
-        "heads": {"input_norm": "standardize", "rotate": False, "sinkhorn": False, "max_ce_weight": 0.0},
+        "heads": {
+            "input_norm": "standardize",
+            "rotate": False,
+            "input_share": 1.0,
+            "sinkhorn": False,
+            "max_ce_weight": 0.0,
+        },
         "consensus": {"methods": ("best_head",), "refine": False},
     },
     "scan": {
@@ -443,7 +452,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "max_neighbors": 20,
             "duplicate_threshold": None,
         },
-        "heads": {"loss": "scan", "input_norm": "standardize", "rotate": False},
+        "heads": {"loss": "scan", "input_norm": "standardize", "rotate": False, "input_share": 1.0},
         "consensus": {"methods": ("best_head",), "refine": False},
     },
 }

@@ -83,7 +83,8 @@ def planted(num_images: int, dim: int, num_clusters: int, num_neighbors: int = 5
 def compare_speed(settings: dict[str, Any], dim: int, num_clusters: int, num_heads: int) -> dict[str, Any]:
     """Both in turn, several times; the medians."""
     features, graph, _ = planted(settings["num_images"], dim, num_clusters)
-    config = HeadsConfig(num_heads=num_heads, batch_size=settings["batch_size"])
+    # The plain loop does not know of a share of the inputs: both are given all.
+    config = HeadsConfig(num_heads=num_heads, batch_size=settings["batch_size"], input_share=1.0)
     ours = HeadTrainer(features, graph, config, num_clusters=num_clusters, seed=0)
     plain = PlainTrainer(ours.student, config, ours.steps_per_epoch)
     batches = list(epoch_batches(graph, ours.batch_size, 1, 0, 0, 0, 1))[: settings["steps"]]
@@ -116,7 +117,7 @@ def compare_speed(settings: dict[str, Any], dim: int, num_clusters: int, num_hea
 def compare_accuracy(settings: dict[str, Any]) -> dict[str, float]:
     """Mean accuracy of the heads after the same epochs, here (bfloat16 where there are units for it) and there."""
     features, graph, labels = planted(3000, 128, 10)
-    config = HeadsConfig(num_heads=4, num_epochs=settings["accuracy_epochs"], batch_size=256)
+    config = HeadsConfig(num_heads=4, num_epochs=settings["accuracy_epochs"], batch_size=256, input_share=1.0)
     ours = HeadTrainer(features, graph, config, num_clusters=10, seed=0)
     plain = PlainTrainer(ours.student.map(torch.clone), config, ours.steps_per_epoch)
     for epoch in range(config.num_epochs):
@@ -146,7 +147,7 @@ def _run_on_gpu() -> tuple[dict[str, Any], dict[str, bool]]:
     features = generator.standard_normal((40_960, dim), dtype=np.float32).astype(np.float16)
     neighbors = generator.integers(0, len(features), (len(features), 50), dtype=np.int32)
     graph = NeighborGraph(np.arange(len(features) + 1, dtype=np.int64) * 50, neighbors.ravel())
-    config = HeadsConfig(num_heads=num_heads, batch_size=batch_size, num_epochs=400)
+    config = HeadsConfig(num_heads=num_heads, batch_size=batch_size, num_epochs=400, input_share=1.0)
     started = time.perf_counter()
     trainer = HeadTrainer(features, graph, config, num_clusters=num_clusters, seed=0, device="cuda")
     start_s = time.perf_counter() - started

@@ -19,12 +19,12 @@ from icce_ray.heads.schedule import teacher_momentum
 class PlainHead(torch.nn.Module):
     def __init__(self, parameters: HeadParameters, head: int) -> None:
         super().__init__()
-        num_hidden, dim = parameters.hidden_weight_HMD.shape[1:]
+        num_hidden, dim = parameters.hidden_weight_HMS.shape[1:]
         num_bottleneck = parameters.bottleneck_weight_HPM.shape[1]
         self.hidden, self.bottleneck = torch.nn.Linear(dim, num_hidden), torch.nn.Linear(num_hidden, num_bottleneck)
         self.prototypes = torch.nn.Parameter(parameters.prototypes_HKP[head].clone())
         with torch.no_grad():
-            self.hidden.weight.copy_(parameters.hidden_weight_HMD[head])
+            self.hidden.weight.copy_(parameters.hidden_weight_HMS[head])
             self.hidden.bias.zero_()
             self.bottleneck.weight.copy_(parameters.bottleneck_weight_HPM[head])
             self.bottleneck.bias.zero_()
@@ -44,7 +44,7 @@ class PlainTrainer:
         self.config = config
         self.steps_per_epoch = steps_per_epoch
         self.momentum = teacher_momentum(config, steps_per_epoch)
-        self.norm = torch.nn.BatchNorm1d(parameters.hidden_weight_HMD.shape[2], affine=False).to(device)
+        self.norm = torch.nn.BatchNorm1d(parameters.hidden_weight_HMS.shape[2], affine=False).to(device)
         self.students = [PlainHead(parameters, head).to(device) for head in range(parameters.num_heads)]
         self.teachers = copy.deepcopy(self.students)
         self.priors = [

@@ -5,8 +5,8 @@ Sinkhorn-Knopp keeps only its scales, from which a target is made anew wherever 
 makes few kernels of each function. Everything within a kernel, and every sum, is float32. With float32 arrays, and not
 compiled, the functions give the numbers of the plain ones: a test holds them together.
 
-H heads, V = 2 views (an image and its neighbour), B pairs of this worker, K clusters, n = V B rows; D, M, P as in
-model.py.
+H heads, V = 2 views (an image and its neighbour), B pairs of this worker, K clusters, n = V B rows; S, M, P and the two
+shapes of inputs as in model.py.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch.nn.functional as F
 
 from icce_ray.config import HeadsConfig
 from icce_ray.heads.communicator import Communicator, SingleWorker
-from icce_ray.heads.model import NORM_EPS, HeadParameters
+from icce_ray.heads.model import NORM_EPS, HeadParameters, hidden_layer, hidden_weight_gradient
 from icce_ray.heads.sinkhorn import MAX_EXPONENT
 
 MIN_COMPILED_WORK = 1e12
@@ -68,9 +68,9 @@ class FusedStep:
         self._column_mass, self._scales = prepared(_column_mass), prepared(_scales)
         self._statistics, self._losses, self._backward = prepared(_statistics), prepared(_losses), prepared(_backward)
 
-    def teacher_cosines(self, teacher: HeadParameters, inputs_nD: torch.Tensor) -> torch.Tensor:
+    def teacher_cosines(self, teacher: HeadParameters, inputs: torch.Tensor) -> torch.Tensor:
         """(H, V, B, K) cosines of the teacher's outputs with its prototypes."""
-        return _by_view(self._cosines(*teacher.tensors(), inputs_nD, self.cosine_dtype))
+        return _by_view(self._cosines(*teacher.tensors(), inputs, self.cosine_dtype))
 
     def targets(self, cosines_HVBK: torch.Tensor, communicator: Communicator) -> Targets:
         """As `loss.teacher_targets`."""
@@ -96,7 +96,7 @@ class FusedStep:
     def write_gradient(
         self,
         student: HeadParameters,
-        inputs_nD: torch.Tensor,
+        inputs: torch.Tensor,
         targets: Targets,
         log_prior_HK: torch.Tensor,
         weight_B: torch.Tensor,
@@ -106,8 +106,8 @@ class FusedStep:
     ) -> torch.Tensor:
         """`model.forward`, `loss.temi_losses` and `model.backward`. Returns the loss (H,), summed over pairs; writes
         `scale` times its gradient. `ce_weight` and `scale` are tensors, or each value would be compiled for."""
-        hidden_nHM, activation_nHM, unit_HnP, inverse_norm_Hn1, cosines_HnK = self._forward(
-            *student.tensors(), inputs_nD, self.cosine_dtype
+        hidden_HnM, activation_HnM, unit_HnP, inverse_norm_Hn1, cosines_HnK = self._forward(
+            *student.tensors(), inputs, self.cosine_dtype
         )
         config = self.config
         loss_H: torch.Tensor
@@ -116,21 +116,20 @@ class FusedStep:
             ce_weight, scale, config.student_temperature, config.teacher_temperature, config.beta, self.gradient_dtype,
         )  # fmt: skip
         self._backward(
-            *student.tensors(), inputs_nD, hidden_nHM, activation_nHM, unit_HnP, inverse_norm_Hn1, slope_HnK,
+            *student.tensors(), inputs, hidden_HnM, activation_HnM, unit_HnP, inverse_norm_Hn1, slope_HnK,
             radial_Hn1, *gradient.tensors(),
         )  # fmt: skip
         return loss_H
 
-    def try_out(self, parameters: HeadParameters, num_rows: int, dtype: torch.dtype) -> None:
+    def try_out(self, parameters: HeadParameters, inputs: torch.Tensor) -> None:
         """Compute a step, and with it compile all functions; nothing is kept."""
         device, (H, K, _) = parameters.prototypes_HKP.device, parameters.prototypes_HKP.shape
-        inputs_nD = torch.ones((num_rows, parameters.hidden_weight_HMD.shape[2]), dtype=dtype, device=device)
-        targets = self.targets(self.teacher_cosines(parameters, inputs_nD), SingleWorker())
+        targets = self.targets(self.teacher_cosines(parameters, inputs), SingleWorker())
         _, weight_B, _ = self.statistics(targets)
         one = torch.ones((), device=device)
         log_prior_HK = torch.zeros((H, K), device=device)
         gradient = parameters.map(torch.empty_like)
-        self.write_gradient(parameters, inputs_nD, targets, log_prior_HK, weight_B, one, one, gradient)
+        self.write_gradient(parameters, inputs, targets, log_prior_HK, weight_B, one, one, gradient)
 
 
 def can_fuse(config: HeadsConfig, device: torch.device, dtype: torch.dtype) -> bool:
@@ -142,24 +141,22 @@ def can_fuse(config: HeadsConfig, device: torch.device, dtype: torch.dtype) -> b
 
 
 def compiled_step(
-    config: HeadsConfig, student: HeadParameters, *, num_rows: int, num_steps: int, dtype: torch.dtype
+    config: HeadsConfig, student: HeadParameters, inputs: torch.Tensor, *, num_steps: int
 ) -> FusedStep | None:
     """The compiled step for a run where it pays; None where it does not, or where torch cannot compile.
 
     Args:
         config: the `heads` section.
-        student: parameters, on the device of the run.
-        num_rows: n of a worker.
+        student: parameters, on the device of the run, of a block of heads.
+        inputs: of the shape, dtype and device of theirs in a step.
         num_steps: of the run.
-        dtype: of the products.
     """
-    device = student.prototypes_HKP.device
-    work = num_steps * config.num_heads * num_rows * student.num_clusters
-    if not can_fuse(config, device, dtype) or work < MIN_COMPILED_WORK:
+    work = num_steps * config.num_heads * inputs.shape[-2] * student.num_clusters
+    if not can_fuse(config, inputs.device, inputs.dtype) or work < MIN_COMPILED_WORK:
         return None
     step = FusedStep(config, compiled=True)
     try:
-        step.try_out(student, num_rows, dtype)
+        step.try_out(student, inputs)
     except Exception as error:  # a compiler that is missing, a torch that does not go with it: of many types
         logger.warning("heads: torch cannot compile the training step, which will take twice as long: %s", error)
         return None
@@ -172,24 +169,23 @@ def _by_view(array_HnK: torch.Tensor) -> torch.Tensor:
 
 
 def _forward(
-    hidden_weight_HMD: torch.Tensor, hidden_bias_HM: torch.Tensor, bottleneck_weight_HPM: torch.Tensor,
-    bottleneck_bias_HP: torch.Tensor, prototypes_HKP: torch.Tensor, inputs_nD: torch.Tensor, cosine_dtype: torch.dtype,
+    hidden_weight_HMS: torch.Tensor, hidden_bias_HM: torch.Tensor, bottleneck_weight_HPM: torch.Tensor,
+    bottleneck_bias_HP: torch.Tensor, prototypes_HKP: torch.Tensor, inputs: torch.Tensor, cosine_dtype: torch.dtype,
 ) -> tuple[torch.Tensor, ...]:  # fmt: skip
     """Cosines (H, n, K), and before them what `_backward` needs."""
-    H, M, D = hidden_weight_HMD.shape
-    n, dtype = inputs_nD.shape[0], inputs_nD.dtype
-    hidden = F.linear(inputs_nD, hidden_weight_HMD.view(H * M, D).to(dtype), hidden_bias_HM.view(H * M).to(dtype))
-    activation_nHM = F.gelu(hidden).view(n, H, M)
+    dtype = inputs.dtype
+    hidden_HnM = hidden_layer(hidden_weight_HMS, hidden_bias_HM, inputs)
+    activation_HnM = F.gelu(hidden_HnM)
     bottleneck_HnP = torch.baddbmm(
         bottleneck_bias_HP.to(dtype).unsqueeze(1),
-        activation_nHM.transpose(0, 1),
+        activation_HnM,
         bottleneck_weight_HPM.to(dtype).transpose(1, 2),
     ).float()
     inverse_norm_Hn1 = bottleneck_HnP.square().sum(dim=-1, keepdim=True).clamp_min(NORM_EPS).rsqrt()
     unit_HnP = bottleneck_HnP * inverse_norm_Hn1
     prototypes = F.normalize(prototypes_HKP, dim=-1).to(cosine_dtype)
     cosines_HnK = torch.bmm(unit_HnP.to(cosine_dtype), prototypes.transpose(1, 2))
-    return hidden.view(n, H, M), activation_nHM, unit_HnP, inverse_norm_Hn1, cosines_HnK
+    return hidden_HnM, activation_HnM, unit_HnP, inverse_norm_Hn1, cosines_HnK
 
 
 def _cosines(*arguments: Any) -> torch.Tensor:
@@ -254,16 +250,17 @@ def _losses(
 
 
 def _backward(
-    hidden_weight_HMD: torch.Tensor, hidden_bias_HM: torch.Tensor, bottleneck_weight_HPM: torch.Tensor,
-    bottleneck_bias_HP: torch.Tensor, prototypes_HKP: torch.Tensor, inputs_nD: torch.Tensor, hidden_nHM: torch.Tensor,
-    activation_nHM: torch.Tensor, unit_HnP: torch.Tensor, inverse_norm_Hn1: torch.Tensor, slope_HnK: torch.Tensor,
-    radial_Hn1: torch.Tensor, hidden_weight_gradient_HMD: torch.Tensor, hidden_bias_gradient_HM: torch.Tensor,
+    hidden_weight_HMS: torch.Tensor, hidden_bias_HM: torch.Tensor, bottleneck_weight_HPM: torch.Tensor,
+    bottleneck_bias_HP: torch.Tensor, prototypes_HKP: torch.Tensor, inputs: torch.Tensor, hidden_HnM: torch.Tensor,
+    activation_HnM: torch.Tensor, unit_HnP: torch.Tensor, inverse_norm_Hn1: torch.Tensor, slope_HnK: torch.Tensor,
+    radial_Hn1: torch.Tensor, hidden_weight_gradient_HMS: torch.Tensor, hidden_bias_gradient_HM: torch.Tensor,
     bottleneck_weight_gradient_HPM: torch.Tensor, bottleneck_bias_gradient_HP: torch.Tensor,
     prototypes_gradient_HKP: torch.Tensor,
 ) -> None:  # fmt: skip
     """As `model.backward`. With u the unit output, of norm 1/r, and p a unit prototype: the slope by the output is
     r (sum of slope times p, less u times the radial part)."""
-    n, dtype, slope_dtype = inputs_nD.shape[0], inputs_nD.dtype, slope_HnK.dtype
+    H, n, _ = slope_HnK.shape
+    dtype, slope_dtype = inputs.dtype, slope_HnK.dtype
     norm_HK1 = prototypes_HKP.norm(dim=-1, keepdim=True).clamp_min(NORM_EPS)
     unit_prototypes_HKP = prototypes_HKP / norm_HK1
     unit_gradient_HKP = torch.bmm(slope_HnK.transpose(1, 2), unit_HnP.to(slope_dtype)).float()
@@ -274,10 +271,10 @@ def _backward(
     bottleneck_gradient_HnP = (unit_gradient_HnP - radial_Hn1 * unit_HnP) * inverse_norm_Hn1
     bottleneck_bias_gradient_HP.copy_(bottleneck_gradient_HnP.sum(dim=1))
     bottleneck_gradient = bottleneck_gradient_HnP.to(dtype)
-    bottleneck_weight_gradient_HPM.copy_(torch.bmm(bottleneck_gradient.transpose(1, 2), activation_nHM.transpose(0, 1)))
+    bottleneck_weight_gradient_HPM.copy_(torch.bmm(bottleneck_gradient.transpose(1, 2), activation_HnM))
     activation_gradient_HnM = torch.bmm(bottleneck_gradient, bottleneck_weight_HPM.to(dtype))
-    hidden_gradient = torch.ops.aten.gelu_backward(activation_gradient_HnM.transpose(0, 1), hidden_nHM).reshape(n, -1)
+    hidden_gradient_HnM = torch.ops.aten.gelu_backward(activation_gradient_HnM, hidden_HnM)
     # As a product, or what is summed would be computed twice.
-    ones_1n = torch.ones((1, n), dtype=dtype, device=inputs_nD.device)
-    hidden_bias_gradient_HM.copy_((ones_1n @ hidden_gradient).view_as(hidden_bias_gradient_HM))
-    hidden_weight_gradient_HMD.copy_((hidden_gradient.t() @ inputs_nD).view_as(hidden_weight_gradient_HMD))
+    ones_H1n = torch.ones((H, 1, n), dtype=dtype, device=inputs.device)
+    hidden_bias_gradient_HM.copy_(torch.bmm(ones_H1n, hidden_gradient_HnM).squeeze(1))
+    hidden_weight_gradient_HMS.copy_(hidden_weight_gradient(hidden_gradient_HnM, inputs))

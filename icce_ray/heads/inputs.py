@@ -1,4 +1,5 @@
-"""What the heads see of the features: batches gathered from the matrix, rotated and normalised (METHOD section 2).
+"""What the heads see of the features: batches gathered from the matrix, rotated and normalised (METHOD section 2), and
+of these each head's own random share of the dimensions [ours].
 
 BatchNorm has no affine parameters and is shared by student and teacher. Its statistics are those of the global batch,
 both views together; labelling uses those of the whole set, which the running averages of BatchNorm estimate.
@@ -14,10 +15,47 @@ import torch
 
 from icce_ray.heads.communicator import Communicator
 from icce_ray.heads.memory import max_held_bytes
+from icce_ray.heads.model import num_inputs
 from icce_ray.heads.threads import ThreadPool
 
 BN_EPS = 1e-5
 ROWS_PER_BLOCK = 4096
+
+
+class HeadInputs:
+    """A batch as each head sees it.
+
+    Args:
+        batch_nD: normalised, in the dtype of the products.
+        columns_HS: the dimensions that each head sees, as `seen_columns` draws them; None: all heads see all.
+    """
+
+    def __init__(self, batch_nD: torch.Tensor, columns_HS: torch.Tensor | None) -> None:
+        self.batch_nD = batch_nD
+        self.columns_HS = columns_HS
+        # Rows of a matrix are chosen ten times as fast as columns.
+        self.batch_Dn = None if columns_HS is None else batch_nD.t().contiguous()
+
+    def of(self, heads: slice, num_rows: int | None = None) -> torch.Tensor:
+        """Inputs of a run of heads as in model.py; of the first `num_rows` rows."""
+        if self.columns_HS is None or self.batch_Dn is None:
+            return self.batch_nD[:num_rows]
+        columns_hS = self.columns_HS[heads]
+        chosen_hSn = self.batch_Dn[:, :num_rows].index_select(0, columns_hS.flatten()).view(*columns_hS.shape, -1)
+        inputs_hnS = chosen_hSn.transpose(1, 2)
+        return inputs_hnS[0] if len(inputs_hnS) == 1 else inputs_hnS
+
+
+def seen_columns(num_heads: int, dim: int, input_share: float, seed: int) -> torch.Tensor | None:
+    """(H, S) int64, ascending in each row: the dimensions that each head sees, a uniform random choice that depends on
+    `seed` and the number of the head alone. None where all heads see all."""
+    count = num_inputs(dim, input_share)
+    if count == dim:
+        return None
+    choices = [
+        np.sort(np.random.default_rng([seed, head, dim]).choice(dim, count, replace=False)) for head in range(num_heads)
+    ]
+    return torch.from_numpy(np.stack(choices))
 
 
 class InputNorm:

@@ -1,7 +1,7 @@
 """What training takes, known before it starts; how the heads are cut into blocks.
 
-N images, D feature dimensions, H heads, K clusters, M and P the widths of a head's layers, n rows of a batch, all views
-together.
+N images, D feature dimensions, S of them that a head sees, H heads, K clusters, M and P the widths of a head's layers,
+n rows of a batch, all views together.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import torch
 
 from icce_ray.config import HeadsConfig
 from icce_ray.errors import ResourceError
+from icce_ray.heads.model import num_inputs
 from icce_ray.neighbors.memory import available_memory_bytes
 
 MAX_HELD_BYTES = 2 * 1024**3
@@ -27,10 +28,10 @@ def training_bytes(
 ) -> int:  # fmt: skip
     """Memory of one worker in bytes:
 
-    ``20 H (D M + M P + P K)`` parameters, gradients and moments, ``4 H n K`` targets,
+    ``20 H (S M + M P + P K)`` parameters, gradients and moments, ``4 H n K`` targets,
     for each head that is computed at the same time ``7 * 4 n K`` work arrays, ``16 K P`` for the gradient of its
-    prototypes and ``6 n (M + P)`` activations,
-    ``10 n D`` the batch, ``8 H N`` labels, ``4 N D`` features where they are held (:func:`max_held_bytes`).
+    prototypes, ``6 n (M + P)`` activations and ``2 n S`` inputs,
+    ``12 n D`` the batch, ``8 H N`` labels, ``4 N D`` features where they are held (:func:`max_held_bytes`).
     """
     H, M, P, K = config.num_heads, config.hidden_dim, config.bottleneck_dim, num_clusters
     rows = -(-batch_size // num_workers) * (1 + config.num_positives)
@@ -38,12 +39,13 @@ def training_bytes(
     heads_at_once = int(block.stop - block.start) * (num_threads if device.type == "cpu" else 1)
     if num_workers > 1:  # the targets of all heads are balanced together
         heads_at_once = H
-    parameters: int = 4 * PARAMETER_COPIES * H * (dim * M + M * P + P * K)
+    S = num_inputs(dim, config.input_share)
+    parameters: int = 4 * PARAMETER_COPIES * H * (S * M + M * P + P * K)
     targets = 4 * H * rows * K
-    work = heads_at_once * (rows * (4 * WORK_ARRAYS * K + 6 * (M + P)) + 16 * K * P)
+    work = heads_at_once * (rows * (4 * WORK_ARRAYS * K + 6 * (M + P) + 2 * S) + 16 * K * P)
     features = 4 * num_images * dim
     held = features if features <= max_held_bytes(device) else 0
-    return parameters + targets + work + 10 * rows * dim + 8 * H * num_images + held
+    return parameters + targets + work + 12 * rows * dim + 8 * H * num_images + held
 
 
 def check_memory(

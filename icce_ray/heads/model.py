@@ -1,7 +1,8 @@
 """All heads as stacked parameters, so that one matrix product, one optimiser and one moving average serve them all.
 
-H heads, D feature dimension, M hidden width, P bottleneck width, K clusters, n rows. A head is
-Linear(D, M) - GELU - Linear(M, P) - L2-normalise - weight-normalised Linear(P, K) without bias (METHOD section 2).
+H heads, D feature dimension, S of them that a head sees, M hidden width, P bottleneck width, K clusters, n rows. A head
+is Linear(S, M) - GELU - Linear(M, P) - L2-normalise - weight-normalised Linear(P, K) without bias (METHOD section 2).
+Inputs are (n, S), the same for all heads, or (H, n, S), a head's own.
 """
 
 from __future__ import annotations
@@ -15,13 +16,15 @@ import torch.nn.functional as F
 
 INIT_STD = 0.02
 NORM_EPS = 1e-12
+MIN_INPUTS = 32
+"""Dimensions that a head sees at least, where there are so many."""
 
 
 @dataclass
 class HeadParameters:
     """Parameters of a run of heads: float32, contiguous, heads first."""
 
-    hidden_weight_HMD: torch.Tensor
+    hidden_weight_HMS: torch.Tensor
     hidden_bias_HM: torch.Tensor
     bottleneck_weight_HPM: torch.Tensor
     bottleneck_bias_HP: torch.Tensor
@@ -29,22 +32,32 @@ class HeadParameters:
 
     @classmethod
     def initialise(
-        cls, num_heads: int, dim: int, hidden_dim: int, bottleneck_dim: int, num_clusters: int, seed: int
+        cls,
+        num_heads: int,
+        num_inputs: int,
+        hidden_dim: int,
+        bottleneck_dim: int,
+        num_clusters: int,
+        seed: int,
+        input_share: float = 1.0,
     ) -> HeadParameters:
         """Weights truncated normal (deviation 0.02), biases 0. Head h depends on `seed` and h alone, so the first heads
-        of a larger ensemble are those of a smaller one."""
+        of a larger ensemble are those of a smaller one. Where the inputs are a share of the features, the first layer's
+        weights are larger, so that what it gives is not smaller."""
         parameters = cls(
-            hidden_weight_HMD=torch.empty(num_heads, hidden_dim, dim),
+            hidden_weight_HMS=torch.empty(num_heads, hidden_dim, num_inputs),
             hidden_bias_HM=torch.zeros(num_heads, hidden_dim),
             bottleneck_weight_HPM=torch.empty(num_heads, bottleneck_dim, hidden_dim),
             bottleneck_bias_HP=torch.zeros(num_heads, bottleneck_dim),
             prototypes_HKP=torch.empty(num_heads, num_clusters, bottleneck_dim),
         )
-        weights = (parameters.hidden_weight_HMD, parameters.bottleneck_weight_HPM, parameters.prototypes_HKP)
+        weights = (parameters.hidden_weight_HMS, parameters.bottleneck_weight_HPM, parameters.prototypes_HKP)
         for head in range(num_heads):
             generator = torch.Generator().manual_seed(_mix_seed(seed, head))
             for weight in weights:
                 torch.nn.init.trunc_normal_(weight[head], std=INIT_STD, generator=generator)
+        if input_share < 1.0:
+            parameters.hidden_weight_HMS.div_(input_share**0.5)
         return parameters
 
     def tensors(self) -> list[torch.Tensor]:
@@ -74,52 +87,72 @@ class HeadParameters:
 class ForwardCache:
     """What the backward pass needs of the forward pass."""
 
-    hidden_nHM: torch.Tensor
-    activation_nHM: torch.Tensor
+    hidden_HnM: torch.Tensor
+    activation_HnM: torch.Tensor
     bottleneck_HnP: torch.Tensor
     inverse_norm_Hn1: torch.Tensor
     unit_prototypes_HKP: torch.Tensor
     logits_HnK: torch.Tensor
 
 
-def head_logits(parameters: HeadParameters, inputs_nD: torch.Tensor) -> torch.Tensor:
+def num_inputs(dim: int, input_share: float) -> int:
+    """S: how many of D dimensions a head sees; of few dimensions none can be spared."""
+    return min(dim, max(MIN_INPUTS, round(input_share * dim)))
+
+
+def head_logits(parameters: HeadParameters, inputs: torch.Tensor) -> torch.Tensor:
     """Cosine of each row's bottleneck output with each head's prototypes.
 
     Args:
         parameters: of the heads to run, float32.
-        inputs_nD: normalised features in the dtype of the matrix products.
+        inputs: normalised features, (n, S) or (H, n, S), in the dtype of the matrix products.
 
     Returns:
         float32 (H, n, K), in -1..1.
     """
-    return forward(parameters, inputs_nD).logits_HnK
+    return forward(parameters, inputs).logits_HnK
 
 
-def forward(parameters: HeadParameters, inputs_nD: torch.Tensor) -> ForwardCache:
+def hidden_layer(weight_HMS: torch.Tensor, bias_HM: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
+    """The first layer before its activation, (H, n, M), in the dtype of the inputs."""
+    H, M, S = weight_HMS.shape
+    weight_HMS, bias_HM = weight_HMS.to(inputs.dtype), bias_HM.to(inputs.dtype)
+    if inputs.dim() == 3:
+        return torch.baddbmm(bias_HM.unsqueeze(1), inputs, weight_HMS.transpose(1, 2))
+    # Of inputs that all heads share, it is one product.
+    hidden = F.linear(inputs, weight_HMS.view(H * M, S), bias_HM.view(H * M))
+    return hidden.view(-1, H, M).transpose(0, 1)
+
+
+def hidden_weight_gradient(hidden_gradient_HnM: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
+    """(H, M, S) of the slope by what :func:`hidden_layer` gives."""
+    H, n, M = hidden_gradient_HnM.shape
+    if inputs.dim() == 3:
+        return torch.bmm(hidden_gradient_HnM.transpose(1, 2), inputs)
+    flat = hidden_gradient_HnM.transpose(0, 1).reshape(n, H * M)
+    return (flat.t() @ inputs).view(H, M, -1)
+
+
+def forward(parameters: HeadParameters, inputs: torch.Tensor) -> ForwardCache:
     """As :func:`head_logits`, with what :func:`backward` needs. Outside autograd."""
-    H, M, D = parameters.hidden_weight_HMD.shape
-    n, dtype = inputs_nD.shape[0], inputs_nD.dtype
-    # The input is shared, so the first layer of all heads is one product.
-    hidden_weight = parameters.hidden_weight_HMD.view(H * M, D).to(dtype)
-    hidden = F.linear(inputs_nD, hidden_weight, parameters.hidden_bias_HM.view(H * M).to(dtype))
-    activation_nHM = F.gelu(hidden).view(n, H, M)
+    dtype = inputs.dtype
+    hidden_HnM = hidden_layer(parameters.hidden_weight_HMS, parameters.hidden_bias_HM, inputs)
+    activation_HnM = F.gelu(hidden_HnM)
     bottleneck_HnP = torch.baddbmm(
         parameters.bottleneck_bias_HP.to(dtype).unsqueeze(1),
-        activation_nHM.transpose(0, 1),
+        activation_HnM,
         parameters.bottleneck_weight_HPM.to(dtype).transpose(1, 2),
     ).float()
     # Cosines are divided by a small temperature next: bfloat16's three digits would not do. This product is small.
     inverse_norm_Hn1 = bottleneck_HnP.square().sum(dim=-1, keepdim=True).clamp_min(NORM_EPS).rsqrt_()
     unit_prototypes_HKP = F.normalize(parameters.prototypes_HKP, dim=-1)
     logits_HnK = torch.bmm(bottleneck_HnP, unit_prototypes_HKP.transpose(1, 2)).mul_(inverse_norm_Hn1)
-    return ForwardCache(
-        hidden.view(n, H, M), activation_nHM, bottleneck_HnP, inverse_norm_Hn1, unit_prototypes_HKP, logits_HnK
-    )
+    return ForwardCache(hidden_HnM, activation_HnM, bottleneck_HnP, inverse_norm_Hn1, unit_prototypes_HKP, logits_HnK)
 
 
 def backward(
     parameters: HeadParameters,
-    inputs_nD: torch.Tensor,
+    inputs: torch.Tensor,
     cache: ForwardCache,
     logits_gradient_HnK: torch.Tensor,
     gradient: HeadParameters,
@@ -130,8 +163,7 @@ def backward(
     as much as the products. With y the bottleneck output and p a unit prototype, z = (y/|y|).p gives
     dz/dy = (p - z y/|y|) / |y|.
     """
-    H, n, _ = logits_gradient_HnK.shape
-    dtype = inputs_nD.dtype
+    dtype = inputs.dtype
     scaled_HnK = logits_gradient_HnK * cache.inverse_norm_Hn1
     radial_Hn1 = (scaled_HnK * cache.logits_HnK).sum(dim=-1, keepdim=True).mul_(cache.inverse_norm_Hn1)
     bottleneck_gradient_HnP = torch.bmm(scaled_HnK, cache.unit_prototypes_HKP)
@@ -144,13 +176,11 @@ def backward(
 
     gradient.bottleneck_bias_HP.copy_(bottleneck_gradient_HnP.sum(dim=1))
     bottleneck_gradient = bottleneck_gradient_HnP.to(dtype)
-    activation_HnM = cache.activation_nHM.transpose(0, 1)
-    gradient.bottleneck_weight_HPM.copy_(torch.bmm(bottleneck_gradient.transpose(1, 2), activation_HnM))
+    gradient.bottleneck_weight_HPM.copy_(torch.bmm(bottleneck_gradient.transpose(1, 2), cache.activation_HnM))
     activation_gradient_HnM = torch.bmm(bottleneck_gradient, parameters.bottleneck_weight_HPM.to(dtype))
-    hidden_gradient = torch.ops.aten.gelu_backward(activation_gradient_HnM.transpose(0, 1), cache.hidden_nHM)
-    hidden_gradient = hidden_gradient.reshape(n, -1)
-    gradient.hidden_bias_HM.copy_(hidden_gradient.sum(dim=0, dtype=torch.float32).view(H, -1))
-    gradient.hidden_weight_HMD.copy_((hidden_gradient.t() @ inputs_nD).view_as(gradient.hidden_weight_HMD))
+    hidden_gradient_HnM = torch.ops.aten.gelu_backward(activation_gradient_HnM, cache.hidden_HnM)
+    gradient.hidden_bias_HM.copy_(hidden_gradient_HnM.sum(dim=1, dtype=torch.float32))
+    gradient.hidden_weight_HMS.copy_(hidden_weight_gradient(hidden_gradient_HnM, inputs))
 
 
 def _mix_seed(seed: int, head: int) -> int:

@@ -9,6 +9,7 @@ the step of fused.py.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from typing import Any
@@ -21,11 +22,11 @@ from icce_ray.config import HeadsConfig
 from icce_ray.heads.checkpoint import CheckpointFolder
 from icce_ray.heads.communicator import Communicator, SingleWorker
 from icce_ray.heads.fused import FusedStep, compiled_step
-from icce_ray.heads.inputs import InputNorm
+from icce_ray.heads.inputs import HeadInputs, InputNorm, seen_columns
 from icce_ray.heads.loss import PairLosses, pair_agreement, scan_losses, teacher_targets, temi_losses
 from icce_ray.heads.memory import check_memory, head_blocks
 from icce_ray.heads.metrics_log import MetricsLog
-from icce_ray.heads.model import HeadParameters, backward, forward, head_logits
+from icce_ray.heads.model import HeadParameters, backward, forward, head_logits, num_inputs
 from icce_ray.heads.optimizer import AdamW
 from icce_ray.heads.result import TrainedHeads
 from icce_ray.heads.sampling import choose_batch_size, epoch_batches, num_steps_per_epoch
@@ -81,8 +82,11 @@ class HeadTrainer:
         # On a GPU, or with one head, there is nothing to share out: the calling thread does the work.
         self.pool = ThreadPool(num_threads if self.device.type == "cpu" and len(self.blocks) > 1 else 0)
         self.inputs = InputNorm(features_ND, config.input_norm, config.rotate, seed, self.device, self.pool)
+        columns_HS = seen_columns(config.num_heads, dim, config.input_share, seed)
+        self.columns_HS = None if columns_HS is None else columns_HS.to(self.device)
+        seen = num_inputs(dim, config.input_share)
         self.student = HeadParameters.initialise(
-            config.num_heads, dim, config.hidden_dim, config.bottleneck_dim, num_clusters, seed
+            config.num_heads, seen, config.hidden_dim, config.bottleneck_dim, num_clusters, seed, seen / dim
         ).map(lambda tensor: tensor.to(self.device))
         self.teacher = self.student.map(torch.clone)
         self.gradient = self.student.map(torch.zeros_like)
@@ -92,13 +96,7 @@ class HeadTrainer:
         self.watch = EpochWatch(
             num_images, anchors, config.num_heads, num_clusters, config.num_epochs, seed, self.device
         )
-        self.fused: FusedStep | None = compiled_step(
-            config,
-            self.student.heads(self.blocks[0]),
-            num_rows=2 * -(-self.batch_size // self.communicator.num_workers),
-            num_steps=self.steps_per_epoch * config.num_epochs,
-            dtype=self.dtype,
-        )
+        self.fused = self._compiled_step()
         self.epoch = 0
         self.history: list[dict[str, Any]] = []
         self.head_losses_H = np.full(config.num_heads, np.nan)
@@ -183,22 +181,23 @@ class HeadTrainer:
         return loss_H
 
     def _write_gradient(
-        self, batch: torch.Tensor, rows: npt.NDArray[np.int64], num_pairs: int, ce_weight: float
+        self, batch: HeadInputs, rows: npt.NDArray[np.int64], num_pairs: int, ce_weight: float
     ) -> torch.Tensor:
         """Fill `gradient` from this worker's pairs; their loss (H,), summed."""
         if self.config.loss == "scan":
             objective = self._scan_objective(rows, num_pairs)
         else:
             objective = self._temi_objective(batch, rows, num_pairs, ce_weight)
-        student_rows = batch[: 2 * rows.shape[1]]
+        num_student_rows = 2 * rows.shape[1]
         scale = 1.0 / (self.config.num_heads * num_pairs)
 
         def update_gradient(heads: slice) -> torch.Tensor:
             parameters = self.student.heads(heads)
-            cache = forward(parameters, student_rows)
+            inputs = batch.of(heads, num_student_rows)
+            cache = forward(parameters, inputs)
             losses = objective(heads, _by_view(cache.logits_HnK, 2))
             gradient_HnK = losses.gradient_VHBK.mul_(scale).transpose(0, 1).reshape(cache.logits_HnK.shape)
-            backward(parameters, student_rows, cache, gradient_HnK, self.gradient.heads(heads))
+            backward(parameters, inputs, cache, gradient_HnK, self.gradient.heads(heads))
             return losses.loss_H
 
         # Workers must meet in the same order, so an objective that sums over them stays in one thread.
@@ -206,12 +205,13 @@ class HeadTrainer:
         return torch.cat((self.pool if in_threads else ThreadPool(0)).map(update_gradient, self.blocks))
 
     def _write_gradient_fused(
-        self, fused: FusedStep, batch: torch.Tensor, rows: npt.NDArray[np.int64], num_pairs: int, ce_weight: float
+        self, fused: FusedStep, batch: HeadInputs, rows: npt.NDArray[np.int64], num_pairs: int, ce_weight: float
     ) -> torch.Tensor:
         """As `_write_gradient`."""
+        inputs = [batch.of(heads) for heads in self.blocks]
         targets, masses, agreements = [], [], []
-        for heads in self.blocks:
-            cosines_HVBK = fused.teacher_cosines(self.teacher.heads(heads), batch)
+        for heads, inputs_of_block in zip(self.blocks, inputs, strict=True):
+            cosines_HVBK = fused.teacher_cosines(self.teacher.heads(heads), inputs_of_block)
             targets.append(fused.targets(cosines_HVBK, self.communicator))
             mass_HK, agreement_B, labels_HB = fused.statistics(targets[-1])
             masses.append(mass_HK)
@@ -223,10 +223,10 @@ class HeadTrainer:
         scale = torch.full((), 1.0 / (self.config.num_heads * num_pairs), device=self.device)
         losses = [
             fused.write_gradient(
-                self.student.heads(heads), batch, targets_of_block, log_prior_HK[heads], weight_B, ce_weight_tensor,
-                scale, self.gradient.heads(heads),
+                self.student.heads(heads), inputs_of_block, targets_of_block, log_prior_HK[heads], weight_B,
+                ce_weight_tensor, scale, self.gradient.heads(heads),
             )
-            for heads, targets_of_block in zip(self.blocks, targets, strict=True)
+            for heads, inputs_of_block, targets_of_block in zip(self.blocks, inputs, targets, strict=True)
         ]  # fmt: skip
         return torch.cat(losses)
 
@@ -243,9 +243,9 @@ class HeadTrainer:
 
         def label(start: int) -> None:
             rows = share[start : start + LABELLING_ROWS]
-            batch = self.inputs.normalise(self.inputs.gather(rows)).to(self.dtype)
+            batch = HeadInputs(self.inputs.normalise(self.inputs.gather(rows)).to(self.dtype), self.columns_HS)
             for heads in self.blocks:
-                logits = head_logits(self.teacher.heads(heads), batch)
+                logits = head_logits(self.teacher.heads(heads), batch.of(heads))
                 labels_HN[heads, rows[0] : rows[-1] + 1] = logits.argmax(dim=-1).int()
 
         self.pool.map(label, range(0, len(share), LABELLING_ROWS))
@@ -268,6 +268,19 @@ class HeadTrainer:
         self.history = values["history"]
         self.head_losses_H = np.asarray(values["head_losses"])
 
+    def _compiled_step(self) -> FusedStep | None:
+        """For long runs on GPUs, where all workers can compile it: they meet within a step."""
+        if self.device.type != "cuda":
+            return None
+        num_rows = 2 * math.ceil(self.batch_size / self.communicator.num_workers)
+        batch_nD = torch.ones((num_rows, self.inputs.features_ND.shape[1]), dtype=self.dtype, device=self.device)
+        heads = self.blocks[0]
+        inputs = HeadInputs(batch_nD, self.columns_HS).of(heads)
+        num_steps = self.steps_per_epoch * self.config.num_epochs
+        step = compiled_step(self.config, self.student.heads(heads), inputs, num_steps=num_steps)
+        num_compiled = self.communicator.sum_(torch.tensor(int(step is not None), device=self.device))
+        return step if int(num_compiled) == self.communicator.num_workers else None
+
     def _trained_tensors(self) -> dict[str, torch.Tensor]:
         """What training changes in place, by its name in a checkpoint."""
         owners = {
@@ -279,7 +292,7 @@ class HeadTrainer:
         return {"prior": self.prior_HK} | found
 
     def _temi_objective(
-        self, batch: torch.Tensor, rows: npt.NDArray[np.int64], num_pairs: int, ce_weight: float
+        self, batch: HeadInputs, rows: npt.NDArray[np.int64], num_pairs: int, ce_weight: float
     ) -> Objective:
         log_targets_VHBK, weight_B = self._teacher_targets(batch, rows, num_pairs)
         log_prior_HK = self.prior_HK.clamp_min(MIN_PRIOR).log()
@@ -298,7 +311,7 @@ class HeadTrainer:
         return objective
 
     def _teacher_targets(
-        self, batch: torch.Tensor, rows: npt.NDArray[np.int64], num_pairs: int
+        self, batch: HeadInputs, rows: npt.NDArray[np.int64], num_pairs: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Log targets of the image and of its neighbours (2, H, b, K), and the weight of each pair; moves the prior."""
         config, num_views = self.config, len(rows)
@@ -306,7 +319,7 @@ class HeadTrainer:
         log_targets_VHBK = torch.empty((2, H, rows.shape[1], K), device=self.device)
 
         def teacher_cosines(heads: slice) -> torch.Tensor:
-            cosines_VHBK = _by_view(head_logits(self.teacher.heads(heads), batch), num_views)
+            cosines_VHBK = _by_view(head_logits(self.teacher.heads(heads), batch.of(heads)), num_views)
             self.watch.record(heads, rows[0], cosines_VHBK[0].argmax(dim=-1))
             return cosines_VHBK
 
@@ -328,10 +341,11 @@ class HeadTrainer:
         masses, agreements = map(list, zip(*results, strict=True))
         return log_targets_VHBK, self._move_prior(masses, agreements, num_views * num_pairs)
 
-    def _prepare(self, rows: npt.NDArray[np.int64], num_pairs: int) -> torch.Tensor:
+    def _prepare(self, rows: npt.NDArray[np.int64], num_pairs: int) -> HeadInputs:
         """The normalised batch, all views below each other, in the dtype of the products."""
         batch = self.inputs.gather(rows).flatten(0, 1)
-        return self.inputs.normalise_batch(batch, len(rows) * num_pairs, self.communicator).to(self.dtype)
+        batch = self.inputs.normalise_batch(batch, len(rows) * num_pairs, self.communicator)
+        return HeadInputs(batch.to(self.dtype), self.columns_HS)
 
     def _describe_fault(self, bad_step_H: torch.Tensor, learning_rate: float, ce_weight: float) -> str:
         # The weight of a pair is shared, so one bad head spoils all in the next step: the first ones are to blame.

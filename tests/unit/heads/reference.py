@@ -12,10 +12,11 @@ from icce_ray.heads.model import HeadParameters
 
 
 class ReferenceHead(torch.nn.Module):
-    def __init__(self, parameters: HeadParameters, head: int) -> None:
+    def __init__(self, parameters: HeadParameters, head: int, columns: torch.Tensor | None = None) -> None:
         super().__init__()
+        self.columns = slice(None) if columns is None else columns
         self.hidden = torch.nn.Linear(1, 1)
-        self.hidden.weight = torch.nn.Parameter(parameters.hidden_weight_HMD[head].clone())
+        self.hidden.weight = torch.nn.Parameter(parameters.hidden_weight_HMS[head].clone())
         self.hidden.bias = torch.nn.Parameter(parameters.hidden_bias_HM[head].clone())
         self.bottleneck = torch.nn.Linear(1, 1)
         self.bottleneck.weight = torch.nn.Parameter(parameters.bottleneck_weight_HPM[head].clone())
@@ -23,7 +24,7 @@ class ReferenceHead(torch.nn.Module):
         self.prototypes = torch.nn.Parameter(parameters.prototypes_HKP[head].clone())
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        unit = F.normalize(self.bottleneck(F.gelu(self.hidden(x))), dim=-1)
+        unit = F.normalize(self.bottleneck(F.gelu(self.hidden(x[:, self.columns]))), dim=-1)
         return unit @ F.normalize(self.prototypes, dim=-1).T
 
 
@@ -40,14 +41,21 @@ def sinkhorn(logits: torch.Tensor, temperature: float, num_iterations: int) -> t
 class ReferenceTrainer:
     """Same schedule as the real trainer; batches of two views are handed in."""
 
-    def __init__(self, parameters: HeadParameters, config: HeadsConfig, steps_per_epoch: int) -> None:
+    def __init__(
+        self,
+        parameters: HeadParameters,
+        config: HeadsConfig,
+        steps_per_epoch: int,
+        columns_HS: torch.Tensor | None = None,
+    ) -> None:
         self.config = config
         self.steps_per_epoch = steps_per_epoch
         remembered = min(max(1, 0.05 * steps_per_epoch * config.num_epochs), 250)
         self.teacher_momentum = 1 - 1 / remembered if config.teacher_momentum == "auto" else config.teacher_momentum
         self.num_heads, self.num_clusters = parameters.num_heads, parameters.num_clusters
-        self.students = [ReferenceHead(parameters, head) for head in range(self.num_heads)]
-        self.teachers = [ReferenceHead(parameters, head) for head in range(self.num_heads)]
+        seen = [None] * self.num_heads if columns_HS is None else list(columns_HS)
+        self.students = [ReferenceHead(parameters, head, columns) for head, columns in enumerate(seen)]
+        self.teachers = [ReferenceHead(parameters, head, columns) for head, columns in enumerate(seen)]
         self.priors = [torch.full((self.num_clusters,), 1.0 / self.num_clusters) for _ in range(self.num_heads)]
         self.optimizers = []
         for student in self.students:

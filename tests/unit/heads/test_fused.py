@@ -8,10 +8,12 @@ import torch
 
 from icce_ray.config import PRESETS, HeadsConfig
 from icce_ray.evaluate.metrics import clustering_accuracy
-from icce_ray.heads import fused
+from icce_ray.heads import fused, model
 from icce_ray.heads.fused import FusedStep, can_fuse, compiled_step
 from icce_ray.heads.model import HeadParameters
-from icce_ray.heads.training import HeadTrainer
+from icce_ray.heads.training import HeadTrainer, train_heads
+
+from .test_training import train_in_threads
 
 GPU = torch.device("cuda")
 
@@ -35,7 +37,14 @@ def in_float32(config: HeadsConfig) -> FusedStep:
     return FusedStep(config, compiled=False, cosine_dtype=torch.float32, gradient_dtype=torch.float32)
 
 
-@pytest.mark.parametrize("changes", [{}, PRESETS["temi"]["heads"], {"max_ce_weight": 2.0}, {"sinkhorn_iterations": 1}])
+@pytest.fixture(autouse=True)
+def _few_dimensions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model, "MIN_INPUTS", 4)
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"input_share": 1.0}, PRESETS["temi"]["heads"], {"max_ce_weight": 2.0}, {"sinkhorn_iterations": 1}]
+)
 def test_the_fused_step_gives_the_numbers_of_the_plain_one(planted, changes: dict[str, object]) -> None:
     config = config_for(**changes)
     plain, ours = trainer_for(planted, config, None), trainer_for(planted, config, in_float32(config))
@@ -49,6 +58,17 @@ def test_the_fused_step_gives_the_numbers_of_the_plain_one(planted, changes: dic
     torch.testing.assert_close(ours.watch.sizes_HK, plain.watch.sizes_HK)
     for mine, theirs in zip(ours.teacher.tensors(), plain.teacher.tensors(), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-4)
+
+
+def test_two_workers_follow_the_trajectory_of_one(planted, monkeypatch: pytest.MonkeyPatch) -> None:
+    features, graph, _ = planted
+    config = config_for(num_epochs=17)
+    monkeypatch.setattr(HeadTrainer, "_compiled_step", lambda trainer: in_float32(trainer.config))
+    alone = train_heads(features, graph, config, num_clusters=4, seed=0)
+    for trained in train_in_threads(2, features, graph, config):
+        ours, theirs = (np.array([epoch["head_losses"] for epoch in run.history]) for run in (trained, alone))
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=2e-6)
+        assert (trained.label_matrix_HN == alone.label_matrix_HN).mean() >= 0.995
 
 
 def test_half_precision_finds_the_same_clusters(planted) -> None:
@@ -84,12 +104,12 @@ def test_a_machine_that_cannot_compile_trains_by_the_plain_step(
     monkeypatch.setattr(torch, "compile", no_compiler)
     monkeypatch.setattr(fused, "can_fuse", lambda *arguments: True)
     student = HeadParameters.initialise(2, 12, 16, 8, 4, seed=0)
-    sizes = {"num_rows": 64, "dtype": torch.float32}
+    inputs = torch.ones(64, 12)
     with caplog.at_level(logging.WARNING):
-        assert compiled_step(HeadsConfig(num_heads=2), student, num_steps=10**12, **sizes) is None
+        assert compiled_step(HeadsConfig(num_heads=2), student, inputs, num_steps=10**12) is None
     assert "Failed to find C compiler" in caplog.text
     caplog.clear()
-    assert compiled_step(HeadsConfig(num_heads=2), student, num_steps=10, **sizes) is None
+    assert compiled_step(HeadsConfig(num_heads=2), student, inputs, num_steps=10) is None
     assert not caplog.text
 
 

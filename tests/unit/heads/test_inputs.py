@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from icce_ray.heads.communicator import SingleWorker
-from icce_ray.heads.inputs import InputNorm, random_rotation
+from icce_ray.heads.inputs import HeadInputs, InputNorm, random_rotation, seen_columns
 
 CPU = torch.device("cpu")
 
@@ -61,3 +61,37 @@ def test_none_leaves_features_as_they_are() -> None:
     x = features()
     norm = InputNorm(x, "none", rotate=False, seed=0, device=CPU)
     assert np.array_equal(norm.normalise(norm.gather(np.array([3, 1]))).numpy(), x[[3, 1]])
+
+
+def test_each_head_sees_a_random_share_of_its_own_whatever_the_number_of_heads() -> None:
+    columns = seen_columns(40, 128, 0.5, seed=3)
+    assert columns is not None
+    assert columns.shape == (40, 64)
+    assert (columns.diff(dim=1) > 0).all()
+    few = seen_columns(2, 128, 0.5, seed=3)
+    assert few is not None
+    assert torch.equal(few, columns[:2])
+    assert not torch.equal(columns[0], columns[1])
+    # Every dimension is seen by about half of the heads.
+    seen = torch.bincount(columns.flatten(), minlength=128)
+    assert seen.min() > 8
+    assert seen.max() < 32
+
+
+@pytest.mark.parametrize(
+    ("dim", "share", "expected"), [(30, 0.1, None), (40, 0.5, 32), (200, 0.5, 100), (200, 1.0, None)]
+)
+def test_of_few_dimensions_none_is_spared(dim: int, share: float, expected: int | None) -> None:
+    columns = seen_columns(3, dim, share, seed=0)
+    assert (None if columns is None else columns.shape[1]) == expected
+
+
+def test_inputs_are_the_columns_that_a_head_sees() -> None:
+    batch, columns = torch.randn(7, 40), seen_columns(3, 40, 0.8, seed=0)
+    assert columns is not None
+    inputs = HeadInputs(batch, columns)
+    together = inputs.of(slice(0, 3))
+    for head in range(3):
+        assert torch.equal(together[head], batch[:, columns[head]])
+        assert torch.equal(inputs.of(slice(head, head + 1), 4), batch[:4, columns[head]])
+    assert torch.equal(HeadInputs(batch, None).of(slice(0, 3), 4), batch[:4])

@@ -15,23 +15,24 @@ def make_parameters(num_heads: int = 3) -> HeadParameters:
 
 
 def test_logits_are_those_of_one_module_per_head() -> None:
-    parameters, x = make_parameters(), torch.randn(11, 7)
+    parameters, x, own = make_parameters(), torch.randn(11, 7), torch.randn(3, 11, 7)
     for head in range(3):
-        expected = ReferenceHead(parameters, head)(x)
-        torch.testing.assert_close(head_logits(parameters, x)[head], expected, rtol=1e-5, atol=1e-6)
+        reference = ReferenceHead(parameters, head)
+        torch.testing.assert_close(head_logits(parameters, x)[head], reference(x), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(head_logits(parameters, own)[head], reference(own[head]), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("num_heads", [1, 3])
-def test_the_written_out_gradient_is_autograds(num_heads: int) -> None:
-    parameters, x = make_parameters(num_heads), torch.randn(11, 7)
+@pytest.mark.parametrize(("num_heads", "is_shared"), [(1, True), (3, True), (3, False)])
+def test_the_written_out_gradient_is_autograds(num_heads: int, is_shared: bool) -> None:
+    parameters, x = make_parameters(num_heads), torch.randn(11, 7) if is_shared else torch.randn(num_heads, 11, 7)
     logits_gradient = torch.randn(num_heads, 11, 5)
     gradient = parameters.map(torch.zeros_like)
     backward(parameters, x, forward(parameters, x), logits_gradient, gradient)
     for head in range(num_heads):
         reference = ReferenceHead(parameters, head)
-        (reference(x) * logits_gradient[head]).sum().backward()
+        (reference(x if is_shared else x[head]) * logits_gradient[head]).sum().backward()
         for ours, theirs in [
-            (gradient.hidden_weight_HMD, reference.hidden.weight.grad),
+            (gradient.hidden_weight_HMS, reference.hidden.weight.grad),
             (gradient.hidden_bias_HM, reference.hidden.bias.grad),
             (gradient.bottleneck_weight_HPM, reference.bottleneck.weight.grad),
             (gradient.bottleneck_bias_HP, reference.bottleneck.bias.grad),
