@@ -58,7 +58,19 @@ RATES = {
     "decode": Rate(125.0, "photos/s per CPU", "assumed", "8 ms to decode and resize a JPEG of some hundred kB"),
     "image": Rate(1e5, "bytes per image", "assumed", ""),
     "gpu": Rate(989e12, "FLOP/s in bfloat16", "data sheet", "H100 SXM, without sparsity"),
-    "gpu_share": Rate(0.4, "of that", "assumed", "of all products on GPUs"),
+    "gpu_share": Rate(0.4, "of that", "assumed", "of products on GPUs, where nothing was measured"),
+    "heads_share": Rate(
+        0.234,
+        "of `gpu`: products of a training step, beside the update",
+        "measured",
+        "`heads`, 2026-11-27-gpu.txt: one H200, every head all dimensions",
+    ),
+    "search_share": Rate(
+        0.0486,
+        "of `gpu`: products of the search",
+        "measured",
+        "`neighbors-gpu`, 2026-11-27-gpu.txt: one H200, 1024 dimensions; the rule on 16 CPUs holds it up",
+    ),
     "gpu_memory": Rate(3.35e12, "bytes/s", "data sheet", "H100 SXM"),
     "link": Rate(450e9, "bytes/s between GPUs, each way", "data sheet", "NVLink 4"),
     "cpu": Rate(48e9, "FLOP/s in float32 per CPU", "data sheet", "AVX2: 3 GHz x 2 x 16 FLOP, two CPUs a core"),
@@ -186,28 +198,33 @@ def neighbors_seconds(trained: int, plan: Plan) -> float:
     from icce_ray.neighbors.engine import SAMPLE_STRIDE
 
     flop = 2.0 * trained**2 * DIM * (1 + 1 / SAMPLE_STRIDE)
-    return flop / (plan.search_gpus * _gpu() or plan.search_cpus * _cpu())
+    return flop / (plan.search_gpus * _rate("gpu") * _rate("search_share") or plan.search_cpus * _cpu())
 
 
 def head_parameters() -> int:
-    """P = H (D M + M p + p K), M and p the widths of a head."""
+    """P = H (S M + M p + p K), S the dimensions that a head sees, M and p its widths."""
     heads = HeadsConfig()
     hidden, bottleneck = heads.hidden_dim, heads.bottleneck_dim
-    return heads.num_heads * (DIM * hidden + hidden * bottleneck + bottleneck * NUM_CLUSTERS)
+    return heads.num_heads * (head_inputs() * hidden + hidden * bottleneck + bottleneck * NUM_CLUSTERS)
+
+
+def head_inputs() -> int:
+    """S."""
+    return round(HeadsConfig().input_share * DIM)
 
 
 def flop_per_pair() -> float:
-    """``4 H (3 D M + 4 (M p + p K))``: two views, each once through the teacher, and through the student and back; the
+    """``4 H (3 S M + 4 (M p + p K))``: two views, each once through the teacher, and through the student and back; the
     features themselves get no gradient."""
     heads = HeadsConfig()
-    first = DIM * heads.hidden_dim * heads.num_heads
+    first = head_inputs() * heads.hidden_dim * heads.num_heads
     return 4.0 * (3 * first + 4 * (head_parameters() - first))
 
 
 def step_seconds(num_gpus: int = 1) -> float:
     """A step: products, then 40 P bytes read and written (student, teacher, gradient, two moments), then the gradient's
     way between GPUs."""
-    products = BATCH_PAIRS * flop_per_pair() / (num_gpus * _gpu())
+    products = BATCH_PAIRS * flop_per_pair() / (num_gpus * _rate("gpu") * _rate("heads_share"))
     update = 2 * 20.0 * head_parameters() / _rate("gpu_memory")
     exchange = 2 * (num_gpus - 1) / num_gpus * 4.0 * head_parameters() / _rate("link")
     return products + update + exchange

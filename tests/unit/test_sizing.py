@@ -38,8 +38,18 @@ def test_measured_rates_are_those_of_the_results() -> None:
     consensus = results("2026-11-21-consensus.txt", "consensus")
     labels = consensus["settings"]["num_images"] * consensus["settings"]["num_heads"]
     assert RATES["consensus"].value == pytest.approx(labels / consensus["figures"]["stage"]["seconds"], rel=1e-4)
+    heads = results("2026-11-27-gpu.txt", "heads")["figures"]
+    parameters = 50 * (DIM * 512 + 512 * 256 + 256 * NUM_CLUSTERS)
+    products_s = heads["step_s"] - 40 * parameters / RATES["gpu_memory"].value
+    flop = heads["tflop_per_s"] * 1e12 * heads["step_s"]
+    assert RATES["heads_share"].value == pytest.approx(flop / products_s / RATES["gpu"].value, rel=5e-3)
+    lines = (RESULTS / "2026-11-27-gpu.txt").read_text(encoding="utf-8").splitlines()
+    last = next(line for line in reversed(lines) if " images: {" in line)
+    search_s, merge_s = (float(re.findall(rf"'{name}': ([\d.]+)", last)[0]) for name in ("search", "merge"))
+    flop = 2 * int(last.split()[0].replace(",", "")) * 1_281_167 * 1024 * 13 / 12
+    assert RATES["search_share"].value == pytest.approx(flop / (search_s + merge_s) / RATES["gpu"].value, rel=5e-3)
     measured = {name for name, rate in RATES.items() if rate.kind == "measured"}
-    assert measured == {"job", "consensus"}
+    assert measured == {"job", "consensus", "heads_share", "search_share"}
     for name in measured:
         assert (RESULTS / re.findall(r"[\w-]+\.txt", RATES[name].source)[0]).exists()
 
@@ -57,7 +67,7 @@ def test_the_backbones_work_is_that_of_its_layers() -> None:
 
 
 def test_a_pairs_work_is_that_of_the_heads_layers() -> None:
-    widths = [DIM, 512, 256, NUM_CLUSTERS]
+    widths = [DIM // 2, 512, 256, NUM_CLUSTERS]
     flop = 0
     for layer, (rows, columns) in enumerate(itertools.pairwise(widths)):
         forward = 2 * rows * columns
