@@ -21,7 +21,7 @@ import torch.nn.functional as F
 
 from icce_ray.config import HeadsConfig
 from icce_ray.heads.communicator import Communicator, SingleWorker
-from icce_ray.heads.model import NORM_EPS, HeadParameters, hidden_layer, hidden_weight_gradient
+from icce_ray.heads.model import NORM_EPS, HeadParameters, linear, weight_gradient
 from icce_ray.heads.sinkhorn import MAX_EXPONENT
 
 MIN_COMPILED_WORK = 1e12
@@ -173,14 +173,9 @@ def _forward(
     bottleneck_bias_HP: torch.Tensor, prototypes_HKP: torch.Tensor, inputs: torch.Tensor, cosine_dtype: torch.dtype,
 ) -> tuple[torch.Tensor, ...]:  # fmt: skip
     """Cosines (H, n, K), and before them what `_backward` needs."""
-    dtype = inputs.dtype
-    hidden_HnM = hidden_layer(hidden_weight_HMS, hidden_bias_HM, inputs)
+    hidden_HnM = linear(hidden_weight_HMS, hidden_bias_HM, inputs)
     activation_HnM = F.gelu(hidden_HnM)
-    bottleneck_HnP = torch.baddbmm(
-        bottleneck_bias_HP.to(dtype).unsqueeze(1),
-        activation_HnM,
-        bottleneck_weight_HPM.to(dtype).transpose(1, 2),
-    ).float()
+    bottleneck_HnP = linear(bottleneck_weight_HPM, bottleneck_bias_HP, activation_HnM).float()
     inverse_norm_Hn1 = bottleneck_HnP.square().sum(dim=-1, keepdim=True).clamp_min(NORM_EPS).rsqrt()
     unit_HnP = bottleneck_HnP * inverse_norm_Hn1
     prototypes = F.normalize(prototypes_HKP, dim=-1).to(cosine_dtype)
@@ -271,10 +266,10 @@ def _backward(
     bottleneck_gradient_HnP = (unit_gradient_HnP - radial_Hn1 * unit_HnP) * inverse_norm_Hn1
     bottleneck_bias_gradient_HP.copy_(bottleneck_gradient_HnP.sum(dim=1))
     bottleneck_gradient = bottleneck_gradient_HnP.to(dtype)
-    bottleneck_weight_gradient_HPM.copy_(torch.bmm(bottleneck_gradient.transpose(1, 2), activation_HnM))
+    bottleneck_weight_gradient_HPM.copy_(weight_gradient(bottleneck_gradient, activation_HnM))
     activation_gradient_HnM = torch.bmm(bottleneck_gradient, bottleneck_weight_HPM.to(dtype))
     hidden_gradient_HnM = torch.ops.aten.gelu_backward(activation_gradient_HnM, hidden_HnM)
     # As a product, or what is summed would be computed twice.
     ones_H1n = torch.ones((H, 1, n), dtype=dtype, device=inputs.device)
     hidden_bias_gradient_HM.copy_(torch.bmm(ones_H1n, hidden_gradient_HnM).squeeze(1))
-    hidden_weight_gradient_HMS.copy_(hidden_weight_gradient(hidden_gradient_HnM, inputs))
+    hidden_weight_gradient_HMS.copy_(weight_gradient(hidden_gradient_HnM, inputs))

@@ -113,8 +113,8 @@ def head_logits(parameters: HeadParameters, inputs: torch.Tensor) -> torch.Tenso
     return forward(parameters, inputs).logits_HnK
 
 
-def hidden_layer(weight_HMS: torch.Tensor, bias_HM: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
-    """The first layer before its activation, (H, n, M), in the dtype of the inputs."""
+def linear(weight_HMS: torch.Tensor, bias_HM: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
+    """A layer of S inputs and M outputs of each head, (H, n, M), in the dtype of the inputs."""
     H, M, S = weight_HMS.shape
     weight_HMS, bias_HM = weight_HMS.to(inputs.dtype), bias_HM.to(inputs.dtype)
     if inputs.dim() == 3:
@@ -124,25 +124,20 @@ def hidden_layer(weight_HMS: torch.Tensor, bias_HM: torch.Tensor, inputs: torch.
     return hidden.view(-1, H, M).transpose(0, 1)
 
 
-def hidden_weight_gradient(hidden_gradient_HnM: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
-    """(H, M, S) of the slope by what :func:`hidden_layer` gives."""
-    H, n, M = hidden_gradient_HnM.shape
+def weight_gradient(gradient_HnM: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
+    """(H, M, S), from the gradient with respect to what :func:`linear` gives."""
+    H, n, M = gradient_HnM.shape
     if inputs.dim() == 3:
-        return torch.bmm(hidden_gradient_HnM.transpose(1, 2), inputs)
-    flat = hidden_gradient_HnM.transpose(0, 1).reshape(n, H * M)
+        return torch.bmm(gradient_HnM.transpose(1, 2), inputs)
+    flat = gradient_HnM.transpose(0, 1).reshape(n, H * M)
     return (flat.t() @ inputs).view(H, M, -1)
 
 
 def forward(parameters: HeadParameters, inputs: torch.Tensor) -> ForwardCache:
     """As :func:`head_logits`, with what :func:`backward` needs. Outside autograd."""
-    dtype = inputs.dtype
-    hidden_HnM = hidden_layer(parameters.hidden_weight_HMS, parameters.hidden_bias_HM, inputs)
+    hidden_HnM = linear(parameters.hidden_weight_HMS, parameters.hidden_bias_HM, inputs)
     activation_HnM = F.gelu(hidden_HnM)
-    bottleneck_HnP = torch.baddbmm(
-        parameters.bottleneck_bias_HP.to(dtype).unsqueeze(1),
-        activation_HnM,
-        parameters.bottleneck_weight_HPM.to(dtype).transpose(1, 2),
-    ).float()
+    bottleneck_HnP = linear(parameters.bottleneck_weight_HPM, parameters.bottleneck_bias_HP, activation_HnM).float()
     # Cosines are divided by a small temperature next: bfloat16's three digits would not do. This product is small.
     inverse_norm_Hn1 = bottleneck_HnP.square().sum(dim=-1, keepdim=True).clamp_min(NORM_EPS).rsqrt_()
     unit_prototypes_HKP = F.normalize(parameters.prototypes_HKP, dim=-1)
@@ -176,11 +171,11 @@ def backward(
 
     gradient.bottleneck_bias_HP.copy_(bottleneck_gradient_HnP.sum(dim=1))
     bottleneck_gradient = bottleneck_gradient_HnP.to(dtype)
-    gradient.bottleneck_weight_HPM.copy_(torch.bmm(bottleneck_gradient.transpose(1, 2), cache.activation_HnM))
+    gradient.bottleneck_weight_HPM.copy_(weight_gradient(bottleneck_gradient, cache.activation_HnM))
     activation_gradient_HnM = torch.bmm(bottleneck_gradient, parameters.bottleneck_weight_HPM.to(dtype))
     hidden_gradient_HnM = torch.ops.aten.gelu_backward(activation_gradient_HnM, cache.hidden_HnM)
     gradient.hidden_bias_HM.copy_(hidden_gradient_HnM.sum(dim=1, dtype=torch.float32))
-    gradient.hidden_weight_HMS.copy_(hidden_weight_gradient(hidden_gradient_HnM, inputs))
+    gradient.hidden_weight_HMS.copy_(weight_gradient(hidden_gradient_HnM, inputs))
 
 
 def _mix_seed(seed: int, head: int) -> int:
