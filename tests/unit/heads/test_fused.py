@@ -13,17 +13,13 @@ from icce_ray.heads.fused import FusedStep, can_fuse, compiled_step
 from icce_ray.heads.model import HeadParameters
 from icce_ray.heads.training import HeadTrainer, train_heads
 
-from .test_training import train_in_threads
+from .test_training import settings, train_in_threads
 
 GPU = torch.device("cuda")
 
 
 def config_for(**changes: object) -> HeadsConfig:
-    small = {
-        "num_heads": 5, "num_epochs": 6, "batch_size": 64, "hidden_dim": 16, "bottleneck_dim": 8,
-        "precision": "float32", "warmup_epochs": 2, "learning_rate": 1e-2, "teacher_momentum": 0.98,
-    }  # fmt: skip
-    return HeadsConfig.model_validate(small | changes)
+    return settings(**{"num_heads": 5, "num_epochs": 6} | changes)
 
 
 def trainer_for(planted, config: HeadsConfig, step: FusedStep | None) -> HeadTrainer:
