@@ -18,14 +18,16 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from icce_ray.neighbors.engine import BASE_BLOCK, RESOLUTION, Pairs, as_slice, sample_rows
+from icce_ray.neighbors.engine import BASE_BLOCK, RESOLUTION, Pairs, as_slice
 from icce_ray.neighbors.prepared import Floats, Ids, PreparedFeatures
 
 SCORES_PER_BLOCK = 2**28
 RESCORED_ELEMENTS = 2**26
 SAFETY = 1.25
+SAMPLE_STRIDE = 4
+GROUPS_PER_RANK = 64
 BLOCK_BYTES = 2**31
-"""Of device memory that a block of queries takes: scores, which of them are beyond, and the sample's scores."""
+"""Of device memory that a block of queries takes: scores, and which of them are beyond."""
 
 
 class TorchEngine:
@@ -60,11 +62,23 @@ class TorchEngine:
         torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
 
     def lower_bounds(self, queries_QD: Floats, k: int) -> Floats:
-        sample_mD = self._half_nD[sample_rows(len(self.ids_n), k)]
-        if len(sample_mD) < k:
+        """Every fourth image is looked at: products are cheap here, and what they let through is not. The images fall
+        into G groups, and the k-th highest of the groups' maxima is the bound: k images reach it, and it is hardly
+        below the k-th highest score, at the cost of one pass over the scores instead of a selection among them."""
+        sample_mD = self._half_nD[:: max(1, min(SAMPLE_STRIDE, len(self.ids_n) // (GROUPS_PER_RANK * k)))]
+        num_groups = min(len(sample_mD), GROUPS_PER_RANK * k)
+        if num_groups < k:
             return np.full(len(queries_QD), -np.inf, np.float32)
-        scores_Qm = self._half(queries_QD) @ sample_mD.T
-        bounds_Q: Floats = scores_Qm.topk(k, dim=1).values[:, -1].float().cpu().numpy()
+        half_QD = self._half(queries_QD)
+        best_QG = torch.full((len(queries_QD), num_groups), -torch.inf, dtype=torch.half, device=self.device)
+        step = num_groups * max(1, SCORES_PER_BLOCK // (len(queries_QD) * num_groups))
+        for start in range(0, len(sample_mD), step):
+            scores_Qm = half_QD @ sample_mD[start : start + step].T
+            # Those beside each other fall into different groups: the collection may be sorted by class.
+            for scores_Qg in torch.split(scores_Qm, num_groups, dim=1):
+                best_Qg = best_QG[:, : scores_Qg.shape[1]]
+                torch.maximum(best_Qg, scores_Qg, out=best_Qg)
+        bounds_Q: Floats = best_QG.topk(k, dim=1).values[:, -1].float().cpu().numpy()
         return bounds_Q
 
     def pairs_above(self, queries_QD: Floats, radius_Q: Floats) -> Iterator[Pairs]:

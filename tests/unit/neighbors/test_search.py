@@ -6,6 +6,7 @@ import pytest
 from icce_ray.neighbors import engine as engine_module
 from icce_ray.neighbors import rule as rule_module
 from icce_ray.neighbors import search as search_module
+from icce_ray.neighbors import torch_engine
 from icce_ray.neighbors.engine import FaissEngine, exact_similarity
 from icce_ray.neighbors.prepared import PreparedFeatures, prepare
 from icce_ray.neighbors.rule import Rule
@@ -170,10 +171,27 @@ def test_the_bound_is_the_kth_score_of_the_sample(k: int, block: int, monkeypatc
     assert (FaissEngine(prepared, np.arange(k - 1)).lower_bounds(queries, k) == -np.inf).all()
 
 
+@pytest.mark.parametrize("scores_per_block", [40 * 1280, 40 * 6400, 2**28])
+@pytest.mark.parametrize(("k", "dim"), [(1, 9), (20, 9), (20, 64)])
+def test_the_bound_of_a_gpu_is_reached_by_k_images_and_by_few_more(
+    k: int, dim: int, scores_per_block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch_engine, "SCORES_PER_BLOCK", scores_per_block)
+    rng = np.random.default_rng(0)
+    # Sorted by class, as collections often are: the most similar images stand beside each other.
+    centres = np.repeat(rng.standard_normal((20, dim)), 1000, axis=0)
+    prepared = prepare((centres + rng.standard_normal((20_000, dim))).astype(np.float32), center=True)
+    engine = TorchEngine(prepared, np.arange(20_000), device="cpu")
+    queries = prepared[::500]
+    bounds = engine.lower_bounds(queries, k)
+    num_above = (queries @ prepared[:].T >= (bounds - engine.error)[:, None]).sum(axis=1)
+    assert (num_above >= k).all()
+    assert num_above.mean() < 1.5 * torch_engine.SAMPLE_STRIDE * k
+    assert (TorchEngine(prepared, np.arange(k - 1), device="cpu").lower_bounds(queries, k) == -np.inf).all()
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 def test_exact_similarities_do_not_depend_on_how_pairs_are_cut(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from icce_ray.neighbors import torch_engine
-
     prepared = prepare(reference.awkward_features(60, 9), center=True)
     searcher = ENGINES[engine](prepared, np.arange(60))
     rows, columns = (ids.astype(dtype) for ids, dtype in zip(np.divmod(np.arange(3600), 60), "il", strict=True))
