@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -61,9 +61,12 @@ class Host:
 
     def processes(self, table: dict[int, int]) -> list[int]:
         """Process ids of all that runs on it. `table`: as `process_table` says."""
+        children: dict[int, list[int]] = {}
+        for pid, parent in table.items():
+            children.setdefault(parent, []).append(pid)
         found = [self.process.pid]
         for parent in found:
-            found += [pid for pid, of in table.items() if of == parent]
+            found += children.get(parent, [])
         return found
 
 
@@ -121,7 +124,7 @@ class Hosts:
             *(where if is_head else [f"--address={self.head.address}:{self.port}"]),
             f"--node-ip-address={address}", f"--num-cpus={num_cpus}", f"--temp-dir={folder}/ray",
             "--object-store-memory=100000000", "--min-worker-port=0", "--max-worker-port=0",
-            "--dashboard-agent-listen-port=0", *options,
+            "--dashboard-agent-listen-port=0", "--include-log-monitor=false", *options,
         ]  # fmt: skip
         environment = os.environ | {
             "HOME": str(folder),
@@ -236,10 +239,22 @@ def title(pid: int) -> str:
         return ""
 
 
-def at_work(hosts: Iterator[Host] | Sequence[Host]) -> Iterator[tuple[Host, int, str]]:
-    """Host, process and task of every Ray worker that is one."""
-    table = process_table()
-    for host in hosts:
-        for pid in host.processes(table):
-            if (what := title(pid)).startswith("ray::"):
-                yield host, pid, what.removeprefix("ray::")
+class Workers:
+    """The Ray workers of some hosts, looked at again and again. Where a process belongs is found out once: to read the
+    whole table of processes takes milliseconds."""
+
+    def __init__(self, hosts: Hosts) -> None:
+        self._hosts = hosts
+        self._known: set[int] = set()
+        self._host_of: dict[int, Host] = {}
+
+    def at_work(self) -> list[tuple[Host, int, str]]:
+        """Host, process and task of each worker."""
+        pids = {int(name) for name in os.listdir("/proc") if name.isdigit()}
+        if not pids <= self._known:
+            table = process_table()
+            running = list(self._hosts.running.values())
+            self._host_of = {pid: host for host in running for pid in host.processes(table)}
+        self._known = pids
+        titles = [(host, pid, title(pid)) for pid, host in self._host_of.items()]
+        return [(host, pid, what.removeprefix("ray::")) for host, pid, what in titles if what.startswith("ray::")]

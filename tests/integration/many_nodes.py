@@ -32,7 +32,7 @@ from icce_ray.pipeline import PlannedStage, plan, run_name
 from icce_ray.status import find_status
 from icce_ray.store import Folder
 
-from .hosts import Host, Hosts, at_work, process_table, title
+from .hosts import Host, Hosts, Workers, process_table, title
 from .storage_server import ACCESS_KEY, SECRET_KEY, client, moto_server
 
 AT_WORK = {
@@ -119,6 +119,7 @@ class Run:
 
     def __init__(self, hosts: Hosts, endpoint: str) -> None:
         self.hosts = hosts
+        self.workers = Workers(hosts)
         storage = {"endpoint": endpoint, "access_key": ACCESS_KEY, "secret_key": SECRET_KEY}
         self.config = Config.model_validate(SETTINGS | {"output": "s3://results/disturbed", "storage": storage})
         self.storage = client(endpoint)
@@ -156,7 +157,7 @@ class Run:
 
     def tasks(self) -> list[tuple[Host, int, str]]:
         """Host, process and task of each that is at work now. Notes which hosts work for which stage."""
-        found = list(at_work(list(self.hosts.running.values())))
+        found = self.workers.at_work()
         self.worked |= {(stage, host.name) for host, _, what in found for stage in AT_WORK if is_at_work(what, stage)}
         return found
 
