@@ -5,6 +5,9 @@ INSTALLED := $(VENV)/.installed
 INSTALL := --quiet -c constraints.txt
 CASE ?= demo
 
+# Hundreds of short processes start here: each would compile all of the package again.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo setup test lint format bench clean
 
 demo: $(INSTALLED)  ## Cluster scikit-learn's handwritten digits: images and results go to demo/
