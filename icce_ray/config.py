@@ -37,6 +37,9 @@ PositiveInt = Annotated[int, Field(ge=1)]
 AUTO: Literal["auto"] = "auto"
 NumClusters = Annotated[int, Field(ge=2)]
 
+MIN_INPUTS = 32
+"""Dimensions that a head sees at least, where there are so many."""
+
 ConsensusMethod = Literal["mcla", "hbgf", "cspa", "vote", "best_head", "hgpa"]
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -271,6 +274,10 @@ class HeadsConfig(Section):
     """Stop when, three epochs in a row, less than this share of the labels changed. `null`: train all epochs."""
     checkpoint_interval_s: PositiveFloat = 60.0
     """Seconds of training that a killed run loses at most, and one epoch."""
+
+    def num_inputs(self, dim: int) -> int:
+        """S: how many of `dim` dimensions a head sees; of few dimensions none can be spared."""
+        return min(dim, max(MIN_INPUTS, round(self.input_share * dim)))
 
 
 class ConsensusConfig(Section):

@@ -205,19 +205,14 @@ def head_parameters() -> int:
     """P = H (S M + M p + p K), S the dimensions that a head sees, M and p its widths."""
     heads = HeadsConfig()
     hidden, bottleneck = heads.hidden_dim, heads.bottleneck_dim
-    return heads.num_heads * (head_inputs() * hidden + hidden * bottleneck + bottleneck * NUM_CLUSTERS)
-
-
-def head_inputs() -> int:
-    """S."""
-    return round(HeadsConfig().input_share * DIM)
+    return heads.num_heads * (heads.num_inputs(DIM) * hidden + hidden * bottleneck + bottleneck * NUM_CLUSTERS)
 
 
 def flop_per_pair() -> float:
     """``4 H (3 S M + 4 (M p + p K))``: two views, each once through the teacher, and through the student and back; the
     features themselves get no gradient."""
     heads = HeadsConfig()
-    first = head_inputs() * heads.hidden_dim * heads.num_heads
+    first = heads.num_inputs(DIM) * heads.hidden_dim * heads.num_heads
     return 4.0 * (3 * first + 4 * (head_parameters() - first))
 
 

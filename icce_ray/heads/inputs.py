@@ -15,7 +15,6 @@ import torch
 
 from icce_ray.heads.communicator import Communicator
 from icce_ray.heads.memory import max_held_bytes
-from icce_ray.heads.model import num_inputs
 from icce_ray.heads.threads import ThreadPool
 
 BN_EPS = 1e-5
@@ -46,14 +45,14 @@ class HeadInputs:
         return inputs_hnS[0] if len(inputs_hnS) == 1 else inputs_hnS
 
 
-def seen_columns(num_heads: int, dim: int, input_share: float, seed: int) -> torch.Tensor | None:
+def seen_columns(num_heads: int, dim: int, num_inputs: int, seed: int) -> torch.Tensor | None:
     """(H, S) int64, ascending in each row: the dimensions that each head sees, a uniform random choice that depends on
     `seed` and the number of the head alone. None where all heads see all."""
-    count = num_inputs(dim, input_share)
-    if count == dim:
+    if num_inputs == dim:
         return None
     choices = [
-        np.sort(np.random.default_rng([seed, head, dim]).choice(dim, count, replace=False)) for head in range(num_heads)
+        np.sort(np.random.default_rng([seed, head, dim]).choice(dim, num_inputs, replace=False))
+        for head in range(num_heads)
     ]
     return torch.from_numpy(np.stack(choices))
 

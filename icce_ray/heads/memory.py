@@ -10,7 +10,6 @@ import torch
 
 from icce_ray.config import HeadsConfig
 from icce_ray.errors import ResourceError
-from icce_ray.heads.model import num_inputs
 from icce_ray.neighbors.memory import available_memory_bytes
 
 MAX_HELD_BYTES = 2 * 1024**3
@@ -39,7 +38,7 @@ def training_bytes(
     heads_at_once = int(block.stop - block.start) * (num_threads if device.type == "cpu" else 1)
     if num_workers > 1:  # the targets of all heads are balanced together
         heads_at_once = H
-    S = num_inputs(dim, config.input_share)
+    S = config.num_inputs(dim)
     parameters: int = 4 * PARAMETER_COPIES * H * (S * M + M * P + P * K)
     targets = 4 * H * rows * K
     work = heads_at_once * (rows * (4 * WORK_ARRAYS * K + 6 * (M + P) + 2 * S) + 16 * K * P)

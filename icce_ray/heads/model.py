@@ -16,8 +16,6 @@ import torch.nn.functional as F
 
 INIT_STD = 0.02
 NORM_EPS = 1e-12
-MIN_INPUTS = 32
-"""Dimensions that a head sees at least, where there are so many."""
 
 
 @dataclass
@@ -93,11 +91,6 @@ class ForwardCache:
     inverse_norm_Hn1: torch.Tensor
     unit_prototypes_HKP: torch.Tensor
     logits_HnK: torch.Tensor
-
-
-def num_inputs(dim: int, input_share: float) -> int:
-    """S: how many of D dimensions a head sees; of few dimensions none can be spared."""
-    return min(dim, max(MIN_INPUTS, round(input_share * dim)))
 
 
 def head_logits(parameters: HeadParameters, inputs: torch.Tensor) -> torch.Tensor:

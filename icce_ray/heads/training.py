@@ -26,7 +26,7 @@ from icce_ray.heads.inputs import HeadInputs, InputNorm, seen_columns
 from icce_ray.heads.loss import PairLosses, pair_agreement, scan_losses, teacher_targets, temi_losses
 from icce_ray.heads.memory import check_memory, head_blocks
 from icce_ray.heads.metrics_log import MetricsLog
-from icce_ray.heads.model import HeadParameters, backward, forward, head_logits, num_inputs
+from icce_ray.heads.model import HeadParameters, backward, forward, head_logits
 from icce_ray.heads.optimizer import AdamW
 from icce_ray.heads.result import TrainedHeads
 from icce_ray.heads.sampling import choose_batch_size, epoch_batches, num_steps_per_epoch
@@ -82,9 +82,9 @@ class HeadTrainer:
         # On a GPU, or with one head, there is nothing to share out: the calling thread does the work.
         self.pool = ThreadPool(num_threads if self.device.type == "cpu" and len(self.blocks) > 1 else 0)
         self.inputs = InputNorm(features_ND, config.input_norm, config.rotate, seed, self.device, self.pool)
-        columns_HS = seen_columns(config.num_heads, dim, config.input_share, seed)
+        seen = config.num_inputs(dim)
+        columns_HS = seen_columns(config.num_heads, dim, seen, seed)
         self.columns_HS = None if columns_HS is None else columns_HS.to(self.device)
-        seen = num_inputs(dim, config.input_share)
         self.student = HeadParameters.initialise(
             config.num_heads, seen, config.hidden_dim, config.bottleneck_dim, num_clusters, seed, seen / dim
         ).map(lambda tensor: tensor.to(self.device))

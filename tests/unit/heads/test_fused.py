@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from icce_ray import config as config_module
 from icce_ray.config import PRESETS, HeadsConfig
 from icce_ray.evaluate.metrics import clustering_accuracy
-from icce_ray.heads import fused, model
+from icce_ray.heads import fused
 from icce_ray.heads.fused import FusedStep, can_fuse, compiled_step
 from icce_ray.heads.model import HeadParameters
 from icce_ray.heads.training import HeadTrainer, train_heads
@@ -35,7 +36,7 @@ def in_float32(config: HeadsConfig) -> FusedStep:
 
 @pytest.fixture(autouse=True)
 def _few_dimensions(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(model, "MIN_INPUTS", 4)
+    monkeypatch.setattr(config_module, "MIN_INPUTS", 4)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from icce_ray.config import HeadsConfig
 from icce_ray.heads.communicator import SingleWorker
 from icce_ray.heads.inputs import HeadInputs, InputNorm, random_rotation, seen_columns
 
@@ -64,11 +65,11 @@ def test_none_leaves_features_as_they_are() -> None:
 
 
 def test_each_head_sees_a_random_share_of_its_own_whatever_the_number_of_heads() -> None:
-    columns = seen_columns(40, 128, 0.5, seed=3)
+    columns = seen_columns(40, 128, 64, seed=3)
     assert columns is not None
     assert columns.shape == (40, 64)
     assert (columns.diff(dim=1) > 0).all()
-    few = seen_columns(2, 128, 0.5, seed=3)
+    few = seen_columns(2, 128, 64, seed=3)
     assert few is not None
     assert torch.equal(few, columns[:2])
     assert not torch.equal(columns[0], columns[1])
@@ -82,12 +83,12 @@ def test_each_head_sees_a_random_share_of_its_own_whatever_the_number_of_heads()
     ("dim", "share", "expected"), [(30, 0.1, None), (40, 0.5, 32), (200, 0.5, 100), (200, 1.0, None)]
 )
 def test_of_few_dimensions_none_is_spared(dim: int, share: float, expected: int | None) -> None:
-    columns = seen_columns(3, dim, share, seed=0)
+    columns = seen_columns(3, dim, HeadsConfig(input_share=share).num_inputs(dim), seed=0)
     assert (None if columns is None else columns.shape[1]) == expected
 
 
 def test_inputs_are_the_columns_that_a_head_sees() -> None:
-    batch, columns = torch.randn(7, 40), seen_columns(3, 40, 0.8, seed=0)
+    batch, columns = torch.randn(7, 40), seen_columns(3, 40, 32, seed=0)
     assert columns is not None
     inputs = HeadInputs(batch, columns)
     together = inputs.of(slice(0, 3))

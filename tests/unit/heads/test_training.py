@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
+from icce_ray import config as config_module
 from icce_ray.config import PRESETS, HeadsConfig
 from icce_ray.evaluate.metrics import clustering_accuracy
-from icce_ray.heads import model
 from icce_ray.heads.checkpoint import CheckpointFolder
 from icce_ray.heads.result import TrainedHeads
 from icce_ray.heads.sampling import epoch_batches
@@ -33,7 +33,7 @@ def settings(**changes: object) -> HeadsConfig:
 def test_losses_per_head_are_those_of_the_plain_transcription(
     planted, preset: str, heads_in_a_block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(model, "MIN_INPUTS", 4)
+    monkeypatch.setattr(config_module, "MIN_INPUTS", 4)
     features, graph, _ = planted
     config = settings(**PRESETS[preset].get("heads", {}))
     trainer = HeadTrainer(features, graph, config, num_clusters=4, seed=0)
