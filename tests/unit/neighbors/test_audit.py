@@ -11,7 +11,7 @@ from sklearn.datasets import load_digits
 from icce_ray.config import NeighborsConfig
 from icce_ray.neighbors import audit as audit_module
 from icce_ray.neighbors import precision
-from icce_ray.neighbors.audit import MAX_CLASS_SHARE, Audit, audit, audit_prepared
+from icce_ray.neighbors.audit import MAX_CLASS_SHARE, Audit, Curves, audit, audit_prepared, choose_threshold
 from icce_ray.neighbors.graph import build_graph
 from icce_ray.neighbors.memory import available_memory_bytes
 from icce_ray.neighbors.prepared import prepare
@@ -92,6 +92,36 @@ def test_auto_takes_long_lists_where_clusters_are_clear_and_short_ones_where_the
         lengths[separation] = audit(features, NeighborsConfig(min_neighbors=50), num_clusters=5, seed=0).mean_neighbors
     assert 0.8 * MAX_CLASS_SHARE * 500 < lengths[1.0] <= MAX_CLASS_SHARE * 500 + 1
     assert 50 <= lengths[0.25] < 130
+
+
+LENGTHS = {0.1: 900, 0.2: 700, 0.3: 300, 0.4: 100, 0.5: 60, 0.6: 30, 0.7: 10}
+"""Of lists by threshold; of 1,000 images in a class the nearest 20 are 60% of the image's own, chance is 10%."""
+
+
+@pytest.mark.parametrize(
+    ("precision_at", "max_neighbors", "num_images", "expected"),
+    [
+        # All lists are as precise as the nearest: up to 0.7 N/K.
+        ({}, None, 10_000, (0.2, "700 neighbours")),
+        ({0.2: 0.59, 0.3: 0.596}, None, 10_000, (0.3, "precision of 59.5%")),
+        # Short lists may lose more: up to 0.1 N/K, 85% of what is above chance, and no longer than a row can be.
+        ({0.1: 0.2, 0.2: 0.3, 0.3: 0.526, 0.4: 0.53, 0.5: 0.56}, None, 10_000, (0.4, "100 neighbours")),
+        ({0.1: 0.2, 0.2: 0.3, 0.3: 0.5, 0.4: 0.52, 0.5: 0.53}, None, 10_000, (0.5, "precision of 52.5%")),
+        ({0.1: 0.2, 0.2: 0.3, 0.3: 0.526, 0.4: 0.53, 0.5: 0.56}, 60, 10_000, (0.5, "60 neighbours")),
+        # A tenth of a class of 150 is less than the 20 that all lists have.
+        ({0.1: 0.2, 0.2: 0.3, 0.3: 0.5, 0.4: 0.53, 0.5: 0.56}, None, 1_500, (0.6, "precision of 59.5%")),
+        (dict.fromkeys(LENGTHS, 0.1), None, 10_000, (0.7, "no better than chance")),
+    ],
+)
+def test_auto_takes_the_longest_lists_that_lose_little(
+    precision_at: dict[float, float], max_neighbors: int | None, num_images: int, expected: tuple[float, str]
+) -> None:
+    lengths = np.array(list(LENGTHS.values()), dtype=float)
+    precision = np.array([precision_at.get(threshold, 0.6) for threshold in LENGTHS])
+    curves = Curves(np.array(list(LENGTHS)), lengths, np.maximum(lengths, 20), np.zeros(7), precision, 0.6)
+    threshold, reason = choose_threshold(curves, 20, max_neighbors, num_images, 10)
+    assert threshold == expected[0]
+    assert expected[1] in reason
 
 
 @pytest.mark.parametrize("shift", [0.0, 3.0, 30.0])
