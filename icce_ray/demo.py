@@ -20,7 +20,7 @@ def demo_config() -> dict[str, Any]:
         "num_clusters": 10,
         "output": DEMO_OUTPUT,
         "embed": {"backbone": "pixels", "image_size": 8, "grayscale": True},
-        "heads": {"num_heads": 16, "num_epochs": 100},
+        "heads": {"num_heads": 16, "num_epochs": 75},
         "evaluate": {"labels": "folder"},
         "report": {"title": "Handwritten digits"},
         # One worker does without; the demo shows the way that a cluster goes.
