@@ -19,7 +19,7 @@ setup: $(INSTALLED)  ## Everything installed into .venv
 test: export OMP_NUM_THREADS = 1
 test: $(INSTALLED)  ## The quick tests first, then the slow ones; two files at a time
 	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
-	$(BIN)/python -m pytest -m slow -n 2 --dist loadfile --durations=10
+	$(BIN)/python -m pytest -m slow -n 2 --dist loadfile --no-loadscope-reorder --durations=10
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
