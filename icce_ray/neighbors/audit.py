@@ -193,7 +193,8 @@ def audit_prepared(prepared: PreparedFeatures, config: NeighborsConfig, *, num_c
 def choose_threshold(
     curves: Curves, floor: int, max_neighbors: int | None, num_images: int, num_clusters: int
 ) -> tuple[float, str]:
-    """The lowest threshold, so the most neighbours, whose lists are neither too long nor too impure.
+    """The lowest threshold, so the most neighbours, whose lists are neither too long nor too impure: what is too impure
+    depends on how long they are.
 
     Args:
         curves: measured on the features.
