@@ -61,13 +61,7 @@ class Host:
 
     def processes(self, table: dict[int, int]) -> list[int]:
         """Process ids of all that runs on it. `table`: as `process_table` says."""
-        children: dict[int, list[int]] = {}
-        for pid, parent in table.items():
-            children.setdefault(parent, []).append(pid)
-        found = [self.process.pid]
-        for parent in found:
-            found += children.get(parent, [])
-        return found
+        return descendants(self.process.pid, table)
 
 
 @dataclass
@@ -229,6 +223,17 @@ def process_table() -> dict[int, int]:
             except (OSError, ValueError):
                 continue
     return table
+
+
+def descendants(pid: int, table: dict[int, int]) -> list[int]:
+    """A process and all that descend from it. `table`: as `process_table` says."""
+    children: dict[int, list[int]] = {}
+    for child, parent in table.items():
+        children.setdefault(parent, []).append(child)
+    found = [pid]
+    for parent in found:
+        found += children.get(parent, [])
+    return found
 
 
 def title(pid: int) -> str:

@@ -8,11 +8,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 from icce_ray import pipeline
 from icce_ray.config import Config
 from icce_ray.store import Artifact
+
+from .hosts import descendants, process_table, title
 
 
 def run_embed(config: Config) -> Artifact:
@@ -42,26 +43,8 @@ def wait_for(condition: Callable[[], bool], timeout_s: float = 120.0) -> None:
 
 def workers(task: str) -> list[int]:
     """Processes of this test's Ray that are at work on `task`."""
-    parents, found = {}, []
-    for entry in Path("/proc").iterdir():
-        if not entry.name.isdigit():
-            continue
-        try:
-            title = (entry / "cmdline").read_bytes()
-            parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-        except (OSError, ValueError):
-            continue
-        if title.startswith(b"ray::") and task.encode() in title:
-            found.append(int(entry.name))
-    return [pid for pid in found if _descends_from_us(pid, parents)]
-
-
-def _descends_from_us(pid: int, parents: dict[int, int]) -> bool:
-    while pid in parents and pid > 1:
-        pid = parents[pid]
-        if pid == os.getpid():
-            return True
-    return False
+    found = {pid: title(pid) for pid in descendants(os.getpid(), process_table())}
+    return [pid for pid, what in found.items() if what.startswith("ray::") and task in what]
 
 
 @contextmanager

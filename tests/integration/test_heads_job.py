@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import signal
@@ -22,7 +21,7 @@ from icce_ray.heads import job
 from icce_ray.progress import Progress
 from icce_ray.store import Artifact, ArtifactWriter, Folder
 
-from .stages import run_until
+from .stages import run_until, workers
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
 
@@ -85,19 +84,7 @@ def run_heads(inputs: dict[str, Artifact], folder: Path, num_workers: int = 1, *
 
 def train_workers() -> list[int]:
     """Processes that train, alone or by Ray Train, and descend from this one."""
-    commands, parents = {}, {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            with contextlib.suppress(OSError):
-                commands[int(entry.name)] = (entry / "cmdline").read_bytes()
-                # After the name, which stands in brackets: state, parent.
-                parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-
-    def is_ours(pid: int) -> bool:
-        return pid == os.getpid() or (pid in parents and is_ours(parents[pid]))
-
-    names = (b"ray::StageWorker", b"ray::RayTrainWorker")
-    return [pid for pid, command in commands.items() if command.startswith(names) and is_ours(pid)]
+    return [*workers("StageWorker"), *workers("RayTrainWorker")]
 
 
 class Killer(threading.Thread):
@@ -112,10 +99,10 @@ class Killer(threading.Thread):
         deadline = time.monotonic() + 120
         while time.monotonic() < deadline:
             if any(self.output.glob("checkpoints/epoch-*.safetensors")):
-                workers = train_workers()
-                if workers:
-                    os.kill(workers[-1], signal.SIGKILL)
-                    self.killed = workers[-1]
+                pids = train_workers()
+                if pids:
+                    os.kill(pids[-1], signal.SIGKILL)
+                    self.killed = pids[-1]
                     return
             time.sleep(0.01)
 
