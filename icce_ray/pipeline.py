@@ -112,7 +112,7 @@ STAGES: tuple[Stage, ...] = (
     Stage("images", "icce_ray.embed.listing", 2, (), _images_settings),
     Stage("embed", "icce_ray.embed.job", 3, ("images",), _embed_settings),
     Stage("sample", "icce_ray.sample.job", 1, ("embed",), _sample_settings),
-    Stage("neighbors", "icce_ray.neighbors.job", 4, ("embed", "sample"), _neighbors_settings),
+    Stage("neighbors", "icce_ray.neighbors.job", 5, ("embed", "sample"), _neighbors_settings),
     Stage("heads", "icce_ray.heads.job", 2, ("embed", "sample", "neighbors"), _heads_settings, "epochs"),
     Stage("consensus", "icce_ray.consensus.job", 3, ("heads",), _consensus_settings, "steps"),
     Stage(

@@ -60,16 +60,16 @@ RATES = {
     "gpu": Rate(989e12, "FLOP/s in bfloat16", "data sheet", "H100 SXM, without sparsity"),
     "gpu_share": Rate(0.4, "of that", "assumed", "of products on GPUs, where nothing was measured"),
     "heads_share": Rate(
-        0.234,
+        0.237,
         "of `gpu`: products of a training step, beside the update",
         "measured",
         "`heads`, 2026-11-27-gpu.txt: one H200, every head all dimensions",
     ),
     "search_share": Rate(
-        0.0486,
+        0.164,
         "of `gpu`: products of the search",
         "measured",
-        "`neighbors-gpu`, 2026-11-27-gpu.txt: one H200, 1024 dimensions; the rule on 16 CPUs holds it up",
+        "`neighbors-gpu`, 2026-11-27-gpu.txt: one H200 and 16 CPUs, 1024 dimensions; with the merge",
     ),
     "gpu_memory": Rate(3.35e12, "bytes/s", "data sheet", "H100 SXM"),
     "link": Rate(450e9, "bytes/s between GPUs, each way", "data sheet", "NVLink 4"),
@@ -194,11 +194,14 @@ def embed_seconds(num_images: int, plan: Plan) -> dict[str, float]:
 
 
 def neighbors_seconds(trained: int, plan: Plan) -> float:
-    """At most, all pairs: ``2 n^2 D (1 + 1/s)`` FLOP, every s-th image once more for a first bound."""
+    """At most, all pairs: ``2 n^2 D`` FLOP; on CPUs ``2 n^2 D (1 + 1/s)``, every s-th image once more for a first
+    bound. The audit before it is not counted."""
     from icce_ray.neighbors.engine import SAMPLE_STRIDE
 
-    flop = 2.0 * trained**2 * DIM * (1 + 1 / SAMPLE_STRIDE)
-    return flop / (plan.search_gpus * _rate("gpu") * _rate("search_share") or plan.search_cpus * _cpu())
+    flop = 2.0 * trained**2 * DIM
+    if plan.search_gpus:
+        return flop / (plan.search_gpus * _rate("gpu") * _rate("search_share"))
+    return flop * (1 + 1 / SAMPLE_STRIDE) / (plan.search_cpus * _cpu())
 
 
 def head_parameters() -> int:

@@ -15,11 +15,12 @@ import numpy as np
 import torch
 
 from cases.peak import matmul_peak
-from icce_ray.neighbors.engine import FaissEngine, set_threads
-from icce_ray.neighbors.prepared import Ids, PreparedFeatures, prepare
+from icce_ray.neighbors.engine import FaissEngine
+from icce_ray.neighbors.prepared import Ids, PreparedFeatures, Queries, prepare
 from icce_ray.neighbors.rows import merge_shards, part_ranges, search_shard
 from icce_ray.neighbors.rule import Rule
-from icce_ray.neighbors.search import Queries, merge, search
+from icce_ray.neighbors.search import merge, search
+from icce_ray.neighbors.threads import set_threads
 from icce_ray.neighbors.torch_engine import TorchEngine
 
 SETTINGS: dict[str, Any] = {
@@ -103,7 +104,7 @@ def equals_faiss(engine: TorchEngine, prepared: PreparedFeatures, rule: Rule, se
     with ThreadPoolExecutor(settings["num_shards_on_cpu"]) as pool:
         answers = list(pool.map(of_shard, np.array_split(np.arange(len(prepared)), settings["num_shards_on_cpu"])))
     found = []
-    for candidates in (merge(answers, queries, prepared, rule), search(engine, queries, rule)):
+    for candidates in (merge(answers, queries, rule), search(engine, queries, rule)):
         pairs = candidates.pairs
         order = np.lexsort((pairs.ids_P, pairs.rows_P))
         found.append((pairs.rows_P[order], pairs.ids_P[order], candidates.num_hits_Q))

@@ -1,4 +1,4 @@
-"""The part of a search that touches every pair: scores of queries against one shard's images, on a CPU by FAISS.
+"""The part of a search that touches every pair: queries against one shard's images, on a CPU by FAISS.
 
 An engine's scores may be wrong by `error`; whoever uses them scores again what stands closer to a border than that. So
 every engine, on any device, leads to the same neighbours. `icce_ray.neighbors.torch_engine` is the one for GPUs.
@@ -8,6 +8,7 @@ Legend: D feature dimension, n images of the shard, Q queries, P pairs, k list l
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import Protocol
 
@@ -15,7 +16,8 @@ import faiss
 import numpy as np
 import numpy.typing as npt
 
-from icce_ray.neighbors.prepared import Floats, Ids, PreparedFeatures
+from icce_ray.neighbors.prepared import Floats, Ids, PreparedFeatures, Queries
+from icce_ray.neighbors.rule import PairList, Rule
 
 RESOLUTION = 2.0**-22
 """Similarities are compared in these units: closer is a tie, and the lower id wins."""
@@ -25,7 +27,7 @@ SAMPLE_STRIDE = 12
 SAMPLE_BLOCK = 4_096
 MIN_SAMPLES_PER_RANK = 4
 
-Pairs = tuple[npt.NDArray[np.int32], Ids, Floats]
+ScoredPairs = tuple[npt.NDArray[np.int32], Ids, Floats]
 """Of P pairs: number of the query (ascending), image id, score."""
 
 
@@ -39,14 +41,25 @@ class Engine(Protocol):
     error: float
     """Bound on what a score differs by from the cosine, `RESOLUTION` included."""
 
-    def lower_bounds(self, queries_QD: Floats, k: int) -> Floats:
-        """(Q,) scores that at least `k` images of the shard reach, from a sample; -inf where that is too small."""
+    def pairs(self, queries: Queries, rule: Rule) -> Iterator[PairList]:
+        """Pairs of the queries and the shard's images, each at most once, some at a time: all that the rule may keep,
+        all that reach its threshold, and all near-duplicates. Of queries that `is_unsearched` names there are none."""
 
-    def pairs_above(self, queries_QD: Floats, radius_Q: Floats) -> Iterator[Pairs]:
-        """All pairs with a score of at least the query's radius, one block of images after the other."""
-
-    def exact(self, queries_QD: Floats, rows_P: npt.NDArray[np.int32], ids_P: Ids) -> Ids:
+    def exact(self, queries: Queries, rows_P: npt.NDArray[np.int32], ids_P: Ids) -> Ids:
         """Cosine of each pair in units of `RESOLUTION`, from float64 products: (P,) int64."""
+
+
+def is_unsearched(queries: Queries, rule: Rule, error: float) -> npt.NDArray[np.bool_]:
+    """(Q,) the zero vectors, where the threshold is above 0: all images are equally far from them, and none is near."""
+    if rule.threshold is None or rule.threshold > error:
+        return queries.is_zero
+    return np.zeros(len(queries), bool)
+
+
+def lowest_border(rule: Rule, error: float) -> float:
+    """The score from which on every pair counts, whatever else is in its row; infinite without a threshold."""
+    borders = [border for border in (rule.threshold, rule.duplicate_threshold) if border is not None]
+    return min(borders, default=np.inf) - error
 
 
 def similarity_error(dim: int) -> float:
@@ -54,9 +67,8 @@ def similarity_error(dim: int) -> float:
     return (dim + 2) * 2.0**-23 + 2 * RESOLUTION
 
 
-def set_threads(num_threads: int) -> None:
-    """Threads of every later search in this process. Ray's OMP_NUM_THREADS is not reliable for FAISS, so set it."""
-    faiss.omp_set_num_threads(num_threads)
+def in_units(cosine: float) -> int:
+    return round(cosine / RESOLUTION)
 
 
 def exact_similarity(
@@ -78,7 +90,48 @@ def sample_rows(num_images: int, k: int) -> slice:
     return slice(None, None, max(1, min(SAMPLE_STRIDE, num_images // (MIN_SAMPLES_PER_RANK * k))))
 
 
-class FaissEngine:
+class CpuEngine(ABC):
+    """An engine that knows a lower bound of a query's k-th highest score, and all images from a score on."""
+
+    ids_n: Ids
+    error: float
+    blocks_at_once = 1  # FAISS has threads of its own
+
+    @abstractmethod
+    def lower_bounds(self, queries_QD: Floats, k: int) -> Floats:
+        """(Q,) scores that at least `k` images of the shard reach, from a sample; -inf where that is too small."""
+
+    @abstractmethod
+    def pairs_above(self, queries_QD: Floats, radius_Q: Floats) -> Iterator[ScoredPairs]:
+        """All pairs with a score of at least the query's radius, one block of images after the other."""
+
+    @abstractmethod
+    def exact(self, queries: Queries, rows_P: npt.NDArray[np.int32], ids_P: Ids) -> Ids:
+        """As `Engine` says."""
+
+    def pairs(self, queries: Queries, rule: Rule) -> Iterator[PairList]:
+        # One more than needed: the image itself may be among them.
+        bounds_Q = self.lower_bounds(queries.features, rule.min_neighbors + 1) - 2 * self.error
+        radius_Q = np.minimum(bounds_Q, lowest_border(rule, self.error))
+        radius_Q[is_unsearched(queries, rule, self.error)] = np.inf
+        for rows_P, ids_P, scores_P in self.pairs_above(queries.features, radius_Q):
+            other_P = np.flatnonzero(ids_P != queries.excluded_Q[rows_P])
+            if len(other_P) < len(rows_P):
+                rows_P, ids_P, scores_P = rows_P[other_P], ids_P[other_P], scores_P[other_P]
+            yield PairList(rows_P, ids_P, scores_P, self._is_hit(queries, rule.threshold, rows_P, ids_P, scores_P))
+
+    def _is_hit(
+        self, queries: Queries, threshold: float | None, rows_P: npt.NDArray[np.int32], ids_P: Ids, scores_P: Floats
+    ) -> npt.NDArray[np.bool_]:
+        if threshold is None:
+            return np.zeros(len(rows_P), bool)
+        is_hit_P = scores_P >= threshold
+        close_P = np.flatnonzero(np.abs(scores_P - threshold) <= self.error)
+        is_hit_P[close_P] = self.exact(queries, rows_P[close_P], ids_P[close_P]) >= in_units(threshold)
+        return is_hit_P
+
+
+class FaissEngine(CpuEngine):
     """Holds the rows of a shard in float32, and a column of ones: with minus the radius beside a query, one range
     search serves queries of different radii.
 
@@ -86,8 +139,6 @@ class FaissEngine:
         prepared: the features of all images.
         ids_n: the shard's images, ascending.
     """
-
-    blocks_at_once = 1  # FAISS has threads of its own
 
     def __init__(self, prepared: PreparedFeatures, ids_n: Ids) -> None:
         dim = prepared.shape[1]
@@ -118,7 +169,7 @@ class FaissEngine:
         bounds_Q: Floats = best_Qk.min(axis=1)
         return bounds_Q
 
-    def pairs_above(self, queries_QD: Floats, radius_Q: Floats) -> Iterator[Pairs]:
+    def pairs_above(self, queries_QD: Floats, radius_Q: Floats) -> Iterator[ScoredPairs]:
         # Scores end at 1: a radius beyond 2 finds nothing, and one below -2 everything.
         radius_Q = np.clip(radius_Q, -2.0, 2.0).astype(np.float32)
         queries_QE = np.column_stack([queries_QD, -radius_Q])
@@ -128,8 +179,9 @@ class FaissEngine:
             above_P += radius_Q[rows_P]
             yield rows_P, self.ids_n[start + columns_P], above_P
 
-    def exact(self, queries_QD: Floats, rows_P: npt.NDArray[np.int32], ids_P: Ids) -> Ids:
-        return exact_similarity(queries_QD, rows_P, self._rows_nE[:, :-1], np.searchsorted(self.ids_n, ids_P))
+    def exact(self, queries: Queries, rows_P: npt.NDArray[np.int32], ids_P: Ids) -> Ids:
+        columns_P = np.searchsorted(self.ids_n, ids_P)
+        return exact_similarity(queries.features, rows_P, self._rows_nE[:, :-1], columns_P)
 
 
 def as_slice(ids_n: Ids) -> slice | Ids:

@@ -18,9 +18,9 @@ import numpy.typing as npt
 from faiss.contrib.ivf_tools import add_preassigned, range_search_preassigned, search_preassigned
 
 from icce_ray.config import NeighborsConfig
-from icce_ray.neighbors.engine import BASE_BLOCK, Pairs, exact_similarity, similarity_error
+from icce_ray.neighbors.engine import BASE_BLOCK, CpuEngine, ScoredPairs, exact_similarity, similarity_error
 from icce_ray.neighbors.precision import spherical_kmeans
-from icce_ray.neighbors.prepared import Floats, Ids, PreparedFeatures
+from icce_ray.neighbors.prepared import Floats, Ids, PreparedFeatures, Queries
 from icce_ray.neighbors.search import most_similar
 
 STREAM = 3
@@ -140,7 +140,7 @@ def _cell_sizes(prepared: PreparedFeatures, centroids_CD: Floats) -> Ids:
     return sizes_C
 
 
-class IvfEngine:
+class IvfEngine(CpuEngine):
     """Holds the rows of a shard in FAISS's inverted lists, with a column of ones as `FaissEngine` does.
 
     Args:
@@ -154,7 +154,6 @@ class IvfEngine:
         self.prepared = prepared
         self.ids_n = ids_n
         self.cells = cells
-        self.blocks_at_once = 1
         self.error = similarity_error(dim)
         self._quantizer = faiss.IndexFlatIP(dim + 1)  # never asked: cells are found without the column of ones
         self._index = faiss.IndexIVFFlat(self._quantizer, dim + 1, len(cells.centroids_CD), faiss.METRIC_INNER_PRODUCT)
@@ -182,7 +181,7 @@ class IvfEngine:
             bounds_Q[open_Q] = self._kth_scores(queries_QD[open_Q], probes_Qp[open_Q], k)
         return bounds_Q
 
-    def pairs_above(self, queries_QD: Floats, radius_Q: Floats) -> Iterator[Pairs]:
+    def pairs_above(self, queries_QD: Floats, radius_Q: Floats) -> Iterator[ScoredPairs]:
         radius_Q = np.clip(radius_Q, -2.0, 2.0).astype(np.float32)
         queries_QE = np.column_stack([queries_QD, -radius_Q])
         probes_Qp = self._probes(queries_QD)
@@ -191,8 +190,8 @@ class IvfEngine:
         rows_P = np.repeat(np.arange(len(queries_QD), dtype=np.int32), np.diff(limits.astype(np.int64)))
         yield rows_P, ids_P.astype(np.int64), above_P + radius_Q[rows_P]
 
-    def exact(self, queries_QD: Floats, rows_P: npt.NDArray[np.int32], ids_P: Ids) -> Ids:
-        return exact_similarity(queries_QD, rows_P, self.prepared, ids_P)
+    def exact(self, queries: Queries, rows_P: npt.NDArray[np.int32], ids_P: Ids) -> Ids:
+        return exact_similarity(queries.features, rows_P, self.prepared, ids_P)
 
     def _probes(self, queries_QD: Floats) -> Ids:
         return nearest_cells(queries_QD, self.cells.centroids_CD, self.cells.num_probes)

@@ -41,7 +41,7 @@ from icce_ray.progress import Progress
 from icce_ray.sample.draw import training_set
 from icce_ray.store import Artifact, Folder
 
-VERSION = 4
+VERSION = 5
 MAX_RESTARTS = 5
 PARTS_IN_FLIGHT = 3
 

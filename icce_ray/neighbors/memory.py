@@ -9,7 +9,7 @@ from pathlib import Path
 from icce_ray.neighbors.engine import BASE_BLOCK, SAMPLE_STRIDE
 from icce_ray.neighbors.search import PAIRS_HELD, QUERY_BLOCK
 
-MAX_ROWS_PER_PART = 8192
+MAX_ROWS_PER_PART = 16_384
 """A part is built in memory, then written."""
 HIT_BYTES = 40
 """A hit as FAISS returns it (12), and as row, column and flags of ours."""

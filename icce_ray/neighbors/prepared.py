@@ -3,17 +3,20 @@
 A prepared row depends on its feature and the mean only, not on which rows are prepared together: so shards, blocks and
 single rows give the same bits, and nobody needs to hold or store all of them.
 
-Legend: N images, D feature dimension, n some of the rows.
+Legend: N images, D feature dimension, n some of the rows, Q queries.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from icce_ray.errors import InputError
+from icce_ray.neighbors.threads import in_threads, threads_within
 
 Floats = npt.NDArray[np.float32]
 Ids = npt.NDArray[np.int64]
@@ -64,6 +67,36 @@ class PreparedFeatures:
         return block_nD
 
 
+@dataclass(frozen=True)
+class Queries:
+    """Q images whose neighbours are wanted.
+
+    prepared: the features of all images; ids_Q: the images; excluded_Q: the one image that each must not get, itself
+    as a rule.
+    """
+
+    prepared: PreparedFeatures
+    ids_Q: Ids
+    excluded_Q: Ids
+
+    @classmethod
+    def of(cls, prepared: PreparedFeatures, ids_Q: Ids, excluded_Q: Ids | None = None) -> Queries:
+        return cls(prepared, ids_Q, ids_Q if excluded_Q is None else excluded_Q)
+
+    def __len__(self) -> int:
+        return len(self.ids_Q)
+
+    @cached_property
+    def features(self) -> Floats:
+        """(Q, D). Made when somebody looks: most answers are merged without."""
+        return self.prepared[self.ids_Q]
+
+    @cached_property
+    def is_zero(self) -> npt.NDArray[np.bool_]:
+        """(Q,)"""
+        return np.logical_not(self.features.any(axis=1))
+
+
 def prepare(features_ND: npt.NDArray[np.floating[Any]], center: bool) -> PreparedFeatures:
     """Check the features, and measure their mean if they are to be centred.
 
@@ -78,12 +111,18 @@ def prepare(features_ND: npt.NDArray[np.floating[Any]], center: bool) -> Prepare
         raise InputError(f"features have the shape {features_ND.shape}; needed: at least 2 images x 1 dimension")
     num_images, dim = features_ND.shape
     rows_per_block = max(1, PREPARED_ELEMENTS // dim)
-    sum_D = np.zeros(dim)
-    for start in range(0, num_images, rows_per_block):
+
+    def sum_of_block(start: int) -> npt.NDArray[np.float64]:
         block = features_ND[start : start + rows_per_block].astype(np.float64)
         finite = np.isfinite(block).all(axis=1)
         if not finite.all():
             row = start + int(np.argmin(finite))
             raise InputError(f"the feature of row {row} is not finite (NaN or infinite); remove or embed it again")
-        sum_D += block.sum(axis=0)
+        sum_D: npt.NDArray[np.float64] = block.sum(axis=0)
+        return sum_D
+
+    starts = range(0, num_images, rows_per_block)
+    sum_D = np.zeros(dim)
+    for part_D in in_threads(sum_of_block, starts, threads_within(16 * rows_per_block * dim)):
+        sum_D += part_D  # in the order of the blocks, whatever the threads
     return PreparedFeatures(features_ND, sum_D / num_images if center else None)

@@ -7,10 +7,9 @@ and their own rows are emptied.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -18,12 +17,10 @@ import numpy.typing as npt
 from icce_ray.neighbors.duplicates import DuplicatePairs
 from icce_ray.neighbors.engine import Engine
 from icce_ray.neighbors.memory import MAX_ROWS_PER_PART
-from icce_ray.neighbors.prepared import Ids, PreparedFeatures
+from icce_ray.neighbors.prepared import Ids, PreparedFeatures, Queries
 from icce_ray.neighbors.rule import Rule, pair_hash, rank_in_row
-from icce_ray.neighbors.search import QUERY_BLOCK, Candidates, Queries, merge, search
-
-T = TypeVar("T")
-R = TypeVar("R")
+from icce_ray.neighbors.search import QUERY_BLOCK, Candidates, merge, search
+from icce_ray.neighbors.threads import in_threads
 
 
 @dataclass(frozen=True)
@@ -109,7 +106,7 @@ def search_shard(
     def answer(block: Ids) -> Candidates:
         return search(engine, _queries(prepared, block, leader_N), rule)
 
-    return _in_threads(answer, _blocks(ids), engine.blocks_at_once)
+    return in_threads(answer, _blocks(ids), engine.blocks_at_once)
 
 
 def merge_shards(
@@ -126,7 +123,7 @@ def merge_shards(
     def rows_of(block_and_answers: tuple[Ids, list[Candidates]]) -> tuple[Rows, DuplicatePairs]:
         block, answers_of_block = block_and_answers
         queries = _queries(prepared, block, leader_N)
-        merged = merge(answers_of_block, queries, prepared, rule)
+        merged = merge(answers_of_block, queries, rule)
         # Sorted as one number, which takes a tenth of the time of sorting by two.
         keys_P = np.sort(merged.pairs.rows_P * np.int64(len(prepared)) + merged.pairs.ids_P)
         lengths_Q = np.bincount(merged.pairs.rows_P, minlength=len(queries)).astype(np.int64)
@@ -136,7 +133,7 @@ def merge_shards(
         return Rows(lengths_Q, indices_P.astype(dtype), merged.num_hits_Q), duplicates
 
     blocks = [(block, list(found)) for block, *found in zip(_blocks(ids), *answers, strict=True)]
-    made = _in_threads(rows_of, blocks, num_threads)
+    made = in_threads(rows_of, blocks, num_threads)
     return Rows.join([rows for rows, _ in made]), DuplicatePairs.join([duplicates for _, duplicates in made])
 
 
@@ -200,14 +197,6 @@ def combine_rows(parts: Sequence[Rows], start: int, how: Literal["union", "inter
         rows_U, ids_U = rows_U[rank_U < rule.max_neighbors], ids_U[rank_U < rule.max_neighbors]
     lengths = np.bincount(rows_U, minlength=num_rows).astype(np.int64)
     return Rows(lengths, ids_U.astype(parts[0].indices.dtype), num_hits)
-
-
-def _in_threads(function: Callable[[T], R], items: Sequence[T], num_threads: int) -> list[R]:
-    """Results in the order of `items`; with one thread, in the calling one."""
-    if num_threads == 1:
-        return [function(item) for item in items]
-    with ThreadPoolExecutor(num_threads, thread_name_prefix="neighbors") as pool:
-        return list(pool.map(function, items))
 
 
 def _blocks(ids: Ids) -> list[Ids]:

@@ -102,8 +102,7 @@ def keep(pairs: PairList, num_hits_Q: Ids, ids_Q: Ids, rule: Rule, error: float,
     if rule.max_neighbors is not None and (num_hits_Q > rule.max_neighbors).any():
         is_cut_P = (num_hits_Q > rule.max_neighbors)[pairs.rows_P]
         cut, rest = pairs.take(is_cut_P), pairs.take(~is_cut_P)
-        hash_P = pair_hash(rule.seed, ids_Q[cut.rows_P], cut.ids_P)
-        order_P = np.lexsort((cut.ids_P, hash_P, cut.rows_P))
+        order_P = _order_by_hash(cut, pair_hash(rule.seed, ids_Q[cut.rows_P], cut.ids_P))
         order_P = order_P[rank_in_row(cut.rows_P[order_P]) < rule.max_neighbors]
         pairs = PairList.join([rest, cut.take(order_P)])
     num_pairs_Q = np.bincount(pairs.rows_P, minlength=len(ids_Q))
@@ -127,6 +126,18 @@ def _splitmix64(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
+
+
+def _order_by_hash(pairs: PairList, hash_P: npt.NDArray[np.uint64]) -> Ids:
+    """By row, then by hash, then by id."""
+    # As much of the hash as fits beside the row sorts as one number, in a tenth of the time.
+    num_bits = np.uint64(max(1, int(pairs.rows_P.max()).bit_length()))
+    key_P = (pairs.rows_P.astype(np.uint64) << (np.uint64(64) - num_bits)) | (hash_P >> num_bits)
+    order_P: Ids = np.argsort(key_P)
+    sorted_P = key_P[order_P]
+    if (sorted_P[1:] == sorted_P[:-1]).any():
+        order_P = np.lexsort((pairs.ids_P, hash_P, pairs.rows_P))
+    return order_P
 
 
 def _nearest(pairs: PairList, k: int, error: float, exact: Exact) -> PairList:
@@ -163,4 +174,8 @@ def _kth_scores(scores_P: Floats, num_pairs_R: Ids, k: int) -> Floats:
 
 def rank_in_row(sorted_rows_P: npt.NDArray[np.integer]) -> Ids:
     """0, 1, 2, ... within each run of equal values."""
-    return np.arange(len(sorted_rows_P)) - np.searchsorted(sorted_rows_P, sorted_rows_P, side="left")
+    is_first_P = np.ones(len(sorted_rows_P), bool)
+    np.not_equal(sorted_rows_P[1:], sorted_rows_P[:-1], out=is_first_P[1:])
+    first_R = np.flatnonzero(is_first_P)
+    ranks_P: Ids = np.arange(len(sorted_rows_P)) - np.repeat(first_R, np.diff(first_R, append=len(sorted_rows_P)))
+    return ranks_P

@@ -16,33 +16,17 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from icce_ray.neighbors.engine import RESOLUTION, Engine, FaissEngine, exact_similarity
-from icce_ray.neighbors.prepared import Floats, Ids, PreparedFeatures
+from icce_ray.neighbors.engine import Engine, FaissEngine, exact_similarity, in_units, is_unsearched
+from icce_ray.neighbors.prepared import Floats, Ids, PreparedFeatures, Queries
 from icce_ray.neighbors.rule import DuplicateList, Exact, PairList, Rule, keep
+from icce_ray.neighbors.threads import in_threads, threads_within
 
 QUERY_BLOCK = 1024
 PAIRS_HELD = 8_000_000
 """Pairs of a block of queries that are held before what cannot stay is thrown out."""
 CHUNK_ELEMENTS = 16_000_000
-
-
-@dataclass(frozen=True)
-class Queries:
-    """Q images whose neighbours are wanted.
-
-    features_QD: prepared; ids_Q: the images; excluded_Q: the one image that each must not get, itself as a rule.
-    """
-
-    features_QD: Floats
-    ids_Q: Ids
-    excluded_Q: Ids
-
-    @classmethod
-    def of(cls, prepared: PreparedFeatures, ids_Q: Ids, excluded_Q: Ids | None = None) -> Queries:
-        return cls(prepared[ids_Q], ids_Q, ids_Q if excluded_Q is None else excluded_Q)
-
-    def __len__(self) -> int:
-        return len(self.ids_Q)
+CHUNK_BYTES = 8 * CHUNK_ELEMENTS
+"""Of a chunk of images: float32, a sample, and what is found among them."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +47,6 @@ class Candidates:
 def search(engine: Engine, queries: Queries, rule: Rule) -> Candidates:
     """What a shard has to say about `queries` (some `QUERY_BLOCK`: memory grows with their number)."""
     num_queries, error = len(queries), engine.error
-    features_QD = np.ascontiguousarray(queries.features_QD)
     num_hits_Q = np.zeros(num_queries, np.int64)
     held: list[PairList] = []
     duplicates: list[DuplicateList] = []
@@ -71,39 +54,29 @@ def search(engine: Engine, queries: Queries, rule: Rule) -> Candidates:
         return Candidates(num_hits_Q, PairList.join([]), DuplicateList.join([]), error)
 
     def exact(rows_P: npt.NDArray[np.int32], ids_P: Ids) -> Ids:
-        return engine.exact(features_QD, rows_P, ids_P)
+        return engine.exact(queries, rows_P, ids_P)
 
-    # One more than needed: the image itself may be among them.
-    radius_Q = engine.lower_bounds(features_QD, rule.min_neighbors + 1) - 2 * error
-    for border in (rule.threshold, rule.duplicate_threshold):
-        if border is not None:
-            radius_Q = np.minimum(radius_Q, border - error)
-    if rule.threshold is None or rule.threshold > error:
-        # All images are equally far from a zero vector: no need to look.
-        is_zero_Q = ~features_QD.any(axis=1)
-        radius_Q[is_zero_Q] = np.inf
-        held.append(_lowest_ids(engine.ids_n, np.flatnonzero(is_zero_Q), queries.excluded_Q, rule.min_neighbors))
-    for rows_P, ids_P, scores_P in engine.pairs_above(features_QD, radius_Q):
-        other_P = np.flatnonzero(ids_P != queries.excluded_Q[rows_P])
-        if len(other_P) < len(rows_P):
-            rows_P, ids_P, scores_P = rows_P[other_P], ids_P[other_P], scores_P[other_P]
-        is_hit_P = _reaches(rule.threshold, rows_P, ids_P, scores_P, error, exact)
-        num_hits_Q += np.bincount(rows_P[is_hit_P], minlength=num_queries)
-        duplicates.append(_duplicates(rule, queries, rows_P, ids_P, scores_P, error, exact))
-        held.append(PairList(rows_P, ids_P, scores_P, is_hit_P))
+    unsearched = np.flatnonzero(is_unsearched(queries, rule, error))
+    held.append(_lowest_ids(engine.ids_n, unsearched, queries.excluded_Q, rule.min_neighbors))
+    for found in engine.pairs(queries, rule):
+        num_hits_Q += np.bincount(found.rows_P[found.is_hit_P], minlength=num_queries)
+        duplicates.append(_duplicates(rule, queries, found, error, exact))
+        held.append(found)
         if sum(map(len, held)) > PAIRS_HELD:
             held = [keep(PairList.join(held), num_hits_Q, queries.ids_Q, rule, error, exact)]
     pairs = keep(PairList.join(held), num_hits_Q, queries.ids_Q, rule, error, exact)
     return Candidates(num_hits_Q, pairs, DuplicateList.join(duplicates), error)
 
 
-def merge(answers: Sequence[Candidates], queries: Queries, prepared: PreparedFeatures, rule: Rule) -> Candidates:
+def merge(answers: Sequence[Candidates], queries: Queries, rule: Rule) -> Candidates:
     """The answer of the images of several shards together, from the shards' answers."""
+    if len(answers) == 1:
+        return answers[0]
     num_hits_Q = np.sum([answer.num_hits_Q for answer in answers], axis=0)
     error = max(answer.error for answer in answers)
 
     def exact(rows_P: npt.NDArray[np.int32], ids_P: Ids) -> Ids:
-        return exact_similarity(queries.features_QD, rows_P, prepared, ids_P)
+        return exact_similarity(queries.features, rows_P, queries.prepared, ids_P)
 
     pairs = PairList.join([answer.pairs for answer in answers])
     pairs = keep(pairs, num_hits_Q, queries.ids_Q, rule, error, exact)
@@ -126,15 +99,18 @@ def most_similar(prepared: PreparedFeatures, ids_Q: Ids, k: int) -> tuple[Floats
     k = min(k, num_images - 1)
     rule = Rule(None, k, None, seed=0)
     blocks = [ids_Q[start : start + QUERY_BLOCK] for start in range(0, len(ids_Q), QUERY_BLOCK)]
-    answers: list[list[Candidates]] = [[] for _ in blocks]
     chunk = max(k + 1, CHUNK_ELEMENTS // dim)
-    for start in range(0, num_images, chunk):
+
+    def answers_of_chunk(start: int) -> list[Candidates]:
         engine = FaissEngine(prepared, np.arange(start, min(start + chunk, num_images)))
-        for answer, block in zip(answers, blocks, strict=True):
-            answer.append(search(engine, Queries.of(prepared, block), rule))
+        return [search(engine, Queries.of(prepared, block), rule) for block in blocks]
+
+    starts, num_threads = range(0, num_images, chunk), threads_within(CHUNK_BYTES)
+    # Few chunks would leave threads idle: then FAISS uses them, within each.
+    of_chunks = in_threads(answers_of_chunk, starts, num_threads if len(starts) >= num_threads else 1)
     similarities_Qk, ids_Qk = np.empty((len(ids_Q), k), np.float32), np.empty((len(ids_Q), k), np.int64)
     for number, block in enumerate(blocks):
-        pairs = merge(answers[number], Queries.of(prepared, block), prepared, rule).pairs
+        pairs = merge([answers[number] for answers in of_chunks], Queries.of(prepared, block), rule).pairs
         order_P = np.lexsort((pairs.ids_P, -pairs.scores_P, pairs.rows_P))
         place = slice(number * QUERY_BLOCK, number * QUERY_BLOCK + len(block))
         similarities_Qk[place] = pairs.scores_P[order_P].reshape(len(block), k)
@@ -142,34 +118,14 @@ def most_similar(prepared: PreparedFeatures, ids_Q: Ids, k: int) -> tuple[Floats
     return similarities_Qk, ids_Qk
 
 
-def _reaches(
-    border: float | None, rows_P: npt.NDArray[np.int32], ids_P: Ids, scores_P: Floats, error: float, exact: Exact
-) -> npt.NDArray[np.bool_]:
-    """Whether each pair's cosine is at least `border`."""
-    if border is None:
-        return np.zeros(len(rows_P), bool)
-    is_above_P = scores_P >= border
-    close_P = np.flatnonzero(np.abs(scores_P - border) <= error)
-    is_above_P[close_P] = exact(rows_P[close_P], ids_P[close_P]) >= round(border / RESOLUTION)
-    return is_above_P
-
-
-def _duplicates(
-    rule: Rule,
-    queries: Queries,
-    rows_P: npt.NDArray[np.int32],
-    ids_P: Ids,
-    scores_P: Floats,
-    error: float,
-    exact: Exact,
-) -> DuplicateList:
+def _duplicates(rule: Rule, queries: Queries, found: PairList, error: float, exact: Exact) -> DuplicateList:
     if rule.duplicate_threshold is None:
         return DuplicateList.join([])
-    near_P = np.flatnonzero(scores_P >= rule.duplicate_threshold - error)
-    near_P = near_P[ids_P[near_P] < queries.ids_Q[rows_P[near_P]]]
-    rows_P, ids_P = rows_P[near_P], ids_P[near_P]
+    near_P = np.flatnonzero(found.scores_P >= rule.duplicate_threshold - error)
+    near_P = near_P[found.ids_P[near_P] < queries.ids_Q[found.rows_P[near_P]]]
+    rows_P, ids_P = found.rows_P[near_P], found.ids_P[near_P]
     units_P = exact(rows_P, ids_P)
-    is_near_P = units_P >= round(rule.duplicate_threshold / RESOLUTION)
+    is_near_P = units_P >= in_units(rule.duplicate_threshold)
     return DuplicateList.join([DuplicateList(rows_P[is_near_P], ids_P[is_near_P], units_P[is_near_P])])
 
 

@@ -22,7 +22,7 @@ from icce_ray.config import Config
 from icce_ray.embed.features import load_features
 from icce_ray.neighbors.audit import Audit
 from icce_ray.neighbors.duplicates import DuplicatePairs
-from icce_ray.neighbors.engine import Engine, set_threads
+from icce_ray.neighbors.engine import Engine
 from icce_ray.neighbors.graph import audit_and_plan, make_engine, rule_of
 from icce_ray.neighbors.ivf import Cells
 from icce_ray.neighbors.memory import available_memory_bytes
@@ -39,6 +39,7 @@ from icce_ray.neighbors.rows import (
 )
 from icce_ray.neighbors.rule import Rule
 from icce_ray.neighbors.search import Candidates
+from icce_ray.neighbors.threads import set_threads
 from icce_ray.store import Artifact, ArtifactWriter, Folder, Part
 
 AUDIT_NAME = "audit"

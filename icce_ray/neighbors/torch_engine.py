@@ -1,33 +1,45 @@
 """The search engine for GPUs: blocked half-precision products on the tensor cores.
 
 FAISS on a GPU has no range search and lists of at most 2048, so the threshold rule cannot be built on it. Here a block
-of scores is compared with the queries' radii where it was computed, and only the pairs beyond leave the device. Scores
-in float16 are good to 0.002; pairs closer to a border than that are scored again from the float32 rows, in float64,
-on the device. So the neighbours are those of float32 on a CPU, ties included. What is left for the CPU, the rule on the
-pairs, takes longer than the products: so several blocks of queries are searched at a time, each in a thread.
+of scores is looked at where it was computed, in one pass: the images of the block fall into groups, and only groups
+whose maximum reaches a query's radius are looked into. The k-th highest of the maxima seen so far is a lower bound of
+the k-th highest score, so the pass also finds the radius that it needs. Scores in float16 are good to 0.002; pairs
+closer to a border than that are scored again from the float32 rows, in float64. So the neighbours are those of float32
+on a CPU, ties included. Only what may stay leaves the device: going through all pairs that reach the radius takes a
+CPU longer than the products take the GPU.
 
-Legend: D feature dimension, n images of the shard, Q queries, B images of a block, P pairs.
+Legend: D feature dimension, n images of the shard, Q queries, B images of a block, G images of a group, T groups of a
+block, P pairs, k list length.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from queue import SimpleQueue
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
-from icce_ray.neighbors.engine import BASE_BLOCK, RESOLUTION, Pairs, as_slice
-from icce_ray.neighbors.prepared import Floats, Ids, PreparedFeatures
+from icce_ray.neighbors.engine import BASE_BLOCK, RESOLUTION, as_slice, in_units, is_unsearched, lowest_border
+from icce_ray.neighbors.prepared import Ids, PreparedFeatures, Queries
+from icce_ray.neighbors.rule import PairList, Rule
+from icce_ray.neighbors.threads import in_threads
 
 SCORES_PER_BLOCK = 2**28
+GATHERED_SCORES = 2**24
+PAIRS_ON_DEVICE = 2**23
 RESCORED_ELEMENTS = 2**26
 SAFETY = 1.25
-SAMPLE_STRIDE = 4
-GROUPS_PER_RANK = 64
+MAX_GROUP = 64
+GROUPS_PER_RANK = 16
+"""More groups than this for each rank make the bound hardly better: few of the best share a group already."""
+MAX_BLOCKS_AT_ONCE = 8
 BLOCK_BYTES = 2**31
-"""Of device memory that a block of queries takes: scores, and which of them are beyond."""
+"""Of device memory that a block of queries takes: scores, and the pairs that are looked at."""
 
 
 class TorchEngine:
@@ -51,69 +63,213 @@ class TorchEngine:
             block = ids_n[start : start + BASE_BLOCK]
             self._rows_nD[start : start + len(block)] = torch.from_numpy(prepared[as_slice(block)]).to(self.device)
 
-        with ThreadPoolExecutor(num_threads) as pool:
-            list(pool.map(load, range(0, len(ids_n), BASE_BLOCK)))
+        in_threads(load, range(0, len(ids_n), BASE_BLOCK), num_threads)
         self._half_nD = self._rows_nD.half()
-        self.blocks_at_once = num_threads
+        self._ids_n = torch.tensor(ids_n, device=self.device)
+        self.blocks_at_once = 1
+        self._streams: SimpleQueue[torch.cuda.Stream] = SimpleQueue()
         if self.device.type == "cuda":
             free, _ = torch.cuda.mem_get_info(self.device)
-            self.blocks_at_once = max(1, min(num_threads, free // BLOCK_BYTES))
+            self.blocks_at_once = max(1, min(num_threads, MAX_BLOCKS_AT_ONCE, free // BLOCK_BYTES))
+            for _ in range(self.blocks_at_once):
+                self._streams.put(torch.cuda.Stream(self.device))  # type: ignore[no-untyped-call]
+            torch.cuda.synchronize(self.device)  # before another stream looks at the rows
         # Split sums in float16 would be off by more than `error` says.
         torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
 
-    def lower_bounds(self, queries_QD: Floats, k: int) -> Floats:
-        """Every fourth image is looked at: products are cheap here, and what they let through is not. The images fall
-        into G groups, and the k-th highest of the groups' maxima is the bound: k images reach it, and it is hardly
-        below the k-th highest score, at the cost of one pass over the scores instead of a selection among them."""
-        sample_mD = self._half_nD[:: max(1, min(SAMPLE_STRIDE, len(self.ids_n) // (GROUPS_PER_RANK * k)))]
-        num_groups = min(len(sample_mD), GROUPS_PER_RANK * k)
-        if num_groups < k:
-            return np.full(len(queries_QD), -np.inf, np.float32)
-        half_QD = self._half(queries_QD)
-        best_QG = torch.full((len(queries_QD), num_groups), -torch.inf, dtype=torch.half, device=self.device)
-        step = num_groups * max(1, SCORES_PER_BLOCK // (len(queries_QD) * num_groups))
-        for start in range(0, len(sample_mD), step):
-            scores_Qm = half_QD @ sample_mD[start : start + step].T
+    def pairs(self, queries: Queries, rule: Rule) -> Iterator[PairList]:
+        # A stream for each block: what is copied to and fro, and waited for, holds up no other block.
+        with self._stream():
+            yield from self._pairs(queries, rule)
+
+    @contextmanager
+    def _stream(self) -> Iterator[None]:
+        if self.device.type != "cuda":
+            yield
+            return
+        stream = self._streams.get()
+        try:
+            with torch.cuda.stream(stream):
+                yield
+        finally:
+            self._streams.put(stream)
+
+    def _pairs(self, queries: Queries, rule: Rule) -> Iterator[PairList]:
+        features_QD = torch.from_numpy(queries.features).to(self.device)
+        half_QD = features_QD.half()
+        excluded_Q = torch.tensor(queries.excluded_Q, device=self.device)
+        unsearched_Q = torch.tensor(is_unsearched(queries, rule, self.error), device=self.device)
+        border = min(lowest_border(rule, self.error), 2.0)  # scores end at 1
+        k = rule.min_neighbors + 1  # the image itself may be among them
+        best_Qk = torch.empty((len(queries), 0), dtype=torch.half, device=self.device)
+        found: list[_Pairs] = []
+        for start, stop, group in self._image_blocks(len(queries), k):
+            scores_QB = half_QD @ self._half_nD[start:stop].T
             # Those beside each other fall into different groups: the collection may be sorted by class.
-            for scores_Qg in torch.split(scores_Qm, num_groups, dim=1):
-                best_Qg = best_QG[:, : scores_Qg.shape[1]]
-                torch.maximum(best_Qg, scores_Qg, out=best_Qg)
-        bounds_Q: Floats = best_QG.topk(k, dim=1).values[:, -1].float().cpu().numpy()
-        return bounds_Q
+            scores_QGT = scores_QB.view(len(queries), group, -1)
+            maxima_QT = scores_QGT.amax(dim=1)
+            best_Qk = _highest(torch.hstack([best_Qk, _highest(maxima_QT, k)]), k)
+            if best_Qk.shape[1] < k:
+                radius_Q = torch.full((len(queries),), -2.0, device=self.device)
+            else:
+                radius_Q = (best_Qk.amin(dim=1).float() - 2 * self.error).clamp(max=border)
+            # A score, itself a half, that reaches the radius reaches the half nearest to it.
+            radius_Q = radius_Q.half().masked_fill(unsearched_Q, torch.inf)
+            for pairs in _reached(scores_QGT, maxima_QT, radius_Q, start):
+                found.append(pairs)
+                if sum(map(len, found)) > PAIRS_ON_DEVICE:
+                    yield self._kept(_Pairs.join(found), features_QD, excluded_Q, rule)
+                    found = []
+        if found:
+            yield self._kept(_Pairs.join(found), features_QD, excluded_Q, rule)
 
-    def pairs_above(self, queries_QD: Floats, radius_Q: Floats) -> Iterator[Pairs]:
-        half_QD = self._half(queries_QD)
-        radius_Q1 = torch.from_numpy(_round_up_to_half(np.clip(radius_Q, -2.0, 2.0))).to(self.device)[:, None]
-        step = max(1, SCORES_PER_BLOCK // len(queries_QD))
-        for start in range(0, len(self.ids_n), step):
-            scores_QB = half_QD @ self._half_nD[start : start + step].T
-            rows_P, columns_P = (scores_QB >= radius_Q1).nonzero(as_tuple=True)
-            scores_P = scores_QB[rows_P, columns_P].float()
-            ids_P = self.ids_n[start + columns_P.cpu().numpy()]
-            yield rows_P.int().cpu().numpy(), ids_P, scores_P.cpu().numpy()
-
-    def exact(self, queries_QD: Floats, rows_P: npt.NDArray[np.int32], ids_P: Ids) -> Ids:
-        rows = torch.from_numpy(np.asarray(rows_P, dtype=np.int64)).to(self.device)
-        columns = torch.from_numpy(np.searchsorted(self.ids_n, ids_P)).to(self.device)
-        float_QD = torch.from_numpy(queries_QD).to(self.device)
-        units_P = torch.empty(len(rows), dtype=torch.int64, device=self.device)
-        step = max(1, RESCORED_ELEMENTS // queries_QD.shape[1])
-        for start in range(0, len(rows), step):
-            chunk = slice(start, start + step)
-            products = float_QD[rows[chunk]].double() * self._rows_nD[columns[chunk]].double()
-            units_P[chunk] = (products.sum(dim=1) / RESOLUTION).round().long()
+    def exact(self, queries: Queries, rows_P: npt.NDArray[np.int32], ids_P: Ids) -> Ids:
+        if not len(rows_P):
+            return np.empty(0, np.int64)
+        features_QD = torch.from_numpy(queries.features).to(self.device)
+        rows, columns = np.asarray(rows_P, np.int64), np.searchsorted(self.ids_n, ids_P)
+        units_P = self._units(
+            features_QD, torch.tensor(rows, device=self.device), torch.tensor(columns, device=self.device)
+        )
         units: Ids = units_P.cpu().numpy()
         return units
 
-    def _half(self, queries_QD: Floats) -> torch.Tensor:
-        return torch.from_numpy(queries_QD).to(self.device).half()
+    def _image_blocks(self, num_queries: int, k: int) -> Iterator[tuple[int, int, int]]:
+        """Start, end and images of a group of blocks that groups fill up: what is left over is the next block."""
+        step = MAX_GROUP * max(1, SCORES_PER_BLOCK // num_queries // MAX_GROUP)
+        start = 0
+        while start < len(self.ids_n):
+            size = min(step, len(self.ids_n) - start)
+            group = min(MAX_GROUP, max(1, size // (GROUPS_PER_RANK * k)))
+            stop = start + size - size % group
+            yield start, stop, group
+            start = stop
+
+    def _kept(self, pairs: _Pairs, features_QD: Tensor, excluded_Q: Tensor, rule: Rule) -> PairList:
+        """Of these pairs what `rule.keep` would keep, were they all, and what it needs to count: the hits, the nearest
+        of rows with fewer than `min_neighbors` hits, and whatever could be near-duplicates."""
+        num_queries = len(features_QD)
+        ids_P = self._ids_n[pairs.columns_P]
+        pairs = pairs.take(ids_P != excluded_Q[pairs.rows_P])
+        is_hit_P = self._is_hit(pairs, features_QD, rule.threshold)
+        num_hits_Q = torch.bincount(pairs.rows_P[is_hit_P], minlength=num_queries)
+        is_kept_P = is_hit_P.clone()
+        if rule.duplicate_threshold is not None:
+            is_kept_P |= pairs.scores_P >= rule.duplicate_threshold - self.error
+        short_P = _indices((num_hits_Q < rule.min_neighbors)[pairs.rows_P])
+        is_kept_P[short_P[self._is_nearest(pairs.take(short_P), features_QD, rule.min_neighbors)]] = True
+        kept_P = _indices(is_kept_P)
+        pairs = pairs.take(kept_P)
+        return PairList(
+            pairs.rows_P.int().cpu().numpy(),
+            self._ids_n[pairs.columns_P].cpu().numpy(),
+            pairs.scores_P.cpu().numpy(),
+            is_hit_P[kept_P].cpu().numpy(),
+        )
+
+    def _is_hit(self, pairs: _Pairs, features_QD: Tensor, threshold: float | None) -> Tensor:
+        if threshold is None:
+            return torch.zeros(len(pairs), dtype=torch.bool, device=self.device)
+        is_hit_P = pairs.scores_P >= threshold
+        close_P = _indices((pairs.scores_P - threshold).abs() <= self.error)
+        is_hit_P[close_P] = self._units(features_QD, pairs.rows_P[close_P], pairs.columns_P[close_P]) >= in_units(
+            threshold
+        )
+        return is_hit_P
+
+    def _is_nearest(self, pairs: _Pairs, features_QD: Tensor, k: int) -> Tensor:
+        """Whether each pair is among the `k` most similar of its row; of ties the lower ids are."""
+        num_queries = len(features_QD)
+        kth_Q = _kth_scores(pairs, num_queries, k)
+        # True similarities outside these margins are on the same side of the k-th as the scores are.
+        is_nearest_P = pairs.scores_P > kth_Q[pairs.rows_P] + 2 * self.error
+        is_close_P = ~is_nearest_P & (pairs.scores_P >= kth_Q[pairs.rows_P] - 2 * self.error)
+        num_open_Q = k - torch.bincount(pairs.rows_P[is_nearest_P], minlength=num_queries)
+        close_P = _indices(is_close_P)
+        rows_P, columns_P = pairs.rows_P[close_P], pairs.columns_P[close_P]
+        units_P = self._units(features_QD, rows_P, columns_P)
+        order_P = _sorted_by([rows_P, -units_P, columns_P])
+        rank_P = _rank_in_row(rows_P[order_P], num_queries)
+        is_nearest_P[close_P[order_P]] = rank_P < num_open_Q[rows_P[order_P]]
+        return is_nearest_P
+
+    def _units(self, features_QD: Tensor, rows_P: Tensor, columns_P: Tensor) -> Tensor:
+        units_P = torch.empty(len(rows_P), dtype=torch.int64, device=self.device)
+        step = max(1, RESCORED_ELEMENTS // features_QD.shape[1])
+        for start in range(0, len(rows_P), step):
+            chunk = slice(start, start + step)
+            products = features_QD[rows_P[chunk]].double() * self._rows_nD[columns_P[chunk]]
+            units_P[chunk] = (products.sum(dim=1) / RESOLUTION).round().long()
+        return units_P
 
 
-def _round_up_to_half(radius_Q: Floats) -> npt.NDArray[np.float16]:
-    """The lowest float16 numbers that are not below: float16 scores reach them when they reach the radius, and a GPU
-    compares halves five times as fast as a half with a float."""
-    half_Q = radius_Q.astype(np.float16)
-    return np.where(half_Q < radius_Q, np.nextafter(half_Q, np.float16(np.inf)), half_Q)
+@dataclass(frozen=True)
+class _Pairs:
+    """P pairs of a query (its number, int64) and an image (its place in the shard, int64), with a float32 score."""
+
+    rows_P: Tensor
+    columns_P: Tensor
+    scores_P: Tensor
+
+    def __len__(self) -> int:
+        return len(self.rows_P)
+
+    def take(self, chosen: Tensor) -> _Pairs:
+        if chosen.dtype == torch.bool:
+            chosen = _indices(chosen)  # once, not for each tensor
+        return _Pairs(self.rows_P[chosen], self.columns_P[chosen], self.scores_P[chosen])
+
+    @staticmethod
+    def join(lists: list[_Pairs]) -> _Pairs:
+        columns = zip(*((pairs.rows_P, pairs.columns_P, pairs.scores_P) for pairs in lists), strict=True)
+        return _Pairs(*(torch.hstack(column) for column in columns))
+
+
+def _reached(scores_QGT: Tensor, maxima_QT: Tensor, radius_Q: Tensor, start: int) -> Iterator[_Pairs]:
+    """The pairs whose score reaches the query's radius, so many groups of images at a time; the block's first image is
+    the shard's `start`-th."""
+    _, group, num_groups = scores_QGT.shape
+    rows_R, groups_R = (maxima_QT >= radius_Q[:, None]).nonzero(as_tuple=True)
+    step = max(1, GATHERED_SCORES // group)
+    for rows_r, groups_r in zip(torch.split(rows_R, step), torch.split(groups_R, step), strict=True):
+        scores_rG = scores_QGT[rows_r, :, groups_r]
+        row_P, member_P = (scores_rG >= radius_Q[rows_r, None]).nonzero(as_tuple=True)
+        columns_P = start + member_P * num_groups + groups_r[row_P]
+        yield _Pairs(rows_r[row_P], columns_P, scores_rG[row_P, member_P].float())
+
+
+def _highest(values_QT: Tensor, k: int) -> Tensor:
+    """(Q, min(k, T)) in any order."""
+    return values_QT.topk(min(k, values_QT.shape[1]), dim=1, sorted=False).values
+
+
+def _kth_scores(pairs: _Pairs, num_rows: int, k: int) -> Tensor:
+    """(Q,) the `k`-th highest score of each row, -inf where it has fewer."""
+    order_P = _sorted_by([pairs.rows_P, -pairs.scores_P])
+    lengths_Q = torch.bincount(pairs.rows_P, minlength=num_rows)
+    has_k = _indices(lengths_Q >= k)
+    kth_Q = torch.full((num_rows,), -torch.inf, device=pairs.scores_P.device)
+    kth_Q[has_k] = pairs.scores_P[order_P[(lengths_Q.cumsum(0) - lengths_Q)[has_k] + k - 1]]
+    return kth_Q
+
+
+def _sorted_by(keys: list[Tensor]) -> Tensor:
+    """Order by the first key, then the second, and so on."""
+    order_P = keys[-1].argsort()
+    for key_P in reversed(keys[:-1]):
+        order_P = order_P[key_P[order_P].argsort(stable=True)]
+    return order_P
+
+
+def _rank_in_row(sorted_rows_P: Tensor, num_rows: int) -> Tensor:
+    """0, 1, 2, ... within each run of equal values."""
+    lengths_Q = torch.bincount(sorted_rows_P, minlength=num_rows)
+    first_Q = lengths_Q.cumsum(0) - lengths_Q
+    return torch.arange(len(sorted_rows_P), device=sorted_rows_P.device) - first_Q[sorted_rows_P]
+
+
+def _indices(mask_P: Tensor) -> Tensor:
+    return mask_P.nonzero(as_tuple=True)[0]
 
 
 def half_precision_error(dim: int) -> float:

@@ -43,11 +43,11 @@ def test_measured_rates_are_those_of_the_results() -> None:
     products_s = heads["step_s"] - 40 * parameters / RATES["gpu_memory"].value
     flop = heads["tflop_per_s"] * 1e12 * heads["step_s"]
     assert RATES["heads_share"].value == pytest.approx(flop / products_s / RATES["gpu"].value, rel=5e-3)
-    lines = (RESULTS / "2026-11-27-gpu.txt").read_text(encoding="utf-8").splitlines()
-    last = next(line for line in reversed(lines) if " images: {" in line)
-    search_s, merge_s = (float(re.findall(rf"'{name}': ([\d.]+)", last)[0]) for name in ("search", "merge"))
-    flop = 2 * int(last.split()[0].replace(",", "")) * 1_281_167 * 1024 * 13 / 12
-    assert RATES["search_share"].value == pytest.approx(flop / (search_s + merge_s) / RATES["gpu"].value, rel=5e-3)
+    search = results("2026-11-27-gpu.txt", "neighbors-gpu")
+    num_images, dim = search["settings"]["num_images"], search["settings"]["dim"]
+    search_s = search["figures"]["seconds"]["search"] + search["figures"]["seconds"]["merge"]
+    flop = 2 * num_images**2 * dim
+    assert RATES["search_share"].value == pytest.approx(flop / search_s / RATES["gpu"].value, rel=5e-3)
     measured = {name for name, rate in RATES.items() if rate.kind == "measured"}
     assert measured == {"job", "consensus", "heads_share", "search_share"}
     for name in measured:

@@ -9,13 +9,15 @@ import pytest
 
 from icce_ray.config import NeighborsConfig
 from icce_ray.errors import InputError
-from icce_ray.neighbors import engine, memory, search
+from icce_ray.neighbors import audit, engine, memory, precision, search, threads
+from icce_ray.neighbors import prepared as prepared_module
 from icce_ray.neighbors import rows as rows_module
+from icce_ray.neighbors import rule as rule_module
 from icce_ray.neighbors.engine import FaissEngine
 from icce_ray.neighbors.graph import NeighborGraph, build_graph, combine_graphs, load_graph
 from icce_ray.neighbors.prepared import PreparedFeatures, prepare
 from icce_ray.neighbors.rows import Rows, merge_shards, part_ranges, search_shard, shard_ids
-from icce_ray.neighbors.rule import Rule, pair_hash
+from icce_ray.neighbors.rule import PairList, Rule, keep, pair_hash
 from icce_ray.store import Artifact, ArtifactWriter, Folder
 
 from . import reference
@@ -100,15 +102,33 @@ def test_blocks_do_not_change_the_graph(query: int, base: int, monkeypatch: pyte
     assert np.array_equal(graph.indices, again.indices)
 
 
-def test_threads_do_not_change_the_graph() -> None:
+def test_threads_do_not_change_the_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Many chunks and blocks, so that several threads have something to do.
+    monkeypatch.setattr(search, "CHUNK_ELEMENTS", 16 * 200)
+    monkeypatch.setattr(prepared_module, "PREPARED_ELEMENTS", 16 * 100)
+    monkeypatch.setattr(precision, "LABEL_BLOCK", 100)
+    monkeypatch.setattr(audit, "QUERY_BLOCK", 100)
     features = reference.awkward_features(1500, 16)
     graphs = []
-    for num_threads in (1, 2):
-        engine.set_threads(num_threads)
+    for num_threads in (1, 2, 5):
+        threads.set_threads(num_threads)
         graphs.append(build(features, similarity_threshold="auto", min_neighbors=30, max_neighbors=100))
-    engine.set_threads(1)
-    assert np.array_equal(graphs[0].indptr, graphs[1].indptr)
-    assert np.array_equal(graphs[0].indices, graphs[1].indices)
+    threads.set_threads(1)
+    for graph in graphs[1:]:
+        assert np.array_equal(graphs[0].indptr, graph.indptr)
+        assert np.array_equal(graphs[0].indices, graph.indices)
+
+
+def test_the_first_feature_that_is_not_finite_is_named_whatever_the_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prepared_module, "PREPARED_ELEMENTS", 3 * 4)
+    features = np.ones((100, 3), np.float32)
+    features[[97, 41, 40], [0, 1, 2]] = np.inf
+    threads.set_threads(4)
+    try:
+        with pytest.raises(InputError, match="row 40 "):
+            prepare(features, center=True)
+    finally:
+        threads.set_threads(1)
 
 
 def test_long_lists_keep_a_subset_of_the_right_size_that_the_seed_decides() -> None:
@@ -142,6 +162,21 @@ def test_pair_hashes_differ_by_seed_row_and_column_and_fill_the_range() -> None:
     assert not (hashes == pair_hash(1, rows, columns)).any()
     assert not (hashes[rows != columns] == pair_hash(0, columns, rows)[rows != columns]).any()
     assert abs((hashes / 2.0**64).mean() - 0.5) < 0.02
+
+
+@pytest.mark.parametrize("unlike_bits", [0, 3, 64])
+def test_of_equal_hashes_the_lower_ids_come_first(unlike_bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    num_rows, num_images = 100, 30
+    rows, ids = np.divmod(np.random.default_rng(0).permutation(num_rows * num_images), num_images)
+    hashes = np.random.default_rng(1).integers(0, 2**64, len(rows), dtype=np.uint64)
+    hashes = hashes >> np.uint64(64 - unlike_bits) if unlike_bits else np.zeros_like(hashes)
+    monkeypatch.setattr(rule_module, "pair_hash", lambda *_: hashes)
+    pairs = PairList(rows.astype(np.int32), ids, np.zeros(len(rows), np.float32), np.ones(len(rows), bool))
+    rule = Rule(0.0, 1, 10, seed=0)
+    kept = keep(pairs, np.full(num_rows, num_images), np.arange(num_rows), rule, 0.0, lambda rows, ids: ids)
+    expected = sorted(zip(rows.tolist(), hashes.tolist(), ids.tolist(), strict=True))
+    expected = [[place for _, _, place in expected[row * num_images :][:10]] for row in range(num_rows)]
+    assert [sorted(kept.ids_P[kept.rows_P == row]) for row in range(num_rows)] == [sorted(ids) for ids in expected]
 
 
 def test_rows_depend_on_the_features_only_not_on_where_a_part_starts() -> None:

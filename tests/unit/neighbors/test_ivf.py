@@ -9,9 +9,9 @@ from icce_ray.neighbors import engine as engine_module
 from icce_ray.neighbors import ivf
 from icce_ray.neighbors.graph import build
 from icce_ray.neighbors.ivf import Cells, IvfEngine, choose_method, nearest_cells, plan_cells
-from icce_ray.neighbors.prepared import prepare
+from icce_ray.neighbors.prepared import Queries, prepare
 from icce_ray.neighbors.rule import Rule
-from icce_ray.neighbors.search import Queries, merge, most_similar, search
+from icce_ray.neighbors.search import merge, most_similar, search
 
 from . import reference
 
@@ -37,7 +37,7 @@ def test_what_lies_in_the_probed_cells_is_found_exactly_whatever_the_shards(
     queries = Queries.of(prepared, np.arange(250))
     shards = np.array_split(np.arange(250), num_shards)
     rule = Rule(threshold, 12, None, seed=0)
-    pairs = merge([search(IvfEngine(prepared, s, cells), queries, rule) for s in shards], queries, prepared, rule).pairs
+    pairs = merge([search(IvfEngine(prepared, s, cells), queries, rule) for s in shards], queries, rule).pairs
 
     own_cell = nearest_cells(base, cells.centroids_CD, 1)[:, 0]
     probes = nearest_cells(base, cells.centroids_CD, 3)
@@ -62,7 +62,7 @@ def test_all_cells_give_the_exact_graph() -> None:
     queries = Queries.of(prepared, np.arange(600))
     answer = search(IvfEngine(prepared, np.arange(600), every), queries, rule)
     _, nearest = most_similar(prepared, np.arange(600), 20)
-    found = merge([answer], queries, prepared, rule).pairs
+    found = merge([answer], queries, rule).pairs
     for image in range(600):
         assert sorted(found.ids_P[found.rows_P == image].tolist()) == sorted(nearest[image].tolist())
     assert exact.num_images == 600

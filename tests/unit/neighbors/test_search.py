@@ -8,9 +8,9 @@ from icce_ray.neighbors import rule as rule_module
 from icce_ray.neighbors import search as search_module
 from icce_ray.neighbors import torch_engine
 from icce_ray.neighbors.engine import FaissEngine, exact_similarity
-from icce_ray.neighbors.prepared import PreparedFeatures, prepare
+from icce_ray.neighbors.prepared import PreparedFeatures, Queries, prepare
 from icce_ray.neighbors.rule import Rule
-from icce_ray.neighbors.search import Queries, merge, most_similar, search
+from icce_ray.neighbors.search import merge, most_similar, search
 from icce_ray.neighbors.torch_engine import TorchEngine
 
 from . import reference
@@ -25,7 +25,7 @@ def lists_found(
     queries = Queries.of(prepared, ids)
     shards = np.array_split(np.arange(len(prepared)), num_shards)
     answers = [search(ENGINES[engine](prepared, shard), queries, rule) for shard in shards]
-    pairs = merge(answers, queries, prepared, rule).pairs
+    pairs = merge(answers, queries, rule).pairs
     return [sorted(pairs.ids_P[pairs.rows_P == row].tolist()) for row in range(len(ids))]
 
 
@@ -33,6 +33,9 @@ def lists_found(
 def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine_module, "BASE_BLOCK", 70)
     monkeypatch.setattr(engine_module, "SAMPLE_BLOCK", 7)
+    monkeypatch.setattr(torch_engine, "SCORES_PER_BLOCK", 301 * 70)
+    monkeypatch.setattr(torch_engine, "GATHERED_SCORES", 600)
+    monkeypatch.setattr(torch_engine, "PAIRS_ON_DEVICE", 1500)
     monkeypatch.setattr(search_module, "PAIRS_HELD", 500)
     monkeypatch.setattr(search_module, "QUERY_BLOCK", 50)
     monkeypatch.setattr(search_module, "CHUNK_ELEMENTS", 5 * 64)
@@ -77,7 +80,7 @@ def test_cut_rows_and_near_duplicates_do_not_depend_on_shards(num_shards: int) -
     results = []
     for count in (1, num_shards):
         shards = np.array_split(np.arange(301), count)
-        merged = merge([search(FaissEngine(prepared, s), queries, rule) for s in shards], queries, prepared, rule)
+        merged = merge([search(FaissEngine(prepared, s), queries, rule) for s in shards], queries, rule)
         order = np.lexsort((merged.pairs.ids_P, merged.pairs.rows_P))
         results.append((merged.pairs.rows_P[order], merged.pairs.ids_P[order], merged.num_hits_Q))
         results[-1] += (merged.duplicates.rows_P, merged.duplicates.ids_P, merged.duplicates.units_P)
@@ -110,7 +113,7 @@ def test_scores_that_the_engine_gets_wrong_within_its_bound_change_nothing(num_i
     rule = Rule(0.7, 15, None, seed=0)
     queries = Queries.of(prepared, np.arange(num_images))
     shards = np.array_split(np.arange(num_images), num_shards)
-    pairs = merge([search(Shaky(prepared, s), queries, rule) for s in shards], queries, prepared, rule).pairs
+    pairs = merge([search(Shaky(prepared, s), queries, rule) for s in shards], queries, rule).pairs
     found = [sorted(pairs.ids_P[pairs.rows_P == row].tolist()) for row in range(num_images)]
     assert found == reference.neighbor_lists(prepared[:], 0.7, 15)
 
@@ -120,10 +123,10 @@ def test_scores_that_the_engine_gets_wrong_within_its_bound_change_nothing(num_i
 def test_scores_are_within_the_error_that_an_engine_states(engine: str, dim: int) -> None:
     prepared = prepare(np.random.default_rng(dim).standard_normal((150, dim)).astype(np.float32), center=True)
     searcher = ENGINES[engine](prepared, np.arange(150))
-    for rows, ids, scores in searcher.pairs_above(prepared[:], np.full(150, -2.0, np.float32)):
-        exact = exact_similarity(prepared[:], rows, prepared, ids) * engine_module.RESOLUTION
-        assert len(rows) == 150 * 150
-        assert np.abs(scores - exact).max() < searcher.error
+    (found,) = searcher.pairs(Queries.of(prepared, np.arange(150)), Rule(-1.0, 149, None, seed=0))
+    exact = exact_similarity(prepared[:], found.rows_P, prepared, found.ids_P) * engine_module.RESOLUTION
+    assert len(found) == 150 * 149
+    assert np.abs(found.scores_P - exact).max() < searcher.error
 
 
 @pytest.mark.usefixtures("_small_blocks")
@@ -171,23 +174,32 @@ def test_the_bound_is_the_kth_score_of_the_sample(k: int, block: int, monkeypatc
     assert (FaissEngine(prepared, np.arange(k - 1)).lower_bounds(queries, k) == -np.inf).all()
 
 
+@pytest.mark.parametrize("threshold", [None, 0.9])
 @pytest.mark.parametrize("scores_per_block", [40 * 1280, 40 * 6400, 2**28])
 @pytest.mark.parametrize(("k", "dim"), [(1, 9), (20, 9), (20, 64)])
-def test_the_bound_of_a_gpu_is_reached_by_k_images_and_by_few_more(
-    k: int, dim: int, scores_per_block: int, monkeypatch: pytest.MonkeyPatch
+def test_a_gpu_looks_at_few_pairs_and_hands_out_only_those_that_may_stay(
+    k: int, dim: int, scores_per_block: int, threshold: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch_engine, "SCORES_PER_BLOCK", scores_per_block)
+    num_looked_at = []
+    kept = TorchEngine._kept
+    monkeypatch.setattr(
+        TorchEngine, "_kept", lambda self, pairs, *rest: num_looked_at.append(len(pairs)) or kept(self, pairs, *rest)
+    )
     rng = np.random.default_rng(0)
     # Sorted by class, as collections often are: the most similar images stand beside each other.
     centres = np.repeat(rng.standard_normal((20, dim)), 1000, axis=0)
     prepared = prepare((centres + rng.standard_normal((20_000, dim))).astype(np.float32), center=True)
     engine = TorchEngine(prepared, np.arange(20_000), device="cpu")
-    queries = prepared[::500]
-    bounds = engine.lower_bounds(queries, k)
-    num_above = (queries @ prepared[:].T >= (bounds - engine.error)[:, None]).sum(axis=1)
-    assert (num_above >= k).all()
-    assert num_above.mean() < 1.5 * torch_engine.SAMPLE_STRIDE * k
-    assert (TorchEngine(prepared, np.arange(k - 1), device="cpu").lower_bounds(queries, k) == -np.inf).all()
+    queries = Queries.of(prepared, np.arange(0, 20_000, 500))
+    (found,) = engine.pairs(queries, Rule(threshold, k, None, seed=0))
+    num_hits = np.bincount(found.rows_P[found.is_hit_P], minlength=len(queries))
+    assert (np.bincount(found.rows_P, minlength=len(queries)) == np.maximum(num_hits, k)).all()
+    assert (num_hits.sum() > 100) == (threshold is not None and dim == 9)
+    # A block after the other, each from scratch, would look at k of each.
+    num_blocks = -(-20_000 * len(queries) // scores_per_block)
+    wanted = (k + 1) * sum(1 / (1 + block) for block in range(num_blocks)) + num_hits.mean()
+    assert sum(num_looked_at) / len(queries) < 1.5 * wanted + 10
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -195,10 +207,11 @@ def test_exact_similarities_do_not_depend_on_how_pairs_are_cut(engine: str, monk
     prepared = prepare(reference.awkward_features(60, 9), center=True)
     searcher = ENGINES[engine](prepared, np.arange(60))
     rows, columns = (ids.astype(dtype) for ids, dtype in zip(np.divmod(np.arange(3600), 60), "il", strict=True))
-    units = searcher.exact(prepared[:], rows, columns)
+    queries = Queries.of(prepared, np.arange(60))
+    units = searcher.exact(queries, rows, columns)
     for module in (engine_module, torch_engine):
         monkeypatch.setattr(module, "RESCORED_ELEMENTS", 9 * 7)
-    assert np.array_equal(searcher.exact(prepared[:], rows, columns), units)
+    assert np.array_equal(searcher.exact(queries, rows, columns), units)
     assert np.array_equal(units.reshape(60, 60), reference.similarity_units(prepared[:]))
 
 
@@ -216,7 +229,7 @@ def test_a_gpu_finds_the_neighbours_of_a_cpu(threshold: float | None) -> None:
     queries = Queries.of(prepared, np.arange(0, 20_000, 10))
     results = []
     for engine in (FaissEngine(prepared, np.arange(20_000)), TorchEngine(prepared, np.arange(20_000))):
-        pairs = merge([search(engine, queries, rule)], queries, prepared, rule).pairs
+        pairs = merge([search(engine, queries, rule)], queries, rule).pairs
         order = np.lexsort((pairs.ids_P, pairs.rows_P))
         results.append((pairs.rows_P[order], pairs.ids_P[order]))
     for cpu, gpu in zip(*results, strict=True):
