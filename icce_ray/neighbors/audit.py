@@ -22,6 +22,7 @@ from icce_ray.neighbors.memory import shard_bytes, worker_bytes
 from icce_ray.neighbors.precision import AGREEMENT_WEIGHTS, NUM_RUNS, cluster_labels, times_together
 from icce_ray.neighbors.prepared import Floats, Ids, PreparedFeatures, prepare
 from icce_ray.neighbors.search import QUERY_BLOCK, most_similar
+from icce_ray.neighbors.threads import in_threads, threads_within
 
 STREAM = 2
 """Of the seed: keeps the audit's draws apart from those of other stages."""
@@ -30,6 +31,8 @@ NUM_HISTOGRAM_BINS = 200
 MAX_QUERIES = 2000
 MIN_QUERIES = 256
 MAX_PAIRS = 500_000_000
+BLOCK_CELL_BYTES = 32
+"""Of a pair that is being counted."""
 MIN_THRESHOLDS = 150
 FINEST_STEP = 1e-5
 MAX_CLASS_SHARE = 0.7
@@ -103,11 +106,12 @@ class Audit:
 
 @dataclass(frozen=True)
 class Curves:
-    """What each threshold would give, measured on sampled rows.
+    """What each threshold would give, measured on sampled rows; near-duplicates count once.
 
     thresholds: (T,) ascending; mean_above: (T,) images above the threshold; mean_neighbors: (T,) with the limits of the
     rule applied; share_at_min: (T,) rows with fewer than `min_neighbors` above; precision: (T,) estimated;
-    precision_at_min: of the `min_neighbors` most similar alone.
+    precision_at_min: of the `min_neighbors` most similar alone. leaders_share: images that stand for themselves or for
+    a group of near-duplicates, of all.
     """
 
     thresholds: npt.NDArray[np.float64]
@@ -116,6 +120,7 @@ class Curves:
     share_at_min: npt.NDArray[np.float64]
     precision: npt.NDArray[np.float64]
     precision_at_min: float
+    leaders_share: float = 1.0
 
 
 def audit(features_ND: npt.NDArray[np.floating], config: NeighborsConfig, *, num_clusters: int, seed: int) -> Audit:
@@ -144,21 +149,30 @@ def audit_prepared(prepared: PreparedFeatures, config: NeighborsConfig, *, num_c
     labels_RN = cluster_labels(prepared, num_clusters, rng)
     share_of_interest = min(1.0, max(1.5 / num_clusters, 2.0 * floor / num_images))
     thresholds_T = _candidate_thresholds(float(np.quantile(random_P, 1.0 - share_of_interest)))
-    curves = measure_curves(prepared, queries_Q, nearest_ids_Qk, labels_RN, thresholds_T, config.max_neighbors)
+    counts_QTC = count_pairs(prepared, queries_Q, labels_RN, thresholds_T)
+    is_together_RQk = labels_RN[:, queries_Q, None] == labels_RN[:, nearest_ids_Qk]
+    together_Qk = is_together_RQk.sum(axis=0, dtype=np.uint8)
+    duplicate_threshold = config.duplicate_threshold
+    if duplicate_threshold == "auto":
+        duplicate_threshold = auto_threshold(nearest_Qk[:, -1])
 
-    threshold, reason = config.similarity_threshold, "given"
-    if threshold == "auto":
-        threshold, reason = choose_threshold(curves, floor, config.max_neighbors, num_images, num_clusters)
+    def measured(duplicate_threshold: float | None) -> tuple[Curves, float | None, str]:
+        is_copy_Qk = nearest_Qk >= (np.inf if duplicate_threshold is None else duplicate_threshold)
+        curves = curves_of(thresholds_T, counts_QTC, together_Qk, is_copy_Qk, config.max_neighbors)
+        if config.similarity_threshold != "auto":
+            return curves, config.similarity_threshold, "given"
+        num_counted = num_images * curves.leaders_share
+        return curves, *choose_threshold(curves, floor, config.max_neighbors, num_counted, num_clusters)
+
+    curves, threshold, reason = measured(duplicate_threshold)
+    if duplicate_threshold is not None and threshold is not None and duplicate_threshold <= threshold:
+        # Where all neighbours are so similar, similarity does not tell copies from them.
+        duplicate_threshold = None
+        curves, threshold, reason = measured(None)
     mean_neighbors, precision = float(floor), curves.precision_at_min
     if threshold is not None:
         t = max(0, int(np.searchsorted(thresholds_T, threshold + FINEST_STEP / 2)) - 1)
         mean_neighbors, precision = float(curves.mean_neighbors[t]), float(curves.precision[t])
-    duplicate_threshold = config.duplicate_threshold
-    if duplicate_threshold == "auto":
-        duplicate_threshold = auto_threshold(nearest_Qk[:, -1])
-    if duplicate_threshold is not None and threshold is not None and duplicate_threshold <= threshold:
-        # Where all neighbours are so similar, similarity does not tell copies from them.
-        duplicate_threshold = None
     index_bytes = 4 if num_images <= 2**31 - 1 else 8
     edges = np.linspace(-1.0, 1.0, NUM_HISTOGRAM_BINS + 1).round(6)
     return Audit(
@@ -191,7 +205,7 @@ def audit_prepared(prepared: PreparedFeatures, config: NeighborsConfig, *, num_c
 
 
 def choose_threshold(
-    curves: Curves, floor: int, max_neighbors: int | None, num_images: int, num_clusters: int
+    curves: Curves, floor: int, max_neighbors: int | None, num_images: float, num_clusters: int
 ) -> tuple[float, str]:
     """The lowest threshold, so the most neighbours, whose lists are neither too long nor too impure: what is too impure
     depends on how long they are.
@@ -200,7 +214,7 @@ def choose_threshold(
         curves: measured on the features.
         floor: `min_neighbors`, at most N - 1.
         max_neighbors: the rule's upper limit.
-        num_images, num_clusters: N, K.
+        num_images, num_clusters: N without near-duplicates, K.
 
     Returns:
         The threshold, and in words what set it.
@@ -226,52 +240,81 @@ def choose_threshold(
     return float(curves.thresholds[t]), reason
 
 
-def measure_curves(
+def count_pairs(
     prepared: PreparedFeatures,
     queries_Q: Ids,
-    nearest_ids_Qk: Ids,
     labels_RN: npt.NDArray[np.int32],
     thresholds_T: npt.NDArray[np.float64],
-    max_neighbors: int | None,
-) -> Curves:
-    """Compare the query images with all images.
+) -> Ids:
+    """Compare the query images with all others: how many are between a threshold and the next, by the number of k-means
+    runs that put them into the query's cluster. (Q, T, R + 1)
 
     Args:
         prepared: the features of N images.
         queries_Q: the images whose rows are measured.
-        nearest_ids_Qk: their `min_neighbors` most similar images.
         labels_RN: of the k-means runs.
         thresholds_T: ascending multiples of `FINEST_STEP`.
-        max_neighbors: the rule's upper limit.
     """
-    num_queries, floor = nearest_ids_Qk.shape
-    shape = (num_queries, len(thresholds_T) + 1, NUM_RUNS + 1)
-    counts = np.zeros(np.prod(shape), np.int64)
-    first_Q1 = (np.arange(num_queries) * shape[1] * shape[2])[:, None]
+    shape = (len(queries_Q), len(thresholds_T) + 1, NUM_RUNS + 1)
+    first_Q1 = (np.arange(len(queries_Q)) * shape[1] * shape[2])[:, None]
     steps_per_unit = round(1 / FINEST_STEP)
     bin_middles = -1.0 + (np.arange(2 * steps_per_unit + 1) + 0.5) * FINEST_STEP
     bin_of_step = (np.searchsorted(thresholds_T, bin_middles, side="right") * shape[2]).astype(np.int32)
+    queries_QD, labels_RQ = prepared[queries_Q], labels_RN[:, queries_Q]
 
     def cell(cosine: Floats, together: npt.NDArray[np.uint8]) -> npt.NDArray[np.int32]:
         step = ((cosine.clip(-1.0, 1.0) + 1.0) * steps_per_unit).astype(np.int32)
         cells: npt.NDArray[np.int32] = bin_of_step[step] + together
         return cells
 
-    queries_QD, labels_RQ = prepared[queries_Q], labels_RN[:, queries_Q]
-    for start in range(0, len(prepared), QUERY_BLOCK):
-        block = slice(start, start + QUERY_BLOCK)
-        cells_QB = cell(queries_QD @ prepared[block].T, times_together(labels_RQ, labels_RN[:, block]))
-        counts += np.bincount((cells_QB + first_Q1).ravel(), minlength=len(counts))
-    own_Q = np.einsum("qd,qd->q", queries_QD, queries_QD)
-    np.subtract.at(counts, first_Q1[:, 0] + cell(own_Q, np.full(num_queries, NUM_RUNS, np.uint8)), 1)
+    def count(starts: range) -> Ids:
+        counts = np.zeros(np.prod(shape), np.int64)
+        for start in starts:
+            block = slice(start, start + QUERY_BLOCK)
+            cells_QB = cell(queries_QD @ prepared[block].T, times_together(labels_RQ, labels_RN[:, block]))
+            counts += np.bincount((cells_QB + first_Q1).ravel(), minlength=len(counts))
+        return counts
 
-    counts_QTC = counts.reshape(shape)[:, 1:]
+    num_threads = threads_within(8 * int(np.prod(shape)) + BLOCK_CELL_BYTES * len(queries_Q) * QUERY_BLOCK)
+    starts = range(0, len(prepared), QUERY_BLOCK)
+    counts: Ids = np.sum(in_threads(count, [starts[n::num_threads] for n in range(num_threads)], num_threads), axis=0)
+    own_Q = np.einsum("qd,qd->q", queries_QD, queries_QD)
+    np.subtract.at(counts, first_Q1[:, 0] + cell(own_Q, np.full(len(queries_Q), NUM_RUNS, np.uint8)), 1)
+    return counts.reshape(shape)[:, 1:]
+
+
+def curves_of(
+    thresholds_T: npt.NDArray[np.float64],
+    counts_QTC: Ids,
+    together_Qk: npt.NDArray[np.uint8],
+    is_copy_Qk: npt.NDArray[np.bool_],
+    max_neighbors: int | None,
+) -> Curves:
+    """What each threshold would give, were every group of near-duplicates one image.
+
+    An image that has c copies is one of c + 1 that are drawn for the same: its row counts 1 / (c + 1), its copies are
+    no neighbours, and of its neighbours as many are copies of others as of all images.
+
+    Args:
+        thresholds_T: ascending.
+        counts_QTC: as `count_pairs` returns them.
+        together_Qk: in how many of the k-means runs each of a query's `min_neighbors` most similar shares its cluster.
+        is_copy_Qk: which of these are near-duplicates of it.
+        max_neighbors: the rule's upper limit.
+    """
+    floor = together_Qk.shape[1]
+    num_copies_Q = is_copy_Qk.sum(axis=1)
+    weight_Q = 1.0 / (1.0 + num_copies_Q)
+    leaders_share = float(weight_Q.mean())
+    weight_Q /= weight_Q.sum()
+    # Of each threshold, what is above it: the last threshold first.
     above_QT = counts_QTC.sum(axis=2)[:, ::-1].cumsum(axis=1)[:, ::-1]
     pure_QT = (counts_QTC @ AGREEMENT_WEIGHTS)[:, ::-1].cumsum(axis=1)[:, ::-1]
-    nearest_together_Qk = sum(
-        (labels_N[queries_Q][:, None] == labels_N[nearest_ids_Qk]).astype(np.int64) for labels_N in labels_RN
-    )
-    nearest_precision_Q = AGREEMENT_WEIGHTS[nearest_together_Qk].mean(axis=1)
+    above_QT = leaders_share * np.maximum(above_QT - num_copies_Q[:, None], 0)
+    pure_QT = leaders_share * np.maximum(pure_QT - num_copies_Q[:, None], 0)
+    # Where all the nearest are copies, they are all that is known.
+    is_told_Qk = ~is_copy_Qk | is_copy_Qk.all(axis=1, keepdims=True)
+    nearest_precision_Q = np.average(AGREEMENT_WEIGHTS[together_Qk], axis=1, weights=is_told_Qk)
     at_min_QT = above_QT < floor
     precision_QT = np.where(at_min_QT, nearest_precision_Q[:, None], pure_QT / np.maximum(above_QT, 1))
     lengths_QT = np.maximum(above_QT, floor)
@@ -279,11 +322,12 @@ def measure_curves(
         lengths_QT = np.minimum(lengths_QT, max_neighbors)
     return Curves(
         thresholds_T,
-        above_QT.mean(axis=0),
-        lengths_QT.mean(axis=0),
-        at_min_QT.mean(axis=0),
-        precision_QT.mean(axis=0),
-        float(nearest_precision_Q.mean()),
+        weight_Q @ above_QT,
+        weight_Q @ lengths_QT,
+        weight_Q @ at_min_QT,
+        weight_Q @ precision_QT,
+        float(weight_Q @ nearest_precision_Q),
+        leaders_share,
     )
 
 

@@ -12,21 +12,18 @@ Legend: N images, D feature dimension, K clusters, R k-means runs, P pairs.
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
-
 import faiss
 import numpy as np
 import numpy.typing as npt
 
-from icce_ray.neighbors.engine import BASE_BLOCK
 from icce_ray.neighbors.prepared import Floats, Ids, PreparedFeatures
+from icce_ray.neighbors.threads import in_threads, threads_within
 
 NUM_RUNS = 8
 NUM_ITERATIONS = 15
 MIN_TRAINING_IMAGES = 20_000
 TRAINING_IMAGES_PER_CLUSTER = 64
-MAX_SAMPLES_BYTES = 2 * 1024**3
-"""Of the samples of the runs that are made at the same time."""
+LABEL_BLOCK = 4096
 
 AGREEMENT_WEIGHTS = np.array([c * (c - 1) / (NUM_RUNS * (NUM_RUNS - 1)) for c in range(NUM_RUNS + 1)])
 """By the number of runs that put a pair into one cluster: the share of pairs of runs in which both do."""
@@ -55,14 +52,16 @@ def cluster_labels(prepared: PreparedFeatures, num_clusters: int, rng: np.random
         return spherical_kmeans(prepared[sample], num_clusters, seed, NUM_ITERATIONS)
 
     # Each run keeps to one thread, so that its sums do not depend on the machine: the runs share the cores instead.
-    at_once = MAX_SAMPLES_BYTES // (4 * num_training * prepared.shape[1])
-    with ThreadPoolExecutor(max(1, min(NUM_RUNS, faiss.omp_get_max_threads(), at_once))) as pool:
-        centroids_RKD = list(pool.map(centroids_of, draws))
+    dim = prepared.shape[1]
+    centroids_RKD = in_threads(centroids_of, draws, threads_within(4 * num_training * dim))
     labels_RN = np.empty((NUM_RUNS, num_images), np.int32)
-    for start in range(0, num_images, BASE_BLOCK):
-        block_BD = prepared[start : start + BASE_BLOCK]
+
+    def label(start: int) -> None:
+        block_BD = prepared[start : start + LABEL_BLOCK]
         for run, centroids_KD in enumerate(centroids_RKD):
             labels_RN[run, start : start + len(block_BD)] = (block_BD @ centroids_KD.T).argmax(axis=1)
+
+    in_threads(label, range(0, num_images, LABEL_BLOCK), threads_within(LABEL_BLOCK * (20 * dim + 4 * num_clusters)))
     return labels_RN
 
 

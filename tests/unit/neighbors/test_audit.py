@@ -94,6 +94,23 @@ def test_auto_takes_long_lists_where_clusters_are_clear_and_short_ones_where_the
     assert 50 <= lengths[0.25] < 130
 
 
+@pytest.mark.parametrize("threshold", ["auto", 0.45])
+def test_near_duplicates_count_once(threshold: str | float) -> None:
+    # 30% of the larger collection are copies, slightly changed, ten each of few originals.
+    features, _ = gaussian_clusters(1000, 5, 16, 1.0)
+    rng = np.random.default_rng(1)
+    copied = np.repeat(rng.choice(1000, 43, replace=False), 10)
+    copies = features[copied] + rng.normal(0, 0.005, (430, 16)).astype(np.float32)
+    config = NeighborsConfig(min_neighbors=20, max_neighbors=None, similarity_threshold=threshold)
+    graph, alone = build_graph(features, config, num_clusters=5, seed=0)
+    planted_graph, planted = build_graph(np.concatenate([features, copies]), config, num_clusters=5, seed=0)
+    assert len(planted_graph.anchors) == 1000
+    assert planted.mean_neighbors == pytest.approx(planted_graph.num_edges / 1000, rel=0.05)
+    assert planted.mean_neighbors == pytest.approx(graph.degrees.mean(), rel=0.1)
+    assert planted.similarity_threshold == pytest.approx(alone.similarity_threshold, abs=0.04)
+    assert planted.estimated_precision == pytest.approx(alone.estimated_precision, abs=0.05)
+
+
 LENGTHS = {0.1: 900, 0.2: 700, 0.3: 300, 0.4: 100, 0.5: 60, 0.6: 30, 0.7: 10}
 """Of lists by threshold; of 1,000 images in a class the nearest 20 are 60% of the image's own, chance is 10%."""
 
