@@ -194,14 +194,9 @@ def embed_seconds(num_images: int, plan: Plan) -> dict[str, float]:
 
 
 def neighbors_seconds(trained: int, plan: Plan) -> float:
-    """At most, all pairs: ``2 n^2 D`` FLOP; on CPUs ``2 n^2 D (1 + 1/s)``, every s-th image once more for a first
-    bound. The audit before it is not counted."""
-    from icce_ray.neighbors.engine import SAMPLE_STRIDE
-
+    """At most, all pairs: ``2 n^2 D`` FLOP. The audit before it is not counted."""
     flop = 2.0 * trained**2 * DIM
-    if plan.search_gpus:
-        return flop / (plan.search_gpus * _rate("gpu") * _rate("search_share"))
-    return flop * (1 + 1 / SAMPLE_STRIDE) / (plan.search_cpus * _cpu())
+    return flop / (plan.search_gpus * _rate("gpu") * _rate("search_share") or plan.search_cpus * _cpu())
 
 
 def head_parameters() -> int:

@@ -17,18 +17,23 @@ import numpy as np
 import numpy.typing as npt
 
 from icce_ray.neighbors.prepared import Floats, Ids, PreparedFeatures, Queries
-from icce_ray.neighbors.rule import PairList, Rule
+from icce_ray.neighbors.rule import PairList, Rule, rank_in_row
 
 RESOLUTION = 2.0**-22
 """Similarities are compared in these units: closer is a tie, and the lower id wins."""
 BASE_BLOCK = 16_384
 RESCORED_ELEMENTS = 4_000_000
-SAMPLE_STRIDE = 12
-SAMPLE_BLOCK = 4_096
-MIN_SAMPLES_PER_RANK = 4
+MIN_BLOCK = 1024
+NUM_BLOCKS = 16
+"""Of a shard, at least, where they would not be smaller than `MIN_BLOCK`."""
+TIGHTENED_AFTER = frozenset({3, 9, 27, 81, 243})
+"""So many blocks. Each time a third of the pairs that were let through before would be now."""
+
+NOTHING = 2.0
+"""A radius that no score reaches; all reach -2."""
 
 ScoredPairs = tuple[npt.NDArray[np.int32], Ids, Floats]
-"""Of P pairs: number of the query (ascending), image id, score."""
+"""Of P pairs: number of the query (ascending), image, score."""
 
 
 class Engine(Protocol):
@@ -85,55 +90,42 @@ def exact_similarity(
     return units_P
 
 
-def sample_rows(num_images: int, k: int) -> slice:
-    """Every so many rows of a shard, few enough to be cheap and enough to hold several times `k`."""
-    return slice(None, None, max(1, min(SAMPLE_STRIDE, num_images // (MIN_SAMPLES_PER_RANK * k))))
-
-
 class CpuEngine(ABC):
-    """An engine that knows a lower bound of a query's k-th highest score, and all images from a score on."""
+    """What engines on a CPU share."""
 
     ids_n: Ids
     error: float
     blocks_at_once = 1  # FAISS has threads of its own
 
     @abstractmethod
-    def lower_bounds(self, queries_QD: Floats, k: int) -> Floats:
-        """(Q,) scores that at least `k` images of the shard reach, from a sample; -inf where that is too small."""
-
-    @abstractmethod
-    def pairs_above(self, queries_QD: Floats, radius_Q: Floats) -> Iterator[ScoredPairs]:
-        """All pairs with a score of at least the query's radius, one block of images after the other."""
+    def pairs(self, queries: Queries, rule: Rule) -> Iterator[PairList]:
+        """As `Engine` says."""
 
     @abstractmethod
     def exact(self, queries: Queries, rows_P: npt.NDArray[np.int32], ids_P: Ids) -> Ids:
         """As `Engine` says."""
 
-    def pairs(self, queries: Queries, rule: Rule) -> Iterator[PairList]:
-        # One more than needed: the image itself may be among them.
-        bounds_Q = self.lower_bounds(queries.features, rule.min_neighbors + 1) - 2 * self.error
-        radius_Q = np.minimum(bounds_Q, lowest_border(rule, self.error))
-        radius_Q[is_unsearched(queries, rule, self.error)] = np.inf
-        for rows_P, ids_P, scores_P in self.pairs_above(queries.features, radius_Q):
-            other_P = np.flatnonzero(ids_P != queries.excluded_Q[rows_P])
-            if len(other_P) < len(rows_P):
-                rows_P, ids_P, scores_P = rows_P[other_P], ids_P[other_P], scores_P[other_P]
-            yield PairList(rows_P, ids_P, scores_P, self._is_hit(queries, rule.threshold, rows_P, ids_P, scores_P))
-
-    def _is_hit(
-        self, queries: Queries, threshold: float | None, rows_P: npt.NDArray[np.int32], ids_P: Ids, scores_P: Floats
-    ) -> npt.NDArray[np.bool_]:
-        if threshold is None:
-            return np.zeros(len(rows_P), bool)
-        is_hit_P = scores_P >= threshold
-        close_P = np.flatnonzero(np.abs(scores_P - threshold) <= self.error)
-        is_hit_P[close_P] = self.exact(queries, rows_P[close_P], ids_P[close_P]) >= in_units(threshold)
-        return is_hit_P
+    def _pair_list(
+        self, queries: Queries, rule: Rule, rows_P: npt.NDArray[np.int32], ids_P: Ids, scores_P: Floats
+    ) -> PairList:
+        """Of scored pairs those that may be neighbours, and which of them reach the threshold."""
+        other_P = np.flatnonzero(ids_P != queries.excluded_Q[rows_P])
+        if len(other_P) < len(rows_P):
+            rows_P, ids_P, scores_P = rows_P[other_P], ids_P[other_P], scores_P[other_P]
+        is_hit_P = np.zeros(len(rows_P), bool)
+        if rule.threshold is not None:
+            np.greater_equal(scores_P, rule.threshold, out=is_hit_P)
+            close_P = np.flatnonzero(np.abs(scores_P - rule.threshold) <= self.error)
+            is_hit_P[close_P] = self.exact(queries, rows_P[close_P], ids_P[close_P]) >= in_units(rule.threshold)
+        return PairList(rows_P, ids_P, scores_P, is_hit_P)
 
 
 class FaissEngine(CpuEngine):
     """Holds the rows of a shard in float32, and a column of ones: with minus the radius beside a query, one range
     search serves queries of different radii.
+
+    A block holds every so many-th image. So each is a sample of the shard, however that is sorted: the first tells from
+    which score on the others are worth a look, and what they add tells it better.
 
     Args:
         prepared: the features of all images.
@@ -141,47 +133,100 @@ class FaissEngine(CpuEngine):
     """
 
     def __init__(self, prepared: PreparedFeatures, ids_n: Ids) -> None:
-        dim = prepared.shape[1]
+        num_images, dim = len(ids_n), prepared.shape[1]
         self.ids_n = ids_n
         self.error = similarity_error(dim)
-        self._rows_nE = np.empty((len(ids_n), dim + 1), np.float32)
+        num_blocks = max(1, -(-num_images // BASE_BLOCK), min(NUM_BLOCKS, num_images // MIN_BLOCK))
+        columns_n = np.concatenate([np.arange(first, num_images, num_blocks) for first in range(num_blocks)])
+        self._row_of_column_n = np.empty(num_images, np.int64)
+        self._row_of_column_n[columns_n] = np.arange(num_images)
+        self._ids_of_rows_n = ids_n[columns_n]
+        lengths = [len(range(first, num_images, num_blocks)) for first in range(num_blocks)]
+        self._blocks = [slice(stop - length, stop) for length, stop in zip(lengths, np.cumsum(lengths), strict=True)]
+        self._rows_nE = np.empty((num_images, dim + 1), np.float32)
         self._rows_nE[:, dim] = 1.0
-        for start in range(0, len(ids_n), BASE_BLOCK):
-            block = ids_n[start : start + BASE_BLOCK]
-            self._rows_nE[start : start + len(block), :dim] = prepared[as_slice(block)]
-        self._sample: tuple[slice, Floats] | None = None
+        for start in range(0, num_images, BASE_BLOCK):
+            columns = slice(start, start + BASE_BLOCK)
+            self._rows_nE[self._row_of_column_n[columns], :dim] = prepared[as_slice(ids_n[columns])]
 
-    def lower_bounds(self, queries_QD: Floats, k: int) -> Floats:
-        rows = sample_rows(len(self.ids_n), k)
-        if self._sample is None or self._sample[0] != rows:
-            self._sample = rows, np.ascontiguousarray(self._rows_nE[rows, :-1])
-        sample_mD = self._sample[1]
-        if len(sample_mD) < k:
-            return np.full(len(queries_QD), -np.inf, np.float32)
-        # Not by FAISS: its k-th is the last of a sorted list, which takes three times as long as the products.
-        best_Qk = np.empty((len(queries_QD), 0), np.float32)
-        for start in range(0, len(sample_mD), SAMPLE_BLOCK):
-            scores_Qb = queries_QD @ sample_mD[start : start + SAMPLE_BLOCK].T
-            best_Qk = np.hstack([best_Qk, scores_Qb]) if start else scores_Qb
-            if best_Qk.shape[1] > k:
-                best_Qk.partition(best_Qk.shape[1] - k, axis=1)
-                best_Qk = best_Qk[:, -k:]
-        bounds_Q: Floats = best_Qk.min(axis=1)
-        return bounds_Q
-
-    def pairs_above(self, queries_QD: Floats, radius_Q: Floats) -> Iterator[ScoredPairs]:
-        # Scores end at 1: a radius beyond 2 finds nothing, and one below -2 everything.
-        radius_Q = np.clip(radius_Q, -2.0, 2.0).astype(np.float32)
-        queries_QE = np.column_stack([queries_QD, -radius_Q])
-        for start in range(0, len(self.ids_n), BASE_BLOCK):
-            lengths_Q, above_P, columns_P = _range_search(queries_QE, self._rows_nE[start : start + BASE_BLOCK])
-            rows_P = np.repeat(np.arange(len(queries_QD), dtype=np.int32), lengths_Q)
-            above_P += radius_Q[rows_P]
-            yield rows_P, self.ids_n[start + columns_P], above_P
+    def pairs(self, queries: Queries, rule: Rule) -> Iterator[PairList]:
+        k = rule.min_neighbors + 1  # the image itself may be among them
+        unsearched_Q = is_unsearched(queries, rule, self.error)
+        radii = _Radii(unsearched_Q, k, lowest_border(rule, self.error), self.error)
+        queries_QE = np.column_stack([queries.features, np.empty(len(queries), np.float32)])
+        first_Qb = self._first_scores(queries.features)
+        radii.learn(first_Qb)
+        radii.tighten()
+        rows, columns = np.nonzero(first_Qb >= radii.radius_Q[:, None])
+        found: ScoredPairs = rows.astype(np.int32), columns, first_Qb[rows, columns]
+        del first_Qb
+        for number, block in enumerate(self._blocks, 1):
+            if number > 1:
+                queries_QE[:, -1] = -radii.radius_Q
+                found = self._above(queries_QE, block)
+            rows_P, columns_P, scores_P = found
+            if 1 < number < len(self._blocks):
+                radii.learn_pairs(rows_P, scores_P)
+                if number in TIGHTENED_AFTER:
+                    radii.tighten()
+            yield self._pair_list(queries, rule, rows_P, self._ids_of_rows_n[block.start + columns_P], scores_P)
 
     def exact(self, queries: Queries, rows_P: npt.NDArray[np.int32], ids_P: Ids) -> Ids:
-        columns_P = np.searchsorted(self.ids_n, ids_P)
-        return exact_similarity(queries.features, rows_P, self._rows_nE[:, :-1], columns_P)
+        base_rows_P = self._row_of_column_n[np.searchsorted(self.ids_n, ids_P)]
+        return exact_similarity(queries.features, rows_P, self._rows_nE[:, :-1], base_rows_P)
+
+    def _first_scores(self, queries_QD: Floats) -> Floats:
+        """Of the images of the first block."""
+        scores_Qb: Floats = queries_QD @ self._rows_nE[self._blocks[0], :-1].T
+        return scores_Qb
+
+    def _above(self, queries_QE: Floats, block: slice) -> ScoredPairs:
+        """All pairs with a score of at least the query's radius; the images by their place in the block."""
+        lengths_Q, above_P, columns_P = _range_search(queries_QE, self._rows_nE[block])
+        rows_P = np.repeat(np.arange(len(queries_QE), dtype=np.int32), lengths_Q)
+        above_P -= queries_QE[rows_P, -1]
+        return rows_P, columns_P, above_P
+
+
+class _Radii:
+    """The score that a pair must reach to be worth keeping, for each query: the lower of `border` and what is known of
+    its k-th highest score.
+
+    Args:
+        unsearched_Q: queries that want no pairs.
+        k: list length.
+        border: from which on all pairs are wanted.
+        error: bound on the error of a score.
+    """
+
+    def __init__(self, unsearched_Q: npt.NDArray[np.bool_], k: int, border: float, error: float) -> None:
+        self.unsearched_Q = unsearched_Q
+        self.k = k
+        self.border = min(border, NOTHING)
+        self.error = error
+        self._scores: list[Floats] = [np.full((len(unsearched_Q), k), -np.inf, np.float32)]
+        self.tighten()
+
+    def learn(self, scores_QB: Floats) -> None:
+        """There are images with these scores."""
+        self._scores.append(scores_QB)
+
+    def learn_pairs(self, rows_P: npt.NDArray[np.int32], scores_P: Floats) -> None:
+        """There are these pairs; rows ascend."""
+        open_P = np.flatnonzero(self.is_open_Q[rows_P])
+        rows_P, ranks_P = rows_P[open_P], rank_in_row(rows_P[open_P])
+        scores_QB = np.full((len(self.is_open_Q), int(ranks_P.max(initial=-1)) + 1), -np.inf, np.float32)
+        scores_QB[rows_P, ranks_P] = scores_P[open_P]
+        self.learn(scores_QB)
+
+    def tighten(self) -> None:
+        """Use what was learnt."""
+        best_Qk = np.partition(np.hstack(self._scores), -self.k, axis=1)[:, -self.k :]
+        self._scores = [best_Qk]
+        radius_Q = np.clip(best_Qk[:, 0] - 2 * self.error, -NOTHING, self.border)
+        radius_Q[self.unsearched_Q] = NOTHING
+        self.radius_Q: Floats = radius_Q.astype(np.float32)
+        self.is_open_Q = self.radius_Q < np.float32(self.border)
 
 
 def as_slice(ids_n: Ids) -> slice | Ids:

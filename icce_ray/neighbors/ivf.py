@@ -18,9 +18,18 @@ import numpy.typing as npt
 from faiss.contrib.ivf_tools import add_preassigned, range_search_preassigned, search_preassigned
 
 from icce_ray.config import NeighborsConfig
-from icce_ray.neighbors.engine import BASE_BLOCK, CpuEngine, ScoredPairs, exact_similarity, similarity_error
+from icce_ray.neighbors.engine import (
+    BASE_BLOCK,
+    NOTHING,
+    CpuEngine,
+    exact_similarity,
+    is_unsearched,
+    lowest_border,
+    similarity_error,
+)
 from icce_ray.neighbors.precision import spherical_kmeans
 from icce_ray.neighbors.prepared import Floats, Ids, PreparedFeatures, Queries
+from icce_ray.neighbors.rule import PairList, Rule
 from icce_ray.neighbors.search import most_similar
 
 STREAM = 3
@@ -171,30 +180,33 @@ class IvfEngine(CpuEngine):
             block_ids = np.ascontiguousarray(ids_n[first:last])
             add_preassigned(self._index, rows_nE, cells_n, block_ids)
 
-    def lower_bounds(self, queries_QD: Floats, k: int) -> Floats:
-        """From a first few of the cells, or from all where these hold too few images."""
-        probes_Qp = self._probes(queries_QD)
-        first = max(1, self.cells.num_probes // FIRST_PROBES_SHARE)
-        bounds_Q = self._kth_scores(queries_QD, probes_Qp[:, :first], k)
-        open_Q = np.flatnonzero(np.isinf(bounds_Q))
-        if len(open_Q) and first < self.cells.num_probes:
-            bounds_Q[open_Q] = self._kth_scores(queries_QD[open_Q], probes_Qp[open_Q], k)
-        return bounds_Q
-
-    def pairs_above(self, queries_QD: Floats, radius_Q: Floats) -> Iterator[ScoredPairs]:
-        radius_Q = np.clip(radius_Q, -2.0, 2.0).astype(np.float32)
-        queries_QE = np.column_stack([queries_QD, -radius_Q])
-        probes_Qp = self._probes(queries_QD)
+    def pairs(self, queries: Queries, rule: Rule) -> Iterator[PairList]:
+        features_QD = queries.features
+        probes_Qp = self._probes(features_QD)
+        # One more than needed: the image itself may be among them.
+        bounds_Q = self._lower_bounds(features_QD, probes_Qp, rule.min_neighbors + 1) - 2 * self.error
+        radius_Q = np.clip(np.minimum(bounds_Q, lowest_border(rule, self.error)), -2.0, NOTHING).astype(np.float32)
+        radius_Q[is_unsearched(queries, rule, self.error)] = NOTHING
+        queries_QE = np.column_stack([features_QD, -radius_Q])
         self._index.nprobe = probes_Qp.shape[1]
         limits, above_P, ids_P = range_search_preassigned(self._index, queries_QE, 0.0, probes_Qp)
-        rows_P = np.repeat(np.arange(len(queries_QD), dtype=np.int32), np.diff(limits.astype(np.int64)))
-        yield rows_P, ids_P.astype(np.int64), above_P + radius_Q[rows_P]
+        rows_P = np.repeat(np.arange(len(queries), dtype=np.int32), np.diff(limits.astype(np.int64)))
+        yield self._pair_list(queries, rule, rows_P, ids_P.astype(np.int64), above_P + radius_Q[rows_P])
 
     def exact(self, queries: Queries, rows_P: npt.NDArray[np.int32], ids_P: Ids) -> Ids:
         return exact_similarity(queries.features, rows_P, self.prepared, ids_P)
 
     def _probes(self, queries_QD: Floats) -> Ids:
         return nearest_cells(queries_QD, self.cells.centroids_CD, self.cells.num_probes)
+
+    def _lower_bounds(self, queries_QD: Floats, probes_Qp: Ids, k: int) -> Floats:
+        """Scores that `k` images reach: from a first few of the cells, or from all where these hold too few images."""
+        first = max(1, self.cells.num_probes // FIRST_PROBES_SHARE)
+        bounds_Q = self._kth_scores(queries_QD, probes_Qp[:, :first], k)
+        open_Q = np.flatnonzero(np.isinf(bounds_Q))
+        if len(open_Q) and first < self.cells.num_probes:
+            bounds_Q[open_Q] = self._kth_scores(queries_QD[open_Q], probes_Qp[open_Q], k)
+        return bounds_Q
 
     def _kth_scores(self, queries_QD: Floats, probes_Qp: Ids, k: int) -> Floats:
         """The k-th highest score in the given cells, -inf where they hold fewer."""

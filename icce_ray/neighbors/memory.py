@@ -6,7 +6,7 @@ import math
 import os
 from pathlib import Path
 
-from icce_ray.neighbors.engine import BASE_BLOCK, SAMPLE_STRIDE
+from icce_ray.neighbors.engine import BASE_BLOCK
 from icce_ray.neighbors.search import PAIRS_HELD, QUERY_BLOCK
 
 MAX_ROWS_PER_PART = 16_384
@@ -18,8 +18,8 @@ PAIR_BYTES = 48
 
 
 def shard_bytes(num_images: int, dim: int) -> int:
-    """Memory of a shard's features: float32, and a sample of them."""
-    return int(num_images * (dim + 1) * 4 * (1 + 1 / SAMPLE_STRIDE))
+    """Memory of a shard's features, float32, and of their order."""
+    return num_images * ((dim + 1) * 4 + 16)
 
 
 def worker_bytes(dim: int, mean_neighbors: float) -> int:

@@ -143,7 +143,9 @@ def _order_by_hash(pairs: PairList, hash_P: npt.NDArray[np.uint64]) -> Ids:
 def _nearest(pairs: PairList, k: int, error: float, exact: Exact) -> PairList:
     """Of each row that is there, which has more than `k` pairs, the `k` most similar; of ties the lower ids."""
     pairs = pairs.take(np.argsort(pairs.rows_P, kind="stable"))
-    _, row_P, num_pairs_R = np.unique(pairs.rows_P, return_inverse=True, return_counts=True)
+    first_R = _run_starts(pairs.rows_P)
+    num_pairs_R = np.diff(first_R, append=len(pairs))
+    row_P = np.repeat(np.arange(len(first_R)), num_pairs_R)
     border_P = _kth_scores(pairs.scores_P, num_pairs_R, k)[row_P]
     # True similarities outside these margins are on the same side of the k-th as the scores are.
     is_safe_P = pairs.scores_P > border_P + 2 * error
@@ -159,7 +161,7 @@ def _nearest(pairs: PairList, k: int, error: float, exact: Exact) -> PairList:
 
 
 def _kth_scores(scores_P: Floats, num_pairs_R: Ids, k: int) -> Floats:
-    """The `k`-th highest score of each row; `scores_P` holds one row after the other."""
+    """The `k`-th highest score of each row, which has at least `k`; `scores_P` holds one row after the other."""
     kth_R = np.empty(len(num_pairs_R), np.float32)
     first_R = np.concatenate([np.zeros(1, np.int64), np.cumsum(num_pairs_R)])
     step = max(1, PADDED_ELEMENTS // int(num_pairs_R.max()))
@@ -174,8 +176,13 @@ def _kth_scores(scores_P: Floats, num_pairs_R: Ids, k: int) -> Floats:
 
 def rank_in_row(sorted_rows_P: npt.NDArray[np.integer]) -> Ids:
     """0, 1, 2, ... within each run of equal values."""
-    is_first_P = np.ones(len(sorted_rows_P), bool)
-    np.not_equal(sorted_rows_P[1:], sorted_rows_P[:-1], out=is_first_P[1:])
-    first_R = np.flatnonzero(is_first_P)
+    first_R = _run_starts(sorted_rows_P)
     ranks_P: Ids = np.arange(len(sorted_rows_P)) - np.repeat(first_R, np.diff(first_R, append=len(sorted_rows_P)))
     return ranks_P
+
+
+def _run_starts(sorted_rows_P: npt.NDArray[np.integer]) -> Ids:
+    """Where another value begins."""
+    is_first_P = np.ones(len(sorted_rows_P), bool)
+    np.not_equal(sorted_rows_P[1:], sorted_rows_P[:-1], out=is_first_P[1:])
+    return np.flatnonzero(is_first_P)

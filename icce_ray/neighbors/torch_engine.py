@@ -24,7 +24,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from icce_ray.neighbors.engine import BASE_BLOCK, RESOLUTION, as_slice, in_units, is_unsearched, lowest_border
+from icce_ray.neighbors.engine import BASE_BLOCK, NOTHING, RESOLUTION, as_slice, in_units, is_unsearched, lowest_border
 from icce_ray.neighbors.prepared import Ids, PreparedFeatures, Queries
 from icce_ray.neighbors.rule import PairList, Rule
 from icce_ray.neighbors.threads import in_threads
@@ -99,7 +99,7 @@ class TorchEngine:
         half_QD = features_QD.half()
         excluded_Q = torch.tensor(queries.excluded_Q, device=self.device)
         unsearched_Q = torch.tensor(is_unsearched(queries, rule, self.error), device=self.device)
-        border = min(lowest_border(rule, self.error), 2.0)  # scores end at 1
+        border = min(lowest_border(rule, self.error), NOTHING)
         k = rule.min_neighbors + 1  # the image itself may be among them
         best_Qk = torch.empty((len(queries), 0), dtype=torch.half, device=self.device)
         found: list[_Pairs] = []
@@ -114,7 +114,7 @@ class TorchEngine:
             else:
                 radius_Q = (best_Qk.amin(dim=1).float() - 2 * self.error).clamp(max=border)
             # A score, itself a half, that reaches the radius reaches the half nearest to it.
-            radius_Q = radius_Q.half().masked_fill(unsearched_Q, torch.inf)
+            radius_Q = radius_Q.half().masked_fill(unsearched_Q, NOTHING)
             for pairs in _reached(scores_QGT, maxima_QT, radius_Q, start):
                 found.append(pairs)
                 if sum(map(len, found)) > PAIRS_ON_DEVICE:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
 from icce_ray.neighbors import engine as engine_module
 from icce_ray.neighbors import rule as rule_module
@@ -32,7 +33,7 @@ def lists_found(
 @pytest.fixture
 def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine_module, "BASE_BLOCK", 70)
-    monkeypatch.setattr(engine_module, "SAMPLE_BLOCK", 7)
+    monkeypatch.setattr(engine_module, "MIN_BLOCK", 7)
     monkeypatch.setattr(torch_engine, "SCORES_PER_BLOCK", 301 * 70)
     monkeypatch.setattr(torch_engine, "GATHERED_SCORES", 600)
     monkeypatch.setattr(torch_engine, "PAIRS_ON_DEVICE", 1500)
@@ -89,31 +90,52 @@ def test_cut_rows_and_near_duplicates_do_not_depend_on_shards(num_shards: int) -
         assert np.array_equal(one, several)
 
 
+class ShakyFaiss(FaissEngine):
+    """Off by up to `error`, at random."""
+
+    def __init__(self, prepared: PreparedFeatures, ids: np.ndarray) -> None:
+        super().__init__(prepared, ids)
+        self.error = 0.02
+        self.generator = np.random.default_rng(0)
+
+    def shaken(self, scores: np.ndarray) -> np.ndarray:
+        return scores + self.generator.uniform(-0.0199, 0.0199, scores.shape).astype(np.float32)
+
+    def _first_scores(self, queries_QD: np.ndarray) -> np.ndarray:
+        return self.shaken(super()._first_scores(queries_QD))
+
+    def _above(self, queries_QE: np.ndarray, block: slice):
+        everything_QE = queries_QE.copy()
+        everything_QE[:, -1] = 2.0
+        rows, columns, scores = super()._above(everything_QE, block)
+        scores = self.shaken(scores)
+        found = scores >= -queries_QE[rows, -1]
+        return rows[found], columns[found], scores[found]
+
+
+class ShakyTorch(TorchEngine):
+    """Off by as much: rows moved so far move no score further."""
+
+    def __init__(self, prepared: PreparedFeatures, ids: np.ndarray) -> None:
+        super().__init__(prepared, ids, device="cpu")
+        moved = np.random.default_rng(0).standard_normal(self._rows_nD.shape)
+        moved *= (0.02 - self.error) / np.linalg.norm(moved, axis=1, keepdims=True)
+        self._half_nD = (self._rows_nD + torch.from_numpy(moved)).half()
+        self.error = 0.02
+
+
+@pytest.mark.parametrize("engine", [ShakyFaiss, ShakyTorch])
 @pytest.mark.parametrize(("num_images", "num_shards"), [(60, 1), (200, 1), (200, 2)])
-def test_scores_that_the_engine_gets_wrong_within_its_bound_change_nothing(num_images: int, num_shards: int) -> None:
-    class Shaky(FaissEngine):
-        """Off by up to `error`, at random."""
-
-        def __init__(self, prepared: PreparedFeatures, ids: np.ndarray) -> None:
-            super().__init__(prepared, ids)
-            self.error = 0.02
-            self.generator = np.random.default_rng(0)
-
-        def lower_bounds(self, queries_QD: np.ndarray, k: int) -> np.ndarray:
-            bounds = super().lower_bounds(queries_QD, k)
-            return bounds + self.generator.uniform(-0.0199, 0.0199, bounds.shape).astype(np.float32)
-
-        def pairs_above(self, queries_QD: np.ndarray, radius_Q: np.ndarray):
-            for rows, ids, scores in super().pairs_above(queries_QD, np.full_like(radius_Q, -2.0)):
-                shaken = scores + self.generator.uniform(-0.0199, 0.0199, scores.shape).astype(np.float32)
-                found = shaken >= radius_Q[rows]
-                yield rows[found], ids[found], shaken[found]
-
+def test_scores_that_the_engine_gets_wrong_within_its_bound_change_nothing(
+    num_images: int, num_shards: int, engine: type[FaissEngine | TorchEngine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_module, "MIN_BLOCK", 10)
+    monkeypatch.setattr(torch_engine, "SCORES_PER_BLOCK", num_images * 64)
     prepared = prepare(reference.awkward_features(num_images, 6), center=True)
     rule = Rule(0.7, 15, None, seed=0)
     queries = Queries.of(prepared, np.arange(num_images))
     shards = np.array_split(np.arange(num_images), num_shards)
-    pairs = merge([search(Shaky(prepared, s), queries, rule) for s in shards], queries, rule).pairs
+    pairs = merge([search(engine(prepared, s), queries, rule) for s in shards], queries, rule).pairs
     found = [sorted(pairs.ids_P[pairs.rows_P == row].tolist()) for row in range(num_images)]
     assert found == reference.neighbor_lists(prepared[:], 0.7, 15)
 
@@ -159,19 +181,28 @@ def test_a_zero_query_gets_the_lowest_ids() -> None:
     assert similarities.tolist() == [[0.0, 0.0, 0.0]]
 
 
-@pytest.mark.parametrize("block", [7, 64, 4096])
-@pytest.mark.parametrize("k", [1, 5, 30])
-def test_the_bound_is_the_kth_score_of_the_sample(k: int, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine_module, "SAMPLE_BLOCK", block)
-    prepared = prepare(reference.awkward_features(900, 9), center=True)
-    queries = prepared[:40]
-    sample = prepared[:][engine_module.sample_rows(900, k)]
-    assert len(sample) < 900
-    expected = np.sort(queries @ sample.T, axis=1)[:, -k]
-    bounds = FaissEngine(prepared, np.arange(900)).lower_bounds(queries, k)
-    np.testing.assert_allclose(bounds, expected, atol=1e-6)
-    # With too few images to tell, everything is looked at.
-    assert (FaissEngine(prepared, np.arange(k - 1)).lower_bounds(queries, k) == -np.inf).all()
+@pytest.mark.parametrize("threshold", [None, 0.9])
+@pytest.mark.parametrize(("k", "dim", "num_blocks"), [(1, 9, 1), (20, 9, 4), (20, 9, 40), (20, 64, 40), (700, 9, 40)])
+def test_the_more_blocks_were_seen_the_fewer_pairs_are_let_through(
+    k: int, dim: int, num_blocks: int, threshold: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_module, "NUM_BLOCKS", num_blocks)
+    monkeypatch.setattr(engine_module, "MIN_BLOCK", 1)
+    rng = np.random.default_rng(0)
+    # Sorted by class, as collections often are: the most similar images stand beside each other.
+    centres = np.repeat(rng.standard_normal((20, dim)), 1000, axis=0)
+    prepared = prepare((centres + rng.standard_normal((20_000, dim))).astype(np.float32), center=True)
+    queries, rule = Queries.of(prepared, np.arange(0, 20_000, 500)), Rule(threshold, k, None, seed=0)
+    found = list(FaissEngine(prepared, np.arange(20_000)).pairs(queries, rule))
+    assert len(found) == max(2, num_blocks)  # FAISS takes at most BASE_BLOCK images at a time
+    num_hits = sum(pairs.is_hit_P.sum() for pairs in found) / len(queries)
+    # A block lets through as many as reach the k-th of what was known by then, or reach the threshold.
+    per_block, known, wanted = 20_000 / len(found), 0.0, 0.0
+    for block in range(len(found)):
+        if block in {0, 1, *engine_module.TIGHTENED_AFTER}:
+            known = per_block * max(block, 1)
+        wanted += min(per_block, k * per_block / known)
+    assert sum(map(len, found)) / len(queries) < 1.3 * wanted + num_hits + 10
 
 
 @pytest.mark.parametrize("threshold", [None, 0.9])
@@ -218,7 +249,6 @@ def test_exact_similarities_do_not_depend_on_how_pairs_are_cut(engine: str, monk
 @pytest.mark.gpu
 @pytest.mark.parametrize("threshold", [None, 0.3])
 def test_a_gpu_finds_the_neighbours_of_a_cpu(threshold: float | None) -> None:
-    torch = pytest.importorskip("torch")
     if not torch.cuda.is_available():
         pytest.skip("no GPU")
     rng = np.random.default_rng(0)
