@@ -38,6 +38,7 @@ MAX_GROUP = 64
 GROUPS_PER_RANK = 16
 """More groups than this for each rank make the bound hardly better: few of the best share a group already."""
 MAX_BLOCKS_AT_ONCE = 8
+"""More wait for Python's lock, not for the device."""
 BLOCK_BYTES = 2**31
 """Of device memory that a block of queries takes: scores, and the pairs that are looked at."""
 

@@ -11,7 +11,8 @@ from sklearn.datasets import load_digits
 from icce_ray.config import NeighborsConfig
 from icce_ray.neighbors import audit as audit_module
 from icce_ray.neighbors import precision
-from icce_ray.neighbors.audit import MAX_CLASS_SHARE, Audit, Curves, audit, audit_prepared, choose_threshold
+from icce_ray.neighbors.audit import MAX_CLASS_SHARE, Audit, audit, audit_prepared, choose_threshold
+from icce_ray.neighbors.curves import Curves
 from icce_ray.neighbors.graph import build_graph
 from icce_ray.neighbors.memory import available_memory_bytes
 from icce_ray.neighbors.prepared import prepare

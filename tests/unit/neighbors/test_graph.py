@@ -9,7 +9,7 @@ import pytest
 
 from icce_ray.config import NeighborsConfig
 from icce_ray.errors import InputError
-from icce_ray.neighbors import audit, engine, memory, precision, search, threads
+from icce_ray.neighbors import curves, engine, memory, precision, search, threads
 from icce_ray.neighbors import prepared as prepared_module
 from icce_ray.neighbors import rows as rows_module
 from icce_ray.neighbors import rule as rule_module
@@ -107,7 +107,7 @@ def test_threads_do_not_change_the_graph(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(search, "CHUNK_ELEMENTS", 16 * 200)
     monkeypatch.setattr(prepared_module, "PREPARED_ELEMENTS", 16 * 100)
     monkeypatch.setattr(precision, "LABEL_BLOCK", 100)
-    monkeypatch.setattr(audit, "QUERY_BLOCK", 100)
+    monkeypatch.setattr(curves, "QUERY_BLOCK", 100)
     features = reference.awkward_features(1500, 16)
     graphs = []
     for num_threads in (1, 2, 5):
