@@ -26,7 +26,7 @@ PAIRS_HELD = 8_000_000
 """Pairs of a block of queries that are held before what cannot stay is thrown out."""
 CHUNK_ELEMENTS = 16_000_000
 CHUNK_BYTES = 8 * CHUNK_ELEMENTS
-"""Of a chunk of images: float32, a sample, and what is found among them."""
+"""Of a chunk of images: float32, and what is found among them."""
 
 
 @dataclass(frozen=True)
