@@ -8,7 +8,6 @@ Legend: D feature dimension, n images of the shard, Q queries, P pairs, k list l
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import Protocol
 
@@ -67,6 +66,14 @@ def lowest_border(rule: Rule, error: float) -> float:
     return min(borders, default=np.inf) - error
 
 
+def radius(kth_Q: Floats, border: float, unsearched_Q: npt.NDArray[np.bool_], error: float) -> Floats:
+    """(Q,) the scores from which on pairs are worth keeping, given scores that as many images reach as are wanted: -inf
+    where so many are not known."""
+    radius_Q: Floats = np.clip(kth_Q - 2 * error, -NOTHING, min(border, NOTHING)).astype(np.float32)
+    radius_Q[unsearched_Q] = NOTHING
+    return radius_Q
+
+
 def similarity_error(dim: int) -> float:
     """Bound on the error of a float32 inner product of unit vectors less a radius, the resolution added."""
     return (dim + 2) * 2.0**-23 + 2 * RESOLUTION
@@ -90,20 +97,10 @@ def exact_similarity(
     return units_P
 
 
-class CpuEngine(ABC):
+class CpuEngine(Engine):
     """What engines on a CPU share."""
 
-    ids_n: Ids
-    error: float
     blocks_at_once = 1  # FAISS has threads of its own
-
-    @abstractmethod
-    def pairs(self, queries: Queries, rule: Rule) -> Iterator[PairList]:
-        """As `Engine` says."""
-
-    @abstractmethod
-    def exact(self, queries: Queries, rows_P: npt.NDArray[np.int32], ids_P: Ids) -> Ids:
-        """As `Engine` says."""
 
     def _pair_list(
         self, queries: Queries, rule: Rule, rows_P: npt.NDArray[np.int32], ids_P: Ids, scores_P: Floats
@@ -137,11 +134,12 @@ class FaissEngine(CpuEngine):
         self.ids_n = ids_n
         self.error = similarity_error(dim)
         num_blocks = max(1, -(-num_images // BASE_BLOCK), min(NUM_BLOCKS, num_images // MIN_BLOCK))
-        columns_n = np.concatenate([np.arange(first, num_images, num_blocks) for first in range(num_blocks)])
+        columns_of_blocks = [np.arange(first, num_images, num_blocks) for first in range(num_blocks)]
+        columns_n = np.concatenate(columns_of_blocks)
         self._row_of_column_n = np.empty(num_images, np.int64)
         self._row_of_column_n[columns_n] = np.arange(num_images)
         self._ids_of_rows_n = ids_n[columns_n]
-        lengths = [len(range(first, num_images, num_blocks)) for first in range(num_blocks)]
+        lengths = list(map(len, columns_of_blocks))
         self._blocks = [slice(stop - length, stop) for length, stop in zip(lengths, np.cumsum(lengths), strict=True)]
         self._rows_nE = np.empty((num_images, dim + 1), np.float32)
         self._rows_nE[:, dim] = 1.0
@@ -151,22 +149,20 @@ class FaissEngine(CpuEngine):
 
     def pairs(self, queries: Queries, rule: Rule) -> Iterator[PairList]:
         k = rule.min_neighbors + 1  # the image itself may be among them
-        unsearched_Q = is_unsearched(queries, rule, self.error)
-        radii = _Radii(unsearched_Q, k, lowest_border(rule, self.error), self.error)
-        queries_QE = np.column_stack([queries.features, np.empty(len(queries), np.float32)])
+        unsearched_Q, border = is_unsearched(queries, rule, self.error), lowest_border(rule, self.error)
         first_Qb = self._first_scores(queries.features)
-        radii.learn(first_Qb)
-        radii.tighten()
-        rows, columns = np.nonzero(first_Qb >= radii.radius_Q[:, None])
-        found: ScoredPairs = rows.astype(np.int32), columns, first_Qb[rows, columns]
-        del first_Qb
-        for number, block in enumerate(self._blocks, 1):
-            if number > 1:
-                queries_QE[:, -1] = -radii.radius_Q
-                found = self._above(queries_QE, block)
-            rows_P, columns_P, scores_P = found
-            if 1 < number < len(self._blocks):
-                radii.learn_pairs(rows_P, scores_P)
+        radii = _Radii(first_Qb, k, border, unsearched_Q, self.error)
+        rows, columns_P = np.nonzero(first_Qb >= radii.radius_Q[:, None])
+        scores_P, rows_P = first_Qb[rows, columns_P], rows.astype(np.int32)
+        del first_Qb, rows
+        yield self._pair_list(queries, rule, rows_P, self._ids_of_rows_n[columns_P], scores_P)
+        queries_QE = np.column_stack([queries.features, np.empty(len(queries), np.float32)])
+        last_tightened = max((number for number in TIGHTENED_AFTER if number < len(self._blocks)), default=0)
+        for number, block in enumerate(self._blocks[1:], 2):
+            queries_QE[:, -1] = -radii.radius_Q
+            rows_P, columns_P, scores_P = self._above(queries_QE, block)
+            if number <= last_tightened:
+                radii.learn(rows_P, scores_P)
                 if number in TIGHTENED_AFTER:
                     radii.tighten()
             yield self._pair_list(queries, rule, rows_P, self._ids_of_rows_n[block.start + columns_P], scores_P)
@@ -189,44 +185,39 @@ class FaissEngine(CpuEngine):
 
 
 class _Radii:
-    """The score that a pair must reach to be worth keeping, for each query: the lower of `border` and what is known of
-    its k-th highest score.
+    """The score that a pair must reach to be worth keeping, for each query, from what is known of its k-th highest.
 
     Args:
-        unsearched_Q: queries that want no pairs.
+        first_QB: scores of some images.
         k: list length.
-        border: from which on all pairs are wanted.
-        error: bound on the error of a score.
+        border, unsearched_Q, error: as for `radius`.
     """
 
-    def __init__(self, unsearched_Q: npt.NDArray[np.bool_], k: int, border: float, error: float) -> None:
-        self.unsearched_Q = unsearched_Q
+    def __init__(
+        self, first_QB: Floats, k: int, border: float, unsearched_Q: npt.NDArray[np.bool_], error: float
+    ) -> None:
         self.k = k
-        self.border = min(border, NOTHING)
+        self.border = border
+        self.unsearched_Q = unsearched_Q
         self.error = error
-        self._scores: list[Floats] = [np.full((len(unsearched_Q), k), -np.inf, np.float32)]
+        # There may be fewer than k.
+        self._scores = [first_QB, np.full((len(first_QB), max(0, k - first_QB.shape[1])), -np.inf, np.float32)]
         self.tighten()
 
-    def learn(self, scores_QB: Floats) -> None:
-        """There are images with these scores."""
-        self._scores.append(scores_QB)
-
-    def learn_pairs(self, rows_P: npt.NDArray[np.int32], scores_P: Floats) -> None:
+    def learn(self, rows_P: npt.NDArray[np.int32], scores_P: Floats) -> None:
         """There are these pairs; rows ascend."""
         open_P = np.flatnonzero(self.is_open_Q[rows_P])
         rows_P, ranks_P = rows_P[open_P], rank_in_row(rows_P[open_P])
         scores_QB = np.full((len(self.is_open_Q), int(ranks_P.max(initial=-1)) + 1), -np.inf, np.float32)
         scores_QB[rows_P, ranks_P] = scores_P[open_P]
-        self.learn(scores_QB)
+        self._scores.append(scores_QB)
 
     def tighten(self) -> None:
         """Use what was learnt."""
         best_Qk = np.partition(np.hstack(self._scores), -self.k, axis=1)[:, -self.k :]
         self._scores = [best_Qk]
-        radius_Q = np.clip(best_Qk[:, 0] - 2 * self.error, -NOTHING, self.border)
-        radius_Q[self.unsearched_Q] = NOTHING
-        self.radius_Q: Floats = radius_Q.astype(np.float32)
-        self.is_open_Q = self.radius_Q < np.float32(self.border)
+        self.radius_Q = radius(best_Qk[:, 0], self.border, self.unsearched_Q, self.error)
+        self.is_open_Q = self.radius_Q < np.float32(min(self.border, NOTHING))
 
 
 def as_slice(ids_n: Ids) -> slice | Ids:

@@ -20,11 +20,11 @@ from faiss.contrib.ivf_tools import add_preassigned, range_search_preassigned, s
 from icce_ray.config import NeighborsConfig
 from icce_ray.neighbors.engine import (
     BASE_BLOCK,
-    NOTHING,
     CpuEngine,
     exact_similarity,
     is_unsearched,
     lowest_border,
+    radius,
     similarity_error,
 )
 from icce_ray.neighbors.precision import spherical_kmeans
@@ -184,9 +184,9 @@ class IvfEngine(CpuEngine):
         features_QD = queries.features
         probes_Qp = self._probes(features_QD)
         # One more than needed: the image itself may be among them.
-        bounds_Q = self._lower_bounds(features_QD, probes_Qp, rule.min_neighbors + 1) - 2 * self.error
-        radius_Q = np.clip(np.minimum(bounds_Q, lowest_border(rule, self.error)), -2.0, NOTHING).astype(np.float32)
-        radius_Q[is_unsearched(queries, rule, self.error)] = NOTHING
+        bounds_Q = self._lower_bounds(features_QD, probes_Qp, rule.min_neighbors + 1)
+        unsearched_Q, border = is_unsearched(queries, rule, self.error), lowest_border(rule, self.error)
+        radius_Q = radius(bounds_Q, border, unsearched_Q, self.error)
         queries_QE = np.column_stack([features_QD, -radius_Q])
         self._index.nprobe = probes_Qp.shape[1]
         limits, above_P, ids_P = range_search_preassigned(self._index, queries_QE, 0.0, probes_Qp)
