@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import time
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,7 @@ from icce_ray.neighbors.prepared import Ids, PreparedFeatures, Queries, prepare
 from icce_ray.neighbors.rows import merge_shards, part_ranges, search_shard
 from icce_ray.neighbors.rule import Rule
 from icce_ray.neighbors.search import merge, search
-from icce_ray.neighbors.threads import set_threads
+from icce_ray.neighbors.threads import in_threads
 from icce_ray.neighbors.torch_engine import TorchEngine
 
 SETTINGS: dict[str, Any] = {
@@ -98,11 +97,10 @@ def equals_faiss(engine: TorchEngine, prepared: PreparedFeatures, rule: Rule, se
     queries = Queries.of(prepared, ids)
 
     def of_shard(shard_ids: Ids) -> Any:
-        set_threads(1)  # of FAISS, in this thread
         return search(FaissEngine(prepared, shard_ids), queries, rule)
 
-    with ThreadPoolExecutor(settings["num_shards_on_cpu"]) as pool:
-        answers = list(pool.map(of_shard, np.array_split(np.arange(len(prepared)), settings["num_shards_on_cpu"])))
+    num_shards = settings["num_shards_on_cpu"]
+    answers = in_threads(of_shard, np.array_split(np.arange(len(prepared)), num_shards), num_shards)
     found = []
     for candidates in (merge(answers, queries, rule), search(engine, queries, rule)):
         pairs = candidates.pairs

@@ -18,7 +18,7 @@ from icce_ray.neighbors.duplicates import DuplicatePairs
 from icce_ray.neighbors.engine import Engine
 from icce_ray.neighbors.memory import MAX_ROWS_PER_PART
 from icce_ray.neighbors.prepared import Ids, PreparedFeatures, Queries
-from icce_ray.neighbors.rule import Rule, pair_hash, rank_in_row
+from icce_ray.neighbors.rule import Rule, random_subset
 from icce_ray.neighbors.search import QUERY_BLOCK, Candidates, merge, search
 from icce_ray.neighbors.threads import in_threads
 
@@ -191,10 +191,8 @@ def combine_rows(parts: Sequence[Rows], start: int, how: Literal["union", "inter
         rows_U, ids_U = rows_U[kept_U], ids_U[kept_U]
     num_hits = np.bincount(rows_U, minlength=num_rows).astype(np.int64)
     if rule.max_neighbors is not None and (num_hits > rule.max_neighbors).any():
-        order_U = np.lexsort((ids_U, pair_hash(rule.seed, start + rows_U, ids_U), rows_U))
-        rank_U = np.empty(len(order_U), np.int64)
-        rank_U[order_U] = rank_in_row(rows_U[order_U])
-        rows_U, ids_U = rows_U[rank_U < rule.max_neighbors], ids_U[rank_U < rule.max_neighbors]
+        kept_U = np.sort(random_subset(rule.seed, rule.max_neighbors, rows_U, start + rows_U, ids_U))
+        rows_U, ids_U = rows_U[kept_U], ids_U[kept_U]
     lengths = np.bincount(rows_U, minlength=num_rows).astype(np.int64)
     return Rows(lengths, ids_U.astype(parts[0].indices.dtype), num_hits)
 

@@ -102,9 +102,8 @@ def keep(pairs: PairList, num_hits_Q: Ids, ids_Q: Ids, rule: Rule, error: float,
     if rule.max_neighbors is not None and (num_hits_Q > rule.max_neighbors).any():
         is_cut_P = (num_hits_Q > rule.max_neighbors)[pairs.rows_P]
         cut, rest = pairs.take(is_cut_P), pairs.take(~is_cut_P)
-        order_P = _order_by_hash(cut, pair_hash(rule.seed, ids_Q[cut.rows_P], cut.ids_P))
-        order_P = order_P[rank_in_row(cut.rows_P[order_P]) < rule.max_neighbors]
-        pairs = PairList.join([rest, cut.take(order_P)])
+        kept_P = random_subset(rule.seed, rule.max_neighbors, cut.rows_P, ids_Q[cut.rows_P], cut.ids_P)
+        pairs = PairList.join([rest, cut.take(kept_P)])
     num_pairs_Q = np.bincount(pairs.rows_P, minlength=len(ids_Q))
     is_crowded_Q = ~is_long_Q & (num_pairs_Q > rule.min_neighbors)
     if not is_crowded_Q.any():
@@ -128,24 +127,32 @@ def _splitmix64(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     return x ^ (x >> np.uint64(31))
 
 
-def _order_by_hash(pairs: PairList, hash_P: npt.NDArray[np.uint64]) -> Ids:
-    """By row, then by hash, then by id."""
+def random_subset(seed: int, max_neighbors: int, rows_P: npt.NDArray[np.integer], images_P: Ids, ids_P: Ids) -> Ids:
+    """Which pairs stay where a row keeps at most `max_neighbors`: those with the smallest hash, of equal ones the lower
+    ids. In the order of rows, then hashes.
+
+    Args:
+        seed: of the hash.
+        max_neighbors: the limit.
+        rows_P, images_P: the row of each pair by its number, and the image that it is of.
+        ids_P: the neighbour.
+    """
+    hash_P = pair_hash(seed, images_P, ids_P)
     # As much of the hash as fits beside the row sorts as one number, in a tenth of the time.
-    num_bits = np.uint64(max(1, int(pairs.rows_P.max()).bit_length()))
-    key_P = (pairs.rows_P.astype(np.uint64) << (np.uint64(64) - num_bits)) | (hash_P >> num_bits)
+    num_bits = np.uint64(max(1, int(rows_P.max()).bit_length()))
+    key_P = (rows_P.astype(np.uint64) << (np.uint64(64) - num_bits)) | (hash_P >> num_bits)
     order_P: Ids = np.argsort(key_P)
     sorted_P = key_P[order_P]
     if (sorted_P[1:] == sorted_P[:-1]).any():
-        order_P = np.lexsort((pairs.ids_P, hash_P, pairs.rows_P))
-    return order_P
+        order_P = np.lexsort((ids_P, hash_P, rows_P))
+    return order_P[rank_in_row(rows_P[order_P]) < max_neighbors]
 
 
 def _nearest(pairs: PairList, k: int, error: float, exact: Exact) -> PairList:
     """Of each row that is there, which has more than `k` pairs, the `k` most similar; of ties the lower ids."""
     pairs = pairs.take(np.argsort(pairs.rows_P, kind="stable"))
-    first_R = _run_starts(pairs.rows_P)
-    num_pairs_R = np.diff(first_R, append=len(pairs))
-    row_P = np.repeat(np.arange(len(first_R)), num_pairs_R)
+    _, num_pairs_R = _runs(pairs.rows_P)
+    row_P = np.repeat(np.arange(len(num_pairs_R)), num_pairs_R)
     border_P = _kth_scores(pairs.scores_P, num_pairs_R, k)[row_P]
     # True similarities outside these margins are on the same side of the k-th as the scores are.
     is_safe_P = pairs.scores_P > border_P + 2 * error
@@ -176,13 +183,13 @@ def _kth_scores(scores_P: Floats, num_pairs_R: Ids, k: int) -> Floats:
 
 def rank_in_row(sorted_rows_P: npt.NDArray[np.integer]) -> Ids:
     """0, 1, 2, ... within each run of equal values."""
-    first_R = _run_starts(sorted_rows_P)
-    ranks_P: Ids = np.arange(len(sorted_rows_P)) - np.repeat(first_R, np.diff(first_R, append=len(sorted_rows_P)))
+    ranks_P: Ids = np.arange(len(sorted_rows_P)) - np.repeat(*_runs(sorted_rows_P))
     return ranks_P
 
 
-def _run_starts(sorted_rows_P: npt.NDArray[np.integer]) -> Ids:
-    """Where another value begins."""
+def _runs(sorted_rows_P: npt.NDArray[np.integer]) -> tuple[Ids, Ids]:
+    """Where each run of equal values begins, and its length."""
     is_first_P = np.ones(len(sorted_rows_P), bool)
     np.not_equal(sorted_rows_P[1:], sorted_rows_P[:-1], out=is_first_P[1:])
-    return np.flatnonzero(is_first_P)
+    first_R = np.flatnonzero(is_first_P)
+    return first_R, np.diff(first_R, append=len(sorted_rows_P))

@@ -111,7 +111,7 @@ class TorchEngine:
             maxima_QT = scores_QGT.amax(dim=1)
             best_Qk = _highest(torch.hstack([best_Qk, _highest(maxima_QT, k)]), k)
             if best_Qk.shape[1] < k:
-                radius_Q = torch.full((len(queries),), -2.0, device=self.device)
+                radius_Q = torch.full((len(queries),), -NOTHING, device=self.device)
             else:
                 radius_Q = (best_Qk.amin(dim=1).float() - 2 * self.error).clamp(max=border)
             # A score, itself a half, that reaches the radius reaches the half nearest to it.
@@ -246,11 +246,10 @@ def _highest(values_QT: Tensor, k: int) -> Tensor:
 
 def _kth_scores(pairs: _Pairs, num_rows: int, k: int) -> Tensor:
     """(Q,) the `k`-th highest score of each row, -inf where it has fewer."""
-    order_P = _sorted_by([pairs.rows_P, -pairs.scores_P])
-    lengths_Q = torch.bincount(pairs.rows_P, minlength=num_rows)
-    has_k = _indices(lengths_Q >= k)
-    kth_Q = torch.full((num_rows,), -torch.inf, device=pairs.scores_P.device)
-    kth_Q[has_k] = pairs.scores_P[order_P[(lengths_Q.cumsum(0) - lengths_Q)[has_k] + k - 1]]
+    pairs = pairs.take(_sorted_by([pairs.rows_P, -pairs.scores_P]))
+    kth = pairs.take(_rank_in_row(pairs.rows_P, num_rows) == k - 1)
+    kth_Q = torch.full((num_rows,), -torch.inf, device=kth.scores_P.device)
+    kth_Q[kth.rows_P] = kth.scores_P
     return kth_Q
 
 
