@@ -10,25 +10,34 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from icce_ray.assign.model import load
+    from icce_ray.assign.new_images import assign_images
     from icce_ray.config import Config
     from icce_ray.consensus.ensemble import cluster_ensemble
-    from icce_ray.cut import cut_hierarchy
     from icce_ray.estimator import ICCE
-    from icce_ray.evaluate.metrics import clustering_accuracy
-    from icce_ray.new_images import assign
-    from icce_ray.pipeline import run
+    from icce_ray.export.cut import cut_hierarchy
+    from icce_ray.metrics.scores import clustering_accuracy
+    from icce_ray.pipeline.run import run_pipeline
 
-__all__ = ["ICCE", "Config", "assign", "cluster_ensemble", "clustering_accuracy", "cut_hierarchy", "load", "run"]
+__all__ = [
+    "ICCE",
+    "Config",
+    "assign_images",
+    "cluster_ensemble",
+    "clustering_accuracy",
+    "cut_hierarchy",
+    "load",
+    "run_pipeline",
+]
 
 _MODULES = {
     "Config": "icce_ray.config",
     "ICCE": "icce_ray.estimator",
-    "assign": "icce_ray.assign",
+    "assign_images": "icce_ray.assign.new_images",
     "cluster_ensemble": "icce_ray.consensus.ensemble",
-    "clustering_accuracy": "icce_ray.evaluate.metrics",
-    "cut_hierarchy": "icce_ray.cut",
+    "clustering_accuracy": "icce_ray.metrics.scores",
+    "cut_hierarchy": "icce_ray.export.cut",
     "load": "icce_ray.assign.model",
-    "run": "icce_ray.pipeline",
+    "run_pipeline": "icce_ray.pipeline.run",
 }
 
 

@@ -14,9 +14,9 @@ import numpy as np
 
 from icce_ray.config import load_config
 from icce_ray.errors import InputError
-from icce_ray.result import read_records
+from icce_ray.pipeline.result import read_records
+from icce_ray.pipeline.status import find_status
 from icce_ray.run import add_arguments, add_debug_argument, add_run_options, guarded, run_command
-from icce_ray.status import find_status
 from icce_ray.store import Folder
 
 
@@ -88,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _sweep(arguments: argparse.Namespace) -> None:
-    from icce_ray.sweep import sweep
+    from icce_ray.sweeps.sweep import sweep
 
     result = sweep(arguments.sweep, arguments.overrides, quiet=arguments.quiet)
     if arguments.json:
@@ -96,9 +96,9 @@ def _sweep(arguments: argparse.Namespace) -> None:
 
 
 def _assign(arguments: argparse.Namespace) -> None:
-    from icce_ray.new_images import assign
+    from icce_ray.assign.new_images import assign_images
 
-    result = assign(
+    result = assign_images(
         arguments.run,
         images=arguments.images,
         embeddings=arguments.embeddings,
@@ -111,7 +111,7 @@ def _assign(arguments: argparse.Namespace) -> None:
 
 
 def _cut(arguments: argparse.Namespace) -> None:
-    from icce_ray.cut import write_cut
+    from icce_ray.export.cut import write_cut
 
     num_images = write_cut(arguments.run, arguments.clusters, arguments.output)
     print(f"{num_images:,} images in {arguments.clusters} groups: {arguments.output}")
@@ -121,7 +121,7 @@ def _estimate(arguments: argparse.Namespace) -> None:
     if arguments.images is not None:
         _estimate_counted(arguments)
         return
-    from icce_ray.estimate import estimate
+    from icce_ray.pipeline.estimate import estimate
 
     if arguments.samples < 1:
         raise InputError(f"--samples {arguments.samples}: needed is at least 1")
@@ -154,7 +154,7 @@ def _status(arguments: argparse.Namespace) -> None:
 def _find_runs(arguments: argparse.Namespace) -> tuple[Folder, dict[str, dict[str, Folder]]]:
     """The output folder, and by the name of each run in it the folders of its artifacts."""
     if arguments.target.endswith((".yaml", ".yml")) or Path(arguments.target).is_file():
-        from icce_ray.pipeline import plan, run_name
+        from icce_ray.pipeline.run import plan, run_name
 
         config = load_config(arguments.target, arguments.overrides)
         planned = plan(config)
@@ -170,7 +170,7 @@ def _find_runs(arguments: argparse.Namespace) -> tuple[Folder, dict[str, dict[st
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
-    from icce_ray.evaluate.metrics import evaluate_clustering
+    from icce_ray.metrics.scores import evaluate_clustering
 
     predicted, true = _load_labels(arguments.predicted), _load_labels(arguments.true)
     print(json.dumps(evaluate_clustering(true, predicted)))

@@ -21,14 +21,14 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 
 from icce_ray.classifier.linear import LinearClassifier
 from icce_ray.classifier.self_training import fit_classifier
-from icce_ray.cluster_count.choice import Choice
-from icce_ray.cluster_count.local import count_clusters
 from icce_ray.config import Config, build_config
 from icce_ray.consensus.ensemble import cluster_ensemble
+from icce_ray.count.choice import Choice
+from icce_ray.count.in_process import count_clusters
 from icce_ray.errors import ConfigError, InputError
-from icce_ray.heads.training import train_heads
+from icce_ray.methods.heads.training import train_heads
 from icce_ray.neighbors.graph import build_graph
-from icce_ray.progress import Progress
+from icce_ray.runtime.progress import Progress
 from icce_ray.sample.draw import sample_rows
 
 MAX_SEED = 2**31 - 1

@@ -10,7 +10,6 @@ import argparse
 import json
 import sys
 import traceback
-import types
 from collections.abc import Sequence
 from typing import Any
 
@@ -56,13 +55,13 @@ def add_debug_argument(parser: argparse.ArgumentParser) -> None:
 
 def run_command(arguments: argparse.Namespace) -> None:
     """Load the config, run it, say what came out."""
-    from icce_ray.pipeline import run
+    from icce_ray.pipeline.run import run_pipeline
 
     if arguments.config is None:
         config = _prepare_demo(arguments)
     else:
         config = load_config(arguments.config, arguments.overrides)
-    result = run(config, quiet=arguments.quiet)
+    result = run_pipeline(config, quiet=arguments.quiet)
     if arguments.json:
         print(json.dumps(result.to_json()), flush=True)
 
@@ -83,7 +82,7 @@ def guarded(command: Any, arguments: argparse.Namespace) -> int:
         return EXIT_USER_ERROR if mistake else EXIT_FAILED
     finally:
         if _uses_ray() and not uses_ray_already:
-            sys.modules["icce_ray.cluster"].disconnect()
+            sys.modules["icce_ray.runtime.ray_cluster"].disconnect()
     return 0
 
 
@@ -111,15 +110,5 @@ def _prepare_demo(arguments: argparse.Namespace) -> Config:
     return config
 
 
-class _CallableModule(types.ModuleType):
-    """Once imported, this module takes the place of the function `run` in the package's namespace: be that, too."""
-
-    def __call__(self, config: Config, *, quiet: bool = False) -> Any:
-        from icce_ray.pipeline import run
-
-        return run(config, quiet=quiet)
-
-
 if __name__ == "__main__":
     sys.exit(main())
-sys.modules[__name__].__class__ = _CallableModule

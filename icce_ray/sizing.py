@@ -16,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 
 from icce_ray.config import BackboneConfig, ClassifierConfig, ConsensusConfig, HeadsConfig
-from icce_ray.progress import format_bytes
+from icce_ray.runtime.progress import format_bytes
 
 NUM_CLUSTERS = 1000
 """K, of a large collection."""
@@ -263,7 +263,7 @@ def storage_bytes(num_images: int, trained: int) -> dict[str, int]:
 def memory_bytes(trained: int, plan: Plan) -> dict[str, int]:
     """What the stages check before they start, by the same functions where these need no machine; and the features on
     each disk."""
-    from icce_ray.neighbors.memory import needed_bytes, shard_bytes, worker_bytes
+    from icce_ray.neighbors.search_memory import needed_bytes, shard_bytes, worker_bytes
 
     here = plan.search_workers // plan.search_machines
     heads = HeadsConfig()
@@ -280,8 +280,8 @@ def memory_bytes(trained: int, plan: Plan) -> dict[str, int]:
 
 
 def _coordinator_bytes(trained: int) -> int:
-    from icce_ray.consensus.matrix import HeadLabels, Heads
-    from icce_ray.consensus.memory import coordinator_bytes
+    from icce_ray.consensus.consensus_memory import coordinator_bytes
+    from icce_ray.consensus.label_matrix import HeadLabels, Heads
 
     class Counted(Heads):
         """As many heads and clusters, without labels."""

@@ -31,7 +31,7 @@ def ray_cluster() -> Iterator[None]:
     """The one Ray that all tests in this process share: four logical CPUs."""
     import ray
 
-    from icce_ray.cluster import QUIET_ENVIRONMENT
+    from icce_ray.runtime.ray_cluster import QUIET_ENVIRONMENT
 
     with pytest.MonkeyPatch.context() as patch:
         for key, value in QUIET_ENVIRONMENT.items():

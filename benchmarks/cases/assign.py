@@ -19,11 +19,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from icce_ray import assign
+from icce_ray import assign_images
 from icce_ray.classifier.linear import DESCRIPTION_NAME, MODEL_NAME, NUM_CONFIDENCE_BINS, LinearClassifier
 from icce_ray.classifier.outliers import OutlierModel
-from icce_ray.cluster import connect, usable_cpus
 from icce_ray.config import Config
+from icce_ray.runtime.ray_cluster import connect, usable_cpus
 from icce_ray.store import ArtifactWriter, Folder
 
 SETTINGS: dict[str, Any] = {
@@ -59,7 +59,7 @@ def run(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, bool]]:
             seconds["bare"].append(time.perf_counter() - started)
             started = time.perf_counter()
             output = place / f"out-{round_}"
-            result = assign(model, embeddings=files[0].parent, output=output, overrides=overrides, quiet=True)
+            result = assign_images(model, embeddings=files[0].parent, output=output, overrides=overrides, quiet=True)
             seconds["ours"].append(time.perf_counter() - started)
             assert result.num_images == num_rows
             print(f"rows/s: ours {num_rows / seconds['ours'][-1]:,.0f}, bare {num_rows / seconds['bare'][-1]:,.0f}")

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 
 from cases import datasets
-from icce_ray.cluster_count.local import count_clusters
 from icce_ray.config import build_config
-from icce_ray.progress import Progress
+from icce_ray.count.in_process import count_clusters
+from icce_ray.runtime.progress import Progress
 
 SETTINGS: dict[str, Any] = {
     "planted": [

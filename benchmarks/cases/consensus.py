@@ -18,12 +18,12 @@ import numpy as np
 
 from cases.planted import planted_heads
 from icce_ray.config import Config, ConsensusConfig
+from icce_ray.consensus.consensus_memory import coordinator_bytes, worker_bytes
 from icce_ray.consensus.ensemble import cluster_ensemble
-from icce_ray.consensus.matrix import encode_heads
-from icce_ray.consensus.memory import coordinator_bytes, worker_bytes
-from icce_ray.context import StageContext
-from icce_ray.evaluate.metrics import evaluate_clustering, normalized_mutual_info
-from icce_ray.progress import Progress
+from icce_ray.consensus.label_matrix import encode_heads
+from icce_ray.metrics.scores import evaluate_clustering, normalized_mutual_info
+from icce_ray.runtime.progress import Progress
+from icce_ray.stage import StageContext
 from icce_ray.store import ArtifactWriter, Folder
 
 SETTINGS: dict[str, Any] = {
@@ -88,9 +88,9 @@ def run_stage(heads_HN: Any, num_clusters: int) -> tuple[dict[str, Any], Any]:
     """Seconds and bytes of the stage on Ray; and its labels."""
     import ray
 
-    from icce_ray.cluster import connect
     from icce_ray.consensus import job
-    from icce_ray.consensus.stored import MATRIX_NAME
+    from icce_ray.consensus.stored_label_matrix import MATRIX_NAME
+    from icce_ray.runtime.ray_cluster import connect
 
     with tempfile.TemporaryDirectory(prefix="icce_ray-consensus-") as folder:
         writer = ArtifactWriter(Folder.at(Path(folder) / "heads"))

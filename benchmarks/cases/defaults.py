@@ -23,8 +23,8 @@ from threadpoolctl import threadpool_limits
 from cases import datasets
 from icce_ray.config import PRESETS, HeadsConfig, NeighborsConfig
 from icce_ray.consensus.ensemble import cluster_ensemble
-from icce_ray.evaluate.metrics import clustering_accuracy
-from icce_ray.heads.training import train_heads
+from icce_ray.methods.heads.training import train_heads
+from icce_ray.metrics.scores import clustering_accuracy
 from icce_ray.neighbors.graph import NeighborGraph, build_graph
 
 Scores = tuple[float, float]

@@ -107,11 +107,12 @@ def _measured(kind: str, folder: str, settings: dict[str, Any]) -> tuple[float, 
 
 
 def _stage(folder: str, settings: dict[str, Any]) -> None:
-    from icce_ray.cluster import disconnect
     from icce_ray.config import Config
-    from icce_ray.context import StageContext
-    from icce_ray.embed import job, listing
-    from icce_ray.progress import Progress
+    from icce_ray.embed import job
+    from icce_ray.images import listing
+    from icce_ray.runtime.progress import Progress
+    from icce_ray.runtime.ray_cluster import disconnect
+    from icce_ray.stage import StageContext
     from icce_ray.store import Artifact, ArtifactWriter, Folder
 
     embed = {name: settings[name] for name in ("backbone", "batch_size", "precision")}
@@ -138,7 +139,7 @@ def _plain(folder: str, settings: dict[str, Any]) -> None:
     from timm.data import create_transform, resolve_model_data_config
     from torch.utils.data import DataLoader, Dataset
 
-    from icce_ray.precision import matmul_dtype
+    from icce_ray.runtime.matmul_dtype import matmul_dtype
 
     model: Any = timm.create_model(settings["backbone"], num_classes=0, img_size=IMAGE_SIZE).eval()
     data = resolve_model_data_config(model) | {"input_size": (3, IMAGE_SIZE, IMAGE_SIZE)}

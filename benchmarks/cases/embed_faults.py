@@ -54,8 +54,8 @@ def run(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, bool]]:
 
 def _embed(endpoint: str, output: str) -> tuple[float, int]:
     """(seconds of the stage, failed images)."""
-    from icce_ray import pipeline
     from icce_ray.config import Config
+    from icce_ray.pipeline import run as pipeline
     from icce_ray.store import Artifact
 
     config = Config(

@@ -22,7 +22,7 @@ SETTINGS: dict[str, Any] = {"num_images": [2000, 20_000], "image_size": 64, "max
 SAMPLE_S = 0.2
 JOB = """
 import sys
-from icce_ray import pipeline
+from icce_ray.pipeline import run as pipeline
 from icce_ray.config import load_config
 config, artifacts = load_config(sys.argv[1]), {}
 for step in pipeline.plan(config)[:2]:

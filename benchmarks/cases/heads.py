@@ -16,12 +16,12 @@ from cases import datasets
 from cases.peak import matmul_peak
 from cases.plain_heads import PlainTrainer
 from icce_ray.config import HeadsConfig, NeighborsConfig
-from icce_ray.evaluate.metrics import clustering_accuracy
-from icce_ray.heads.fused import FusedStep
-from icce_ray.heads.sampling import epoch_batches
-from icce_ray.heads.training import HeadTrainer
+from icce_ray.methods.heads.fused import FusedStep
+from icce_ray.methods.heads.sampling import epoch_batches
+from icce_ray.methods.heads.training import HeadTrainer
+from icce_ray.metrics.scores import clustering_accuracy
 from icce_ray.neighbors.graph import NeighborGraph, build_graph
-from icce_ray.precision import matmul_dtype
+from icce_ray.runtime.matmul_dtype import matmul_dtype
 
 SETTINGS: dict[str, Any] = {
     "num_images": 10_000,

@@ -14,13 +14,13 @@ import numpy as np
 import torch
 
 from cases.peak import matmul_peak
-from icce_ray.neighbors.engine import FaissEngine
-from icce_ray.neighbors.prepared import Ids, PreparedFeatures, Queries, prepare
-from icce_ray.neighbors.rows import merge_shards, part_ranges, search_shard
+from icce_ray.neighbors.faiss_engine import FaissEngine
+from icce_ray.neighbors.graph_rows import merge_shards, part_ranges, search_shard
 from icce_ray.neighbors.rule import Rule
 from icce_ray.neighbors.search import merge, search
-from icce_ray.neighbors.threads import in_threads
 from icce_ray.neighbors.torch_engine import TorchEngine
+from icce_ray.neighbors.unit_features import Ids, PreparedFeatures, Queries, prepare
+from icce_ray.runtime.threads import in_threads
 
 SETTINGS: dict[str, Any] = {
     "num_images": 1_281_167,

@@ -15,13 +15,13 @@ import numpy as np
 import torch
 
 from cases.neighbors import clustered, threshold_for
-from icce_ray.neighbors.engine import Engine, FaissEngine
+from icce_ray.neighbors.faiss_engine import Engine, FaissEngine
 from icce_ray.neighbors.ivf import CELLS_PER_SQRT, FIRST_PROBES_SHARE, IvfEngine, plan_cells
-from icce_ray.neighbors.prepared import PreparedFeatures, Queries, prepare
 from icce_ray.neighbors.rule import Rule
 from icce_ray.neighbors.search import merge, most_similar, search
-from icce_ray.neighbors.threads import set_threads
 from icce_ray.neighbors.torch_engine import TorchEngine
+from icce_ray.neighbors.unit_features import PreparedFeatures, Queries, prepare
+from icce_ray.runtime.threads import set_threads
 
 SETTINGS: dict[str, Any] = {
     "num_images": [10_000_000, 100_000_000, 1_000_000_000],

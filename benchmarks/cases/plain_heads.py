@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 
 from icce_ray.config import HeadsConfig
-from icce_ray.heads.model import HeadParameters
-from icce_ray.heads.schedule import teacher_momentum
+from icce_ray.methods.heads.model import HeadParameters
+from icce_ray.methods.heads.schedule import teacher_momentum
 
 
 class PlainHead(torch.nn.Module):

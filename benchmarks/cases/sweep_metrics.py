@@ -20,8 +20,8 @@ from scipy.stats import spearmanr
 from cases import datasets
 from icce_ray import cluster_ensemble, clustering_accuracy
 from icce_ray.store import Artifact, Folder
-from icce_ray.sweep import run_sweep
-from icce_ray.sweeps.settings import EnsembleConfig, SweepConfig, build_sweep
+from icce_ray.sweeps.sweep import run_sweep
+from icce_ray.sweeps.sweep_config import EnsembleConfig, SweepConfig, build_sweep
 
 SETTINGS: dict[str, Any] = {
     "datasets": ["digits", "cifar10_mix"],

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from icce_ray.assign.parts import Tally
+from icce_ray.assign.assignment_parts import Tally
 from icce_ray.classifier.linear import LinearClassifier
 
 NUM_MOST_CHANGED = 5

@@ -19,19 +19,19 @@ import pyarrow.parquet as pq
 import ray
 import ray.data
 
-from icce_ray.assign.candidates import choose_exemplars
+from icce_ray.assign.assignment_parts import AssignPart, FinishedPart, Tally, begin_try
 from icce_ray.assign.drift import summarize_drift
+from icce_ray.assign.exemplar_candidates import choose_exemplars
 from icce_ray.assign.exemplars import pick_exemplars
-from icce_ray.assign.parts import AssignPart, FinishedPart, Tally, begin_try
 from icce_ray.assign.sources import EmbeddedImages, EmbeddingFiles, Source
 from icce_ray.assign.writers import NewWriter, RunWriter, Writer
 from icce_ray.classifier.linear import MODEL_NAME, LinearClassifier
-from icce_ray.cluster import available_cpus, connect, wait_for_machines, worker_cpus
 from icce_ray.config import Config, WorkerResources
-from icce_ray.context import StageContext
-from icce_ray.embed.features import load_features
+from icce_ray.embed.feature_matrix import load_features
 from icce_ray.errors import DamagedArtifactError, InputError, UserError, WorkerError, describe_cause
+from icce_ray.runtime.ray_cluster import available_cpus, connect, wait_for_machines, worker_cpus
 from icce_ray.sample.draw import training_set
+from icce_ray.stage import StageContext
 from icce_ray.store import Artifact
 
 VERSION = 2

@@ -23,10 +23,10 @@ from PIL import Image
 from icce_ray.classifier.linear import DESCRIPTION_NAME, MODEL_NAME, LinearClassifier, Prediction
 from icce_ray.config import Config, EmbedConfig, ImagesConfig
 from icce_ray.embed.backbone import embed_settings, make_backbone, plan_backbone
-from icce_ray.embed.images import Pixels, Preprocessing, convert_image, decode_image
 from icce_ray.embed.networks import Backbone
-from icce_ray.embed.reading import read_image
 from icce_ray.errors import InputError
+from icce_ray.images.decoding import Pixels, Preprocessing, convert_image, decode_image
+from icce_ray.images.reading import read_image
 from icce_ray.store import Artifact, Folder
 
 

@@ -17,11 +17,11 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from icce_ray.assign.parts import ASSIGNMENTS_FOLDER, AssignPart
+from icce_ray.assign.assignment_parts import ASSIGNMENTS_FOLDER, AssignPart
 from icce_ray.config import EmbeddingsConfig
-from icce_ray.embed.features import PART_PREFIX, table_to_arrays
-from icce_ray.embed.listing import SHARD_PREFIX, Listing
+from icce_ray.embed.feature_matrix import PART_PREFIX, table_to_arrays
 from icce_ray.embed.ready_made import NpyEmbeddings, ParquetEmbeddings, ReadyMade, SourceFile, open_embeddings
+from icce_ray.images.listing import SHARD_PREFIX, Listing
 from icce_ray.store import Artifact
 
 READ_ROWS = 8_192

@@ -13,9 +13,9 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from icce_ray.assign import candidates
+from icce_ray.assign import exemplar_candidates as candidates
+from icce_ray.assign.assignment_parts import AssignPart, FinishedPart, Tally, finish_part
 from icce_ray.assign.labeling import NEW_SCHEMA, assignments_table, label_images, new_table
-from icce_ray.assign.parts import AssignPart, FinishedPart, Tally, finish_part
 from icce_ray.assign.sources import Source
 from icce_ray.classifier.linear import MODEL_NAME, LinearClassifier
 from icce_ray.sample.draw import sampled_ids, spread

@@ -17,15 +17,15 @@ import numpy as np
 
 from icce_ray.classifier.linear import DESCRIPTION_NAME, MODEL_NAME, LinearClassifier
 from icce_ray.classifier.self_training import SelfTraining
-from icce_ray.cluster import connect, wait_for_machines
 from icce_ray.config import Config
-from icce_ray.context import StageContext
 from icce_ray.embed.backbone import RANDOM_WEIGHTS, embed_settings
-from icce_ray.embed.features import load_features
-from icce_ray.progress import Progress
+from icce_ray.embed.feature_matrix import load_features
+from icce_ray.runtime.progress import Progress
+from icce_ray.runtime.ray_cluster import connect, wait_for_machines
+from icce_ray.runtime.workers import work_on_workers
 from icce_ray.sample.draw import training_set
+from icce_ray.stage import StageContext
 from icce_ray.store import Artifact, ArtifactWriter
-from icce_ray.workers.job import work_on_workers
 
 VERSION = 2
 LIBRARIES = ("icce_ray", "numpy", "torch", "timm", "scipy")

@@ -27,7 +27,7 @@ from icce_ray.classifier.linear import LinearClassifier, confidence_histogram, p
 from icce_ray.classifier.outliers import fit_outlier_rule
 from icce_ray.config import ClassifierConfig
 from icce_ray.errors import InputError
-from icce_ray.progress import Progress
+from icce_ray.runtime.progress import Progress
 
 Float32Array = npt.NDArray[np.float32]
 FloatArray = npt.NDArray[np.floating]

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from scipy.optimize import linear_sum_assignment
 
 from icce_ray.consensus.contingency import count_consensus, count_pairs, largest_rows
-from icce_ray.consensus.matrix import MISSING, Counts, Heads, Labels, count_labels
+from icce_ray.consensus.label_matrix import MISSING, Counts, Heads, Labels, count_labels
 from icce_ray.consensus.votes import block_rows, rank_votes
 
 MAX_CONFUSED_WITH = 3

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import scipy.sparse as sp
 
-from icce_ray.consensus.matrix import Heads
+from icce_ray.consensus.label_matrix import Heads
 
 Table: TypeAlias = sp.csr_array | npt.NDArray[Any]
 

@@ -10,7 +10,7 @@ import numpy as np
 import scipy.sparse as sp
 
 from icce_ray.consensus.hbgf import group_equal_images
-from icce_ray.consensus.matrix import HeadLabels, Heads, Labels
+from icce_ray.consensus.label_matrix import HeadLabels, Heads, Labels
 from icce_ray.consensus.partition import PartitionError, partition_graph
 
 

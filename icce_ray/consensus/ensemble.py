@@ -16,9 +16,9 @@ import numpy as np
 import numpy.typing as npt
 
 from icce_ray.config import CONSENSUS_METHODS, ConsensusConfig, ConsensusMethod
-from icce_ray.consensus.combine import EnsembleResult, find_consensus
-from icce_ray.consensus.matrix import Heads, check_matrix, encode_heads
-from icce_ray.consensus.memory import check_memory
+from icce_ray.consensus.best_consensus import EnsembleResult, find_consensus
+from icce_ray.consensus.consensus_memory import check_memory
+from icce_ray.consensus.label_matrix import Heads, check_matrix, encode_heads
 from icce_ray.errors import InputError
 
 RandomState = int | np.integer[Any] | np.random.Generator | np.random.RandomState | None

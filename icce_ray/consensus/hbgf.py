@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 import scipy.sparse as sp
 
-from icce_ray.consensus.matrix import HeadLabels, Heads, Labels
+from icce_ray.consensus.label_matrix import HeadLabels, Heads, Labels
 from icce_ray.consensus.partition import PartitionError, partition_graph
 from icce_ray.consensus.votes import hash_numbers
 

@@ -14,7 +14,7 @@ import numpy as np
 import scipy.sparse as sp
 
 from icce_ray.consensus.hbgf import group_equal_images
-from icce_ray.consensus.matrix import Heads, Labels
+from icce_ray.consensus.label_matrix import Heads, Labels
 from icce_ray.consensus.partition import PartitionError, partition_hypergraph
 
 MAX_PINS = 1_000_000

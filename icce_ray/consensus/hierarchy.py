@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from icce_ray.consensus.matrix import Counts
+from icce_ray.consensus.label_matrix import Counts
 from icce_ray.errors import InputError
 
 HIERARCHY_NAME = "hierarchy.parquet"

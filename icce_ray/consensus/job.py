@@ -14,16 +14,16 @@ from typing import Any
 import numpy as np
 import ray
 
-from icce_ray.cluster import available_cpus, connect
 from icce_ray.config import Config
-from icce_ray.consensus.combine import find_consensus
-from icce_ray.consensus.local import write_parts
-from icce_ray.consensus.matrix import Heads, check_surveys
-from icce_ray.consensus.memory import check_memory
-from icce_ray.consensus.runs import find_heads
-from icce_ray.consensus.stored import StoredHeads, open_heads
-from icce_ray.context import StageContext
+from icce_ray.consensus.best_consensus import find_consensus
+from icce_ray.consensus.consensus_memory import check_memory
+from icce_ray.consensus.extra_runs import find_heads
+from icce_ray.consensus.in_process import write_parts
+from icce_ray.consensus.label_matrix import Heads, check_surveys
+from icce_ray.consensus.stored_label_matrix import StoredHeads, open_heads
 from icce_ray.errors import DamagedArtifactError, WorkerError, describe_cause, find_cause
+from icce_ray.runtime.ray_cluster import available_cpus, connect
+from icce_ray.stage import StageContext
 
 VERSION = 3
 MAX_RETRIES = 3

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from icce_ray.consensus.matrix import MISSING, Heads, Labels
-from icce_ray.consensus.pairs import HeadPairs
+from icce_ray.consensus.head_overlaps import HeadPairs
+from icce_ray.consensus.label_matrix import MISSING, Heads, Labels
 from icce_ray.consensus.partition import PartitionError, partition_graph
 from icce_ray.consensus.votes import block_rows, rank_votes
 

@@ -18,9 +18,9 @@ import numpy as np
 import numpy.typing as npt
 
 from icce_ray.consensus.contingency import count_consensus, largest_rows
-from icce_ray.consensus.matrix import MISSING, Counts, Heads, Labels
-from icce_ray.consensus.objective import anmi_from_counts, entropy, mutual_information
+from icce_ray.consensus.label_matrix import MISSING, Counts, Heads, Labels
 from icce_ray.consensus.votes import block_rows, rank_votes
+from icce_ray.metrics.nmi import anmi_from_counts, entropy, mutual_information
 
 MAX_DENSE_CLUSTERS = 32
 """Up to this many clusters an image may move to any; above, to the `NUM_CANDIDATES` that its heads vote for."""

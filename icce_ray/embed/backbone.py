@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from icce_ray.config import BackboneConfig, Config, EmbedConfig
-from icce_ray.embed.images import Interpolation, Preprocessing, SeveralViews
 from icce_ray.embed.networks import (
     Backbone,
     PixelsBackbone,
@@ -32,6 +31,7 @@ from icce_ray.embed.networks import (
 from icce_ray.embed.plan_cache import remembered
 from icce_ray.embed.weights import check_hub, check_weights, load_weights, no_hub, weights_digest
 from icce_ray.errors import ConfigError, UserError
+from icce_ray.images.decoding import Interpolation, Preprocessing, SeveralViews
 
 if TYPE_CHECKING:
     import torch

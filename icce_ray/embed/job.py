@@ -25,19 +25,10 @@ import ray
 import ray.data
 
 from icce_ray import errors
-from icce_ray.cluster import (
-    available_cpus,
-    connect,
-    cpus_beside,
-    largest_machine_cpus,
-    wait_for_machines,
-    worker_cpus,
-)
 from icce_ray.config import Config
-from icce_ray.context import StageContext
 from icce_ray.embed.backbone import PIXELS, EmbeddingPlan, embed_settings, make_backbone, plan_embedding
-from icce_ray.embed.content import KnownContent, VectorReader, gather, model_key, siblings
-from icce_ray.embed.decoded import (
+from icce_ray.embed.content_index import KnownContent, VectorReader, gather, model_key, siblings
+from icce_ray.embed.decode_and_embed import (
     DecodedPart,
     Outcome,
     assemble_part,
@@ -46,9 +37,7 @@ from icce_ray.embed.decoded import (
     decoded_to_table,
     embed_contents,
 )
-from icce_ray.embed.listing import Listing
-from icce_ray.embed.networks import Backbone
-from icce_ray.embed.parts import (
+from icce_ray.embed.embedding_parts import (
     PartRange,
     PartRecord,
     copy_part,
@@ -60,12 +49,23 @@ from icce_ray.embed.parts import (
     with_source,
     write_part,
 )
-from icce_ray.embed.reading import REMOVED
+from icce_ray.embed.finished_parts import ERRORS_NAME, Tally, convert_ready_made
+from icce_ray.embed.networks import Backbone
 from icce_ray.embed.ready_made import open_embeddings
-from icce_ray.embed.sources import is_remote
-from icce_ray.embed.tally import ERRORS_NAME, Tally, convert_ready_made
-from icce_ray.embed.tries import Tries
+from icce_ray.images.listing import Listing
+from icce_ray.images.reading import REMOVED
+from icce_ray.images.sources import is_remote
+from icce_ray.runtime.ray_cluster import (
+    available_cpus,
+    connect,
+    cpus_beside,
+    largest_machine_cpus,
+    wait_for_machines,
+    worker_cpus,
+)
+from icce_ray.stage import StageContext
 from icce_ray.store import Artifact, Folder, Part
+from icce_ray.store.attempts import Tries
 from icce_ray.store.s3 import use_s3
 
 VERSION = 3

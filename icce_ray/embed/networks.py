@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from icce_ray.embed.images import Pixels, Preprocessing, SeveralViews
-from icce_ray.precision import Precision, matmul_dtype
+from icce_ray.images.decoding import Pixels, Preprocessing, SeveralViews
+from icce_ray.runtime.matmul_dtype import Precision, matmul_dtype
 
 if TYPE_CHECKING:
     import torch

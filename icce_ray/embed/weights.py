@@ -19,10 +19,10 @@ from urllib.request import getproxies
 
 import pyarrow.fs as pafs
 
-from icce_ray.embed.local_files import locked, replacing
 from icce_ray.errors import ConfigError, ResourceError
 from icce_ray.store.artifact import cache_folder
 from icce_ray.store.filesystem import open_uri
+from icce_ray.store.local_files import locked, replacing
 
 WEIGHTS_ENDINGS = (".safetensors", ".pth", ".pt", ".bin")
 WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model", "teacher")

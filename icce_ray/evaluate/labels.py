@@ -20,8 +20,8 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from icce_ray.config import Config, EvaluateConfig
-from icce_ray.embed.containers import labels_beside
 from icce_ray.errors import InputError
+from icce_ray.images.containers import labels_beside
 from icce_ray.store.filesystem import open_uri
 
 FOLDER = "folder"

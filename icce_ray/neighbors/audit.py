@@ -17,12 +17,12 @@ import numpy as np
 import numpy.typing as npt
 
 from icce_ray.config import NeighborsConfig
-from icce_ray.neighbors.curves import FINEST_STEP, Curves, count_pairs, curves_of
 from icce_ray.neighbors.duplicates import auto_threshold
-from icce_ray.neighbors.memory import shard_bytes, worker_bytes
-from icce_ray.neighbors.precision import cluster_labels
-from icce_ray.neighbors.prepared import Floats, PreparedFeatures, prepare
+from icce_ray.neighbors.neighbor_precision import cluster_labels
 from icce_ray.neighbors.search import most_similar
+from icce_ray.neighbors.search_memory import shard_bytes, worker_bytes
+from icce_ray.neighbors.threshold_curves import FINEST_STEP, Curves, count_pairs, curves_of
+from icce_ray.neighbors.unit_features import Floats, PreparedFeatures, prepare
 
 STREAM = 2
 """Of the seed: keeps the audit's draws apart from those of other stages."""

@@ -16,8 +16,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from icce_ray.neighbors.engine import RESOLUTION
-from icce_ray.neighbors.prepared import Ids
+from icce_ray.neighbors.faiss_engine import RESOLUTION
+from icce_ray.neighbors.unit_features import Ids
 
 AUTO_SHARE_OF_DISTANCE = 0.01
 """`auto`: near-duplicates are this much nearer to each other, in 1 - cosine, than an image to the last of its

@@ -20,10 +20,8 @@ import numpy.typing as npt
 from icce_ray.config import NeighborsConfig
 from icce_ray.neighbors.audit import Audit, audit_prepared
 from icce_ray.neighbors.duplicates import DuplicatePairs, leaders
-from icce_ray.neighbors.engine import Engine, FaissEngine
-from icce_ray.neighbors.ivf import Cells, IvfEngine, choose_method
-from icce_ray.neighbors.prepared import Ids, PreparedFeatures, prepare
-from icce_ray.neighbors.rows import (
+from icce_ray.neighbors.faiss_engine import Engine, FaissEngine
+from icce_ray.neighbors.graph_rows import (
     Rows,
     combine_rows,
     ids_to_search_again,
@@ -32,8 +30,10 @@ from icce_ray.neighbors.rows import (
     rows_among_leaders,
     search_shard,
 )
+from icce_ray.neighbors.ivf import Cells, IvfEngine, choose_method
 from icce_ray.neighbors.rule import Rule
-from icce_ray.progress import Progress
+from icce_ray.neighbors.unit_features import Ids, PreparedFeatures, prepare
+from icce_ray.runtime.progress import Progress
 from icce_ray.store import Artifact
 from icce_ray.store.artifact import cache_folder
 

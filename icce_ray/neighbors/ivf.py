@@ -18,7 +18,7 @@ import numpy.typing as npt
 from faiss.contrib.ivf_tools import add_preassigned, range_search_preassigned, search_preassigned
 
 from icce_ray.config import NeighborsConfig
-from icce_ray.neighbors.engine import (
+from icce_ray.neighbors.faiss_engine import (
     BASE_BLOCK,
     CpuEngine,
     exact_similarity,
@@ -27,10 +27,10 @@ from icce_ray.neighbors.engine import (
     radius,
     similarity_error,
 )
-from icce_ray.neighbors.precision import spherical_kmeans
-from icce_ray.neighbors.prepared import Floats, Ids, PreparedFeatures, Queries
+from icce_ray.neighbors.neighbor_precision import spherical_kmeans
 from icce_ray.neighbors.rule import PairList, Rule
 from icce_ray.neighbors.search import most_similar
+from icce_ray.neighbors.unit_features import Floats, Ids, PreparedFeatures, Queries
 
 STREAM = 3
 """Of the seed."""

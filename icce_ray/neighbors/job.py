@@ -16,16 +16,13 @@ from typing import Any
 import numpy as np
 import ray
 
-from icce_ray.cluster import connect, wait_for_machines, worker_cpus
 from icce_ray.config import Config
-from icce_ray.context import StageContext
-from icce_ray.embed.features import feature_set_names, load_features
+from icce_ray.embed.feature_matrix import feature_set_names, load_features
 from icce_ray.errors import InputError, ResourceError, WorkerError, find_cause
 from icce_ray.neighbors.audit import Audit
 from icce_ray.neighbors.duplicates import DuplicatePairs, group_table, leaders, pair_table
-from icce_ray.neighbors.memory import needed_bytes
-from icce_ray.neighbors.prepared import Ids
-from icce_ray.neighbors.rows import Rows
+from icce_ray.neighbors.graph_rows import Rows
+from icce_ray.neighbors.search_memory import needed_bytes
 from icce_ray.neighbors.shards import (
     AUDIT_NAME,
     Finished,
@@ -37,8 +34,11 @@ from icce_ray.neighbors.shards import (
     source_of,
     write_leaders,
 )
-from icce_ray.progress import Progress
+from icce_ray.neighbors.unit_features import Ids
+from icce_ray.runtime.progress import Progress
+from icce_ray.runtime.ray_cluster import connect, wait_for_machines, worker_cpus
 from icce_ray.sample.draw import training_set
+from icce_ray.stage import StageContext
 from icce_ray.store import Artifact, Folder
 
 VERSION = 5

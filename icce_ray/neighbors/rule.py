@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from icce_ray.neighbors.prepared import Floats, Ids
+from icce_ray.neighbors.unit_features import Floats, Ids
 
 PADDED_ELEMENTS = 4_000_000
 MAX_DUPLICATES_PER_IMAGE = 32

@@ -16,10 +16,10 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from icce_ray.neighbors.engine import Engine, FaissEngine, exact_similarity, in_units, is_unsearched
-from icce_ray.neighbors.prepared import Floats, Ids, PreparedFeatures, Queries
+from icce_ray.neighbors.faiss_engine import Engine, FaissEngine, exact_similarity, in_units, is_unsearched
 from icce_ray.neighbors.rule import DuplicateList, Exact, PairList, Rule, keep
-from icce_ray.neighbors.threads import in_threads, threads_within
+from icce_ray.neighbors.unit_features import Floats, Ids, PreparedFeatures, Queries
+from icce_ray.runtime.threads import in_threads, threads_within
 
 QUERY_BLOCK = 1024
 PAIRS_HELD = 8_000_000

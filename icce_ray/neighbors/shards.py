@@ -19,15 +19,12 @@ import numpy.typing as npt
 from pydantic import ValidationError
 
 from icce_ray.config import Config
-from icce_ray.embed.features import load_features
+from icce_ray.embed.feature_matrix import load_features
 from icce_ray.neighbors.audit import Audit
 from icce_ray.neighbors.duplicates import DuplicatePairs
-from icce_ray.neighbors.engine import Engine
+from icce_ray.neighbors.faiss_engine import Engine
 from icce_ray.neighbors.graph import audit_and_plan, make_engine, rule_of
-from icce_ray.neighbors.ivf import Cells
-from icce_ray.neighbors.memory import available_memory_bytes
-from icce_ray.neighbors.prepared import Ids, PreparedFeatures, prepare
-from icce_ray.neighbors.rows import (
+from icce_ray.neighbors.graph_rows import (
     Rows,
     combine_rows,
     ids_to_search_again,
@@ -37,9 +34,12 @@ from icce_ray.neighbors.rows import (
     search_shard,
     shard_ids,
 )
+from icce_ray.neighbors.ivf import Cells
 from icce_ray.neighbors.rule import Rule
 from icce_ray.neighbors.search import Candidates
-from icce_ray.neighbors.threads import set_threads
+from icce_ray.neighbors.search_memory import available_memory_bytes
+from icce_ray.neighbors.unit_features import Ids, PreparedFeatures, prepare
+from icce_ray.runtime.threads import set_threads
 from icce_ray.store import Artifact, ArtifactWriter, Folder, Part
 
 AUDIT_NAME = "audit"

@@ -24,10 +24,18 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from icce_ray.neighbors.engine import BASE_BLOCK, NOTHING, RESOLUTION, as_slice, in_units, is_unsearched, lowest_border
-from icce_ray.neighbors.prepared import Ids, PreparedFeatures, Queries
+from icce_ray.neighbors.faiss_engine import (
+    BASE_BLOCK,
+    NOTHING,
+    RESOLUTION,
+    as_slice,
+    in_units,
+    is_unsearched,
+    lowest_border,
+)
 from icce_ray.neighbors.rule import PairList, Rule
-from icce_ray.neighbors.threads import in_threads
+from icce_ray.neighbors.unit_features import Ids, PreparedFeatures, Queries
+from icce_ray.runtime.threads import in_threads
 
 SCORES_PER_BLOCK = 2**28
 GATHERED_SCORES = 2**24

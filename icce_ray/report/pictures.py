@@ -12,10 +12,10 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
-from icce_ray.embed.containers import locate
-from icce_ray.embed.images import Preprocessing, decode_image
-from icce_ray.embed.listing import IMAGE_ENDINGS
-from icce_ray.embed.reading import read_image
+from icce_ray.images.containers import locate
+from icce_ray.images.decoding import Preprocessing, decode_image
+from icce_ray.images.listing import IMAGE_ENDINGS
+from icce_ray.images.reading import read_image
 
 Pixels = npt.NDArray[np.uint8]
 

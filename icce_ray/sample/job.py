@@ -6,11 +6,11 @@ from typing import Any
 
 import ray
 
-from icce_ray.cluster import connect
 from icce_ray.config import Config
-from icce_ray.context import StageContext
 from icce_ray.errors import WorkerError
+from icce_ray.runtime.ray_cluster import connect
 from icce_ray.sample.draw import PART_PREFIX, SamplePart, plan_parts, sample_rows, write_part
+from icce_ray.stage import StageContext
 from icce_ray.store import Artifact, ArtifactWriter, Part
 
 VERSION = 1

@@ -21,13 +21,13 @@ from ray.tune.schedulers import AsyncHyperBandScheduler
 from ray.tune.search import create_searcher
 from ray.tune.search.variant_generator import generate_variants
 
-from icce_ray.cluster import available_cpus
 from icce_ray.errors import ResourceError, UserError, WorkerError, describe_cause, find_cause
-from icce_ray.progress import Progress
+from icce_ray.runtime.progress import Progress
+from icce_ray.runtime.ray_cluster import available_cpus
 from icce_ray.store import Folder
 from icce_ray.sweeps import trial
 from icce_ray.sweeps.search_space import CHOICE, GRID, Dimension
-from icce_ray.sweeps.settings import Sweep
+from icce_ray.sweeps.sweep_config import Sweep
 from icce_ray.sweeps.table import FAILED, FINISHED, STOPPED, Row, from_parameters, setting_text
 from icce_ray.sweeps.trial import Listings
 

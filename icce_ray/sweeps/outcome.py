@@ -10,17 +10,17 @@ from typing import Any
 import numpy as np
 
 from icce_ray.config import Config
-from icce_ray.consensus.runs import have_same_images
-from icce_ray.embed.features import load_features
-from icce_ray.embed.listing import Listing
+from icce_ray.consensus.extra_runs import have_same_images
+from icce_ray.embed.feature_matrix import load_features
 from icce_ray.errors import WorkerError
-from icce_ray.pipeline import plan, run_name
-from icce_ray.progress import Progress, format_seconds
-from icce_ray.result import Result, write_record
+from icce_ray.images.listing import Listing
+from icce_ray.pipeline.result import Result, write_record
+from icce_ray.pipeline.run import plan, run_name
+from icce_ray.runtime.progress import Progress, format_seconds
 from icce_ray.sample.draw import training_set
 from icce_ray.store import Artifact, ArtifactWriter
-from icce_ray.sweeps.page import render
-from icce_ray.sweeps.settings import Sweep
+from icce_ray.sweeps.sweep_config import Sweep
+from icce_ray.sweeps.sweep_page import render
 from icce_ray.sweeps.table import (
     FAILED,
     FINISHED,
@@ -193,7 +193,7 @@ def _complete(row: Row, runs: Sequence[FoundRun]) -> Row:
 def score(run: FoundRun) -> dict[str, float]:
     """ACC, NMI and ARI of the consensus against the true labels; empty without labels."""
     from icce_ray.evaluate.labels import load_labels
-    from icce_ray.evaluate.metrics import evaluate_clustering
+    from icce_ray.metrics.scores import evaluate_clustering
 
     if run.config.evaluate.labels is None:
         return {}

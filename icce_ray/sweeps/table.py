@@ -13,7 +13,7 @@ import yaml
 
 from icce_ray.config import Config
 from icce_ray.errors import WorkerError
-from icce_ray.sweeps.settings import EnsembleConfig
+from icce_ray.sweeps.sweep_config import EnsembleConfig
 
 FINISHED, STOPPED, FAILED = "finished", "stopped", "failed"
 MAX_PRINTED = 40

@@ -16,13 +16,13 @@ from typing import Any
 import numpy as np
 
 from icce_ray.config import Config
-from icce_ray.context import StageContext
 from icce_ray.errors import BusyError
-from icce_ray.pipeline import STAGES, PlannedStage, Stage, finish, plan
-from icce_ray.progress import Progress
+from icce_ray.pipeline.run import STAGES, PlannedStage, Stage, finish, plan
+from icce_ray.runtime.progress import Progress
 from icce_ray.sample.draw import sampled_ids, training_set
+from icce_ray.stage import StageContext
 from icce_ray.store import Artifact, ArtifactWriter, Claim
-from icce_ray.sweeps.projection import spaces
+from icce_ray.sweeps.silhouette_spaces import spaces
 
 POLL_S = 1.0
 SHARED = ("images", "embed", "sample", "neighbors")
@@ -31,10 +31,15 @@ TRAINED = ("heads", "consensus")
 NOT_METRICS = ("num_clusters_used",)
 
 PROJECTION = Stage(
-    "projection", "icce_ray.sweeps.projection", 1, ("embed", "sample"), lambda config: {"spaces": spaces()}, "spaces"
+    "projection",
+    "icce_ray.sweeps.silhouette_spaces",
+    1,
+    ("embed", "sample"),
+    lambda config: {"spaces": spaces()},
+    "spaces",
 )
 PROXIES = Stage(
-    "proxies", "icce_ray.sweeps.proxies", 1, ("embed", "sample", "consensus", "projection"), lambda config: {}
+    "proxies", "icce_ray.sweeps.trial_scores", 1, ("embed", "sample", "consensus", "projection"), lambda config: {}
 )
 
 
@@ -80,7 +85,7 @@ def run_stages(listings: Listings, in_one_process: bool) -> tuple[Stage, ...]:
     and so are their results and fingerprints."""
     own = [stage for stage in STAGES if stage.name in TRAINED]
     if in_one_process:
-        own = [replace(stage, module=stage.module.removesuffix(".job") + ".local") for stage in own]
+        own = [replace(stage, module=stage.module.removesuffix(".job") + ".in_process") for stage in own]
     return (*shared_stages(listings), *own, PROXIES)
 
 
@@ -125,8 +130,8 @@ def run_to_rung(config: Config, listings: Listings, epoch: int) -> tuple[int, di
         The epoch that was reached (a checkpoint may be further), and the metrics; None where the heads are finished.
     """
     from icce_ray.consensus.ensemble import cluster_ensemble
-    from icce_ray.heads import local
-    from icce_ray.sweeps.proxies import measure
+    from icce_ray.methods.heads import in_process as local
+    from icce_ray.sweeps.trial_scores import measure
 
     make(config, shared_stages(listings))
     while True:
@@ -177,7 +182,7 @@ def mean_metrics(runs: Sequence[Mapping[str, float | None]]) -> dict[str, float 
 
 def stabilities(outcomes: Sequence[RunOutcome]) -> list[float]:
     """NMI of the clusters of each two runs, over the images that both were trained on."""
-    from icce_ray.evaluate.proxies import stability
+    from icce_ray.metrics.label_free import stability
 
     labels = [outcome.labels.read_array("labels.npy") for outcome in outcomes]
     ids = [sampled_ids(outcome.embed) for outcome in outcomes]

@@ -27,9 +27,9 @@ import pyarrow as pa
 from PIL import Image
 
 from icce_ray.config import Config
-from icce_ray.embed.features import load_features
-from icce_ray.pipeline import PlannedStage, plan, run_name
-from icce_ray.status import find_status
+from icce_ray.embed.feature_matrix import load_features
+from icce_ray.pipeline.run import PlannedStage, plan, run_name
+from icce_ray.pipeline.status import find_status
 from icce_ray.store import Folder
 
 from .hosts import Host, Hosts, Workers, process_table, title

@@ -9,8 +9,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from icce_ray import pipeline
 from icce_ray.config import Config
+from icce_ray.pipeline import run as pipeline
 from icce_ray.store import Artifact
 
 from .hosts import descendants, process_table, title

@@ -23,10 +23,10 @@ from icce_ray.classifier import job as classifier_job
 from icce_ray.classifier.linear import LinearClassifier
 from icce_ray.classifier.self_training import fit_classifier
 from icce_ray.config import Config
-from icce_ray.context import StageContext
-from icce_ray.embed import parts as embed_parts
+from icce_ray.embed import embedding_parts as embed_parts
 from icce_ray.errors import DamagedArtifactError, InputError, WorkerError
-from icce_ray.progress import Progress
+from icce_ray.runtime.progress import Progress
+from icce_ray.stage import StageContext
 from icce_ray.store import Artifact, ArtifactWriter, Folder
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")

@@ -10,15 +10,15 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from icce_ray import ICCE, cut_hierarchy, run
+from icce_ray import ICCE, cut_hierarchy, run_pipeline
 from icce_ray.cli import main
-from icce_ray.cluster_count import job
-from icce_ray.cluster_count.choice import coarse_grid
 from icce_ray.config import Config, build_config
-from icce_ray.context import StageContext
+from icce_ray.count import job
+from icce_ray.count.choice import coarse_grid
 from icce_ray.errors import InputError
-from icce_ray.pipeline import STAGES, is_counted, plan
-from icce_ray.progress import Progress
+from icce_ray.pipeline.run import STAGES, is_counted, plan
+from icce_ray.runtime.progress import Progress
+from icce_ray.stage import StageContext
 from icce_ray.store import Artifact, ArtifactWriter, Folder
 from tests.integration.stages import run_until
 
@@ -65,7 +65,7 @@ def test_a_run_chooses_and_is_then_the_run_of_that_number(
 ) -> None:
     config = config_for(folder)
     assert not is_counted(plan(config))
-    result = run(config)
+    result = run_pipeline(config)
     said = capsys.readouterr().err
     assert result.num_clusters == NUM_CLUSTERS
     assert result.num_clusters_range is not None
@@ -77,14 +77,14 @@ def test_a_run_chooses_and_is_then_the_run_of_that_number(
     assert stage_of(config, "cluster_count").metrics["choice"] in page
     assert "How many clusters" in page
 
-    again = run(config, quiet=True)
+    again = run_pipeline(config, quiet=True)
     assert (
         set(again.finished_before)
         == {step.name for step in plan(config)}
         == {s.name for s in STAGES} | {"cluster_count"}
     )
     assert (again.run, again.num_clusters_range) == (result.run, (low, high))
-    explicit = run(config_for(folder, num_clusters=NUM_CLUSTERS), quiet=True)
+    explicit = run_pipeline(config_for(folder, num_clusters=NUM_CLUSTERS), quiet=True)
     assert set(explicit.finished_before) == {stage.name for stage in STAGES} - {"report"}
     assert explicit.assignments == result.assignments
     assert "How many clusters" not in Path(explicit.report).read_text()
@@ -139,7 +139,7 @@ def test_what_a_killed_run_had_clustered_is_not_done_again(
     inputs = run_until("sample", config)
 
     def count(progress: Progress) -> dict[str, Any]:
-        return job.run(config, StageContext(ArtifactWriter(Folder.at(tmp_path / "count")), inputs, progress))
+        return job.run_pipeline(config, StageContext(ArtifactWriter(Folder.at(tmp_path / "count")), inputs, progress))
 
     def killed(low: int, high: int, measure: Any) -> None:
         list(measure(coarse_grid(low, high)[:2]))
@@ -166,4 +166,4 @@ def test_more_clusters_than_images_are_refused_when_the_images_are_listed(ray_cl
     asked = SECTIONS["cluster_count"] | {"max_clusters": 241}
     config = config_for(folder, cluster_count=asked, output=str(folder / "other"))
     with pytest.raises(InputError, match=r"fewer than cluster_count\.max_clusters \(241\): lower cluster_count"):
-        run(config, quiet=True)
+        run_pipeline(config, quiet=True)

@@ -11,15 +11,16 @@ import pytest
 from ray import cloudpickle
 
 from icce_ray.config import Config
-from icce_ray.consensus import combine, job
-from icce_ray.consensus import matrix as matrix_module
+from icce_ray.consensus import best_consensus as combine
+from icce_ray.consensus import job
+from icce_ray.consensus import label_matrix as matrix_module
 from icce_ray.consensus.agreement import describe_clusters
 from icce_ray.consensus.ensemble import cluster_ensemble
-from icce_ray.consensus.runs import find_heads
-from icce_ray.consensus.stored import open_heads
-from icce_ray.context import StageContext
+from icce_ray.consensus.extra_runs import find_heads
+from icce_ray.consensus.stored_label_matrix import open_heads
 from icce_ray.errors import InputError, ResourceError, WorkerError, find_cause
-from icce_ray.progress import Progress
+from icce_ray.runtime.progress import Progress
+from icce_ray.stage import StageContext
 from icce_ray.store import ArtifactWriter, Folder
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -198,6 +199,6 @@ def test_a_label_matrix_that_cannot_be_used_is_the_users_to_mend(tmp_path, label
 
 
 def test_too_little_memory_is_said_before_the_work(tmp_path, label_matrix, monkeypatch):
-    monkeypatch.setattr("icce_ray.consensus.memory.available_memory_bytes", lambda: 1000)
+    monkeypatch.setattr("icce_ray.consensus.consensus_memory.available_memory_bytes", lambda: 1000)
     with pytest.raises(ResourceError, match=r"210 images.*GB"):
         run_job(tmp_path, write_run(tmp_path, "own", label_matrix))

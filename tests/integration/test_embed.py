@@ -14,13 +14,14 @@ import pytest
 from PIL import Image
 
 from icce_ray.config import Config
-from icce_ray.context import StageContext
-from icce_ray.embed import job, listing
+from icce_ray.embed import job
 from icce_ray.embed.backbone import make_backbone, plan_backbone
-from icce_ray.embed.features import feature_set_names, load_features
-from icce_ray.embed.images import decode_image
+from icce_ray.embed.feature_matrix import feature_set_names, load_features
 from icce_ray.errors import ConfigError, InputError
-from icce_ray.progress import Progress
+from icce_ray.images import listing
+from icce_ray.images.decoding import decode_image
+from icce_ray.runtime.progress import Progress
+from icce_ray.stage import StageContext
 from icce_ray.store import Artifact, ArtifactWriter, Folder
 
 from .stages import killing, run_embed, wait_for, workers
@@ -241,7 +242,7 @@ PixelsBackbone.embed = deadly_embed
 """
 RUN = """
 import sys
-from icce_ray import pipeline
+from icce_ray.pipeline import run as pipeline
 from icce_ray.config import load_config
 config = load_config(sys.argv[1])
 artifacts = {}
@@ -329,7 +330,7 @@ def test_ready_made_embeddings_become_the_same_artifact_in_the_same_order(tmp_pa
 
 
 def test_ready_made_embeddings_are_taken_up_part_by_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("icce_ray.embed.parts.READY_MADE_PART_ROWS", 64)
+    monkeypatch.setattr("icce_ray.embed.embedding_parts.READY_MADE_PART_ROWS", 64)
     np.save(tmp_path / "e.npy", np.random.default_rng(0).standard_normal((500, 12)).astype(np.float16))
     config = Config(output=str(tmp_path), num_clusters=2, embeddings={"uri": str(tmp_path / "e.npy")})
     run_stage(config, tmp_path / "run")

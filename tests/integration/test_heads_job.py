@@ -15,10 +15,10 @@ import pytest
 
 from icce_ray import ICCE
 from icce_ray.config import Config
-from icce_ray.context import StageContext
 from icce_ray.errors import ResourceError
-from icce_ray.heads import job
-from icce_ray.progress import Progress
+from icce_ray.methods.heads import job
+from icce_ray.runtime.progress import Progress
+from icce_ray.stage import StageContext
 from icce_ray.store import Artifact, ArtifactWriter, Folder
 
 from .stages import run_until, workers

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from icce_ray import run
+from icce_ray import run_pipeline
 from icce_ray.config import Config
 
 from .hosts import can_isolate, in_namespaces
@@ -44,7 +44,7 @@ def undisturbed(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> 
         (folder / "photos" / name).write_bytes(content)
     places = {"images": {"uri": str(folder / "photos")}, "output": str(folder / "out")}
     config = Config.model_validate(SETTINGS | places)
-    return made_by(config, run(config, quiet=True).to_json())
+    return made_by(config, run_pipeline(config, quiet=True).to_json())
 
 
 def test_the_work_lands_on_all_hosts(disturbed: dict[str, Any]) -> None:

@@ -13,14 +13,15 @@ import pytest
 import ray
 
 from icce_ray.config import Config
-from icce_ray.context import StageContext
-from icce_ray.embed.features import column_name
+from icce_ray.embed.feature_matrix import column_name
 from icce_ray.errors import InputError, ResourceError, find_cause
-from icce_ray.neighbors import job, memory
+from icce_ray.neighbors import job
+from icce_ray.neighbors import search_memory as memory
 from icce_ray.neighbors.audit import Audit
 from icce_ray.neighbors.graph import build, build_graph, combine_graphs, load_graph
-from icce_ray.neighbors.rows import part_ranges
-from icce_ray.progress import Progress
+from icce_ray.neighbors.graph_rows import part_ranges
+from icce_ray.runtime.progress import Progress
+from icce_ray.stage import StageContext
 from icce_ray.store import Artifact, ArtifactWriter, Folder
 
 NUM_IMAGES = 2500

@@ -21,16 +21,16 @@ from icce_ray import cli
 from icce_ray.assign import job as assign_job
 from icce_ray.assign.labeling import NEW_SCHEMA
 from icce_ray.assign.model import Model
+from icce_ray.assign.new_images import AssignResult
 from icce_ray.classifier import job as classifier_job
 from icce_ray.config import Config
-from icce_ray.context import StageContext
 from icce_ray.embed import job as embed_job
-from icce_ray.embed import listing
 from icce_ray.errors import InputError, UserError
-from icce_ray.new_images import AssignResult
-from icce_ray.pipeline import plan, run_name
-from icce_ray.progress import Progress
-from icce_ray.result import write_record
+from icce_ray.images import listing
+from icce_ray.pipeline.result import write_record
+from icce_ray.pipeline.run import plan, run_name
+from icce_ray.runtime.progress import Progress
+from icce_ray.stage import StageContext
 from icce_ray.store import Artifact, ArtifactWriter
 
 pytestmark = pytest.mark.slow
@@ -109,7 +109,7 @@ def new_images(run: Path) -> tuple[list[Path], list[int]]:
 
 @pytest.fixture(scope="module")
 def assigned(run: Path, new_images: tuple[list[Path], list[int]]) -> AssignResult:
-    return icce_ray.assign(run / "out", images=run / "new", quiet=True)
+    return icce_ray.assign_images(run / "out", images=run / "new", quiet=True)
 
 
 def read(result: AssignResult) -> pa.Table:
@@ -186,13 +186,13 @@ def test_a_second_time_nothing_is_done_and_a_cut_run_goes_on(run: Path, assigned
     folder = Path(assigned.assignments).parent
     before = {path: path.read_bytes() for path in folder.rglob("*.parquet")}
     assert len(before) == 2 * 2 + 1
-    again = icce_ray.assign(run / "run.yaml", images=run / "new", quiet=True)
+    again = icce_ray.assign_images(run / "run.yaml", images=run / "new", quiet=True)
     assert again == AssignResult(**{**vars(assigned), "seconds": dict.fromkeys(assigned.seconds, 0.0)})
     (folder / "manifest.json").unlink()
     (folder / "exemplars.parquet").unlink()
     (folder / "part-00000.done.json").unlink()
     (folder / "candidates" / "part-00001.parquet").write_bytes(b"cut")
-    icce_ray.assign(run / "out", images=run / "new", quiet=True)
+    icce_ray.assign_images(run / "out", images=run / "new", quiet=True)
     assert {path: path.read_bytes() for path in folder.rglob("*.parquet")} == before
 
 
@@ -226,7 +226,7 @@ def test_embeddings_give_what_their_images_give_whatever_the_parts_and_workers(
 def test_one_new_image_is_enough(run: Path, new_images: tuple[list[Path], list[int]], tmp_path: Path) -> None:
     (tmp_path / "one").mkdir()
     shutil.copy(new_images[0][3], tmp_path / "one")
-    result = icce_ray.assign(run / "out", images=tmp_path / "one", output=tmp_path / "out", quiet=True)
+    result = icce_ray.assign_images(run / "out", images=tmp_path / "one", output=tmp_path / "out", quiet=True)
     assert read(result)["cluster"].to_pylist() == [1]
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from icce_ray import ICCE, run
+from icce_ray import ICCE, run_pipeline
 from icce_ray.config import Config
 from icce_ray.store import Artifact, Folder
 
@@ -50,7 +50,7 @@ def fit_estimator(features: np.ndarray, **changes: object) -> ICCE:
     ).fit(features)
 
 
-def run_pipeline(
+def distributed(
     features: np.ndarray, folder: Path, num_workers: int, **heads: object
 ) -> tuple[dict[str, Artifact], list[int]]:
     """Artifacts by stage, and the clusters that the assignments give."""
@@ -67,7 +67,7 @@ def run_pipeline(
             "resources": {"neighbors": workers, "heads": workers},
         }
     )
-    result = run(config, quiet=True)
+    result = run_pipeline(config, quiet=True)
     artifacts = {}
     for stage in ("neighbors", "heads", "consensus"):
         (path,) = (folder / "out" / stage).iterdir()
@@ -78,7 +78,7 @@ def run_pipeline(
 
 
 def test_the_pipeline_gives_the_labels_of_the_estimator(ray_cluster, features, tmp_path: Path) -> None:
-    artifacts, clusters = run_pipeline(features, tmp_path, num_workers=1)
+    artifacts, clusters = distributed(features, tmp_path, num_workers=1)
     estimator = fit_estimator(features)
     assert artifacts["neighbors"].metrics["similarity_threshold"] == estimator.similarity_threshold_
     assert np.array_equal(artifacts["heads"].read_array("label_matrix.npy"), estimator.head_labels_)
@@ -88,7 +88,7 @@ def test_the_pipeline_gives_the_labels_of_the_estimator(ray_cluster, features, t
 
 def test_two_workers_and_a_sample_give_the_labels_of_the_estimator(ray_cluster, features, tmp_path: Path) -> None:
     """With `max_images` both draw the same sample, train on it, and label the others by the classifier."""
-    artifacts, clusters = run_pipeline(features, tmp_path, num_workers=2, max_images=400)
+    artifacts, clusters = distributed(features, tmp_path, num_workers=2, max_images=400)
     estimator = fit_estimator(features, max_images=400)
     assert artifacts["neighbors"].metrics["similarity_threshold"] == estimator.similarity_threshold_
     took_part = estimator.head_labels_[0] >= 0

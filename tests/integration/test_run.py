@@ -18,9 +18,9 @@ import ray
 from PIL import Image
 
 from icce_ray.config import load_config
-from icce_ray.pipeline import STAGES, PlannedStage, plan, run_name
+from icce_ray.pipeline.run import STAGES, PlannedStage, plan, run_name
+from icce_ray.pipeline.status import RunStatus, find_status
 from icce_ray.run import main
-from icce_ray.status import RunStatus, find_status
 from icce_ray.store import Folder
 
 STAGE_NAMES = [stage.name for stage in STAGES]

@@ -18,13 +18,14 @@ import pytest
 import ray
 import yaml
 
-from icce_ray import ICCE, pipeline
+from icce_ray import ICCE
 from icce_ray.config import build_config
 from icce_ray.errors import ResourceError
+from icce_ray.pipeline import run as pipeline
 from icce_ray.store import Artifact, Folder
-from icce_ray.sweep import run_sweep, state_folder
 from icce_ray.sweeps.job import draw, make_searcher
-from icce_ray.sweeps.settings import Sweep, build_sweep, load_sweep
+from icce_ray.sweeps.sweep import run_sweep, state_folder
+from icce_ray.sweeps.sweep_config import Sweep, build_sweep, load_sweep
 
 NUM_IMAGES, NUM_CLUSTERS = 160, 4
 HEADS = {"num_heads": 2, "num_epochs": 4, "hidden_dim": 16, "bottleneck_dim": 8, "batch_size": 32, "warmup_epochs": 1}

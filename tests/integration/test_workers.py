@@ -14,8 +14,8 @@ import pytest
 
 from icce_ray.config import WorkerResources
 from icce_ray.errors import InputError, WorkerError
-from icce_ray.progress import Progress
-from icce_ray.workers.job import MAX_RESTARTS, work_on_workers
+from icce_ray.runtime.progress import Progress
+from icce_ray.runtime.workers import MAX_RESTARTS, work_on_workers
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-import icce_ray.pipeline as pipeline
+import icce_ray.pipeline.run as pipeline
 from icce_ray import cli
 from icce_ray.demo import write_demo_images
 from icce_ray.errors import InputError, WorkerError
-from icce_ray.result import Result
+from icce_ray.pipeline.result import Result
 from icce_ray.run import main
 
 RESULT = Result(
@@ -47,7 +47,7 @@ def pipeline_that(monkeypatch: pytest.MonkeyPatch, outcome: Any) -> list[Any]:
             raise outcome
         return outcome
 
-    monkeypatch.setattr(pipeline, "run", run)
+    monkeypatch.setattr(pipeline, "run_pipeline", run)
     return configs
 
 

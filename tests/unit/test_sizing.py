@@ -81,7 +81,7 @@ def test_a_pairs_work_is_that_of_the_heads_layers() -> None:
 def test_the_memory_of_heads_is_what_training_checks_less_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
-    from icce_ray.heads.memory import MAX_GPU_BLOCK_BYTES, training_bytes
+    from icce_ray.methods.heads.training_memory import MAX_GPU_BLOCK_BYTES, training_bytes
 
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (80e9, 80e9))
     stated = sizing.memory_bytes(2_000_000, PLANS[0])["heads, the GPU"]

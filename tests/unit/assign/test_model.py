@@ -16,8 +16,8 @@ from icce_ray.classifier.linear import DESCRIPTION_NAME, MODEL_NAME
 from icce_ray.classifier.self_training import fit_classifier
 from icce_ray.config import ClassifierConfig, Config
 from icce_ray.embed.backbone import embed_settings, make_backbone, plan_backbone
-from icce_ray.embed.images import convert_image
 from icce_ray.errors import InputError
+from icce_ray.images.decoding import convert_image
 from icce_ray.store import ArtifactWriter, Folder
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (24, 64, 64, 3), dtype=np.uint8)

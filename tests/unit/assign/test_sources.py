@@ -11,7 +11,7 @@ import pytest
 
 from icce_ray.assign.sources import EmbeddedImages, EmbeddingFiles, Source, UriReader
 from icce_ray.config import EmbeddingsConfig
-from icce_ray.embed import parts as embed_parts
+from icce_ray.embed import embedding_parts as embed_parts
 from icce_ray.errors import InputError
 from icce_ray.store import Artifact, ArtifactWriter, Folder
 

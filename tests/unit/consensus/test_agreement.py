@@ -8,7 +8,7 @@ import pytest
 from icce_ray.consensus import agreement as agreement_module
 from icce_ray.consensus.agreement import align_heads, describe_clusters, measure_agreement
 from icce_ray.consensus.contingency import count_consensus
-from icce_ray.consensus.matrix import encode_heads
+from icce_ray.consensus.label_matrix import encode_heads
 
 
 def test_heads_with_as_many_clusters_are_aligned_by_the_best_of_all_permutations(planted):

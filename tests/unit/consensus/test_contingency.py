@@ -8,7 +8,7 @@ from hypothesis.extra import numpy as hnp
 
 from icce_ray.consensus import contingency
 from icce_ray.consensus.contingency import count_consensus, count_pairs, largest_rows
-from icce_ray.consensus.matrix import HeadLabels, count_labels, encode_heads
+from icce_ray.consensus.label_matrix import HeadLabels, count_labels, encode_heads
 from icce_ray.errors import InputError
 
 LABELS = hnp.arrays(np.int32, st.integers(1, 60), elements=st.integers(-1, 5))

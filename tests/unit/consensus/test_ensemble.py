@@ -9,10 +9,11 @@ from sklearn.cluster import MiniBatchKMeans
 from sklearn.datasets import load_digits
 from sklearn.metrics import normalized_mutual_info_score
 
-from icce_ray.consensus import combine, partition
+from icce_ray.consensus import best_consensus as combine
+from icce_ray.consensus import partition
 from icce_ray.consensus.ensemble import cluster_ensemble
 from icce_ray.errors import InputError
-from icce_ray.evaluate.metrics import clustering_accuracy, contingency_table, match_clusters
+from icce_ray.metrics.scores import clustering_accuracy, contingency_table, match_clusters
 
 
 def mean_nmi(labels_N, matrix):

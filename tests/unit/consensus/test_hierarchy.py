@@ -10,9 +10,9 @@ from scipy.spatial.distance import squareform
 from icce_ray.consensus.contingency import count_consensus
 from icce_ray.consensus.ensemble import cluster_ensemble
 from icce_ray.consensus.hierarchy import Hierarchy, build_hierarchy, merge_clusters, similarities
-from icce_ray.consensus.matrix import encode_heads
+from icce_ray.consensus.label_matrix import encode_heads
 from icce_ray.errors import InputError
-from icce_ray.evaluate.metrics import clustering_accuracy
+from icce_ray.metrics.scores import clustering_accuracy
 
 
 def coassociation(heads_HN: np.ndarray) -> np.ndarray:

@@ -5,16 +5,16 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from icce_ray.consensus import head_overlaps as pairs_module
 from icce_ray.consensus import mcla as mcla_module
-from icce_ray.consensus import pairs as pairs_module
+from icce_ray.consensus.aligned_vote import align_and_vote, best_head, fill_empty_clusters
 from icce_ray.consensus.cspa import co_association, cspa
 from icce_ray.consensus.hbgf import group_equal_images, hbgf
-from icce_ray.consensus.matrix import HeadLabels, encode_heads
+from icce_ray.consensus.head_overlaps import JACCARD_SCALE, compare_heads
+from icce_ray.consensus.label_matrix import HeadLabels, encode_heads
 from icce_ray.consensus.mcla import mcla, vote
-from icce_ray.consensus.pairs import JACCARD_SCALE, compare_heads
 from icce_ray.consensus.partition import PartitionError
-from icce_ray.consensus.plain import align_and_vote, best_head, fill_empty_clusters
-from icce_ray.evaluate.metrics import clustering_accuracy
+from icce_ray.metrics.scores import clustering_accuracy
 
 
 def run_mcla(heads, num_clusters):

@@ -6,14 +6,15 @@ import numpy as np
 import pytest
 
 from icce_ray.config import ConsensusConfig
-from icce_ray.consensus import combine, memory
-from icce_ray.consensus import matrix as matrix_module
+from icce_ray.consensus import best_consensus as combine
+from icce_ray.consensus import consensus_memory as memory
+from icce_ray.consensus import label_matrix as matrix_module
+from icce_ray.consensus.consensus_memory import check_memory, coordinator_bytes, worker_bytes
 from icce_ray.consensus.contingency import count_consensus
 from icce_ray.consensus.ensemble import cluster_ensemble
-from icce_ray.consensus.matrix import HeadLabels, check_surveys, encode_heads
-from icce_ray.consensus.memory import check_memory, coordinator_bytes, worker_bytes
-from icce_ray.consensus.pairs import compare_heads
-from icce_ray.consensus.stored import StoredHeads, open_heads
+from icce_ray.consensus.head_overlaps import compare_heads
+from icce_ray.consensus.label_matrix import HeadLabels, check_surveys, encode_heads
+from icce_ray.consensus.stored_label_matrix import StoredHeads, open_heads
 from icce_ray.errors import InputError, ResourceError
 from icce_ray.store import ArtifactWriter, Folder
 
@@ -59,7 +60,7 @@ def test_pairs_of_heads_do_not_depend_on_the_pieces_nor_on_how_tables_are_kept(u
     monkeypatch.setattr(matrix_module, "PIECE_LABELS", 50)
     monkeypatch.setattr("icce_ray.consensus.contingency.MIN_DENSE_CELLS", 0)
     monkeypatch.setattr("icce_ray.consensus.contingency.MAX_DENSE_CELLS_PER_IMAGE", 0.3)
-    monkeypatch.setattr("icce_ray.consensus.pairs.MAX_TILE_HEADS", 2)
+    monkeypatch.setattr("icce_ray.consensus.head_overlaps.MAX_TILE_HEADS", 2)
     pieces = compare_heads(heads)
     np.testing.assert_allclose(whole.nmi_HH, pieces.nmi_HH, atol=1e-14)
     np.testing.assert_array_equal(whole.cluster_graph().toarray(), pieces.cluster_graph().toarray())

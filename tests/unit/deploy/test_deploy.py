@@ -100,7 +100,7 @@ def machines(path: str) -> list[tuple[float, float]]:
 
 
 def shortfalls(config: Config, there: list[tuple[float, float]]) -> list[str]:
-    from icce_ray.placement import shortfall
+    from icce_ray.runtime.placement import shortfall
 
     found = [shortfall(stage, getattr(config.resources, stage), there) for stage in STAGES]
     return [problem for problem in found if problem is not None]
@@ -251,7 +251,7 @@ def test_a_config_fits_its_machines_and_uses_them(name: str, path: str) -> None:
 
 
 def test_only_machines_with_much_memory_can_hold_the_search() -> None:
-    from icce_ray.neighbors.memory import needed_bytes, shard_bytes, worker_bytes
+    from icce_ray.neighbors.search_memory import needed_bytes, shard_bytes, worker_bytes
 
     path = "kubernetes/raycluster-autoscaling.yaml"
     config = load_config(DEPLOY / "configs" / "sixty-four-gpus.yaml")

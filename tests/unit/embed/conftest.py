@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from icce_ray.embed.parts import part_table, plan_parts, write_part
+from icce_ray.embed.embedding_parts import part_table, plan_parts, write_part
 from icce_ray.store import Artifact, ArtifactWriter, Folder
 
 MakeArtifact = Callable[..., Artifact]

@@ -21,8 +21,8 @@ from icce_ray.config import Config
 from icce_ray.embed import backbone as backbone_module
 from icce_ray.embed import plan_cache, weights
 from icce_ray.embed.backbone import check_backbone, embed_settings, make_backbone, plan_backbone
-from icce_ray.embed.images import decode_image
 from icce_ray.errors import ConfigError, ResourceError
+from icce_ray.images.decoding import decode_image
 
 
 def config_for(backbone: str = "test_vit", seed: int = 0, **embed: Any) -> Config:

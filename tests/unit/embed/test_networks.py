@@ -11,12 +11,12 @@ import torch
 
 from icce_ray.config import Config
 from icce_ray.embed.backbone import check_backbone, make_backbone, plan_embedding
-from icce_ray.embed.decoded import DecodedPart, assemble_part, embed_contents
-from icce_ray.embed.images import Preprocessing, SeveralViews
+from icce_ray.embed.decode_and_embed import DecodedPart, assemble_part, embed_contents
+from icce_ray.embed.embedding_parts import PartRange
 from icce_ray.embed.networks import MAX_BATCH_SIZE, TimmBackbone, common_preprocessing, find_batch_size
-from icce_ray.embed.parts import PartRange
 from icce_ray.errors import ConfigError
-from icce_ray.precision import matmul_dtype
+from icce_ray.images.decoding import Preprocessing, SeveralViews
+from icce_ray.runtime.matmul_dtype import matmul_dtype
 
 CPU = torch.device("cpu")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from icce_ray.neighbors.engine import RESOLUTION
+from icce_ray.neighbors.faiss_engine import RESOLUTION
 from icce_ray.neighbors.graph import NeighborGraph
 
 

@@ -10,12 +10,12 @@ from sklearn.datasets import load_digits
 
 from icce_ray.config import NeighborsConfig
 from icce_ray.neighbors import audit as audit_module
-from icce_ray.neighbors import precision
+from icce_ray.neighbors import neighbor_precision as precision
 from icce_ray.neighbors.audit import MAX_CLASS_SHARE, Audit, audit, audit_prepared, choose_threshold
-from icce_ray.neighbors.curves import Curves
 from icce_ray.neighbors.graph import build_graph
-from icce_ray.neighbors.memory import available_memory_bytes
-from icce_ray.neighbors.prepared import prepare
+from icce_ray.neighbors.search_memory import available_memory_bytes
+from icce_ray.neighbors.threshold_curves import Curves
+from icce_ray.neighbors.unit_features import prepare
 
 
 def gaussian_clusters(

@@ -6,12 +6,12 @@ import pytest
 
 from icce_ray import ICCE
 from icce_ray.config import NeighborsConfig
-from icce_ray.evaluate.metrics import clustering_accuracy
-from icce_ray.neighbors import rows as rows_module
+from icce_ray.metrics.scores import clustering_accuracy
+from icce_ray.neighbors import graph_rows as rows_module
 from icce_ray.neighbors.duplicates import DuplicatePairs, auto_threshold, group_table, leaders, pair_table
-from icce_ray.neighbors.engine import RESOLUTION
+from icce_ray.neighbors.faiss_engine import RESOLUTION
 from icce_ray.neighbors.graph import BuiltGraph, build
-from icce_ray.neighbors.prepared import prepare
+from icce_ray.neighbors.unit_features import prepare
 
 from . import reference
 

@@ -9,15 +9,20 @@ import pytest
 
 from icce_ray.config import NeighborsConfig
 from icce_ray.errors import InputError
-from icce_ray.neighbors import curves, engine, memory, precision, search, threads
-from icce_ray.neighbors import prepared as prepared_module
-from icce_ray.neighbors import rows as rows_module
+from icce_ray.neighbors import faiss_engine as engine
+from icce_ray.neighbors import graph_rows as rows_module
+from icce_ray.neighbors import neighbor_precision as precision
 from icce_ray.neighbors import rule as rule_module
-from icce_ray.neighbors.engine import FaissEngine
+from icce_ray.neighbors import search
+from icce_ray.neighbors import search_memory as memory
+from icce_ray.neighbors import threshold_curves as curves
+from icce_ray.neighbors import unit_features as prepared_module
+from icce_ray.neighbors.faiss_engine import FaissEngine
 from icce_ray.neighbors.graph import NeighborGraph, build_graph, combine_graphs, load_graph
-from icce_ray.neighbors.prepared import PreparedFeatures, prepare
-from icce_ray.neighbors.rows import Rows, merge_shards, part_ranges, search_shard, shard_ids
+from icce_ray.neighbors.graph_rows import Rows, merge_shards, part_ranges, search_shard, shard_ids
 from icce_ray.neighbors.rule import PairList, Rule, keep, pair_hash
+from icce_ray.neighbors.unit_features import PreparedFeatures, prepare
+from icce_ray.runtime import threads
 from icce_ray.store import Artifact, ArtifactWriter, Folder
 
 from . import reference

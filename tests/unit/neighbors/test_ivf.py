@@ -5,13 +5,13 @@ import numpy.typing as npt
 import pytest
 
 from icce_ray.config import NeighborsConfig
-from icce_ray.neighbors import engine as engine_module
+from icce_ray.neighbors import faiss_engine as engine_module
 from icce_ray.neighbors import ivf
 from icce_ray.neighbors.graph import build
 from icce_ray.neighbors.ivf import Cells, IvfEngine, choose_method, nearest_cells, plan_cells
-from icce_ray.neighbors.prepared import Queries, prepare
 from icce_ray.neighbors.rule import Rule
 from icce_ray.neighbors.search import merge, most_similar, search
+from icce_ray.neighbors.unit_features import Queries, prepare
 
 from . import reference
 

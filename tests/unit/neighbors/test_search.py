@@ -4,15 +4,15 @@ import numpy as np
 import pytest
 import torch
 
-from icce_ray.neighbors import engine as engine_module
+from icce_ray.neighbors import faiss_engine as engine_module
 from icce_ray.neighbors import rule as rule_module
 from icce_ray.neighbors import search as search_module
 from icce_ray.neighbors import torch_engine
-from icce_ray.neighbors.engine import FaissEngine, exact_similarity
-from icce_ray.neighbors.prepared import PreparedFeatures, Queries, prepare
+from icce_ray.neighbors.faiss_engine import FaissEngine, exact_similarity
 from icce_ray.neighbors.rule import Rule
 from icce_ray.neighbors.search import merge, most_similar, search
 from icce_ray.neighbors.torch_engine import TorchEngine
+from icce_ray.neighbors.unit_features import PreparedFeatures, Queries, prepare
 
 from . import reference
 

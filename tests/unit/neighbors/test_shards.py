@@ -12,8 +12,8 @@ import pyarrow as pa
 import pytest
 
 from icce_ray.config import Config
-from icce_ray.embed.features import column_name
-from icce_ray.neighbors import rows as rows_module
+from icce_ray.embed.feature_matrix import column_name
+from icce_ray.neighbors import graph_rows as rows_module
 from icce_ray.neighbors.duplicates import leaders
 from icce_ray.neighbors.graph import build, combine_graphs
 from icce_ray.neighbors.shards import (

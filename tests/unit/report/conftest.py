@@ -17,10 +17,10 @@ from icce_ray.classifier.linear import MODEL_NAME
 from icce_ray.classifier.self_training import fit_classifier
 from icce_ray.config import ClassifierConfig, Config
 from icce_ray.consensus.hierarchy import HIERARCHY_NAME, merge_clusters
-from icce_ray.context import StageContext
-from icce_ray.embed import parts as embed_parts
-from icce_ray.embed.listing import list_images
-from icce_ray.progress import Progress
+from icce_ray.embed import embedding_parts as embed_parts
+from icce_ray.images.listing import list_images
+from icce_ray.runtime.progress import Progress
+from icce_ray.stage import StageContext
 from icce_ray.store import Artifact, ArtifactWriter, Folder
 
 COLORS = {"red": (200, 40, 30), "green <b>&": (40, 190, 60), "blue": (30, 60, 210)}

@@ -5,7 +5,7 @@ import yaml
 
 from icce_ray.config import build_config
 from icce_ray.errors import ConfigError, WorkerError
-from icce_ray.sweeps.settings import EnsembleConfig
+from icce_ray.sweeps.sweep_config import EnsembleConfig
 from icce_ray.sweeps.table import (
     Row,
     choose_best,

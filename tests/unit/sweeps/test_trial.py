@@ -14,11 +14,13 @@ import pyarrow as pa
 import pytest
 
 from icce_ray.config import Config, build_config
-from icce_ray.context import StageContext
-from icce_ray.evaluate.metrics import normalized_mutual_info
-from icce_ray.pipeline import STAGES, Stage
+from icce_ray.metrics.scores import normalized_mutual_info
+from icce_ray.pipeline.run import STAGES, Stage
+from icce_ray.stage import StageContext
 from icce_ray.store import Artifact, ArtifactWriter, Folder
-from icce_ray.sweeps import projection, proxies, trial
+from icce_ray.sweeps import silhouette_spaces as projection
+from icce_ray.sweeps import trial
+from icce_ray.sweeps import trial_scores as proxies
 from icce_ray.sweeps.trial import Listings, RunOutcome
 
 
@@ -82,7 +84,10 @@ def test_a_trial_in_one_process_has_the_fingerprints_of_the_distributed_one() ->
 
     assert identities(True) == identities(False)
     in_process = {stage.name: stage.module for stage in trial.run_stages(Listings(), True)}
-    assert (in_process["heads"], in_process["consensus"]) == ("icce_ray.heads.local", "icce_ray.consensus.local")
+    assert (in_process["heads"], in_process["consensus"]) == (
+        "icce_ray.methods.heads.in_process",
+        "icce_ray.consensus.in_process",
+    )
     whole = {stage.name: (stage.version, stage.inputs) for stage in STAGES}
     assert all(whole[name] == (version, inputs) for name, version, inputs in identities(True) if name in whole)
 

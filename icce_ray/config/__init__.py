@@ -1,0 +1,52 @@
+"""Every setting of a run: what it means (schema), where its values come from (loading), and what presets fill in."""
+
+from icce_ray.config.loading import apply_override, build_config, load_config, put, read_yaml, validate
+from icce_ray.config.presets import PRESETS
+from icce_ray.config.schema import (
+    CONSENSUS_METHODS,
+    BackboneConfig,
+    ClassifierConfig,
+    Config,
+    ConsensusConfig,
+    ConsensusMethod,
+    EmbedConfig,
+    EmbeddingsConfig,
+    EvaluateConfig,
+    HeadsConfig,
+    ImagesConfig,
+    NeighborsConfig,
+    PositiveFloat,
+    PositiveInt,
+    ResourcesConfig,
+    Section,
+    StorageConfig,
+    WorkerResources,
+)
+
+__all__ = [
+    "CONSENSUS_METHODS",
+    "PRESETS",
+    "BackboneConfig",
+    "ClassifierConfig",
+    "Config",
+    "ConsensusConfig",
+    "ConsensusMethod",
+    "EmbedConfig",
+    "EmbeddingsConfig",
+    "EvaluateConfig",
+    "HeadsConfig",
+    "ImagesConfig",
+    "NeighborsConfig",
+    "PositiveFloat",
+    "PositiveInt",
+    "ResourcesConfig",
+    "Section",
+    "StorageConfig",
+    "WorkerResources",
+    "apply_override",
+    "build_config",
+    "load_config",
+    "put",
+    "read_yaml",
+    "validate",
+]

@@ -1,0 +1,133 @@
+"""Read a config: YAML, ``--set`` overrides, messages that name the file, the key, the value and what is allowed."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from icce_ray.config.schema import Config
+from icce_ray.errors import ConfigError
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def load_config(
+    path: str | Path | None,
+    overrides: list[str] | None = None,
+    *,
+    base: dict[str, Any] | None = None,
+    source: str = "the built-in config",
+) -> Config:
+    """Read a YAML config, apply ``a.b=c`` overrides (values are YAML) and check the whole.
+
+    Args:
+        path: the YAML file; None to start from `base` alone.
+        overrides: the `--set` arguments, in order; later ones win.
+        base: settings under the file's.
+        source: what messages call the settings where there is no file.
+
+    Raises:
+        ConfigError: file, key, value and what is allowed, for every problem found.
+    """
+    source = str(path) if path is not None else source
+    data: dict[str, Any] = dict(base or {})
+    if path is not None:
+        data |= read_yaml(Path(path))
+    for override in overrides or []:
+        apply_override(data, override)
+    return build_config(data, source)
+
+
+def build_config(data: dict[str, Any], source: str) -> Config:
+    """Check settings from `source` (named in the message)."""
+    return validate(Config, data, source)
+
+
+def validate(model: type[Model], data: dict[str, Any], source: str) -> Model:
+    """`data` as a `model`.
+
+    Raises:
+        ConfigError: `source`, key, value and what is allowed, for every problem found.
+    """
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        lines = [_describe(problem, model) for problem in error.errors()]
+        raise ConfigError(f"{source}: " + (lines[0] if len(lines) == 1 else "\n  ".join(["", *lines]))) from None
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The settings in a file.
+
+    Raises:
+        ConfigError: it cannot be read, or holds no settings.
+    """
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: there is no such config file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(data, dict):
+        raise ConfigError(
+            f"{path}: holds {type(data).__name__}, not settings; at least images.uri, num_clusters and output"
+        )
+    return data
+
+
+def apply_override(data: dict[str, Any], override: str) -> None:
+    """Put the value of ``a.b=c`` into `data`. Sections on the way are copied, not changed."""
+    key, separator, text = override.partition("=")
+    if not separator or not key.strip():
+        raise ConfigError(f"--set {override}: write it as section.key=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {override}: the value is not valid YAML: {' '.join(str(error).split())}") from None
+    put(data, key.strip(), value)
+
+
+def put(data: dict[str, Any], key: str, value: Any) -> None:
+    """Set the setting with the dotted name `key`. Sections on the way are copied, not changed."""
+    *sections, last = key.split(".")
+    node = data
+    for section in sections:
+        child = node.get(section)
+        node[section] = dict(child) if isinstance(child, dict) else {}
+        node = node[section]
+    node[last] = value
+
+
+def _describe(problem: Any, model: type[BaseModel]) -> str:
+    location = [str(part) for part in problem["loc"]]
+    key = ".".join(location)
+    if problem["type"] == "extra_forbidden":
+        known = _known_keys(location[:-1], model)
+        close = difflib.get_close_matches(location[-1], known, n=3)
+        remedy = f"did you mean {' or '.join(close)}?" if close else f"known here: {', '.join(known)}"
+        return f"{key}: unknown setting; {remedy}"
+    if problem["type"] == "missing":
+        return f"{key}: not given, and it has no default"
+    message = str(problem["msg"]).removeprefix("Value error, ")
+    given = problem.get("input")
+    if not key:
+        return message
+    if isinstance(given, (dict, list)) or location[0] == "storage" or "@" in str(given):  # may be a secret
+        return f"{key}: {message}"
+    return f"{key}: {given!r} is not usable: {message}"
+
+
+def _known_keys(sections: list[str], root: type[BaseModel]) -> list[str]:
+    model: Any = root
+    for section in sections:
+        field = model.model_fields.get(section)
+        if field is None or not isinstance(field.annotation, type) or not issubclass(field.annotation, BaseModel):
+            return []
+        model = field.annotation
+    return sorted(field.alias or name for name, field in model.model_fields.items())

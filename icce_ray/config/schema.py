@@ -1,0 +1,514 @@
+"""Every setting, declared once, with its meaning under it.
+
+A config is YAML; three lines do for the common case::
+
+    images: {uri: /data/photos}
+    num_clusters: 10
+    output: /data/clusters
+
+Unknown keys, wrong types and impossible combinations are refused before any work starts. ``preset`` fills in what the
+file leaves open; a setting that is given always wins. ``resources`` never changes a result.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SecretStr,
+    TypeAdapter,
+    field_validator,
+    model_validator,
+)
+
+from icce_ray.config.presets import PRESETS
+from icce_ray.errors import ConfigError
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+PositiveFloat = Annotated[float, Field(gt=0.0)]
+PositiveInt = Annotated[int, Field(ge=1)]
+
+AUTO: Literal["auto"] = "auto"
+NumClusters = Annotated[int, Field(ge=2)]
+
+MIN_INPUTS = 32
+"""Dimensions that a head sees at least, where there are so many."""
+
+ConsensusMethod = Literal["mcla", "hbgf", "cspa", "vote", "best_head", "hgpa"]
+
+CONSENSUS_METHODS: tuple[ConsensusMethod, ...] = get_args(ConsensusMethod)
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ClusterCountConfig(Section):
+    """How `num_clusters: auto` chooses: small clusterings of a sample, from few clusters to many."""
+
+    min_clusters: NumClusters = 2
+    """Fewest clusters to choose from."""
+    max_clusters: NumClusters | None = None
+    """Most clusters to choose from. Not set: 100, or a tenth of the images looked at where that is less."""
+    num_seeds: Annotated[int, Field(ge=2)] = 3
+    """Clusterings of each number of clusters, each of its own seed: what they differ in is the uncertainty."""
+    num_heads: PositiveInt = 4
+    """Heads of each clustering. They are smaller than those of the run itself, and learn faster."""
+    num_epochs: PositiveInt = 40
+    """Passes over the sample in each clustering."""
+    max_images: Annotated[int, Field(ge=20)] = 5_000
+    """Above this many images, a uniform random sample of them is looked at."""
+
+    @model_validator(mode="after")
+    def _check(self) -> ClusterCountConfig:
+        if self.max_clusters is not None and self.max_clusters < self.min_clusters:
+            raise ValueError(f"max_clusters is {self.max_clusters}, below min_clusters {self.min_clusters}")
+        most = self.max_clusters or self.min_clusters
+        if most > self.max_images:
+            raise ValueError(
+                f"max_images is {self.max_images}, fewer than the {most} clusters to choose from: raise it"
+            )
+        return self
+
+
+class ImagesConfig(Section):
+    uri: str | tuple[str, ...] | None = None
+    """Where the images are, or several such places. A folder or prefix (searched recursively for jpg, jpeg, png, webp,
+    bmp, gif, tif, tiff and for .tar shards in WebDataset's layout; where it holds neither, for .parquet files); one
+    .tar; a .parquet file or folder with a column of URIs or of image files; a .txt list of URIs, one per line. Local
+    paths, s3://, gs://."""
+    uri_column: str = "uri"
+    """The column of a Parquet file that holds the URIs."""
+    bytes_column: str | None = None
+    """The column of a Parquet file that holds the image files themselves: binary, or a struct with a binary field
+    `bytes`. Not set: a file without `uri_column` is searched for its only such column."""
+    refresh: bool = False
+    """Look for new images: known ones keep their ids, new ones get the next. Object storage is looked at only once per
+    `output` unless this is set. What lies on local disks is looked at in every run; without `refresh` a change there
+    numbers all images anew."""
+
+    @property
+    def uris(self) -> tuple[str, ...]:
+        """`uri` as a tuple, empty where it is not set."""
+        return (self.uri,) if isinstance(self.uri, str) else self.uri or ()
+
+    @model_validator(mode="after")
+    def _check(self) -> ImagesConfig:
+        if self.uri is not None and (not self.uris or not all(self.uris)):
+            raise ValueError("uri is empty; name a folder, a prefix or a list of images")
+        for uri in self.uris:
+            if "@" in uri.removeprefix("s3://").partition("/")[0] and uri.startswith("s3://"):
+                raise ValueError(
+                    "uri holds credentials, which manifests would repeat; set AWS_ACCESS_KEY_ID and "
+                    "AWS_SECRET_ACCESS_KEY, or storage.access_key and storage.secret_key"
+                )
+        return self
+
+
+class EmbeddingsConfig(Section):
+    uri: str | None = None
+    """Ready-made embeddings instead of images: a .npy file (N x D, floating point) or a Parquet file or folder with a
+    list column. float16 is kept, everything else becomes float32."""
+    column: str | None = None
+    """The list column of the Parquet file. Not set: its only list column."""
+
+
+class BackboneConfig(Section):
+    backbone: str = "vit_large_patch14_dinov2.lvd142m"
+    """A timm model name, or `pixels`: the flattened pixels, 0 to 1, which need no weights."""
+    features: Literal["auto", "cls", "cls+patch_mean", "last4", "last4+patch_mean", "pooled"] = "auto"
+    """What is kept of a vision transformer (METHOD section 0). `auto`: `cls+patch_mean` where the model has a class
+    token, `pooled` elsewhere."""
+    weights: str | None = None
+    """A .safetensors file, or a .pth/.pt/.bin file that loads with weights only; its path, or its URI on object
+    storage. Not set: the model hub. `random`: the initialisation (for trying out the plumbing; the clusters mean
+    nothing)."""
+    image_size: PositiveInt | None = None
+    """Side of the square input in pixels. Not set: 224 (`pixels`: 32)."""
+    grayscale: bool = False
+    """With `pixels`: one channel (luma) instead of three."""
+
+
+class EmbedConfig(BackboneConfig):
+    extra: tuple[BackboneConfig, ...] = ()
+    """More backbones, for more feature sets from the same pass over the images: each file is read and decoded once.
+    Each takes the settings above, such as `{backbone: resnet50.a1_in1k}`. Later stages use the first set unless told
+    otherwise."""
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Of the networks' matrix products. `auto`: bfloat16 where the worker's processor multiplies it natively, else
+    float32. Name one where machines differ and every bit must agree. Embeddings are stored as float16 in any case."""
+    compile: bool = False
+    """Run the networks through torch.compile: about a minute per worker before the first image, so for many images on
+    GPUs. It changes embeddings by rounding only."""
+    batch_size: PositiveInt | Literal["auto"] = "auto"
+    """Images per forward pass. `auto`: 64 on CPUs; on a GPU each worker doubles it at its start for as long as that is
+    faster and fits. It does not change which images share a part."""
+    images_per_part: PositiveInt = 512
+    """Images per Parquet part: what is lost at most when a worker dies."""
+    max_image_pixels: PositiveInt = 100_000_000
+    """An image of more pixels (width x height) is not decoded: it goes into the errors table."""
+    max_error_rate: Fraction = 0.1
+    """The stage stops when more than this share of the images cannot be used."""
+    retry_errors: bool = False
+    """Try the images of a finished run's errors table again, and only those. What can be read now is added, and the
+    stages after this one run again."""
+
+    @property
+    def backbones(self) -> tuple[BackboneConfig, ...]:
+        """All of them, the one that later stages use first."""
+        return (self, *self.extra)
+
+
+class NeighborsConfig(Section):
+    similarity_threshold: float | Literal["auto"] | None = "auto"
+    """Images at least this similar (cosine, -1 to 1) are neighbours: the paper's tau, which is a floor on similarity.
+    `auto`: chosen by the audit. `null`: no threshold, exactly `min_neighbors` each."""
+    min_neighbors: PositiveInt = 20
+    """An image with fewer neighbours above the threshold gets its this many most similar ones (the paper's k_min, 50
+    there: on weaker features shorter lists were measured to be better)."""
+    max_neighbors: PositiveInt | None = 1000
+    """Longer lists keep a uniform random subset of this size. `null`: no limit."""
+    duplicate_threshold: float | Literal["auto"] | None = "auto"
+    """Images at least this similar (cosine) are near-duplicates: they are listed, and a group of them counts once in
+    training, by the one of the lowest id. `auto`: a hundred times nearer than neighbours usually are. `null`: none are
+    looked for."""
+    method: Literal["auto", "exact", "ivf"] = "auto"
+    """`exact`: every pair of images is compared. `ivf`: an inverted file on the CPU, which looks into the likely cells
+    only. `auto`: exact up to 5e15 multiplications (N x N x D: 1.5 million images at 2048 dimensions), beyond it IVF
+    where that saves at least half."""
+    min_recall: Annotated[float, Field(gt=0.0, le=1.0)] = 0.95
+    """With `ivf`: share of the 50 most similar images that must be found, measured on sampled images."""
+    feature_sets: tuple[Annotated[int, Field(ge=0)], ...] = (0,)
+    """Feature sets that neighbours are looked for in, by their numbers among the backbones of `embed`, 0 the first."""
+    combine: Literal["union", "intersection"] = "union"
+    """With several feature sets: an image's neighbours in any of them, or in all of them (where these are fewer than
+    `min_neighbors`, those in the first)."""
+    center: bool = True
+    """Subtract the mean feature before the cosine. Uncentred convolutional features are all similar to each other."""
+
+    @model_validator(mode="after")
+    def _check(self) -> NeighborsConfig:
+        tau = self.similarity_threshold
+        if isinstance(tau, float) and not -1.0 <= tau <= 1.0:
+            raise ValueError(f"similarity_threshold is {tau}; a cosine lies between -1 and 1")
+        if not self.feature_sets or len(set(self.feature_sets)) < len(self.feature_sets):
+            raise ValueError(f"feature_sets is {list(self.feature_sets)}; name at least one, and each once")
+        duplicate = self.duplicate_threshold
+        if isinstance(duplicate, float) and not 0.0 < duplicate <= 1.0:
+            raise ValueError(f"duplicate_threshold is {duplicate}; allowed is a cosine above 0 and up to 1")
+        if isinstance(duplicate, float) and isinstance(tau, float) and duplicate <= tau:
+            raise ValueError(
+                f"duplicate_threshold is {duplicate}, not above similarity_threshold {tau}: every neighbour would be a "
+                "near-duplicate"
+            )
+        if self.max_neighbors is not None and self.max_neighbors < self.min_neighbors:
+            raise ValueError(f"max_neighbors is {self.max_neighbors}, below min_neighbors {self.min_neighbors}")
+        return self
+
+
+class HeadsConfig(Section):
+    num_heads: PositiveInt = 50
+    """Clustering heads trained side by side (H); they differ by their initialisation and by what they see."""
+    max_images: Annotated[int, Field(ge=2)] | None = 2_000_000
+    """Above this many images, a uniform random sample of them is trained on (neighbours, heads, consensus, classifier);
+    the classifier labels the others. `null`: always train on all."""
+    num_epochs: PositiveInt = 50
+    """Passes over the images."""
+    batch_size: Annotated[int, Field(ge=2)] | Literal["auto"] = "auto"
+    """Pairs per step, over all workers (B). `auto`: 1024; small collections: eight steps an epoch."""
+    learning_rate: PositiveFloat = 5e-4
+    """At 256 pairs; scaled linearly with the batch size."""
+    weight_decay: Annotated[float, Field(ge=0.0)] = 1e-4
+    """AdamW's, on weights only."""
+    warmup_epochs: Annotated[int, Field(ge=0)] = 5
+    """Epochs over which the learning rate rises linearly from 0; then it stays."""
+    freeze_last_layer_epochs: Annotated[int, Field(ge=0)] = 1
+    """Epochs for which the prototypes (last layer) do not move."""
+    hidden_dim: PositiveInt = 512
+    """Width of a head's hidden layer."""
+    bottleneck_dim: PositiveInt = 256
+    """Width of a head's normalised output, which the prototypes are compared with."""
+    input_norm: Literal["batch_norm", "standardize", "none"] = "batch_norm"
+    """`batch_norm`: running batch statistics (ICCE). `standardize`: mean and deviation of the whole set (TEMI)."""
+    rotate: bool = True
+    """Apply a random rotation (seeded) before `input_norm`: per-dimension scaling then no longer blows up the small
+    dimensions of features that come sorted by variance, such as PCA's."""
+    input_share: Annotated[float, Field(gt=0.0, le=1.0)] = 0.5
+    """Share of the (rotated) dimensions that each head sees, a random choice of its own, at least 32 of them: heads
+    that see different things make different mistakes, and train faster. 1: all heads see all, as in the paper."""
+    loss: Literal["temi", "scan"] = "temi"
+    """`temi`: weighted mutual information, with what is switched on below. `scan`: SCAN's, on the student alone."""
+    scan_entropy_weight: Annotated[float, Field(ge=0.0)] = 5.0
+    """With `scan`: weight of the entropy of the mean assignment."""
+    sinkhorn: bool = True
+    """Teacher targets by Sinkhorn-Knopp over the global batch (ICCE) instead of a softmax (TEMI)."""
+    sinkhorn_iterations: PositiveInt = 3
+    """Alternations of the two normalisations."""
+    teacher_temperature: PositiveFloat = 0.1
+    """Of the teacher's targets (T_sk with Sinkhorn-Knopp)."""
+    student_temperature: PositiveFloat = 0.1
+    """Of the student's softmax."""
+    beta: Annotated[float, Field(gt=0.0, le=1.0)] = 0.6
+    """Exponent in the TEMI loss: at 1 the pointwise mutual information, below 1 more even clusters."""
+    max_ce_weight: Annotated[float, Field(ge=0.0)] = 0.3
+    """Weight of the pseudo-label cross-entropy at the end of training (lambda_max); rises from 0 by a half cosine.
+    0 switches it off."""
+    num_positives: PositiveInt = 1
+    """Neighbours drawn per image and step; above 1 their teacher targets are averaged."""
+    teacher_momentum: Fraction | Literal["auto"] = "auto"
+    """Of the teacher's moving average of the student. `auto`: it remembers a twentieth of the run's steps, at most 250
+    (0.996, the paper's)."""
+    prior_momentum: Fraction = 0.9
+    """Of the moving average of the cluster prior."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the matrix products; sums and losses are float32. `auto`: bfloat16 where the processor multiplies it
+    natively."""
+    early_stop_change: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
+    """Stop when, three epochs in a row, less than this share of the labels changed. `null`: train all epochs."""
+    checkpoint_interval_s: PositiveFloat = 60.0
+    """Seconds of training that a killed run loses at most, and one epoch."""
+
+    def num_inputs(self, dim: int) -> int:
+        """S: how many of `dim` dimensions a head sees; of few dimensions none can be spared."""
+        return min(dim, max(MIN_INPUTS, round(self.input_share * dim)))
+
+
+class ConsensusConfig(Section):
+    methods: tuple[ConsensusMethod, ...] = ("mcla", "hbgf", "cspa", "vote")
+    """Consensus functions to try; the result with the highest average NMI with the heads is kept. `hgpa` needs the
+    extra `[hgpa]` (Mt-KaHyPar). `hbgf`, `hgpa` and `cspa` are left out, with a line that says why, where there are too
+    many images for them."""
+    extra_runs: tuple[str, ...] = ()
+    """Other runs over the same images whose heads take part: one consensus of several backbones, thresholds or numbers
+    of clusters. Names of runs under `output` (a run's last lines tell it), or places of their records elsewhere
+    (`<output>/runs/<name>.json`)."""
+    cspa_max_images: PositiveInt = 5_000
+    """CSPA builds an N x N matrix: above this many images it is left out."""
+    imbalance: Annotated[float, Field(ge=1.0)] = 1.5
+    """How much larger than the average METIS may make a part."""
+    refine: bool = True
+    """Reassign images as long as that raises the average NMI."""
+
+    @model_validator(mode="after")
+    def _check(self) -> ConsensusConfig:
+        if not self.methods:
+            raise ValueError(f"methods is empty; name at least one of {', '.join(CONSENSUS_METHODS)}")
+        return self
+
+
+class ClassifierConfig(Section):
+    num_iterations: PositiveInt = 12_500
+    """SGD steps, shared by the whole grid."""
+    max_epochs: PositiveInt = 100
+    """Small sets stop after this many passes over the images, but not before 1,000 steps."""
+    batch_size: PositiveInt = 128
+    """Images per step."""
+    learning_rates: tuple[PositiveFloat, ...] = (
+        1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1,
+    )  # fmt: skip
+    """Grid at 256 images; scaled linearly with the batch size. All are trained in one pass."""
+    momentum: Fraction = 0.9
+    """Of SGD."""
+    holdout_fraction: Annotated[float, Field(gt=0.0, le=0.5)] = 0.1
+    """Images kept back; the classifier that agrees best with the consensus on them is chosen."""
+    include_backbone: bool = True
+    """Copy the file `embed.weights` into the model's folder, which then labels images on any machine. Off: the machine
+    needs the file at the same path."""
+
+
+class AssignConfig(Section):
+    rows_per_part: PositiveInt = 100_000
+    """Rows per Parquet part of the assignments."""
+    num_exemplars: PositiveInt = 16
+    """Exemplars marked per cluster."""
+    outlier_quantile: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.999
+    """An image is an outlier when it lies farther from the mean of its predicted cluster (Mahalanobis distance) than
+    this share of the images that the classifier was trained on."""
+
+
+class EvaluateConfig(Section):
+    labels: str | None = None
+    """True labels, for evaluation only: `folder` (the image's parent folder), `cls` (the .cls file beside the image in
+    a WebDataset shard), or a .npy, .csv or .parquet file."""
+    label_column: str = "label"
+    """The label column of a CSV or Parquet file."""
+    uri_column: str | None = None
+    """The column of a CSV or Parquet file that names the image. Not set: rows are in the order of the images."""
+
+
+class ReportConfig(Section):
+    title: str | None = None
+    """Heading of the page."""
+    images_per_cluster: PositiveInt = 12
+    """Pictures shown per cluster."""
+    max_clusters: PositiveInt = 200
+    """Clusters shown with pictures; the table lists all."""
+
+
+class StorageConfig(Section):
+    """How S3 is reached. What is not set comes from the environment: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY,
+    AWS_SESSION_TOKEN, AWS_PROFILE, AWS_REGION, AWS_ENDPOINT_URL, or the machine's role."""
+
+    endpoint: str | None = None
+    """URL of an S3-compatible store. Not set: AWS_ENDPOINT_URL, else AWS itself."""
+    region: str | None = None
+    """Region of the buckets."""
+    access_key: SecretStr | None = None
+    """Access key id. Better in the environment or a profile than in a file."""
+    secret_key: SecretStr | None = None
+    """Secret access key. Never written to manifests, logs or messages."""
+    session_token: SecretStr | None = None
+    """With temporary credentials."""
+    anonymous: bool = False
+    """Send no credentials: public buckets."""
+
+    @model_validator(mode="after")
+    def _check(self) -> StorageConfig:
+        if (self.access_key is None) != (self.secret_key is None):
+            raise ValueError("access_key and secret_key belong together: give both or neither")
+        return self
+
+
+class WorkerResources(Section):
+    num_workers: PositiveInt = 1
+    """Processes that share the stage's work."""
+    cpus_per_worker: Annotated[float, Field(gt=0.0)] | None = None
+    """CPUs (and threads) of each. Not set: the machine's CPUs divided among the workers of one machine."""
+    gpus_per_worker: Annotated[float, Field(ge=0.0)] = 0.0
+    """GPUs of each."""
+
+    @property
+    def on_ray_train(self) -> bool:
+        """Whether workers that train together are started by Ray Train."""
+        return self.num_workers > 1
+
+
+class HeadsResources(WorkerResources):
+    ray_train: bool | None = None
+    """Whether Ray Train starts the workers. Not set: where there are several. A single one is ready some
+    ten seconds sooner without it."""
+
+    @property
+    def on_ray_train(self) -> bool:
+        return super().on_ray_train if self.ray_train is None else self.ray_train
+
+    @model_validator(mode="after")
+    def _check_ray_train(self) -> HeadsResources:
+        if self.ray_train is False and self.num_workers > 1:
+            raise ValueError(
+                f"ray_train is false, but {self.num_workers} workers need Ray Train; leave ray_train out, or set "
+                "num_workers to 1"
+            )
+        return self
+
+
+class ResourcesConfig(Section):
+    ray_address: str | None = None
+    """`auto` or an address: join that Ray cluster. Not set: join the one RAY_ADDRESS names, else start one here."""
+    num_cpus: PositiveInt | None = None
+    """CPUs of a Ray started here. Not set: all that this process may use."""
+    object_store_bytes: PositiveInt | None = None
+    """Object store of a Ray started here. Not set: Ray's choice, at most 2 GB."""
+    embed: WorkerResources = WorkerResources()
+    neighbors: WorkerResources = WorkerResources()
+    """Each worker is a shard: it holds its share of the features in memory, on its GPU where it has one."""
+    heads: HeadsResources = HeadsResources()
+    classifier: WorkerResources = WorkerResources()
+    """Its workers share the grid of learning rates: more than there are settings are not started."""
+    assign: WorkerResources = WorkerResources()
+    """On CPUs: reading the embeddings takes longer than the classifier."""
+
+    @model_validator(mode="after")
+    def _check_assign(self) -> ResourcesConfig:
+        if self.assign.gpus_per_worker:
+            raise ValueError(
+                f"assign.gpus_per_worker is {self.assign.gpus_per_worker:g}; images are labelled on CPUs: leave it out"
+            )
+        return self
+
+
+class Config(Section):
+    model_config = ConfigDict(serialize_by_alias=True)
+
+    output: str
+    """Folder or URI under which every artifact lies. Runs that share it share embeddings and graphs."""
+    given_num_clusters: int | Literal["auto"] = Field(alias="num_clusters")
+    """Clusters to find (K). `auto`: chosen as `cluster_count` says, without labels."""
+    cluster_count: ClusterCountConfig = ClusterCountConfig()
+    """Used where `num_clusters` is `auto`."""
+    preset: Literal["icce", "temi", "scan"] = "icce"
+    """Which method's settings fill in what is not given."""
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    """Of every random draw. Same config, seed and machine: identical labels."""
+    images: ImagesConfig = ImagesConfig()
+    embeddings: EmbeddingsConfig = EmbeddingsConfig()
+    embed: EmbedConfig = EmbedConfig()
+    neighbors: NeighborsConfig = NeighborsConfig()
+    heads: HeadsConfig = HeadsConfig()
+    consensus: ConsensusConfig = ConsensusConfig()
+    classifier: ClassifierConfig = ClassifierConfig()
+    assign: AssignConfig = AssignConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    report: ReportConfig = ReportConfig()
+    storage: StorageConfig = StorageConfig()
+    resources: ResourcesConfig = ResourcesConfig()
+
+    @property
+    def num_clusters(self) -> int:
+        """K.
+
+        Raises:
+            ConfigError: it is `auto`, and this is no place to choose it.
+        """
+        if self.given_num_clusters == AUTO:
+            raise ConfigError("num_clusters: 'auto' is chosen by a run; a number is needed here")
+        return self.given_num_clusters
+
+    @property
+    def is_auto(self) -> bool:
+        """Whether the number of clusters is still to be chosen."""
+        return self.given_num_clusters == AUTO
+
+    @property
+    def needed_images(self) -> tuple[int, str]:
+        """Fewest images that the clusters asked for can be made of, and the setting that says so."""
+        if not self.is_auto:
+            return self.num_clusters, "num_clusters"
+        asked = self.cluster_count
+        if asked.max_clusters is None:
+            return asked.min_clusters, "cluster_count.min_clusters"
+        return asked.max_clusters, "cluster_count.max_clusters"
+
+    def with_num_clusters(self, num_clusters: int) -> Config:
+        """The same with this K."""
+        return self.model_copy(update={"given_num_clusters": num_clusters})
+
+    @field_validator("given_num_clusters", mode="wrap")
+    @classmethod
+    def _number_or_auto(cls, value: Any, handler: Any) -> int | Literal["auto"]:
+        # Not by the union, whose messages name the places "num_clusters.int" and "num_clusters.literal['auto']".
+        return AUTO if value == AUTO else TypeAdapter(NumClusters).validate_python(value)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in_preset(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        filled = dict(data)
+        for section, settings in PRESETS.get(str(data.get("preset", "icce")), {}).items():
+            given = filled.get(section) or {}
+            if isinstance(given, dict):
+                filled[section] = {**settings, **given}
+        return filled
+
+    @model_validator(mode="after")
+    def _check(self) -> Config:
+        if (self.images.uri is None) == (self.embeddings.uri is None):
+            given = "neither is" if self.images.uri is None else "both are"
+            raise ValueError(f"{given} given: name the input with either images.uri or embeddings.uri")
+        if self.embeddings.uri is not None and self.evaluate.labels == "folder":
+            raise ValueError("evaluate.labels is 'folder', but ready-made embeddings have no folders: name a file")
+        return self

@@ -1,0 +1,91 @@
+"""The other runs whose heads a consensus takes in (`consensus.extra_runs`): found by name, over the same images."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import pyarrow.compute as pc
+
+from icce_ray.config import Config
+from icce_ray.errors import InputError
+from icce_ray.images.listing import Listing
+from icce_ray.pipeline.result import RUNS_FOLDER
+from icce_ray.sample.draw import sampled_ids
+from icce_ray.store import Artifact, Folder
+
+IMAGES, EMBED, SAMPLE, HEADS = "images", "embed", "sample", "heads"
+
+
+def find_heads(config: Config, own: Artifact | None = None) -> list[Artifact]:
+    """The heads of every extra run.
+
+    Args:
+        own: this run's heads, where they are finished: then it is checked that the images are the same.
+
+    Raises:
+        InputError: there is no such run, its heads are not finished, or its images are others.
+    """
+    found = []
+    for name in config.consensus.extra_runs:
+        record, root = _read_record(config, name)
+        heads = Artifact.find(root / HEADS / record["stages"][HEADS])
+        if heads is None:
+            raise InputError(
+                f"consensus.extra_runs: the heads of the run {name!r} are not finished; finish that run first"
+            )
+        if own is not None and not have_same_images(heads, own):
+            raise InputError(
+                f"consensus.extra_runs: the run {name!r} has other images than this one; only runs that list the same "
+                "images, and could use the same of them, can be combined"
+            )
+        found.append(heads)
+    return found
+
+
+def _read_record(config: Config, name: str) -> tuple[dict[str, Any], Folder]:
+    """The record of a run and the folder that its artifacts lie in."""
+    place = name if "/" in name else f"{config.output.rstrip('/')}/{RUNS_FOLDER}/{name}.json"
+    folder, _, file = place.rpartition("/")
+    root = folder.rpartition("/")[0]
+    try:
+        record: dict[str, Any] = json.loads(Folder.at(folder).read_bytes(file))
+        record["stages"][HEADS]
+    except FileNotFoundError:
+        raise InputError(
+            f"consensus.extra_runs: there is no run {name!r}: {place} does not exist. Give the name of a run under "
+            f"{config.output!r}, or the place of its record, <output>/{RUNS_FOLDER}/<name>.json"
+        ) from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"consensus.extra_runs: {place} is not the record of a run: {error}") from None
+    return record, Folder.at(root or "/")
+
+
+def have_same_images(one: Artifact, other: Artifact) -> bool:
+    """Whether the rows of two label matrices are the same images: listed in the same order, the same of them unusable,
+    and the same drawn where a sample was trained on. Ready-made embeddings that name no images are told apart by their
+    row numbers alone."""
+    embeds = [_input(heads, EMBED) for heads in (one, other)]
+    failed = [sorted(embed.read_table("errors.parquet")["image_id"].to_pylist()) for embed in embeds]
+    if failed[0] != failed[1]:
+        return False
+    ours, theirs = (sampled_ids({SAMPLE: _input(heads, SAMPLE)}) for heads in (one, other))
+    if (ours is None) != (theirs is None) or (ours is not None and not np.array_equal(ours, theirs)):  # type: ignore[arg-type]
+        return False
+    if embeds[0].manifest.inputs[IMAGES] == embeds[1].manifest.inputs[IMAGES]:
+        return True
+    listings = [Listing(_input(embed, IMAGES)) for embed in embeds]
+    names = [listing.table(0, len(listing))["uri"] for listing in listings]
+    rows = [pc.replace_substring_regex(uris, pattern=r"^.*(#\d+)$", replacement=r"\1") for uris in names]
+    return bool(rows[0].combine_chunks().equals(rows[1].combine_chunks()))
+
+
+def _input(artifact: Artifact, stage: str) -> Artifact:
+    """The artifact of `stage` that `artifact` was made from, which lies under the same folder."""
+    folder = artifact.folder
+    root = Folder(folder.filesystem, folder.path.rsplit("/", 2)[0], folder.uri.rsplit("/", 2)[0])
+    found = Artifact.find(root / stage / artifact.manifest.inputs[stage])
+    if found is None:
+        raise InputError(f"consensus.extra_runs: {root.uri}/{stage} no longer has what {folder.uri} was made from")
+    return found

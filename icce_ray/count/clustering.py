@@ -1,0 +1,164 @@
+"""One small clustering with a given number of clusters, and what it is judged by (METHOD section 5), without Ray.
+
+All clusterings look at one sample, one graph of neighbours, which knows nothing of the number of clusters, and one
+space of principal components. So they differ by their number of clusters and their seed only.
+
+Shape letters: n images of the sample, m of those that are measured, D feature dimension, d principal components, H
+heads.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from sklearn.metrics import adjusted_rand_score
+
+from icce_ray.config import Config, ConsensusConfig
+from icce_ray.consensus.best_consensus import find_consensus
+from icce_ray.consensus.label_matrix import encode_heads
+from icce_ray.count.choice import Measured
+from icce_ray.count.settings import heads_config, neighbors_config
+from icce_ray.errors import InputError, WorkerError
+from icce_ray.methods.heads.training import train_heads
+from icce_ray.metrics.label_free import generalization_score, project_pca, silhouette
+from icce_ray.neighbors.graph import NeighborGraph, build_graph
+from icce_ray.sample.draw import sample_rows
+
+Floats = npt.NDArray[Any]
+
+MAX_MEASURED = 2_000
+MOST_CLUSTERS, MIN_IMAGES_PER_CLUSTER = 100, 10
+"""Where no range is given."""
+CONSENSUS = ConsensusConfig(methods=("vote",))
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What all clusterings look at."""
+
+    features_nD: Floats
+    graph: NeighborGraph
+    measured_m: npt.NDArray[np.int64]
+    """Rows that silhouette and generalisation score are measured on."""
+    points_md: npt.NDArray[np.float32]
+    """Their principal components."""
+
+
+@dataclass(frozen=True)
+class Clustering:
+    """What one seed makes of the sample."""
+
+    heads_Hn: npt.NDArray[np.int32]
+    """Cluster of each image, by each head that did not collapse."""
+    num_clusters_used: int
+    """Of the consensus."""
+    generalization: float
+    """Of the consensus of the heads, 0 to 1; NaN where it cannot be told."""
+    silhouette: float
+    """Mean of the heads, -1 to 1; NaN where it cannot be told."""
+
+    def to_bytes(self) -> bytes:
+        sink = io.BytesIO()
+        figures = np.array([self.num_clusters_used, self.generalization, self.silhouette])
+        np.savez_compressed(sink, heads=self.heads_Hn, figures=figures)
+        return sink.getvalue()
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Clustering:
+        with np.load(io.BytesIO(data), allow_pickle=False) as stored:
+            used, generalization, silhouette = stored["figures"].tolist()
+            return cls(stored["heads"], int(used), generalization, silhouette)
+
+
+def draw_sample(features_ND: Floats, config: Config) -> Sample:
+    """The sample of the (N, D) features that are trained on, its graph and its space."""
+    rows = sample_rows(len(features_ND), config.cluster_count.max_images, config.seed)
+    features_nD = np.array(features_ND if rows is None else features_ND[rows])
+    graph, _ = build_graph(features_nD, neighbors_config(config), num_clusters=2, seed=config.seed)
+    measured_m = sample_rows(len(features_nD), MAX_MEASURED, config.seed)
+    if measured_m is None:
+        measured_m = np.arange(len(features_nD))
+    measured_mD = features_nD[measured_m].astype(np.float32)
+    return Sample(features_nD, graph, measured_m, project_pca(measured_mD, config.seed))
+
+
+def cluster_range(config: Config, num_images: int) -> tuple[int, int]:
+    """Fewest and most clusters to choose from, where `num_images` are looked at.
+
+    Raises:
+        InputError: there are fewer images than that.
+    """
+    asked = config.cluster_count
+    num_images = min(num_images, asked.max_images)
+    most = asked.max_clusters or max(asked.min_clusters, min(MOST_CLUSTERS, num_images // MIN_IMAGES_PER_CLUSTER))
+    if most > num_images:
+        setting = "max_clusters" if asked.max_clusters else "min_clusters"
+        raise InputError(
+            f"cluster_count.{setting}: {most} clusters, but {num_images} images are looked at; lower it to at most that"
+        )
+    return asked.min_clusters, most
+
+
+def make_clustering(sample: Sample, num_clusters: int, seed: int, config: Config, num_threads: int) -> Clustering:
+    """Train a few small heads and measure them. `num_threads` does not change the result.
+
+    Raises:
+        WorkerError: the loss was not finite.
+    """
+    try:
+        trained = train_heads(
+            sample.features_nD,
+            sample.graph,
+            heads_config(config),
+            num_clusters=num_clusters,
+            seed=seed,
+            num_threads=num_threads,
+        )
+    except FloatingPointError as error:
+        raise WorkerError(f"cluster_count: {num_clusters} clusters, seed {seed}: {error}") from error
+    heads_Hn = trained.label_matrix_HN
+    labels_n = find_consensus(encode_heads(heads_Hn), num_clusters, CONSENSUS, seed=seed).labels
+    silhouettes = [_or_nan(silhouette, sample.points_md, labels_m) for labels_m in heads_Hn[:, sample.measured_m]]
+    return Clustering(
+        heads_Hn=heads_Hn,
+        num_clusters_used=len(np.unique(labels_n)),
+        generalization=_or_nan(generalization_score, sample.points_md, labels_n[sample.measured_m], random_state=seed),
+        silhouette=float(np.mean(silhouettes)),
+    )
+
+
+def seeds_of(config: Config) -> list[int]:
+    """Of the clusterings of each number of clusters."""
+    return [(config.seed + number) % 2**31 for number in range(config.cluster_count.num_seeds)]
+
+
+def compare(num_clusters: int, seeds: Sequence[int], clusterings: Sequence[Clustering]) -> Measured:
+    """What the clusterings of one number of clusters, one of each seed, say together. A seed's stability is the mean
+    adjusted Rand index of its heads with those of the other seeds: chance-adjusted, since what two clusterings have in
+    common by chance grows with their clusters."""
+    size = len(clusterings)
+    together = np.full((size, size), np.nan)
+    for one in range(size):
+        for other in range(one):
+            pairs = [(a, b) for a in clusterings[one].heads_Hn for b in clusterings[other].heads_Hn]
+            together[one, other] = together[other, one] = np.mean([adjusted_rand_score(a, b) for a, b in pairs])
+    return Measured(
+        num_clusters=num_clusters,
+        seeds=tuple(seeds),
+        num_clusters_used=np.array([made.num_clusters_used for made in clusterings]),
+        stability=np.nanmean(together, axis=1),
+        generalization=np.array([made.generalization for made in clusterings]),
+        silhouette=np.array([made.silhouette for made in clusterings]),
+    )
+
+
+def _or_nan(measure: Any, *arguments: Any, **settings: Any) -> float:
+    try:
+        return float(measure(*arguments, **settings))
+    except InputError:
+        return float("nan")

@@ -1,0 +1,243 @@
+"""Which image contents have an embedding already, and where: the same bytes are never embedded twice.
+
+The cache is what lies on storage anyway: the parts of this and earlier ``embed`` artifacts of the same model under the
+same output. :class:`KnownContent` is their index, kept on one machine's disk; it also says which worker is about to
+embed which content, so that of two parts with the same bytes one waits for the other's result.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sqlite3
+import tempfile
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy.typing as npt
+
+from icce_ray.embed.backbone import EmbeddingPlan
+from icce_ray.embed.decode_and_embed import Outcome
+from icce_ray.embed.embedding_parts import is_part_name, read_hashes, read_model, read_part
+from icce_ray.embed.feature_matrix import joined_columns
+from icce_ray.errors import DamagedArtifactError
+from icce_ray.store import Folder
+
+NOT_OF_THE_MODEL = ("images_per_part", "max_image_pixels", "retry_errors")
+LOAD_THREADS = 16
+MAX_HELD_PARTS = 32
+WAIT_S = 0.05
+MAX_WAIT_S = 120.0
+"""For another worker's embedding of the same content. Then it is taken for dead, and the content embedded here."""
+
+Vector = npt.NDArray[Any]
+
+
+def model_key(settings: Mapping[str, Any], plan: EmbeddingPlan) -> str:
+    """16 hex digits of what decides an image's embedding besides its bytes: backbone, weights, preprocessing, features.
+
+    Args:
+        settings: of :func:`~icce_ray.embed.backbone.embed_settings`; weights count by their content.
+        plan: of the backbones.
+    """
+    embed = {key: value for key, value in settings["embed"].items() if key not in NOT_OF_THE_MODEL}
+    content = {"embed": embed, "backbones": [asdict(backbone) for backbone in plan.backbones]}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+class Index(Protocol):
+    """What :func:`gather` asks: a :class:`KnownContent`, here or in another process."""
+
+    def claim(self, part: str, hashes: list[str], *, force: bool = False) -> list[Any]: ...
+
+    def publish(self, part: str, outcomes: dict[str, Outcome]) -> None: ...
+
+    def forget(self, place: int, part: str) -> None: ...
+
+
+class KnownContent:
+    """The index. Making it reads the hashes of all parts in `folders`.
+
+    Args:
+        folders: ``embed`` artifacts of one model, finished or not; the first is the one that is being written.
+    """
+
+    def __init__(self, folders: Sequence[Folder]) -> None:
+        self._disk = tempfile.TemporaryDirectory(prefix="icce_ray-content-")
+        self._database = sqlite3.connect(Path(self._disk.name) / "content.sqlite", check_same_thread=False)
+        self._database.executescript(
+            "PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF;"
+            "CREATE TABLE content (hash BLOB PRIMARY KEY, place INTEGER, part TEXT) WITHOUT ROWID"
+        )
+        self._claims: dict[str, str] = {}
+        self._published: dict[str, dict[str, Outcome]] = {}
+        for place, folder in enumerate(folders):
+            names = [name for name in folder.names() if is_part_name(name)]
+            with ThreadPoolExecutor(LOAD_THREADS) as threads:
+                for name, hashes in zip(names, threads.map(partial(read_hashes, folder), names), strict=True):
+                    self._insert(place, name, hashes)
+
+    def __repr__(self) -> str:
+        return "embed: index of contents"
+
+    def known(self, hashes: list[str]) -> set[str]:
+        """Those of `hashes` whose embedding lies on storage."""
+        return {value for value in hashes if self._find(value) is not None}
+
+    def claim(self, part: str, hashes: list[str], *, force: bool = False) -> list[Any]:
+        """What is known of each hash: ``["at", place, part]`` on storage; ``["here", outcome]`` embedded by a part that
+        is not written yet; ``["yours"]`` it is for `part` to embed; ``["busy"]`` another part does.
+
+        Args:
+            force: take it over from a part that does not seem to finish.
+        """
+        answers: list[Any] = []
+        for value in hashes:
+            found = self._find(value)
+            holder = self._claims.get(value)
+            if found is not None:
+                answers.append(["at", *found])
+            elif holder is not None and value in self._published.get(holder, {}):
+                answers.append(["here", self._published[holder][value]])
+            elif holder in (None, part) or force:
+                self._claims[value] = part
+                answers.append(["yours"])
+            else:
+                answers.append(["busy"])
+        return answers
+
+    def publish(self, part: str, outcomes: dict[str, Outcome]) -> None:
+        """Hand out what `part` embedded until it is written."""
+        self._published.setdefault(part, {}).update(outcomes)
+
+    def finish(self, part: str, hashes: list[str]) -> None:
+        """The part is written to the first folder, with the embeddings of `hashes`."""
+        self._insert(0, part, hashes)
+        self._published.pop(part, None)
+        for value in [value for value, holder in self._claims.items() if holder == part]:
+            del self._claims[value]
+
+    def forget(self, place: int, part: str) -> None:
+        """A part cannot be read any more."""
+        self._database.execute("DELETE FROM content WHERE place = ? AND part = ?", (place, part))
+
+    def _insert(self, place: int, part: str, hashes: Iterable[str]) -> None:
+        rows = ((bytes.fromhex(value), place, part) for value in hashes)
+        self._database.executemany("INSERT OR IGNORE INTO content VALUES (?, ?, ?)", rows)
+
+    def _find(self, value: str) -> tuple[int, str] | None:
+        query = "SELECT place, part FROM content WHERE hash = ?"
+        found: tuple[int, str] | None = self._database.execute(query, (bytes.fromhex(value),)).fetchone()
+        return found
+
+
+class VectorReader:
+    """Reads single embeddings out of parts; keeps the last parts it read."""
+
+    def __init__(self, folders: Sequence[Folder]) -> None:
+        self._folders = folders
+        self._held: OrderedDict[tuple[int, str], tuple[dict[str, int], Vector]] = OrderedDict()
+
+    def read(self, place: int, part: str, content_hash: str) -> Vector:
+        """Raises DamagedArtifactError: the part is missing or damaged."""
+        key = (place, part)
+        if key not in self._held:
+            table = read_part(self._folders[place], part)
+            rows_of = {value: row for row, value in enumerate(table["content_hash"].to_pylist())}
+            self._held[key] = rows_of, joined_columns(table)
+            if len(self._held) > MAX_HELD_PARTS:
+                self._held.popitem(last=False)
+        self._held.move_to_end(key)
+        rows, vectors = self._held[key]
+        vector: Vector = vectors[rows[content_hash]]
+        return vector
+
+
+def gather(
+    part: str,
+    hashes: list[str],
+    index: Index,
+    reader: VectorReader,
+    embed: Callable[[list[str]], dict[str, Outcome]],
+) -> tuple[dict[str, Outcome], list[str]]:
+    """An outcome for each content of a part: read, taken from another part, or embedded here.
+
+    Args:
+        part: its name.
+        hashes: contents, each once.
+        embed: embeds those that are ours to embed.
+
+    Returns:
+        The outcomes by hash, and the hashes that were embedded here.
+    """
+    outcomes: dict[str, Outcome] = {}
+    embedded: list[str] = []
+    missing, deadline = list(hashes), time.monotonic() + MAX_WAIT_S
+    while missing:
+        ours = []
+        answers = index.claim(part, missing, force=time.monotonic() > deadline)
+        for value, (kind, *found) in zip(missing, answers, strict=True):
+            if kind == "yours":
+                ours.append(value)
+            elif kind == "here":
+                outcomes[value] = found[0]
+            elif kind == "at":
+                try:
+                    outcomes[value] = reader.read(found[0], found[1], value)
+                except (DamagedArtifactError, KeyError):
+                    index.forget(found[0], found[1])
+        if ours:
+            fresh = embed(ours)
+            index.publish(part, fresh)
+            outcomes |= fresh
+            embedded += ours
+            deadline = time.monotonic() + MAX_WAIT_S
+        missing = [value for value in missing if value not in outcomes]
+        if missing and not ours:
+            time.sleep(WAIT_S)
+    return outcomes, embedded
+
+
+class Duplicates:
+    """Finds images of the same content, on this machine's disk."""
+
+    def __init__(self) -> None:
+        self._disk = tempfile.TemporaryDirectory(prefix="icce_ray-duplicates-")
+        self._database = sqlite3.connect(Path(self._disk.name) / "images.sqlite")
+        self._database.executescript(
+            "PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF;"
+            "CREATE TABLE images (hash BLOB, image_id INTEGER, PRIMARY KEY (hash, image_id)) WITHOUT ROWID"
+        )
+
+    def add(self, image_ids: Iterable[int], hashes: Iterable[str | None]) -> None:
+        rows = ((bytes.fromhex(value), i) for i, value in zip(image_ids, hashes, strict=True) if value is not None)
+        self._database.executemany("INSERT OR IGNORE INTO images VALUES (?, ?)", rows)
+
+    def found(self) -> Iterator[tuple[int, int, str]]:
+        """(image_id, the lowest image_id of the same content, content hash), ascending; the lowest ones left out."""
+        query = (
+            "SELECT image_id, first, hex(images.hash) FROM images JOIN (SELECT hash, min(image_id) AS first FROM images"
+            " GROUP BY hash HAVING count(*) > 1) AS groups ON images.hash = groups.hash WHERE image_id > first"
+            " ORDER BY image_id"
+        )
+        for image_id, first, value in self._database.execute(query):
+            yield image_id, first, value.lower()
+
+
+def siblings(root: Folder, own: Folder, model: str) -> list[Folder]:
+    """The other ``embed`` artifacts below `root` that were made by the same model, finished or not."""
+    found = []
+    for name in root.folder_names():
+        folder = root / name
+        if folder.uri == own.uri:
+            continue
+        first = next((part for part in folder.names() if is_part_name(part)), None)
+        if first is not None and read_model(folder, first) == model:
+            found.append(folder)
+    return found

@@ -1,0 +1,138 @@
+"""The embedding artifact as one matrix: memory-mapped, built once per machine from the Parquet parts.
+
+Training reads rows at random, which Parquet cannot do. So the first process of a machine that needs the matrix writes
+it as .npy into the cache folder, part by part; all others map the same file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from icce_ray.errors import DamagedArtifactError
+from icce_ray.store import Artifact
+from icce_ray.store.artifact import cache_folder
+from icce_ray.store.local_files import locked, replacing
+
+PART_PREFIX = "part-"
+COLUMN = "embedding"
+
+
+@dataclass(frozen=True)
+class Features:
+    """One feature set of all images that were embedded, in ascending ``image_id``."""
+
+    image_ids: npt.NDArray[np.int64]
+    """(N,) int64; row of the matrix -> image. Not 0..N-1 where images failed."""
+    matrix: npt.NDArray[Any]
+    """(N, D) float16 or float32, a read-only memory map: copy before working in place."""
+    name: str
+    """Which features they are, e.g. ``pixels`` or ``vit_small_patch14_dinov2:cls``."""
+
+    @property
+    def num_images(self) -> int:
+        return int(self.matrix.shape[0])
+
+    @property
+    def dim(self) -> int:
+        return int(self.matrix.shape[1])
+
+
+def feature_set_names(artifact: Artifact) -> list[str]:
+    """Names of the feature sets of an ``embed`` artifact, such as ``vit_small_patch14_dinov2:cls``; the first is the
+    one that stages use unless told otherwise. Usage: ``range(len(feature_set_names(artifact)))`` are their numbers."""
+    first = artifact.metrics.get("feature_set", COLUMN)
+    return [str(name) for name in artifact.metrics.get("feature_sets", [first])]
+
+
+def load_features(artifact: Artifact, feature_set: int = 0) -> Features:
+    """The matrix of a finished ``embed`` artifact.
+
+    Usage::
+
+        features = load_features(context.inputs["embed"])
+        rows_BD = np.array(features.matrix[rows], dtype=np.float32)   # a copy: the map is shared and read-only
+
+    The first call on a machine copies the parts into ``<cache>/embed/<fingerprint>/`` (ICCE_CACHE), one part in memory
+    at a time; simultaneous callers wait for it, later ones only map the file.
+
+    Args:
+        artifact: the stage's.
+        feature_set: which of :func:`feature_set_names`, where several backbones were run.
+
+    Raises:
+        DamagedArtifactError: a part is missing, or its bytes or its type are not those that the manifest promises.
+    """
+    names = artifact.part_names(PART_PREFIX)
+    if not names:
+        raise DamagedArtifactError(f"{artifact.folder.uri}: the embedding artifact has no parts")
+    # The fingerprint says what was asked for; the checksums say what came out, and a stale cache must never be read.
+    digest = hashlib.sha256("".join(artifact.part(name).sha256 for name in names).encode()).hexdigest()[:12]
+    folder = cache_folder() / artifact.manifest.stage / artifact.fingerprint
+    suffix = f"-{feature_set}" if feature_set else ""
+    matrix_path, ids_path = folder / f"features-{digest}{suffix}.npy", folder / f"image_ids-{digest}.npy"
+    if not matrix_path.exists() or not ids_path.exists():
+        with locked(folder / ".features.lock"):
+            if not matrix_path.exists() or not ids_path.exists():
+                _build(artifact, names, feature_set, matrix_path, ids_path)
+    matrix = np.load(matrix_path, mmap_mode="r", allow_pickle=False)
+    image_ids = np.load(ids_path, allow_pickle=False)
+    image_ids.flags.writeable = False
+    return Features(image_ids, matrix, feature_set_names(artifact)[feature_set])
+
+
+def table_to_arrays(table: pa.Table, feature_set: int = 0) -> tuple[npt.NDArray[np.int64], npt.NDArray[Any]]:
+    """``(image_ids (n,) int64, embeddings (n, D))`` of one Parquet part, read-only where no copy was needed."""
+    column = table[column_name(feature_set)].combine_chunks()
+    values = column.flatten().to_numpy(zero_copy_only=True)
+    return table["image_id"].to_numpy(), values.reshape(len(column), column.type.list_size)
+
+
+def column_name(feature_set: int) -> str:
+    """The Parquet column of a feature set: ``embedding``, ``embedding_1``, ``embedding_2``, ..."""
+    return COLUMN if feature_set == 0 else f"{COLUMN}_{feature_set}"
+
+
+def joined_columns(table: pa.Table) -> npt.NDArray[Any]:
+    """(n, sum of D): the feature sets of a part side by side, as a backbone gives them."""
+    num_sets = sum(name.startswith(COLUMN) for name in table.schema.names)
+    sets = [table_to_arrays(table, feature_set)[1] for feature_set in range(num_sets)]
+    return sets[0] if num_sets == 1 else np.concatenate(sets, axis=1)
+
+
+def _build(artifact: Artifact, names: list[str], feature_set: int, matrix_path: Path, ids_path: Path) -> None:
+    num_images = sum(artifact.part(name).rows or 0 for name in names)
+    image_ids = np.empty(num_images, dtype=np.int64)
+    matrix: npt.NDArray[Any] | None = None
+    with replacing(matrix_path) as temporary:
+        start = 0
+        for name in names:
+            ids, rows = table_to_arrays(pq.read_table(pa.BufferReader(artifact.read_bytes(name))), feature_set)
+            if matrix is None:
+                matrix = np.lib.format.open_memmap(
+                    temporary, mode="w+", dtype=rows.dtype, shape=(num_images, rows.shape[1])
+                )
+            stop = start + len(rows)
+            if rows.dtype != matrix.dtype or rows.shape[1] != matrix.shape[1] or stop > num_images:
+                raise DamagedArtifactError(
+                    f"{artifact.folder.file_uri(name)}: holds {rows.shape} {rows.dtype}, which does not fit the "
+                    f"{matrix.shape} {matrix.dtype} of the artifact"
+                )
+            matrix[start:stop], image_ids[start:stop] = rows, ids
+            start = stop
+        if start != num_images or (np.diff(image_ids) <= 0).any():
+            raise DamagedArtifactError(f"{artifact.folder.uri}: the parts do not hold each image once, in order")
+        assert isinstance(matrix, np.memmap)
+        matrix.flush()
+    with replacing(ids_path) as temporary:
+        sink = io.BytesIO()
+        np.save(sink, image_ids, allow_pickle=False)
+        temporary.write_bytes(sink.getbuffer())

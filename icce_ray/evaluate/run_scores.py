@@ -1,0 +1,107 @@
+"""The evaluate stage: how well the clusters match the true labels, where there are any. It changes nothing else."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from icce_ray.config import Config
+from icce_ray.evaluate.labels import TrueLabels, load_labels
+from icce_ray.images.listing import Listing
+from icce_ray.metrics.scores import clustering_accuracy, contingency_table, match_clusters, metrics_from_counts
+from icce_ray.sample.draw import sampled_ids, spread
+from icce_ray.stage import StageContext
+from icce_ray.store import Artifact
+
+VERSION = 1
+METRICS_NAME = "metrics.json"
+
+
+def run(config: Config, context: StageContext) -> dict[str, Any]:
+    """Compare the assignments with the true labels.
+
+    Returns:
+        Nothing without labels. Else acc, nmi (geometric), nmi_arithmetic, ari, many_to_one, of all embedded images;
+        head_acc_mean, head_acc_best (by the true labels), head_acc_lowest_loss, of the images of the consensus;
+        acc_high_agreement and acc_low_agreement, of the halves of these by agreement; num_classes.
+
+    Raises:
+        InputError: labels that cannot be used.
+    """
+    metrics: dict[str, Any] = {}
+    if config.evaluate.labels is not None:
+        table = read_assignments(context.inputs["assign"], ["image_id", "cluster", "agreement"])
+        listing = Listing(context.inputs["images"])
+        images = listing.table(0, len(listing))
+        labels = load_labels(config, images, table["image_id"].to_numpy())
+        heads = context.inputs["heads"]
+        heads_HN = heads.read_array("label_matrix.npy")
+        sample = sampled_ids(context.inputs)
+        if sample is not None:
+            image_ids = table["image_id"].to_numpy()
+            heads_HN = np.stack([spread(head_n, sample, image_ids, -1) for head_n in heads_HN])
+        metrics = evaluate(
+            labels,
+            table["cluster"].to_numpy(),
+            table["agreement"].to_numpy(),
+            heads_HN,
+            np.asarray(heads.read_json("training.json")["head_losses"]),
+            context,
+        )
+    context.output.write_json(METRICS_NAME, metrics)
+    return metrics
+
+
+def evaluate(
+    labels: TrueLabels,
+    clusters_N: npt.NDArray[np.integer],
+    agreement_N: npt.NDArray[np.floating],
+    heads_HN: npt.NDArray[np.integer],
+    head_losses_H: npt.NDArray[np.floating],
+    context: StageContext | None = None,
+) -> dict[str, Any]:
+    """The metrics of :func:`run`.
+
+    Args:
+        clusters_N: assigned clusters of the labelled images.
+        agreement_N: NaN for images that took no part in the consensus.
+        heads_HN: labels of the heads, -1 where one gave none.
+        head_losses_H: the lowest is the best head's.
+    """
+    table = contingency_table(labels.classes, clusters_N)
+    accuracies = []
+    for done, head_N in enumerate(heads_HN, start=1):
+        given = head_N >= 0
+        accuracies.append(clustering_accuracy(labels.classes[given], head_N[given]) if given.any() else float("nan"))
+        if context is not None:
+            context.progress.update(done, len(heads_HN), "heads compared")
+    # NaN where a head labels nothing: it is no head to speak of.
+    accuracy_H = np.array(accuracies)
+    metrics: dict[str, Any] = {**metrics_from_counts(table), "num_classes": len(labels.names)}
+    assert heads_HN.shape[1] == len(labels.classes)
+    if np.isfinite(accuracy_H).any():
+        metrics |= {
+            "head_acc_mean": float(np.nanmean(accuracy_H)),
+            "head_acc_best": float(np.nanmax(accuracy_H)),
+            "head_acc_lowest_loss": float(
+                accuracy_H[np.where(np.isfinite(accuracy_H), head_losses_H, np.inf).argmin()]
+            ),
+        }
+    voted = np.isfinite(agreement_N)
+    if voted.sum() >= 2:
+        used = np.unique(clusters_N)
+        class_of_cluster = np.unique(labels.classes)[match_clusters(table)]
+        is_right = class_of_cluster[np.searchsorted(used, clusters_N[voted])] == labels.classes[voted]
+        falling = np.argsort(-agreement_N[voted], kind="stable")
+        half = len(falling) // 2
+        metrics["acc_high_agreement"] = float(is_right[falling[:half]].mean())
+        metrics["acc_low_agreement"] = float(is_right[falling[half:]].mean())
+    return metrics
+
+
+def read_assignments(assign: Artifact, columns: list[str]) -> pa.Table:
+    """Columns of all assignments, in ascending image_id."""
+    return pa.concat_tables([assign.read_table(name).select(columns) for name in assign.part_names("assignments/")])

@@ -1,0 +1,121 @@
+"""The bytes of images, wherever they lie, with time limits and retries; or the reason why there are none.
+
+What comes is checked against the size that the listing saw, so an answer that was cut short is asked for again.
+"""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from itertools import islice
+from typing import NamedTuple
+
+from icce_ray.errors import InputError
+from icce_ray.images.containers import ParquetCells, Span, locate
+from icce_ray.images.sources import is_remote, local_path
+from icce_ray.store import s3
+from icce_ray.store.filesystem import open_uri
+
+READ_TIMEOUTS_S = (1.5, 3.0, 6.0, 6.0, 12.0, 12.0, 24.0, 24.0)
+"""Without a byte, by attempt."""
+BACKOFF_S = 0.1
+MAX_BACKOFF_S = 1.0
+"""Doubles from the first to the second. A store that throttles slows down one of NUM_THREADS reads, not the job."""
+NUM_THREADS = 16
+"""Reads under way at once in one process: what hides the latency of remote storage."""
+MAX_AHEAD = 32
+"""Files that are asked for and not handed on yet."""
+REMOVED = "removed"
+"""In place of the etag of an image that a later listing did not find; and its reason."""
+
+
+class ListedImage(NamedTuple):
+    """A row of the listing."""
+
+    image_id: int
+    uri: str
+    size_bytes: int | None
+    etag: str | None
+
+
+def read_image(uri: str, size_bytes: int | None = None) -> bytes | str:
+    """The bytes of the image `uri` (a file, or a place in a container), or why not: ``missing``, ``unreadable: ...``.
+
+    Args:
+        uri: as it stands in the listing.
+        size_bytes: what it must have; None where that is not known.
+
+    Raises:
+        InputError: the bucket does not exist, or refuses the credentials.
+    """
+    for attempt, timeout_s in enumerate(READ_TIMEOUTS_S):
+        try:
+            data = _read_once(uri, timeout_s)
+            if size_bytes is None or len(data) == size_bytes or not is_remote(uri):
+                return data
+            problem = f"unreadable: {len(data)} bytes came of {size_bytes}"
+        except FileNotFoundError:
+            return "missing"
+        except InputError as error:
+            # One object may be closed to us. Where the whole bucket is, no image can be read, and the job must say so.
+            s3.check_bucket(uri, s3.current_options(), "images.uri")
+            return f"unreadable: {error}"
+        except Exception as error:
+            problem = f"unreadable: {' '.join(f'{type(error).__name__}: {error}'.split())[:200]}"
+            if not is_remote(uri):
+                return problem
+        if attempt < len(READ_TIMEOUTS_S) - 1:
+            time.sleep(random.uniform(0.5, 1.0) * min(MAX_BACKOFF_S, BACKOFF_S * 2**attempt))
+    return problem
+
+
+def read_images(rows: Sequence[ListedImage]) -> Iterator[tuple[ListedImage, bytes | str]]:
+    """The bytes of each image; remote ones are read by threads and come as they arrive, so that a slow answer holds up
+    no other."""
+    if not any(is_remote(row.uri) for row in rows):
+        yield from ((row, _read_row(row)) for row in rows)
+        return
+    waiting = iter(rows)
+    with ThreadPoolExecutor(NUM_THREADS) as threads:
+        under_way = {threads.submit(_read_row, row): row for row in islice(waiting, MAX_AHEAD)}
+        while under_way:
+            done, _ = wait(under_way, return_when=FIRST_COMPLETED)
+            for result in done:
+                yield under_way.pop(result), result.result()
+                for row in islice(waiting, 1):
+                    under_way[threads.submit(_read_row, row)] = row
+
+
+def _read_row(row: ListedImage) -> bytes | str:
+    return REMOVED if row.etag == REMOVED else read_image(row.uri, row.size_bytes)
+
+
+def _read_once(uri: str, timeout_s: float) -> bytes:
+    place = locate(uri)
+    if place is not None and not isinstance(place, Span):
+        with _cells_lock:
+            data = _cells.read(place)
+        return data or b""
+    file = uri if place is None else place.file
+    if not is_remote(file):
+        with open(local_path(file), "rb") as opened:
+            if place is None:
+                return opened.read()
+            opened.seek(place.start)
+            return opened.read(place.num_bytes)
+    if s3.is_s3(file):
+        client = s3.client(s3.current_options(), read_timeout_s=timeout_s, attempts=1)
+        with s3.translated(file):
+            if place is None:
+                return s3.get_once(file, client)
+            return s3.get_once(file, client, place.start, place.num_bytes)
+    filesystem, path = open_uri(file)
+    with filesystem.open_input_file(path) as remote:
+        return bytes(remote.read() if place is None else remote.read_at(place.num_bytes, place.start))
+
+
+_cells = ParquetCells()
+_cells_lock = threading.Lock()

@@ -1,0 +1,51 @@
+"""The runs that a user names: by their config, their output folder, or their record."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from icce_ray.config import load_config
+from icce_ray.errors import InputError
+from icce_ray.pipeline.result import RUNS_FOLDER, read_records
+from icce_ray.pipeline.run import plan
+from icce_ray.store import Artifact, Folder
+
+
+def find_stage(
+    run: str, stage: str, *, what: str = "", several: str = "runs"
+) -> tuple[Artifact, dict[str, Any]] | None:
+    """The finished artifact of one stage of a run, and the run's settings; None where no such run is recorded.
+
+    Args:
+        run: a YAML config, an output folder, or a record (``runs/*.json``). Of the runs in a folder, those that are
+            finished must have the artifact in common.
+        what: what the stage makes, in messages; its name where empty.
+        several: what a folder then holds too many of, in messages.
+
+    Raises:
+        InputError: the stage is not finished, or a folder has several that are.
+    """
+    what = what or stage
+    if run.endswith((".yaml", ".yml")):
+        config = load_config(run)
+        step = next((step for step in plan(config) if step.name == stage), None)
+        if step is None or step.artifact is None:
+            raise InputError(f"{run}: this run has no {what} yet; finish it first: icce-ray run {run}")
+        return step.artifact, config.model_dump(mode="json")
+    output, wanted = run, None
+    if run.endswith(".json"):
+        before, _, wanted = run.rpartition(f"{RUNS_FOLDER}/")
+        output = before.rstrip("/") or "."
+    root = Folder.at(output)
+    records = [record for record in read_records(output) if wanted in (None, f"{record['run']}.json")]
+    found = [(record, Artifact.find(root / stage / record["stages"].get(stage, "none"))) for record in records]
+    finished = [(record, artifact) for record, artifact in found if artifact is not None]
+    if len({artifact.fingerprint for _, artifact in finished}) > 1:
+        names = ", ".join(root.file_uri(f"{RUNS_FOLDER}/{record['run']}.json") for record, _ in finished)
+        raise InputError(f"{run} holds several {several}: give the record of one run ({names}), or its config")
+    if records and not finished:
+        raise InputError(f"{run}: the run has no {what} yet; finish it first")
+    if not finished:
+        return None
+    record, artifact = finished[-1]
+    return artifact, record["config"] | {"output": output}

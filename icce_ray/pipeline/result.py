@@ -1,0 +1,160 @@
+"""What a run made: the numbers and places it ends with, its closing summary, and its record beside the artifacts.
+
+``<output>/runs/<run>.json`` says which artifacts belong to a run, so that they can be found without planning it again.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from icce_ray.config import Config
+from icce_ray.errors import InputError
+from icce_ray.runtime.progress import format_seconds
+from icce_ray.store import Artifact, Folder
+
+RUNS_FOLDER = "runs"
+CLUSTER_COUNT = "cluster_count"
+HEADLINE_METRICS = ("acc", "nmi", "ari")
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run made and where it lies."""
+
+    run: str
+    """Name of the run: a hash of what all its stages are."""
+    num_images: int
+    """Images listed."""
+    num_errors: int
+    """Images that could not be used; the table `errors` says why."""
+    num_clusters: int
+    """Clusters (K)."""
+    anmi: float
+    """Average NMI (geometric mean) of the consensus with the heads, 0 to 1."""
+    assignments: str
+    """Folder of Parquet parts with a row per image."""
+    report: str
+    """An HTML page."""
+    errors: str
+    """A Parquet table: image_id, uri, reason."""
+    metrics: dict[str, float]
+    """acc, nmi, ari and others where labels were given, else empty."""
+    seconds: dict[str, float]
+    """By stage, in this run: 0 for what was finished before."""
+    finished_before: tuple[str, ...]
+    """Stages that this run did not have to do."""
+    model: str = ""
+    """The folder of the model that labels new images: see `icce_ray.load`."""
+    num_clusters_range: tuple[int, int] | None = None
+    """Where the number of clusters was chosen: the fewest and the most that are as good, by what was measured."""
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def num_listed(artifacts: Mapping[str, Artifact]) -> int:
+    """Images that the input names."""
+    images = artifacts["images"]
+    return sum(images.part(name).rows or 0 for name in images.part_names("images"))
+
+
+def num_failed(artifacts: Mapping[str, Artifact]) -> int:
+    """Images that could not be used."""
+    return artifacts["embed"].part("errors.parquet").rows or 0
+
+
+def sum_up(
+    config: Config,
+    name: str,
+    artifacts: Mapping[str, Artifact],
+    seconds: Mapping[str, float],
+    finished_before: tuple[str, ...],
+) -> Result:
+    """Gather what a finished run ends with from its artifacts."""
+    return Result(
+        run=name,
+        num_images=num_listed(artifacts),
+        num_errors=num_failed(artifacts),
+        num_clusters=config.num_clusters,
+        anmi=artifacts["consensus"].metrics["anmi"],
+        assignments=artifacts["assign"].folder.file_uri("assignments"),
+        report=artifacts["report"].folder.file_uri("report.html"),
+        errors=artifacts["embed"].folder.file_uri("errors.parquet"),
+        num_clusters_range=_range(artifacts),
+        model=artifacts["classifier"].folder.uri if "classifier" in artifacts else "",
+        metrics=artifacts["evaluate"].metrics,
+        seconds=dict(seconds),
+        finished_before=finished_before,
+    )
+
+
+def _range(artifacts: Mapping[str, Artifact]) -> tuple[int, int] | None:
+    if CLUSTER_COUNT not in artifacts:
+        return None
+    low, high = artifacts[CLUSTER_COUNT].metrics["num_clusters_range"]
+    return low, high
+
+
+def write_record(config: Config, name: str, fingerprints: Mapping[str, str], result: Result | None = None) -> None:
+    """Note beside the artifacts which of them make up the run `name`.
+
+    Raises:
+        InputError: the output cannot be written to.
+    """
+    folder = Folder.at(config.output) / RUNS_FOLDER
+    if result is None and folder.exists(f"{name}.json"):
+        return
+    record = {
+        "run": name,
+        "stages": dict(fingerprints),
+        "config": config.model_dump(mode="json"),
+        "result": result.to_json() if result else None,
+    }
+    try:
+        folder.write_bytes(f"{name}.json", json.dumps(record, indent=1).encode())
+    except OSError as error:
+        raise InputError(f"output: {config.output!r} cannot be written to: {error}") from None
+
+
+def remove_record(config: Config, name: str) -> None:
+    """Forget the run `name`, not its artifacts."""
+    (Folder.at(config.output) / RUNS_FOLDER).remove(f"{name}.json")
+
+
+def read_records(output: str) -> list[dict[str, Any]]:
+    """The records of all runs under an output folder."""
+    folder = Folder.at(output) / RUNS_FOLDER
+    return [json.loads(folder.read_bytes(name)) for name in folder.names() if name.endswith(".json")]
+
+
+def summary(result: Result, artifacts: Mapping[str, Artifact], total_s: float) -> str:
+    """The closing lines of a run."""
+    scores = f"ANMI {result.anmi:.3f}"
+    for key in HEADLINE_METRICS:
+        if key in result.metrics:
+            scores += f", {key.upper()} {result.metrics[key]:.3f}"
+    lines = [
+        "",
+        f"{result.num_images:,} images, {result.num_errors:,} errors, {result.num_clusters:,} clusters; {scores}",
+        f"run          {result.run}, {format_seconds(total_s)}",
+    ]
+    if CLUSTER_COUNT in artifacts:
+        lines.insert(2, f"num_clusters {artifacts[CLUSTER_COUNT].metrics['choice']}")
+    for stage, seconds in result.seconds.items():
+        took = f"finished before (took {artifacts[stage].manifest.seconds:.1f} s)"
+        spent = took if stage in result.finished_before and not seconds else f"{seconds:.1f} s"
+        lines.append(f"  {stage:<13} {spent}")
+    if result.num_errors:
+        lines.append(f"errors       {result.errors}")
+    if num_duplicates := artifacts["embed"].metrics.get("num_duplicates"):
+        place = artifacts["embed"].folder.file_uri("duplicates.parquet")
+        lines.append(f"duplicates   {place} ({num_duplicates:,} images with the bytes of another)")
+    lines += [
+        f"assignments  {result.assignments}",
+        f"model        {result.model}",
+        f"report       {result.report}",
+    ]
+    return "\n".join(lines)

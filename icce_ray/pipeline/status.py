@@ -1,0 +1,256 @@
+"""To watch a run from another terminal or machine: ``icce-ray status``.
+
+The driver of a run rewrites a small file every few seconds, ``<output>/runs/progress/<run>.json``: which stage it is
+at and how far. Who asks needs that file and the manifests, so the output folder alone. A driver that was killed is
+known by its silence.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from types import TracebackType
+from typing import Any
+
+from icce_ray.errors import BusyError, UserError, describe_cause, find_cause
+from icce_ray.pipeline.result import RUNS_FOLDER
+from icce_ray.runtime.progress import Progress, Reading, format_seconds
+from icce_ray.store import Artifact, Folder
+
+PROGRESS_FOLDER = "progress"
+WRITE_INTERVAL_S = 5.0
+MAX_SILENCE_S = 30.0
+"""A driver not heard of for longer is dead, or has lost the storage."""
+FINISHED, RUNNING, STOPPED, FAILED, INTERRUPTED, WAITING = (
+    "finished", "running", "stopped", "failed", "interrupted", "not finished",
+)  # fmt: skip
+
+
+class RunProgress:
+    """Tells on storage how far a run is, from its first stage on until the block ends.
+
+    What goes wrong with that is the watcher's loss, never the run's.
+
+    Args:
+        output: the run's.
+        run: its name.
+        clock: seconds since 1970.
+    """
+
+    def __init__(self, output: str, run: str, clock: Callable[[], float] = time.time) -> None:
+        self._folder = Folder.at(output) / RUNS_FOLDER / PROGRESS_FOLDER
+        self._run = run
+        self._clock = clock
+        self._began = clock()
+        self._progress: Progress | None = None
+        self._writing = threading.Lock()
+        """Else the writer's word of the last stage might come after the first one of the next."""
+        self._ended = threading.Event()
+        self._writer: threading.Thread | None = None
+
+    def watch(self, progress: Progress) -> None:
+        """A stage begins, this is its progress."""
+        self._progress = progress
+        self.write()
+        if self._writer is None:
+            self._writer = threading.Thread(target=self._write_on, name="icce_ray-status", daemon=True)
+            self._writer.start()
+
+    def __enter__(self) -> RunProgress:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._ended.set()
+        if self._writer is None:
+            return
+        self._writer.join()
+        if error is None:
+            self.write(FINISHED)
+        elif isinstance(error, KeyboardInterrupt):
+            self.write(INTERRUPTED)
+        elif find_cause(error, BusyError) is None:  # else the file is another job's now
+            self.write(FAILED, str(find_cause(error, UserError) or describe_cause(error)))
+
+    def write(self, state: str = RUNNING, error: str = "") -> None:
+        """Say how far the run is at this moment."""
+        if self._progress is None:
+            return
+        with self._writing:
+            said = Said(
+                run=self._run,
+                state=state,
+                reading=self._progress.read(),
+                host=socket.gethostname(),
+                pid=os.getpid(),
+                began=self._began,
+                heard=self._clock(),
+                error=error,
+            )
+            try:
+                self._folder.write_bytes(f"{self._run}.json", json.dumps(asdict(said)).encode())
+            except Exception:
+                return
+
+    def _write_on(self) -> None:
+        while not self._ended.wait(WRITE_INTERVAL_S):
+            self.write()
+
+
+@dataclass(frozen=True)
+class Said:
+    """What a driver said last of its run."""
+
+    run: str
+    state: str
+    reading: Reading
+    host: str
+    pid: int
+    began: float
+    """Seconds since 1970, by the driver's clock; so is `heard`."""
+    heard: float
+    error: str
+
+    @classmethod
+    def read(cls, root: Folder, run: str) -> Said | None:
+        """None where the run has said nothing, or something that cannot be read."""
+        try:
+            content = json.loads((root / RUNS_FOLDER / PROGRESS_FOLDER).read_bytes(f"{run}.json"))
+            reading = Reading(**content.pop("reading"))
+            return cls(reading=reading, **content)
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
+            return None
+
+
+@dataclass(frozen=True)
+class StageStatus:
+    """One stage of a run."""
+
+    stage: str
+    state: str
+    """finished; running, stopped, failed, interrupted: here the run is; not finished."""
+    folder: str
+    seconds: float | None
+    """That a finished one took."""
+    metrics: dict[str, Any]
+    """Of a finished one."""
+    reading: Reading | None
+    """Of the one that the run is at."""
+
+    def line(self) -> str:
+        if self.state == WAITING:
+            said = WAITING
+        elif self.seconds is not None:
+            said = f"finished in {self.seconds:.1f} s"
+        else:
+            assert self.reading is not None
+            said = self.reading.text() if self.state == RUNNING else f"{self.state} at {_without_rate(self.reading)}"
+        figures = ", ".join(
+            f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
+            for key, value in self.metrics.items()
+            if isinstance(value, (str, int, float))
+        )
+        return f"  {self.stage:<13} {said}  {self.folder}" + (f"\n{'':16}{figures}" if figures else "")
+
+
+@dataclass(frozen=True)
+class RunStatus:
+    """How far a run is."""
+
+    run: str
+    output: str
+    state: str
+    """finished, running, stopped (killed: nothing is heard of it any more), failed, interrupted, not finished."""
+    stages: tuple[StageStatus, ...]
+    host: str | None = None
+    pid: int | None = None
+    running_s: float | None = None
+    """From its start until it was last heard of."""
+    heard_s_ago: float | None = None
+    error: str = ""
+
+    def lines(self) -> list[str]:
+        said = f"run {self.run} in {self.output}"
+        if self.heard_s_ago is not None:
+            ago = f"{format_seconds(self.heard_s_ago)} ago"
+            where = f"process {self.pid} on {self.host}"
+            said += {
+                FINISHED: f": {FINISHED}",
+                RUNNING: f": running for {format_seconds(self.running_s or 0)}, {where}; last heard of {ago}",
+                STOPPED: f": stopped, last heard of {ago} ({where}); the same command goes on from there",
+                FAILED: f": failed {ago}: {self.error}",
+                INTERRUPTED: f": interrupted {ago}; the same command goes on from there",
+                WAITING: "",
+            }[self.state]
+        return [said, *(stage.line() for stage in self.stages)]
+
+    def to_json(self) -> dict[str, Any]:
+        found = asdict(self)
+        for stage, values in zip(self.stages, found["stages"], strict=True):
+            reading = values.pop("reading")
+            values["progress"] = None
+            if stage.reading is not None:
+                values["progress"] = reading | {"seconds_left": stage.reading.seconds_left}
+        return found
+
+
+def find_status(
+    root: Folder, run: str, folders: Mapping[str, Folder], clock: Callable[[], float] = time.time
+) -> RunStatus:
+    """How far a run is.
+
+    Args:
+        root: the run's output.
+        run: its name.
+        folders: of its artifacts by stage, in order.
+        clock: seconds since 1970.
+    """
+    artifacts = {stage: Artifact.find(folder) for stage, folder in folders.items()}
+    said = Said.read(root, run)
+    silence = max(0.0, clock() - said.heard) if said is not None else None
+    if all(artifacts.values()):
+        state = FINISHED
+    elif said is None or silence is None or said.state == FINISHED:  # an artifact that it made was removed since
+        state = WAITING
+    elif said.state == RUNNING and silence > MAX_SILENCE_S:
+        state = STOPPED
+    else:
+        state = said.state
+    stages = []
+    for stage, folder in folders.items():
+        artifact = artifacts[stage]
+        is_here = artifact is None and state not in (WAITING, FINISHED) and said is not None
+        reading = said.reading if is_here and said is not None and said.reading.stage == stage else None
+        stages.append(
+            StageStatus(
+                stage=stage,
+                state=FINISHED if artifact is not None else state if reading is not None else WAITING,
+                folder=folder.uri,
+                seconds=None if artifact is None else artifact.manifest.seconds,
+                metrics={} if artifact is None else artifact.metrics,
+                reading=reading,
+            )
+        )
+    if said is None:
+        return RunStatus(run, root.uri, state, tuple(stages))
+    return RunStatus(
+        run=run,
+        output=root.uri,
+        state=state,
+        stages=tuple(stages),
+        host=said.host,
+        pid=said.pid,
+        running_s=said.heard - said.began,
+        heard_s_ago=silence,
+        error=said.error if state == FAILED else "",
+    )
+
+
+def _without_rate(reading: Reading) -> str:
+    return replace(reading, rate=None).text()

@@ -1,0 +1,176 @@
+"""The report stage: one HTML page that opens without a network, and a contact sheet of the clusters."""
+
+from __future__ import annotations
+
+import importlib.resources
+from pathlib import PurePosixPath
+from typing import Any
+
+import jinja2
+import yaml
+
+from icce_ray.config import Config
+from icce_ray.consensus.hierarchy import HIERARCHY_NAME, Hierarchy
+from icce_ray.pipeline.result import CLUSTER_COUNT, num_listed
+from icce_ray.report.page_content import Content, Shown, gather
+from icce_ray.report.pictures import Pixels, contact_sheet, data_uri, load_thumbnails
+from icce_ray.report.plots import (
+    certainty_histogram,
+    cluster_count_curve,
+    merge_tree,
+    neighbors_by_threshold,
+    similarity_histogram,
+    size_chart,
+    training_curve,
+)
+from icce_ray.runtime.progress import format_seconds
+from icce_ray.stage import StageContext
+
+VERSION = 3
+PAGE_NAME = "report.html"
+SHEET_NAME = "clusters.png"
+NUM_LEAST_CERTAIN = 36
+MAX_OUTLIERS = 36
+MAX_ERRORS = 100
+SCORES = (
+    ("acc", "ACC"),
+    ("nmi", "NMI (geometric)"),
+    ("nmi_arithmetic", "NMI (arithmetic)"),
+    ("ari", "ARI"),
+    ("many_to_one", "many-to-one"),
+    ("head_acc_mean", "ACC, mean head"),
+    ("head_acc_lowest_loss", "ACC, lowest-loss head"),
+    ("head_acc_best", "ACC, best head"),
+    ("acc_high_agreement", "ACC, upper half by agreement"),
+    ("acc_low_agreement", "ACC, lower half by agreement"),
+)
+
+COUNT_PLOTS = (
+    (("score", "score"), ("stability", "stability")),
+    (("silhouette", "silhouette"), ("generalization", "generalisation score")),
+)
+"""Two columns of by_count.parquet to a diagram, and what they are called."""
+
+
+def run(config: Config, context: StageContext) -> dict[str, Any]:
+    """Write report.html, and clusters.png where there are pictures.
+
+    Returns:
+        num_pictures (on the page), num_bytes (of the page).
+    """
+    inputs = context.inputs
+    parts = inputs["assign"].part_names("assignments/")
+    content = gather(
+        (inputs["assign"].read_table(name) for name in parts),
+        config.num_clusters,
+        num_least_certain=NUM_LEAST_CERTAIN,
+        max_outliers=MAX_OUTLIERS,
+    )
+    clusters = content.clusters()
+    pictured = [row["cluster"] for row in clusters if row["size"]][: config.report.max_clusters]
+    per_cluster = config.report.images_per_cluster
+    exemplars = {cluster: content.exemplars.get(cluster, [])[:per_cluster] for cluster in pictured}
+    shown = [*content.least_certain, *content.outliers, *(image for images in exemplars.values() for image in images)]
+    pictures = load_thumbnails(
+        (image.uri for image in shown), lambda done, total: context.progress.update(done, total, "pictures")
+    )
+    page = render(
+        config,
+        context,
+        content,
+        clusters=clusters,
+        exemplars=exemplars,
+        pictures=pictures,
+    ).encode("utf-8", errors="replace")
+    context.output.write_bytes(PAGE_NAME, page)
+    sheet = contact_sheet(
+        [
+            (f"cluster {cluster}\n{content.sizes[cluster]:,} images", _pictures_of(exemplars[cluster], pictures))
+            for cluster in pictured
+        ]
+    )
+    if sheet is not None:
+        context.output.write_bytes(SHEET_NAME, sheet)
+    return {"num_pictures": len(pictures), "num_bytes": len(page)}
+
+
+def render(
+    config: Config,
+    context: StageContext,
+    content: Content,
+    *,
+    clusters: list[dict[str, Any]],
+    exemplars: dict[int, list[Shown]],
+    pictures: dict[str, Pixels],
+) -> str:
+    """The page as HTML."""
+    inputs = context.inputs
+    summary = inputs["consensus"].read_json("summary.json")
+    errors = inputs["embed"].read_table("errors.parquet")
+    history = inputs["heads"].read_json("training.json").get("history", [])
+    confused = {row["cluster"]: row["confused_with"] for row in summary.get("clusters", [])}
+    metrics = inputs["evaluate"].metrics
+    audit = inputs["neighbors"].read_json("audit.json")
+    source = ", ".join(config.images.uris) or config.embeddings.uri or ""
+    tree = Hierarchy.from_table(inputs["consensus"].read_table(HIERARCHY_NAME))
+    plots = [
+        ("Cluster sizes", size_chart(content.sizes)),
+        ("How sure the labels are", certainty_histogram(content.confidence_bins, content.agreement_bins)),
+        ("Similarity of images", similarity_histogram(audit)),
+        ("Neighbours by threshold", neighbors_by_threshold(audit)),
+        ("Training", training_curve(history)),
+        ("Which clusters the heads confuse", merge_tree(tree)),
+    ]
+    choice, count_plots = None, list[tuple[str, str]]()
+    if CLUSTER_COUNT in inputs:
+        choice = inputs[CLUSTER_COUNT].metrics["choice"]
+        rows = inputs[CLUSTER_COUNT].read_table("by_count.parquet").to_pylist()
+        count_plots = [
+            (f"{left[1].capitalize()} and {right[1]}", cluster_count_curve(rows, (left, right), f"count-{left[0]}"))
+            for left, right in COUNT_PLOTS
+        ]
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {"number": _number, "name": _name}
+    template = importlib.resources.files("icce_ray.report").joinpath("page.html").read_text(encoding="utf-8")
+    return environment.from_string(template).render(
+        title=config.report.title or f"Clusters of {PurePosixPath(source).name or source}",
+        source=source,
+        num_listed=num_listed(inputs),
+        num_errors=errors.num_rows,
+        errors=errors.slice(0, MAX_ERRORS).to_pylist(),
+        num_clusters=config.num_clusters,
+        choice=choice,
+        count_plots=count_plots,
+        num_outliers=int(content.num_outliers.sum()),
+        summary=summary,
+        mean_agreement=content.mean_agreement(),
+        mean_confidence=content.mean_confidence(),
+        scores=[(label, metrics[key]) for key, label in SCORES if key in metrics],
+        classifier=inputs["classifier"].metrics,
+        clusters=clusters,
+        confused=confused,
+        exemplars=exemplars,
+        least_certain=content.least_certain,
+        outliers=content.outliers,
+        pictures={uri: data_uri(picture) for uri, picture in pictures.items()},
+        plots=[(heading, svg) for heading, svg in plots if svg is not None],
+        seconds=[(name, format_seconds(artifact.manifest.seconds)) for name, artifact in inputs.items()],
+        total=format_seconds(sum(artifact.manifest.seconds for artifact in inputs.values())),
+        settings=yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True),
+        libraries=inputs["assign"].manifest.libraries,
+    )
+
+
+def _pictures_of(images: list[Shown], pictures: dict[str, Pixels]) -> list[Pixels]:
+    return [pictures[image.uri] for image in images if image.uri in pictures]
+
+
+def _number(value: float | None, digits: int = 3) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def _name(uri: str) -> str:
+    """The end of a URI: its last folder and its file."""
+    return "/".join(uri.rsplit("/", 2)[-2:])

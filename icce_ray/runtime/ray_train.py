@@ -1,0 +1,100 @@
+"""Work on several processes by Ray Train: it starts them, lets them find each other by torch.distributed, and starts
+all of them again when one dies."""
+
+from __future__ import annotations
+
+import tempfile
+import threading
+import uuid
+from concurrent.futures import Future
+from typing import Any
+
+import ray
+import ray.train
+from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer, get_device
+
+from icce_ray.config import WorkerResources
+from icce_ray.errors import WorkerError, describe_cause
+from icce_ray.methods.heads.communicator import talk_over
+from icce_ray.runtime.progress import BoardProgress, Progress, ProgressBoard
+from icce_ray.runtime.ray_cluster import worker_cpus
+from icce_ray.runtime.workers import MAX_RESTARTS, Work, attempt, relayed_progress
+
+
+def train(stage: str, work: Work, workers: WorkerResources, progress: Progress, backend: str | None) -> Any:
+    """See :func:`icce_ray.runtime.workers.work_on_workers`.
+
+    Raises:
+        WorkerError: training ended more often than it is started again.
+    """
+    board: Any = ray.remote(ProgressBoard).options(num_cpus=0, max_restarts=-1).remote(stage)
+    gpus = {"GPU": workers.gpus_per_worker} if workers.gpus_per_worker else {}
+    with tempfile.TemporaryDirectory(prefix="icce_ray-train-") as storage:
+        trainer = TorchTrainer(
+            _on_worker,  # type: ignore[arg-type]  # what it returns is `return_value` below
+            train_loop_config={
+                "stage": stage,
+                "work": work,
+                "on_gpu": workers.gpus_per_worker > 0,
+                "board": board,
+            },
+            torch_config=HostsTorchConfig(backend=backend),
+            scaling_config=ScalingConfig(
+                num_workers=workers.num_workers,
+                use_gpu=workers.gpus_per_worker > 0,
+                resources_per_worker={"CPU": worker_cpus(workers)} | gpus,
+            ),
+            run_config=RunConfig(
+                # Ray Train resumes a run of the same name by itself, with its own idea of what was done.
+                name=f"{stage}-{uuid.uuid4().hex[:12]}",
+                storage_path=storage,
+                failure_config=FailureConfig(max_failures=MAX_RESTARTS),
+            ),
+        )
+        try:
+            with relayed_progress(board.read.remote, progress):
+                return fit_in_thread(trainer)
+        except ray.train.TrainingFailedError as error:
+            raise WorkerError(f"{stage}: ended {MAX_RESTARTS + 1} times: {describe_cause(error)}") from error
+
+
+class HostsTorchConfig(TorchConfig):
+    """Workers on several hosts find each other at the addresses that Ray knows."""
+
+    @property
+    def backend_cls(self) -> Any:
+        return _HostsBackend
+
+
+class _HostsBackend(TorchConfig().backend_cls):  # type: ignore[misc]
+    def on_start(self, worker_group: Any, *arguments: Any) -> None:
+        worker_group.execute(_talk_over_this_node)
+        super().on_start(worker_group, *arguments)
+
+
+def _talk_over_this_node() -> None:
+    talk_over(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
+
+
+def fit_in_thread(trainer: Any) -> Any:
+    """What the worker of rank 0 returns. In a thread of its own, because in the main thread Ray Train takes Ctrl-C for
+    itself, ends the process without a word, and does not give it back afterwards."""
+    outcome: Future[Any] = Future()
+
+    def fit() -> None:
+        try:
+            outcome.set_result(trainer.fit().return_value)
+        except BaseException as error:
+            outcome.set_exception(error)
+
+    threading.Thread(target=fit, name="icce_ray-fit", daemon=True).start()
+    return outcome.result()
+
+
+def _on_worker(given: dict[str, Any]) -> Any:
+    is_first = ray.train.get_context().get_world_rank() == 0
+    board = given["board"]
+    progress = BoardProgress(given["stage"], board.post.remote) if is_first else Progress(given["stage"], quiet=True)
+    # Of the processes' results, Ray Train hands on that of rank 0.
+    return attempt(given["work"], str(get_device()) if given["on_gpu"] else "cpu", progress)

@@ -1,0 +1,55 @@
+"""The spaces that silhouettes are measured in, made once for all trials that share their features: PCA, and UMAP where
+umap-learn is installed.
+
+Only a sample of the images takes part: the silhouette compares all pairs.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from icce_ray.config import Config
+from icce_ray.embed.feature_matrix import load_features
+from icce_ray.metrics.label_free import project_pca, project_umap
+from icce_ray.sample.draw import training_set
+from icce_ray.stage import StageContext
+
+MAX_IMAGES = 5_000
+SEED = 0
+"""The same for all trials, whatever their seed: their metrics are to be comparable."""
+
+
+def spaces() -> list[str]:
+    """Names of the spaces that can be made here."""
+    return ["pca", "umap"] if importlib.util.find_spec("umap") is not None else ["pca"]
+
+
+def sample(num_images: int) -> npt.NDArray[np.int64]:
+    """Rows that take part, ascending: all of them up to MAX_IMAGES."""
+    if num_images <= MAX_IMAGES:
+        return np.arange(num_images)
+    return np.sort(np.random.default_rng(SEED).choice(num_images, MAX_IMAGES, replace=False))
+
+
+def run(config: Config, context: StageContext) -> dict[str, Any]:
+    """Write pca.npy and, where it can be made, umap.npy: (n, d) float32, of the rows of :func:`sample`.
+
+    Returns:
+        num_images (of the sample).
+    """
+    matrix_ND = load_features(training_set(context.inputs)).matrix
+    rows = sample(len(matrix_ND))
+    features_nD = np.array(matrix_ND[rows], dtype=np.float32)
+    for done, space in enumerate(spaces()):
+        context.progress.update(done, len(spaces()), space)
+        context.output.write_array(f"{space}.npy", project(features_nD, space))
+    return {"num_images": len(rows)}
+
+
+def project(features_nD: npt.NDArray[np.float32], space: str) -> npt.NDArray[np.float32]:
+    """At most 50 dimensions of `space`: `pca`, or `umap` (arXiv 2406.02465)."""
+    return (project_umap if space == "umap" else project_pca)(features_nD, SEED)

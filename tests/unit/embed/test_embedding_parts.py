@@ -1,0 +1,371 @@
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from icce_ray.config import Config
+from icce_ray.embed.backbone import make_backbone
+from icce_ray.embed.decode_and_embed import (
+    DecodedPart,
+    assemble_part,
+    decode_part,
+    decoded_from_table,
+    decoded_to_table,
+    embed_contents,
+)
+from icce_ray.embed.embedding_parts import (
+    MAX_DECODED_PART_BYTES,
+    PartRange,
+    images_per_part,
+    part_table,
+    plan_parts,
+    read_part,
+    read_record,
+    with_source,
+    write_part,
+)
+from icce_ray.embed.feature_matrix import joined_columns, table_to_arrays
+from icce_ray.embed.finished_parts import DUPLICATES_NAME, ERRORS_NAME, Tally
+from icce_ray.embed.networks import SeveralBackbones
+from icce_ray.errors import InputError
+from icce_ray.images.decoding import Preprocessing, SeveralViews
+from icce_ray.images.reading import ListedImage
+from icce_ray.runtime.progress import Progress
+from icce_ray.stage import StageContext
+from icce_ray.store import ArtifactWriter, Folder
+
+PREPROCESSING = Preprocessing(size=4, scale_size=4)
+
+
+class MeanBackbone:
+    """One feature: the mean of the pixels, times `factor`."""
+
+    dims: tuple[int, ...] = (1,)
+    dim = 1
+    batch_size = 64
+
+    def __init__(self, factor: float = 1.0) -> None:
+        self.factor = factor
+        self.batches: list[int] = []
+
+    def embed(self, images_BHWC: np.ndarray) -> np.ndarray:
+        self.batches.append(len(images_BHWC))
+        with np.errstate(over="ignore"):
+            return (images_BHWC.mean(axis=(1, 2, 3), dtype=np.float32)[:, None] * self.factor).astype(np.float16)
+
+
+def context_at(folder: Path) -> StageContext:
+    return StageContext(ArtifactWriter(Folder.at(folder)), {}, Progress("embed", quiet=True))
+
+
+def listed(uris: list[str], start: int = 0) -> list[ListedImage]:
+    return [ListedImage(start + number, uri, None, None) for number, uri in enumerate(uris)]
+
+
+def embed_part(part: PartRange, decoded: DecodedPart, backbone: MeanBackbone, batch_size: int) -> pa.Table:
+    """Embedded here and now, with nothing known."""
+    outcomes = embed_contents(part, decoded, sorted(set(decoded.hashes)), backbone, batch_size)
+    return assemble_part(part, decoded, outcomes, backbone.dims)
+
+
+class Names:
+    """As much of a listing as the tally asks for."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def uri(self, image_id: int) -> str:
+        return f"{image_id}.png"
+
+
+def write_images(folder: Path, count: int, bad: tuple[int, ...] = ()) -> list[str]:
+    folder.mkdir(exist_ok=True)
+    paths = []
+    for number in range(count):
+        path = folder / f"{number:03d}.png"
+        Image.new("RGB", (4, 4), (number, number, number)).save(path)
+        if number in bad:
+            path.write_bytes(b"text")
+        paths.append(str(path))
+    return paths
+
+
+@pytest.mark.parametrize(("num_images", "size"), [(1, 1), (10, 3), (9, 3), (5, 100)])
+def test_parts_cover_each_image_once(num_images: int, size: int) -> None:
+    parts = plan_parts(num_images, size)
+    assert [image for part in parts for image in range(part.start, part.stop)] == list(range(num_images))
+    assert [part.index for part in parts] == list(range(len(parts)))
+
+
+def test_parts_of_large_images_are_smaller() -> None:
+    assert images_per_part(Preprocessing(224, 224), 512) == 512
+    few = images_per_part(Preprocessing(1024, 1024), 512)
+    assert 1 < few < 512
+    assert images_per_part(SeveralViews((Preprocessing(1024, 1024), Preprocessing(512, 512))), 512) < few
+    assert few * 1024 * 1024 * 3 <= MAX_DECODED_PART_BYTES
+    assert images_per_part(Preprocessing(20_000, 20_000), 512) == 1
+
+
+def test_a_part_holds_its_good_images_and_says_why_the_others_failed(tmp_path: Path) -> None:
+    uris = write_images(tmp_path / "images", 10, bad=(6,))
+    uris[8] = str(tmp_path / "gone.png")
+    part = PartRange(1, 5, 10)
+    decoded = decode_part(part, listed(uris[5:], 5), PREPROCESSING, max_pixels=100)
+    backbone = MeanBackbone()
+    table = embed_part(part, decoded, backbone, batch_size=2)
+    record = write_part(Folder.at(tmp_path / "out"), part, table)
+    assert backbone.batches == [2, 2]  # filled up: all have one shape
+    assert record.errors == [(6, "not an image"), (8, "missing")]
+    assert (record.num_images, record.part.rows, record.part.shape, record.part.dtype) == (5, 3, (3, 1), "float16")
+    stored = pq.read_table(tmp_path / "out" / "part-00001.parquet").to_pylist()
+    assert [row["image_id"] for row in stored] == [5, 7, 9]
+    assert [row["embedding"] for row in stored] == [[5.0], [7.0], [9.0]]
+    files = [Path(uris[row["image_id"]]).read_bytes() for row in stored]
+    assert [row["content_hash"] for row in stored] == [hashlib.sha256(data).hexdigest() for data in files]
+
+
+def test_a_decoded_part_travels_as_one_row_without_a_change(tmp_path: Path) -> None:
+    uris = write_images(tmp_path / "images", 4, bad=(2,))
+    part = PartRange(3, 12, 16)
+    decoded = decode_part(part, listed(uris, 12), PREPROCESSING, max_pixels=100)
+    table = decoded_to_table(part, decoded)
+    assert table.num_rows == 1
+    same_part, same = decoded_from_table(table)
+    assert same_part == part
+    assert np.array_equal(same.pixels, decoded.pixels)
+    assert same.image_ids.tolist() == decoded.image_ids.tolist() == [12, 13, 15]
+    assert (same.hashes, same.errors) == (decoded.hashes, decoded.errors)
+    assert same.rows.tolist() == [0, 1, 2]
+
+
+def test_features_that_are_no_float16_numbers_are_errors_not_infinities() -> None:
+    pixels = np.full((3, 4, 4, 3), 200, np.uint8)
+    pixels[1] = 1
+    decoded = DecodedPart(np.arange(3), np.arange(3, dtype=np.int32), pixels, ["a", "b", "c"], [])
+    part = PartRange(0, 0, 3)
+    for factor, reason in ((1000.0, "feature overflow"), (np.nan, "feature not a number")):
+        backbone = MeanBackbone(factor)
+        table = embed_part(part, decoded, backbone, 8)
+        good = [1] if np.isfinite(factor) else []
+        assert table["image_id"].to_pylist() == good
+        assert table["content_hash"].to_pylist() == ["b"] * len(good)
+        failed = [[image_id, reason] for image_id in range(3) if image_id not in good]
+        assert str(failed).replace("'", '"') in table.schema.metadata[b"icce_ray.part"].decode()
+
+
+def test_each_feature_set_has_its_column_and_an_image_that_fails_in_one_is_in_none(tmp_path: Path) -> None:
+    views = [PREPROCESSING, Preprocessing(2, 2), PREPROCESSING]
+    backbone = SeveralBackbones([MeanBackbone(), MeanBackbone(2.0), MeanBackbone(10_000.0)], views)
+    uris = write_images(tmp_path / "images", 12, bad=(3,))
+    part = PartRange(0, 0, 12)
+    decoded = decode_part(part, listed(uris), SeveralViews((PREPROCESSING, Preprocessing(2, 2))), max_pixels=100)
+    assert decoded.pixels.shape == (11, 4 * 4 * 3 + 2 * 2 * 3)
+    record = write_part(Folder.at(tmp_path / "out"), part, embed_part(part, decoded, backbone, 4))
+    stored = pq.read_table(tmp_path / "out" / part.name)
+    assert stored.schema.names == ["image_id", "embedding", "embedding_1", "embedding_2", "content_hash"]
+    assert {str(stored.schema.field(name).type) for name in stored.schema.names[1:4]} == {
+        "fixed_size_list<element: halffloat>[1]"
+    }
+    good = [0, 1, 2, 4, 5, 6]
+    assert stored["image_id"].to_pylist() == good
+    for feature_set, factor in enumerate((1.0, 2.0, 10_000.0)):
+        ids, rows = table_to_arrays(stored, feature_set)
+        assert ids.tolist() == good
+        assert rows[:, 0].tolist() == [np.float16(factor * number) for number in good]
+    assert joined_columns(stored).shape == (6, 3)
+    assert record.errors == [(3, "not an image")] + [(number, "feature overflow") for number in range(7, 12)]
+    assert read_record(Folder.at(tmp_path / "out"), part) == record
+    changed = stored.set_column(3, "embedding_2", stored["embedding_1"])
+    pq.write_table(changed, tmp_path / "out" / part.name)
+    assert read_record(Folder.at(tmp_path / "out"), part) is None
+
+
+def test_one_feature_set_is_written_the_same_whether_its_width_is_named_or_not() -> None:
+    rows = np.arange(12, dtype=np.float16).reshape(4, 3)
+    table = part_table(PartRange(0, 0, 5), np.array([0, 1, 2, 4]), rows, errors=[(3, "missing")])
+    assert table.schema.names == ["image_id", "embedding", "content_hash"]
+    named = part_table(PartRange(0, 0, 5), np.array([0, 1, 2, 4]), rows, None, [(3, "missing")], (3,))
+    assert table.equals(named, check_metadata=True)
+
+
+def test_a_part_without_a_good_image_still_has_its_width(tmp_path: Path) -> None:
+    part = PartRange(0, 0, 2)
+    decoded = decode_part(part, listed(write_images(tmp_path / "images", 2, bad=(0, 1))), PREPROCESSING, max_pixels=100)
+    record = write_part(Folder.at(tmp_path / "out"), part, embed_part(part, decoded, MeanBackbone(), 8))
+    assert record.part.shape == (0, 1)
+    assert len(record.errors) == 2
+
+
+def test_a_part_is_its_own_record_and_the_same_bytes_every_time(tmp_path: Path) -> None:
+    part = PartRange(0, 0, 6)
+    uris = write_images(tmp_path / "images", 6, bad=(1,))
+    records = []
+    for name in ("a", "b"):
+        decoded = decode_part(part, listed(uris), PREPROCESSING, max_pixels=100)
+        records.append(write_part(Folder.at(tmp_path / name), part, embed_part(part, decoded, MeanBackbone(), 4)))
+    assert records[0] == records[1] == read_record(Folder.at(tmp_path / "a"), part)
+    assert (tmp_path / "a" / part.name).read_bytes() == (tmp_path / "b" / part.name).read_bytes()
+
+
+def test_a_part_that_is_damaged_or_anothers_is_not_taken_up(tmp_path: Path) -> None:
+    folder, part = Folder.at(tmp_path), PartRange(0, 0, 40)
+    rows = np.random.default_rng(0).standard_normal((40, 8)).astype(np.float16)
+    write_part(folder, part, part_table(part, np.arange(40), rows))
+    whole = (tmp_path / part.name).read_bytes()
+    assert read_record(folder, part) is not None
+    assert read_record(folder, PartRange(0, 0, 41)) is None
+    assert read_record(folder, PartRange(1, 0, 40)) is None
+    original = pq.read_table(tmp_path / part.name)
+    (tmp_path / part.name).write_bytes(whole[:-1])
+    assert read_record(folder, part) is None
+    refused = 0
+    for position in range(0, len(whole), 7):
+        (tmp_path / part.name).write_bytes(whole[:position] + bytes([whole[position] ^ 1]) + whole[position + 1 :])
+        if read_record(folder, part) is None:
+            refused += 1
+            continue
+        table = pq.read_table(tmp_path / part.name)  # a bit that says nothing, such as of a statistic
+        assert table.select(["image_id", "embedding"]).equals(original.select(["image_id", "embedding"])), position
+    assert refused > 0.1 * len(whole)
+    pq.write_table(pa.table({"x": [1]}), tmp_path / part.name)
+    assert read_record(folder, part) is None
+
+
+def record_of(part: PartRange, folder: Path, bad: dict[int, str]) -> Any:
+    good = np.setdiff1d(np.arange(part.start, part.stop), list(bad))
+    table = part_table(part, good, np.ones((len(good), 2), np.float16), errors=sorted(bad.items()))
+    return write_part(Folder.at(folder), part, table)
+
+
+def test_the_tally_takes_up_finished_parts_and_sums_up_in_any_order(tmp_path: Path) -> None:
+    parts = plan_parts(10, 4)
+    bad = {1: "truncated", 5: "missing", 9: "truncated"}
+    record_of(parts[1], tmp_path, {5: "missing"})
+    context = context_at(tmp_path)
+    tally = Tally(context, Names(10), max_error_rate=0.3)
+    assert tally.resume(parts) == [parts[0], parts[2]]
+    tally.add(record_of(parts[2], tmp_path, {9: "truncated"}))
+    tally.add(record_of(parts[0], tmp_path, {1: "truncated"}))
+    metrics = tally.finish("pixels", num_clusters=7)
+    assert metrics.pop("images_per_s") > 0
+    assert metrics == {
+        "num_images": 7,
+        "num_errors": 3,
+        "errors": {"truncated": 2, "missing": 1},
+        "num_duplicates": 0,
+        "num_embedded": 0,
+        "dim": 2,
+        "dtype": "float16",
+        "feature_set": "pixels",
+    }
+    assert sorted(context.output.parts) == [DUPLICATES_NAME, ERRORS_NAME, *(part.name for part in parts)]
+    errors = pq.read_table(tmp_path / ERRORS_NAME).to_pylist()
+    assert errors == [{"image_id": i, "uri": f"{i}.png", "reason": reason} for i, reason in bad.items()]
+
+
+def test_an_errors_table_without_errors_has_its_columns(tmp_path: Path) -> None:
+    tally = Tally(context_at(tmp_path), Names(2), max_error_rate=0.0)
+    tally.add(record_of(PartRange(0, 0, 2), tmp_path, {}))
+    tally.finish("pixels", num_clusters=2)
+    table = pq.read_table(tmp_path / ERRORS_NAME)
+    assert {field.name: str(field.type) for field in table.schema} == {
+        "image_id": "int64",
+        "uri": "string",
+        "reason": "string",
+    }
+
+
+def test_too_many_errors_stop_the_stage_with_what_it_saw(tmp_path: Path) -> None:
+    tally = Tally(context_at(tmp_path), Names(20), max_error_rate=0.1)
+    tally.add(record_of(PartRange(0, 0, 5), tmp_path, {0: "truncated", 3: "missing"}))
+    with pytest.raises(InputError) as caught:
+        tally.add(record_of(PartRange(1, 5, 10), tmp_path, {7: "truncated"}))
+    assert "3 of 20 images" in str(caught.value)
+    assert "embed.max_error_rate (0.1)" in str(caught.value)
+    assert "2 x truncated (such as 0.png), 1 x missing (such as 3.png)" in str(caught.value)
+
+
+def test_fewer_good_images_than_clusters_are_refused(tmp_path: Path) -> None:
+    tally = Tally(context_at(tmp_path), Names(3), max_error_rate=1.0)
+    tally.add(record_of(PartRange(0, 0, 3), tmp_path, {1: "zero bytes"}))
+    with pytest.raises(InputError, match=r"3 clusters asked for, but only 2 of 3 .*1 x zero bytes \(such as 1.png\)"):
+        tally.finish("pixels", num_clusters=3)
+
+
+def test_a_content_is_decoded_and_embedded_once_in_a_part(tmp_path: Path) -> None:
+    uris = write_images(tmp_path / "images", 6)
+    for copy, original in ((3, 1), (5, 0)):
+        Path(uris[copy]).write_bytes(Path(uris[original]).read_bytes())
+    part = PartRange(0, 0, 6)
+    known = hashlib.sha256(Path(uris[2]).read_bytes()).hexdigest()
+    decoded = decode_part(part, listed(uris), PREPROCESSING, max_pixels=100, known=lambda hashes: {known} & {*hashes})
+    assert decoded.rows.tolist() == [0, 1, -1, 1, 2, 0]
+    assert len(decoded.pixels) == 3
+    backbone = MeanBackbone()
+    outcomes = embed_contents(part, decoded, sorted({*decoded.hashes} - {known}), backbone, batch_size=8)
+    table = assemble_part(part, decoded, outcomes | {known: np.array([77], np.float16)}, 1)
+    assert table["embedding"].to_pylist() == [[0], [1], [77], [1], [4], [0]]
+    assert backbone.batches == [6]
+
+
+def test_an_embedding_does_not_depend_on_what_else_is_embedded_beside_it(tmp_path: Path) -> None:
+    """Bit for bit, on a network: else what a cache holds would show in the results."""
+    embed = {"backbone": "test_vit", "weights": "random", "image_size": 64}
+    config = Config(images={"uri": "x"}, num_clusters=2, output="x", embed=embed)
+    backbone = make_backbone(config)
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (20, 64, 64, 3), dtype=np.uint8)
+    hashes = [f"{number:064x}" for number in range(20)]
+    part = PartRange(0, 0, 20)
+    decoded = DecodedPart(np.arange(20), np.arange(20, dtype=np.int32), pixels, hashes, [])
+    together = embed_contents(part, decoded, hashes, backbone, batch_size=8)
+    for chosen in ([3], [0, 19], list(range(1, 20, 2))):
+        alone = embed_contents(part, decoded, [hashes[number] for number in chosen], backbone, batch_size=8)
+        for number in chosen:
+            assert np.array_equal(alone[hashes[number]], together[hashes[number]])
+
+
+def test_names_of_parts_sort_as_their_numbers_do() -> None:
+    numbers = [0, 1, 99_999, 100_000, 100_001, 2_000_000]
+    names = [PartRange(number, 0, 1).name for number in numbers]
+    assert sorted(names) == names
+    assert names[0] == "part-00000.parquet"
+    assert sorted([PartRange(3, 0, 1, revision=2).name, PartRange(4, 0, 1).name])[0] == "part-00003.r2.parquet"
+
+
+def test_a_part_made_from_other_files_is_not_taken_up(tmp_path: Path) -> None:
+    def of(etag: str) -> PartRange:
+        rows = {"uri": ["a", "b"], "size_bytes": [1, None], "etag": ["x", etag]}
+        return with_source(PartRange(0, 0, 2), pa.table(rows))
+
+    folder, rows = Folder.at(tmp_path), np.ones((2, 3), np.float16)
+    write_part(folder, of("y"), part_table(of("y"), np.arange(2), rows))
+    assert read_record(folder, of("y")) is not None
+    assert read_record(folder, of("z")) is None
+
+
+def test_a_part_that_is_tried_again_keeps_what_it_had(tmp_path: Path) -> None:
+    uris = write_images(tmp_path / "images", 6, bad=(1, 4))
+    part, folder = PartRange(0, 0, 6), Folder.at(tmp_path / "out")
+    first = decode_part(part, listed(uris), PREPROCESSING, max_pixels=100)
+    write_part(folder, part, embed_part(part, first, MeanBackbone(), 8))
+    Image.new("RGB", (4, 4), (9, 9, 9)).save(uris[4])
+    again = PartRange(0, 0, 6, revision=1, previous=part.name, only=(1, 4))
+    decoded = decode_part(again, listed(uris), PREPROCESSING, max_pixels=100)
+    assert decoded.image_ids.tolist() == [4]
+    outcomes = embed_contents(again, decoded, decoded.hashes, MeanBackbone(), 8)
+    table = assemble_part(again, decoded, outcomes, 1, previous=read_part(folder, part.name))
+    record = write_part(folder, again, table)
+    assert (record.part.name, record.errors) == ("part-00000.r1.parquet", [(1, "not an image")])
+    assert table["image_id"].to_pylist() == [0, 2, 3, 4, 5]
+    assert table["embedding"].to_pylist() == [[0], [2], [3], [9], [5]]

@@ -1,0 +1,99 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from sklearn.metrics import adjusted_rand_score
+
+from icce_ray.config import Config
+from icce_ray.evaluate.labels import TrueLabels
+from icce_ray.evaluate.run_scores import evaluate, run
+from icce_ray.runtime.progress import Progress
+from icce_ray.stage import StageContext
+from icce_ray.store import Artifact, ArtifactWriter, Folder
+
+TRUE = np.repeat([0, 1, 2], 20)
+CLUSTERS = (TRUE + 1) % 3
+LABELS = TrueLabels(TRUE, ("a", "b", "c"))
+
+
+def test_the_metrics_are_those_of_the_assigned_clusters_and_of_each_head() -> None:
+    clusters = CLUSTERS.copy()
+    clusters[:6] = clusters[-1]
+    heads = np.stack([clusters, CLUSTERS, np.zeros(60, dtype=int)])
+    metrics = evaluate(LABELS, clusters, np.ones(60), heads, np.array([0.2, 0.3, 0.1]))
+    assert metrics["acc"] == pytest.approx(54 / 60)
+    assert metrics["ari"] == pytest.approx(adjusted_rand_score(TRUE, clusters))
+    assert metrics["head_acc_best"] == 1.0
+    assert metrics["head_acc_lowest_loss"] == pytest.approx(1 / 3)
+    assert metrics["head_acc_mean"] == pytest.approx((0.9 + 1 + 1 / 3) / 3)
+    assert metrics["num_classes"] == 3
+
+
+def test_agreement_that_knows_is_seen_in_the_halves() -> None:
+    clusters = CLUSTERS.copy()
+    wrong = np.arange(0, 60, 5)
+    clusters[wrong] = (clusters[wrong] + 1) % 3
+    agreement = np.full(60, 0.9)
+    agreement[wrong] = 0.3
+    metrics = evaluate(LABELS, clusters, agreement, CLUSTERS[None], np.zeros(1))
+    assert metrics["acc_high_agreement"] == 1.0
+    assert metrics["acc_low_agreement"] == pytest.approx(18 / 30)
+
+
+def test_images_outside_the_consensus_and_heads_without_labels_are_left_out() -> None:
+    agreement = np.where(np.arange(60) % 2, np.nan, 0.5)
+    heads = np.stack([np.where(np.arange(60) % 2, -1, CLUSTERS), np.full(60, -1)])
+    metrics = evaluate(LABELS, CLUSTERS, agreement, heads, np.array([0.5, 0.1]))
+    assert metrics["head_acc_best"] == metrics["head_acc_mean"] == metrics["head_acc_lowest_loss"] == 1.0
+    assert metrics["acc_high_agreement"] == 1.0
+    nobody = evaluate(LABELS, CLUSTERS, np.full(60, np.nan), np.full((2, 60), -1), np.zeros(2))
+    assert "acc_high_agreement" not in nobody
+    assert "head_acc_best" not in nobody
+
+
+def planted(root: Path, labels: str | None) -> tuple[Config, StageContext]:
+    config = Config.model_validate(
+        {"images": {"uri": "/i"}, "output": str(root), "num_clusters": 3, "evaluate": {"labels": labels}}
+    )
+    inputs: dict[str, Artifact] = {}
+
+    def commit(writer: ArtifactWriter, stage: str) -> None:
+        inputs[stage] = writer.commit(stage=stage, fingerprint=stage, inputs={}, config={}, metrics={}, seconds=0)
+
+    writer = ArtifactWriter(Folder.at(root / "images"))
+    uris = [f"/i/{'abc'[label]}/{number}.png" for number, label in enumerate(TRUE)]
+    writer.write_table("images.parquet", pa.table({"image_id": range(60), "uri": uris}))
+    commit(writer, "images")
+    # The first image failed: rows are not image ids.
+    writer = ArtifactWriter(Folder.at(root / "assign"))
+    for name, rows in (
+        ("assignments/part-00000.parquet", slice(1, 30)),
+        ("assignments/part-00001.parquet", slice(30, 60)),
+    ):
+        agreement = pa.array([None, *np.ones(60)[rows][1:]], pa.float32())
+        ids = np.arange(60)[rows]
+        table = pa.table({"image_id": ids, "cluster": CLUSTERS[rows].astype(np.int32), "agreement": agreement})
+        writer.write_table(name, table)
+    commit(writer, "assign")
+    writer = ArtifactWriter(Folder.at(root / "heads"))
+    writer.write_array("label_matrix.npy", np.stack([CLUSTERS[1:]] * 2).astype(np.int32))
+    writer.write_json("training.json", {"head_losses": [0.1, 0.2]})
+    commit(writer, "heads")
+    output = ArtifactWriter(Folder.at(root / "evaluate"))
+    return config, StageContext(output, inputs, Progress("evaluate", quiet=True))
+
+
+def test_the_stage_compares_the_assignments_with_the_labels(tmp_path: Path) -> None:
+    config, context = planted(tmp_path, "folder")
+    metrics = run(config, context)
+    assert [metrics[key] for key in ("acc", "nmi", "ari", "many_to_one")] == pytest.approx([1.0] * 4)
+    assert '"acc": 1.0' in context.output.folder.read_bytes("metrics.json").decode()
+
+
+def test_without_labels_there_are_no_metrics(tmp_path: Path) -> None:
+    config, context = planted(tmp_path, None)
+    assert run(config, context) == {}
+    assert context.output.folder.read_bytes("metrics.json") == b"{}"
