@@ -3,5 +3,16 @@
 from icce_ray.store.artifact import Artifact, ArtifactWriter, Manifest, Part, fingerprint
 from icce_ray.store.claim import Claim
 from icce_ray.store.filesystem import Folder
+from icce_ray.store.part_records import PartRecord, PartRecords
 
-__all__ = ["Artifact", "ArtifactWriter", "Claim", "Folder", "Manifest", "Part", "fingerprint"]
+__all__ = [
+    "Artifact",
+    "ArtifactWriter",
+    "Claim",
+    "Folder",
+    "Manifest",
+    "Part",
+    "PartRecord",
+    "PartRecords",
+    "fingerprint",
+]

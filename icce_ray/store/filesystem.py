@@ -164,12 +164,12 @@ class Folder:
             self.filesystem.delete_file(f"{self.path}/{name}")
 
     def clear(self) -> None:
-        """Remove every file of the folder, finished or not."""
+        """Remove the folder and all files in it, finished or not."""
         if self.s3_options is not None:
             for name in list(self.sizes()):
                 self.remove(name)
         elif self.filesystem.get_file_info(self.path).type == pafs.FileType.Directory:
-            self.filesystem.delete_dir_contents(self.path)
+            self.filesystem.delete_dir(self.path)
 
     def _put(self, name: str, data: bytes | memoryview, **condition: str) -> None:
         assert self.s3_options is not None

@@ -1,0 +1,107 @@
+"""Records of the parts that a stage has finished, so that a killed run resumes where it was.
+
+A record is a small JSON file beside the parts, ``<artifact>/records/<name>.json``. It is written after the part's
+files, so a part with a record is whole. A record counts only while it is valid: made from the same source, with every
+file still there in the recorded size.
+
+Usage, in a stage::
+
+    records = PartRecords(context.output.folder, source)
+    finished = records.read_all()
+    for name in names:
+        if name not in finished:
+            finished[name] = records.write(name, [writer.write_table(f"{name}.parquet", table)], metrics)
+    for record in finished.values():
+        for file in record.files:
+            context.output.add(file)
+    records.clear()
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from icce_ray.store.artifact import Part
+from icce_ray.store.filesystem import Folder
+
+FOLDER_NAME = "records"
+READ_THREADS = 8
+"""Records are read concurrently: on an object store each takes a round trip."""
+
+
+class PartRecord(BaseModel):
+    """A finished part."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    files: tuple[Part, ...]
+    metrics: dict[str, Any]
+    """Figures of the part, JSON-able: the stage adds them up."""
+
+
+@dataclass(frozen=True)
+class PartRecords:
+    """The records of one artifact. Pickles: workers write records, the driver reads them.
+
+    Args:
+        folder: the artifact's folder.
+        source: digest of what the parts are made from, besides the artifact's fingerprint: the bytes of the inputs,
+            the stage's version. Records with another source don't count. Where each part has a source of its own, make
+            a ``PartRecords`` for each.
+    """
+
+    folder: Folder
+    source: str
+
+    def write(self, name: str, files: Sequence[Part], metrics: Mapping[str, Any]) -> PartRecord:
+        """Record that the part `name` is finished. Its `files` must be on storage already."""
+        record = PartRecord(name=name, files=tuple(files), metrics=dict(metrics))
+        content = {"source": self.source, **record.model_dump(mode="json")}
+        self.folder.write_bytes(_file_name(name), json.dumps(content).encode())
+        return record
+
+    def read(self, name: str) -> PartRecord | None:
+        """The part's record, or None if there is no valid one."""
+        record = self._parse(name)
+        if record is None or any(self.folder.size(file.name) != file.num_bytes for file in record.files):
+            return None
+        return record
+
+    def read_all(self) -> dict[str, PartRecord]:
+        """All valid records by name, in the order of their names. The folder is listed once."""
+        sizes = self.folder.sizes()
+        names = sorted(
+            path.removeprefix(f"{FOLDER_NAME}/").removesuffix(".json")
+            for path in sizes
+            if path.startswith(f"{FOLDER_NAME}/") and path.endswith(".json")
+        )
+        with ThreadPoolExecutor(READ_THREADS) as threads:
+            records = list(threads.map(self._parse, names))
+        return {
+            record.name: record
+            for record in records
+            if record is not None and all(sizes.get(file.name) == file.num_bytes for file in record.files)
+        }
+
+    def clear(self) -> None:
+        """Remove all records, of any source: the stage is done."""
+        (self.folder / FOLDER_NAME).clear()
+
+    def _parse(self, name: str) -> PartRecord | None:
+        """The record as written, or None if it is missing, damaged, or of another source."""
+        try:
+            content = json.loads(self.folder.read_bytes(_file_name(name)))
+            return PartRecord.model_validate(content) if content.pop("source") == self.source else None
+        except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError, ValidationError):
+            return None
+
+
+def _file_name(name: str) -> str:
+    return f"{FOLDER_NAME}/{name}.json"
