@@ -18,7 +18,7 @@ from icce_ray.embed.feature_matrix import joined_columns
 from icce_ray.embed.networks import Backbone
 from icce_ray.images.decoding import Pixels, Preprocessing, SeveralViews, decode_image
 from icce_ray.images.reading import ListedImage, read_images
-from icce_ray.store.attempts import KILLER, NoTries, Tries
+from icce_ray.store.attempts import KILLER, Attempt, UnrecordedAttempt
 
 HASHED_TOGETHER = 64
 """Images whose files are held at once, until it is known which of them need to be decoded."""
@@ -76,7 +76,7 @@ def decode_part(
     *,
     max_pixels: int,
     known: Callable[[list[str]], set[str]] | None = None,
-    tries: Tries | NoTries | None = None,
+    tries: Attempt | UnrecordedAttempt | None = None,
 ) -> DecodedPart:
     """Read, hash and decode a part's images. What fails is an error.
 
@@ -89,7 +89,7 @@ def decode_part(
         tries: notes what a worker is at when it dies.
     """
     assert len(images) == part.stop - part.start
-    tries = tries or NoTries()
+    tries = tries or UnrecordedAttempt()
     only = set(part.only)
     by_id = {image.image_id: image for image in images if not only or image.image_id in only}
     errors: list[Error] = [(image_id, KILLER) for image_id in tries.blamed() & by_id.keys()]
@@ -127,7 +127,9 @@ def decode_part(
     )
 
 
-def _files(images: Sequence[ListedImage], tries: Tries | NoTries) -> Iterator[list[tuple[ListedImage, bytes | str]]]:
+def _files(
+    images: Sequence[ListedImage], tries: Attempt | UnrecordedAttempt
+) -> Iterator[list[tuple[ListedImage, bytes | str]]]:
     """The files of the images, some at a time; one by one where it must be plain at which a worker dies."""
     if tries.is_careful:
         by_id = {image.image_id: image for image in images}
@@ -145,14 +147,14 @@ def embed_contents(
     hashes: list[str],
     backbone: Backbone,
     batch_size: int,
-    tries: Tries | NoTries | None = None,
+    tries: Attempt | UnrecordedAttempt | None = None,
 ) -> dict[str, Outcome]:
     """Embed contents of a decoded part: (D,) float16 by hash, or why not. What is kept is finite.
 
     All batches of a part have one shape, filled up with repeats: an image's embedding then does not depend on which
     others needed to be embedded beside it.
     """
-    tries = tries or NoTries()
+    tries = tries or UnrecordedAttempt()
     wanted = set(hashes)
     row_of: dict[int, int] = {}
     hash_of: dict[int, str] = {}

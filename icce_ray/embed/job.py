@@ -65,7 +65,7 @@ from icce_ray.runtime.ray_cluster import (
 )
 from icce_ray.stage import StageContext
 from icce_ray.store import Artifact, Folder, Part
-from icce_ray.store.attempts import Tries
+from icce_ray.store.attempts import Attempt
 from icce_ray.store.s3 import use_s3
 
 VERSION = 3
@@ -179,9 +179,10 @@ class _Job:
         folders = [folder, *siblings(Folder.at(config.output) / "embed", folder, model)]
         return cls(config, context.inputs["images"], folders, plan, model, uuid.uuid4().hex)
 
-    def tries(self, part: PartRange, step: str) -> Tries:
-        what = f"images {part.start} to {part.stop - 1}"
-        return Tries(self.folders[0], f".{part.name}.{step}", self.run_id, what)
+    def tries(self, part: PartRange, step: str) -> Attempt:
+        what = f"embed: images {part.start} to {part.stop - 1}"
+        remedy = "use a smaller embed.batch_size, fewer workers on each machine, or machines with more memory"
+        return Attempt(self.folders[0], f".{part.name}.{step}", self.run_id, what, remedy)
 
     def decode(self, part: PartRange, **options: Any) -> DecodedPart:
         images = _listing(self.images).rows(part.start, part.stop)
@@ -336,7 +337,7 @@ def _embed(config: Config, job: _Job, pending: list[PartRange]) -> Generator[Par
                     batch_format="pyarrow",
                     fn_kwargs={"job": job, "index": index},
                     num_cpus=decode_cpus,
-                    max_retries=-1,  # `Tries` says when to give up
+                    max_retries=-1,  # `Attempt` says when to give up
                 )
                 .map_batches(
                     Embedder,

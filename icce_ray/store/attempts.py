@@ -1,10 +1,10 @@
-"""What a worker that dies leaves behind: a note on storage of what it was at, so that the next one finds the culprit.
+"""Attempts at a part by workers that may die: a note on storage tells the next worker what the last one died at.
 
-The first try of a part goes at full speed and notes only that it began. Once a worker has died at the part, the next
-ones are careful: they note what they are about to work on, a batch at first, then single images of a batch at which
-one died. An image that is in at least two such notes, once alone, is to blame: after three deaths at most it is left
-out and becomes an error. A death from outside (a lost machine, too little memory) blames nobody: the careful try gets
-through.
+The first attempt runs at full speed and notes only that it began. After a death, the next attempts are careful: before
+each batch they note which images they are about to work on, and they take the images of a batch that killed a worker
+one by one. An image is to blame if at least two workers died at it, one of them while working on it alone. So an image
+that kills its worker is found after at most three deaths; it is left out and listed as an error. A death with another
+cause (a lost machine, too little memory) blames no image: the next attempt succeeds.
 """
 
 from __future__ import annotations
@@ -13,58 +13,60 @@ import json
 from collections.abc import Iterator, Sequence
 
 from icce_ray.errors import WorkerError
-from icce_ray.store import Folder
+from icce_ray.store.filesystem import Folder
 
-MAX_IDLE_DEATHS = 3
-"""Of careful workers that noted no image: then the images are not the reason."""
+MAX_UNEXPLAINED_DEATHS = 3
+"""Deaths of workers that had noted no image, after which the part is given up."""
 KILLER = "killed its worker"
 """Reason in the errors table."""
 
 
-class Tries:
-    """The tries of one step of one part, in one run. Making one begins a try.
+class Attempt:
+    """One attempt at one step of one part, in one run. Creating it begins the attempt.
 
     Usage::
 
-        tries = Tries(folder, ".part-00003.parquet.decode", run_id, "images 18 to 23")
-        for ids in tries.steps(image_ids, batch_size=64):
-            ...          # dies here: the next worker knows at which images
-        tries.end()
+        attempt = Attempt(folder, ".part-00003.parquet.decode", run_id, "embed: images 18 to 23", "Use fewer workers")
+        for ids in attempt.steps(image_ids, batch_size=64):
+            ...          # if the worker dies here, the next one knows at which images
+        attempt.end()
+
+    Work that isn't done image by image leaves out ``steps``: the part is then given up after MAX_UNEXPLAINED_DEATHS.
 
     Args:
         folder: where the note lies.
-        name: of the note.
-        run_id: notes of other runs do not count.
-        what: the part, for the message.
+        name: file name of the note.
+        run_id: identifies the run; notes of other runs don't count.
+        what: stage and part, for the message.
+        remedy: what the user can do, for the message.
 
     Raises:
-        WorkerError: worker after worker died before it began with an image.
+        WorkerError: MAX_UNEXPLAINED_DEATHS workers died without having noted an image.
     """
 
-    def __init__(self, folder: Folder, name: str, run_id: str, what: str) -> None:
+    def __init__(self, folder: Folder, name: str, run_id: str, what: str, remedy: str) -> None:
         self._folder, self._name, self._run_id = folder, name, run_id
-        self._begun, self._idle, self._deaths = 0, 0, list[list[int]]()
+        self._number, self._unexplained, self._deaths = 1, 0, list[list[int]]()
         try:
             note = json.loads(folder.read_bytes(name))
             if note["run"] == run_id:
-                self._begun, self._idle, self._deaths = note["begun"], note["idle"], note["deaths"]
+                self._number, self._unexplained, self._deaths = note["number"] + 1, note["unexplained"], note["deaths"]
                 if note["at"]:
                     self._deaths.append(note["at"])
-                elif self._begun > 1:
-                    self._idle += 1
+                else:
+                    self._unexplained += 1
         except (FileNotFoundError, ValueError, KeyError, TypeError):
             pass
-        if self._idle >= MAX_IDLE_DEATHS:
+        if self._unexplained >= MAX_UNEXPLAINED_DEATHS:
             raise WorkerError(
-                f"embed: {what}: workers died {self._begun} times before they began with an image. Give them more "
-                "memory (a smaller embed.batch_size, fewer workers); what is finished stays"
+                f"{what}: the workers died {self._number - 1} times. Out of memory is the usual cause: {remedy}. "
+                "Finished parts are kept"
             )
-        self._begun += 1
         self._write([])
 
     @property
     def is_careful(self) -> bool:
-        return self._begun > 1
+        return self._number > 1
 
     def blamed(self) -> set[int]:
         """Ids of the images that killed their workers."""
@@ -72,7 +74,7 @@ class Tries:
         return {image_id for image_id in alone if sum(image_id in ids for ids in self._deaths) > 1}
 
     def steps(self, image_ids: Sequence[int], batch_size: int) -> Iterator[Sequence[int]]:
-        """`image_ids` without the blamed ones in batches, in order; noted before each where that may be needed."""
+        """Batches of `image_ids` in order, without the blamed ones; a careful attempt notes each first."""
         blamed = self.blamed()
         for start in range(0, len(image_ids), batch_size):
             batch = [image_id for image_id in image_ids[start : start + batch_size] if image_id not in blamed]
@@ -86,16 +88,22 @@ class Tries:
             self._write([])
 
     def end(self) -> None:
-        """The part came to its end: the note goes."""
+        """The attempt succeeded: remove the note."""
         self._folder.remove(self._name)
 
     def _write(self, at: list[int]) -> None:
-        note = {"run": self._run_id, "begun": self._begun, "idle": self._idle, "deaths": self._deaths, "at": at}
+        note = {
+            "run": self._run_id,
+            "number": self._number,
+            "unexplained": self._unexplained,
+            "deaths": self._deaths,
+            "at": at,
+        }
         self._folder.write_bytes(self._name, json.dumps(note).encode())
 
 
-class NoTries:
-    """Where nothing is noted: tests, and work in one process."""
+class UnrecordedAttempt:
+    """An attempt without a note, for work in a single process."""
 
     is_careful = False
 
