@@ -1,5 +1,5 @@
 """What the graph of 10 million, 100 million and a billion images costs: operations and bytes counted, time predicted
-from rates that are measured here, exact and by inverted file.
+from rates that are measured here.
 
 Above `heads.max_images` the pipeline builds its graph on a sample: these are the sizes of whoever wants it whole. Where
 there is no GPU the rate of one is `gpu_pairs_per_s`: by default what `neighbors-gpu` measured on an H200 for the graph
@@ -16,9 +16,8 @@ import torch
 
 from cases.neighbors import clustered, threshold_for
 from icce_ray.neighbors.faiss_engine import Engine, FaissEngine
-from icce_ray.neighbors.ivf import CELLS_PER_SQRT, FIRST_PROBES_SHARE, IvfEngine, plan_cells
 from icce_ray.neighbors.rule import Rule
-from icce_ray.neighbors.search import merge, most_similar, search
+from icce_ray.neighbors.search import merge, search
 from icce_ray.neighbors.torch_engine import TorchEngine
 from icce_ray.neighbors.unit_features import PreparedFeatures, Queries, prepare
 from icce_ray.runtime.threads import set_threads
@@ -31,11 +30,9 @@ SETTINGS: dict[str, Any] = {
     "mean_neighbors": 200,
     "measured_images": 100_000,
     "measured_queries": 4096,
-    "min_recall": 0.95,
     "gpu_pairs_per_s": 7.9e10,
 }
 ANSWER_BYTES = 17
-MAX_OPERATIONS_SHARE = 0.2
 
 
 def run(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, bool]]:
@@ -43,36 +40,20 @@ def run(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, bool]]:
     threshold = threshold_for(prepared[: 1 << 15], settings["mean_neighbors"] * (1 << 15) // len(prepared))
     rule = Rule(threshold, settings["min_neighbors"], 1000, seed=0)
     set_threads(1)
-    measured = {"cpu core, exact": rate(FaissEngine(prepared, np.arange(len(prepared))), prepared, rule, settings)}
-    started = time.perf_counter()
-    cells = plan_cells(prepared, 0, settings["min_recall"], settings["min_neighbors"] + 1)
-    planned_s = time.perf_counter() - started
-    measured["cpu core, ivf"] = rate(IvfEngine(prepared, np.arange(len(prepared)), cells), prepared, rule, settings)
+    measured = {"cpu core": rate(FaissEngine(prepared, np.arange(len(prepared))), prepared, rule, settings)}
     if torch.cuda.is_available():
-        measured["gpu, exact"] = rate(TorchEngine(prepared, np.arange(len(prepared))), prepared, rule, settings)
-    gpu_rate = measured.get("gpu, exact", settings["gpu_pairs_per_s"])
+        measured["gpu"] = rate(TorchEngine(prepared, np.arange(len(prepared))), prepared, rule, settings)
+    gpu_rate = measured.get("gpu", settings["gpu_pairs_per_s"])
     for name, pairs_per_s in measured.items():
         print(f"{name}: {pairs_per_s:.2e} pairs of {settings['dim']} dimensions a second (all pairs counted)")
-    if "gpu, exact" not in measured:
+    if "gpu" not in measured:
         print(f"no GPU here: {gpu_rate:.2e} pairs a second are taken for one")
-    found = recall(prepared, IvfEngine(prepared, np.arange(len(prepared)), cells), settings)
-    print(
-        f"ivf at {len(prepared):,} images: {len(cells.centroids_CD)} cells, {cells.num_probes} probed, recall@50 "
-        f"{found:.3f} (stated {cells.recall:.3f}), {cells.operations_share:.1%} of the exact products, planned in "
-        f"{planned_s:.0f} s",
-        flush=True,
-    )
-    figures: dict[str, Any] = {"pairs_per_s": measured, "recall": found, "operations_share": cells.operations_share}
+    figures: dict[str, Any] = {"pairs_per_s": measured}
     for num_images in settings["num_images"]:
         for num_gpus in settings["num_gpus"]:
-            figures[f"{num_images:,} images, {num_gpus} GPUs"] = row = predict(
-                num_images, num_gpus, gpu_rate, cells.num_probes, settings
-            )
+            figures[f"{num_images:,} images, {num_gpus} GPUs"] = row = predict(num_images, num_gpus, gpu_rate, settings)
             print(f"{num_images:>13,} images, {num_gpus:2} GPUs: " + ", ".join(f"{k} {v:.3g}" for k, v in row.items()))
-    return figures, {
-        f"recall@50 of the inverted file at least {settings['min_recall']}": found >= settings["min_recall"],
-        "at no more than a fifth of the exact operations": cells.operations_share <= MAX_OPERATIONS_SHARE,
-    }
+    return figures, {}
 
 
 def rate(engine: Engine, prepared: PreparedFeatures, rule: Rule, settings: dict[str, Any]) -> float:
@@ -85,29 +66,13 @@ def rate(engine: Engine, prepared: PreparedFeatures, rule: Rule, settings: dict[
     return len(ids) * len(prepared) / (time.perf_counter() - started)
 
 
-def recall(prepared: PreparedFeatures, engine: IvfEngine, settings: dict[str, Any]) -> float:
-    """Share of the 50 most similar images that the engine finds."""
-    ids = np.random.default_rng(1).choice(len(prepared), 500, replace=False)
-    _, nearest_Qk = most_similar(prepared, ids, 50)
-    queries, rule = Queries.of(prepared, ids), Rule(None, 50, None, seed=0)
-    pairs = merge([search(engine, queries, rule)], queries, rule).pairs
-    found = [np.isin(nearest_Qk[row], pairs.ids_P[pairs.rows_P == row]).mean() for row in range(len(ids))]
-    return float(np.mean(found))
-
-
-def predict(
-    num_images: int, num_gpus: int, pairs_per_s: float, num_probes: int, settings: dict[str, Any]
-) -> dict[str, float]:
-    """Counted and predicted figures. The inverted file is taken to need as many probes as measured here."""
+def predict(num_images: int, num_gpus: int, pairs_per_s: float, settings: dict[str, Any]) -> dict[str, float]:
+    """Counted and predicted figures."""
     dim, pairs = settings["dim"], float(num_images) ** 2
-    num_cells = CELLS_PER_SQRT * num_images**0.5
-    ivf_share = num_cells / num_images + num_probes / num_cells * (1 + 1 / FIRST_PROBES_SHARE)
     longest_answer = max(settings["min_neighbors"], settings["mean_neighbors"] / num_gpus)
     return {
-        "exact products": pairs * dim,
-        "exact hours": pairs / (pairs_per_s * num_gpus) / 3600,
-        "ivf share": ivf_share,
-        "ivf hours": ivf_share * pairs / (pairs_per_s * num_gpus) / 3600,
+        "products": pairs * dim,
+        "hours": pairs / (pairs_per_s * num_gpus) / 3600,
         "GB on each GPU": num_images * dim * 6 / num_gpus / 1e9,
         "TB of queries sent": num_images * dim * 2 * num_gpus / 1e12,
         "TB of answers sent": num_images * longest_answer * num_gpus * ANSWER_BYTES / 1e12,

@@ -175,12 +175,6 @@ class NeighborsConfig(Section):
     """Images at least this similar (cosine) are near-duplicates: they are listed, and a group of them counts once in
     training, by the one of the lowest id. `auto`: a hundred times nearer than neighbours usually are. `null`: none are
     looked for."""
-    method: Literal["auto", "exact", "ivf"] = "auto"
-    """`exact`: every pair of images is compared. `ivf`: an inverted file on the CPU, which looks into the likely cells
-    only. `auto`: exact up to 5e15 multiplications (N x N x D: 1.5 million images at 2048 dimensions), beyond it IVF
-    where that saves at least half."""
-    min_recall: Annotated[float, Field(gt=0.0, le=1.0)] = 0.95
-    """With `ivf`: share of the 50 most similar images that must be found, measured on sampled images."""
     feature_sets: tuple[Annotated[int, Field(ge=0)], ...] = (0,)
     """Feature sets that neighbours are looked for in, by their numbers among the backbones of `embed`, 0 the first."""
     combine: Literal["union", "intersection"] = "union"

@@ -30,7 +30,7 @@ def heads_config(config: Config) -> HeadsConfig:
 
 def neighbors_config(config: Config) -> NeighborsConfig:
     """The `neighbors` section of their one graph. A threshold chosen for one number of clusters would favour it."""
-    return config.neighbors.model_copy(update={"similarity_threshold": None, "method": "exact"})
+    return config.neighbors.model_copy(update={"similarity_threshold": None})
 
 
 def settings_of(config: Config) -> dict[str, Any]:

@@ -58,8 +58,6 @@ class Audit:
         to the image's cluster.
     duplicate_threshold: cosine from which on images are near-duplicates; None: they are not looked for, as when it is
         not above `similarity_threshold`.
-    method, method_reason: exact or ivf, and why. num_cells, num_probes: of the inverted file, 0 where exact; recall: of
-        the 50 most similar images, measured on a sample; operations_share: products, of those of an exact search.
     num_queries: images that the expectations were measured on, each against all others.
     bin_edges, random_pairs, nearest_pairs: histograms of the cosine of random pairs and of the `min_neighbors` most
         similar pairs.
@@ -86,12 +84,6 @@ class Audit:
     worker_bytes: int
     graph_bytes: int
     predicted_s: float
-    method: str = "exact"
-    method_reason: str = ""
-    num_cells: int = 0
-    num_probes: int = 0
-    recall: float = 1.0
-    operations_share: float = 1.0
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

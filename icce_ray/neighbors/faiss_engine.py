@@ -97,27 +97,7 @@ def exact_similarity(
     return units_P
 
 
-class CpuEngine(Engine):
-    """What engines on a CPU share."""
-
-    blocks_at_once = 1  # FAISS has threads of its own
-
-    def _pair_list(
-        self, queries: Queries, rule: Rule, rows_P: npt.NDArray[np.int32], ids_P: Ids, scores_P: Floats
-    ) -> PairList:
-        """Of scored pairs those that may be neighbours, and which of them reach the threshold."""
-        other_P = np.flatnonzero(ids_P != queries.excluded_Q[rows_P])
-        if len(other_P) < len(rows_P):
-            rows_P, ids_P, scores_P = rows_P[other_P], ids_P[other_P], scores_P[other_P]
-        is_hit_P = np.zeros(len(rows_P), bool)
-        if rule.threshold is not None:
-            np.greater_equal(scores_P, rule.threshold, out=is_hit_P)
-            close_P = np.flatnonzero(np.abs(scores_P - rule.threshold) <= self.error)
-            is_hit_P[close_P] = self.exact(queries, rows_P[close_P], ids_P[close_P]) >= in_units(rule.threshold)
-        return PairList(rows_P, ids_P, scores_P, is_hit_P)
-
-
-class FaissEngine(CpuEngine):
+class FaissEngine(Engine):
     """Holds the rows of a shard in float32, and a column of ones: with minus the radius beside a query, one range
     search serves queries of different radii.
 
@@ -128,6 +108,8 @@ class FaissEngine(CpuEngine):
         prepared: the features of all images.
         ids_n: the shard's images, ascending.
     """
+
+    blocks_at_once = 1  # FAISS has threads of its own
 
     def __init__(self, prepared: PreparedFeatures, ids_n: Ids) -> None:
         num_images, dim = len(ids_n), prepared.shape[1]
@@ -170,6 +152,20 @@ class FaissEngine(CpuEngine):
     def exact(self, queries: Queries, rows_P: npt.NDArray[np.int32], ids_P: Ids) -> Ids:
         base_rows_P = self._row_of_column_n[np.searchsorted(self.ids_n, ids_P)]
         return exact_similarity(queries.features, rows_P, self._rows_nE[:, :-1], base_rows_P)
+
+    def _pair_list(
+        self, queries: Queries, rule: Rule, rows_P: npt.NDArray[np.int32], ids_P: Ids, scores_P: Floats
+    ) -> PairList:
+        """Of scored pairs those that may be neighbours, and which of them reach the threshold."""
+        other_P = np.flatnonzero(ids_P != queries.excluded_Q[rows_P])
+        if len(other_P) < len(rows_P):
+            rows_P, ids_P, scores_P = rows_P[other_P], ids_P[other_P], scores_P[other_P]
+        is_hit_P = np.zeros(len(rows_P), bool)
+        if rule.threshold is not None:
+            np.greater_equal(scores_P, rule.threshold, out=is_hit_P)
+            close_P = np.flatnonzero(np.abs(scores_P - rule.threshold) <= self.error)
+            is_hit_P[close_P] = self.exact(queries, rows_P[close_P], ids_P[close_P]) >= in_units(rule.threshold)
+        return PairList(rows_P, ids_P, scores_P, is_hit_P)
 
     def _first_scores(self, queries_QD: Floats) -> Floats:
         """Of the images of the first block."""

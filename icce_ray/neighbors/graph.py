@@ -30,7 +30,6 @@ from icce_ray.neighbors.graph_rows import (
     rows_among_leaders,
     search_shard,
 )
-from icce_ray.neighbors.ivf import Cells, IvfEngine, choose_method
 from icce_ray.neighbors.rule import Rule
 from icce_ray.neighbors.unit_features import Ids, PreparedFeatures, prepare
 from icce_ray.runtime.progress import Progress
@@ -93,31 +92,8 @@ def rule_of(config: NeighborsConfig, audit: Audit, seed: int) -> Rule:
     )
 
 
-def audit_and_plan(
-    prepared: PreparedFeatures, config: NeighborsConfig, *, num_clusters: int, seed: int
-) -> tuple[Audit, Cells | None]:
-    """The audit, and the cells of an approximate search where it is to be one."""
-    audit = audit_prepared(prepared, config, num_clusters=num_clusters, seed=seed)
-    cells, reason = choose_method(prepared, config, seed, audit.predicted_s)
-    audit = replace(audit, method_reason=reason)
-    if cells is None:
-        return audit, None
-    return replace(
-        audit,
-        method="ivf",
-        num_cells=len(cells.centroids_CD),
-        num_probes=cells.num_probes,
-        recall=round(cells.recall, 4),
-        operations_share=round(cells.operations_share, 4),
-    ), cells
-
-
-def make_engine(
-    prepared: PreparedFeatures, ids_n: Ids, cells: Cells | None, device: str | None, num_threads: int
-) -> Engine:
-    """A shard of the images `ids_n`: on the CPU by FAISS, or on a torch device; approximate (CPU only) with `cells`."""
-    if cells is not None:
-        return IvfEngine(prepared, ids_n, cells)
+def make_engine(prepared: PreparedFeatures, ids_n: Ids, device: str | None, num_threads: int) -> Engine:
+    """A shard of the images `ids_n`: on the CPU by FAISS, or on a torch device."""
     if device is None:
         return FaissEngine(prepared, ids_n)
     from icce_ray.neighbors.torch_engine import TorchEngine
@@ -168,9 +144,9 @@ def build(
     """
     prepared = prepare(features_ND, config.center)
     num_images = len(prepared)
-    audit, cells = audit_and_plan(prepared, config, num_clusters=num_clusters, seed=seed)
+    audit = audit_prepared(prepared, config, num_clusters=num_clusters, seed=seed)
     rule = rule_of(config, audit, seed)
-    engine = make_engine(prepared, np.arange(num_images), cells, device, num_threads)
+    engine = make_engine(prepared, np.arange(num_images), device, num_threads)
     parts: list[Rows] = []
     pairs: list[DuplicatePairs] = []
     for start, stop in part_ranges(num_images):
@@ -187,7 +163,7 @@ def build(
     if leader_N is not None:
         rule = replace(rule, duplicate_threshold=None)
         del engine  # its memory goes before the next one's comes
-        engine = make_engine(prepared, np.flatnonzero(leader_N == np.arange(num_images)), cells, device, num_threads)
+        engine = make_engine(prepared, np.flatnonzero(leader_N == np.arange(num_images)), device, num_threads)
         for number, (start, _) in enumerate(part_ranges(num_images)):
             ids = ids_to_search_again(parts[number], start, leader_N)
             answer = search_shard(engine, prepared, ids, rule, leader_N)

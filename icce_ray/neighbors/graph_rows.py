@@ -149,15 +149,14 @@ def ids_to_search_again(rows: Rows, start: int, leader_N: Ids) -> Ids:
 
 
 def rows_among_leaders(rows: Rows, start: int, leader_N: Ids, ids: Ids, new: Rows) -> Rows:
-    """`rows`, which begin with image `start`, with those of `ids` taken from `new`, except where these are empty: an
-    approximate search may see nothing but copies. Who follows a leader has an empty row: the leader stands for it."""
+    """`rows`, which begin with image `start`, with those of `ids` taken from `new`. Followers have empty
+    rows: their leader stands for them."""
     lists = np.split(rows.indices, rows.indptr[1:-1])
     lengths, num_hits = rows.lengths.copy(), rows.num_hits.copy()
     # `np.split` makes one list of no rows at all.
     new_lists = np.split(new.indices, new.indptr[1:-1])[: len(ids)]
     for row, neighbors, hits in zip(ids - start, new_lists, new.num_hits, strict=True):
-        if len(neighbors):
-            lists[row], lengths[row], num_hits[row] = neighbors, len(neighbors), hits
+        lists[row], lengths[row], num_hits[row] = neighbors, len(neighbors), hits
     own = np.arange(start, start + len(lengths))
     for row in np.flatnonzero(leader_N[own] != own):
         lists[row], lengths[row], num_hits[row] = rows.indices[:0], 0, 0

@@ -50,11 +50,10 @@ def run(config: Config, context: StageContext) -> dict[str, Any]:
     """Build the graph's parts, the audit and the lists of near-duplicates into the artifact.
 
     Returns:
-        similarity_threshold, duplicate_threshold, method, recall, operations_share (of an exact search), num_images,
-        num_edges, mean_neighbors, min_neighbors, max_neighbors (as found), share_at_min (rows that had fewer above the
-        threshold than `min_neighbors`), num_duplicate_pairs, num_left_out (near-duplicates that have no row, since
-        their leader has one; the figures of rows are those of the others). What the audit says is of the first
-        feature set.
+        similarity_threshold, duplicate_threshold, num_images, num_edges, mean_neighbors, min_neighbors, max_neighbors
+        (as found), share_at_min (rows that had fewer above the threshold than `min_neighbors`), num_duplicate_pairs,
+        num_left_out (near-duplicates that have no row, since their leader has one; the figures of rows are those of the
+        others). What the audit says is of the first feature set.
 
     Raises:
         InputError: features that are not finite, or a feature set that there is not.
@@ -100,9 +99,6 @@ def run(config: Config, context: StageContext) -> dict[str, Any]:
     return Rows.join_summaries([part.metrics for part in finished]) | {
         "similarity_threshold": audit.similarity_threshold,
         "duplicate_threshold": audit.duplicate_threshold,
-        "method": audit.method,
-        "recall": audit.recall,
-        "operations_share": audit.operations_share,
         "num_duplicate_pairs": len(first.duplicates),
         "num_left_out": 0 if leader_N is None else int((leader_N != np.arange(len(leader_N))).sum()),
     }

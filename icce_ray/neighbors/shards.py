@@ -20,10 +20,10 @@ from pydantic import ValidationError
 
 from icce_ray.config import Config
 from icce_ray.embed.feature_matrix import load_features
-from icce_ray.neighbors.audit import Audit
+from icce_ray.neighbors.audit import Audit, audit_prepared
 from icce_ray.neighbors.duplicates import DuplicatePairs
 from icce_ray.neighbors.faiss_engine import Engine
-from icce_ray.neighbors.graph import audit_and_plan, make_engine, rule_of
+from icce_ray.neighbors.graph import make_engine, rule_of
 from icce_ray.neighbors.graph_rows import (
     Rows,
     combine_rows,
@@ -34,7 +34,6 @@ from icce_ray.neighbors.graph_rows import (
     search_shard,
     shard_ids,
 )
-from icce_ray.neighbors.ivf import Cells
 from icce_ray.neighbors.rule import Rule
 from icce_ray.neighbors.search import Candidates
 from icce_ray.neighbors.search_memory import available_memory_bytes
@@ -44,7 +43,6 @@ from icce_ray.store import Artifact, ArtifactWriter, Folder, Part
 
 AUDIT_NAME = "audit"
 MEAN_NAME = "mean.npy"
-CELLS_NAME = "cells.npy"
 LEADERS_NAME = "leaders.npy"
 
 
@@ -161,13 +159,6 @@ class ShardWorker:
         return rule_of(self.config.neighbors, self.audited, self.config.seed)
 
     @cached_property
-    def cells(self) -> Cells | None:
-        if self.audited.method == "exact":
-            return None
-        centroids_CD = _load_array(self.folder, CELLS_NAME)
-        return Cells(centroids_CD, self.audited.num_probes, self.audited.recall, self.audited.operations_share)
-
-    @cached_property
     def leaders(self) -> Ids:
         """(N,) the leader of each image."""
         return _load_array(self.folder, LEADERS_NAME)
@@ -175,15 +166,13 @@ class ShardWorker:
     def audit(self) -> Finished:
         """Audit the features, and leave their mean for the other workers."""
         prepared = prepare(load_features(self.embed, self.feature_set).matrix, self.config.neighbors.center)
-        audit, cells = audit_and_plan(
+        audit = audit_prepared(
             prepared, self.config.neighbors, num_clusters=self.config.num_clusters, seed=self.config.seed
         )
         writer = ArtifactWriter(self.folder)
         files = [writer.write_json(f"{AUDIT_NAME}.json", audit.to_json())]
         if prepared.mean_D is not None:
             files.append(writer.write_array(MEAN_NAME, prepared.mean_D))
-        if cells is not None:
-            files.append(writer.write_array(CELLS_NAME, cells.centroids_CD))
         self.prepared = prepared
         finished = Finished(self.source, files, {})
         finished.write(self.folder, AUDIT_NAME)
@@ -237,7 +226,7 @@ class ShardWorker:
                 ids = ids[self.leaders[ids] == ids]
             self._engine = (
                 task.among_leaders,
-                make_engine(self.prepared, ids, self.cells, self.device, self.num_threads),
+                make_engine(self.prepared, ids, self.device, self.num_threads),
             )
         return self._engine[1]
 

@@ -134,19 +134,6 @@ def test_parts_made_of_other_embeddings_are_not_taken_up(embed: Artifact, tmp_pa
 
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_an_approximate_search_on_shards_gives_the_graph_of_one_process(embed: Artifact, tmp_path: Path) -> None:
-    settings = config(3, method="ivf", min_recall=0.9)
-    stage = context(tmp_path / "ivf", embed)
-    metrics = job.run(settings, stage)
-    graph = load_graph(commit(stage, metrics))
-    built = build(features(), settings.neighbors, num_clusters=5, seed=3)
-    assert np.array_equal(graph.indptr, built.graph.indptr)
-    assert np.array_equal(graph.indices, built.graph.indices)
-    assert (metrics["method"], metrics["recall"]) == ("ivf", built.audit.recall)
-    assert 0.8 < metrics["recall"] < 1.0
-
-
-@pytest.mark.usefixtures("ray_cluster")
 @pytest.mark.parametrize("combine", ["union", "intersection"])
 def test_several_feature_sets_give_the_combined_graph_of_one_process(combine: str, tmp_path: Path) -> None:
     second = np.random.default_rng(5).standard_normal((NUM_IMAGES, 12)) + 0.6 * features()[:, :12]

@@ -93,7 +93,7 @@ def _small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("num_shards", [1, 2, 7])
-@pytest.mark.parametrize("settings", [{}, {"method": "ivf", "min_recall": 0.7}, {"center": False}])
+@pytest.mark.parametrize("settings", [{}, {"center": False}])
 def test_shards_that_know_storage_only_make_the_graph_of_one_process(
     settings: dict[str, Any], num_shards: int, embed: Artifact, tmp_path: Path
 ) -> None:
