@@ -135,8 +135,7 @@ class BackboneConfig(Section):
 class EmbedConfig(BackboneConfig):
     extra: tuple[BackboneConfig, ...] = ()
     """More backbones, for more feature sets from the same pass over the images: each file is read and decoded once.
-    Each takes the settings above, such as `{backbone: resnet50.a1_in1k}`. Later stages use the first set unless told
-    otherwise."""
+    Each takes the settings above, such as `{backbone: resnet50.a1_in1k}`. Later stages use the first set."""
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Of the networks' matrix products. `auto`: bfloat16 where the worker's processor multiplies it natively, else
     float32. Name one where machines differ and every bit must agree. Embeddings are stored as float16 in any case."""
@@ -175,11 +174,6 @@ class NeighborsConfig(Section):
     """Images at least this similar (cosine) are near-duplicates: they are listed, and a group of them counts once in
     training, by the one of the lowest id. `auto`: a hundred times nearer than neighbours usually are. `null`: none are
     looked for."""
-    feature_sets: tuple[Annotated[int, Field(ge=0)], ...] = (0,)
-    """Feature sets that neighbours are looked for in, by their numbers among the backbones of `embed`, 0 the first."""
-    combine: Literal["union", "intersection"] = "union"
-    """With several feature sets: an image's neighbours in any of them, or in all of them (where these are fewer than
-    `min_neighbors`, those in the first)."""
     center: bool = True
     """Subtract the mean feature before the cosine. Uncentred convolutional features are all similar to each other."""
 
@@ -188,8 +182,6 @@ class NeighborsConfig(Section):
         tau = self.similarity_threshold
         if isinstance(tau, float) and not -1.0 <= tau <= 1.0:
             raise ValueError(f"similarity_threshold is {tau}; a cosine lies between -1 and 1")
-        if not self.feature_sets or len(set(self.feature_sets)) < len(self.feature_sets):
-            raise ValueError(f"feature_sets is {list(self.feature_sets)}; name at least one, and each once")
         duplicate = self.duplicate_threshold
         if isinstance(duplicate, float) and not 0.0 < duplicate <= 1.0:
             raise ValueError(f"duplicate_threshold is {duplicate}; allowed is a cosine above 0 and up to 1")

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import os
 import uuid
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -23,7 +22,6 @@ from icce_ray.neighbors.duplicates import DuplicatePairs, leaders
 from icce_ray.neighbors.faiss_engine import Engine, FaissEngine
 from icce_ray.neighbors.graph_rows import (
     Rows,
-    combine_rows,
     ids_to_search_again,
     merge_shards,
     part_ranges,
@@ -171,14 +169,6 @@ def build(
             parts[number] = rows_among_leaders(parts[number], start, leader_N, ids, new)
     rows = Rows.join(parts)
     return BuiltGraph(NeighborGraph(rows.indptr, rows.indices), audit, duplicates, leader_N)
-
-
-def combine_graphs(graphs: Sequence[NeighborGraph], config: NeighborsConfig, seed: int) -> NeighborGraph:
-    """One graph of those of several feature sets of the same images, as `config.combine` says."""
-    rule = Rule(None, min(config.min_neighbors, graphs[0].num_images - 1), config.max_neighbors, seed)
-    rows = [Rows(graph.degrees, graph.indices, graph.degrees) for graph in graphs]
-    combined = combine_rows(rows, 0, config.combine, rule)
-    return NeighborGraph(combined.indptr, combined.indices)
 
 
 def load_graph(artifact: Artifact) -> NeighborGraph:

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from icce_ray.neighbors.duplicates import DuplicatePairs
 from icce_ray.neighbors.faiss_engine import Engine
-from icce_ray.neighbors.rule import Rule, random_subset
+from icce_ray.neighbors.rule import Rule
 from icce_ray.neighbors.search import QUERY_BLOCK, Candidates, merge, search
 from icce_ray.neighbors.search_memory import MAX_ROWS_PER_PART
 from icce_ray.neighbors.unit_features import Ids, PreparedFeatures, Queries
@@ -161,39 +161,6 @@ def rows_among_leaders(rows: Rows, start: int, leader_N: Ids, ids: Ids, new: Row
     for row in np.flatnonzero(leader_N[own] != own):
         lists[row], lengths[row], num_hits[row] = rows.indices[:0], 0, 0
     return Rows(lengths, np.concatenate(lists), num_hits)
-
-
-def combine_rows(parts: Sequence[Rows], start: int, how: Literal["union", "intersection"], rule: Rule) -> Rows:
-    """The same rows of the graphs of several feature sets as one.
-
-    Args:
-        parts: of each feature set, the rows from image `start` on.
-        start: the first row's image.
-        how: neighbours in any set; or in all, and where these are fewer than `min_neighbors`, those in the first.
-        rule: its limits hold for the combined row.
-    """
-    num_rows = len(parts[0].lengths)
-    row_of = [np.repeat(np.arange(num_rows), part.lengths) for part in parts]
-    rows_P, ids_P = np.concatenate(row_of), np.concatenate([part.indices for part in parts]).astype(np.int64)
-    is_first_P = np.arange(len(rows_P)) < len(row_of[0])
-    order_P = np.lexsort((ids_P, rows_P))
-    rows_P, ids_P, is_first_P = rows_P[order_P], ids_P[order_P], is_first_P[order_P]
-    is_new_P = np.ones(len(rows_P), bool)
-    is_new_P[1:] = (np.diff(rows_P) != 0) | (np.diff(ids_P) != 0)
-    first_P = np.flatnonzero(is_new_P)
-    rows_U, ids_U = rows_P[first_P], ids_P[first_P]
-    if how == "intersection":
-        in_all_U = np.add.reduceat(np.ones(len(rows_P), np.int64), first_P) == len(parts)
-        in_first_U = np.add.reduceat(is_first_P.astype(np.int64), first_P) > 0
-        is_short_n = np.bincount(rows_U[in_all_U], minlength=num_rows) < rule.min_neighbors
-        kept_U = np.where(is_short_n[rows_U], in_first_U, in_all_U)
-        rows_U, ids_U = rows_U[kept_U], ids_U[kept_U]
-    num_hits = np.bincount(rows_U, minlength=num_rows).astype(np.int64)
-    if rule.max_neighbors is not None and (num_hits > rule.max_neighbors).any():
-        kept_U = np.sort(random_subset(rule.seed, rule.max_neighbors, rows_U, start + rows_U, ids_U))
-        rows_U, ids_U = rows_U[kept_U], ids_U[kept_U]
-    lengths = np.bincount(rows_U, minlength=num_rows).astype(np.int64)
-    return Rows(lengths, ids_U.astype(parts[0].indices.dtype), num_hits)
 
 
 def _blocks(ids: Ids) -> list[Ids]:

@@ -17,8 +17,8 @@ import numpy as np
 import ray
 
 from icce_ray.config import Config
-from icce_ray.embed.feature_matrix import feature_set_names, load_features
-from icce_ray.errors import InputError, ResourceError, WorkerError, find_cause
+from icce_ray.embed.feature_matrix import load_features
+from icce_ray.errors import ResourceError, WorkerError, find_cause
 from icce_ray.neighbors.audit import Audit
 from icce_ray.neighbors.duplicates import DuplicatePairs, group_table, leaders, pair_table
 from icce_ray.neighbors.graph_rows import Rows
@@ -28,7 +28,6 @@ from icce_ray.neighbors.shards import (
     Finished,
     PartTask,
     ShardWorker,
-    combine_part,
     plan_parts,
     read_duplicates,
     source_of,
@@ -53,75 +52,48 @@ def run(config: Config, context: StageContext) -> dict[str, Any]:
         similarity_threshold, duplicate_threshold, num_images, num_edges, mean_neighbors, min_neighbors, max_neighbors
         (as found), share_at_min (rows that had fewer above the threshold than `min_neighbors`), num_duplicate_pairs,
         num_left_out (near-duplicates that have no row, since their leader has one; the figures of rows are those of the
-        others). What the audit says is of the first feature set.
+        others).
 
     Raises:
-        InputError: features that are not finite, or a feature set that there is not.
+        InputError: features that are not finite.
         ResourceError: a machine lacks the memory; the message says what is needed.
         WorkerError: a worker died more often than it is restarted.
     """
     embed = training_set(context.inputs)
-    sets = config.neighbors.feature_sets
-    num_sets = len(feature_set_names(embed))
-    if max(sets) >= num_sets:
-        raise InputError(
-            f"neighbors.feature_sets: {max(sets)} is asked for, but the embeddings have {num_sets}, counted from 0"
-        )
     connect(config.resources)
     wait_for_machines(config.resources, "neighbors", context.progress.note)
     folder = context.output.folder
-    source = source_of(config, embed, VERSION)
-    folders = [folder] if len(sets) == 1 else [folder / f"set-{number}" for number in sets]
-    built = [
-        _build(config, embed, number, place, source, context.progress)
-        for number, place in zip(sets, folders, strict=True)
-    ]
-    finished = built[0].finished if len(sets) == 1 else _combine(config, built, folder, source)
-    first = built[0]
-    for part in finished:
+    graph = _build(config, embed, folder, source_of(config, embed, VERSION), context.progress)
+    for part in [*graph.finished, graph.audited]:
         for file in part.files:
             context.output.add(file)
-    for number, graph in zip(sets, built, strict=True):
-        for file in graph.audited.files:
-            # The first set's audit is the graph's; of the others' graphs only the audit is kept.
-            name = file.name if graph is first else f"set-{number}-{file.name}"
-            if len(built) > 1:
-                folder.write_bytes(name, graph.folder.read_bytes(file.name))
-            context.output.add(file.model_copy(update={"name": name}))
     image_ids = load_features(embed).image_ids
-    context.output.write_table("duplicate_pairs.parquet", pair_table(first.duplicates, image_ids))
-    context.output.write_table("duplicate_groups.parquet", group_table(first.leader_N, image_ids))
+    context.output.write_table("duplicate_pairs.parquet", pair_table(graph.duplicates, image_ids))
+    context.output.write_table("duplicate_groups.parquet", group_table(graph.leader_N, image_ids))
     _remove_intermediate_files(folder, set(context.output.parts))
-    if len(built) > 1:
-        for graph in built:
-            graph.folder.clear()
-    leader_N, audit = first.leader_N, first.audit
-    return Rows.join_summaries([part.metrics for part in finished]) | {
+    leader_N, audit = graph.leader_N, graph.audit
+    return Rows.join_summaries([part.metrics for part in graph.finished]) | {
         "similarity_threshold": audit.similarity_threshold,
         "duplicate_threshold": audit.duplicate_threshold,
-        "num_duplicate_pairs": len(first.duplicates),
+        "num_duplicate_pairs": len(graph.duplicates),
         "num_left_out": 0 if leader_N is None else int((leader_N != np.arange(len(leader_N))).sum()),
     }
 
 
 @dataclass(frozen=True)
-class SetGraph:
-    """The graph of one feature set, in parts on storage."""
+class StoredGraph:
+    """The graph, in parts on storage."""
 
-    folder: Folder
     audit: Audit
     audited: Finished
-    tasks: list[PartTask]
     finished: list[Finished]
     duplicates: DuplicatePairs
     leader_N: Ids | None
 
 
-def _build(
-    config: Config, embed: Artifact, feature_set: int, folder: Folder, source: str, progress: Progress
-) -> SetGraph:
-    tasks = plan_parts(load_features(embed, feature_set).num_images)
-    shards = Shards(config, embed, feature_set, folder, source)
+def _build(config: Config, embed: Artifact, folder: Folder, source: str, progress: Progress) -> StoredGraph:
+    tasks = plan_parts(load_features(embed).num_images)
+    shards = Shards(config, embed, folder, source)
     try:
         audited = Finished.find(folder, AUDIT_NAME, source) or shards.audit()
         audit = Audit.from_json(json.loads(folder.read_bytes(f"{AUDIT_NAME}.json")))
@@ -141,28 +113,15 @@ def _build(
         ) from error
     finally:
         shards.stop()
-    return SetGraph(folder, audit, audited, tasks, finished, duplicates, leader_N)
-
-
-def _combine(config: Config, built: list[SetGraph], folder: Folder, source: str) -> list[Finished]:
-    """The parts of all sets as one graph's."""
-    combine = ray.remote(combine_part).options(
-        name="neighbors: combine feature sets", num_cpus=worker_cpus(config.resources.neighbors)
-    )
-    folders = [graph.folder for graph in built]
-    tasks = zip(*(graph.tasks for graph in built), strict=True)
-    finished: list[Finished] = ray.get(
-        [combine.remote(config, folders, list(parts), folder, source) for parts in tasks]
-    )
-    return finished
+    return StoredGraph(audit, audited, finished, duplicates, leader_N)
 
 
 class Shards:
     """The shard actors; they are started when there is something to do."""
 
-    def __init__(self, config: Config, embed: Artifact, feature_set: int, folder: Folder, source: str) -> None:
+    def __init__(self, config: Config, embed: Artifact, folder: Folder, source: str) -> None:
         self.config = config
-        self.arguments = (config, embed, feature_set, folder, source)
+        self.arguments = (config, embed, folder, source)
         self.folder = folder
         self.source = source
         self.num_images = load_features(embed).num_images

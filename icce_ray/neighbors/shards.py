@@ -26,7 +26,6 @@ from icce_ray.neighbors.faiss_engine import Engine
 from icce_ray.neighbors.graph import make_engine, rule_of
 from icce_ray.neighbors.graph_rows import (
     Rows,
-    combine_rows,
     ids_to_search_again,
     merge_shards,
     part_ranges,
@@ -106,7 +105,6 @@ class ShardWorker:
     Args:
         config: the run's.
         embed: the embeddings.
-        feature_set: the number of the one to search in.
         folder: where parts go.
         source: as `source_of` says.
         shard, num_shards: which of how many.
@@ -118,7 +116,6 @@ class ShardWorker:
         self,
         config: Config,
         embed: Artifact,
-        feature_set: int,
         folder: Folder,
         source: str,
         shard: int,
@@ -129,7 +126,6 @@ class ShardWorker:
         set_threads(num_threads)
         self.config = config
         self.embed = embed
-        self.feature_set = feature_set
         self.folder = folder
         self.source = source
         self.shard = shard
@@ -146,7 +142,7 @@ class ShardWorker:
     @cached_property
     def prepared(self) -> PreparedFeatures:
         # Not in the constructor: an error there reaches the driver as a dead actor, and loses its own words.
-        features_ND = load_features(self.embed, self.feature_set).matrix
+        features_ND = load_features(self.embed).matrix
         is_centred = self.config.neighbors.center
         return PreparedFeatures(features_ND, _load_array(self.folder, MEAN_NAME) if is_centred else None)
 
@@ -165,7 +161,7 @@ class ShardWorker:
 
     def audit(self) -> Finished:
         """Audit the features, and leave their mean for the other workers."""
-        prepared = prepare(load_features(self.embed, self.feature_set).matrix, self.config.neighbors.center)
+        prepared = prepare(load_features(self.embed).matrix, self.config.neighbors.center)
         audit = audit_prepared(
             prepared, self.config.neighbors, num_clusters=self.config.num_clusters, seed=self.config.seed
         )
@@ -235,32 +231,6 @@ def read_rows(folder: Folder, task: PartTask) -> Rows:
     """A part of the first pass that near-duplicates were looked for in."""
     indptr = _load_array(folder, f"{task.name}-indptr.npy")
     return Rows(np.diff(indptr), _load_array(folder, f"{task.name}-indices.npy"), _read_found(folder, task)["num_hits"])
-
-
-def combine_part(config: Config, folders: list[Folder], tasks: list[PartTask], folder: Folder, source: str) -> Finished:
-    """Make a part of the same part in the graphs of several feature sets, and write it.
-
-    Args:
-        config: the run's.
-        folders, tasks: of each feature set, where its graph lies, and its part.
-        folder: where the combined part goes.
-        source: as `source_of` says.
-    """
-    parts = []
-    for place, task in zip(folders, tasks, strict=True):
-        lengths = np.diff(_load_array(place, f"{task.name}-indptr.npy"))
-        parts.append(Rows(lengths, _load_array(place, f"{task.name}-indices.npy"), lengths))
-    neighbors, first = config.neighbors, tasks[0].first_pass
-    rule = Rule(None, neighbors.min_neighbors, neighbors.max_neighbors, config.seed)
-    rows = combine_rows(parts, first.start, neighbors.combine, rule)
-    writer = ArtifactWriter(folder)
-    files = [
-        writer.write_array(f"{first.name}-indptr.npy", rows.indptr),
-        writer.write_array(f"{first.name}-indices.npy", rows.indices),
-    ]
-    finished = Finished(source, files, rows.summary(neighbors.min_neighbors))
-    finished.write(folder, first.name)
-    return finished
 
 
 def read_duplicates(folder: Folder, tasks: list[PartTask]) -> DuplicatePairs:

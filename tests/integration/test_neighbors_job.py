@@ -13,12 +13,11 @@ import pytest
 import ray
 
 from icce_ray.config import Config
-from icce_ray.embed.feature_matrix import column_name
 from icce_ray.errors import InputError, ResourceError, find_cause
 from icce_ray.neighbors import job
 from icce_ray.neighbors import search_memory as memory
 from icce_ray.neighbors.audit import Audit
-from icce_ray.neighbors.graph import build, build_graph, combine_graphs, load_graph
+from icce_ray.neighbors.graph import build, build_graph, load_graph
 from icce_ray.neighbors.graph_rows import part_ranges
 from icce_ray.runtime.progress import Progress
 from icce_ray.stage import StageContext
@@ -35,16 +34,12 @@ def features() -> npt.NDArray[np.float16]:
     return rows.astype(np.float16)
 
 
-def write_embed(folder: Path, *sets: npt.NDArray[np.float16]) -> Artifact:
+def write_embed(folder: Path, rows: npt.NDArray[np.float16]) -> Artifact:
     writer = ArtifactWriter(Folder.at(folder))
     for number, ids in enumerate(np.array_split(np.arange(NUM_IMAGES), 3)):
-        columns = {"image_id": pa.array(ids), "content_hash": pa.array([""] * len(ids))}
-        for feature_set, rows in enumerate(sets):
-            values = pa.array(np.ascontiguousarray(rows[ids]).ravel())
-            columns[column_name(feature_set)] = pa.FixedSizeListArray.from_arrays(values, rows.shape[1])
-        writer.write_table(f"part-{number:05d}.parquet", pa.table(columns))
-    metrics = {"feature_sets": [f"set {feature_set}" for feature_set in range(len(sets))]}
-    return writer.commit(stage="embed", fingerprint=folder.name, inputs={}, config={}, metrics=metrics, seconds=0.0)
+        embedding = pa.FixedSizeListArray.from_arrays(pa.array(rows[ids].ravel()), rows.shape[1])
+        writer.write_table(f"part-{number:05d}.parquet", pa.table({"image_id": ids, "embedding": embedding}))
+    return writer.commit(stage="embed", fingerprint=folder.name, inputs={}, config={}, metrics={}, seconds=0.0)
 
 
 @pytest.fixture(scope="module")
@@ -131,32 +126,6 @@ def test_parts_made_of_other_embeddings_are_not_taken_up(embed: Artifact, tmp_pa
     graph = load_graph(commit(stage, job.run(config(), stage)))
     expected, _ = build_graph(other_features, config().neighbors, num_clusters=5, seed=3)
     assert np.array_equal(graph.indices, expected.indices)
-
-
-@pytest.mark.usefixtures("ray_cluster")
-@pytest.mark.parametrize("combine", ["union", "intersection"])
-def test_several_feature_sets_give_the_combined_graph_of_one_process(combine: str, tmp_path: Path) -> None:
-    second = np.random.default_rng(5).standard_normal((NUM_IMAGES, 12)) + 0.6 * features()[:, :12]
-    sets = [features(), second.astype(np.float16)]
-    stage = context(tmp_path / combine, write_embed(tmp_path / f"embed-{combine}", *sets))
-    settings = config(2, feature_sets=(0, 1), combine=combine, max_neighbors=60)
-    metrics = job.run(settings, stage)
-    artifact = commit(stage, metrics)
-    graph = load_graph(artifact)
-    graphs = [build_graph(rows, settings.neighbors, num_clusters=5, seed=3)[0] for rows in sets]
-    expected = combine_graphs(graphs, settings.neighbors, seed=3)
-    assert np.array_equal(graph.indptr, expected.indptr)
-    assert np.array_equal(graph.indices, expected.indices)
-    assert metrics["num_edges"] == expected.num_edges
-    assert {"audit.json", "set-1-audit.json"} <= set(artifact.part_names())
-    assert artifact.read_json("audit.json")["dim"] == 24
-    assert artifact.read_json("set-1-audit.json")["dim"] == 12
-
-
-@pytest.mark.usefixtures("ray_cluster")
-def test_a_feature_set_that_there_is_not_is_refused(embed: Artifact, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="2 is asked for, but the embeddings have 1"):
-        job.run(config(feature_sets=(0, 2)), context(tmp_path / "out", embed))
 
 
 class KillOnce(Progress):

@@ -18,7 +18,7 @@ from icce_ray.neighbors import search_memory as memory
 from icce_ray.neighbors import threshold_curves as curves
 from icce_ray.neighbors import unit_features as prepared_module
 from icce_ray.neighbors.faiss_engine import FaissEngine
-from icce_ray.neighbors.graph import NeighborGraph, build_graph, combine_graphs, load_graph
+from icce_ray.neighbors.graph import NeighborGraph, build_graph, load_graph
 from icce_ray.neighbors.graph_rows import Rows, merge_shards, part_ranges, search_shard, shard_ids
 from icce_ray.neighbors.rule import PairList, Rule, keep, pair_hash
 from icce_ray.neighbors.unit_features import PreparedFeatures, prepare
@@ -210,30 +210,6 @@ def test_a_feature_that_is_not_finite_is_refused() -> None:
     features[2, 2] = np.nan
     with pytest.raises(InputError, match="row 2"):
         build(features)
-
-
-@pytest.mark.parametrize("how", ["union", "intersection"])
-def test_graphs_of_several_feature_sets_are_combined_as_sets_are(how: str) -> None:
-    rng = np.random.default_rng(0)
-    features = [rng.standard_normal((120, 4)).astype(np.float32) for _ in range(3)]
-    features[1] += 2 * features[0]
-    features[2] += features[0]
-    graphs = [build(rows, similarity_threshold=0.4, min_neighbors=6) for rows in features]
-    config = NeighborsConfig(min_neighbors=6, max_neighbors=None, combine=how)
-    combined = reference.lists_of(combine_graphs(graphs, config, seed=0))
-    lists = [reference.lists_of(graph) for graph in graphs]
-    num_short = 0
-    for image in range(120):
-        rows = [set(neighbors[image]) for neighbors in lists]
-        expected = set.union(*rows) if how == "union" else set.intersection(*rows)
-        if how == "intersection" and len(expected) < 6:
-            expected, num_short = rows[0], num_short + 1
-        assert combined[image] == sorted(expected)
-    assert num_short in (range(1, 119) if how == "intersection" else [0])
-    cut = combine_graphs(graphs, config.model_copy(update={"max_neighbors": 8}), seed=0)
-    for image, neighbors in enumerate(reference.lists_of(cut)):
-        assert len(neighbors) == min(8, len(combined[image]))
-        assert set(neighbors) <= set(combined[image])
 
 
 def write_artifact(folder: Path, graph: NeighborGraph, cuts: list[int]) -> Artifact:

@@ -12,15 +12,13 @@ import pyarrow as pa
 import pytest
 
 from icce_ray.config import Config
-from icce_ray.embed.feature_matrix import column_name
 from icce_ray.neighbors import graph_rows as rows_module
 from icce_ray.neighbors.duplicates import leaders
-from icce_ray.neighbors.graph import build, combine_graphs
+from icce_ray.neighbors.graph import build
 from icce_ray.neighbors.shards import (
     Finished,
     PartTask,
     ShardWorker,
-    combine_part,
     plan_parts,
     read_duplicates,
     source_of,
@@ -30,19 +28,16 @@ from icce_ray.store import Artifact, ArtifactWriter, Folder
 
 from . import reference
 
-SETS = [reference.awkward_features(230, 6, seed).astype(np.float16) for seed in (0, 1)]
+FEATURES = reference.awkward_features(230, 6).astype(np.float16)
 
 
 @pytest.fixture
 def embed(tmp_path: Path) -> Artifact:
     writer = ArtifactWriter(Folder.at(tmp_path / "embed"))
-    columns: dict[str, Any] = {"image_id": pa.array(np.arange(230))}
-    for number, rows in enumerate(SETS):
-        columns[column_name(number)] = pa.FixedSizeListArray.from_arrays(pa.array(rows.ravel()), rows.shape[1])
-    writer.write_table("part-00000.parquet", pa.table(columns))
-    metrics = {"feature_sets": ["first", "second"]}
+    embedding = pa.FixedSizeListArray.from_arrays(pa.array(FEATURES.ravel()), FEATURES.shape[1])
+    writer.write_table("part-00000.parquet", pa.table({"image_id": np.arange(230), "embedding": embedding}))
     name = tmp_path.name
-    return writer.commit(stage="embed", fingerprint=name, inputs={}, config={}, metrics=metrics, seconds=0.0)
+    return writer.commit(stage="embed", fingerprint=name, inputs={}, config={}, metrics={}, seconds=0.0)
 
 
 def config(**neighbors: Any) -> Config:
@@ -51,13 +46,13 @@ def config(**neighbors: Any) -> Config:
 
 
 def build_on_shards(
-    settings: Config, embed: Artifact, feature_set: int, folder: Folder, num_shards: int
+    settings: Config, embed: Artifact, folder: Folder, num_shards: int
 ) -> tuple[list[PartTask], npt.NDArray[np.int64] | None]:
     """All that the job does, one call after the other. Every call gets a new worker: all come from storage."""
     source = source_of(settings, embed, 0)
 
     def worker(shard: int) -> ShardWorker:
-        return ShardWorker(settings, embed, feature_set, folder, source, shard, num_shards, 1, None)
+        return ShardWorker(settings, embed, folder, source, shard, num_shards, 1, None)
 
     def make(task: PartTask) -> None:
         answers = [worker(shard).answer(task) for shard in range(num_shards)]
@@ -97,23 +92,10 @@ def _small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_shards_that_know_storage_only_make_the_graph_of_one_process(
     settings: dict[str, Any], num_shards: int, embed: Artifact, tmp_path: Path
 ) -> None:
-    built = build(SETS[0], config(**settings).neighbors, num_clusters=4, seed=0)
+    built = build(FEATURES, config(**settings).neighbors, num_clusters=4, seed=0)
     folder = Folder.at(tmp_path / "out")
-    tasks, leader_N = build_on_shards(config(**settings), embed, 0, folder, num_shards)
+    tasks, leader_N = build_on_shards(config(**settings), embed, folder, num_shards)
     assert len(tasks) == 5
     assert leader_N is not None
     assert np.array_equal(leader_N, built.leader_N)
     assert lists_of(folder, tasks) == reference.lists_of(built.graph)
-
-
-@pytest.mark.parametrize("combine", ["union", "intersection"])
-def test_parts_of_two_feature_sets_become_the_combined_graph(combine: str, embed: Artifact, tmp_path: Path) -> None:
-    settings = config(feature_sets=(0, 1), combine=combine)
-    folders = [Folder.at(tmp_path / f"set-{number}") for number in (0, 1)]
-    tasks = [build_on_shards(settings, embed, number, folder, 2)[0] for number, folder in enumerate(folders)]
-    out = Folder.at(tmp_path / "out")
-    for parts in zip(*tasks, strict=True):
-        combine_part(settings, folders, list(parts), out, "source")
-    graphs = [build(rows, settings.neighbors, num_clusters=4, seed=0).graph for rows in SETS]
-    expected = combine_graphs(graphs, settings.neighbors, seed=0)
-    assert lists_of(out, plan_parts(230)) == reference.lists_of(expected)
