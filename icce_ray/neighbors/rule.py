@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from icce_ray.neighbors.unit_features import Floats, Ids
+from icce_ray.random_numbers import splitmix64
 
 PADDED_ELEMENTS = 4_000_000
 MAX_DUPLICATES_PER_IMAGE = 32
@@ -114,17 +115,9 @@ def keep(pairs: PairList, num_hits_Q: Ids, ids_Q: Ids, rule: Rule, error: float,
 
 
 def pair_hash(seed: int, rows_P: Ids, columns_P: Ids) -> npt.NDArray[np.uint64]:
-    """A uniform 64-bit number for each (seed, row, column), by SplitMix64 (Steele et al., OOPSLA 2014)."""
-    with np.errstate(over="ignore"):
-        row_state_P = _splitmix64(_splitmix64(np.array([seed], np.uint64)) ^ rows_P.astype(np.uint64))
-        return _splitmix64(row_state_P ^ columns_P.astype(np.uint64))
-
-
-def _splitmix64(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    x = x + np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+    """A uniform 64-bit number for each (seed, row, column)."""
+    row_state_P = splitmix64(splitmix64(np.array([seed], np.uint64)) ^ rows_P.astype(np.uint64))
+    return splitmix64(row_state_P ^ columns_P.astype(np.uint64))
 
 
 def random_subset(seed: int, max_neighbors: int, rows_P: npt.NDArray[np.integer], images_P: Ids, ids_P: Ids) -> Ids:
