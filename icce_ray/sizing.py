@@ -231,10 +231,12 @@ def heads_seconds(trained: int) -> float:
 def classifier_seconds() -> float:
     """On one GPU: ``4 g b D K`` FLOP a step for g learning rates and b images, and 24 g D K bytes of weights,
     gradients and momentum, read and written."""
+    from icce_ray.classifier.self_training import MAX_STEPS
+
     config = ClassifierConfig()
     weights = len(config.learning_rates) * DIM * NUM_CLUSTERS
     step = 4.0 * config.batch_size * weights / _gpu() + 24.0 * weights / _rate("gpu_memory")
-    return config.num_iterations * step
+    return MAX_STEPS * step
 
 
 def assign_seconds(num_images: int, plan: Plan) -> float:

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from icce_ray.assign.exemplars import CANDIDATES_PER_EXEMPLAR, CENTRAL_SHARE, farthest_first
-from icce_ray.classifier.linear import LinearClassifier, Prediction, prepare
+from icce_ray.classifier.linear import LinearClassifier, Prediction, center_and_scale
 
 NUM_PROJECTED_DIMS = 32
 MARGIN = 4.0
@@ -73,7 +73,7 @@ def candidates_table(
     """The images that may become exemplars; outliers may not."""
     priority_n = priorities(image_ids, seed)
     rows = np.flatnonzero((priority_n <= cutoffs_K[prediction.cluster]) & ~prediction.is_outlier)
-    x_nD = prepare(features_nD[rows], classifier.mean, classifier.scale)
+    x_nD = center_and_scale(features_nD[rows], classifier.mean, classifier.scale)
     projected_np = classifier.outliers.project(x_nD, NUM_PROJECTED_DIMS)
     offsets = np.arange(len(rows) + 1, dtype=np.int32) * projected_np.shape[1]
     return pa.table(

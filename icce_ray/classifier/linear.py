@@ -1,9 +1,9 @@
-"""The linear classifier that labels images no head has seen (METHOD section 4), as arrays and as bytes.
+"""The trained linear classifier: labels images from their features, and saves itself as bytes.
 
-Features are centred and divided by one number, both part of the model. :mod:`icce_ray.classifier.self_training` makes
-it; using it takes neither torch nor Ray.
+It is trained by :mod:`icce_ray.classifier.self_training` (docs/METHOD.md, "Self-training"). Using it needs neither
+torch nor Ray.
 
-Shapes: n images, D dims, K clusters.
+Shapes: n images, D dimensions, K clusters.
 """
 
 from __future__ import annotations
@@ -27,36 +27,36 @@ FloatArray = npt.NDArray[np.floating]
 IntArray = npt.NDArray[np.integer]
 
 CHUNK_ROWS = 256
-"""Rows scored at a time: what is made of them stays in the processor's cache."""
+"""Rows scored at a time, few enough for their intermediate results to stay in the processor's cache."""
 NUM_CONFIDENCE_BINS = 20
 MODEL_NAME = "classifier.safetensors"
 DESCRIPTION_NAME = "classifier.json"
-"""Names of the parts of the classifier artifact."""
+"""Parts of the classifier artifact."""
 FORMAT_VERSION = 2
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What the classifier says of n images."""
+    """Predictions for n images."""
 
     cluster: npt.NDArray[np.int32]
     """(n,) 0..K-1."""
     confidence: Float32Array
-    """(n,) 0 to 1: the calibrated probability of `cluster`."""
+    """(n,) calibrated probability of `cluster`, 0 to 1."""
     second_choice: npt.NDArray[np.int32]
-    """(n,): the most probable other cluster."""
+    """(n,) the most probable other cluster."""
     outlier_score: Float32Array
-    """(n,), at least 0: distance to what the classifier has seen, about 1 for an ordinary image (see outliers.py)."""
+    """(n,) distance from the training images, at least 0, about 1 for an ordinary image (see outliers.py)."""
     is_outlier: npt.NDArray[np.bool_]
-    """(n,): the score is above the classifier's threshold."""
+    """(n,) whether the score is above the classifier's threshold."""
 
 
 @dataclass(frozen=True)
 class LinearClassifier:
-    """Labels images from their features. Made by :func:`fit_classifier` or :meth:`from_bytes`."""
+    """Labels images from their features. Made by :func:`~icce_ray.classifier.self_training.fit_classifier`."""
 
     mean: Float32Array
-    """(D,), taken from the features, which are then divided by `scale`."""
+    """(D,) subtracted from the features, which are then divided by `scale`."""
     scale: float
     weights: Float32Array
     """(D, K)."""
@@ -64,26 +64,26 @@ class LinearClassifier:
     """(K,)."""
     temperature: float
     confidence_floor: float
-    """Calibration, see calibration.py."""
+    """With `temperature`: the calibration, see calibration.py."""
     outliers: OutlierModel
     outlier_threshold: float
     """Scores above it are outliers."""
     cluster_sizes: npt.NDArray[np.int64]
-    """(K,) images per cluster among the targets."""
+    """(K,) images per cluster in the consensus."""
     learning_rate: float
-    """The chosen setting of the grid."""
+    """The one that was chosen from the grid."""
     num_diverged: int
-    """Settings of the grid that were dropped."""
+    """Learning rates of the grid that diverged."""
     num_holdout: int
     holdout_agreement: float
-    """Share of the images kept back whose predicted cluster is their consensus cluster."""
+    """Share of the held-out images whose predicted cluster is their consensus cluster."""
     ece: float
-    """Expected calibration error on the images kept back, against their consensus clusters."""
+    """Expected calibration error on the held-out images, against their consensus clusters."""
     holdout_confidence: npt.NDArray[np.int64]
-    """Images kept back by their confidence, in NUM_CONFIDENCE_BINS equal steps from 0 to 1."""
+    """Held-out images by confidence, in NUM_CONFIDENCE_BINS equal bins from 0 to 1."""
     holdout_mean_confidence: float
     holdout_outlier_rate: float
-    """Share of the images kept back that are outliers."""
+    """Share of the held-out images that are outliers."""
 
     @property
     def num_clusters(self) -> int:
@@ -94,9 +94,9 @@ class LinearClassifier:
         return len(self.mean)
 
     def logits(self, features: FloatArray) -> Float32Array:
-        """(n, K) float32 scores of (n, D) features, not yet calibrated."""
+        """(n, K) float32 logits of (n, D) features, not calibrated."""
         logits_nK = np.empty((len(features), self.num_clusters), dtype=np.float32)
-        for rows, x_nD in self._prepared(features):
+        for rows, x_nD in self._scaled_chunks(features):
             logits_nK[rows] = x_nD @ self.weights + self.bias
         return logits_nK
 
@@ -104,35 +104,35 @@ class LinearClassifier:
         """(n, K) float32 calibrated probabilities of (n, D) features.
 
         Raises:
-            InputError: the features have another number of dimensions.
+            InputError: wrong number of dimensions.
         """
         return calibrate(self.logits(features), self.temperature, self.confidence_floor)
 
     def predict(self, features: FloatArray) -> npt.NDArray[np.int32]:
-        """(n,) int32: the most probable cluster of each row."""
+        """(n,) int32 most probable cluster of each row."""
         return np.asarray(self.logits(features).argmax(axis=1), dtype=np.int32)
 
     def label(self, features: FloatArray, given: IntArray | None = None) -> Prediction:
-        """All that is known of the images with (n, D) `features`, in one pass that keeps nothing of size n x K.
+        """Label images in one pass, without holding n x K values.
 
         Args:
-            features: the same features that the classifier was trained on.
-            given: (n,) clusters that images have already, and that are theirs; -1 for those that have none.
+            features: (n, D), the same kind of features as in training.
+            given: (n,) clusters that are already known and are kept; -1 for images without one.
 
         Raises:
-            InputError: the features have another number of dimensions.
+            InputError: wrong number of dimensions.
         """
         num_images = len(features)
         cluster, second_choice = np.empty(num_images, dtype=np.int32), np.empty(num_images, dtype=np.int32)
         confidence, score = np.empty(num_images, dtype=np.float32), np.empty(num_images, dtype=np.float32)
-        for rows, x_nD in self._prepared(features):
+        for rows, x_nD in self._scaled_chunks(features):
             logits_nK = x_nD @ self.weights
             logits_nK += self.bias
             predicted = logits_nK.argmax(axis=1)
             score[rows] = self.outliers.score(x_nD, predicted)
             cluster[rows] = predicted if given is None else np.where(given[rows] >= 0, given[rows], predicted)
             own = np.arange(len(x_nD)), cluster[rows]
-            # The softmax of the calibration, for one cluster of each row.
+            # The calibrated softmax, for one cluster of each row.
             top_n, own_n = logits_nK[own[0], predicted], logits_nK[own]
             logits_nK[own] = -np.inf
             second_choice[rows] = logits_nK.argmax(axis=1)
@@ -145,23 +145,23 @@ class LinearClassifier:
         return Prediction(cluster, confidence, second_choice, score, np.asarray(score > self.outlier_threshold))
 
     def to_bytes(self) -> bytes:
-        """A safetensors file; the numbers are JSON in its header."""
+        """The classifier as a safetensors file, with the scalars as JSON in its header."""
         tensors, numbers = {}, {}
         for name, value in {**_own_fields(self), **_own_fields(self.outliers)}.items():
             if isinstance(value, np.ndarray):
                 tensors[name] = np.ascontiguousarray(value)
             elif not isinstance(value, OutlierModel):
                 numbers[name] = value
-        # One key: the order of several is not fixed, and equal classifiers are to be equal bytes.
+        # A single key: safetensors doesn't fix the order of several, and equal classifiers must give equal bytes.
         header = {"numbers": json.dumps(numbers | {"format_version": FORMAT_VERSION}, sort_keys=True)}
         return safetensors.numpy.save(tensors, metadata=header)
 
     @classmethod
     def from_bytes(cls, data: bytes) -> LinearClassifier:
-        """The classifier that :meth:`to_bytes` wrote.
+        """Read what :meth:`to_bytes` wrote.
 
         Raises:
-            InputError: the bytes are not such a file.
+            InputError: not a classifier file, or one of another format version.
         """
         try:
             tensors = safetensors.numpy.load(data)
@@ -172,12 +172,12 @@ class LinearClassifier:
         except (safetensors.SafetensorError, KeyError, ValueError) as error:
             raise InputError(f"this is not a classifier file: {error!r}") from None
         if version != FORMAT_VERSION:
-            raise InputError(f"the classifier file has format {version}, this version reads {FORMAT_VERSION}")
+            raise InputError(f"the classifier file has format {version}; this version reads format {FORMAT_VERSION}")
         outliers = OutlierModel(**{field.name: values.pop(field.name) for field in fields(OutlierModel)})
         return cls(outliers=outliers, **values)
 
-    def _prepared(self, features: FloatArray) -> Iterator[tuple[slice, Float32Array]]:
-        """Centred and scaled features, a few rows at a time."""
+    def _scaled_chunks(self, features: FloatArray) -> Iterator[tuple[slice, Float32Array]]:
+        """Centred and scaled features, CHUNK_ROWS at a time."""
         if features.ndim != 2 or features.shape[1] != self.num_dims:
             raise InputError(
                 f"features have shape {features.shape}; the classifier takes (n, {self.num_dims}): "
@@ -185,11 +185,11 @@ class LinearClassifier:
             )
         for start in range(0, len(features), CHUNK_ROWS):
             rows = slice(start, start + CHUNK_ROWS)
-            yield rows, prepare(features[rows], self.mean, self.scale)
+            yield rows, center_and_scale(features[rows], self.mean, self.scale)
 
 
-def prepare(features_nD: FloatArray, mean_D: Float32Array, scale: float) -> Float32Array:
-    """Centred and scaled features, float32, a copy."""
+def center_and_scale(features_nD: FloatArray, mean_D: Float32Array, scale: float) -> Float32Array:
+    """(features - mean) / scale as a new float32 array."""
     x_nD = np.array(features_nD, dtype=np.float32)
     x_nD -= mean_D
     x_nD /= np.float32(scale)
@@ -197,7 +197,7 @@ def prepare(features_nD: FloatArray, mean_D: Float32Array, scale: float) -> Floa
 
 
 def confidence_histogram(confidence_n: FloatArray) -> npt.NDArray[np.int64]:
-    """Images by confidence, in NUM_CONFIDENCE_BINS equal steps from 0 to 1."""
+    """Number of images by confidence, in NUM_CONFIDENCE_BINS equal bins from 0 to 1."""
     bins_n = np.minimum((confidence_n * NUM_CONFIDENCE_BINS).astype(np.int64), NUM_CONFIDENCE_BINS - 1)
     return np.bincount(bins_n, minlength=NUM_CONFIDENCE_BINS).astype(np.int64)
 

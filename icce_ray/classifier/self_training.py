@@ -1,15 +1,13 @@
-"""Self-training (METHOD section 4): a linear classifier on the frozen features, with the consensus labels as targets.
+"""Self-training: a linear classifier on the frozen features, with the consensus labels as targets.
 
-Features are centred and divided by one number, so that a learning rate means the same for every backbone; scaling each
-dimension by itself was measured and is no better (and blows up dimensions that hardly vary). A tenth of the images is
-kept back: on them the learning rate is chosen by agreement with the consensus, and the calibration is fitted that makes
-the probabilities honest. The classifier that is returned is the chosen one as trained, without those images: retraining
-on all would void its calibration.
+The method is in docs/METHOD.md, "Self-training". Features are centred and divided by one number. A tenth of the images
+is held out: on them the learning rate is chosen by agreement with the consensus, and the confidence is calibrated. The
+chosen classifier is used as trained, without the held-out images: training it again on all would void the calibration.
 
-The settings of the grid do not know of each other. So several processes share the grid, not the batch: each trains some
-settings on all images, nothing is sent between them but the winner, and the result is that of one process.
+The classifiers of the grid are independent. So several processes divide the grid, not the batch: each trains some
+learning rates on all images and sends only its best one. The result is that of one process.
 
-Shapes: N images, D dims, K clusters, G settings of the grid.
+Shapes: N images, D dimensions, K clusters.
 """
 
 from __future__ import annotations
@@ -23,7 +21,7 @@ import numpy.typing as npt
 from scipy.special import logsumexp
 
 from icce_ray.classifier.calibration import calibrate, expected_calibration_error, fit_calibration
-from icce_ray.classifier.linear import LinearClassifier, confidence_histogram, prepare
+from icce_ray.classifier.linear import LinearClassifier, center_and_scale, confidence_histogram
 from icce_ray.classifier.outliers import fit_outlier_rule
 from icce_ray.config import ClassifierConfig
 from icce_ray.errors import InputError
@@ -33,41 +31,42 @@ Float32Array = npt.NDArray[np.float32]
 FloatArray = npt.NDArray[np.floating]
 IntArray = npt.NDArray[np.integer]
 
-MIN_STEPS = 1_000
-"""Steps that even a small set gets."""
+NUM_EPOCHS = 100
+MIN_STEPS, MAX_STEPS = 1_000, 12_500
+"""`classifier.num_iterations: auto`: this many passes over the images, within these bounds."""
 CHUNK_ROWS = 4_096
-MAX_PREPARED_BYTES = 2**30
-"""Up to this size the scaled features of the training images are kept in memory."""
+MAX_CACHED_BYTES = 2**30
+"""Scaled features of the training images are kept in memory up to this size."""
 MAX_OUTLIER_IMAGES = 50_000
-"""The outlier model is fitted on a seeded sample of at most this many images."""
+"""The outlier model is fitted on a random sample of at most this many training images."""
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """The best of the settings that one process trained."""
+    """The best classifier that one process trained."""
 
     position: int
-    """In the grid; -1 where every setting diverged."""
+    """Position of its learning rate in the grid; -1 if all diverged."""
     agreement: float
-    """Share of the images kept back whose predicted cluster is their consensus cluster."""
+    """Share of the held-out images whose predicted cluster is their consensus cluster."""
     loss: float
-    """Their mean cross-entropy."""
+    """Mean cross-entropy on the held-out images."""
     weights: Float32Array
     """(D, K)."""
     bias: Float32Array
     """(K,)."""
     num_diverged: int
-    """Of the settings that the process trained."""
+    """Learning rates of this process that diverged."""
 
 
 class SelfTraining:
-    """One training problem: which images are trained on, which are kept back, how their features are scaled.
+    """The training problem: training and held-out images, and the scale of their features.
 
     Args:
-        features_ND: floating point; may be memory-mapped, is not changed.
+        features_ND: floating point; may be memory-mapped; is not changed.
         labels_N: consensus clusters 0..K-1; -1 for images that took no part.
-        seed: of the split and the batches. The same seed gives the same classifier.
-        outlier_quantile: share of these images that lie below the outlier threshold.
+        seed: for the split and the batches. The same seed gives the same classifier.
+        outlier_quantile: share of the training images that lie below the outlier threshold.
 
     Raises:
         InputError: fewer than 2 labelled images, or labels out of range.
@@ -83,7 +82,7 @@ class SelfTraining:
         seed: int,
         outlier_quantile: float,
     ) -> None:
-        rows, labels = _check(features_ND, labels_N, num_clusters)
+        rows, labels = _labelled(features_ND, labels_N, num_clusters)
         self.features_ND = features_ND
         self.config = config
         self.num_clusters = num_clusters
@@ -99,57 +98,52 @@ class SelfTraining:
         self.mean_D, self.scale = _mean_and_scale(features_ND, self.train_rows)
 
     def train(self, positions: Sequence[int], *, device: str = "cpu", progress: Progress | None = None) -> Candidate:
-        """Train the settings at `positions` of the grid side by side, and keep the one that agrees best with the
-        consensus on the images kept back; equals are decided by the lower cross-entropy.
+        """Train the learning rates at `positions` of the grid side by side and return the best classifier.
 
         Args:
             device: "cpu" or "cuda".
         """
-        # Imports torch, which those who only label images need not wait for.
+        # Imported here because torch takes seconds to import, and labelling images doesn't need it.
         from icce_ray.classifier.sgd import train_grid
 
         num_train, num_dims = len(self.train_rows), self.features_ND.shape[1]
         batch_size = min(self.config.batch_size, num_train)
-        max_steps = max(MIN_STEPS, math.ceil(self.config.max_epochs * num_train / batch_size))
-        prepared: Float32Array | None = None
-        if num_train * num_dims * 4 <= MAX_PREPARED_BYTES:
-            prepared = self._read(self.train_rows)
+        cached: Float32Array | None = None
+        if num_train * num_dims * 4 <= MAX_CACHED_BYTES:
+            cached = self._read(self.train_rows)
         grid = train_grid(
-            lambda rows: prepared[rows] if prepared is not None else self._read(self.train_rows[rows]),
+            lambda rows: cached[rows] if cached is not None else self._read(self.train_rows[rows]),
             self.train_labels,
             num_clusters=self.num_clusters,
             num_dims=num_dims,
             learning_rates=tuple(self.config.learning_rates[position] for position in positions),
             momentum=self.config.momentum,
             batch_size=batch_size,
-            num_steps=min(self.config.num_iterations, max_steps),
+            num_steps=num_steps(self.config, num_train),
             seed=self.batch_seed,
             device=device,
             on_step=progress.update if progress is not None else None,
         )
-        nothing = np.empty((0, 0), dtype=np.float32)
-        best = Candidate(-1, -math.inf, math.inf, nothing, nothing.ravel(), grid.num_diverged)
+        empty = np.empty((0, 0), dtype=np.float32)
+        candidates = [Candidate(-1, -math.inf, math.inf, empty, empty.ravel(), grid.num_diverged)]
         x_nD = self._read(self.holdout_rows)
         for index, weights_DK, bias_K in zip(grid.positions, grid.weights, grid.biases, strict=True):
-            agreement, loss = _score(x_nD @ weights_DK + bias_K, self.holdout_labels)
-            candidate = Candidate(positions[index], agreement, loss, weights_DK, bias_K, grid.num_diverged)
-            best = better(best, candidate)
-        return best
+            agreement, loss = _agreement_and_loss(x_nD @ weights_DK + bias_K, self.holdout_labels)
+            candidates.append(Candidate(positions[index], agreement, loss, weights_DK, bias_K, grid.num_diverged))
+        return _best(candidates)
 
     def finish(self, candidates: Sequence[Candidate]) -> LinearClassifier:
-        """The best of the candidates, which together cover the grid, calibrated and with its outlier rule.
+        """Choose among the candidates, which together cover the grid; calibrate it and fit the outlier rule.
 
         Raises:
             InputError: every learning rate diverged.
         """
-        best = candidates[0]
-        for candidate in candidates[1:]:
-            best = better(best, candidate)
+        best = _best(candidates)
         rates = self.config.learning_rates
         if best.position < 0:
             raise InputError(
-                f"classifier.learning_rates: all of them, {min(rates):g} to {max(rates):g}, made the classifier "
-                "diverge; give smaller ones"
+                f"classifier.learning_rates: the classifier diverged with all of them, {min(rates):g} to "
+                f"{max(rates):g}; give smaller ones"
             )
         x_nD = self._read(self.holdout_rows)
         logits_nK = x_nD @ best.weights + best.bias
@@ -181,7 +175,7 @@ class SelfTraining:
         )
 
     def _read(self, rows: IntArray) -> Float32Array:
-        return prepare(self.features_ND[rows], self.mean_D, self.scale)
+        return center_and_scale(self.features_ND[rows], self.mean_D, self.scale)
 
 
 def fit_classifier(
@@ -195,7 +189,7 @@ def fit_classifier(
     progress: Progress | None = None,
     device: str = "cpu",
 ) -> LinearClassifier:
-    """Train the grid, choose without labels, calibrate, in this process: see :class:`SelfTraining`.
+    """Self-training in this process; arguments as :class:`SelfTraining` and :meth:`SelfTraining.train`.
 
     Raises:
         InputError: fewer than 2 labelled images, labels out of range, or every learning rate diverged.
@@ -203,16 +197,23 @@ def fit_classifier(
     training = SelfTraining(
         features_ND, labels_N, config, num_clusters=num_clusters, seed=seed, outlier_quantile=outlier_quantile
     )
-    everything = training.train(range(len(config.learning_rates)), device=device, progress=progress)
-    return training.finish([everything])
+    return training.finish([training.train(range(len(config.learning_rates)), device=device, progress=progress)])
 
 
-def better(one: Candidate, other: Candidate) -> Candidate:
-    """The one that agrees better with the consensus; of equals the one of lower loss, then the earlier in the grid."""
-    return min(one, other, key=lambda candidate: (-candidate.agreement, candidate.loss, candidate.position))
+def num_steps(config: ClassifierConfig, num_images: int) -> int:
+    """SGD steps on `num_images` training images."""
+    if config.num_iterations != "auto":
+        return config.num_iterations
+    steps = math.ceil(NUM_EPOCHS * num_images / min(config.batch_size, num_images))
+    return min(max(MIN_STEPS, steps), MAX_STEPS)
 
 
-def _check(features_ND: FloatArray, labels_N: IntArray, num_clusters: int) -> tuple[IntArray, IntArray]:
+def _best(candidates: Sequence[Candidate]) -> Candidate:
+    """The highest agreement with the consensus; ties go to the lower loss, then to the smaller position."""
+    return min(candidates, key=lambda candidate: (-candidate.agreement, candidate.loss, candidate.position))
+
+
+def _labelled(features_ND: FloatArray, labels_N: IntArray, num_clusters: int) -> tuple[IntArray, IntArray]:
     """Rows that have a consensus label, and those labels."""
     if features_ND.ndim != 2 or len(features_ND) != len(labels_N):
         raise InputError(f"features of shape {features_ND.shape} do not fit {len(labels_N)} labels")
@@ -225,17 +226,17 @@ def _check(features_ND: FloatArray, labels_N: IntArray, num_clusters: int) -> tu
     return rows, labels
 
 
-def _score(logits_nK: Float32Array, labels_n: IntArray) -> tuple[float, float]:
+def _agreement_and_loss(logits_nK: Float32Array, labels_n: IntArray) -> tuple[float, float]:
     """Agreement with the labels, and mean cross-entropy."""
     agreement = (logits_nK.argmax(axis=1) == labels_n).mean()
-    of_label_n = logits_nK[np.arange(len(labels_n)), labels_n]
-    return float(agreement), float((logsumexp(logits_nK, axis=1) - of_label_n).mean())
+    own_n = logits_nK[np.arange(len(labels_n)), labels_n]
+    return float(agreement), float((logsumexp(logits_nK, axis=1) - own_n).mean())
 
 
 def _mean_and_scale(features_ND: FloatArray, rows: IntArray) -> tuple[Float32Array, float]:
-    """Mean feature (D,), and the root mean square over the dimensions of the median image's distance to it.
+    """Mean feature (D,), and the median image's distance to it as a root mean square over the dimensions.
 
-    The median, or one image with features a hundred times larger would leave the others without any.
+    The median, because with the mean one image with features a hundred times larger would flatten all others.
     """
     total_D = np.zeros(features_ND.shape[1])
     for chunk in _chunks(len(rows)):

@@ -286,23 +286,23 @@ class ConsensusConfig(Section):
 
 
 class ClassifierConfig(Section):
-    num_iterations: PositiveInt = 12_500
-    """SGD steps, shared by the whole grid."""
-    max_epochs: PositiveInt = 100
-    """Small sets stop after this many passes over the images, but not before 1,000 steps."""
+    num_iterations: PositiveInt | Literal["auto"] = "auto"
+    """SGD steps; all learning rates share them. `auto`: 100 passes over the images, at least 1,000 and at most 12,500
+    steps."""
     batch_size: PositiveInt = 128
     """Images per step."""
     learning_rates: tuple[PositiveFloat, ...] = (
         1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1,
     )  # fmt: skip
-    """Grid at 256 images; scaled linearly with the batch size. All are trained in one pass."""
+    """Learning rates to try, for 256 images per step; scaled linearly with the batch size. All are trained in one pass
+    over the data."""
     momentum: Fraction = 0.9
-    """Of SGD."""
+    """SGD momentum."""
     holdout_fraction: Annotated[float, Field(gt=0.0, le=0.5)] = 0.1
-    """Images kept back; the classifier that agrees best with the consensus on them is chosen."""
+    """Share of the images that is held out; the classifier that agrees best with the consensus on them is chosen."""
     include_backbone: bool = True
-    """Copy the file `embed.weights` into the model's folder, which then labels images on any machine. Off: the machine
-    needs the file at the same path."""
+    """Copy the file `embed.weights` into the model folder, which then labels images on any machine. Off: other machines
+    need the file at the same path."""
 
 
 class AssignConfig(Section):

@@ -12,7 +12,7 @@ from sklearn.preprocessing import normalize
 
 from icce_ray import cluster_ensemble
 from icce_ray.classifier.calibration import expected_calibration_error
-from icce_ray.classifier.self_training import SelfTraining, fit_classifier
+from icce_ray.classifier.self_training import Candidate, SelfTraining, fit_classifier, num_steps
 from icce_ray.config import ClassifierConfig
 
 MAX_CALIBRATION_ERROR = 0.05
@@ -25,13 +25,16 @@ def blobs() -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
     return (rng.normal(size=(300, 6)) + 2 * np.eye(6)[labels]).astype(np.float32), labels
 
 
-def training(**changes: object) -> SelfTraining:
+def training(features: npt.NDArray[np.float32] | None = None, **changes: object) -> SelfTraining:
     config = ClassifierConfig.model_validate({"num_iterations": 200} | changes)
-    return SelfTraining(*blobs(), config, num_clusters=3, seed=0, outlier_quantile=0.99)
+    x, labels = blobs()
+    return SelfTraining(
+        x if features is None else features, labels, config, num_clusters=3, seed=0, outlier_quantile=0.99
+    )
 
 
-@pytest.mark.parametrize("num_processes", [2, 3, 13])
-def test_processes_that_share_the_grid_make_the_classifier_of_one(num_processes: int) -> None:
+@pytest.mark.parametrize("num_processes", [2, 13])
+def test_processes_that_divide_the_grid_make_the_classifier_of_one(num_processes: int) -> None:
     problem = training()
     alone = problem.finish([problem.train(range(13))])
     shares = [problem.train(range(rank, 13, num_processes)) for rank in range(num_processes)]
@@ -42,13 +45,43 @@ def test_processes_that_share_the_grid_make_the_classifier_of_one(num_processes:
     assert together.holdout_agreement == alone.holdout_agreement
 
 
-def test_settings_that_diverge_are_dropped_in_whichever_process_they_are() -> None:
+def test_learning_rates_that_diverge_are_dropped_in_every_process() -> None:
     problem = training(learning_rates=[5e38, 0.01, 6e38, 0.05])
     candidates = [problem.train([0, 2]), problem.train([1, 3])]
     assert candidates[0].position == -1
     classifier = problem.finish(candidates)
     assert classifier.num_diverged == 2
-    assert classifier.learning_rate in (0.01, 0.05)
+    sound = training(learning_rates=[0.01, 0.05])
+    assert classifier.learning_rate == sound.finish([sound.train([0, 1])]).learning_rate
+
+
+def test_the_candidate_that_agrees_best_with_the_consensus_is_chosen() -> None:
+    problem = training()
+    weights, bias = np.eye(6, 3, dtype=np.float32), np.zeros(3, dtype=np.float32)
+    ranked = [(1, 0.9, 0.4), (3, 0.9, 0.4), (0, 0.9, 0.5), (2, 0.8, 0.1)]  # position, agreement, loss
+    candidates = [Candidate(position, agreement, loss, weights, bias, 0) for position, agreement, loss in ranked]
+    rates = problem.config.learning_rates
+    for first in range(len(ranked)):
+        assert problem.finish(candidates[first:][::-1]).learning_rate == rates[ranked[first][0]]
+
+
+def test_held_out_images_are_a_tenth_and_are_not_trained_on() -> None:
+    whole = training()
+    assert len(whole.holdout_rows) == 30
+    assert sorted([*whole.holdout_rows, *whole.train_rows]) == list(range(300))
+    changed = blobs()[0]
+    changed[whole.holdout_rows] += 7
+    candidate, same = whole.train([12]), training(changed).train([12])
+    np.testing.assert_array_equal(same.weights, candidate.weights)
+    assert same.loss != candidate.loss
+
+
+@pytest.mark.parametrize(
+    ("num_images", "steps"), [(5, 1_000), (1_000, 1_000), (5_000, 3_907), (16_001, 12_500), (1_281_167, 12_500)]
+)
+def test_the_number_of_steps_is_a_hundred_passes_within_bounds(num_images: int, steps: int) -> None:
+    assert num_steps(ClassifierConfig(), num_images) == steps
+    assert num_steps(ClassifierConfig(num_iterations=70), num_images) == 70
 
 
 def real(folder: Path, name: str) -> tuple[npt.NDArray[np.float16], npt.NDArray[np.int64]]:
