@@ -1,9 +1,10 @@
-"""Calibrated confidences, fitted on images that the classifier was not trained on.
+"""Calibrated confidence, fitted on held-out images (docs/METHOD.md, "Confidence and outliers").
 
-p = (1 - floor) softmax(logits / T) + floor / K. T is temperature scaling (Guo et al., ICML 2017). The floor is [ours]:
-consensus labels are noisy, so that no answer is right more often than the noise lets it, which no temperature can say
-(measured with 20% of the labels redrawn at random: calibration error 0.08 to 0.15 with T alone). Neither changes which
-cluster is the most probable. The smoothed targets are Platt's (1999).
+    p = (1 - floor) softmax(logits / T) + floor / K
+
+T is the temperature of Guo et al. (ICML 2017). The floor [ours] models noise in the consensus labels: it limits how
+often any answer can be right, which no temperature can express (calibration error 0.08 to 0.15 with T alone, 20% of the
+labels redrawn at random). Neither changes which cluster is the most probable.
 
 Shapes: n images, K clusters.
 """
@@ -21,23 +22,30 @@ IntArray = npt.NDArray[np.integer]
 TEMPERATURE_BOUNDS = (0.02, 50.0)
 FLOOR_BOUNDS = (1e-6, 0.9)
 STARTS = ((1.0, 0.001), (1.0, 0.1), (0.3, 0.3))
-"""Temperature and floor; the loss is not convex in the floor."""
+"""Temperature and floor to start from: the loss is not convex in the floor."""
 MAX_BINS = 15
 MIN_IMAGES_PER_BIN = 25
 
 
 def calibrate(logits_nK: FloatArray, temperature: float, floor: float) -> npt.NDArray[np.float32]:
-    """(n, K) float32 probabilities of (n, K) logits; each row sums to 1."""
+    """Turn (n, K) logits into (n, K) float32 probabilities; each row sums to 1."""
     p_nK = softmax(logits_nK / np.float32(temperature), axis=1)
     return np.asarray(p_nK * (1 - floor) + floor / logits_nK.shape[1], dtype=np.float32)
 
 
 def fit_calibration(logits_nK: FloatArray, labels_n: IntArray) -> tuple[float, float]:
-    """The temperature and the floor that minimise the cross-entropy of the calibrated probabilities.
+    """Fit the temperature and the floor by minimising the cross-entropy of the calibrated probabilities.
 
-    Targets are smoothed by 1 / (n + 2): without that, held-out images that are all right would drive every confidence
-    to 1. And log T has a standard normal prior [ours]: the same images would still drive T to 0, with the floor alone
-    to say how sure an answer is, and an image half-way between two clusters would be as sure as any other.
+    Targets are smoothed by 1 / (n + 2) (Platt, 1999): otherwise images that are all predicted correctly would push
+    every confidence to 1. log T has a standard normal prior [ours]: otherwise the same images would push T to 0, and an
+    image half-way between two clusters would be as certain as any other.
+
+    Args:
+        logits_nK: logits of held-out images.
+        labels_n: their consensus clusters, 0..K-1.
+
+    Returns:
+        Temperature and floor.
     """
     num_images, num_clusters = logits_nK.shape
     logits = np.asarray(logits_nK, dtype=np.float64)
@@ -60,9 +68,13 @@ def fit_calibration(logits_nK: FloatArray, labels_n: IntArray) -> tuple[float, f
 
 
 def expected_calibration_error(confidence_n: FloatArray, is_right_n: npt.NDArray[np.bool_]) -> float:
-    """Mean distance between confidence and share of right answers, over bins of equally many images (0 is perfect).
+    """Expected calibration error: mean gap between confidence and accuracy, over bins of equal size (0 is perfect).
 
-    At most 15 bins, and fewer where they would hold under 25 images: the noise of small bins counts as an error.
+    At most 15 bins of at least 25 images each: the noise of small bins would count as error.
+
+    Args:
+        confidence_n: probability of the predicted cluster, 0 to 1.
+        is_right_n: whether the prediction is right.
     """
     num_images = len(confidence_n)
     if not num_images:

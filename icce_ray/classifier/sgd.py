@@ -1,10 +1,9 @@
-"""Linear classifiers of a whole grid of learning rates, trained side by side in one pass over the data (METHOD 4).
+"""SGD for a whole grid of learning rates: one linear classifier per rate, trained side by side on the same batches.
 
-All settings see the same batches, so the features are read once and the products of the whole grid are one matrix
-product: logits_BGK = x_BD @ W_D(GK). Weights start at 0: the problem is convex, and nothing depends on a draw but the
-batches.
+The features are read once, and the products of the whole grid are one matrix product: logits_BGK = x_BD @ W_D(GK).
+Weights start at 0: the problem is convex, so nothing but the batches depends on a random draw.
 
-Shapes: N images, D dims, K clusters, G settings of the grid, B batch.
+Shapes: N images, D dimensions, K clusters, G learning rates, B batch.
 """
 
 from __future__ import annotations
@@ -18,21 +17,21 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-FloatArray = npt.NDArray[np.floating]
 IntArray = npt.NDArray[np.integer]
 
 FLOPS_PER_THREAD = 1e8
-"""Of a step. Below it threads cost more than they bring, and on a busy machine twenty times the time."""
+"""FLOP of a step that are worth a thread. With fewer, threads cost more than they gain: on a busy machine a step takes
+twenty times as long."""
 DIVERGENCE_CHECK_STEPS = 250
 PROGRESS_STEPS = 50
 
 
 @dataclass(frozen=True)
 class Grid:
-    """The settings that survived training, in the order of the grid."""
+    """The classifiers that did not diverge, in the order of their learning rates in the grid."""
 
     positions: tuple[int, ...]
-    """Which of the given settings they are."""
+    """Their positions among the given learning rates."""
     weights: npt.NDArray[np.float32]
     """(G, D, K)."""
     biases: npt.NDArray[np.float32]
@@ -41,7 +40,7 @@ class Grid:
 
 
 def batches(num_images: int, batch_size: int, num_steps: int, seed: int) -> Iterator[npt.NDArray[np.int64]]:
-    """Rows of each step, (B,) int64: seeded shuffles of all images end to end, so a batch may straddle two."""
+    """Yield the rows of each step, (B,) int64: seeded shuffles of all images, end to end. A batch may span two."""
     rng = np.random.default_rng(seed)
     pending = np.empty(0, dtype=np.int64)
     for _ in range(num_steps):
@@ -65,21 +64,21 @@ def train_grid(
     device: str = "cpu",
     on_step: Callable[[int, int], None] | None = None,
 ) -> Grid:
-    """SGD with momentum on the mean cross-entropy; learning rate x batch/256 falls to 0 by a half cosine.
+    """Minimise the mean cross-entropy by SGD with momentum, once per learning rate.
 
     Args:
-        read_rows: the (B, D) float32 features of the given rows, ready for the product.
-        labels_N: targets, integers in 0..K-1.
-        learning_rates: the grid, at 256 images.
-        on_step: called with (done, total) now and then.
+        read_rows: returns the (B, D) float32 features of the given rows, centred and scaled.
+        labels_N: targets, 0..K-1.
+        learning_rates: for 256 images; multiplied by B / 256, and falling to 0 by a half cosine.
+        on_step: called with (done, total) from time to time.
 
     Returns:
-        The settings whose weights stayed finite; none of them where all diverged.
+        The classifiers whose weights stayed finite, possibly none.
     """
     rates = np.asarray(learning_rates, dtype=np.float64) * batch_size / 256
     alive = np.arange(len(rates))
     shape = (num_dims + 1, len(rates) * num_clusters)
-    # The last row is the bias: the features get a column of ones.
+    # The last row is the bias; the features get a column of ones.
     weights = torch.zeros(shape, device=device)
     velocity = torch.zeros(shape, device=device)
     rate_row = _per_column(rates, num_clusters, device)
