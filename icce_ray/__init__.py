@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from icce_ray.consensus.ensemble import cluster_ensemble
     from icce_ray.estimator import ICCE
     from icce_ray.export.cut import cut_hierarchy
-    from icce_ray.metrics.scores import clustering_accuracy
+    from icce_ray.metrics.true_label_scores import clustering_accuracy
     from icce_ray.pipeline.run import run_pipeline
 
 __all__ = [
@@ -34,7 +34,7 @@ _MODULES = {
     "ICCE": "icce_ray.estimator",
     "assign_images": "icce_ray.assign.new_images",
     "cluster_ensemble": "icce_ray.consensus.ensemble",
-    "clustering_accuracy": "icce_ray.metrics.scores",
+    "clustering_accuracy": "icce_ray.metrics.true_label_scores",
     "cut_hierarchy": "icce_ray.export.cut",
     "load": "icce_ray.assign.model",
     "run_pipeline": "icce_ray.pipeline.run",

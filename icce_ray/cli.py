@@ -170,7 +170,7 @@ def _find_runs(arguments: argparse.Namespace) -> tuple[Folder, dict[str, dict[st
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
-    from icce_ray.metrics.scores import evaluate_clustering
+    from icce_ray.metrics.true_label_scores import evaluate_clustering
 
     predicted, true = _load_labels(arguments.predicted), _load_labels(arguments.true)
     print(json.dumps(evaluate_clustering(true, predicted)))

@@ -15,7 +15,7 @@ from sklearn.preprocessing import normalize
 
 from cases import datasets
 from icce_ray import ICCE, clustering_accuracy
-from icce_ray.metrics.scores import normalized_mutual_info
+from icce_ray.metrics.true_label_scores import normalized_mutual_info
 
 SETTINGS: dict[str, Any] = {
     "datasets": list(datasets.NAMES),

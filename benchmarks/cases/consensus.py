@@ -21,7 +21,7 @@ from icce_ray.config import Config, ConsensusConfig
 from icce_ray.consensus.consensus_memory import coordinator_bytes, worker_bytes
 from icce_ray.consensus.ensemble import cluster_ensemble
 from icce_ray.consensus.label_matrix import encode_heads
-from icce_ray.metrics.scores import evaluate_clustering, normalized_mutual_info
+from icce_ray.metrics.true_label_scores import evaluate_clustering, normalized_mutual_info
 from icce_ray.runtime.progress import Progress
 from icce_ray.stage import StageContext
 from icce_ray.store import ArtifactWriter, Folder

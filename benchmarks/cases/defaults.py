@@ -24,7 +24,7 @@ from cases import datasets
 from icce_ray.config import PRESETS, HeadsConfig, NeighborsConfig
 from icce_ray.consensus.ensemble import cluster_ensemble
 from icce_ray.methods.heads.training import train_heads
-from icce_ray.metrics.scores import clustering_accuracy
+from icce_ray.metrics.true_label_scores import clustering_accuracy
 from icce_ray.neighbors.graph import NeighborGraph, build_graph
 
 Scores = tuple[float, float]

@@ -18,7 +18,7 @@ from sklearn.preprocessing import normalize
 from cases import datasets
 from cases.job import run_job
 from icce_ray import clustering_accuracy
-from icce_ray.metrics.scores import adjusted_rand_index, normalized_mutual_info
+from icce_ray.metrics.true_label_scores import adjusted_rand_index, normalized_mutual_info
 
 SETTINGS: dict[str, Any] = {"seeds": [0, 1, 2, 3, 4], "max_seconds": 120}
 

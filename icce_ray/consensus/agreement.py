@@ -11,11 +11,13 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import scipy.sparse as sp
 from scipy.optimize import linear_sum_assignment
 
-from icce_ray.consensus.contingency import count_consensus, count_pairs, largest_rows
+from icce_ray.consensus.cluster_counts import count_consensus, largest_rows
 from icce_ray.consensus.label_matrix import MISSING, Counts, Heads, Labels, count_labels
 from icce_ray.consensus.votes import block_rows, rank_votes
+from icce_ray.metrics.contingency import count_table
 
 MAX_CONFUSED_WITH = 3
 
@@ -84,7 +86,7 @@ def describe_clusters(
     `confused_with`, the clusters that are most often the second choice of its images, with the share of its images."""
     sizes_K = count_labels(labels_N, num_clusters)
     agreement_K = np.bincount(labels_N, weights=agreement_N, minlength=num_clusters) / np.maximum(sizes_K, 1)
-    seconds = count_pairs(labels_N, second_choice_N, num_clusters, num_clusters)
+    seconds = sp.csr_array(count_table(labels_N, second_choice_N, num_clusters, num_clusters))
     described = []
     for cluster, (size, agreement) in enumerate(zip(sizes_K.tolist(), agreement_K.tolist(), strict=True)):
         begin, end = seconds.indptr[cluster], seconds.indptr[cluster + 1]

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from icce_ray.consensus.agreement import align_heads
-from icce_ray.consensus.contingency import count_consensus
+from icce_ray.consensus.cluster_counts import count_consensus
 from icce_ray.consensus.label_matrix import MISSING, Counts, Heads, Labels
 from icce_ray.consensus.mcla import vote
 from icce_ray.consensus.partition import PartitionError

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from icce_ray.config import ConsensusConfig
 from icce_ray.consensus.agreement import measure_agreement
 from icce_ray.consensus.aligned_vote import align_and_vote, best_head, fill_empty_clusters
-from icce_ray.consensus.contingency import count_consensus
+from icce_ray.consensus.cluster_counts import anmi, count_consensus
 from icce_ray.consensus.cspa import cspa
 from icce_ray.consensus.hbgf import hbgf
 from icce_ray.consensus.head_overlaps import HeadPairs, compare_heads
@@ -26,7 +26,6 @@ from icce_ray.consensus.label_matrix import Heads, Labels
 from icce_ray.consensus.mcla import mcla
 from icce_ray.consensus.partition import PartitionError
 from icce_ray.consensus.refine import refine
-from icce_ray.metrics.nmi import anmi
 
 MAX_SEEDS, MAX_STARTS = 4, 16
 """Partitions per method, and heads that `vote` starts from: the try with the highest ANMI counts."""

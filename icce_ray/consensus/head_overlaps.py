@@ -18,8 +18,8 @@ import numpy.typing as npt
 import scipy.sparse as sp
 
 from icce_ray.consensus import label_matrix as matrix
-from icce_ray.consensus.contingency import Table, count_table
 from icce_ray.consensus.label_matrix import Counts, Heads
+from icce_ray.metrics.contingency import Table, count_table
 from icce_ray.metrics.nmi import nmi_from_counts
 
 MAX_FULL_CLUSTERS = 2000

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from icce_ray.consensus.contingency import count_consensus, largest_rows
+from icce_ray.consensus.cluster_counts import count_consensus, largest_rows
 from icce_ray.consensus.label_matrix import MISSING, Counts, Heads, Labels
 from icce_ray.consensus.votes import block_rows, rank_votes
 from icce_ray.metrics.nmi import anmi_from_counts, entropy, mutual_information

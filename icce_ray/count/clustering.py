@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from sklearn.metrics import adjusted_rand_score
 
 from icce_ray.config import Config, ConsensusConfig
 from icce_ray.consensus.best_consensus import find_consensus
@@ -25,7 +24,8 @@ from icce_ray.count.choice import Measured
 from icce_ray.count.settings import heads_config, neighbors_config
 from icce_ray.errors import InputError, WorkerError
 from icce_ray.methods.heads.training import train_heads
-from icce_ray.metrics.label_free import generalization_score, project_pca, silhouette
+from icce_ray.metrics.label_free_scores import generalization_score, project_pca, silhouette
+from icce_ray.metrics.true_label_scores import adjusted_rand_index
 from icce_ray.neighbors.graph import NeighborGraph, build_graph
 from icce_ray.sample.draw import sample_rows
 
@@ -123,12 +123,13 @@ def make_clustering(sample: Sample, num_clusters: int, seed: int, config: Config
         raise WorkerError(f"cluster_count: {num_clusters} clusters, seed {seed}: {error}") from error
     heads_Hn = trained.label_matrix_HN
     labels_n = find_consensus(encode_heads(heads_Hn), num_clusters, CONSENSUS, seed=seed).labels
-    silhouettes = [_or_nan(silhouette, sample.points_md, labels_m) for labels_m in heads_Hn[:, sample.measured_m]]
+    silhouettes = [silhouette(sample.points_md, labels_m) for labels_m in heads_Hn[:, sample.measured_m]]
+    generalization = generalization_score(sample.points_md, labels_n[sample.measured_m], random_state=seed)
     return Clustering(
         heads_Hn=heads_Hn,
         num_clusters_used=len(np.unique(labels_n)),
-        generalization=_or_nan(generalization_score, sample.points_md, labels_n[sample.measured_m], random_state=seed),
-        silhouette=float(np.mean(silhouettes)),
+        generalization=np.nan if generalization is None else generalization,
+        silhouette=np.nan if None in silhouettes else float(np.mean(silhouettes)),  # type: ignore[arg-type]
     )
 
 
@@ -146,7 +147,7 @@ def compare(num_clusters: int, seeds: Sequence[int], clusterings: Sequence[Clust
     for one in range(size):
         for other in range(one):
             pairs = [(a, b) for a in clusterings[one].heads_Hn for b in clusterings[other].heads_Hn]
-            together[one, other] = together[other, one] = np.mean([adjusted_rand_score(a, b) for a, b in pairs])
+            together[one, other] = together[other, one] = np.mean([adjusted_rand_index(a, b) for a, b in pairs])
     return Measured(
         num_clusters=num_clusters,
         seeds=tuple(seeds),
@@ -155,10 +156,3 @@ def compare(num_clusters: int, seeds: Sequence[int], clusterings: Sequence[Clust
         generalization=np.array([made.generalization for made in clusterings]),
         silhouette=np.array([made.silhouette for made in clusterings]),
     )
-
-
-def _or_nan(measure: Any, *arguments: Any, **settings: Any) -> float:
-    try:
-        return float(measure(*arguments, **settings))
-    except InputError:
-        return float("nan")

@@ -11,7 +11,12 @@ import pyarrow as pa
 from icce_ray.config import Config
 from icce_ray.evaluate.labels import TrueLabels, load_labels
 from icce_ray.images.listing import Listing
-from icce_ray.metrics.scores import clustering_accuracy, contingency_table, match_clusters, metrics_from_counts
+from icce_ray.metrics.true_label_scores import (
+    clustering_accuracy,
+    contingency_table,
+    match_clusters,
+    metrics_from_counts,
+)
 from icce_ray.sample.draw import sampled_ids, spread
 from icce_ray.stage import StageContext
 from icce_ray.store import Artifact

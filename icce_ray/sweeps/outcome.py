@@ -193,7 +193,7 @@ def _complete(row: Row, runs: Sequence[FoundRun]) -> Row:
 def score(run: FoundRun) -> dict[str, float]:
     """ACC, NMI and ARI of the consensus against the true labels; empty without labels."""
     from icce_ray.evaluate.labels import load_labels
-    from icce_ray.metrics.scores import evaluate_clustering
+    from icce_ray.metrics.true_label_scores import evaluate_clustering
 
     if run.config.evaluate.labels is None:
         return {}

@@ -182,7 +182,7 @@ def mean_metrics(runs: Sequence[Mapping[str, float | None]]) -> dict[str, float 
 
 def stabilities(outcomes: Sequence[RunOutcome]) -> list[float]:
     """NMI of the clusters of each two runs, over the images that both were trained on."""
-    from icce_ray.metrics.label_free import stability
+    from icce_ray.metrics.true_label_scores import normalized_mutual_info
 
     labels = [outcome.labels.read_array("labels.npy") for outcome in outcomes]
     ids = [sampled_ids(outcome.embed) for outcome in outcomes]
@@ -191,10 +191,10 @@ def stabilities(outcomes: Sequence[RunOutcome]) -> list[float]:
         for other in range(one):
             mine, theirs = ids[one], ids[other]
             if mine is None or theirs is None:
-                found.append(stability(labels[one], labels[other]))
+                found.append(normalized_mutual_info(labels[one], labels[other]))
             else:
                 _, rows, other_rows = np.intersect1d(mine, theirs, assume_unique=True, return_indices=True)
-                found.append(stability(labels[one][rows], labels[other][other_rows]))
+                found.append(normalized_mutual_info(labels[one][rows], labels[other][other_rows]))
     return found
 
 

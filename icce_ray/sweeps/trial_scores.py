@@ -10,8 +10,7 @@ import numpy.typing as npt
 
 from icce_ray.config import Config
 from icce_ray.embed.feature_matrix import load_features
-from icce_ray.errors import InputError
-from icce_ray.metrics.label_free import generalization_score, silhouette
+from icce_ray.metrics.label_free_scores import generalization_score, silhouette
 from icce_ray.sample.draw import training_set
 from icce_ray.stage import StageContext
 from icce_ray.store import Artifact
@@ -54,14 +53,5 @@ def measure_arrays(
     labels_n: npt.NDArray[np.integer[Any]],
 ) -> dict[str, float | None]:
     """`generalization`, and a silhouette in each space of `points`, of images that were sampled already."""
-    metrics: dict[str, float | None] = {}
-    try:
-        metrics["generalization"] = generalization_score(features_nD, labels_n, random_state=SEED)
-    except InputError:
-        metrics["generalization"] = None
-    for space, points_nd in points.items():
-        try:
-            metrics[f"{SILHOUETTE}{space}"] = silhouette(points_nd, labels_n, random_state=SEED)
-        except InputError:
-            metrics[f"{SILHOUETTE}{space}"] = None
-    return metrics
+    silhouettes = {f"{SILHOUETTE}{space}": silhouette(points_nd, labels_n) for space, points_nd in points.items()}
+    return {"generalization": generalization_score(features_nD, labels_n, random_state=SEED)} | silhouettes

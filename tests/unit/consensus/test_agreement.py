@@ -7,7 +7,7 @@ import pytest
 
 from icce_ray.consensus import agreement as agreement_module
 from icce_ray.consensus.agreement import align_heads, describe_clusters, measure_agreement
-from icce_ray.consensus.contingency import count_consensus
+from icce_ray.consensus.cluster_counts import count_consensus
 from icce_ray.consensus.label_matrix import encode_heads
 
 

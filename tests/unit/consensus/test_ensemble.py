@@ -13,7 +13,7 @@ from icce_ray.consensus import best_consensus as combine
 from icce_ray.consensus import partition
 from icce_ray.consensus.ensemble import cluster_ensemble
 from icce_ray.errors import InputError
-from icce_ray.metrics.scores import clustering_accuracy, contingency_table, match_clusters
+from icce_ray.metrics.true_label_scores import clustering_accuracy, contingency_table, match_clusters
 
 
 def mean_nmi(labels_N, matrix):

@@ -12,7 +12,7 @@ from icce_ray.consensus.ensemble import cluster_ensemble
 from icce_ray.consensus.hgpa import hgpa
 from icce_ray.consensus.label_matrix import encode_heads
 from icce_ray.consensus.partition import PartitionError, partition_hypergraph
-from icce_ray.metrics.scores import clustering_accuracy
+from icce_ray.metrics.true_label_scores import clustering_accuracy
 
 needs_mtkahypar = pytest.mark.skipif(
     importlib.util.find_spec("mtkahypar") is None, reason="Mt-KaHyPar, the extra [hgpa], is not installed"

@@ -14,7 +14,7 @@ from icce_ray.consensus.head_overlaps import JACCARD_SCALE, compare_heads
 from icce_ray.consensus.label_matrix import HeadLabels, encode_heads
 from icce_ray.consensus.mcla import mcla, vote
 from icce_ray.consensus.partition import PartitionError
-from icce_ray.metrics.scores import clustering_accuracy
+from icce_ray.metrics.true_label_scores import clustering_accuracy
 
 
 def run_mcla(heads, num_clusters):

@@ -9,8 +9,8 @@ from icce_ray.config import ConsensusConfig
 from icce_ray.consensus import best_consensus as combine
 from icce_ray.consensus import consensus_memory as memory
 from icce_ray.consensus import label_matrix as matrix_module
+from icce_ray.consensus.cluster_counts import count_consensus
 from icce_ray.consensus.consensus_memory import check_memory, coordinator_bytes, worker_bytes
-from icce_ray.consensus.contingency import count_consensus
 from icce_ray.consensus.ensemble import cluster_ensemble
 from icce_ray.consensus.head_overlaps import compare_heads
 from icce_ray.consensus.label_matrix import HeadLabels, check_surveys, encode_heads
@@ -58,8 +58,8 @@ def test_pairs_of_heads_do_not_depend_on_the_pieces_nor_on_how_tables_are_kept(u
     heads = encode_heads(unlike_heads)
     whole = compare_heads(heads)
     monkeypatch.setattr(matrix_module, "PIECE_LABELS", 50)
-    monkeypatch.setattr("icce_ray.consensus.contingency.MIN_DENSE_CELLS", 0)
-    monkeypatch.setattr("icce_ray.consensus.contingency.MAX_DENSE_CELLS_PER_IMAGE", 0.3)
+    monkeypatch.setattr("icce_ray.metrics.contingency.MIN_DENSE_CELLS", 0)
+    monkeypatch.setattr("icce_ray.metrics.contingency.MAX_DENSE_CELLS_PER_IMAGE", 0.3)
     monkeypatch.setattr("icce_ray.consensus.head_overlaps.MAX_TILE_HEADS", 2)
     pieces = compare_heads(heads)
     np.testing.assert_allclose(whole.nmi_HH, pieces.nmi_HH, atol=1e-14)

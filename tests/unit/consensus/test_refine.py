@@ -6,11 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from icce_ray.consensus import refine as refine_module
-from icce_ray.consensus.contingency import count_consensus
+from icce_ray.consensus.cluster_counts import anmi, count_consensus
 from icce_ray.consensus.label_matrix import encode_heads
 from icce_ray.consensus.refine import refine
-from icce_ray.metrics.nmi import anmi
-from icce_ray.metrics.scores import clustering_accuracy
+from icce_ray.metrics.true_label_scores import clustering_accuracy
 
 
 @given(seed=st.integers(0, 10_000), num_clusters=st.integers(2, 6), missing=st.sampled_from([0.0, 0.3]))

@@ -6,7 +6,7 @@ import pytest
 
 from icce_ray import ICCE
 from icce_ray.config import NeighborsConfig
-from icce_ray.metrics.scores import clustering_accuracy
+from icce_ray.metrics.true_label_scores import clustering_accuracy
 from icce_ray.neighbors import graph_rows as rows_module
 from icce_ray.neighbors.duplicates import DuplicatePairs, auto_threshold, group_table, leaders, pair_table
 from icce_ray.neighbors.faiss_engine import RESOLUTION

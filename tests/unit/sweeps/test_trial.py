@@ -14,7 +14,7 @@ import pyarrow as pa
 import pytest
 
 from icce_ray.config import Config, build_config
-from icce_ray.metrics.scores import normalized_mutual_info
+from icce_ray.metrics.true_label_scores import normalized_mutual_info
 from icce_ray.pipeline.run import STAGES, Stage
 from icce_ray.stage import StageContext
 from icce_ray.store import Artifact, ArtifactWriter, Folder

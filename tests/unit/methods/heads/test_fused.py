@@ -12,7 +12,7 @@ from icce_ray.methods.heads import fused
 from icce_ray.methods.heads.fused import FusedStep, can_fuse, compiled_step
 from icce_ray.methods.heads.model import HeadParameters
 from icce_ray.methods.heads.training import HeadTrainer, train_heads
-from icce_ray.metrics.scores import clustering_accuracy
+from icce_ray.metrics.true_label_scores import clustering_accuracy
 
 from .test_training import settings, train_in_threads
 

@@ -14,7 +14,7 @@ from icce_ray.methods.heads.sampling import epoch_batches
 from icce_ray.methods.heads.schedule import teacher_momentum
 from icce_ray.methods.heads.trained_heads import TrainedHeads
 from icce_ray.methods.heads.training import HeadTrainer, train_heads
-from icce_ray.metrics.scores import clustering_accuracy
+from icce_ray.metrics.true_label_scores import clustering_accuracy
 from icce_ray.store import Folder
 
 from .reference import ReferenceTrainer, sinkhorn

@@ -1,7 +1,8 @@
-"""How well clusters match true labels: ACC, NMI, ARI and the many-to-one score (METHOD section 5).
+"""Agreement of clusters with true labels: ACC, NMI, ARI and the many-to-one score (docs/METHOD.md, "Hungarian
+accuracy"). NMI and ARI also compare two clusterings.
 
-All come from one contingency table, so tables of shards can be added first. Clusters and classes may be any integers
-and need not be equally many.
+All scores come from one contingency table, so the tables of shards can be added first. Labels may be any integers or
+strings, and the number of clusters may differ from the number of classes.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ import numpy.typing as npt
 import scipy.sparse as sp
 from scipy.optimize import linear_sum_assignment
 
-from icce_ray.consensus.contingency import count_pairs
 from icce_ray.errors import InputError
+from icce_ray.metrics.contingency import count_table
 from icce_ray.metrics.nmi import Mean, nmi_from_counts
 
 
@@ -22,14 +23,14 @@ def contingency_table(y_true: npt.ArrayLike, y_pred: npt.ArrayLike) -> sp.csr_ar
     """Images per class and cluster: (classes that occur, clusters that occur) int64, both in ascending order.
 
     Raises:
-        InputError: not one-dimensional, empty, of different length, or not integers (booleans and strings will do).
+        InputError: not one-dimensional, empty, of different lengths, or not integers, booleans or strings.
     """
     true_N, pred_N = _check(y_true, "y_true"), _check(y_pred, "y_pred")
     if len(true_N) != len(pred_N):
         raise InputError(f"y_true has {len(true_N)} labels and y_pred {len(pred_N)}; they must name the same images")
     classes, true_codes_N = np.unique(true_N, return_inverse=True)
     clusters, pred_codes_N = np.unique(pred_N, return_inverse=True)
-    return count_pairs(true_codes_N, pred_codes_N, len(classes), len(clusters))
+    return sp.csr_array(count_table(true_codes_N, pred_codes_N, len(classes), len(clusters)))
 
 
 def _check(labels: npt.ArrayLike, name: str) -> npt.NDArray[Any]:
@@ -42,8 +43,11 @@ def _check(labels: npt.ArrayLike, name: str) -> npt.NDArray[Any]:
 
 
 def match_clusters(table: sp.csr_array) -> npt.NDArray[np.int64]:
-    """Class (row) of each cluster (column): one to one so that most images count (Hungarian), then each cluster that is
-    left over goes to the class of most of its images."""
+    """Class (row) of each cluster (column).
+
+    Clusters are matched one to one so that most images agree (Hungarian). If there are more clusters than classes, each
+    cluster that is left over gets the class of most of its images.
+    """
     counts = table.toarray()
     class_of_cluster: npt.NDArray[np.int64] = counts.argmax(axis=0).astype(np.int64)
     rows, columns = linear_sum_assignment(counts, maximize=True)
@@ -52,75 +56,65 @@ def match_clusters(table: sp.csr_array) -> npt.NDArray[np.int64]:
 
 
 def clustering_accuracy(y_true: npt.ArrayLike, y_pred: npt.ArrayLike) -> float:
-    """Share of images, 0 to 1, whose cluster's matched class is theirs (ACC).
+    """Share of images whose cluster is matched to their class, 0 to 1 (ACC).
 
-    Clusters are matched to classes one to one so that most images count (Hungarian). With more clusters than classes
-    the clusters left over go to the class of most of their images; with fewer, the classes left over count as wrong.
+    Clusters are matched to classes one to one so that most images agree (Hungarian). With more clusters than classes,
+    the clusters that are left over go to the class of most of their images. With fewer, the images of the classes that
+    are left over count as wrong.
 
     Args:
         y_true: (N,) classes, any integers or strings.
         y_pred: (N,) clusters, any integers or strings.
 
     Raises:
-        InputError: not one-dimensional, empty, of different length, or not integers.
+        InputError: not one-dimensional, empty, of different lengths, or not integers or strings.
     """
-    return accuracy_from_counts(contingency_table(y_true, y_pred))
+    return _accuracy(contingency_table(y_true, y_pred))
 
 
 def normalized_mutual_info(y_true: npt.ArrayLike, y_pred: npt.ArrayLike, mean: Mean = "geometric") -> float:
-    """Mutual information over the mean of the two entropies, 0 to 1. `mean`: `geometric` or `arithmetic`."""
-    if mean not in ("geometric", "arithmetic"):
-        raise InputError(f"mean is {mean!r}; it must be 'geometric' or 'arithmetic'")
+    """Mutual information divided by the mean of the two entropies, 0 to 1."""
     return nmi_from_counts(contingency_table(y_true, y_pred), mean)
 
 
 def adjusted_rand_index(y_true: npt.ArrayLike, y_pred: npt.ArrayLike) -> float:
-    """Share of pairs of images on which both labellings agree, corrected for chance: 1 equal, about 0 unrelated."""
-    return adjusted_rand_from_counts(contingency_table(y_true, y_pred))
-
-
-def many_to_one_accuracy(y_true: npt.ArrayLike, y_pred: npt.ArrayLike) -> float:
-    """Share of images, 0 to 1, whose class is the most frequent one of their cluster (purity)."""
-    return many_to_one_from_counts(contingency_table(y_true, y_pred))
+    """Share of the pairs of images on which both labellings agree, adjusted for chance: 1 equal, about 0 unrelated."""
+    return _adjusted_rand(contingency_table(y_true, y_pred))
 
 
 def evaluate_clustering(y_true: npt.ArrayLike, y_pred: npt.ArrayLike) -> dict[str, float]:
-    """All metrics: `acc`, `nmi` (geometric), `nmi_arithmetic`, `ari`, `many_to_one`."""
+    """All scores: `acc`, `nmi` (geometric), `nmi_arithmetic`, `ari`, `many_to_one` (purity)."""
     return metrics_from_counts(contingency_table(y_true, y_pred))
 
 
 def metrics_from_counts(table: sp.csr_array) -> dict[str, float]:
-    """The metrics of :func:`evaluate_clustering` from a contingency table (classes, clusters)."""
+    """The scores of :func:`evaluate_clustering` from a contingency table (classes, clusters)."""
     return {
-        "acc": accuracy_from_counts(table),
+        "acc": _accuracy(table),
         "nmi": nmi_from_counts(table, "geometric"),
         "nmi_arithmetic": nmi_from_counts(table, "arithmetic"),
-        "ari": adjusted_rand_from_counts(table),
-        "many_to_one": many_to_one_from_counts(table),
+        "ari": _adjusted_rand(table),
+        "many_to_one": float(table.max(axis=0).sum() / table.sum()),
     }
 
 
-def accuracy_from_counts(table: sp.csr_array) -> float:
+def _accuracy(table: sp.csr_array) -> float:
     class_of_cluster = match_clusters(table)
     return float(table.toarray()[class_of_cluster, np.arange(table.shape[1])].sum() / table.sum())
 
 
-def many_to_one_from_counts(table: sp.csr_array) -> float:
-    return float(table.max(axis=0).sum() / table.sum())
-
-
-def adjusted_rand_from_counts(table: sp.csr_array) -> float:
+def _adjusted_rand(table: sp.csr_array) -> float:
     together = _num_pairs(table.data)
     in_class, in_cluster = _num_pairs(table.sum(axis=1)), _num_pairs(table.sum(axis=0))
     num_pairs = _num_pairs(np.array([table.sum()]))
     if num_pairs == 0 or in_class == in_cluster == together:
         return 1.0
-    # Whole numbers to the end: the terms are large and nearly cancel.
+    # Python integers up to the division: the terms are large and nearly cancel.
     expected = in_class * in_cluster
     return 2 * (together * num_pairs - expected) / ((in_class + in_cluster) * num_pairs - 2 * expected)
 
 
 def _num_pairs(counts: npt.NDArray[Any]) -> int:
-    """Pairs of images within each count, together: exact up to four billion images."""
+    """Number of pairs of images within each count, summed; exact up to three billion images."""
     values = np.asarray(counts, dtype=np.int64)
     return int((values * (values - 1) // 2).sum())

@@ -1,0 +1,68 @@
+"""Contingency counts of a consensus with all heads, and its average NMI with them, from the label matrix.
+
+Everything that a consensus needs to know about the images passes through such counts: they add up over images.
+
+Shape letters: N images, H heads, K clusters of the consensus, C head clusters.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from icce_ray.consensus.label_matrix import Heads
+from icce_ray.metrics.contingency import cell_numbers
+from icce_ray.metrics.nmi import anmi_from_counts
+
+
+def count_consensus(labels_N: npt.NDArray[Any], heads: Heads, num_clusters: int) -> npt.NDArray[Any]:
+    """Counts of a labelling against the clusters of all heads: (num_clusters, C) integers, additive over shards.
+
+    They are int32 if the number of images allows it: this is the largest array of a consensus.
+    """
+    counts_KC = np.zeros((num_clusters, heads.num_head_clusters), dtype=_count_dtype(heads.num_images))
+    offsets, pieces = heads.offsets, heads.head_pieces()
+    tables = heads.map(_count_piece, pieces, labels_N, num_clusters)
+    for (_, _, first, end), table in zip(pieces, tables, strict=True):
+        counts_KC[:, offsets[first] : offsets[end]] += table
+    return counts_KC
+
+
+def _count_piece(
+    heads: Heads, start: int, stop: int, first: int, end: int, labels_N: npt.NDArray[Any], num_clusters: int
+) -> npt.NDArray[Any]:
+    part = heads.read(start, stop, slice(first, end))
+    table = np.empty((num_clusters, part.num_head_clusters), dtype=_count_dtype(heads.num_images))
+    for codes_n, (begin, after) in zip(part.codes, pairwise(part.offsets), strict=True):
+        cells_n = cell_numbers(labels_N[start:stop], codes_n, int(after - begin))
+        counts = np.bincount(cells_n, minlength=num_clusters * int(after - begin))
+        table[:, begin:after] = counts.reshape(num_clusters, -1)
+    return table
+
+
+def _count_dtype(num_images: int) -> type[np.integer[Any]]:
+    return np.int32 if num_images < 2**31 else np.int64
+
+
+def anmi(labels_N: npt.NDArray[Any], heads: Heads, num_clusters: int) -> float:
+    """Average NMI (geometric) of a labelling with every head, 0 to 1.
+
+    Args:
+        labels_N: (N,) integers 0..num_clusters-1.
+        heads: the label matrix. An image without a label from a head is left out of that head's NMI.
+    """
+    return anmi_from_counts(count_consensus(labels_N, heads, num_clusters), heads.offsets)
+
+
+def largest_rows(counts_KC: npt.NDArray[Any]) -> npt.NDArray[np.int32]:
+    """Row of the largest count of each column (C,), the first of equal ones: ``argmax(axis=0)``, which numpy does ten
+    times slower on a wide array."""
+    largest_C, row_C = counts_KC[0].copy(), np.zeros(counts_KC.shape[1], dtype=np.int32)
+    for row, counts_C in enumerate(counts_KC[1:], start=1):
+        is_larger = counts_C > largest_C
+        np.copyto(largest_C, counts_C, where=is_larger)
+        np.copyto(row_C, np.int32(row), where=is_larger)
+    return row_C

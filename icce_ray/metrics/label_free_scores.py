@@ -1,0 +1,83 @@
+"""Quality of clusters without true labels: silhouette and generalisation score (docs/METHOD.md, "Scores without
+labels"), and the spaces that silhouettes are measured in."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from sklearn.decomposition import PCA
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import silhouette_score
+from sklearn.model_selection import StratifiedKFold, cross_val_score
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+NUM_FOLDS = 10
+PCA_DIMS = 50
+UMAP_SETTINGS: dict[str, Any] = {"n_neighbors": 30, "n_components": 50, "min_dist": 0.0}
+"""The settings of arXiv 2406.02465."""
+
+
+def generalization_score(
+    features_ND: npt.NDArray[np.floating], labels_N: npt.NDArray[np.integer], *, random_state: int
+) -> float | None:
+    """10-fold cross-validated accuracy of a linear classifier on the clusters, 0 to 1 (TURTLE, arXiv 2406.07236).
+
+    It is high if the clusters are linearly separable in the features and do not follow noise.
+
+    Args:
+        features_ND: (N, D) floating point, finite.
+        labels_N: (N,) clusters. Clusters with fewer images than folds are left out.
+        random_state: seed of the folds.
+
+    Returns:
+        None if fewer than two clusters are left.
+    """
+    _, codes_N, sizes = np.unique(labels_N, return_inverse=True, return_counts=True)
+    if np.count_nonzero(sizes >= NUM_FOLDS) < 2:
+        return None
+    kept = sizes[codes_N] >= NUM_FOLDS
+    classifier = make_pipeline(StandardScaler(with_std=False), LogisticRegression(max_iter=200))
+    folds = StratifiedKFold(NUM_FOLDS, shuffle=True, random_state=random_state)
+    features_nD = np.asarray(features_ND[kept], dtype=np.float32)
+    return float(cross_val_score(classifier, features_nD, codes_N[kept], cv=folds).mean())
+
+
+def silhouette(features_ND: npt.NDArray[np.floating], labels_N: npt.NDArray[np.integer]) -> float | None:
+    """Mean silhouette (Euclidean), -1 to 1: how much nearer images are to their own cluster than to the next.
+
+    It compares all pairs of images: pass a sample of a large set.
+
+    Args:
+        features_ND: (N, D) floating point, finite.
+        labels_N: (N,) clusters.
+
+    Returns:
+        None if there is one cluster only, or as many as images.
+    """
+    if not 2 <= len(np.unique(labels_N)) < len(labels_N):
+        return None
+    return float(silhouette_score(np.asarray(features_ND, dtype=np.float32), labels_N))
+
+
+def project_pca(points_nD: npt.NDArray[np.float32], random_state: int) -> npt.NDArray[np.float32]:
+    """Coordinates on the first 50 principal components, (n, at most 50)."""
+    num_dims = min(PCA_DIMS, *points_nD.shape)
+    projected: npt.NDArray[np.float32] = PCA(num_dims, random_state=random_state).fit_transform(points_nD)
+    return projected.astype(np.float32)
+
+
+def project_umap(points_nD: npt.NDArray[np.float32], random_state: int) -> npt.NDArray[np.float32]:
+    """Coordinates in 50 UMAP dimensions (n_neighbors=30, min_dist=0), (n, at most 50). Silhouettes there separate good
+    clusterings from bad ones better than in feature space (arXiv 2406.02465). Needs the extra `[umap]`."""
+    from umap import UMAP
+
+    num_images = len(points_nD)
+    settings = UMAP_SETTINGS | {
+        "n_neighbors": min(UMAP_SETTINGS["n_neighbors"], num_images - 1),
+        "n_components": min(UMAP_SETTINGS["n_components"], num_images - 2),
+    }
+    embedded: npt.NDArray[np.float32] = UMAP(random_state=random_state, **settings).fit_transform(points_nD)
+    return embedded

@@ -1,0 +1,51 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from icce_ray.consensus.label_matrix import count_labels, encode_heads
+from icce_ray.errors import InputError
+
+
+@given(matrix=hnp.arrays(np.int64, (3, 20), elements=st.sampled_from([-1, 0, 2, 7, 5000, 10**9])))
+def test_encoding_numbers_clusters_without_gaps_and_keeps_the_values(matrix):
+    matrix[0, :] = np.maximum(matrix[0, :], 0)
+    matrix[:, 0] = 0
+    heads = encode_heads(matrix)
+    for row, codes_N, values in zip(matrix, heads.codes, heads.values, strict=True):
+        np.testing.assert_array_equal(values, np.unique(row[row >= 0]))
+        np.testing.assert_array_equal(codes_N == -1, row == -1)
+        np.testing.assert_array_equal(values[codes_N[codes_N >= 0]], row[row >= 0])
+    sizes = np.concatenate([count_labels(c, len(v)) for c, v in zip(heads.codes, heads.values, strict=True)])
+    np.testing.assert_array_equal(heads.head_cluster_sizes(), sizes)
+    assert sizes.min() > 0
+    columns_NH = heads.columns()
+    np.testing.assert_array_equal(columns_NH[:, 2] >= 0, matrix[2] >= 0)
+    assert columns_NH.max() < heads.num_head_clusters
+
+
+@pytest.mark.parametrize(
+    ("matrix", "message"),
+    [
+        ([0, 1, 2], "two-dimensional"),
+        ([[0.0, 1.0]], "float64"),
+        ([[True, False]], "bool"),
+        ([["a", "b"]], "integers"),
+        (np.zeros((0, 3), dtype=int), "at least one head"),
+        (np.zeros((3, 0), dtype=int), "at least one head"),
+        ([[0, -2]], "-2"),
+        ([[0, 1], [-1, -1]], "head 1 has no label"),
+        ([[0, -1], [1, -1]], "image 1"),
+    ],
+)
+def test_a_label_matrix_that_cannot_be_used_is_refused_with_its_fault(matrix, message):
+    with pytest.raises(InputError, match=message):
+        encode_heads(matrix)
+
+
+def test_unsigned_labels_are_accepted():
+    heads = encode_heads(np.array([[0, 255, 0]], dtype=np.uint8))
+    np.testing.assert_array_equal(heads.codes, [[0, 1, 0]])
