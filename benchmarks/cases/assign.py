@@ -23,7 +23,8 @@ from icce_ray import assign_images
 from icce_ray.classifier.linear import DESCRIPTION_NAME, MODEL_NAME, NUM_CONFIDENCE_BINS, LinearClassifier
 from icce_ray.classifier.outliers import OutlierModel
 from icce_ray.config import Config
-from icce_ray.runtime.ray_cluster import connect, usable_cpus
+from icce_ray.runtime.machine import usable_cpus
+from icce_ray.runtime.ray_cluster import connect
 from icce_ray.store import ArtifactWriter, Folder
 
 SETTINGS: dict[str, Any] = {

@@ -139,7 +139,7 @@ def _plain(folder: str, settings: dict[str, Any]) -> None:
     from timm.data import create_transform, resolve_model_data_config
     from torch.utils.data import DataLoader, Dataset
 
-    from icce_ray.runtime.matmul_dtype import matmul_dtype
+    from icce_ray.runtime.machine import matmul_dtype
 
     model: Any = timm.create_model(settings["backbone"], num_classes=0, img_size=IMAGE_SIZE).eval()
     data = resolve_model_data_config(model) | {"input_size": (3, IMAGE_SIZE, IMAGE_SIZE)}

@@ -21,7 +21,7 @@ from icce_ray.methods.heads.sampling import epoch_batches
 from icce_ray.methods.heads.training import HeadTrainer
 from icce_ray.metrics.true_label_scores import clustering_accuracy
 from icce_ray.neighbors.graph import NeighborGraph, build_graph
-from icce_ray.runtime.matmul_dtype import matmul_dtype
+from icce_ray.runtime.machine import matmul_dtype
 
 SETTINGS: dict[str, Any] = {
     "num_images": 10_000,

@@ -14,7 +14,7 @@ from icce_ray.consensus.hgpa import MAX_PINS
 from icce_ray.consensus.label_matrix import PIECE_LABELS, Heads
 from icce_ray.consensus.votes import BLOCK_VOTES
 from icce_ray.errors import ResourceError
-from icce_ray.neighbors.search_memory import available_memory_bytes
+from icce_ray.runtime.machine import available_memory_bytes
 
 IMAGE_BYTES = 100
 """Candidates, moves and agreement of an image."""

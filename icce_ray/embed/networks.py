@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from icce_ray.images.decoding import Pixels, Preprocessing, SeveralViews
-from icce_ray.runtime.matmul_dtype import Precision, matmul_dtype
+from icce_ray.runtime.machine import Precision, matmul_dtype
 
 if TYPE_CHECKING:
     import torch

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-from pathlib import Path
 
 from icce_ray.neighbors.faiss_engine import BASE_BLOCK
 from icce_ray.neighbors.search import PAIRS_HELD, QUERY_BLOCK
@@ -32,21 +30,3 @@ def worker_bytes(dim: int, mean_neighbors: float) -> int:
 def needed_bytes(base_bytes: int, worker_bytes: int, num_here: int, num_workers: int) -> int:
     """Memory of a machine with `num_here` of `num_workers` workers, each with its share of the features."""
     return math.ceil(num_here * (base_bytes / num_workers + worker_bytes))
-
-
-def available_memory_bytes() -> int:
-    """Memory this machine can still give to processes, within its container's limit."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    try:
-        group = Path("/sys/fs/cgroup")
-        limit = int((group / "memory.max").read_text(encoding="ascii"))
-        used = int((group / "memory.current").read_text(encoding="ascii"))
-        statistics = dict(line.split() for line in (group / "memory.stat").read_text(encoding="ascii").splitlines())
-        # Pages of files count as used, but give way.
-        return min(available, limit - used + int(statistics.get("inactive_file", 0)))
-    except (OSError, ValueError):
-        return available

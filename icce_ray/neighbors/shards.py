@@ -35,8 +35,8 @@ from icce_ray.neighbors.graph_rows import (
 )
 from icce_ray.neighbors.rule import Rule
 from icce_ray.neighbors.search import Candidates
-from icce_ray.neighbors.search_memory import available_memory_bytes
 from icce_ray.neighbors.unit_features import Ids, PreparedFeatures, prepare
+from icce_ray.runtime.machine import available_memory_bytes
 from icce_ray.runtime.threads import set_threads
 from icce_ray.store import Artifact, ArtifactWriter, Folder, Part
 

@@ -15,13 +15,13 @@ import tempfile
 import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import ray
 
 from icce_ray.config import Config, ResourcesConfig, WorkerResources
 from icce_ray.errors import ResourceError
+from icce_ray.runtime.machine import total_memory_bytes, usable_cpus
 from icce_ray.runtime.placement import fitting_cpus, shortfall
 
 AUTOSCALER_POLL_S = 1
@@ -94,16 +94,6 @@ def disconnect() -> None:
     its log when it is left to the interpreter's exit."""
     if ray.is_initialized():
         ray.shutdown()
-
-
-def usable_cpus() -> int:
-    """CPUs that this process may use: its affinity, within its container's quota."""
-    cpus = len(os.sched_getaffinity(0))
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
-    except (OSError, ValueError):
-        return cpus
-    return cpus if quota == "max" else max(1, min(cpus, math.ceil(int(quota) / int(period))))
 
 
 def available_cpus() -> float:
@@ -322,8 +312,7 @@ def _stderr_only_on_failure() -> Iterator[None]:
 
 
 def _object_store_bytes() -> int:
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    wanted = min(MAX_OBJECT_STORE_BYTES, int(OBJECT_STORE_MEMORY_FRACTION * memory))
+    wanted = min(MAX_OBJECT_STORE_BYTES, int(OBJECT_STORE_MEMORY_FRACTION * total_memory_bytes()))
     try:
         shared = int(0.9 * shutil.disk_usage("/dev/shm").free)
     except OSError:

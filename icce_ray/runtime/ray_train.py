@@ -3,6 +3,7 @@ all of them again when one dies."""
 
 from __future__ import annotations
 
+import os
 import tempfile
 import threading
 import uuid
@@ -16,10 +17,12 @@ from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
 from icce_ray.config import WorkerResources
 from icce_ray.errors import WorkerError, describe_cause
-from icce_ray.methods.heads.communicator import talk_over
+from icce_ray.runtime.machine import interface_with
 from icce_ray.runtime.progress import BoardProgress, Progress, ProgressBoard
 from icce_ray.runtime.ray_cluster import worker_cpus
 from icce_ray.runtime.workers import MAX_RESTARTS, Work, attempt, relayed_progress
+
+GLOO_INTERFACE = "GLOO_SOCKET_IFNAME"
 
 
 def train(stage: str, work: Work, workers: WorkerResources, progress: Progress, backend: str | None) -> Any:
@@ -69,12 +72,23 @@ class HostsTorchConfig(TorchConfig):
 
 class _HostsBackend(TorchConfig().backend_cls):  # type: ignore[misc]
     def on_start(self, worker_group: Any, *arguments: Any) -> None:
-        worker_group.execute(_talk_over_this_node)
+        worker_group.execute(_use_interface_of_this_node)
         super().on_start(worker_group, *arguments)
 
 
-def _talk_over_this_node() -> None:
-    talk_over(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
+def _use_interface_of_this_node() -> None:
+    use_interface_of(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
+
+
+def use_interface_of(address: str) -> None:
+    """Let gloo use the network interface of this machine that has the IPv4 `address`, unless the user has chosen one.
+
+    By default gloo resolves the host's own name. On many hosts that fails, or gives an address of the loopback
+    interface (127.0.1.1 on Debian), where workers on other hosts cannot reach it.
+    """
+    name = interface_with(address)
+    if name is not None:
+        os.environ.setdefault(GLOO_INTERFACE, name)
 
 
 def fit_in_thread(trainer: Any) -> Any:

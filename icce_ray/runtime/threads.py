@@ -1,34 +1,73 @@
-"""Threads for the work that numpy does on one: as many as FAISS may use, and as the memory that each needs allows."""
+"""Threads that each compute on one core: results then don't depend on the number of threads."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from types import TracebackType
 from typing import TypeVar
 
-import faiss
-
 MAX_BYTES = 2 * 1024**3
+"""Memory that the threads of one pool may use together."""
 
 T = TypeVar("T")
 R = TypeVar("R")
 
 
+class ThreadPool:
+    """Runs functions on `num_threads` threads; with 0, in the calling thread. Within each thread, FAISS and torch use
+    that thread only; in the calling thread they use as many as they are set to."""
+
+    def __init__(self, num_threads: int) -> None:
+        self._executor = ThreadPoolExecutor(num_threads, initializer=_use_one_thread) if num_threads else None
+
+    def __enter__(self) -> ThreadPool:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._executor is not None:
+            self._executor.shutdown()
+
+    def map(self, function: Callable[[T], R], items: Iterable[T]) -> list[R]:
+        """Results in the order of `items`; the first exception is raised."""
+        if self._executor is None:
+            return [function(item) for item in items]
+        return list(self._executor.map(function, items))
+
+    def call(self, function: Callable[[], R]) -> R:
+        """The result of one call."""
+        return self.map(lambda _: function(), [None])[0]
+
+
+def in_threads(function: Callable[[T], R], items: Sequence[T], num_threads: int) -> list[R]:
+    """Results in the order of `items`. A single thread, or a single item, runs in the calling thread."""
+    num_threads = min(num_threads, len(items))
+    with ThreadPool(num_threads if num_threads > 1 else 0) as pool:
+        return pool.map(function, items)
+
+
 def set_threads(num_threads: int) -> None:
-    """Threads of every later search in this process. Ray's OMP_NUM_THREADS is not reliable for FAISS, so set it."""
+    """Set the number of threads of FAISS in this process. It doesn't reliably follow Ray's OMP_NUM_THREADS."""
+    import faiss
+
     faiss.omp_set_num_threads(num_threads)
 
 
 def threads_within(bytes_each: int) -> int:
-    """How many threads to start where each needs so much memory."""
+    """Number of threads that may run where each needs `bytes_each`: at most FAISS's, within MAX_BYTES together."""
+    import faiss
+
     return max(1, min(faiss.omp_get_max_threads(), MAX_BYTES // bytes_each))
 
 
-def in_threads(function: Callable[[T], R], items: Sequence[T], num_threads: int) -> list[R]:
-    """Results in the order of `items`. In each of several threads FAISS keeps to that one; with one thread, or one
-    item, all is done in the calling one."""
-    num_threads = min(num_threads, len(items))
-    if num_threads <= 1:
-        return [function(item) for item in items]
-    with ThreadPoolExecutor(num_threads, "neighbors", initializer=set_threads, initargs=(1,)) as pool:
-        return list(pool.map(function, items))
+def _use_one_thread() -> None:
+    # Both keep the number per thread. Neither is imported here: what a pool's functions don't use takes no time.
+    if "faiss" in sys.modules:
+        set_threads(1)
+    if "torch" in sys.modules:
+        import torch
+
+        torch.set_num_threads(1)

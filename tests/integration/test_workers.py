@@ -84,3 +84,17 @@ def test_progress_is_relayed_while_it_works(tmp_path: Path) -> None:
             (tmp_path / "seen").touch()
 
     assert run(tmp_path, "report", 7, Seen("heads", quiet=True)) == 1
+
+
+def test_gloo_uses_the_interface_of_an_address_unless_the_user_chose_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    from icce_ray.runtime.ray_train import GLOO_INTERFACE, use_interface_of
+
+    monkeypatch.setenv(GLOO_INTERFACE, "chosen")
+    use_interface_of("127.0.0.1")
+    assert os.environ[GLOO_INTERFACE] == "chosen"
+    monkeypatch.delenv(GLOO_INTERFACE)
+    use_interface_of("203.0.113.7")  # no interface has it
+    assert GLOO_INTERFACE not in os.environ
+    use_interface_of("127.0.0.1")
+    assert os.environ[GLOO_INTERFACE] == "lo"
+    monkeypatch.delenv(GLOO_INTERFACE)

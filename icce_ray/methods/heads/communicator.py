@@ -3,10 +3,6 @@ know how many workers there are."""
 
 from __future__ import annotations
 
-import fcntl
-import os
-import socket
-import struct
 from typing import Protocol
 
 import torch
@@ -55,31 +51,3 @@ class TorchDistributed:
     def max_(self, tensor: torch.Tensor) -> torch.Tensor:
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
         return tensor
-
-
-GLOO_INTERFACE = "GLOO_SOCKET_IFNAME"
-SIOCGIFADDR = 0x8915
-
-
-def talk_over(address: str) -> None:
-    """Let gloo use the network interface of this process that has the IPv4 `address`, unless the user has chosen one.
-
-    By itself gloo takes the address that the host's own name stands for. On many hosts that is none, or one of the
-    loopback's (Debian: 127.0.1.1), at which workers on other hosts look for it in vain.
-    """
-    name = interface_of(address)
-    if name is not None:
-        os.environ.setdefault(GLOO_INTERFACE, name)
-
-
-def interface_of(address: str) -> str | None:
-    """The network interface that has an IPv4 address, or None."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asked:
-        for _, name in socket.if_nameindex():
-            try:
-                found = fcntl.ioctl(asked, SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
-            except OSError:  # it has none
-                continue
-            if socket.inet_ntoa(found[20:24]) == address:
-                return name
-    return None

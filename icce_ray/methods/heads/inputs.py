@@ -14,8 +14,8 @@ import numpy.typing as npt
 import torch
 
 from icce_ray.methods.heads.communicator import Communicator
-from icce_ray.methods.heads.threads import ThreadPool
 from icce_ray.methods.heads.training_memory import max_held_bytes
+from icce_ray.runtime.threads import ThreadPool
 
 BN_EPS = 1e-5
 ROWS_PER_BLOCK = 4096

@@ -29,13 +29,13 @@ from icce_ray.methods.heads.model import HeadParameters, backward, forward, head
 from icce_ray.methods.heads.optimizer import AdamW
 from icce_ray.methods.heads.sampling import choose_batch_size, epoch_batches, num_steps_per_epoch
 from icce_ray.methods.heads.schedule import ce_weight_at, learning_rate_at, teacher_momentum
-from icce_ray.methods.heads.threads import ThreadPool
 from icce_ray.methods.heads.trained_heads import TrainedHeads
 from icce_ray.methods.heads.training_memory import check_memory, head_blocks
 from icce_ray.methods.heads.watch import EpochWatch
 from icce_ray.neighbors.graph import NeighborGraph
-from icce_ray.runtime.matmul_dtype import matmul_dtype
+from icce_ray.runtime.machine import matmul_dtype
 from icce_ray.runtime.progress import Progress
+from icce_ray.runtime.threads import ThreadPool
 
 MIN_PRIOR = 1e-12
 LABELLING_ROWS = 4096

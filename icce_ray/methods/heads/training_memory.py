@@ -10,7 +10,7 @@ import torch
 
 from icce_ray.config import HeadsConfig
 from icce_ray.errors import ResourceError
-from icce_ray.neighbors.search_memory import available_memory_bytes
+from icce_ray.runtime.machine import available_memory_bytes
 
 MAX_HELD_BYTES = 2 * 1024**3
 MAX_HELD_SHARE = 0.5

@@ -16,7 +16,7 @@ from icce_ray.embed.embedding_parts import PartRange
 from icce_ray.embed.networks import MAX_BATCH_SIZE, TimmBackbone, common_preprocessing, find_batch_size
 from icce_ray.errors import ConfigError
 from icce_ray.images.decoding import Preprocessing, SeveralViews
-from icce_ray.runtime.matmul_dtype import matmul_dtype
+from icce_ray.runtime.machine import matmul_dtype
 
 CPU = torch.device("cpu")
 

@@ -13,7 +13,6 @@ from icce_ray.neighbors import audit as audit_module
 from icce_ray.neighbors import neighbor_precision as precision
 from icce_ray.neighbors.audit import MAX_CLASS_SHARE, Audit, audit, audit_prepared, choose_threshold
 from icce_ray.neighbors.graph import build_graph
-from icce_ray.neighbors.search_memory import available_memory_bytes
 from icce_ray.neighbors.threshold_curves import Curves
 from icce_ray.neighbors.unit_features import prepare
 
@@ -205,10 +204,6 @@ def test_an_audit_survives_json() -> None:
     features, _ = gaussian_clusters(300, 5, 16, 0.5)
     result = audit(features, NeighborsConfig(min_neighbors=50), num_clusters=5, seed=0)
     assert Audit.from_json(json.loads(json.dumps(result.to_json()))) == result
-
-
-def test_available_memory_is_a_plausible_number() -> None:
-    assert 10_000_000 < available_memory_bytes() < 10**14
 
 
 REAL_SETS = {

@@ -1,0 +1,81 @@
+"""What this machine offers: CPUs, memory, network interfaces, and the dtype in which it multiplies matrices fastest."""
+
+from __future__ import annotations
+
+import fcntl
+import math
+import os
+import socket
+import struct
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    import torch
+
+Precision = Literal["auto", "float32", "bfloat16", "float16"]
+
+CONTROL_GROUP = Path("/sys/fs/cgroup")
+"""Limits of the container that this process runs in."""
+SIOCGIFADDR = 0x8915
+"""The ioctl that asks for an interface's address."""
+
+
+def usable_cpus() -> int:
+    """Number of CPUs that this process may use: its affinity, within the quota of its container."""
+    cpus = len(os.sched_getaffinity(0))
+    try:
+        quota, period = (CONTROL_GROUP / "cpu.max").read_text(encoding="ascii").split()
+    except (OSError, ValueError):
+        return cpus
+    return cpus if quota == "max" else max(1, min(cpus, math.ceil(int(quota) / int(period))))
+
+
+def total_memory_bytes() -> int:
+    """Physical memory of this machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def available_memory_bytes() -> int:
+    """Memory that processes of this machine can still allocate, within the limit of its container."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return total_memory_bytes()
+    try:
+        limit = int((CONTROL_GROUP / "memory.max").read_text(encoding="ascii"))
+        used = int((CONTROL_GROUP / "memory.current").read_text(encoding="ascii"))
+        lines = (CONTROL_GROUP / "memory.stat").read_text(encoding="ascii").splitlines()
+        # Cached pages of files count as used, but the kernel reclaims them.
+        reclaimable = int(dict(line.split() for line in lines).get("inactive_file", 0))
+    except (OSError, ValueError):
+        return available
+    return min(available, limit - used + reclaimable)
+
+
+def interface_with(address: str) -> str | None:
+    """Name of the network interface that has the IPv4 `address`, or None."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asked:
+        for _, name in socket.if_nameindex():
+            try:
+                found = fcntl.ioctl(asked, SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
+            except OSError:  # it has no address
+                continue
+            if socket.inet_ntoa(found[20:24]) == address:
+                return name
+    return None
+
+
+def matmul_dtype(precision: Precision, device: torch.device) -> torch.dtype:
+    """The dtype of matrix products. With `auto`, bfloat16 where the processor has units for it, which are 2 to 16 times
+    as fast; elsewhere bfloat16 is emulated and slower than float32."""
+    import torch
+
+    if precision != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[precision]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    capabilities = torch.cpu.get_capabilities()
+    native = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") or capabilities.get("arm_bf16")
+    return torch.bfloat16 if native else torch.float32

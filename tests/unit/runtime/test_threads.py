@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+import threading
+
+import faiss
+import pytest
+import torch
+
+from icce_ray.runtime.threads import MAX_BYTES, ThreadPool, in_threads, set_threads, threads_within
+
+
+@pytest.mark.parametrize("num_threads", [0, 1, 3])
+def test_results_come_in_the_order_of_the_items(num_threads: int) -> None:
+    with ThreadPool(num_threads) as pool:
+        assert pool.map(lambda item: item * 2, range(20)) == list(range(0, 40, 2))
+        assert pool.call(lambda: "result") == "result"
+    assert in_threads(lambda item: -item, [3, 1, 2], num_threads) == [-3, -1, -2]
+
+
+def test_each_thread_of_a_pool_computes_on_one_core() -> None:
+    before = torch.get_num_threads(), faiss.omp_get_max_threads()
+    together = threading.Barrier(2)
+
+    def ask(_: int) -> tuple[int, int]:
+        together.wait(timeout=10)  # both threads of the pool are asked
+        return torch.get_num_threads(), faiss.omp_get_max_threads()
+
+    try:
+        torch.set_num_threads(2)
+        set_threads(2)
+        assert in_threads(ask, [0, 1], 2) == [(1, 1), (1, 1)]
+        assert (torch.get_num_threads(), faiss.omp_get_max_threads()) == (2, 2)
+    finally:
+        torch.set_num_threads(before[0])
+        set_threads(before[1])
+
+
+@pytest.mark.parametrize(("items", "num_threads"), [([1], 4), ([1, 2, 3], 1), ([], 4)])
+def test_a_single_thread_or_item_runs_in_the_calling_thread(items: list[int], num_threads: int) -> None:
+    assert set(in_threads(lambda _: threading.get_ident(), items, num_threads)) <= {threading.get_ident()}
+
+
+def test_an_error_in_a_thread_is_raised() -> None:
+    with pytest.raises(ZeroDivisionError):
+        in_threads(lambda item: 1 // item, [1, 0, 2], 2)
+
+
+def test_the_number_of_threads_is_bounded_by_memory() -> None:
+    before = faiss.omp_get_max_threads()
+    set_threads(8)
+    try:
+        assert threads_within(1) == 8
+        assert threads_within(MAX_BYTES // 3) == 3
+        assert threads_within(2 * MAX_BYTES) == 1
+    finally:
+        set_threads(before)
