@@ -21,7 +21,7 @@ import yaml
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 CASES = {
-    "accuracy": "ICCE's consensus against the TEMI preset and k-means, real features, several seeds",
+    "accuracy": "ICCE's consensus against TEMI and k-means, real features, several seeds",
     "assign": "rows/s of `icce-ray assign --embeddings` against a bare torch matmul over the same Parquet",
     "cluster-count": "the number of clusters that `auto` chooses: planted 7, 20 and 60, and real features",
     "consensus": "the consensus at ImageNet's size and a tenth of it: seconds, memory, NMI to planted labels",
@@ -35,7 +35,6 @@ CASES = {
     "neighbors": "the neighbors stage on two shards against faiss's own knn with two threads",
     "neighbors-gpu": "the exact graph of 1.28 million images on a GPU: seconds by step, equality with FAISS",
     "neighbors-scale": "counted operations, bytes and predicted time of the graph for 10M to 1B images",
-    "one-worker": "training with one worker as an actor against by Ray Train: the same heads, seconds sooner",
     "sweep-metrics": "how well metrics without labels rank the trials of a sweep by ACC; the pooled heads of the best",
     "thresholds": "neighbour precision and accuracy at the automatic threshold against fixed ones",
 }

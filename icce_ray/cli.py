@@ -14,10 +14,10 @@ import numpy as np
 
 from icce_ray.config import load_config
 from icce_ray.errors import InputError
-from icce_ray.pipeline.result import read_records
 from icce_ray.pipeline.status import find_status
 from icce_ray.run import add_arguments, add_debug_argument, add_run_options, guarded, run_command
 from icce_ray.store import Folder
+from icce_ray.store.run_records import read_records
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -154,7 +154,7 @@ def _status(arguments: argparse.Namespace) -> None:
 def _find_runs(arguments: argparse.Namespace) -> tuple[Folder, dict[str, dict[str, Folder]]]:
     """The output folder, and by the name of each run in it the folders of its artifacts."""
     if arguments.target.endswith((".yaml", ".yml")) or Path(arguments.target).is_file():
-        from icce_ray.pipeline.run import plan, run_name
+        from icce_ray.pipeline.plan import plan, run_name
 
         config = load_config(arguments.target, arguments.overrides)
         planned = plan(config)

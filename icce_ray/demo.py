@@ -23,8 +23,6 @@ def demo_config() -> dict[str, Any]:
         "heads": {"num_heads": 16, "num_epochs": 75},
         "evaluate": {"labels": "folder"},
         "report": {"title": "Handwritten digits"},
-        # One worker does without; the demo shows the way that a cluster goes.
-        "resources": {"heads": {"ray_train": True}},
     }
 
 

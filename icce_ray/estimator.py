@@ -40,13 +40,14 @@ class ICCE(ClusterMixin, BaseEstimator):
 
     Args:
         n_clusters: clusters to find (K), or ``auto``: chosen from the data, see `cluster_count`.
-        preset: ``icce``; ``temi`` (arXiv 2303.17896): fixed neighbours, softmax targets, the best head; or ``scan``
+        method: ``icce``; ``temi`` (arXiv 2303.17896): fixed neighbours, softmax targets, the best head; or ``scan``
             (arXiv 2005.12320): its loss on the same heads, the best head.
+        preset: ``paper``: every constant as the ICCE paper has it. None: our defaults.
         n_heads: clustering heads (H).
         epochs: passes over the images. None: the config's default.
         batch_size: pairs per step. None: the config's default.
         similarity_threshold: cosine from which on images are neighbours; ``auto``; or None for `min_neighbors` each.
-            With the other presets ``auto`` means the preset's choice, None.
+            With the other methods, or a preset, ``auto`` means their choice.
         random_state: int, RandomState or None. An int gives the labels of a run with that ``seed``.
         device: torch device of the neighbour search, the heads and the classifier.
         n_threads: CPU threads; None for torch's setting. It does not change the result.
@@ -76,7 +77,8 @@ class ICCE(ClusterMixin, BaseEstimator):
         self,
         n_clusters: int | Literal["auto"],
         *,
-        preset: Literal["icce", "temi", "scan"] = "icce",
+        method: Literal["icce", "temi", "scan"] = "icce",
+        preset: Literal["paper"] | None = None,
         n_heads: int = 50,
         epochs: int | None = None,
         batch_size: int | None = None,
@@ -92,6 +94,7 @@ class ICCE(ClusterMixin, BaseEstimator):
         verbose: bool = False,
     ) -> None:
         self.n_clusters = n_clusters
+        self.method = method
         self.preset = preset
         self.n_heads = n_heads
         self.epochs = epochs
@@ -219,13 +222,14 @@ class ICCE(ClusterMixin, BaseEstimator):
         heads |= {"num_epochs": self.epochs} if self.epochs is not None else {}
         heads |= {"batch_size": self.batch_size} if self.batch_size is not None else {}
         neighbors: dict[str, Any] = {}
-        if not (self.preset != "icce" and self.similarity_threshold == "auto"):
+        if self.similarity_threshold != "auto":
             neighbors["similarity_threshold"] = self.similarity_threshold
         seed = self.random_state
         if not isinstance(seed, (int, np.integer)):
             seed = check_random_state(seed).randint(MAX_SEED)
         settings = {
             "num_clusters": self.n_clusters,
+            "method": self.method,
             "preset": self.preset,
             "seed": int(seed),
             "neighbors": neighbors | dict(self.neighbors or {}),

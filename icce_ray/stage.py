@@ -1,12 +1,45 @@
-"""What a stage is handed besides the config: where its result goes, what it builds on, whom it keeps informed."""
+"""What a stage is: one step of the flow, and what it is handed when it runs.
+
+Each stage's folder declares its own in ``stage.py``, which imports neither Ray nor torch; `icce_ray.pipeline` puts them
+in order.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
+from icce_ray.config import Config, EvaluateConfig
 from icce_ray.runtime.progress import Progress
 from icce_ray.store import Artifact, ArtifactWriter
+
+Settings = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of the flow."""
+
+    name: str
+    module: str
+    """Its function ``run(config, context) -> metrics`` does the work."""
+    version: int
+    """Raised by hand when the code would make something else of the same settings."""
+    inputs: tuple[str, ...]
+    """Names of the stages it builds on. Those that a run does not have are left out."""
+    settings: Callable[[Config], Settings]
+    """Everything that determines the result besides the inputs."""
+    unit: str = "images"
+    """What its progress counts."""
+    check: Callable[[Config], None] | None = None
+    """Raises a UserError, before any work starts, if the stage cannot succeed with this config."""
+    sees_labels: bool = False
+    """Whether `run`, `settings` and `check` may know where the true labels are. Only evaluation may."""
+
+    def config_of(self, config: Config) -> Config:
+        """`config` as this stage may see it."""
+        return config if self.sees_labels else config.model_copy(update={"evaluate": EvaluateConfig()})
 
 
 @dataclass(frozen=True)
@@ -14,8 +47,13 @@ class StageContext:
     """Handed to every stage's ``run(config, context) -> metrics``."""
 
     output: ArtifactWriter
-    """The stage writes its parts here; the pipeline commits them. Parts that a killed run left are still there."""
+    """The stage writes its parts here; the pipeline commits them. Parts left by a killed run are still there."""
     inputs: Mapping[str, Artifact]
     """Finished artifacts by stage name."""
     progress: Progress
     """Started by the pipeline; the stage calls ``update(done, total)``."""
+
+
+def num_clusters_and_seed(config: Config) -> Settings:
+    """Settings that most stages depend on."""
+    return {"num_clusters": config.num_clusters, "seed": config.seed}

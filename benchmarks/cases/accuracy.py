@@ -1,4 +1,4 @@
-"""ICCE's consensus against the TEMI preset and k-means on the same features, in the same run.
+"""ICCE's consensus against TEMI and k-means on the same features, in the same run.
 
 TEMI is given the same heads, epochs, batches and learning rate; only its tricks differ. k-means is scikit-learn's, ten
 starts, on L2-normalised features.
@@ -67,20 +67,20 @@ def measure(features: datasets.Floats, labels: datasets.Labels, settings: dict[s
             started = time.perf_counter()
             unit = normalize(features.astype(np.float32))
             score("k-means", KMeans(num_clusters, n_init=10, random_state=seed).fit_predict(unit), _since(started))
-        for preset in (preset for preset in ("temi", "icce") if preset in settings["methods"]):
+        for method in (method for method in ("temi", "icce") if method in settings["methods"]):
             started = time.perf_counter()
             estimator = ICCE(
                 num_clusters,
-                preset=preset,
+                method=method,
                 n_heads=settings["num_heads"],
                 epochs=settings["num_epochs"],
                 heads=settings["heads"],
-                neighbors=settings["neighbors"] if preset == "icce" else None,
+                neighbors=settings["neighbors"] if method == "icce" else None,
                 random_state=seed,
             ).fit(features)
             seconds = _since(started)
-            score(preset, estimator.labels_, seconds)
-            if preset == "icce":
+            score(method, estimator.labels_, seconds)
+            if method == "icce":
                 score("icce, best head", estimator.head_labels_[estimator.head_losses_.argmin()], seconds)
                 score("icce, classifier", estimator.predict(features), seconds)
     return {

@@ -95,7 +95,7 @@ def run_stage(heads_HN: Any, num_clusters: int) -> tuple[dict[str, Any], Any]:
     with tempfile.TemporaryDirectory(prefix="icce_ray-consensus-") as folder:
         writer = ArtifactWriter(Folder.at(Path(folder) / "heads"))
         writer.write_array(MATRIX_NAME, heads_HN)
-        writer.write_json("training.json", {"head_losses": [0.0] * len(heads_HN)})
+        writer.write_json("clusterings.json", {"history": [], "losses": [0.0] * len(heads_HN)})
         heads = writer.commit(stage="heads", fingerprint="f", inputs={}, config={}, metrics={}, seconds=0.0)
         config = Config(output=folder, num_clusters=num_clusters, embeddings={"uri": "unused.npy"})
         connect(config.resources)
@@ -110,7 +110,7 @@ def run_stage(heads_HN: Any, num_clusters: int) -> tuple[dict[str, Any], Any]:
         watcher = threading.Thread(target=watch, daemon=True)
         watcher.start()
         started = time.perf_counter()
-        job.run(config, StageContext(output, {"heads": heads}, Progress("consensus")))
+        job.run(config, StageContext(output, {"method": heads}, Progress("consensus")))
         seconds = time.perf_counter() - started
         finished.set()
         watcher.join()

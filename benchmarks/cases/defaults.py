@@ -21,8 +21,9 @@ from sklearn.preprocessing import normalize
 from threadpoolctl import threadpool_limits
 
 from cases import datasets
-from icce_ray.config import PRESETS, HeadsConfig, NeighborsConfig
+from icce_ray.config import HeadsConfig, NeighborsConfig
 from icce_ray.consensus.ensemble import cluster_ensemble
+from icce_ray.methods import METHODS
 from icce_ray.methods.heads.training import train_heads
 from icce_ray.metrics.true_label_scores import clustering_accuracy
 from icce_ray.neighbors.graph import NeighborGraph, build_graph
@@ -46,7 +47,7 @@ SETTINGS: dict[str, Any] = {
 TOLERANCE = 0.5
 """Points of the consensus's mean accuracy by which seeds alone move it: a default may lie this far below the best."""
 
-TEMI_HEADS = PRESETS["temi"]["heads"]
+TEMI_HEADS = METHODS["temi"].settings["heads"]
 ABLATION: dict[str, tuple[dict[str, Any], bool]] = {
     "temi": (TEMI_HEADS, False),
     "+ batch norm, rotation": (TEMI_HEADS | {"input_norm": "batch_norm", "rotate": True}, False),
@@ -139,5 +140,5 @@ def _load(name: str) -> tuple[datasets.Floats, datasets.Labels]:
 @functools.cache
 def _graph(name: str, adaptive: bool) -> NeighborGraph:
     features, labels = _load(name)
-    config = NeighborsConfig() if adaptive else NeighborsConfig.model_validate(PRESETS["temi"]["neighbors"])
+    config = NeighborsConfig() if adaptive else NeighborsConfig.model_validate(METHODS["temi"].settings["neighbors"])
     return build_graph(features, config, num_clusters=len(np.unique(labels)), seed=0)[0]

@@ -141,6 +141,6 @@ def measure(
 def heads_of(output: Path, run_name: str) -> Any:
     """The label matrix (H, N) of a run."""
     record = json.loads((output / "runs" / f"{run_name}.json").read_text())
-    heads = Artifact.find(Folder.at(output / "heads" / record["stages"]["heads"]))
+    heads = Artifact.find(Folder.at(output / "method" / record["stages"]["method"]))
     assert heads is not None
     return np.array(heads.read_array("label_matrix.npy"))

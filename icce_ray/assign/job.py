@@ -24,6 +24,7 @@ from icce_ray.assign.drift import summarize_drift
 from icce_ray.assign.exemplar_candidates import choose_exemplars
 from icce_ray.assign.exemplars import pick_exemplars
 from icce_ray.assign.sources import EmbeddedImages, EmbeddingFiles, Source
+from icce_ray.assign.stage import ASSIGN
 from icce_ray.assign.writers import NewWriter, RunWriter, Writer
 from icce_ray.classifier.linear import MODEL_NAME, LinearClassifier
 from icce_ray.config import Config, WorkerResources
@@ -34,7 +35,6 @@ from icce_ray.sample.draw import training_set
 from icce_ray.stage import StageContext
 from icce_ray.store import Artifact
 
-VERSION = 2
 EXEMPLARS_NAME = "exemplars.parquet"
 DRIFT_NAME = "drift.json"
 MAX_TRIES = 3
@@ -94,7 +94,7 @@ def _label_run(config: Config, context: StageContext) -> Tally:
     inputs = context.inputs
     source = EmbeddedImages(inputs["embed"], inputs["images"])
     made_from = [
-        f"version {VERSION}, exemplars {config.assign.num_exemplars}, seed {config.seed}",
+        f"version {ASSIGN.version}, exemplars {config.assign.num_exemplars}, seed {config.seed}",
         inputs["classifier"].part(MODEL_NAME).sha256,
         inputs["consensus"].part("labels.npy").sha256,
         inputs["consensus"].part("agreement.npy").sha256,
@@ -119,7 +119,10 @@ def _label_new(config: Config, context: StageContext) -> dict[str, Any]:
         source = EmbeddingFiles(config.embeddings, config.images.uri_column)
     else:
         source = EmbeddedImages(context.inputs["embed"], context.inputs["images"])
-    made_from = [f"version {VERSION}, exemplars {num_exemplars}, seed {config.seed}", model.part(MODEL_NAME).sha256]
+    made_from = [
+        f"version {ASSIGN.version}, exemplars {num_exemplars}, seed {config.seed}",
+        model.part(MODEL_NAME).sha256,
+    ]
     parts = source.plan(config.assign.rows_per_part, made_from)
     num_images = sum(part.num_rows for part in parts)
     writer = NewWriter(

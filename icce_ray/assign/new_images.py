@@ -9,27 +9,30 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from icce_ray.assign.drift import drift_lines
 from icce_ray.assign.model import check_weights, embedding_config, find_model
+from icce_ray.assign.stage import ASSIGN
 from icce_ray.classifier.linear import DESCRIPTION_NAME
 from icce_ray.config import Config, load_config
 from icce_ray.embed.backbone import check_backbone
 from icce_ray.embed.ready_made import open_embeddings
+from icce_ray.embed.stage import EMBED, num_failed
 from icce_ray.errors import InputError
 from icce_ray.images.listing import source_digest
+from icce_ray.images.stage import IMAGES
 from icce_ray.pipeline.find_run import find_stage
-from icce_ray.pipeline.result import num_failed
-from icce_ray.pipeline.run import STAGES, Settings, Stage, finish, plan
+from icce_ray.pipeline.plan import plan
+from icce_ray.pipeline.run import run_stages
 from icce_ray.runtime.progress import format_seconds
+from icce_ray.stage import Settings, Stage
 from icce_ray.store import Artifact
 
 FREE_EMBED_SETTINGS = {"batch_size", "images_per_part", "max_error_rate", "max_image_pixels"}
 """How fast, and what is bad enough to stop for; what the features are is the model's."""
-BY_NAME = {stage.name: stage for stage in STAGES}
 
 
 def _assign_settings(config: Config) -> Settings:
@@ -41,13 +44,12 @@ def _assign_settings(config: Config) -> Settings:
     return settings | given | {"source": source_digest(config)}
 
 
-_VERSION = BY_NAME["assign"].version
-IMAGE_STAGES = (
-    BY_NAME["images"],
-    BY_NAME["embed"],
-    Stage("assign", "icce_ray.assign.job", _VERSION, ("images", "embed", "classifier"), _assign_settings),
+IMAGE_STAGES: tuple[Stage, ...] = (
+    IMAGES,
+    EMBED,
+    replace(ASSIGN, inputs=("images", "embed", "classifier"), settings=_assign_settings),
 )
-EMBEDDING_STAGES = (Stage("assign", "icce_ray.assign.job", _VERSION, ("classifier",), _assign_settings),)
+EMBEDDING_STAGES: tuple[Stage, ...] = (replace(ASSIGN, inputs=("classifier",), settings=_assign_settings),)
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,7 @@ def assign_images(
     planned = plan(config, IMAGE_STAGES if images is not None else EMBEDDING_STAGES, {"classifier": model})
     artifacts = {"classifier": model} | {step.name: step.artifact for step in planned if step.artifact is not None}
     _check(config, [step.name for step in planned if step.artifact is None])
-    seconds = finish(config, planned, artifacts, quiet)
+    seconds = run_stages(config, planned, artifacts, quiet)
     result = _sum_up(artifacts, seconds)
     if not quiet:
         print(_summary(result, time.monotonic() - started), file=sys.stderr, flush=True)
@@ -174,7 +176,7 @@ def _sum_up(artifacts: dict[str, Artifact], seconds: dict[str, float]) -> Assign
     made, embed = artifacts["assign"], artifacts.get("embed")
     return AssignResult(
         num_images=made.metrics["num_images"],
-        num_errors=num_failed(artifacts) if embed is not None else 0,
+        num_errors=num_failed(embed) if embed is not None else 0,
         num_outliers=made.metrics["num_outliers"],
         num_clusters_used=made.metrics["num_clusters_used"],
         mean_confidence=made.metrics["mean_confidence"],

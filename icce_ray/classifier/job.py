@@ -20,8 +20,6 @@ from icce_ray.sample.draw import training_set
 from icce_ray.stage import StageContext
 from icce_ray.store import Artifact
 
-VERSION = 2
-
 
 def run(config: Config, context: StageContext) -> dict[str, Any]:
     """Train the classifier on the features and the consensus, and write the model folder.

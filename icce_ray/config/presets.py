@@ -1,37 +1,30 @@
-"""What each preset sets where the config leaves it open."""
+"""Presets: settings by section that fill in what a config leaves open."""
 
 from __future__ import annotations
 
 from typing import Any
 
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
-    "icce": {},
-    "temi": {
+    # ICCE as published (arXiv 2511.16213; docs/METHOD.md, "Paper recipe and defaults").
+    "paper": {
         "neighbors": {
-            "similarity_threshold": None,
+            "similarity_threshold": 0.3,
             "min_neighbors": 50,
-            "max_neighbors": 50,
+            "max_neighbors": None,
             "duplicate_threshold": None,
+            "center": False,
         },
         "heads": {
-            "input_norm": "standardize",
+            "num_heads": 50,
+            "num_epochs": 400,
+            "batch_size": 1024,
+            "learning_rate": 1e-4,
+            "warmup_epochs": 20,
+            "input_norm": "batch_norm",
             "rotate": False,
             "input_share": 1.0,
-            "sinkhorn": False,
-            "max_ce_weight": 0.0,
+            "teacher_momentum": 0.996,
         },
-        "consensus": {"methods": ("best_head",), "refine": False},
-    },
-    "scan": {
-        "neighbors": {
-            "similarity_threshold": None,
-            "min_neighbors": 20,
-            "max_neighbors": 20,
-            "duplicate_threshold": None,
-        },
-        "heads": {"loss": "scan", "input_norm": "standardize", "rotate": False, "input_share": 1.0},
-        "consensus": {"methods": ("best_head",), "refine": False},
+        "consensus": {"methods": ("mcla", "cspa"), "refine": False},
     },
 }
-"""What a preset sets, by section; everything else is the default. `temi` is arXiv 2303.17896, `scan` the loss of arXiv
-2005.12320 on frozen features."""

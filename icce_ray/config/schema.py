@@ -26,6 +26,7 @@ from pydantic import (
 
 from icce_ray.config.presets import PRESETS
 from icce_ray.errors import ConfigError
+from icce_ray.methods import METHODS
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 PositiveFloat = Annotated[float, Field(gt=0.0)]
@@ -372,25 +373,6 @@ class WorkerResources(Section):
         return self.num_workers > 1
 
 
-class HeadsResources(WorkerResources):
-    ray_train: bool | None = None
-    """Whether Ray Train starts the workers. Not set: where there are several. A single one is ready some
-    ten seconds sooner without it."""
-
-    @property
-    def on_ray_train(self) -> bool:
-        return super().on_ray_train if self.ray_train is None else self.ray_train
-
-    @model_validator(mode="after")
-    def _check_ray_train(self) -> HeadsResources:
-        if self.ray_train is False and self.num_workers > 1:
-            raise ValueError(
-                f"ray_train is false, but {self.num_workers} workers need Ray Train; leave ray_train out, or set "
-                "num_workers to 1"
-            )
-        return self
-
-
 class ResourcesConfig(Section):
     ray_address: str | None = None
     """`auto` or an address: join that Ray cluster. Not set: join the one RAY_ADDRESS names, else start one here."""
@@ -401,7 +383,7 @@ class ResourcesConfig(Section):
     embed: WorkerResources = WorkerResources()
     neighbors: WorkerResources = WorkerResources()
     """Each worker is a shard: it holds its share of the features in memory, on its GPU where it has one."""
-    heads: HeadsResources = HeadsResources()
+    method: WorkerResources = WorkerResources()
     classifier: WorkerResources = WorkerResources()
     """Its workers share the grid of learning rates: more than there are settings are not started."""
     assign: WorkerResources = WorkerResources()
@@ -425,8 +407,12 @@ class Config(Section):
     """Clusters to find (K). `auto`: chosen as `cluster_count` says, without labels."""
     cluster_count: ClusterCountConfig = ClusterCountConfig()
     """Used where `num_clusters` is `auto`."""
-    preset: Literal["icce", "temi", "scan"] = "icce"
-    """Which method's settings fill in what is not given."""
+    method: str = "icce"
+    """How the images are clustered: `icce` (arXiv 2511.16213), `temi` (arXiv 2303.17896), or `scan`, the loss of arXiv
+    2005.12320 on frozen features. It fills in the settings that it needs and the config leaves open."""
+    preset: Literal["paper"] | None = None
+    """`paper`: every constant as the ICCE paper has it, where the config leaves it open. Not set: our defaults, which
+    were measured to be better; docs/METHOD.md lists where they differ."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """Of every random draw. Same config, seed and machine: identical labels."""
     images: ImagesConfig = ImagesConfig()
@@ -480,11 +466,20 @@ class Config(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _fill_in_preset(cls, data: Any) -> Any:
+    def _fill_in(cls, data: Any) -> Any:
+        """Fill in what the method, then the preset, sets where the config leaves it open."""
         if not isinstance(data, dict):
             return data
         filled = dict(data)
-        for section, settings in PRESETS.get(str(data.get("preset", "icce")), {}).items():
+        method, preset = data.get("method", "icce"), data.get("preset")
+        if preset in METHODS:
+            remedy = "leave preset out" if preset == "icce" else f"write method: {preset}"
+            raise ValueError(f"preset: {preset!r} is a method, not a preset; {remedy}")
+        if method not in METHODS:
+            raise ValueError(f"method: {method!r} is unknown; the methods are {', '.join(METHODS)}")
+        if preset is not None and method != "icce":
+            raise ValueError(f"preset: {preset!r} belongs to method: icce, not to {method!r}; leave one of them out")
+        for section, settings in {**METHODS[method].settings, **PRESETS.get(preset or "", {})}.items():
             given = filled.get(section) or {}
             if isinstance(given, dict):
                 filled[section] = {**settings, **given}

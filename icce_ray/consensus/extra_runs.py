@@ -11,11 +11,11 @@ import pyarrow.compute as pc
 from icce_ray.config import Config
 from icce_ray.errors import InputError
 from icce_ray.images.listing import Listing
-from icce_ray.pipeline.result import RUNS_FOLDER
 from icce_ray.sample.draw import sampled_ids
 from icce_ray.store import Artifact, Folder
+from icce_ray.store.run_records import RUNS_FOLDER
 
-IMAGES, EMBED, SAMPLE, HEADS = "images", "embed", "sample", "heads"
+IMAGES, EMBED, SAMPLE, METHOD = "images", "embed", "sample", "method"
 
 
 def find_heads(config: Config, own: Artifact | None = None) -> list[Artifact]:
@@ -30,7 +30,7 @@ def find_heads(config: Config, own: Artifact | None = None) -> list[Artifact]:
     found = []
     for name in config.consensus.extra_runs:
         record, root = _read_record(config, name)
-        heads = Artifact.find(root / HEADS / record["stages"][HEADS])
+        heads = Artifact.find(root / METHOD / record["stages"][METHOD])
         if heads is None:
             raise InputError(
                 f"consensus.extra_runs: the heads of the run {name!r} are not finished; finish that run first"
@@ -51,7 +51,7 @@ def _read_record(config: Config, name: str) -> tuple[dict[str, Any], Folder]:
     root = folder.rpartition("/")[0]
     try:
         record: dict[str, Any] = json.loads(Folder.at(folder).read_bytes(file))
-        record["stages"][HEADS]
+        record["stages"][METHOD]
     except FileNotFoundError:
         raise InputError(
             f"consensus.extra_runs: there is no run {name!r}: {place} does not exist. Give the name of a run under "

@@ -7,8 +7,6 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
-
 from icce_ray.config import Config
 from icce_ray.consensus.agreement import describe_clusters
 from icce_ray.consensus.best_consensus import EnsembleResult, find_consensus
@@ -17,6 +15,7 @@ from icce_ray.consensus.extra_runs import find_heads
 from icce_ray.consensus.hierarchy import HIERARCHY_NAME
 from icce_ray.consensus.label_matrix import check_surveys
 from icce_ray.consensus.stored_label_matrix import StoredHeads, open_heads
+from icce_ray.methods.clusterings import read_losses
 from icce_ray.stage import StageContext
 
 
@@ -27,7 +26,7 @@ def run(config: Config, context: StageContext) -> dict[str, Any]:
         InputError: labels that cannot be used, or extra runs that are not there or have other images.
         ResourceError: this machine lacks the memory.
     """
-    own = context.inputs["heads"]
+    own = context.inputs["method"]
     extra = find_heads(config, own)
     stored = open_heads([own, *extra])
     surveys = list(stored.map(StoredHeads.survey, stored.image_pieces()))
@@ -39,7 +38,7 @@ def run(config: Config, context: StageContext) -> dict[str, Any]:
         config.consensus,
         seed=config.seed,
         # Losses of runs with other settings cannot be compared.
-        head_losses=None if extra else np.asarray(own.read_json("training.json")["head_losses"], dtype=np.float64),
+        head_losses=None if extra else read_losses(own),
         say=context.progress.update,
     )
     return write_parts(result, heads.num_heads, config, context)

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import ray
 
 from icce_ray.config import Config
@@ -22,10 +21,10 @@ from icce_ray.consensus.in_process import write_parts
 from icce_ray.consensus.label_matrix import Heads, check_surveys
 from icce_ray.consensus.stored_label_matrix import StoredHeads, open_heads
 from icce_ray.errors import DamagedArtifactError, WorkerError, describe_cause, find_cause
+from icce_ray.methods.clusterings import read_losses
 from icce_ray.runtime.ray_cluster import available_cpus, connect
 from icce_ray.stage import StageContext
 
-VERSION = 3
 MAX_RETRIES = 3
 PIECES_IN_FLIGHT = 2
 """For each CPU: enough to keep it busy, and no more answers than that wait in memory."""
@@ -77,7 +76,7 @@ def run(config: Config, context: StageContext) -> dict[str, Any]:
         WorkerError: tasks died more often than they are retried.
     """
     connect(config.resources)
-    own = context.inputs["heads"]
+    own = context.inputs["method"]
     extra = find_heads(config, own)
     try:
         heads = _survey(open_heads([own, *extra]))
@@ -88,7 +87,7 @@ def run(config: Config, context: StageContext) -> dict[str, Any]:
             config.consensus,
             seed=config.seed,
             # Losses of runs with other settings cannot be compared.
-            head_losses=None if extra else np.asarray(own.read_json("training.json")["head_losses"], dtype=np.float64),
+            head_losses=None if extra else read_losses(own),
             say=context.progress.update,
         )
     except ray.exceptions.RayError as error:

@@ -28,7 +28,6 @@ from icce_ray.sample.draw import training_set
 from icce_ray.stage import StageContext
 from icce_ray.store import Artifact, Folder
 
-VERSION = 1
 MAX_RETRIES = 3
 FOLDER = "clusterings"
 

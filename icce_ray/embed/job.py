@@ -68,7 +68,6 @@ from icce_ray.store import Artifact, Folder, Part
 from icce_ray.store.attempts import Attempt
 from icce_ray.store.s3 import use_s3
 
-VERSION = 3
 NO_PROGRESS_TIMEOUT_S = 1800.0
 COPY_THREADS = 8
 PARTS_PER_ACTOR = 3

@@ -11,6 +11,7 @@ import pyarrow as pa
 from icce_ray.config import Config
 from icce_ray.evaluate.labels import TrueLabels, load_labels
 from icce_ray.images.listing import Listing
+from icce_ray.methods.clusterings import read_losses
 from icce_ray.metrics.true_label_scores import (
     clustering_accuracy,
     contingency_table,
@@ -21,7 +22,6 @@ from icce_ray.sample.draw import sampled_ids, spread
 from icce_ray.stage import StageContext
 from icce_ray.store import Artifact
 
-VERSION = 1
 METRICS_NAME = "metrics.json"
 
 
@@ -42,7 +42,7 @@ def run(config: Config, context: StageContext) -> dict[str, Any]:
         listing = Listing(context.inputs["images"])
         images = listing.table(0, len(listing))
         labels = load_labels(config, images, table["image_id"].to_numpy())
-        heads = context.inputs["heads"]
+        heads = context.inputs["method"]
         heads_HN = heads.read_array("label_matrix.npy")
         sample = sampled_ids(context.inputs)
         if sample is not None:
@@ -53,7 +53,7 @@ def run(config: Config, context: StageContext) -> dict[str, Any]:
             table["cluster"].to_numpy(),
             table["agreement"].to_numpy(),
             heads_HN,
-            np.asarray(heads.read_json("training.json")["head_losses"]),
+            read_losses(heads),
             context,
         )
     context.output.write_json(METRICS_NAME, metrics)
@@ -65,7 +65,7 @@ def evaluate(
     clusters_N: npt.NDArray[np.integer],
     agreement_N: npt.NDArray[np.floating],
     heads_HN: npt.NDArray[np.integer],
-    head_losses_H: npt.NDArray[np.floating],
+    losses_H: npt.NDArray[np.floating] | None,
     context: StageContext | None = None,
 ) -> dict[str, Any]:
     """The metrics of :func:`run`.
@@ -74,7 +74,7 @@ def evaluate(
         clusters_N: assigned clusters of the labelled images.
         agreement_N: NaN for images that took no part in the consensus.
         heads_HN: labels of the heads, -1 where one gave none.
-        head_losses_H: the lowest is the best head's.
+        losses_H: the lowest is the best clustering's; None where there are none.
     """
     table = contingency_table(labels.classes, clusters_N)
     accuracies = []
@@ -91,10 +91,10 @@ def evaluate(
         metrics |= {
             "head_acc_mean": float(np.nanmean(accuracy_H)),
             "head_acc_best": float(np.nanmax(accuracy_H)),
-            "head_acc_lowest_loss": float(
-                accuracy_H[np.where(np.isfinite(accuracy_H), head_losses_H, np.inf).argmin()]
-            ),
         }
+        if losses_H is not None:
+            best = int(np.where(np.isfinite(accuracy_H), losses_H, np.inf).argmin())
+            metrics["head_acc_lowest_loss"] = float(accuracy_H[best])
     voted = np.isfinite(agreement_N)
     if voted.sum() >= 2:
         used = np.unique(clusters_N)

@@ -12,9 +12,10 @@ import pyarrow.parquet as pq
 from icce_ray.consensus.hierarchy import HIERARCHY_NAME, Hierarchy
 from icce_ray.errors import InputError
 from icce_ray.pipeline.find_run import find_stage
-from icce_ray.pipeline.result import RUNS_FOLDER, Result
+from icce_ray.pipeline.result import Result
 from icce_ray.store import Artifact
 from icce_ray.store.filesystem import open_uri
+from icce_ray.store.run_records import RUNS_FOLDER
 
 SCHEMA = pa.schema([("image_id", pa.int64()), ("uri", pa.string()), ("cluster", pa.int32()), ("group", pa.int32())])
 PART_PREFIX = "assignments/"

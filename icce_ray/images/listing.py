@@ -34,7 +34,6 @@ from icce_ray.store.filesystem import open_uri
 
 __all__ = ["IMAGE_ENDINGS", "Listing", "list_images", "local_path", "local_uri", "open_uri", "run", "source_digest"]
 
-VERSION = 2
 SHARD_PREFIX = "images"
 SHARD_ROWS = 65536
 SCHEMA = pa.schema([("image_id", pa.int64()), ("uri", pa.string()), ("size_bytes", pa.int64()), ("etag", pa.string())])

@@ -33,6 +33,7 @@ from icce_ray.neighbors.shards import (
     source_of,
     write_leaders,
 )
+from icce_ray.neighbors.stage import NEIGHBORS
 from icce_ray.neighbors.unit_features import Ids
 from icce_ray.runtime.progress import Progress
 from icce_ray.runtime.ray_cluster import connect, wait_for_machines, worker_cpus
@@ -40,7 +41,6 @@ from icce_ray.sample.draw import training_set
 from icce_ray.stage import StageContext
 from icce_ray.store import Artifact, Folder
 
-VERSION = 5
 MAX_RESTARTS = 5
 PARTS_IN_FLIGHT = 3
 
@@ -63,7 +63,7 @@ def run(config: Config, context: StageContext) -> dict[str, Any]:
     connect(config.resources)
     wait_for_machines(config.resources, "neighbors", context.progress.note)
     folder = context.output.folder
-    graph = _build(config, embed, folder, source_of(config, embed, VERSION), context.progress)
+    graph = _build(config, embed, folder, source_of(config, embed, NEIGHBORS.version), context.progress)
     for part in [*graph.finished, graph.audited]:
         for file in part.files:
             context.output.add(file)

@@ -14,7 +14,9 @@ from icce_ray.embed.decode_and_embed import decode_part
 from icce_ray.embed.embedding_parts import PartRange
 from icce_ray.errors import ConfigError
 from icce_ray.images.listing import Listing
-from icce_ray.pipeline import run as pipeline
+from icce_ray.images.stage import IMAGES
+from icce_ray.pipeline.plan import plan
+from icce_ray.pipeline.run import run_stage
 from icce_ray.runtime.progress import Progress, format_bytes, format_seconds
 from icce_ray.stage import StageContext
 from icce_ray.store import Artifact, ArtifactWriter, Folder
@@ -67,17 +69,17 @@ def estimate(config: Config, *, num_samples: int = 256, quiet: bool = False) -> 
     """List the images (the run uses that listing), and embed a uniform sample of them; its embeddings are not kept.
 
     Raises:
-        UserError: as :func:`icce_ray.pipeline.run.run`.
+        UserError: as :func:`icce_ray.pipeline.run.run_pipeline`.
     """
     if config.embeddings.uri is not None:
         raise ConfigError("embeddings.uri: there is nothing to embed, so nothing to estimate")
     from icce_ray.embed.job import run
     from icce_ray.runtime.ray_cluster import available_cpus, available_gpus, check_resources, connect
 
-    step = pipeline.plan(config, pipeline.STAGES[:1])[0]
+    step = plan(config, (IMAGES,))[0]
     check_backbone(config)
     check_resources(config, ["embed"])
-    listing = Listing(step.artifact or pipeline.run_stage(config, step, {}, quiet))
+    listing = Listing(step.artifact or run_stage(config, step, {}, quiet))
     rng = np.random.default_rng(config.seed)
     rows = np.sort(rng.choice(len(listing), min(num_samples, len(listing)), replace=False))
     connect(config.resources)

@@ -6,9 +6,9 @@ from typing import Any
 
 from icce_ray.config import load_config
 from icce_ray.errors import InputError
-from icce_ray.pipeline.result import RUNS_FOLDER, read_records
-from icce_ray.pipeline.run import plan
+from icce_ray.pipeline.plan import plan
 from icce_ray.store import Artifact, Folder
+from icce_ray.store.run_records import RUNS_FOLDER, read_records
 
 
 def find_stage(

@@ -5,18 +5,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from icce_ray.config import Config
-from icce_ray.errors import InputError
+from icce_ray.count.stage import CLUSTER_COUNT
+from icce_ray.embed.stage import num_failed
+from icce_ray.images.stage import num_listed
 from icce_ray.runtime.progress import format_seconds
-from icce_ray.store import Artifact, Folder
+from icce_ray.store import Artifact
 
-RUNS_FOLDER = "runs"
-CLUSTER_COUNT = "cluster_count"
 HEADLINE_METRICS = ("acc", "nmi", "ari")
 
 
@@ -55,17 +54,6 @@ class Result:
         return asdict(self)
 
 
-def num_listed(artifacts: Mapping[str, Artifact]) -> int:
-    """Images that the input names."""
-    images = artifacts["images"]
-    return sum(images.part(name).rows or 0 for name in images.part_names("images"))
-
-
-def num_failed(artifacts: Mapping[str, Artifact]) -> int:
-    """Images that could not be used."""
-    return artifacts["embed"].part("errors.parquet").rows or 0
-
-
 def sum_up(
     config: Config,
     name: str,
@@ -76,8 +64,8 @@ def sum_up(
     """Gather what a finished run ends with from its artifacts."""
     return Result(
         run=name,
-        num_images=num_listed(artifacts),
-        num_errors=num_failed(artifacts),
+        num_images=num_listed(artifacts["images"]),
+        num_errors=num_failed(artifacts["embed"]),
         num_clusters=config.num_clusters,
         anmi=artifacts["consensus"].metrics["anmi"],
         assignments=artifacts["assign"].folder.file_uri("assignments"),
@@ -92,42 +80,10 @@ def sum_up(
 
 
 def _range(artifacts: Mapping[str, Artifact]) -> tuple[int, int] | None:
-    if CLUSTER_COUNT not in artifacts:
+    if CLUSTER_COUNT.name not in artifacts:
         return None
-    low, high = artifacts[CLUSTER_COUNT].metrics["num_clusters_range"]
+    low, high = artifacts[CLUSTER_COUNT.name].metrics["num_clusters_range"]
     return low, high
-
-
-def write_record(config: Config, name: str, fingerprints: Mapping[str, str], result: Result | None = None) -> None:
-    """Note beside the artifacts which of them make up the run `name`.
-
-    Raises:
-        InputError: the output cannot be written to.
-    """
-    folder = Folder.at(config.output) / RUNS_FOLDER
-    if result is None and folder.exists(f"{name}.json"):
-        return
-    record = {
-        "run": name,
-        "stages": dict(fingerprints),
-        "config": config.model_dump(mode="json"),
-        "result": result.to_json() if result else None,
-    }
-    try:
-        folder.write_bytes(f"{name}.json", json.dumps(record, indent=1).encode())
-    except OSError as error:
-        raise InputError(f"output: {config.output!r} cannot be written to: {error}") from None
-
-
-def remove_record(config: Config, name: str) -> None:
-    """Forget the run `name`, not its artifacts."""
-    (Folder.at(config.output) / RUNS_FOLDER).remove(f"{name}.json")
-
-
-def read_records(output: str) -> list[dict[str, Any]]:
-    """The records of all runs under an output folder."""
-    folder = Folder.at(output) / RUNS_FOLDER
-    return [json.loads(folder.read_bytes(name)) for name in folder.names() if name.endswith(".json")]
 
 
 def summary(result: Result, artifacts: Mapping[str, Artifact], total_s: float) -> str:
@@ -141,8 +97,8 @@ def summary(result: Result, artifacts: Mapping[str, Artifact], total_s: float) -
         f"{result.num_images:,} images, {result.num_errors:,} errors, {result.num_clusters:,} clusters; {scores}",
         f"run          {result.run}, {format_seconds(total_s)}",
     ]
-    if CLUSTER_COUNT in artifacts:
-        lines.insert(2, f"num_clusters {artifacts[CLUSTER_COUNT].metrics['choice']}")
+    if CLUSTER_COUNT.name in artifacts:
+        lines.insert(2, f"num_clusters {artifacts[CLUSTER_COUNT.name].metrics['choice']}")
     for stage, seconds in result.seconds.items():
         took = f"finished before (took {artifacts[stage].manifest.seconds:.1f} s)"
         spent = took if stage in result.finished_before and not seconds else f"{seconds:.1f} s"

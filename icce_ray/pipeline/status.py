@@ -18,9 +18,9 @@ from types import TracebackType
 from typing import Any
 
 from icce_ray.errors import BusyError, UserError, describe_cause, find_cause
-from icce_ray.pipeline.result import RUNS_FOLDER
 from icce_ray.runtime.progress import Progress, Reading, format_seconds
 from icce_ray.store import Artifact, Folder
+from icce_ray.store.run_records import RUNS_FOLDER
 
 PROGRESS_FOLDER = "progress"
 WRITE_INTERVAL_S = 5.0

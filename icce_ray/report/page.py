@@ -11,7 +11,9 @@ import yaml
 
 from icce_ray.config import Config
 from icce_ray.consensus.hierarchy import HIERARCHY_NAME, Hierarchy
-from icce_ray.pipeline.result import CLUSTER_COUNT, num_listed
+from icce_ray.count.stage import CLUSTER_COUNT
+from icce_ray.images.stage import num_listed
+from icce_ray.methods.clusterings import read_history
 from icce_ray.report.page_content import Content, Shown, gather
 from icce_ray.report.pictures import Pixels, contact_sheet, data_uri, load_thumbnails
 from icce_ray.report.plots import (
@@ -26,7 +28,6 @@ from icce_ray.report.plots import (
 from icce_ray.runtime.progress import format_seconds
 from icce_ray.stage import StageContext
 
-VERSION = 3
 PAGE_NAME = "report.html"
 SHEET_NAME = "clusters.png"
 NUM_LEAST_CERTAIN = 36
@@ -107,7 +108,7 @@ def render(
     inputs = context.inputs
     summary = inputs["consensus"].read_json("summary.json")
     errors = inputs["embed"].read_table("errors.parquet")
-    history = inputs["heads"].read_json("training.json").get("history", [])
+    history = read_history(inputs["method"])
     confused = {row["cluster"]: row["confused_with"] for row in summary.get("clusters", [])}
     metrics = inputs["evaluate"].metrics
     audit = inputs["neighbors"].read_json("audit.json")
@@ -122,9 +123,9 @@ def render(
         ("Which clusters the heads confuse", merge_tree(tree)),
     ]
     choice, count_plots = None, list[tuple[str, str]]()
-    if CLUSTER_COUNT in inputs:
-        choice = inputs[CLUSTER_COUNT].metrics["choice"]
-        rows = inputs[CLUSTER_COUNT].read_table("by_count.parquet").to_pylist()
+    if CLUSTER_COUNT.name in inputs:
+        choice = inputs[CLUSTER_COUNT.name].metrics["choice"]
+        rows = inputs[CLUSTER_COUNT.name].read_table("by_count.parquet").to_pylist()
         count_plots = [
             (f"{left[1].capitalize()} and {right[1]}", cluster_count_curve(rows, (left, right), f"count-{left[0]}"))
             for left, right in COUNT_PLOTS
@@ -137,7 +138,7 @@ def render(
     return environment.from_string(template).render(
         title=config.report.title or f"Clusters of {PurePosixPath(source).name or source}",
         source=source,
-        num_listed=num_listed(inputs),
+        num_listed=num_listed(inputs["images"]),
         num_errors=errors.num_rows,
         errors=errors.slice(0, MAX_ERRORS).to_pylist(),
         num_clusters=config.num_clusters,

@@ -31,7 +31,7 @@ MAX_OBJECT_STORE_BYTES = 2_000_000_000
 CONNECT_TIMEOUT_S = 10.0
 MIN_OBJECT_STORE_BYTES = 100_000_000
 OBJECT_STORE_MEMORY_FRACTION = 0.3
-STAGES_WITH_WORKERS = ("embed", "neighbors", "heads", "classifier", "assign")
+STAGES_WITH_WORKERS = ("embed", "neighbors", "method", "classifier", "assign")
 """Sections of `resources`."""
 
 # To be quiet and quick. Set when we connect unless the user has set them, since Ray reads them in this process and

@@ -13,7 +13,6 @@ from icce_ray.sample.draw import PART_PREFIX, SamplePart, plan_parts, sample_row
 from icce_ray.stage import StageContext
 from icce_ray.store import Artifact, ArtifactWriter, Part
 
-VERSION = 1
 MAX_RETRIES = 3
 TASKS_IN_FLIGHT = 64
 

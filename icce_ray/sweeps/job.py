@@ -1,7 +1,7 @@
 """The trials of a sweep on Ray Tune.
 
 A trial takes no CPU itself: it asks for a Ray task for each of its runs, which trains in one process, or, where
-`resources.heads` says so, starts Ray Train. Tune's own state remembers the search where a sweep was killed.
+`resources.method` says so, starts Ray Train. Tune's own state remembers the search where a sweep was killed.
 """
 
 from __future__ import annotations

@@ -14,11 +14,12 @@ from icce_ray.consensus.extra_runs import have_same_images
 from icce_ray.embed.feature_matrix import load_features
 from icce_ray.errors import WorkerError
 from icce_ray.images.listing import Listing
-from icce_ray.pipeline.result import Result, write_record
-from icce_ray.pipeline.run import plan, run_name
+from icce_ray.pipeline.plan import fingerprints_of, plan, run_name
+from icce_ray.pipeline.result import Result
 from icce_ray.runtime.progress import Progress, format_seconds
 from icce_ray.sample.draw import training_set
 from icce_ray.store import Artifact, ArtifactWriter
+from icce_ray.store.run_records import write_record
 from icce_ray.sweeps.sweep_config import Sweep
 from icce_ray.sweeps.sweep_page import render
 from icce_ray.sweeps.table import (
@@ -116,7 +117,7 @@ def lie_there(sweep: Sweep, rows: Sequence[Row], listings: Listings) -> bool:
         step
         for row in finished
         for config in sweep.runs(row.parameters)
-        for step in plan(config, full_stages(listings))
+        for step in plan(config, full_stages(config, listings))
         if step.name in TRAINED
     ]
     return all(step.artifact is not None for step in steps)
@@ -126,7 +127,7 @@ def pool_config(runs: Sequence[FoundRun]) -> Config:
     """The config of the first run, with the heads of the others in its consensus. Runs over other images, such as
     those of another sample, are left out."""
     first = runs[0]
-    names = [run.name for run in runs[1:] if have_same_images(run.artifacts["heads"], first.artifacts["heads"])]
+    names = [run.name for run in runs[1:] if have_same_images(run.artifacts["method"], first.artifacts["method"])]
     return with_extra_runs(first.config, [name for name in names if name != first.name])
 
 
@@ -175,11 +176,11 @@ class FoundRun:
 def _find_runs(sweep: Sweep, row: Row, listings: Listings) -> list[FoundRun]:
     found = []
     for config in sweep.runs(row.parameters):
-        planned = plan(config, full_stages(listings))
+        planned = plan(config, full_stages(config, listings))
         artifacts = {step.name: step.artifact for step in planned if step.artifact is not None}
         assert set(TRAINED) <= artifacts.keys()
         name = run_name(planned)
-        write_record(config, name, {step.name: step.fingerprint for step in planned})
+        write_record(config.output, name, fingerprints_of(planned), config.model_dump(mode="json"))
         found.append(FoundRun(name, config, artifacts))
     return found
 
@@ -207,8 +208,8 @@ def score(run: FoundRun) -> dict[str, float]:
 def _choose_pool(sweep: Sweep, rows: Sequence[Row], runs: dict[int, list[FoundRun]]) -> list[Row]:
     assert sweep.config.ensemble is not None
     pooled = choose_pool(rows, sweep.config.metric, sweep.config.ensemble)
-    first = runs[pooled[0].trial][0].artifacts["heads"]
-    same = [row for row in pooled if have_same_images(runs[row.trial][0].artifacts["heads"], first)]
+    first = runs[pooled[0].trial][0].artifacts["method"]
+    same = [row for row in pooled if have_same_images(runs[row.trial][0].artifacts["method"], first)]
     for row in pooled:
         if row not in same:
             Progress("sweep", "trials").note(f"trial {row.trial} was trained on other images; it is not pooled")

@@ -1,7 +1,7 @@
 """A sweep on Ray Tune: trials over a search space, judged without labels, then one consensus of the best.
 
 The stages that trials share are made first, each once, by the whole cluster. A trial then takes no CPU itself: it asks
-for a Ray task for each of its runs, which trains in one process, or, where `resources.heads` says so, starts Ray Train.
+for a Ray task for each of its runs, which trains in one process, or starts Ray Train where `resources.method` says so.
 What is finished lies under its fingerprint; Tune's own state, beside the sweep's table, remembers the search. So a
 sweep that was killed goes on by the same command.
 """
@@ -17,7 +17,8 @@ import yaml
 
 from icce_ray.config import build_config
 from icce_ray.errors import ResourceError
-from icce_ray.pipeline.run import plan, run_pipeline
+from icce_ray.pipeline.plan import plan
+from icce_ray.pipeline.run import run_pipeline
 from icce_ray.runtime.progress import Progress
 from icce_ray.runtime.ray_cluster import STAGES_WITH_WORKERS, check_resources, connect, largest_machine_cpus
 from icce_ray.store import Artifact, ArtifactWriter, Claim, Folder, fingerprint
@@ -49,7 +50,7 @@ def run_sweep(asked: Sweep, *, quiet: bool = False) -> SweepResult:
     """As :func:`sweep`, of a sweep that was read already."""
     started = time.monotonic()
     base, listings = asked.base_config, Listings()
-    images = plan(base, shared_stages(listings))[0]
+    images = plan(base, shared_stages(base, listings))[0]
     name = fingerprint(STAGE, VERSION, asked.settings(), {"images": images.fingerprint})
     folder = Folder.at(base.output) / STAGE / name
     artifact = Artifact.find(folder)
@@ -119,7 +120,7 @@ def _make_shared(asked: Sweep, trials: list[Parameters], listings: Listings, qui
     for parameters in trials:
         try:
             for config in asked.runs(parameters):
-                make(config, shared_stages(listings), quiet=quiet)
+                make(config, shared_stages(config, listings), quiet=quiet)
         except Exception as error:
             first = first or error
             failures[key_of(parameters)] = reason_of(error)

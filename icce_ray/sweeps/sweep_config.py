@@ -90,7 +90,7 @@ class SweepConfig(Section):
     """Trials at a time. Not set: as many as have CPUs; one where trials are trained through Ray Train."""
     cpus_per_run: PositiveFloat = 1.0
     """CPUs of a trial that is trained in one process, for each of its seeds. More than one worker or a GPU in the
-    base's `resources.heads`: trials are trained through Ray Train instead, with those."""
+    base's `resources.method`: trials are trained through Ray Train instead, with those."""
 
     @model_validator(mode="before")
     @classmethod
@@ -137,7 +137,7 @@ class Sweep:
     @property
     def is_in_one_process(self) -> bool:
         """Whether trials are trained in one process each, without Ray Train."""
-        heads = self.base_config.resources.heads
+        heads = self.base_config.resources.method
         return heads.gpus_per_worker == 0 and not heads.on_ray_train
 
     @property
@@ -203,8 +203,8 @@ def build_sweep(data: dict[str, Any], source: str) -> Sweep:
         )
     if config.asha is not None and not sweep.is_in_one_process:
         raise ConfigError(
-            f"{source}: asha pauses trials that are trained in one process; the base's resources.heads asks for "
-            "Ray Train. Leave asha out, or set base.resources.heads.num_workers=1 and gpus_per_worker=0"
+            f"{source}: asha pauses trials that are trained in one process; the base's resources.method asks for "
+            "Ray Train. Leave asha out, or set base.resources.method.num_workers=1 and gpus_per_worker=0"
         )
     return sweep
 

@@ -17,17 +17,20 @@ import numpy as np
 
 from icce_ray.config import Config
 from icce_ray.errors import BusyError
-from icce_ray.pipeline.run import STAGES, PlannedStage, Stage, finish, plan
+from icce_ray.images.stage import IMAGES
+from icce_ray.pipeline.plan import PlannedStage, plan
+from icce_ray.pipeline.run import run_stages
+from icce_ray.pipeline.stages import stages_of
 from icce_ray.runtime.progress import Progress
 from icce_ray.sample.draw import sampled_ids, training_set
-from icce_ray.stage import StageContext
+from icce_ray.stage import Stage, StageContext
 from icce_ray.store import Artifact, ArtifactWriter, Claim
 from icce_ray.sweeps.silhouette_spaces import spaces
 
 POLL_S = 1.0
 SHARED = ("images", "embed", "sample", "neighbors")
 """Stages that many trials have in common."""
-TRAINED = ("heads", "consensus")
+TRAINED = ("method", "consensus")
 NOT_METRICS = ("num_clusters_used",)
 
 PROJECTION = Stage(
@@ -54,7 +57,7 @@ class Listings:
         places = {"images": config.images.model_dump(mode="json"), "embeddings": config.embeddings.model_dump()}
         key = json.dumps(places, sort_keys=True)
         if key not in self.known:
-            self.known[key] = STAGES[0].settings(config)
+            self.known[key] = IMAGES.settings(config)
         return self.known[key]
 
 
@@ -73,25 +76,25 @@ class RunOutcome:
     """`embed` and `sample`."""
 
 
-def shared_stages(listings: Listings) -> tuple[Stage, ...]:
-    """Those that are made before the trials start, each once."""
-    by_name = {stage.name: stage for stage in STAGES}
-    images = replace(by_name["images"], settings=listings)
-    return (images, *(by_name[name] for name in SHARED[1:]), PROJECTION)
+def full_stages(config: Config, listings: Listings) -> tuple[Stage, ...]:
+    """The stages of a whole job with this config, for its name and its record."""
+    return tuple(
+        replace(stage, settings=listings) if stage.name == IMAGES.name else stage for stage in stages_of(config)
+    )
 
 
-def run_stages(listings: Listings, in_one_process: bool) -> tuple[Stage, ...]:
-    """Those of a run: the shared ones, then its own. In one process their maths is that of the distributed stages,
-    and so are their results and fingerprints."""
-    own = [stage for stage in STAGES if stage.name in TRAINED]
+def shared_stages(config: Config, listings: Listings) -> tuple[Stage, ...]:
+    """The stages that are made before the trials start, each once."""
+    return (*(stage for stage in full_stages(config, listings) if stage.name in SHARED), PROJECTION)
+
+
+def stages_of_trial(config: Config, listings: Listings, in_one_process: bool) -> tuple[Stage, ...]:
+    """The shared stages, then the trial's own. In one process the same maths runs as in the distributed stages, so
+    results and fingerprints are the same too."""
+    own = [stage for stage in full_stages(config, listings) if stage.name in TRAINED]
     if in_one_process:
         own = [replace(stage, module=stage.module.removesuffix(".job") + ".in_process") for stage in own]
-    return (*shared_stages(listings), *own, PROXIES)
-
-
-def full_stages(listings: Listings) -> tuple[Stage, ...]:
-    """Those of a whole job, for its name and its record."""
-    return (replace(STAGES[0], settings=listings), *STAGES[1:])
+    return (*shared_stages(config, listings), *own, PROXIES)
 
 
 def make(config: Config, stages: tuple[Stage, ...], *, quiet: bool = True) -> dict[str, Artifact]:
@@ -101,7 +104,7 @@ def make(config: Config, stages: tuple[Stage, ...], *, quiet: bool = True) -> di
         planned = plan(config, stages)
         artifacts = {step.name: step.artifact for step in planned if step.artifact is not None}
         try:
-            finish(config, planned, artifacts, quiet)
+            run_stages(config, planned, artifacts, quiet)
         except BusyError:
             time.sleep(POLL_S)
         else:
@@ -110,7 +113,7 @@ def make(config: Config, stages: tuple[Stage, ...], *, quiet: bool = True) -> di
 
 def run(config: Config, listings: Listings, in_one_process: bool) -> RunOutcome:
     """Do all of one run."""
-    artifacts = make(config, run_stages(listings, in_one_process))
+    artifacts = make(config, stages_of_trial(config, listings, in_one_process))
     metrics = dict(artifacts["proxies"].metrics)
     own = (*TRAINED, "proxies")
     return RunOutcome(
@@ -133,10 +136,10 @@ def run_to_rung(config: Config, listings: Listings, epoch: int) -> tuple[int, di
     from icce_ray.methods.heads import in_process as local
     from icce_ray.sweeps.trial_scores import measure
 
-    make(config, shared_stages(listings))
+    make(config, shared_stages(config, listings))
     while True:
-        planned = {step.name: step for step in plan(config, run_stages(listings, True))}
-        step = planned["heads"]
+        planned = {step.name: step for step in plan(config, stages_of_trial(config, listings, True))}
+        step = planned["method"]
         if step.artifact is not None:
             return None
         inputs = _inputs(step, planned)

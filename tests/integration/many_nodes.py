@@ -28,7 +28,7 @@ from PIL import Image
 
 from icce_ray.config import Config
 from icce_ray.embed.feature_matrix import load_features
-from icce_ray.pipeline.run import PlannedStage, plan, run_name
+from icce_ray.pipeline.plan import PlannedStage, plan, run_name
 from icce_ray.pipeline.status import find_status
 from icce_ray.store import Folder
 
@@ -38,7 +38,7 @@ from .storage_server import ACCESS_KEY, SECRET_KEY, client, moto_server
 AT_WORK = {
     "embed": r"MapBatches\(decode\)|MapWorker\(MapBatches\(Embedder\)\)\.submit",
     "neighbors": r"ShardWorker\.(audit|answer|make)",
-    "heads": r"RayTrainWorker.*",  # it trains beside what it is asked by Ray
+    "method": r"RayTrainWorker.*",  # it trains beside what it is asked by Ray
     "consensus": r"consensus: .+",
     "assign": r"MapWorker\(MapBatches\(Labeler\)\)\.submit",
 }
@@ -68,7 +68,7 @@ SETTINGS: dict[str, Any] = {
     "resources": {
         "embed": {"num_workers": 3, "cpus_per_worker": 1},
         "neighbors": {"num_workers": 3, "cpus_per_worker": 1},
-        "heads": {"num_workers": 2, "cpus_per_worker": 1},
+        "method": {"num_workers": 2, "cpus_per_worker": 1},
         "classifier": {"num_workers": 1, "cpus_per_worker": 1},
         "assign": {"num_workers": 3, "cpus_per_worker": 1},
     },
@@ -221,7 +221,7 @@ class Run:
 def made_by(config: Config, result: dict[str, Any]) -> dict[str, Any]:
     """What a run's artifacts hold, JSON-able, but for where its images lay."""
     artifacts = {step.name: step.artifact for step in plan(config)}
-    embed, heads, consensus, assign = (artifacts[name] for name in ("embed", "heads", "consensus", "assign"))
+    embed, heads, consensus, assign = (artifacts[name] for name in ("embed", "method", "consensus", "assign"))
     assert embed is not None
     assert heads is not None
     assert consensus is not None
@@ -244,7 +244,7 @@ def is_at_work(what: str, stage: str) -> bool:
 
 def has_begun(step: PlannedStage) -> bool:
     """Whether a stage has something to lose: where it writes in pieces, the first of them."""
-    if step.name in ("embed", "heads"):
+    if step.name in ("embed", "method"):
         return any(name.endswith((".parquet", ".safetensors")) for name in step.folder.sizes())
     return True
 

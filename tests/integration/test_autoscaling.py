@@ -125,7 +125,7 @@ def test_a_run_finishes_on_machines_that_were_not_there(growing: Hosts, tmp_path
     before = num_machines(growing)
     resources = {
         "neighbors": {"num_workers": 2, "cpus_per_worker": 2},
-        "heads": {"num_workers": 1, "cpus_per_worker": 2},
+        "method": {"num_workers": 1, "cpus_per_worker": 2},
         "classifier": {"num_workers": 1, "cpus_per_worker": 1},
         "assign": {"num_workers": 1, "cpus_per_worker": 1},
     }
@@ -138,7 +138,7 @@ def test_a_run_finishes_on_machines_that_were_not_there(growing: Hosts, tmp_path
 @pytest.mark.parametrize(
     ("resources", "message"),
     [
-        ({"heads": {"gpus_per_worker": 1}}, "resources.heads: 1 x 1 GPUs asked for, but Ray has"),
+        ({"method": {"gpus_per_worker": 1}}, "resources.method: 1 x 1 GPUs asked for, but Ray has"),
         ({"neighbors": {"num_workers": 3, "cpus_per_worker": 3}}, "resources.neighbors: 3 x 3 CPUs asked for, but"),
     ],
 )

@@ -42,12 +42,12 @@ def test_workers_share_a_machine_unless_told_otherwise(
 
 
 def test_resources_are_checked_for_the_stages_that_will_run_only(ray_cluster: None) -> None:
-    resources = {"heads": {"num_workers": 9}, "embed": {"gpus_per_worker": 1}}
+    resources = {"method": {"num_workers": 9}, "embed": {"gpus_per_worker": 1}}
     data = {"images": {"uri": "x"}, "num_clusters": 2, "output": "o", "resources": resources}
     config = build_config(data, "test")
     check_resources(config, ["images", "assign", "report"])
-    with pytest.raises(ResourceError, match=r"heads\.num_workers: 9 workers, but Ray has 4 CPUs"):
-        check_resources(config, ["heads"])
+    with pytest.raises(ResourceError, match=r"method\.num_workers: 9 workers, but Ray has 4 CPUs"):
+        check_resources(config, ["method"])
     with pytest.raises(ResourceError, match=r"embed: 1 x 1 GPUs asked for, but Ray has 4 CPUs and 0 GPUs"):
         check_resources(config, ["embed"])
 

@@ -16,7 +16,8 @@ from icce_ray.config import Config, build_config
 from icce_ray.count import job
 from icce_ray.count.choice import coarse_grid
 from icce_ray.errors import InputError
-from icce_ray.pipeline.run import STAGES, is_counted, plan
+from icce_ray.pipeline.plan import is_complete, plan
+from icce_ray.pipeline.stages import stages_of
 from icce_ray.runtime.progress import Progress
 from icce_ray.stage import StageContext
 from icce_ray.store import Artifact, ArtifactWriter, Folder
@@ -64,7 +65,7 @@ def test_a_run_chooses_and_is_then_the_run_of_that_number(
     ray_cluster: None, folder: Path, features: np.ndarray, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = config_for(folder)
-    assert not is_counted(plan(config))
+    assert not is_complete(plan(config))
     result = run_pipeline(config)
     said = capsys.readouterr().err
     assert result.num_clusters == NUM_CLUSTERS
@@ -81,11 +82,11 @@ def test_a_run_chooses_and_is_then_the_run_of_that_number(
     assert (
         set(again.finished_before)
         == {step.name for step in plan(config)}
-        == {s.name for s in STAGES} | {"cluster_count"}
+        == {stage.name for stage in stages_of(config)}
     )
     assert (again.run, again.num_clusters_range) == (result.run, (low, high))
     explicit = run_pipeline(config_for(folder, num_clusters=NUM_CLUSTERS), quiet=True)
-    assert set(explicit.finished_before) == {stage.name for stage in STAGES} - {"report"}
+    assert set(explicit.finished_before) == {stage.name for stage in stages_of(config)} - {"cluster_count", "report"}
     assert explicit.assignments == result.assignments
     assert "How many clusters" not in Path(explicit.report).read_text()
 

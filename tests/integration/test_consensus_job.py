@@ -64,8 +64,8 @@ def write_run(root, name, label_matrix, losses=None, uris=None, failed=(), drawn
         sample.write_table("part-00000.parquet", pa.table({"image_id": pa.array(drawn, pa.int64())}))
     sample.commit(stage="sample", fingerprint=f"sample-{name}", inputs={}, config={}, metrics={}, seconds=0.0)
     inputs = {"embed": f"embed-{name}", "sample": f"sample-{name}"}
-    heads = commit(root, "heads", f"heads-{name}", inputs, label_matrix=label_matrix, training=training)
-    record = {"stages": {"images": f"images-{name}", "embed": f"embed-{name}", "heads": f"heads-{name}"}}
+    heads = commit(root, "method", f"heads-{name}", inputs, label_matrix=label_matrix, training=training)
+    record = {"stages": {"images": f"images-{name}", "embed": f"embed-{name}", "method": f"heads-{name}"}}
     Folder.at(root / "runs").write_bytes(f"{name}.json", json.dumps(record).encode())
     return heads
 
@@ -76,7 +76,7 @@ def config_of(root, **consensus):
 
 def run_job(root, heads, **consensus):
     output = ArtifactWriter(Folder.at(root / "consensus"))
-    context = StageContext(output, {"heads": heads}, Progress("consensus"))
+    context = StageContext(output, {"method": heads}, Progress("consensus"))
     metrics = job.run(config_of(root, **consensus), context)
     return metrics, output.commit(
         stage="consensus", fingerprint="f", inputs={}, config={}, metrics=metrics, seconds=0.0
@@ -142,7 +142,7 @@ def test_extra_runs_that_are_not_there_or_have_other_images_are_refused(tmp_path
         assert len(find_heads(config_of(tmp_path, extra_runs=[name]))) == 1
         with pytest.raises(InputError, match=f"'{name}' has other images"):
             run_job(tmp_path, own, extra_runs=[name])
-    (tmp_path / "heads" / "heads-others" / "manifest.json").unlink()
+    (tmp_path / "method" / "heads-others" / "manifest.json").unlink()
     with pytest.raises(InputError, match="'others' are not finished"):
         find_heads(config_of(tmp_path, extra_runs=["others"]))
     (tmp_path / "runs" / "others.json").write_text("{}")

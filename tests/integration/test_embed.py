@@ -261,7 +261,7 @@ def test_images_that_kill_their_workers_are_isolated_and_the_others_embedded(pho
     (tmp_path / "deadly").mkdir()
     (tmp_path / "deadly" / "sitecustomize.py").write_text(DEADLY)
     config = config_for(photos, tmp_path, **PIXELS)
-    (tmp_path / "run.yaml").write_text(config.model_dump_json(exclude={"storage", "preset"}))
+    (tmp_path / "run.yaml").write_text(config.model_dump_json(exclude={"storage"}))
     paths = os.pathsep.join([str(tmp_path / "deadly"), str(Path(__file__).parents[2])])
     done = subprocess.run(
         [sys.executable, "-c", RUN, str(tmp_path / "run.yaml"), str(tmp_path / "place")],

@@ -63,7 +63,7 @@ def make_config(folder: Path, num_workers: int = 1, **heads: object) -> Config:
             "output": str(folder / "out"),
             "heads": HEADS | heads,
             "classifier": CLASSIFIER,
-            "resources": {"heads": {"num_workers": num_workers, "cpus_per_worker": 1}},
+            "resources": {"method": {"num_workers": num_workers, "cpus_per_worker": 1}},
         }
     )
 
@@ -120,7 +120,7 @@ def test_a_killed_worker_costs_no_labels(inputs, undisturbed, tmp_path: Path, nu
         assert np.array_equal(labels, undisturbed)
     else:
         assert (labels == undisturbed).mean() >= 0.995
-    history = json.loads((tmp_path / "training.json").read_text())["history"]
+    history = json.loads((tmp_path / "clusterings.json").read_text())["history"]
     assert [epoch["epoch"] for epoch in history] == list(range(1, HEADS["num_epochs"] + 1))
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == history

@@ -50,7 +50,7 @@ def undisturbed(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> 
 def test_the_work_lands_on_all_hosts(disturbed: dict[str, Any]) -> None:
     on = {stage: {host for name, host in disturbed["worked"] if name == stage} for stage in AT_WORK}
     assert all(len(on[stage]) >= 3 for stage in ("embed", "neighbors", "assign")), on
-    assert len(on["heads"]) >= 2  # workers
+    assert len(on["method"]) >= 2  # workers
     assert len(on["consensus"]) >= 1  # a task at a time
     assert "head" not in set.union(*on.values())
 
@@ -74,7 +74,7 @@ def test_a_host_at_work_was_killed_in_each_stage(disturbed: dict[str, Any]) -> N
         assert kill["raylet_is_dead"], kill
     begun = {kill["stage"]: kill["results_before"] for kill in kills}
     assert any(name.endswith(".parquet") for name in begun["embed"])
-    assert any(name.startswith("checkpoints/") for name in begun["heads"])
+    assert any(name.startswith("checkpoints/") for name in begun["method"])
 
 
 def test_hosts_lost_in_every_stage_change_nothing(undisturbed: dict[str, Any], disturbed: dict[str, Any]) -> None:

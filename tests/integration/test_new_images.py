@@ -27,8 +27,8 @@ from icce_ray.config import Config
 from icce_ray.embed import job as embed_job
 from icce_ray.errors import InputError, UserError
 from icce_ray.images import listing
+from icce_ray.pipeline.plan import plan, run_name
 from icce_ray.pipeline.result import write_record
-from icce_ray.pipeline.run import plan, run_name
 from icce_ray.runtime.progress import Progress
 from icce_ray.stage import StageContext
 from icce_ray.store import Artifact, ArtifactWriter

@@ -24,7 +24,7 @@ from icce_ray.config import Config
 from icce_ray.embed.feature_matrix import load_features
 from icce_ray.errors import InputError
 from icce_ray.images.listing import Listing
-from icce_ray.pipeline.run import plan
+from icce_ray.pipeline.plan import plan
 from icce_ray.store import Artifact, Claim, Folder, claim
 from icce_ray.store.s3 import use_s3
 

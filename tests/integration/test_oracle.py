@@ -64,12 +64,12 @@ def distributed(
             "output": str(folder / "out"),
             "seed": 3,
             "heads": SECTIONS["heads"] | heads,
-            "resources": {"neighbors": workers, "heads": workers},
+            "resources": {"neighbors": workers, "method": workers},
         }
     )
     result = run_pipeline(config, quiet=True)
     artifacts = {}
-    for stage in ("neighbors", "heads", "consensus"):
+    for stage in ("neighbors", "method", "consensus"):
         (path,) = (folder / "out" / stage).iterdir()
         found = Artifact.find(Folder.at(path))
         assert found is not None
@@ -81,7 +81,7 @@ def test_the_pipeline_gives_the_labels_of_the_estimator(ray_cluster, features, t
     artifacts, clusters = distributed(features, tmp_path, num_workers=1)
     estimator = fit_estimator(features)
     assert artifacts["neighbors"].metrics["similarity_threshold"] == estimator.similarity_threshold_
-    assert np.array_equal(artifacts["heads"].read_array("label_matrix.npy"), estimator.head_labels_)
+    assert np.array_equal(artifacts["method"].read_array("label_matrix.npy"), estimator.head_labels_)
     assert np.array_equal(artifacts["consensus"].read_array("labels.npy"), estimator.labels_)
     assert clusters == estimator.labels_.tolist()
 
@@ -92,8 +92,8 @@ def test_two_workers_and_a_sample_give_the_labels_of_the_estimator(ray_cluster, 
     estimator = fit_estimator(features, max_images=400)
     assert artifacts["neighbors"].metrics["similarity_threshold"] == estimator.similarity_threshold_
     took_part = estimator.head_labels_[0] >= 0
-    labels = artifacts["heads"].read_array("label_matrix.npy")
+    labels = artifacts["method"].read_array("label_matrix.npy")
     assert labels.shape == (5, 400)
     assert (labels == estimator.head_labels_[:, took_part]).mean() >= 0.995
     assert (np.array(clusters) == estimator.labels_).mean() >= 0.995
-    assert artifacts["heads"].metrics["num_workers"] == 2
+    assert artifacts["method"].metrics["num_workers"] == 2

@@ -118,7 +118,7 @@ def test_a_job_that_was_stopped_goes_on_by_the_same_command(tmp_path: Path, envi
     assert second.returncode == 0, second.stdout + second.stderr
     assert told("second", "driver_exit_code", environment) == "0"
     result = json.loads(next(line for line in second.stdout.splitlines() if line.startswith('{"run"')))
-    assert result["finished_before"] == STAGE_NAMES[: STAGE_NAMES.index("heads")]
+    assert result["finished_before"] == STAGE_NAMES[: STAGE_NAMES.index("method")]
     assert (result["num_images"], result["num_clusters"]) == (NUM_IMAGES, NUM_CLASSES)
     assert read_assignments(result["assignments"])["image_id"] == list(range(NUM_IMAGES))
 

@@ -17,13 +17,14 @@ import pytest
 import ray
 from PIL import Image
 
-from icce_ray.config import load_config
-from icce_ray.pipeline.run import STAGES, PlannedStage, plan, run_name
+from icce_ray.config import Config, load_config
+from icce_ray.pipeline.plan import PlannedStage, plan, run_name
+from icce_ray.pipeline.stages import stages_of
 from icce_ray.pipeline.status import RunStatus, find_status
 from icce_ray.run import main
 from icce_ray.store import Folder
 
-STAGE_NAMES = [stage.name for stage in STAGES]
+STAGE_NAMES = [stage.name for stage in stages_of(Config(images={"uri": "x"}, num_clusters=2, output="y"))]
 INSTANT = ("sample", "evaluate")
 """Over in milliseconds: a driver that is killed when their inputs are there is killed after them."""
 NUM_IMAGES, NUM_CLASSES = 120, 3
@@ -91,7 +92,7 @@ MISTAKES = [
     (["nothing.yaml"], "nothing.yaml: there is no such config file"),
 ]
 MISTAKES_OF_A_PROCESS = [
-    (["run.yaml", "--set", "resources.heads.num_workers=50", "--set", "resources.num_cpus=2"], "50 workers, but"),
+    (["run.yaml", "--set", "resources.method.num_workers=50", "--set", "resources.num_cpus=2"], "50 workers, but"),
     (["run.yaml", "--set", "resources.ray_address=127.0.0.1:1"], "no Ray answers at '127.0.0.1:1'"),
     (["--nonsense"], "--nonsense"),
 ]
@@ -187,7 +188,7 @@ def test_status_tells_what_is_finished(finished: tuple[Path, dict[str, Any], str
 
 
 def has_begun(step: PlannedStage, before: PlannedStage) -> bool:
-    if step.name in ("embed", "neighbors", "heads", "assign"):
+    if step.name in ("embed", "neighbors", "method", "assign"):
         # Not the claim, nor a file that is still being written.
         return any(path.is_file() and path.name[0] != "." for path in Path(step.folder.path).rglob("*"))
     return before.folder.exists("manifest.json")
@@ -247,8 +248,8 @@ def test_status_tells_where_a_driver_was_killed_and_that_its_run_is_finished(
     # A driver may die between two stages: then it is told of neither.
     assert {status.state for status in after_deaths} <= {"stopped", "not finished"}
     stopped = {stage.stage: stage for status in after_deaths for stage in status.stages if stage.state == "stopped"}
-    assert {"embed", "neighbors", "heads", "assign"} <= stopped.keys()
-    reading = stopped["heads"].reading
+    assert {"embed", "neighbors", "method", "assign"} <= stopped.keys()
+    reading = stopped["method"].reading
     assert reading is not None
     assert reading.unit == "epochs"
     assert all(100 < (status.heard_s_ago or 0) < 160 for status in after_deaths)

@@ -83,7 +83,7 @@ def test_shared_stages_are_made_once_failures_stay_their_own_and_the_best_are_po
             assert 0 < row["anmi"] <= 1
             assert 0 < row["acc"] <= 1
     # Both finished trials differ in their consensus only: one training between them, one graph, one embedding.
-    counts = {stage: len(finished(out, stage)) for stage in ("images", "embed", "neighbors", "projection", "heads")}
+    counts = {stage: len(finished(out, stage)) for stage in ("images", "embed", "neighbors", "projection", "method")}
     assert set(counts.values()) == {1}, counts
     assert len(finished(out, "proxies")) == 2
     assert said.count("neighbors: done") == 1
@@ -106,7 +106,7 @@ def test_a_trial_gives_what_the_estimator_gives_in_one_process_or_on_ray_train(
 ) -> None:
     small, large = tmp_path / "small", tmp_path / "large"
     result = run_sweep(build_sweep(sweep_of(data, small, {"heads.num_heads": [3]}), "s"), quiet=True)
-    workers = {"resources": {"heads": {"num_workers": 2, "cpus_per_worker": 1}}}
+    workers = {"resources": {"method": {"num_workers": 2, "cpus_per_worker": 1}}}
     asked = build_sweep(sweep_of(data, large, {"heads.num_heads": [3]}, base=workers), "s")
     assert run_sweep(asked, quiet=True).num_failed == 0
 
@@ -122,7 +122,7 @@ def test_a_trial_gives_what_the_estimator_gives_in_one_process_or_on_ray_train(
         classifier=settings["classifier"],
         random_state=settings.get("seed", 0),
     ).fit(np.load(data / "x.npy"))
-    (here,), (there,) = finished(small, "heads"), finished(large, "heads")
+    (here,), (there,) = finished(small, "method"), finished(large, "method")
     assert (here.metrics["num_workers"], there.metrics["num_workers"]) == (1, 2)
     assert here.fingerprint == there.fingerprint
     np.testing.assert_array_equal(here.read_array("label_matrix.npy"), estimator.head_labels_)
@@ -131,7 +131,7 @@ def test_a_trial_gives_what_the_estimator_gives_in_one_process_or_on_ray_train(
     np.testing.assert_array_equal(consensus.read_array("labels.npy"), estimator.labels_)
 
     name = pq.read_table(result.table)["runs"].to_pylist()[0][0]
-    assert json.loads((small / "runs" / f"{name}.json").read_text())["stages"]["heads"] == here.fingerprint
+    assert json.loads((small / "runs" / f"{name}.json").read_text())["stages"]["method"] == here.fingerprint
     config = build_config(yaml.safe_load(Path(result.best_config).read_text()), "best")
     assert pipeline.run_name(pipeline.plan(config)) == name
 
@@ -149,16 +149,16 @@ def test_asha_stops_what_is_poor_at_a_rung_and_lets_the_best_end(ray_cluster: No
     stopped = [row for row in rows if row["status"] == "stopped"]
     assert stopped
     assert all(row["epochs"] in (4, 8) and row["anmi"] is not None for row in stopped)
-    assert len(finished(tmp_path / "out", "heads")) == 3 - len(stopped)
+    assert len(finished(tmp_path / "out", "method")) == 3 - len(stopped)
     (failed,) = [row for row in rows if row["status"] == "failed"]
     assert failed["heads.learning_rate"] == 1e30
     assert "is not finite" in failed["error"]
 
     # The same command tries the failed one again; and what was removed since is made again.
-    shutil.rmtree(tmp_path / "out" / "heads")
+    shutil.rmtree(tmp_path / "out" / "method")
     again = run_sweep(asked, quiet=True)
     assert (again.best_trial, again.best_value, again.num_failed) == (0, result.best_value, 1)
-    assert len(finished(tmp_path / "out", "heads")) >= 1
+    assert len(finished(tmp_path / "out", "method")) >= 1
 
 
 def test_the_state_of_a_search_does_not_go_to_remote_storage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -194,7 +194,7 @@ def test_a_killed_sweep_goes_on_by_the_same_command_and_leaves_what_was_finished
     result = json.loads(done.stdout.splitlines()[-1])
     assert (result["num_trials"], result["num_failed"]) == (2, 0)
     assert {path: path.stat().st_mtime_ns for path in before} == before
-    assert {stage: len(finished(out, stage)) for stage in ("heads", "proxies")} == {"heads": 4, "proxies": 4}
+    assert {stage: len(finished(out, stage)) for stage in ("method", "proxies")} == {"method": 4, "proxies": 4}
     rows = pq.read_table(result["table"]).to_pylist()
     assert all(row["status"] == "finished" and 0 <= row["stability"] <= 1 for row in rows)
 

@@ -88,8 +88,8 @@ def test_parameters_are_kept_as_given_and_clone() -> None:
     assert copy.set_params(n_clusters=7).n_clusters == 7
 
 
-def test_the_temi_preset_takes_the_best_head_and_fixed_neighbours(blobs) -> None:
-    estimator = quick(preset="temi", neighbors=None).fit(blobs[0])
+def test_the_temi_method_takes_the_best_head_and_fixed_neighbours(blobs) -> None:
+    estimator = quick(method="temi", neighbors=None).fit(blobs[0])
     assert estimator.similarity_threshold_ is None
     best = estimator.head_labels_[estimator.head_losses_.argmin()]
     assert clustering_accuracy(best, estimator.labels_) == 1.0
@@ -101,6 +101,7 @@ def test_the_temi_preset_takes_the_best_head_and_fixed_neighbours(blobs) -> None
         ({"n_heads": 0}, r"heads\.num_heads: 0 is not usable"),
         ({"similarity_threshold": 3.0}, r"similarity_threshold is 3\.0"),
         ({"preset": "dino"}, "preset: 'dino' is not usable"),
+        ({"method": "dino"}, "method: 'dino' is unknown"),
         ({"heads": {"num_head": 3}}, "did you mean num_heads"),
         ({"consensus": {"extra_runs": ["a-run"]}}, "cluster_ensemble a list of label matrices"),
     ],

@@ -12,6 +12,7 @@ import torch
 from icce_ray.config import Config
 from icce_ray.embed.feature_matrix import load_features
 from icce_ray.errors import WorkerError
+from icce_ray.methods.clusterings import Clusterings
 from icce_ray.methods.heads.checkpoint import CheckpointFolder
 from icce_ray.methods.heads.communicator import Communicator
 from icce_ray.methods.heads.metrics_log import MetricsLog
@@ -71,15 +72,12 @@ def train(
 
 
 def write_parts(trained: TrainedHeads, output: ArtifactWriter) -> None:
-    """Write label_matrix.npy (H x N int32), heads.safetensors and training.json."""
+    """Write the clusterings and heads.safetensors."""
     tensors = {name: tensor.cpu().contiguous() for name, tensor in trained.parameters.named().items()}
-    output.write_array("label_matrix.npy", trained.label_matrix_HN)
-    output.write_bytes("heads.safetensors", safetensors.torch.save(tensors))
-    output.write_json(
-        "training.json",
-        {
-            "head_losses": trained.head_losses_H.tolist(),
-            "collapsed_heads": trained.collapsed_heads,
-            "history": trained.history,
-        },
-    )
+    Clusterings(
+        trained.label_matrix_HN,
+        trained.head_losses_H,
+        {"heads.safetensors": safetensors.torch.save(tensors)},
+        trained.history,
+        {"collapsed_heads": trained.collapsed_heads},
+    ).write(output)

@@ -19,11 +19,9 @@ from icce_ray.runtime.workers import work_on_workers
 from icce_ray.stage import StageContext
 from icce_ray.store import Artifact, ArtifactWriter
 
-VERSION = 2
-
 
 def run(config: Config, context: StageContext) -> dict[str, Any]:
-    """Train the heads: label_matrix.npy (H x N int32), heads.safetensors, training.json (head_losses, collapsed_heads,
+    """Train the heads: label_matrix.npy (H x N int32), heads.safetensors, clusterings.json (losses, collapsed_heads,
     history), all without the heads that collapsed. While it runs, and afterwards, metrics.jsonl shows every epoch.
 
     Returns:
@@ -36,10 +34,10 @@ def run(config: Config, context: StageContext) -> dict[str, Any]:
         WorkerError: the loss was not finite, or workers died more often than training is restarted.
     """
     connect(config.resources)
-    wait_for_machines(config.resources, "heads", context.progress.note)
-    workers = config.resources.heads
+    wait_for_machines(config.resources, "method", context.progress.note)
+    workers = config.resources.method
     work = partial(_train, config=config, inputs=dict(context.inputs), output=context.output)
-    outcome = work_on_workers("heads", work, workers, context.progress)
+    outcome = work_on_workers("method", work, workers, context.progress)
     for part in outcome["parts"]:
         context.output.add(part)
     CheckpointFolder.beside(context.output).clear()
@@ -67,7 +65,7 @@ def _train(
     from icce_ray.methods.heads.communicator import SingleWorker, TorchDistributed
 
     torch.set_num_threads(num_threads)
-    communicator = SingleWorker() if config.resources.heads.num_workers == 1 else TorchDistributed()
+    communicator = SingleWorker() if config.resources.method.num_workers == 1 else TorchDistributed()
     context = StageContext(output, inputs, progress)
     try:
         trained = local.train(config, context, communicator=communicator, device=device)

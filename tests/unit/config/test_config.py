@@ -36,8 +36,8 @@ def test_an_override_keeps_the_other_settings_of_its_section(tmp_path: Path) -> 
     assert (config.heads.num_heads, config.heads.num_epochs) == (3, 7)
 
 
-def test_a_preset_fills_in_what_is_not_given_and_nothing_else(config_file: Path) -> None:
-    config = load_config(config_file, ["preset=temi", "neighbors.min_neighbors=20"])
+def test_a_method_fills_in_what_is_not_given_and_nothing_else(config_file: Path) -> None:
+    config = load_config(config_file, ["method=temi", "neighbors.min_neighbors=20"])
     assert config.neighbors.similarity_threshold is None
     assert config.neighbors.min_neighbors == 20
     assert not config.heads.sinkhorn
@@ -45,7 +45,7 @@ def test_a_preset_fills_in_what_is_not_given_and_nothing_else(config_file: Path)
 
 
 def test_a_config_survives_the_way_through_json(config_file: Path) -> None:
-    config = load_config(config_file, ["preset=temi"])
+    config = load_config(config_file, ["method=temi"])
     assert Config.model_validate_json(config.model_dump_json()) == config
 
 
@@ -56,7 +56,6 @@ def test_a_config_survives_the_way_through_json(config_file: Path) -> None:
         ("heds.num_heads=3", r"heds: unknown setting; did you mean heads"),
         ("heads.num_heads=many", r"heads\.num_heads: 'many' is not usable: .*integer"),
         ("heads.num_heads=0", r"heads\.num_heads: 0 is not usable: .*greater than or equal to 1"),
-        ("resources.heads={num_workers: 2, ray_train: false}", r"resources\.heads: ray_train is false, but 2 workers"),
         ("resources.assign.gpus_per_worker=1", r"resources: assign\.gpus_per_worker is 1; images are labelled on CPUs"),
         ("num_clusters=1", r"num_clusters: 1 is not usable: .*greater than or equal to 2"),
         ("num_clusters=automatic", r"num_clusters: 'automatic' is not usable: .*integer"),
@@ -71,7 +70,10 @@ def test_a_config_survives_the_way_through_json(config_file: Path) -> None:
         ("storage.access_key=id", "access_key and secret_key belong together"),
         ("embeddings.uri=x.npy", r"both are given: name the input with either images\.uri or embeddings\.uri"),
         ("images.uri=null", r"neither is given: name the input with either"),
-        ("preset=best", r"preset: 'best' is not usable: .*'icce', 'temi' or 'scan'"),
+        ("preset=best", r"preset: 'best' is not usable: .*'paper'"),
+        ("preset=temi", r"preset: 'temi' is a method, not a preset; write method: temi"),
+        ("preset=icce", r"preset: 'icce' is a method, not a preset; leave preset out"),
+        ("method=best", r"method: 'best' is unknown; the methods are icce, temi, scan"),
         ("consensus.methods=[]", r"consensus: methods is empty"),
         ("heads", r"--set heads: write it as section\.key=value"),
         ("heads=5", r"heads: 5 is not usable"),
@@ -121,6 +123,21 @@ def test_a_file_that_is_no_config_is_refused_by_name(tmp_path: Path, content: st
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"nowhere\.yaml: there is no such config file"):
         load_config(tmp_path / "nowhere.yaml")
+
+
+def test_a_preset_belongs_to_one_method(config_file: Path) -> None:
+    with pytest.raises(ConfigError, match="preset: 'paper' belongs to method: icce, not to 'temi'"):
+        load_config(config_file, ["method=temi", "preset=paper"])
+
+
+def test_the_paper_preset_is_the_recipe_of_the_paper(config_file: Path) -> None:
+    config = load_config(config_file, ["preset=paper", "heads.num_epochs=800"])
+    neighbors, heads = config.neighbors, config.heads
+    assert (neighbors.similarity_threshold, neighbors.min_neighbors, neighbors.center) == (0.3, 50, False)
+    assert (heads.num_heads, heads.learning_rate, heads.warmup_epochs) == (50, 1e-4, 20)
+    assert (heads.input_norm, heads.rotate, heads.input_share, heads.sinkhorn) == ("batch_norm", False, 1.0, True)
+    assert heads.num_epochs == 800, "a setting that is given wins"
+    assert load_config(config_file, ["preset=paper"]).heads.num_epochs == 400
 
 
 def test_labels_from_folders_need_images() -> None:

@@ -33,7 +33,7 @@ GOES_WITH = {
     "sixty-four-gpus.yaml": "kubernetes/raycluster-autoscaling.yaml",
 }
 CONFIGS = (*GOES_WITH, "laptop.yaml")
-STAGES = ("embed", "neighbors", "heads", "classifier", "assign")
+STAGES = ("embed", "neighbors", "method", "classifier", "assign")
 UNITS = {"Gi": 2**30, "Mi": 2**20}
 ACTION_OF = {
     "list_objects_v2": "s3:ListBucket",
@@ -280,7 +280,7 @@ def test_the_sizing_pages_plans_are_these_machines(plan: Any) -> None:
     assert plan.search_gpus == search.num_workers * search.gpus_per_worker
     assert plan.search_cpus == search.num_workers * (search.cpus_per_worker or 0)
     assert plan.assign_cpus == resources.assign.num_workers * (resources.assign.cpus_per_worker or 0)
-    assert resources.heads.num_workers == resources.heads.gpus_per_worker == 1
+    assert resources.method.num_workers == resources.method.gpus_per_worker == 1
     for group in groups(plan.manifest):
         what = {"cpu-decode": "that decode", "high-memory": "with much memory"}.get(
             group.name, f"with {group.gpus:g} GPU{'s' * (group.gpus > 1)}"

@@ -78,10 +78,10 @@ def planted(root: Path, labels: str | None) -> tuple[Config, StageContext]:
         table = pa.table({"image_id": ids, "cluster": CLUSTERS[rows].astype(np.int32), "agreement": agreement})
         writer.write_table(name, table)
     commit(writer, "assign")
-    writer = ArtifactWriter(Folder.at(root / "heads"))
+    writer = ArtifactWriter(Folder.at(root / "method"))
     writer.write_array("label_matrix.npy", np.stack([CLUSTERS[1:]] * 2).astype(np.int32))
-    writer.write_json("training.json", {"head_losses": [0.1, 0.2]})
-    commit(writer, "heads")
+    writer.write_json("clusterings.json", {"losses": [0.1, 0.2]})
+    commit(writer, "method")
     output = ArtifactWriter(Folder.at(root / "evaluate"))
     return config, StageContext(output, inputs, Progress("evaluate", quiet=True))
 

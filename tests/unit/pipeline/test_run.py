@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import ast
 import sys
 import types
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,16 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+import icce_ray.pipeline.plan as plan_module
 import icce_ray.pipeline.run as pipeline
 from icce_ray.config import Config, build_config
+from icce_ray.consensus.stage import CONSENSUS
+from icce_ray.count.stage import CLUSTER_COUNT
 from icce_ray.errors import InputError, ResourceError
-from icce_ray.pipeline.run import Stage
-from icce_ray.stage import StageContext
+from icce_ray.methods import METHODS
+from icce_ray.pipeline.stages import stages_of
+from icce_ray.report.stage import REPORT
+from icce_ray.stage import Stage, StageContext
 
 ran: list[str] = []
 
@@ -73,8 +78,6 @@ TOYS = (
 ALL = [stage.name for stage in TOYS]
 
 
-REAL_STAGES = pipeline.STAGES
-REAL_COUNTED = pipeline.COUNTED
 REAL_CHECK = pipeline._check
 
 
@@ -82,9 +85,14 @@ REAL_CHECK = pipeline._check
 def _toys(monkeypatch: pytest.MonkeyPatch) -> None:
     for function in (images, embed, consensus, assign, evaluate, report):
         install(monkeypatch, function.__name__, function)
-    monkeypatch.setattr(pipeline, "STAGES", TOYS)
+    use_stages(monkeypatch, lambda config: TOYS)
     monkeypatch.setattr(pipeline, "_check", lambda config, pending: None)
     ran.clear()
+
+
+def use_stages(monkeypatch: pytest.MonkeyPatch, toy_stages_of: Callable[[Config], tuple[Stage, ...]]) -> None:
+    for module in (plan_module, pipeline):
+        monkeypatch.setattr(module, "stages_of", toy_stages_of)
 
 
 def install(monkeypatch: pytest.MonkeyPatch, name: str, function: Any) -> None:
@@ -158,16 +166,8 @@ def test_no_stage_but_evaluate_is_told_where_the_labels_are(tmp_path: Path, monk
         install(monkeypatch, function.__name__, spy)
     run_again(tmp_path, evaluate={"labels": "folder"})
     assert told == dict.fromkeys(ALL) | {"evaluate": "folder"}
-    assert [stage.name for stage in REAL_STAGES if stage.sees_labels] == ["evaluate"]
-
-
-@pytest.mark.parametrize("stage", [*REAL_STAGES, pipeline.CLUSTER_COUNT], ids=lambda stage: stage.name)
-def test_the_version_in_the_list_is_the_one_beside_the_code(stage: Stage) -> None:
-    """Stated twice because planning must not import Ray, which the jobs do."""
-    source = Path(pipeline.__file__).parents[2].joinpath(*stage.module.split(".")).with_suffix(".py")
-    assigned = [node for node in ast.parse(source.read_text()).body if isinstance(node, ast.Assign)]
-    versions = [node.value for node in assigned if ast.unparse(node.targets[0]) == "VERSION"]
-    assert [ast.literal_eval(version) for version in versions] == [stage.version]
+    real = stages_of(config_for(tmp_path, **AUTO))
+    assert [stage.name for stage in real if stage.sees_labels] == ["evaluate"]
 
 
 @pytest.fixture
@@ -190,10 +190,9 @@ def chosen(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     count = Stage("cluster_count", "toy_cluster_count", 1, ("embed",), lambda config: {})
     drawn = replace(TOYS[2], settings=lambda config: {"seed": config.seed, "num_clusters": config.num_clusters})
     stages = (*TOYS[:2], drawn, *TOYS[3:])
-    monkeypatch.setattr(pipeline, "STAGES", stages)
-    monkeypatch.setattr(pipeline, "COUNTING", (*stages[:2], count))
     last = replace(stages[-1], inputs=(*stages[-1].inputs, "cluster_count"))
-    monkeypatch.setattr(pipeline, "COUNTED", (*stages[2:-1], last))
+    with_count = (*stages[:2], count, *stages[2:-1], last)
+    use_stages(monkeypatch, lambda config: with_count if config.is_auto else stages)
     return numbers
 
 
@@ -241,7 +240,7 @@ def test_a_run_that_was_killed_after_the_choice_does_not_choose_again(
 def test_the_record_of_a_run_with_auto_says_what_was_asked_and_what_was_chosen(
     tmp_path: Path, chosen: list[int]
 ) -> None:
-    from icce_ray.pipeline.result import read_records
+    from icce_ray.store.run_records import read_records
 
     pipeline.run_pipeline(config_for(tmp_path, **AUTO), quiet=True)
     (record,) = read_records(str(tmp_path / "out"))
@@ -299,18 +298,39 @@ def test_the_choice_is_made_anew_when_what_it_is_made_with_changes(
     tmp_path: Path, section: str, setting: str, values: tuple[Any, Any], counts_anew: bool
 ) -> None:
     one, other = (
-        pipeline.CLUSTER_COUNT.settings(config_for(tmp_path, **AUTO, **{section: {setting: value}})) for value in values
+        CLUSTER_COUNT.settings(config_for(tmp_path, **AUTO, **{section: {setting: value}})) for value in values
     )
     assert (one != other) == counts_anew
 
 
-def test_the_real_stages_of_auto_are_those_of_a_number_and_one_more() -> None:
-    assert [stage.name for stage in (*pipeline.COUNTING, *REAL_COUNTED)] == [
-        "images", "embed", "sample", "cluster_count", "neighbors", "heads", "consensus", "classifier", "assign",
+def test_the_stages_of_auto_are_those_of_a_number_and_the_choice(tmp_path: Path) -> None:
+    auto, given = stages_of(config_for(tmp_path, **AUTO)), stages_of(config_for(tmp_path))
+    assert [stage.name for stage in auto] == [
+        "images", "embed", "sample", "cluster_count", "neighbors", "method", "consensus", "classifier", "assign",
         "evaluate", "report",
     ]  # fmt: skip
-    known = {stage.name: stage for stage in REAL_STAGES}
-    assert [stage for stage in REAL_COUNTED[:-1] if stage != known[stage.name]] == []
+    inputs = {stage.name: stage.inputs for stage in auto if stage.name != "cluster_count"}
+    assert inputs.pop("report") == ({stage.name: stage.inputs for stage in given}["report"] + ("cluster_count",))
+    assert inputs == {stage.name: stage.inputs for stage in given if stage.name != "report"}
+
+
+def test_a_method_that_needs_no_graph_has_no_stage_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(METHODS, "plain", replace(METHODS["icce"], needs_graph=False))
+    stages = {stage.name: stage for stage in stages_of(config_for(tmp_path, method="plain"))}
+    assert "neighbors" not in stages
+    assert stages["method"].inputs == ("embed", "sample")
+    assert "neighbors" not in stages["report"].inputs
+
+
+def test_methods_with_the_same_settings_share_their_clusterings(tmp_path: Path) -> None:
+    def identity(**settings: Any) -> tuple[Any, ...]:
+        config = config_for(tmp_path, **settings)
+        (stage,) = (stage for stage in stages_of(config) if stage.name == "method")
+        return stage.version, stage.inputs, stage.settings(config)
+
+    temi = METHODS["temi"].settings
+    assert identity(method="temi") == identity(heads=temi["heads"]) != identity()
+    assert identity(heads={"checkpoint_interval_s": 5}) == identity()
 
 
 def test_a_failed_stage_keeps_what_was_finished_before_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -383,11 +403,11 @@ def test_an_output_that_cannot_be_used_is_refused_before_any_work(tmp_path: Path
 def test_extra_runs_that_are_not_there_are_refused_before_any_work(tmp_path: Path) -> None:
     config = config_for(tmp_path, consensus={"extra_runs": ["gone"]})
     with pytest.raises(InputError, match=r"consensus\.extra_runs: there is no run 'gone'"):
-        REAL_CHECK(config, ["consensus", "report"])
+        REAL_CHECK(config, [CONSENSUS, REPORT])
 
 
 def test_the_record_of_a_run_names_its_artifacts(tmp_path: Path) -> None:
-    from icce_ray.pipeline.result import read_records
+    from icce_ray.store.run_records import read_records
 
     result = pipeline.run_pipeline(config_for(tmp_path), quiet=True)
     (record,) = read_records(str(tmp_path / "out"))
@@ -411,9 +431,9 @@ def test_workers_that_do_not_fit_are_refused_with_the_numbers() -> None:
     from icce_ray.runtime.placement import shortfall
 
     machines = [(4.0, 0.0), (4.0, 1.0)]
-    assert shortfall("heads", WorkerResources(num_workers=8), machines) is None
-    assert shortfall("heads", WorkerResources(num_workers=2, cpus_per_worker=4), machines) is None
-    assert "9 workers, but Ray has 8 CPUs" in str(shortfall("heads", WorkerResources(num_workers=9), machines))
-    assert "2 x 5 CPUs" in str(shortfall("heads", WorkerResources(num_workers=2, cpus_per_worker=5), machines))
-    assert "2 x 1 GPUs" in str(shortfall("heads", WorkerResources(num_workers=2, gpus_per_worker=1), machines))
+    assert shortfall("method", WorkerResources(num_workers=8), machines) is None
+    assert shortfall("method", WorkerResources(num_workers=2, cpus_per_worker=4), machines) is None
+    assert "9 workers, but Ray has 8 CPUs" in str(shortfall("method", WorkerResources(num_workers=9), machines))
+    assert "2 x 5 CPUs" in str(shortfall("method", WorkerResources(num_workers=2, cpus_per_worker=5), machines))
+    assert "2 x 1 GPUs" in str(shortfall("method", WorkerResources(num_workers=2, gpus_per_worker=1), machines))
     assert issubclass(ResourceError, ValueError)

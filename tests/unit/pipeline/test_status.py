@@ -12,10 +12,10 @@ import pytest
 
 from icce_ray import cli
 from icce_ray.errors import BusyError, InputError, WorkerError
-from icce_ray.pipeline.result import RUNS_FOLDER
 from icce_ray.pipeline.status import MAX_SILENCE_S, PROGRESS_FOLDER, RunProgress, RunStatus, find_status
 from icce_ray.runtime.progress import Progress
 from icce_ray.store import ArtifactWriter, Folder
+from icce_ray.store.run_records import RUNS_FOLDER
 
 RUN = "abc"
 STAGES = ("images", "embed", "heads")

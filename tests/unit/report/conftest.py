@@ -111,11 +111,11 @@ def build_run(config: Config, root: Path, rows_per_part: int) -> PlantedRun:
     labels[:3] = 1
     agreement = np.full(len(rows), 0.9, dtype=np.float32)
     agreement[:3] = 0.2
-    output = writer("heads")
+    output = writer("method")
     output.write_array("label_matrix.npy", np.stack([labels, np.roll(labels, 5)]))
     history = [{"epoch": epoch, "loss": 3 / epoch, "best_head_loss": 2.5 / epoch} for epoch in range(1, 9)]
-    output.write_json("training.json", {"history": history, "head_losses": [0.3, 0.4]})
-    inputs["heads"] = commit(output, "heads", config)
+    output.write_json("clusterings.json", {"history": history, "losses": [0.3, 0.4]})
+    inputs["method"] = commit(output, "heads", config)
 
     output = writer("consensus")
     output.write_array("labels.npy", labels)

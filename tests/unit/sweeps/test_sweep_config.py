@@ -31,7 +31,7 @@ def sweep_of(space: dict[str, Any], **settings: Any) -> Sweep:
         ({"heads.num_heads": {"randint": [1.5, "a"]}}, {}, "needs two whole numbers"),
         ({"heads.learning_rate": {"loguniform": [0, 1]}}, {}, "starts above 0"),
         ({"output": ["a", "b"]}, {}, "space.output: a sweep does not vary this: all trials share one output"),
-        ({"resources.heads.num_workers": [1, 2]}, {}, "does not vary this: it changes no result"),
+        ({"resources.method.num_workers": [1, 2]}, {}, "does not vary this: it changes no result"),
         ({"classifier.momentum": [0.5]}, {}, "no metric of a sweep depends on it"),
         ({"seed": [0, 1]}, {"seeds": [0, 1]}, "the seed is in the space and in seeds"),
         ({"seed": [0, 1]}, {"seeds": [2, 2]}, "name at least one, and each once"),
@@ -46,8 +46,8 @@ def sweep_of(space: dict[str, Any], **settings: Any) -> Sweep:
         ({"num_clusters": ["auto", 3]}, {}, "space: num_clusters: a sweep compares clusterings.*give a number"),
         (
             {"num_clusters": [3]},
-            {"asha": {}, "base": {"resources": {"heads": {"num_workers": 2}}}},
-            "set base.resources.heads.num_workers=1",
+            {"asha": {}, "base": {"resources": {"method": {"num_workers": 2}}}},
+            "set base.resources.method.num_workers=1",
         ),
     ],
 )

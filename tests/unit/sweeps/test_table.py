@@ -85,7 +85,7 @@ def test_a_config_is_written_as_it_was_given_and_without_secrets() -> None:
         "images": {"uri": "s3://photos"},
         "num_clusters": 5,
         "output": "s3://results",
-        "preset": "temi",
+        "method": "temi",
         "heads": {"num_heads": 4},
         "storage": {"endpoint": "http://store", "access_key": "the key", "secret_key": "the secret"},
     }

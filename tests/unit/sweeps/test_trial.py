@@ -15,8 +15,8 @@ import pytest
 
 from icce_ray.config import Config, build_config
 from icce_ray.metrics.true_label_scores import normalized_mutual_info
-from icce_ray.pipeline.run import STAGES, Stage
-from icce_ray.stage import StageContext
+from icce_ray.pipeline.stages import stages_of
+from icce_ray.stage import Stage, StageContext
 from icce_ray.store import Artifact, ArtifactWriter, Folder
 from icce_ray.sweeps import silhouette_spaces as projection
 from icce_ray.sweeps import trial
@@ -73,22 +73,24 @@ def test_images_are_listed_once_for_each_place(tmp_path: Path, monkeypatch: pyte
     first = listings(config_for(tmp_path))
     (tmp_path / "x.npy").unlink()
     assert listings(config_for(tmp_path, num_clusters=3)) == first
-    assert trial.full_stages(listings)[0].settings(config_for(tmp_path)) == first
+    assert trial.full_stages(config_for(tmp_path), listings)[0].settings(config_for(tmp_path)) == first
     with pytest.raises(ValueError, match=r"y\.npy"):
         listings(config_for(tmp_path, embeddings={"uri": str(tmp_path / "y.npy")}))
 
 
-def test_a_trial_in_one_process_has_the_fingerprints_of_the_distributed_one() -> None:
+def test_a_trial_in_one_process_has_the_fingerprints_of_the_distributed_one(tmp_path: Path) -> None:
+    config = config_for(tmp_path)
+
     def identities(in_one_process: bool) -> list[tuple[str, int, tuple[str, ...]]]:
-        return [(s.name, s.version, s.inputs) for s in trial.run_stages(Listings(), in_one_process)]
+        return [(s.name, s.version, s.inputs) for s in trial.stages_of_trial(config, Listings(), in_one_process)]
 
     assert identities(True) == identities(False)
-    in_process = {stage.name: stage.module for stage in trial.run_stages(Listings(), True)}
-    assert (in_process["heads"], in_process["consensus"]) == (
+    in_process = {stage.name: stage.module for stage in trial.stages_of_trial(config, Listings(), True)}
+    assert (in_process["method"], in_process["consensus"]) == (
         "icce_ray.methods.heads.in_process",
         "icce_ray.consensus.in_process",
     )
-    whole = {stage.name: (stage.version, stage.inputs) for stage in STAGES}
+    whole = {stage.name: (stage.version, stage.inputs) for stage in stages_of(config)}
     assert all(whole[name] == (version, inputs) for name, version, inputs in identities(True) if name in whole)
 
 

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from icce_ray.config import PRESETS, HeadsConfig
+from icce_ray.config import HeadsConfig
 from icce_ray.config import schema as config_module
+from icce_ray.methods import METHODS
 from icce_ray.methods.heads import fused
 from icce_ray.methods.heads.fused import FusedStep, can_fuse, compiled_step
 from icce_ray.methods.heads.model import HeadParameters
@@ -40,7 +41,8 @@ def _few_dimensions(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"input_share": 1.0}, PRESETS["temi"]["heads"], {"max_ce_weight": 2.0}, {"sinkhorn_iterations": 1}]
+    "changes",
+    [{}, {"input_share": 1.0}, METHODS["temi"].settings["heads"], {"max_ce_weight": 2.0}, {"sinkhorn_iterations": 1}],
 )
 def test_the_fused_step_gives_the_numbers_of_the_plain_one(planted, changes: dict[str, object]) -> None:
     config = config_for(**changes)

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from icce_ray.config import PRESETS, HeadsConfig
+from icce_ray.config import HeadsConfig
 from icce_ray.config import schema as config_module
+from icce_ray.methods import METHODS
 from icce_ray.methods.heads.checkpoint import CheckpointFolder
 from icce_ray.methods.heads.sampling import epoch_batches
 from icce_ray.methods.heads.schedule import teacher_momentum
@@ -29,16 +30,16 @@ def settings(**changes: object) -> HeadsConfig:
 
 
 @pytest.mark.parametrize("heads_in_a_block", [1, 2])
-@pytest.mark.parametrize("preset", ["icce", "temi"])
+@pytest.mark.parametrize("method", ["icce", "temi"])
 def test_losses_per_head_are_those_of_the_plain_transcription(
-    planted, preset: str, heads_in_a_block: int, monkeypatch: pytest.MonkeyPatch
+    planted, method: str, heads_in_a_block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(config_module, "MIN_INPUTS", 4)
     features, graph, _ = planted
-    config = settings(**PRESETS[preset].get("heads", {}))
+    config = settings(**METHODS[method].settings.get("heads", {}))
     trainer = HeadTrainer(features, graph, config, num_clusters=4, seed=0)
     trainer.blocks = [slice(start, min(start + heads_in_a_block, 3)) for start in range(0, 3, heads_in_a_block)]
-    assert trainer.student.hidden_weight_HMS.shape[2] == (6 if preset == "icce" else 12)
+    assert trainer.student.hidden_weight_HMS.shape[2] == (6 if method == "icce" else 12)
     reference = ReferenceTrainer(trainer.student.map(torch.clone), config, trainer.steps_per_epoch, trainer.columns_HS)
     step = 0
     for epoch in range(config.num_epochs):

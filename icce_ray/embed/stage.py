@@ -1,0 +1,30 @@
+"""The ``embed`` stage: an embedding for each image, or the reason why there is none."""
+
+from __future__ import annotations
+
+from icce_ray.config import Config
+from icce_ray.stage import Settings, Stage
+from icce_ray.store import Artifact
+
+
+def _settings(config: Config) -> Settings:
+    from icce_ray.embed.backbone import embed_settings
+
+    settings = embed_settings(config)
+    settings.get("embed", {}).pop("retry_errors", None)  # an operation on the artifact, not a property of it
+    return settings
+
+
+def _check(config: Config) -> None:
+    if config.embeddings.uri is None:
+        from icce_ray.embed.backbone import check_backbone
+
+        check_backbone(config)
+
+
+EMBED = Stage("embed", "icce_ray.embed.job", 3, ("images",), _settings, check=_check)
+
+
+def num_failed(embed: Artifact) -> int:
+    """Number of images that could not be used."""
+    return embed.part("errors.parquet").rows or 0

@@ -1,0 +1,37 @@
+"""The ``evaluate`` stage: scores against true labels. No other stage is told where they are."""
+
+from __future__ import annotations
+
+from icce_ray.config import Config
+from icce_ray.stage import Settings, Stage
+from icce_ray.store.filesystem import open_uri
+
+
+def _settings(config: Config) -> Settings:
+    labels = config.evaluate.labels
+    identity = None if labels in (None, "folder", "cls") else _file_identity(str(labels))
+    return {"evaluate": config.evaluate.model_dump(), "file": identity}
+
+
+def _file_identity(uri: str) -> Settings:
+    filesystem, path = open_uri(uri)
+    info = filesystem.get_file_info(path)
+    return {"num_bytes": info.size, "modified_ns": info.mtime_ns}
+
+
+def _check(config: Config) -> None:
+    if config.evaluate.labels is not None:
+        from icce_ray.evaluate.labels import check_labels
+
+        check_labels(config)
+
+
+EVALUATE = Stage(
+    "evaluate",
+    "icce_ray.evaluate.run_scores",
+    1,
+    ("images", "embed", "sample", "method", "consensus", "assign"),
+    _settings,
+    check=_check,
+    sees_labels=True,
+)

@@ -1,0 +1,43 @@
+"""Which stages a run has."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from icce_ray.assign.stage import ASSIGN
+from icce_ray.classifier.stage import CLASSIFIER
+from icce_ray.config import Config
+from icce_ray.consensus.stage import CONSENSUS
+from icce_ray.count.stage import CLUSTER_COUNT
+from icce_ray.embed.stage import EMBED
+from icce_ray.evaluate.stage import EVALUATE
+from icce_ray.images.stage import IMAGES
+from icce_ray.methods import METHODS
+from icce_ray.methods.stage import method_stage
+from icce_ray.neighbors.stage import NEIGHBORS
+from icce_ray.report.stage import REPORT
+from icce_ray.sample.stage import SAMPLE
+from icce_ray.stage import Stage
+
+
+def stages_of(config: Config) -> tuple[Stage, ...]:
+    """The stages of a run with this config, in order.
+
+    With ``num_clusters: auto``, `cluster_count` chooses the number; the stages after it are those of a run that was
+    given that number, except for the report, which shows how it was chosen.
+    """
+    stages = [
+        IMAGES,
+        EMBED,
+        SAMPLE,
+        *([CLUSTER_COUNT] if config.is_auto else []),
+        *([NEIGHBORS] if METHODS[config.method].needs_graph else []),
+        method_stage(config.method),
+        CONSENSUS,
+        CLASSIFIER,
+        ASSIGN,
+        EVALUATE,
+        REPORT,
+    ]
+    names = {stage.name for stage in stages}
+    return tuple(replace(stage, inputs=tuple(name for name in stage.inputs if name in names)) for stage in stages)
