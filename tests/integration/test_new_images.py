@@ -28,10 +28,10 @@ from icce_ray.embed import job as embed_job
 from icce_ray.errors import InputError, UserError
 from icce_ray.images import listing
 from icce_ray.pipeline.plan import plan, run_name
-from icce_ray.pipeline.result import write_record
 from icce_ray.runtime.progress import Progress
 from icce_ray.stage import StageContext
 from icce_ray.store import Artifact, ArtifactWriter
+from icce_ray.store.run_records import write_record
 
 pytestmark = pytest.mark.slow
 
@@ -88,7 +88,8 @@ def run(tmp_path_factory: pytest.TempPathFactory, ray_cluster: None) -> Path:
             seconds=0,
         )
     name = run_name(list(planned.values()))
-    write_record(config, name, {step.name: step.fingerprint for step in planned.values()})
+    fingerprints = {step.name: step.fingerprint for step in planned.values()}
+    write_record(config.output, name, fingerprints, config.model_dump(mode="json"))
     return root
 
 
