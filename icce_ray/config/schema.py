@@ -38,7 +38,7 @@ NumClusters = Annotated[int, Field(ge=2)]
 MIN_INPUTS = 32
 """Dimensions that a head sees at least, where there are so many."""
 
-ConsensusMethod = Literal["mcla", "hbgf", "cspa", "vote", "best_head", "hgpa"]
+ConsensusMethod = Literal["mcla", "hbgf", "cspa", "vote", "best_head"]
 
 CONSENSUS_METHODS: tuple[ConsensusMethod, ...] = get_args(ConsensusMethod)
 
@@ -265,9 +265,8 @@ class HeadsConfig(Section):
 
 class ConsensusConfig(Section):
     methods: tuple[ConsensusMethod, ...] = ("mcla", "hbgf", "cspa", "vote")
-    """Consensus functions to try; the result with the highest average NMI with the heads is kept. `hgpa` needs the
-    extra `[hgpa]` (Mt-KaHyPar). `hbgf`, `hgpa` and `cspa` are left out, with a line that says why, where there are too
-    many images for them."""
+    """Consensus functions to try; the result with the highest average NMI with the heads is kept. `hbgf` and `cspa`
+    are left out, with a line that says why, if there are too many images for them."""
     extra_runs: tuple[str, ...] = ()
     """Other runs over the same images whose heads take part: one consensus of several backbones, thresholds or numbers
     of clusters. Names of runs under `output` (a run's last lines tell it), or places of their records elsewhere

@@ -20,7 +20,6 @@ from icce_ray.consensus.cluster_counts import anmi, count_consensus
 from icce_ray.consensus.cspa import cspa
 from icce_ray.consensus.hbgf import hbgf
 from icce_ray.consensus.head_overlaps import HeadPairs, compare_heads
-from icce_ray.consensus.hgpa import hgpa
 from icce_ray.consensus.hierarchy import Hierarchy, build_hierarchy
 from icce_ray.consensus.label_matrix import Heads, Labels
 from icce_ray.consensus.mcla import mcla
@@ -175,8 +174,6 @@ def _run_method(
         return mcla(heads, pairs(), num_clusters, imbalance=config.imbalance, seeds=seeds[:num_tries])
     if method == "hbgf":
         return hbgf(heads, num_clusters, imbalance=config.imbalance, seeds=seeds[:num_tries])
-    if method == "hgpa":
-        return hgpa(heads, num_clusters, imbalance=config.imbalance, seeds=seeds[:1])
     limit = config.cspa_max_images
     return cspa(heads, num_clusters, imbalance=config.imbalance, seeds=seeds[:1], max_images=limit)
 

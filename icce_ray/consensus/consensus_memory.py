@@ -10,7 +10,6 @@ from __future__ import annotations
 from icce_ray.config import ConsensusConfig
 from icce_ray.consensus.hbgf import MAX_EDGES
 from icce_ray.consensus.head_overlaps import tile_heads
-from icce_ray.consensus.hgpa import MAX_PINS
 from icce_ray.consensus.label_matrix import PIECE_LABELS, Heads
 from icce_ray.consensus.votes import BLOCK_VOTES
 from icce_ray.errors import ResourceError
@@ -20,8 +19,8 @@ IMAGE_BYTES = 100
 """Candidates, moves and agreement of an image."""
 TABLE_BYTES, NUM_TABLES = 4, 4
 """Of a cell of K x C, and how many of these there are at once: before and after the moves, and pieces under way."""
-EDGE_BYTES, PIN_BYTES, PAIR_BYTES = 200, 400, 50
-"""Of an edge of METIS's graph, of a pin of Mt-KaHyPar's, of a pair of images of CSPA, while they are built and cut."""
+EDGE_BYTES, PAIR_BYTES = 200, 50
+"""Of an edge of METIS's graph, of a pair of images of CSPA, while they are built and cut."""
 VOTE_BYTES = 100
 
 
@@ -33,7 +32,6 @@ def coordinator_bytes(heads: Heads, num_clusters: int, config: ConsensusConfig) 
     graphs = {
         "mcla": EDGE_BYTES * heads.num_head_clusters * heads.num_heads // 2,
         "hbgf": EDGE_BYTES * num_labels if num_labels <= MAX_EDGES else 0,
-        "hgpa": PIN_BYTES * num_labels if num_labels <= MAX_PINS else 0,
         "cspa": PAIR_BYTES * heads.num_images**2 if heads.num_images <= config.cspa_max_images else 0,
     }
     return IMAGE_BYTES * heads.num_images + tables + max(graphs.get(method, 0) for method in config.methods)

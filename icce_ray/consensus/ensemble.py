@@ -42,7 +42,7 @@ def cluster_ensemble(
             Or a list of such matrices, of several runs over the same images: any number of heads and clusters each.
         n_clusters: clusters of the consensus (K). Not given: as many as the head with the most.
         methods: consensus functions to try: `mcla`, `hbgf`, `cspa`, `vote` (heads aligned one to one, majority),
-            `best_head` (the head with the lowest loss, else with the highest ANMI), `hgpa` (needs the extra `[hgpa]`).
+            `best_head` (the head with the lowest loss, else with the highest ANMI).
             Not given: the first four. Those that would cost too much at this size say so in `skipped`.
         random_state: seed; the same seed gives the same result.
         refine: reassign images as long as that raises the ANMI.

@@ -29,7 +29,7 @@ from icce_ray.store.filesystem import Folder, open_uri
 
 SCHEMA_VERSION = 1
 MANIFEST_NAME = "manifest.json"
-RECORDED_LIBRARIES = ("icce_ray", "numpy", "torch", "faiss-cpu", "ray", "timm", "pyarrow", "pymetis", "mtkahypar")
+RECORDED_LIBRARIES = ("icce_ray", "numpy", "torch", "faiss-cpu", "ray", "timm", "pyarrow", "pymetis")
 
 
 def fingerprint(stage: str, version: int, settings: Mapping[str, Any], inputs: Mapping[str, str]) -> str:

@@ -193,7 +193,7 @@ def test_the_summary_is_json_and_counts_the_clusters():
         ({"n_clusters": 1}, "n_clusters is 1"),
         ({"n_clusters": 7}, "n_clusters is 7.*6"),
         ({"n_clusters": 2.5}, r"n_clusters is 2\.5"),
-        ({"methods": ["kmeans"]}, "'kmeans'.*mcla, hbgf, cspa, vote, best_head, hgpa"),
+        ({"methods": ["kmeans"]}, "'kmeans'.*mcla, hbgf, cspa, vote, best_head"),
         ({"methods": []}, "methods is empty"),
         ({"imbalance": 0.5}, r"imbalance is 0\.5"),
         ({"imbalance": float("nan")}, "imbalance is nan"),

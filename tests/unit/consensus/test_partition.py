@@ -61,7 +61,7 @@ def test_impossible_numbers_of_parts_are_refused(two_cliques, num_parts):
     [
         ("import os; os.abort()", "exit code -6"),
         ("import sys; sys.exit('METIS: no room')", "METIS: no room"),
-        ("print('nonsense')", "something else"),
+        ("print('nonsense')", "something other"),
     ],
 )
 def test_a_partitioner_that_crashes_or_talks_nonsense_is_an_error_of_its_own(
