@@ -31,6 +31,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The job's arguments, for `main` and for ``icce-ray run``."""
     parser.add_argument("config", nargs="?", metavar="CONFIG", help="a YAML file; without it, the built-in demo is run")
+    parser.add_argument(
+        "--refresh",
+        action="store_true",
+        help="look for new images: known images keep their ids, new ones get the next (object storage is otherwise "
+        "listed once per output; a change on a local disk otherwise numbers all images anew)",
+    )
+    parser.add_argument(
+        "--retry-errors",
+        action="store_true",
+        help="try the images of a finished run's errors table again; those that can be read now are added",
+    )
     add_run_options(parser)
 
 
@@ -61,7 +72,7 @@ def run_command(arguments: argparse.Namespace) -> None:
         config = _prepare_demo(arguments)
     else:
         config = load_config(arguments.config, arguments.overrides)
-    result = run_pipeline(config, quiet=arguments.quiet)
+    result = run_pipeline(config, refresh=arguments.refresh, retry_errors=arguments.retry_errors, quiet=arguments.quiet)
     if arguments.json:
         print(json.dumps(result.to_json()), flush=True)
 

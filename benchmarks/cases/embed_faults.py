@@ -62,7 +62,7 @@ def _embed(endpoint: str, output: str) -> tuple[float, int]:
         output=output,
         num_clusters=2,
         images={"uri": "s3://photos/all/"},
-        embed={"backbone": "pixels", "image_size": 32, "images_per_part": 128},
+        embed={"backbone": "pixels", "image_size": 32},
         storage={"endpoint": endpoint},
     )
     artifacts: dict[str, Artifact] = {}

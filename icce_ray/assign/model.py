@@ -26,7 +26,7 @@ from icce_ray.embed.backbone import embed_settings, make_backbone, plan_backbone
 from icce_ray.embed.networks import Backbone
 from icce_ray.errors import InputError
 from icce_ray.images.decoding import Pixels, Preprocessing, convert_image, decode_image
-from icce_ray.images.reading import read_image
+from icce_ray.images.read_images import read_image
 from icce_ray.store import Artifact, Folder
 
 

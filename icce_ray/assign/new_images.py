@@ -19,10 +19,10 @@ from icce_ray.assign.stage import ASSIGN
 from icce_ray.classifier.linear import DESCRIPTION_NAME
 from icce_ray.config import Config, load_config
 from icce_ray.embed.backbone import check_backbone
-from icce_ray.embed.ready_made import open_embeddings
 from icce_ray.embed.stage import EMBED, num_failed
 from icce_ray.errors import InputError
-from icce_ray.images.listing import source_digest
+from icce_ray.images.embedding_files import open_embeddings
+from icce_ray.images.list_images import source_digest
 from icce_ray.images.stage import IMAGES
 from icce_ray.pipeline.find_run import find_stage
 from icce_ray.pipeline.plan import plan
@@ -31,7 +31,7 @@ from icce_ray.runtime.progress import format_seconds
 from icce_ray.stage import Settings, Stage
 from icce_ray.store import Artifact
 
-FREE_EMBED_SETTINGS = {"batch_size", "images_per_part", "max_error_rate", "max_image_pixels"}
+FREE_EMBED_SETTINGS = {"batch_size", "max_error_rate", "max_image_pixels"}
 """How fast, and what is bad enough to stop for; what the features are is the model's."""
 
 
@@ -41,7 +41,7 @@ def _assign_settings(config: Config) -> Settings:
     if config.embeddings.uri is None:
         return settings
     given = {"embeddings": config.embeddings.model_dump(), "uri_column": config.images.uri_column}
-    return settings | given | {"source": source_digest(config)}
+    return settings | given | {"source": source_digest(config.images, config.embeddings, config.output)}
 
 
 IMAGE_STAGES: tuple[Stage, ...] = (

@@ -20,8 +20,8 @@ import pyarrow.parquet as pq
 from icce_ray.assign.assignment_parts import ASSIGNMENTS_FOLDER, AssignPart
 from icce_ray.config import EmbeddingsConfig
 from icce_ray.embed.feature_matrix import PART_PREFIX, table_to_arrays
-from icce_ray.embed.ready_made import NpyEmbeddings, ParquetEmbeddings, ReadyMade, SourceFile, open_embeddings
-from icce_ray.images.listing import SHARD_PREFIX, Listing
+from icce_ray.images.embedding_files import EmbeddingFile, Embeddings, NpyEmbeddings, ParquetEmbeddings, open_embeddings
+from icce_ray.images.listing import LISTING_PREFIX, Listing
 from icce_ray.store import Artifact
 
 READ_ROWS = 8_192
@@ -50,7 +50,7 @@ class EmbeddedImages:
         self.images = images
 
     def plan(self, rows_per_part: int, made_from: Iterable[str]) -> list[AssignPart]:
-        shared = [*made_from, *(self.images.part(name).sha256 for name in self.images.part_names(SHARD_PREFIX))]
+        shared = [*made_from, *(self.images.part(name).sha256 for name in self.images.part_names(LISTING_PREFIX))]
         groups: list[list[str]] = []
         room = 0
         for name in self.embed.part_names(PART_PREFIX):
@@ -126,7 +126,7 @@ class EmbeddingFiles:
             if done == part.num_rows:
                 return
 
-    def _open(self, file: SourceFile) -> ReadyMade:
+    def _open(self, file: EmbeddingFile) -> Embeddings:
         return ParquetEmbeddings([file], self.column) if self.column is not None else NpyEmbeddings(file)
 
 
@@ -144,7 +144,7 @@ class UriReader:
         return self._listing.table(first, int(image_ids[-1]) + 1)["uri"].take(pa.array(image_ids - first))
 
 
-def _pieces(file: SourceFile) -> list[int]:
+def _pieces(file: EmbeddingFile) -> list[int]:
     """Rows of the pieces of a file that can be read by themselves: row groups; of a .npy file any rows."""
     if file.path.lower().endswith(".npy"):
         num_rows = NpyEmbeddings(file).num_rows

@@ -86,10 +86,6 @@ class ImagesConfig(Section):
     bytes_column: str | None = None
     """The column of a Parquet file that holds the image files themselves: binary, or a struct with a binary field
     `bytes`. Not set: a file without `uri_column` is searched for its only such column."""
-    refresh: bool = False
-    """Look for new images: known ones keep their ids, new ones get the next. Object storage is looked at only once per
-    `output` unless this is set. What lies on local disks is looked at in every run; without `refresh` a change there
-    numbers all images anew."""
 
     @property
     def uris(self) -> tuple[str, ...]:
@@ -145,16 +141,11 @@ class EmbedConfig(BackboneConfig):
     GPUs. It changes embeddings by rounding only."""
     batch_size: PositiveInt | Literal["auto"] = "auto"
     """Images per forward pass. `auto`: 64 on CPUs; on a GPU each worker doubles it at its start for as long as that is
-    faster and fits. It does not change which images share a part."""
-    images_per_part: PositiveInt = 512
-    """Images per Parquet part: what is lost at most when a worker dies."""
+    faster and fits."""
     max_image_pixels: PositiveInt = 100_000_000
     """An image of more pixels (width x height) is not decoded: it goes into the errors table."""
     max_error_rate: Fraction = 0.1
     """The stage stops when more than this share of the images cannot be used."""
-    retry_errors: bool = False
-    """Try the images of a finished run's errors table again, and only those. What can be read now is added, and the
-    stages after this one run again."""
 
     @property
     def backbones(self) -> tuple[BackboneConfig, ...]:

@@ -219,8 +219,7 @@ def embed_settings(config: Config) -> dict[str, Any]:
     if config.embeddings.uri is not None:
         return {"embeddings": {"column": config.embeddings.column}}
     embed = config.embed
-    shared = {"images_per_part": embed.images_per_part, "max_image_pixels": embed.max_image_pixels}
-    settings = shared | _backbone_settings(embed, config)
+    settings = {"max_image_pixels": embed.max_image_pixels} | _backbone_settings(embed, config)
     if embed.extra:
         settings["extra"] = [_backbone_settings(extra, config) for extra in embed.extra]
     return {"embed": settings}

@@ -29,7 +29,6 @@ from icce_ray.embed.feature_matrix import joined_columns
 from icce_ray.errors import DamagedArtifactError
 from icce_ray.store import Folder
 
-NOT_OF_THE_MODEL = ("images_per_part", "max_image_pixels", "retry_errors")
 LOAD_THREADS = 16
 MAX_HELD_PARTS = 32
 WAIT_S = 0.05
@@ -46,7 +45,7 @@ def model_key(settings: Mapping[str, Any], plan: EmbeddingPlan) -> str:
         settings: of :func:`~icce_ray.embed.backbone.embed_settings`; weights count by their content.
         plan: of the backbones.
     """
-    embed = {key: value for key, value in settings["embed"].items() if key not in NOT_OF_THE_MODEL}
+    embed = {key: value for key, value in settings["embed"].items() if key != "max_image_pixels"}
     content = {"embed": embed, "backbones": [asdict(backbone) for backbone in plan.backbones]}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 

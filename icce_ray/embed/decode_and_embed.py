@@ -17,7 +17,8 @@ from icce_ray.embed.embedding_parts import Error, PartRange, part_table
 from icce_ray.embed.feature_matrix import joined_columns
 from icce_ray.embed.networks import Backbone
 from icce_ray.images.decoding import Pixels, Preprocessing, SeveralViews, decode_image
-from icce_ray.images.reading import ListedImage, read_images
+from icce_ray.images.listing import ListedImage
+from icce_ray.images.read_images import read_images
 from icce_ray.store.attempts import KILLER, Attempt, UnrecordedAttempt
 
 HASHED_TOGETHER = 64

@@ -25,8 +25,13 @@ from icce_ray.errors import DamagedArtifactError
 from icce_ray.images.decoding import Preprocessing, SeveralViews
 from icce_ray.store import Folder, Part
 
+MIN_IMAGES_PER_PART = 16
+MAX_IMAGES_PER_PART = 512
+"""What is lost at most when a worker dies."""
+PARTS_WANTED = 16
+"""Small collections are cut into about this many parts, so that several workers can share them."""
 MAX_DECODED_PART_BYTES = 128 * 2**20
-"""Of a part's pixels, which travel through shared memory as one piece."""
+"""Limit for a part's pixels, which travel through shared memory together."""
 READY_MADE_PART_BYTES = 64 * 2**20
 READY_MADE_PART_ROWS = 65536
 RECORD_KEY = b"icce_ray.part"
@@ -97,9 +102,12 @@ def with_source(part: PartRange, images: pa.Table) -> PartRange:
     return replace(part, source=digest.hexdigest()[:32])
 
 
-def images_per_part(preprocessing: Preprocessing | SeveralViews, wanted: int) -> int:
-    """`wanted`, or as many as MAX_DECODED_PART_BYTES holds."""
-    return max(1, min(wanted, MAX_DECODED_PART_BYTES // math.prod(preprocessing.shape)))
+def images_per_part(num_images: int, preprocessing: Preprocessing | SeveralViews) -> int:
+    """The size of the parts of a collection: a power of two, so that a collection that grows by a little keeps its
+    parts, unless their pixels would take more than MAX_DECODED_PART_BYTES."""
+    wanted = 1 << (num_images // PARTS_WANTED).bit_length()
+    fitting = MAX_DECODED_PART_BYTES // math.prod(preprocessing.shape)
+    return max(1, min(max(MIN_IMAGES_PER_PART, wanted), MAX_IMAGES_PER_PART, fitting))
 
 
 def ready_made_rows_per_part(dim: int, itemsize: int) -> int:

@@ -22,10 +22,9 @@ from icce_ray.embed.embedding_parts import (
     read_record,
     write_part,
 )
-from icce_ray.embed.ready_made import ReadyMade
 from icce_ray.errors import InputError
-from icce_ray.images.listing import Listing
-from icce_ray.images.reading import REMOVED
+from icce_ray.images.embedding_files import Embeddings
+from icce_ray.images.listing import REMOVED, Listing
 from icce_ray.stage import StageContext
 
 ERRORS_NAME = "errors.parquet"
@@ -167,11 +166,11 @@ class Tally:
         return ", ".join(shown) + (", ..." if len(common) > REASONS_SHOWN else "")
 
 
-def convert_ready_made(embeddings: ReadyMade, pending: list[PartRange], tally: Tally, context: StageContext) -> None:
+def convert_ready_made(embeddings: Embeddings, pending: list[PartRange], tally: Tally, context: StageContext) -> None:
     """Write the `pending` parts of ready-made embeddings, reading the source once, in order, from the first of them on.
 
     Raises:
-        InputError: as :meth:`ReadyMade.blocks`.
+        InputError: as :meth:`Embeddings.blocks`.
     """
     if not pending:
         return

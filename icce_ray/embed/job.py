@@ -51,10 +51,9 @@ from icce_ray.embed.embedding_parts import (
 )
 from icce_ray.embed.finished_parts import ERRORS_NAME, Tally, convert_ready_made
 from icce_ray.embed.networks import Backbone
-from icce_ray.embed.ready_made import open_embeddings
-from icce_ray.images.listing import Listing
-from icce_ray.images.reading import REMOVED
-from icce_ray.images.sources import is_remote
+from icce_ray.images.embedding_files import open_embeddings
+from icce_ray.images.listing import REMOVED, Listing
+from icce_ray.images.uris import is_remote
 from icce_ray.runtime.ray_cluster import (
     available_cpus,
     connect,
@@ -271,7 +270,7 @@ def _listing(images: Artifact) -> Listing:
 
 
 def _parts(config: Config, listing: Listing, plan: EmbeddingPlan) -> list[PartRange]:
-    rows = images_per_part(plan.preprocessing, config.embed.images_per_part)
+    rows = images_per_part(len(listing), plan.preprocessing)
     return [with_source(part, listing.table(part.start, part.stop)) for part in plan_parts(len(listing), rows)]
 
 

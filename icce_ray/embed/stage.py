@@ -10,9 +10,7 @@ from icce_ray.store import Artifact
 def _settings(config: Config) -> Settings:
     from icce_ray.embed.backbone import embed_settings
 
-    settings = embed_settings(config)
-    settings.get("embed", {}).pop("retry_errors", None)  # an operation on the artifact, not a property of it
-    return settings
+    return embed_settings(config)
 
 
 def _check(config: Config) -> None:
@@ -22,7 +20,7 @@ def _check(config: Config) -> None:
         check_backbone(config)
 
 
-EMBED = Stage("embed", "icce_ray.embed.job", 3, ("images",), _settings, check=_check)
+EMBED = Stage("embed", "icce_ray.embed.job", 4, ("images",), _settings, check=_check)
 
 
 def num_failed(embed: Artifact) -> int:

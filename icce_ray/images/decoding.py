@@ -1,8 +1,8 @@
-"""From the bytes of an image file to pixels of one size, whatever the file holds; or the reason why not.
+"""Decode image files to pixels of a given size, or say why a file cannot be used.
 
 Every mode that Pillow opens becomes 8-bit RGB or grey: EXIF rotation applied, transparency on white, the first frame of
-an animation. A file that cannot be used costs itself only: it yields a short, stable reason for the errors table.
-Several backbones that want different sizes get them from one decoding.
+an animation. A file that cannot be used costs only itself: it yields a short, stable reason for the errors table.
+Several backbones that want different sizes share one decoding.
 """
 
 from __future__ import annotations
@@ -18,15 +18,16 @@ import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 ENDINGS = {b"\xff\xd8\xff": b"\xff\xd9", b"\x89PNG": b"IEND\xaeB`\x82", b"GIF8": b";"}
-"""How files that begin so end, when they are whole."""
+"""The last bytes of a complete file, by its first bytes."""
 OTHER_SIGNATURES = (b"RIFF", b"BM", b"II*\0", b"MM\0*")
 DRAFT_FORMATS = ("JPEG", "MPO")
-"""MPO: what some cameras write, JPEGs one after another."""
+"""MPO: several JPEGs in one file, as some cameras write."""
 DRAFT_FACTOR = 2
-"""JPEGs are decoded at the smallest of 1/1, 1/2, 1/4, 1/8 that is still this many times the wanted size."""
+"""JPEGs are decoded at the smallest of the scales 1, 1/2, 1/4, 1/8 that is still this many times the wanted size."""
 
 MAX_ASPECT = 16
-"""Of a longer strip only the middle is scaled: scaled whole, a line of a million pixels would fill the memory."""
+"""Longest side over shortest. Only the middle of a longer strip is scaled: a whole line of a million pixels would need
+an enormous image."""
 
 Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
 Pixels = npt.NDArray[np.uint8]
@@ -34,16 +35,16 @@ Pixels = npt.NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How a backbone wants its images: the short side scaled to `scale_size`, then the central square cut out."""
+    """How a backbone wants its images: the short side scaled to `scale_size`, then cropped to the central square."""
 
     size: int
     """Side of the square result in pixels."""
     scale_size: int
-    """Pixels of the short side before the cut."""
+    """Short side in pixels before the crop."""
     interpolation: Interpolation = "bilinear"
-    """Pillow's, with antialiasing."""
+    """Pillow's filter, with antialiasing."""
     squash: bool = False
-    """Scale both sides to `scale_size` instead, whatever the aspect ratio."""
+    """Scale both sides to `scale_size` instead, ignoring the aspect ratio."""
     grayscale: bool = False
     """One channel (luma) instead of three."""
 
@@ -58,7 +59,7 @@ class Preprocessing:
 
 @dataclass(frozen=True)
 class SeveralViews:
-    """Several pictures of each image, for backbones that want them different: their pixels one after another (P)."""
+    """Several views of each image, for backbones with different preprocessing; their pixels are concatenated (P)."""
 
     views: tuple[Preprocessing, ...]
 
@@ -69,8 +70,8 @@ class SeveralViews:
     def split(self, pixels_BP: Pixels) -> list[Pixels]:
         """(B, P) -> (B, H, W, C) of each view."""
         ends = np.cumsum([math.prod(view.shape) for view in self.views])
-        pieces = np.split(pixels_BP, ends[:-1], axis=1)
-        return [piece.reshape(-1, *view.shape) for piece, view in zip(pieces, self.views, strict=True)]
+        flat = np.split(pixels_BP, ends[:-1], axis=1)
+        return [pixels.reshape(-1, *view.shape) for pixels, view in zip(flat, self.views, strict=True)]
 
 
 def decode_image(
@@ -86,10 +87,10 @@ def decode_image(
     Args:
         data: the file's bytes.
         preprocessing: the wanted size and colours.
-        max_pixels: width x height above which nothing is decoded.
+        max_pixels: images with more pixels (width x height) are not decoded.
 
     Returns:
-        (H, W, C) uint8, with several views (P,); or the reason: ``zero bytes``, ``truncated``, ``not an image``,
+        (H, W, C) uint8, or (P,) for several views; or the reason: ``zero bytes``, ``truncated``, ``not an image``,
         ``decompression bomb`` (more than twice Pillow's own limit of 89 million pixels), ``over the limit of N
         pixels``, ``unreadable: ...``. It never raises.
     """
@@ -103,7 +104,7 @@ def decode_image(
         return "decompression bomb"
     except UnidentifiedImageError:
         return _why_unidentified(data)
-    except Exception as error:  # whatever a decoder raises, it must cost this image alone
+    except Exception as error:  # whatever a decoder raises must cost this image alone
         return "truncated" if _is_cut_off(data, error) else f"unreadable: {_one_line(error)}"
     if isinstance(pictures, str):
         return pictures
@@ -111,7 +112,7 @@ def decode_image(
 
 
 def convert_image(image: Image.Image, preprocessing: Preprocessing, *, max_pixels: int = 100_000_000) -> Pixels | str:
-    """As :func:`decode_image`, of an image that Pillow has opened, which stays as it is."""
+    """Like :func:`decode_image`, for an image that Pillow has opened. The image is not changed."""
     if image.width * image.height > max_pixels:
         return f"over the limit of {max_pixels} pixels"
     try:
@@ -122,7 +123,7 @@ def convert_image(image: Image.Image, preprocessing: Preprocessing, *, max_pixel
 
 
 def _decode_views(data: bytes, views: tuple[Preprocessing, ...], max_pixels: int) -> list[Pixels] | str:
-    """The pixels of each view, as it would get them alone; decoded once for all that want the same JPEG scale."""
+    """The pixels of each view, the same as alone. Views that want the same JPEG scale share one decoding."""
     upright: dict[tuple[int, int], Image.Image] = {}
     pictures = []
     for view in views:
@@ -163,12 +164,12 @@ def _to_pixels(upright: Image.Image, view: Preprocessing) -> Pixels:
 def _turn_upright(image: Image.Image) -> Image.Image:
     try:
         return ImageOps.exif_transpose(image)
-    except Exception:  # damaged EXIF data; the picture itself is fine
+    except Exception:  # damaged EXIF data; the image itself may be fine
         return image
 
 
 def _convert(image: Image.Image, mode: str) -> Image.Image:
-    """To `mode` (RGB or L), 8 bits, transparency on white."""
+    """Convert to `mode` (RGB or L), 8 bits, transparency on white."""
     if image.mode.startswith(("I", "F")):
         image = Image.fromarray(_to_8_bits(np.asarray(image), is_16_bit=image.mode.startswith("I")))
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
@@ -177,15 +178,15 @@ def _convert(image: Image.Image, mode: str) -> Image.Image:
         image = Image.alpha_composite(white, layer).convert("RGB")
     if image.mode == mode:
         return image
-    # Pillow refuses some direct ways to grey, such as from CMYK in some versions; by way of RGB all work.
+    # Some versions of Pillow refuse some conversions to grey, such as from CMYK. All work by way of RGB.
     return image.convert(mode) if image.mode in ("L", "RGB", "1") else image.convert("RGB").convert(mode)
 
 
 def _to_8_bits(values: npt.NDArray[Any], *, is_16_bit: bool) -> Pixels:
     """Grey values of a 16-bit, 32-bit or float image as 0..255.
 
-    Integers up to 65,535 are taken for 16-bit. Floats within 0..1 are scaled by 255, within 0..255 left as they are.
-    Any other range is stretched from its minimum to its maximum.
+    Integers up to 65,535 count as 16-bit. Floats within 0..1 are scaled by 255; within 0..255 they are kept. Any other
+    range is stretched from its minimum to its maximum.
     """
     finite = np.nan_to_num(values.astype(np.float64), posinf=0.0, neginf=0.0)
     low, high = float(finite.min()), float(finite.max())

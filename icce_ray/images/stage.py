@@ -8,14 +8,17 @@ from icce_ray.store import Artifact
 
 
 def _settings(config: Config) -> Settings:
-    from icce_ray.images.listing import source_digest
+    from icce_ray.images.list_images import source_digest
 
-    images = config.images.model_dump(exclude={"refresh"})
-    given = {"images": images, "embeddings": config.embeddings.model_dump()}
-    return given | {"source": source_digest(config)}
+    return settings_for(config, source_digest(config.images, config.embeddings, config.output))
 
 
-IMAGES = Stage("images", "icce_ray.images.listing", 2, (), _settings)
+def settings_for(config: Config, source_digest: str) -> Settings:
+    """The settings that determine the listing with this digest."""
+    return {"images": config.images.model_dump(), "embeddings": config.embeddings.model_dump(), "source": source_digest}
+
+
+IMAGES = Stage("images", "icce_ray.images.list_images", 3, (), _settings)
 
 
 def num_listed(images: Artifact) -> int:

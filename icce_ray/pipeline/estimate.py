@@ -21,8 +21,6 @@ from icce_ray.runtime.progress import Progress, format_bytes, format_seconds
 from icce_ray.stage import StageContext
 from icce_ray.store import Artifact, ArtifactWriter, Folder
 
-NUM_PARTS = 8
-"""Of the sample: the first ones carry the start of the workers, the others the rate."""
 MAX_DECODED = 64
 """Images of the sample that are read and decoded here, to time that by itself."""
 
@@ -86,9 +84,7 @@ def estimate(config: Config, *, num_samples: int = 256, quiet: bool = False) -> 
     with tempfile.TemporaryDirectory(prefix="icce_ray-estimate-") as folder:
         images = _sample(listing, rows.tolist(), Folder.at(f"{folder}/images"))
         writer, clock = ArtifactWriter(Folder.at(f"{folder}/embed")), _Clock(quiet)
-        embed = config.embed.model_copy(
-            update={"images_per_part": max(1, len(rows) // NUM_PARTS), "max_error_rate": 1.0, "retry_errors": False}
-        )
+        embed = config.embed.model_copy(update={"max_error_rate": 1.0})
         # Without the cache of earlier runs: it would make the sample look fast.
         sampled = config.with_num_clusters(0).model_copy(update={"embed": embed, "output": folder})
         metrics = run(sampled, StageContext(writer, {"images": images}, clock))

@@ -49,8 +49,7 @@ def plan(
     Raises:
         InputError: the input does not exist or cannot be listed, or the output cannot be read.
     """
-    use_s3(config.storage)
-    _check_buckets(config)
+    connect_storage(config)
     identities = {name: artifact.identity for name, artifact in (given or {}).items()}
     root = Folder.at(config.output)
     planned: list[PlannedStage] = []
@@ -97,8 +96,10 @@ def run_name(planned: list[PlannedStage]) -> str:
     return fingerprint("run", 1, {}, fingerprints_of(planned))[:10]
 
 
-def _check_buckets(config: Config) -> None:
-    """Fail within seconds if a bucket does not exist or refuses access."""
+def connect_storage(config: Config) -> None:
+    """Use the config's storage options in this process. Fails within seconds if a bucket does not exist or refuses
+    access."""
+    use_s3(config.storage)
     places = [("output", config.output), *(("images.uri", uri) for uri in config.images.uris)]
     seen = set()
     for setting, uri in places:

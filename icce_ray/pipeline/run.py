@@ -5,15 +5,17 @@ from __future__ import annotations
 import importlib
 import sys
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
 
 from icce_ray.config import Config
 from icce_ray.count.stage import CLUSTER_COUNT
 from icce_ray.embed.stage import EMBED, num_failed
 from icce_ray.errors import DamagedArtifactError, InputError, find_cause
-from icce_ray.images.stage import num_listed
+from icce_ray.images.stage import IMAGES, num_listed, settings_for
 from icce_ray.pipeline.plan import (
     PlannedStage,
+    connect_storage,
     fingerprints_of,
     finished_artifacts,
     is_complete,
@@ -26,15 +28,19 @@ from icce_ray.pipeline.stages import stages_of
 from icce_ray.pipeline.status import RunProgress
 from icce_ray.runtime.progress import Progress
 from icce_ray.stage import Stage, StageContext
-from icce_ray.store import Artifact, ArtifactWriter, Claim
+from icce_ray.store import Artifact, ArtifactWriter, Claim, Folder, fingerprint
 from icce_ray.store.run_records import remove_record, write_record
 
+RunStage = Callable[[Config, StageContext], dict[str, Any]]
 
-def run_pipeline(config: Config, *, quiet: bool = False) -> Result:
+
+def run_pipeline(config: Config, *, refresh: bool = False, retry_errors: bool = False, quiet: bool = False) -> Result:
     """Cluster the images of `config`. Whatever an earlier or killed run has finished is used again.
 
     Args:
         config: every setting.
+        refresh: look for new images first, see :func:`refresh_listing`.
+        retry_errors: try the images of the errors table again first, see :func:`retry_failed_images`.
         quiet: print no progress and no summary to standard error.
 
     Raises:
@@ -43,8 +49,10 @@ def run_pipeline(config: Config, *, quiet: bool = False) -> Result:
         WorkerError: a distributed stage failed for good. What is finished stays.
     """
     started = time.monotonic()
+    if refresh:
+        refresh_listing(config, quiet)
     planned = plan(config)
-    if config.embed.retry_errors and retry_errors(config, planned, quiet):
+    if retry_errors and retry_failed_images(config, planned, quiet):
         planned = plan(config)
     unplanned = () if is_complete(planned) else stages_of(config)[len(planned) :]
     artifacts = finished_artifacts(planned)
@@ -135,8 +143,9 @@ def run_stage(
     artifacts: Mapping[str, Artifact],
     quiet: bool,
     told: RunProgress | None = None,
+    run: RunStage | None = None,
 ) -> Artifact:
-    """Make the artifact of one stage of a plan; `artifacts` holds its inputs."""
+    """Make the artifact of one stage of a plan; `artifacts` holds its inputs. `run` replaces the stage's own."""
     Artifact.discard_damage(step.folder)
     writer = ArtifactWriter(step.folder)
     progress = Progress(step.name, step.stage.unit, quiet)
@@ -149,7 +158,8 @@ def run_stage(
         if told is not None:
             told.watch(progress)
         began = time.monotonic()
-        metrics = importlib.import_module(step.stage.module).run(config, StageContext(writer, inputs, progress))
+        run = run or importlib.import_module(step.stage.module).run
+        metrics = run(config, StageContext(writer, inputs, progress))
         seconds = time.monotonic() - began
         artifact = writer.commit(
             stage=step.name,
@@ -164,7 +174,20 @@ def run_stage(
     return artifact
 
 
-def retry_errors(config: Config, planned: list[PlannedStage], quiet: bool) -> bool:
+def refresh_listing(config: Config, quiet: bool) -> None:
+    """List the images again if they have changed: known images keep their ids, new ones get the next. Runs that follow
+    use the new listing."""
+    from icce_ray.images.list_images import find_changes
+
+    connect_storage(config)
+    changes = None if config.embeddings.uri is not None else find_changes(config.images, config.output)
+    if changes is not None:
+        own = fingerprint(IMAGES.name, IMAGES.version, settings_for(config, changes.digest), {})
+        step = PlannedStage(IMAGES, own, {}, Folder.at(config.output) / IMAGES.name / own, None)
+        run_stage(config, step, {}, quiet, run=changes.run)
+
+
+def retry_failed_images(config: Config, planned: list[PlannedStage], quiet: bool) -> bool:
     """Try the images of the finished ``embed`` artifact's errors table again. Returns whether it changed."""
     step = next(step for step in planned if step.name == EMBED.name)
     inputs = {other.name: other.artifact for other in planned if other.name in step.stage.inputs}

@@ -14,8 +14,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from icce_ray.images.containers import locate
 from icce_ray.images.decoding import Preprocessing, decode_image
-from icce_ray.images.listing import IMAGE_ENDINGS
-from icce_ray.images.reading import read_image
+from icce_ray.images.image_files import IMAGE_ENDINGS
+from icce_ray.images.read_images import read_image
 
 Pixels = npt.NDArray[np.uint8]
 

@@ -50,7 +50,7 @@ NUM_IMAGES, NUM_CLUSTERS = 240, 3
 SETTINGS: dict[str, Any] = {
     "num_clusters": NUM_CLUSTERS,
     "images": {"uri": "s3://photos/"},
-    "embed": {"backbone": "pixels", "image_size": 8, "images_per_part": 16},
+    "embed": {"backbone": "pixels", "image_size": 8},
     "neighbors": {"min_neighbors": 10, "max_neighbors": 60},
     "heads": {
         "num_heads": 4,

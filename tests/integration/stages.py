@@ -24,8 +24,6 @@ def run_embed(config: Config) -> Artifact:
 def run_until(last: str, config: Config) -> dict[str, Artifact]:
     """The artifacts of the stages up to the one named `last`; what is finished is used."""
     planned = pipeline.plan(config)
-    if config.embed.retry_errors and pipeline.retry_errors(config, planned, True):
-        planned = pipeline.plan(config)
     artifacts: dict[str, Artifact] = {}
     for step in planned:
         artifacts[step.name] = step.artifact or pipeline.run_stage(config, step, artifacts, True)

@@ -14,11 +14,11 @@ import pytest
 from PIL import Image
 
 from icce_ray.config import Config
-from icce_ray.embed import job
+from icce_ray.embed import embedding_parts, job
 from icce_ray.embed.backbone import make_backbone, plan_backbone
 from icce_ray.embed.feature_matrix import feature_set_names, load_features
 from icce_ray.errors import ConfigError, InputError
-from icce_ray.images import listing
+from icce_ray.images import list_images
 from icce_ray.images.decoding import decode_image
 from icce_ray.runtime.progress import Progress
 from icce_ray.stage import StageContext
@@ -27,10 +27,10 @@ from icce_ray.store import Artifact, ArtifactWriter, Folder
 from .stages import killing, run_embed, wait_for, workers
 
 REPOSITORY = Path(__file__).parents[2]
-PIXELS = {"backbone": "pixels", "image_size": 8, "images_per_part": 8}
-VIT = {"backbone": "test_vit", "weights": "random", "image_size": 64, "images_per_part": 8, "batch_size": 5}
+PIXELS = {"backbone": "pixels", "image_size": 8}
+VIT = {"backbone": "test_vit", "weights": "random", "image_size": 64, "batch_size": 5}
 VIT |= {"precision": "float32"}  # whose rounding does not depend on the batch so much
-SLOW_VIT = {"backbone": "vit_tiny_patch16_224", "weights": "random", "image_size": 160, "images_per_part": 6}
+SLOW_VIT = {"backbone": "vit_tiny_patch16_224", "weights": "random", "image_size": 160}
 
 
 @pytest.fixture
@@ -38,6 +38,11 @@ def photos(tmp_path: Path) -> Path:
     """30 readable images of many sizes and kinds."""
     write_photos(tmp_path / "photos")
     return tmp_path / "photos"
+
+
+@pytest.fixture(autouse=True)
+def _small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(embedding_parts, "MIN_IMAGES_PER_PART", 8)
 
 
 def write_photos(folder: Path) -> None:
@@ -62,7 +67,7 @@ def config_for(photos: Path, tmp_path: Path, *, num_workers: int = 1, **embed: A
 def run_stage(config: Config, folder: Path) -> Artifact:
     """The images stage and the embed stage, as the pipeline runs them."""
     inputs: dict[str, Artifact] = {}
-    for name, stage in (("images", listing), ("embed", job)):
+    for name, stage in (("images", list_images), ("embed", job)):
         writer = ArtifactWriter(Folder.at(folder / name))
         metrics = stage.run(config, StageContext(writer, inputs, Progress(name, quiet=True)))
         inputs[name] = writer.commit(
@@ -126,7 +131,7 @@ def test_several_backbones_in_one_pass_give_what_each_gives_alone(
     ray_cluster: None, photos: Path, tmp_path: Path
 ) -> None:
     (photos / "zero.jpg").touch()
-    shared = {"images_per_part": 8, "precision": "float32"}
+    shared = {"precision": "float32"}
     backbones = [
         {"backbone": "test_vit", "weights": "random", "image_size": 64, "features": "last4"},
         {"backbone": "pixels", "image_size": 8},
@@ -282,7 +287,7 @@ def test_images_that_kill_their_workers_are_isolated_and_the_others_embedded(pho
 
 
 def test_the_same_bytes_are_embedded_once_in_a_collection_and_across_runs(
-    ray_cluster: None, photos: Path, tmp_path: Path
+    ray_cluster: None, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for copy, original in (("003b.jpg", "001.jpg"), ("029b.jpg", "001.jpg"), ("900.png", "028.png")):
         (photos / copy).write_bytes((photos / original).read_bytes())
@@ -297,9 +302,10 @@ def test_the_same_bytes_are_embedded_once_in_a_collection_and_across_runs(
     ]  # fmt: skip
     matrix = dict(zip(names, load_features(first).matrix, strict=True))
 
+    monkeypatch.setattr(embedding_parts, "MIN_IMAGES_PER_PART", 7)
     # Another listing, numbered anew and cut into other parts: only what is new goes through the backbone.
     Image.new("RGB", (30, 20), (9, 90, 200)).save(photos / "000a.png")
-    config = config_for(photos, tmp_path, **PIXELS | {"images_per_part": 7})
+    config = config_for(photos, tmp_path, **PIXELS)
     second = run_embed(config)
     assert second.metrics["num_embedded"] == 1
     again = dict(zip([path.name for path in sorted(photos.iterdir())], load_features(second).matrix, strict=True))

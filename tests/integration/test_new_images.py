@@ -26,7 +26,7 @@ from icce_ray.classifier import job as classifier_job
 from icce_ray.config import Config
 from icce_ray.embed import job as embed_job
 from icce_ray.errors import InputError, UserError
-from icce_ray.images import listing
+from icce_ray.images import list_images
 from icce_ray.pipeline.plan import plan, run_name
 from icce_ray.runtime.progress import Progress
 from icce_ray.stage import StageContext
@@ -60,7 +60,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, ray_cluster: None) -> Path:
         "images": {"uri": str(root / "photos")},
         "output": str(root / "out"),
         "num_clusters": NUM_KINDS,
-        "embed": {"backbone": "pixels", "image_size": 8, "images_per_part": 100},
+        "embed": {"backbone": "pixels", "image_size": 8},
         "classifier": {"num_iterations": 300},
         "assign": {"rows_per_part": 30, "num_exemplars": 2},
         "resources": {"classifier": {"cpus_per_worker": 1}, "assign": {"num_workers": 2, "cpus_per_worker": 1}},
@@ -75,7 +75,12 @@ def run(tmp_path_factory: pytest.TempPathFactory, ray_cluster: None) -> Path:
         context.output.write_array("agreement.npy", np.ones(len(kinds), dtype=np.float32))
         return {}
 
-    stages = {"images": listing.run, "embed": embed_job.run, "consensus": consensus, "classifier": classifier_job.run}
+    stages = {
+        "images": list_images.run,
+        "embed": embed_job.run,
+        "consensus": consensus,
+        "classifier": classifier_job.run,
+    }
     for name, function in stages.items():
         step = planned[name]
         context = StageContext(ArtifactWriter(step.folder), made, Progress(name, quiet=True))

@@ -24,6 +24,7 @@ from icce_ray.config import Config
 from icce_ray.embed.feature_matrix import load_features
 from icce_ray.errors import InputError
 from icce_ray.images.listing import Listing
+from icce_ray.pipeline import run as pipeline
 from icce_ray.pipeline.plan import plan
 from icce_ray.store import Artifact, Claim, Folder, claim
 from icce_ray.store.s3 import use_s3
@@ -31,7 +32,7 @@ from icce_ray.store.s3 import use_s3
 from .stages import killing, run_embed, wait_for
 from .storage_server import ACCESS_KEY, SECRET_KEY, Faults, client, faulty_proxy, moto_server
 
-PIXELS = {"backbone": "pixels", "image_size": 8, "images_per_part": 16}
+PIXELS = {"backbone": "pixels", "image_size": 8}
 NUM_IMAGES = 96
 
 
@@ -121,7 +122,9 @@ def test_faults_of_the_storage_cost_time_and_only_the_bad_object(endpoint: str, 
     # The object can be read again: it is tried alone, and the result is as if nothing had been.
     counted = Faults("/photos/all/")
     with faulty_proxy(endpoint, counted) as url:
-        retried = run_embed(config_for(url, "s3://results/faults", retry_errors=True))
+        config = config_for(url, "s3://results/faults")
+        assert pipeline.retry_failed_images(config, plan(config), True)
+        retried = run_embed(config)
     assert counted.seen["drawn"] == 1
     assert np.array_equal(load_features(retried).matrix, all_of_them.matrix)
     assert (retried.manifest.revision, retried.metrics["num_embedded"]) == (1, 1)
@@ -324,10 +327,12 @@ def test_a_refresh_embeds_what_is_new_and_keeps_the_ids_of_the_old(ray_cluster: 
 
     faults = Faults("/photos/growing/")
     with faulty_proxy(endpoint, faults) as url:
-        refreshing = config_for(url, "s3://results/growing", {"uri": "s3://photos/growing/", "refresh": True})
-        after = run_embed(refreshing)
+        config = config_for(url, "s3://results/growing", "s3://photos/growing/")
+        pipeline.refresh_listing(config, True)
+        after = run_embed(config)
         read = faults.seen["drawn"]
-        again = run_embed(refreshing)
+        pipeline.refresh_listing(config, True)
+        again = run_embed(config)
     assert again.fingerprint == after.fingerprint != before.fingerprint
     assert after.metrics["num_embedded"] == 3  # 290, 341 and what is now 339
     # Only parts with a new, a changed or a removed image are read: the second of three is not.

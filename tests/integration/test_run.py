@@ -31,7 +31,7 @@ NUM_IMAGES, NUM_CLASSES = 120, 3
 BROKEN = {"a/empty.png": b"", "b/text.jpg": b"this is no image", "c/cut.png": None}
 SETTINGS = {
     "num_clusters": NUM_CLASSES,
-    "embed": {"backbone": "pixels", "image_size": 8, "images_per_part": 32},
+    "embed": {"backbone": "pixels", "image_size": 8},
     "neighbors": {"min_neighbors": 10, "max_neighbors": 60},
     "heads": {"num_heads": 4, "num_epochs": 6, "batch_size": 32, "warmup_epochs": 1, "learning_rate": 0.002},
     "classifier": {"num_iterations": 100},

@@ -41,7 +41,7 @@ def config_file(tmp_path: Path) -> str:
 def pipeline_that(monkeypatch: pytest.MonkeyPatch, outcome: Any) -> list[Any]:
     configs = []
 
-    def run(config: Any, *, quiet: bool) -> Result:
+    def run(config: Any, **options: bool) -> Result:
         configs.append(config)
         if isinstance(outcome, BaseException):
             raise outcome

@@ -112,7 +112,7 @@ def test_uris_are_found_across_row_groups(tmp_path: Path) -> None:
     uris = [f"/images/{number}.png" for number in range(25)]
     sink = pa.BufferOutputStream()
     pq.write_table(pa.table({"image_id": range(25), "uri": uris}), sink, row_group_size=7)
-    writer.write_bytes("images.parquet", sink.getvalue().to_pybytes())
+    writer.write_bytes("images.parquet", sink.getvalue().to_pybytes(), rows=25)
     reader = UriReader(artifact(writer, "images"))
     for ids in ([0], [6, 7], [3, 9, 22, 24], [14, 15], []):
         assert reader.read(np.array(ids, dtype=np.int64)).to_pylist() == [uris[i] for i in ids]

@@ -354,7 +354,7 @@ def test_the_fingerprint_sees_all_that_changes_features_and_nothing_else() -> No
     same = [{}, {"batch_size": 3}, {"max_error_rate": 0.5}, {"compile": True}]
     assert len({str(embed_settings(config_for(**embed))) for embed in same}) == 1
     assert embed_settings(config_for(image_size=None)) == embed_settings(config_for(image_size=224))
-    other = [{"backbone": "test_vit2"}, {"features": "cls"}, {"image_size": 48}, {"images_per_part": 3}, {"seed": 1}]
+    other = [{"backbone": "test_vit2"}, {"features": "cls"}, {"image_size": 48}, {"seed": 1}]
     other += [
         {"weights": None},
         {"max_image_pixels": 5},
@@ -366,5 +366,5 @@ def test_the_fingerprint_sees_all_that_changes_features_and_nothing_else() -> No
     ]
     assert len({str(embed_settings(config_for(**embed))) for embed in [{}, *other]}) == 1 + len(other)
     assert embed_settings(config_for("pixels", seed=1)) == embed_settings(config_for("pixels"))
-    pixels = {"backbone": "pixels", "image_size": 32, "images_per_part": 512, "max_image_pixels": 100_000_000}
+    pixels = {"backbone": "pixels", "image_size": 32, "max_image_pixels": 100_000_000}
     assert embed_settings(config_for("pixels", image_size=None)) == {"embed": pixels | {"grayscale": False}}

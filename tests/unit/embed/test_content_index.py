@@ -123,5 +123,5 @@ def test_the_model_key_counts_what_decides_an_embedding_and_nothing_else(tmp_pat
         config = Config(images={"uri": "x"}, num_clusters=2, output="x", embed={"backbone": "pixels"} | embed)
         return model_key(embed_settings(config), plan_embedding(config.embed))
 
-    assert key() == key(images_per_part=7) == key(batch_size=3) == key(retry_errors=True) == key(image_size=32)
+    assert key() == key(max_image_pixels=7) == key(batch_size=3) == key(image_size=32)
     assert len({key(), key(image_size=16), key(grayscale=True)}) == 3

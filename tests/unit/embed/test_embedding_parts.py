@@ -21,7 +21,6 @@ from icce_ray.embed.decode_and_embed import (
     embed_contents,
 )
 from icce_ray.embed.embedding_parts import (
-    MAX_DECODED_PART_BYTES,
     PartRange,
     images_per_part,
     part_table,
@@ -36,7 +35,7 @@ from icce_ray.embed.finished_parts import DUPLICATES_NAME, ERRORS_NAME, Tally
 from icce_ray.embed.networks import SeveralBackbones
 from icce_ray.errors import InputError
 from icce_ray.images.decoding import Preprocessing, SeveralViews
-from icce_ray.images.reading import ListedImage
+from icce_ray.images.read_images import ListedImage
 from icce_ray.runtime.progress import Progress
 from icce_ray.stage import StageContext
 from icce_ray.store import ArtifactWriter, Folder
@@ -108,12 +107,17 @@ def test_parts_cover_each_image_once(num_images: int, size: int) -> None:
 
 
 def test_parts_of_large_images_are_smaller() -> None:
-    assert images_per_part(Preprocessing(224, 224), 512) == 512
-    few = images_per_part(Preprocessing(1024, 1024), 512)
-    assert 1 < few < 512
-    assert images_per_part(SeveralViews((Preprocessing(1024, 1024), Preprocessing(512, 512))), 512) < few
-    assert few * 1024 * 1024 * 3 <= MAX_DECODED_PART_BYTES
-    assert images_per_part(Preprocessing(20_000, 20_000), 512) == 1
+    assert images_per_part(10**6, Preprocessing(224, 224)) == 512
+    assert images_per_part(10**6, Preprocessing(1024, 1024)) == 42  # 3 MiB each, 128 MiB together
+    assert images_per_part(10**6, SeveralViews((Preprocessing(1024, 1024), Preprocessing(512, 512)))) == 34
+    assert images_per_part(10**6, Preprocessing(20_000, 20_000)) == 1
+
+
+@pytest.mark.parametrize(("num_images", "size"), [(1, 16), (200, 16), (300, 32), (1_797, 128), (8_192, 512)])
+def test_small_collections_have_several_parts_and_a_few_more_images_do_not_change_them(
+    num_images: int, size: int
+) -> None:
+    assert images_per_part(num_images, PREPROCESSING) == images_per_part(num_images + 50, PREPROCESSING) == size
 
 
 def test_a_part_holds_its_good_images_and_says_why_the_others_failed(tmp_path: Path) -> None:

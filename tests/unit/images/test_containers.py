@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +14,10 @@ from icce_ray.config import Config, EvaluateConfig, ImagesConfig
 from icce_ray.errors import InputError
 from icce_ray.evaluate.labels import load_labels
 from icce_ray.images.containers import Cell, Span, file_of, labels_beside, locate, members
-from icce_ray.images.listing import list_images
-from icce_ray.images.reading import read_image
-from icce_ray.images.sources import File
+from icce_ray.images.image_files import File
+from icce_ray.images.read_images import read_image
+
+Listed = Callable[[Config], pa.Table]
 
 
 def config_for(*uris: Path, **images: str) -> Config:
@@ -30,11 +32,11 @@ def write_tar(path: Path, files: dict[str, bytes]) -> None:
             tar.addfile(member, io.BytesIO(data))
 
 
-def test_every_image_of_a_tar_is_listed_and_read_by_its_place(tmp_path: Path) -> None:
+def test_every_image_of_a_tar_is_listed_and_read_by_its_place(listed: Listed, tmp_path: Path) -> None:
     files = {f"x/{number}.{ending}": f"{number}{ending}".encode() * 300 for number in range(9) for ending in ("JPG", "cls", "json")}  # fmt: skip  # noqa: E501
     files |= {"./top.png": b"top", "x/._0.jpg": b"of a file manager", "long/" + "n" * 150 + ".png": b"long"}
     write_tar(tmp_path / "0.tar", files)
-    rows = list_images(config_for(tmp_path)).to_pylist()
+    rows = listed(config_for(tmp_path)).to_pylist()
     assert [row["uri"].rpartition("+")[2].partition("/")[2] for row in rows] == [
         *(f"x/{number}.JPG" for number in range(9)), "top.png", "long/" + "n" * 150 + ".png",
     ]  # fmt: skip
@@ -46,14 +48,14 @@ def test_every_image_of_a_tar_is_listed_and_read_by_its_place(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("kind", ["binary", "large_binary", "struct"])
-def test_every_image_of_a_parquet_file_is_listed_and_read_by_its_row(tmp_path: Path, kind: str) -> None:
+def test_every_image_of_a_parquet_file_is_listed_and_read_by_its_row(listed: Listed, tmp_path: Path, kind: str) -> None:
     values = [f"image {number}".encode() for number in range(25)] + [None]
     if kind == "struct":
         column = pa.array([{"bytes": value, "path": "x"} for value in values])
     else:
         column = pa.array(values, getattr(pa, kind)())
     pq.write_table(pa.table({"picture": column, "label": range(26)}), tmp_path / "t.parquet", row_group_size=7)
-    rows = list_images(config_for(tmp_path / "t.parquet")).to_pylist()
+    rows = listed(config_for(tmp_path / "t.parquet")).to_pylist()
     assert [row["uri"] for row in rows] == [f"{tmp_path}/t.parquet#{number}/picture" for number in range(26)]
     for number in (0, 24, 6, 7, 13, 14):
         assert read_image(rows[number]["uri"]) == values[number]
@@ -61,33 +63,33 @@ def test_every_image_of_a_parquet_file_is_listed_and_read_by_its_row(tmp_path: P
     assert str(read_image(f"{tmp_path}/t.parquet#26/picture")).startswith("unreadable: IndexError")
 
 
-def test_which_column_holds_the_images_is_found_or_asked_for(tmp_path: Path) -> None:
+def test_which_column_holds_the_images_is_found_or_asked_for(listed: Listed, tmp_path: Path) -> None:
     path = tmp_path / "t.parquet"
     pq.write_table(pa.table({"a": [b"1", b"2"], "b": [b"3", b"4"], "n": [1, 2]}), path)
     with pytest.raises(InputError, match=r"the binary columns a, b: name images\.bytes_column"):
-        list_images(config_for(path))
-    assert len(list_images(config_for(path, bytes_column="b"))) == 2
+        listed(config_for(path))
+    assert len(listed(config_for(path, bytes_column="b"))) == 2
     for column, message in (("n", "'n' in .* is int64, not binary"), ("c", "no column 'c'; it has a, b, n")):
         with pytest.raises(InputError, match=message):
-            list_images(config_for(path, bytes_column=column))
+            listed(config_for(path, bytes_column=column))
     pq.write_table(pa.table({"uri": ["/x.png", "/y.png"], "thumbnail": [b"1", b"2"]}), path)
-    assert list_images(config_for(path))["uri"].to_pylist() == ["/x.png", "/y.png"]
-    assert list_images(config_for(path, bytes_column="thumbnail"))["uri"][0].as_py().endswith("#0/thumbnail")
+    assert listed(config_for(path))["uri"].to_pylist() == ["/x.png", "/y.png"]
+    assert listed(config_for(path, bytes_column="thumbnail"))["uri"][0].as_py().endswith("#0/thumbnail")
 
 
-def test_a_table_beside_images_is_no_source(tmp_path: Path) -> None:
+def test_a_table_beside_images_is_no_source(listed: Listed, tmp_path: Path) -> None:
     for name in ("a.png", "b.png"):
         (tmp_path / name).write_bytes(b"x")
     pq.write_table(pa.table({"label": [1, 2]}), tmp_path / "labels.parquet")
-    assert len(list_images(config_for(tmp_path))) == 2
+    assert len(listed(config_for(tmp_path))) == 2
 
 
-def test_several_sources_are_one_collection_without_repeats(tmp_path: Path) -> None:
+def test_several_sources_are_one_collection_without_repeats(listed: Listed, tmp_path: Path) -> None:
     for name in ("one/b.png", "two/a.png"):
         (tmp_path / name).parent.mkdir()
         (tmp_path / name).write_bytes(b"x")
     (tmp_path / "list.txt").write_text("one/b.png\ntwo/a.png\n")
-    uris = list_images(config_for(tmp_path / "two", tmp_path / "one", tmp_path / "list.txt"))["uri"].to_pylist()
+    uris = listed(config_for(tmp_path / "two", tmp_path / "one", tmp_path / "list.txt"))["uri"].to_pylist()
     assert uris == [f"{tmp_path}/one/b.png", f"{tmp_path}/two/a.png"]
 
 
@@ -113,12 +115,12 @@ def test_a_place_in_a_container_is_told_from_a_file(uri: str, place: Span | Cell
     assert file_of(uri) == (uri if place is None else place.file)
 
 
-def test_the_label_of_an_image_in_a_tar_is_the_cls_file_of_its_key(tmp_path: Path) -> None:
+def test_the_label_of_an_image_in_a_tar_is_the_cls_file_of_its_key(listed: Listed, tmp_path: Path) -> None:
     write_tar(
         tmp_path / "0.tar", {"a/1.jpg": b"x", "a/1.cls": b"7\n", "b/1.cls": b"8", "b/1.big.jpg": b"y", "c.jpg": b""}
     )
     (tmp_path / "d.jpg").write_bytes(b"z")
-    uris = list_images(config_for(tmp_path))["uri"].to_pylist()
+    uris = listed(config_for(tmp_path))["uri"].to_pylist()
     assert [uri.rpartition("/")[2] for uri in uris] == ["1.jpg", "1.big.jpg", "c.jpg", "d.jpg"]
     assert labels_beside(uris) == ["7", "8", None, None]
     config = config_for(tmp_path).model_copy(update={"evaluate": EvaluateConfig(labels="cls")})

@@ -12,7 +12,7 @@ from PIL import Image
 
 from icce_ray.images import decoding as images
 from icce_ray.images.decoding import Preprocessing, SeveralViews, decode_image
-from icce_ray.images.reading import read_image
+from icce_ray.images.read_images import read_image
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 WHOLE = Preprocessing(size=16, scale_size=16)

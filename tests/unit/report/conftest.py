@@ -18,7 +18,8 @@ from icce_ray.classifier.self_training import fit_classifier
 from icce_ray.config import ClassifierConfig, Config
 from icce_ray.consensus.hierarchy import HIERARCHY_NAME, merge_clusters
 from icce_ray.embed import embedding_parts as embed_parts
-from icce_ray.images.listing import list_images
+from icce_ray.images import list_images
+from icce_ray.images.listing import Listing
 from icce_ray.runtime.progress import Progress
 from icce_ray.stage import StageContext
 from icce_ray.store import Artifact, ArtifactWriter, Folder
@@ -78,9 +79,9 @@ def build_run(config: Config, root: Path, rows_per_part: int) -> PlantedRun:
         return ArtifactWriter(Folder.at(root / stage))
 
     output = writer("images")
-    table = list_images(config)
-    output.write_table("images.parquet", table)
+    list_images.run(config, StageContext(output, {}, Progress("images", quiet=True)))
     inputs["images"] = commit(output, "images", config)
+    table = Listing(inputs["images"]).table(0, 1000)
 
     uris = table["uri"].to_pylist()
     failed = len(uris) - 1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -16,43 +15,46 @@ import pyarrow.parquet as pq
 
 from icce_ray.config import EmbeddingsConfig
 from icce_ray.errors import InputError
+from icce_ray.images.parquet_columns import find_field, is_string
 from icce_ray.store.filesystem import open_uri
 
 READ_BATCH_ROWS = 8192
 
 
 @dataclass(frozen=True)
-class SourceFile:
-    """A file of the input, where it lies, and what tells whether it changed."""
+class EmbeddingFile:
+    """A file of embeddings, and what tells whether it changed."""
 
     filesystem: pafs.FileSystem
     path: str
     uri: str
+    """An absolute path, or the URI on remote storage."""
     size_bytes: int
     mtime_ns: int | None
 
 
-class ReadyMade(Protocol):
+class Embeddings(Protocol):
     """N embeddings of D dimensions in a fixed order."""
 
-    files: list[SourceFile]
+    files: list[EmbeddingFile]
     num_rows: int
     dim: int
     dtype: np.dtype[Any]
+    """float16 or float32."""
 
     def uris(self, uri_column: str, start: int = 0, stop: int | None = None) -> pa.ChunkedArray:
-        """(n,) string of the rows from `start` to `stop` (None: the last): the file's own column `uri_column` where it
-        has one, else ``<file>#<row of that file>``."""
+        """(n,) string, the URIs of the rows from `start` to `stop` (None: to the end): the file's own column
+        `uri_column` if it has one, else ``<file>#<row of that file>``."""
 
     def blocks(self, num_rows: int, start: int = 0) -> Iterator[npt.NDArray[Any]]:
-        """Rows from `start` on, in order, in blocks of `num_rows` (the last one shorter), as float16 or float32.
+        """Rows from `start` on, in order, in blocks (num_rows, D) of `dtype`; the last one may be shorter.
 
         Raises:
             InputError: a list of another length, a null, or a value that is not finite.
         """
 
 
-def open_embeddings(config: EmbeddingsConfig) -> ReadyMade:
+def open_embeddings(config: EmbeddingsConfig) -> Embeddings:
     """Open `config.uri`; only headers are read. Usage: ``open_embeddings(config.embeddings).blocks(65536)``.
 
     Raises:
@@ -68,7 +70,7 @@ def open_embeddings(config: EmbeddingsConfig) -> ReadyMade:
         if not files:
             raise InputError(f"embeddings.uri: no .parquet file in the folder {config.uri}")
         return ParquetEmbeddings(files, config.column)
-    file = source_file(filesystem, info, config.uri)
+    file = _embedding_file(filesystem, info, config.uri)
     if path.lower().endswith(".npy"):
         return NpyEmbeddings(file)
     if path.lower().endswith((".parquet", ".pq")):
@@ -76,30 +78,23 @@ def open_embeddings(config: EmbeddingsConfig) -> ReadyMade:
     raise InputError(f"embeddings.uri: {config.uri} is not a .npy or .parquet file, nor a folder of .parquet files")
 
 
-def source_file(filesystem: pafs.FileSystem, info: pafs.FileInfo, uri: str) -> SourceFile:
-    """`info` as a source file named by its absolute path, or on remote storage by `uri`."""
-    name = info.path if isinstance(filesystem, pafs.LocalFileSystem) else uri
-    return SourceFile(filesystem, info.path, name, info.size, info.mtime_ns)
-
-
 class NpyEmbeddings:
     """An (N, D) floating-point array. On remote storage it is read by byte ranges, never as a whole."""
 
-    def __init__(self, file: SourceFile) -> None:
+    def __init__(self, file: EmbeddingFile) -> None:
         self.files = [file]
         self._array: npt.NDArray[Any] | None = None
         try:
             if isinstance(file.filesystem, pafs.LocalFileSystem):
                 self._array = np.load(file.path, mmap_mode="r", allow_pickle=False)
-                shape, stored = self._array.shape, self._array.dtype
+                shape, self._stored = self._array.shape, self._array.dtype
             else:
-                shape, stored = self._read_header()
+                shape, self._stored = self._read_header()
         except (ValueError, EOFError, OSError) as error:
             raise InputError(f"embeddings.uri: {file.uri} cannot be read as a .npy array: {error}") from None
         if len(shape) != 2 or 0 in shape:
             raise InputError(f"embeddings.uri: {file.uri} has shape {shape}; needed is (images, dimensions), neither 0")
-        self._stored = stored
-        self.dtype = _kept_dtype(stored, file.uri)
+        self.dtype = _kept_dtype(self._stored, file.uri)
         self.num_rows, self.dim = int(shape[0]), int(shape[1])
 
     def uris(self, uri_column: str, start: int = 0, stop: int | None = None) -> pa.ChunkedArray:
@@ -130,9 +125,9 @@ class NpyEmbeddings:
 
 
 class ParquetEmbeddings:
-    """A list column of floats, every list of the same length; the files of a folder in the order of their names."""
+    """A list column of floats, all lists of the same length; the files of a folder in the order of their names."""
 
-    def __init__(self, files: list[SourceFile], column: str | None) -> None:
+    def __init__(self, files: list[EmbeddingFile], column: str | None) -> None:
         self.files = files
         self._schemas: list[pa.Schema] = []
         self._rows: list[int] = []
@@ -145,10 +140,12 @@ class ParquetEmbeddings:
             except (pa.ArrowInvalid, OSError) as error:
                 raise InputError(f"embeddings.uri: {file.uri} cannot be read as Parquet: {error}") from None
         self.column = column or _only_list_column(self._schemas[0], files[0].uri)
-        for file, schema in zip(files, self._schemas, strict=True):
-            self.dtype = self._column_dtype(schema, file.uri)
-        if len({str(_storage(schema.field(self.column).type).value_type) for schema in self._schemas}) > 1:
+        stored = {
+            _value_dtype(schema, self.column, file.uri) for file, schema in zip(files, self._schemas, strict=True)
+        }
+        if len(stored) > 1:
             raise InputError(f"embeddings.uri: column {self.column!r} has different types in the files of the folder")
+        self.dtype = _kept_dtype(stored.pop(), files[0].uri)
         self.num_rows = sum(self._rows)
         if self.num_rows == 0:
             raise InputError(f"embeddings.uri: {files[0].uri} holds no rows")
@@ -163,12 +160,12 @@ class ParquetEmbeddings:
             offset += rows
             if first >= last:
                 continue
-            made = _row_uris(file.uri, first, last)
+            uris = _row_uris(file.uri, first, last)
             if uri_column in schema.names and is_string(schema.field(uri_column).type):
                 with file.filesystem.open_input_file(file.path) as opened:
                     own = pq.read_table(opened, columns=[uri_column])[uri_column].cast(pa.string())
-                made = pc.coalesce(own.slice(first, last - first).combine_chunks(), made)
-            chunks.append(made)
+                uris = pc.coalesce(own.slice(first, last - first).combine_chunks(), uris)
+            chunks.append(uris)
         return pa.chunked_array(chunks, type=pa.string())
 
     def blocks(self, num_rows: int, start: int = 0) -> Iterator[npt.NDArray[Any]]:
@@ -186,7 +183,7 @@ class ParquetEmbeddings:
             yield np.concatenate(pending)
 
     def _read(self, start: int) -> Iterator[npt.NDArray[Any]]:
-        """Small runs of rows from `start` on; row groups before it are not read."""
+        """Small batches of rows from `start` on; row groups before it are not read."""
         skip = start
         for file, rows in zip(self.files, self._rows, strict=True):
             if skip >= rows:
@@ -198,15 +195,14 @@ class ParquetEmbeddings:
                 while skip - first >= parquet.metadata.row_group(groups[0]).num_rows:
                     first += parquet.metadata.row_group(groups.pop(0)).num_rows
                 for batch in parquet.iter_batches(READ_BATCH_ROWS, row_groups=groups, columns=[self.column]):
-                    block = self._to_array(batch.column(0), first, file.uri)
-                    if first + len(block) > skip:
-                        yield block[max(skip - first, 0) :]
-                    first += len(block)
+                    rows_nD = self._to_array(batch.column(0), first, file.uri)
+                    if first + len(rows_nD) > skip:
+                        yield rows_nD[max(skip - first, 0) :]
+                    first += len(rows_nD)
             skip = 0
 
     def _to_array(self, lists: pa.Array, first: int, uri: str) -> npt.NDArray[Any]:
-        if isinstance(lists, pa.ExtensionArray):
-            lists = lists.storage
+        lists = _storage_array(lists)
         lengths = pc.list_value_length(lists).fill_null(-1).to_numpy(zero_copy_only=False)
         wrong = np.flatnonzero(lengths != self.dim)
         if len(wrong):
@@ -218,68 +214,35 @@ class ParquetEmbeddings:
         values = lists.flatten()
         if values.null_count:
             raise InputError(f"embeddings.uri: {uri}, column {self.column!r}: nulls inside the lists after row {first}")
-        block = values.to_numpy(zero_copy_only=False).reshape(len(lists), self.dim)
-        return _checked(block, self.dtype, first, uri)
-
-    def _column_dtype(self, schema: pa.Schema, uri: str) -> np.dtype[Any]:
-        field = find_field(schema, self.column, uri, "embeddings.column")
-        stored = _storage(field.type)
-        if not _is_list(stored):
-            raise InputError(f"embeddings.column: {self.column!r} in {uri} is {field.type}, not a list of floats")
-        try:
-            return _kept_dtype(np.dtype(stored.value_type.to_pandas_dtype()), uri)
-        except NotImplementedError:
-            raise InputError(
-                f"embeddings.column: {self.column!r} in {uri} is {field.type}, not a list of floats"
-            ) from None
+        return _checked(values.to_numpy(zero_copy_only=False).reshape(len(lists), self.dim), self.dtype, first, uri)
 
     def _first_length(self) -> int:
-        for file, rows in zip(self.files, self._rows, strict=True):
-            if rows == 0:
-                continue
-            with file.filesystem.open_input_file(file.path) as opened:
-                batch = next(pq.ParquetFile(opened).iter_batches(1, columns=[self.column]))
-            lists = batch.column(0)
-            lists = lists.storage if isinstance(lists, pa.ExtensionArray) else lists
-            length = pc.list_value_length(lists)[0].as_py()
-            if not length:
-                raise InputError(f"embeddings.uri: {file.uri}, column {self.column!r}: the first row is empty")
-            return int(length)
-        raise AssertionError("there are rows, so a file has some")
+        file = next(file for file, rows in zip(self.files, self._rows, strict=True) if rows)
+        with file.filesystem.open_input_file(file.path) as opened:
+            batch = next(pq.ParquetFile(opened).iter_batches(1, columns=[self.column]))
+        length = pc.list_value_length(_storage_array(batch.column(0)))[0].as_py()
+        if not length:
+            raise InputError(f"embeddings.uri: {file.uri}, column {self.column!r}: the first row is empty")
+        return int(length)
 
 
-def find_field(schema: pa.Schema, column: str, uri: str, setting: str) -> pa.Field:
-    """The field `column`.
-
-    Raises:
-        InputError: it is not there; the columns that are, and what may have been meant.
-    """
-    if schema.names.count(column) == 1:
-        return schema.field(column)
-    close = difflib.get_close_matches(column, schema.names, n=1)
-    hint = f"; did you mean {close[0]!r}?" if close else ""
-    raise InputError(f"{setting}: {uri} has no column {column!r}; it has {', '.join(schema.names) or 'none'}{hint}")
+def _embedding_file(filesystem: pafs.FileSystem, info: pafs.FileInfo, uri: str) -> EmbeddingFile:
+    name = info.path if isinstance(filesystem, pafs.LocalFileSystem) else uri
+    return EmbeddingFile(filesystem, info.path, name, info.size, info.mtime_ns)
 
 
-def is_string(kind: pa.DataType) -> bool:
-    """Whether a column's values are text, dictionary-encoded or not."""
-    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
-
-
-def _parquet_files(filesystem: pafs.FileSystem, path: str, uri: str) -> list[SourceFile]:
-    infos = filesystem.get_file_info(pafs.FileSelector(path, recursive=True))
+def _parquet_files(filesystem: pafs.FileSystem, path: str, uri: str) -> list[EmbeddingFile]:
     found = []
-    for info in infos:
+    for info in filesystem.get_file_info(pafs.FileSelector(path, recursive=True)):
         below = info.path[len(path) :].strip("/")
         hidden = any(step.startswith((".", "_")) for step in below.split("/"))
         if info.type == pafs.FileType.File and not hidden and below.lower().endswith((".parquet", ".pq")):
-            found.append(source_file(filesystem, info, f"{uri.rstrip('/')}/{below}"))
+            found.append(_embedding_file(filesystem, info, f"{uri.rstrip('/')}/{below}"))
     return sorted(found, key=lambda file: file.uri)
 
 
 def _only_list_column(schema: pa.Schema, uri: str) -> str:
-    lists = [field.name for field in schema if _is_list(_storage(field.type))]
+    lists = [field.name for field in schema if _is_list(_storage_type(field.type))]
     if len(lists) == 1:
         return str(lists[0])
     if not lists:
@@ -288,12 +251,28 @@ def _only_list_column(schema: pa.Schema, uri: str) -> str:
     raise InputError(f"embeddings.uri: {uri} has the list columns {', '.join(lists)}: name one with embeddings.column")
 
 
+def _value_dtype(schema: pa.Schema, column: str, uri: str) -> np.dtype[Any]:
+    field = find_field(schema, column, uri, "embeddings.column")
+    lists = _storage_type(field.type)
+    try:
+        if _is_list(lists):
+            dtype: np.dtype[Any] = np.dtype(lists.value_type.to_pandas_dtype())
+            return dtype
+    except NotImplementedError:
+        pass
+    raise InputError(f"embeddings.column: {column!r} in {uri} is {field.type}, not a list of floats")
+
+
 def _is_list(kind: pa.DataType) -> bool:
     return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
 
 
-def _storage(kind: pa.DataType) -> pa.DataType:
+def _storage_type(kind: pa.DataType) -> pa.DataType:
     return kind.storage_type if isinstance(kind, pa.BaseExtensionType) else kind
+
+
+def _storage_array(lists: pa.Array) -> pa.Array:
+    return lists.storage if isinstance(lists, pa.ExtensionArray) else lists
 
 
 def _kept_dtype(stored: np.dtype[Any], uri: str) -> np.dtype[Any]:
@@ -307,22 +286,22 @@ def _row_uris(uri: str, start: int, stop: int) -> pa.Array:
     return pc.binary_join_element_wise(pa.scalar(uri), rows, "#")
 
 
-def _checked(block: npt.NDArray[Any], dtype: np.dtype[Any], first: int, uri: str) -> npt.NDArray[Any]:
+def _checked(rows_nD: npt.NDArray[Any], dtype: np.dtype[Any], first: int, uri: str) -> npt.NDArray[Any]:
     with np.errstate(over="ignore"):
-        kept = np.ascontiguousarray(block, dtype=dtype)
+        kept = np.ascontiguousarray(rows_nD, dtype=dtype)
     wrong = np.flatnonzero(~_is_finite(kept).all(axis=1))
     if len(wrong):
         more = f" and {len(wrong) - 3} more there" if len(wrong) > 3 else ""
         rows = ", ".join(str(first + row) for row in wrong[:3])
         raise InputError(
             f"embeddings.uri: {uri}, row {rows}{more}: NaN or infinite as {dtype}. "
-            "Leave these rows out, or mend what made them"
+            "Leave these rows out, or fix the program that wrote them"
         )
     return kept
 
 
 def _is_finite(values: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
-    """As np.isfinite, which goes through float32 for float16 and takes several times as long."""
+    """np.isfinite, without its detour through float32 for float16, which takes several times as long."""
     if values.dtype != np.float16:
         return np.asarray(np.isfinite(values))
     return np.asarray((values.view(np.uint16) & 0x7C00) != 0x7C00)

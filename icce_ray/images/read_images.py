@@ -1,6 +1,6 @@
-"""The bytes of images, wherever they lie, with time limits and retries; or the reason why there are none.
+"""Read the bytes of images, wherever they lie, with time limits and retries; or say why they cannot be read.
 
-What comes is checked against the size that the listing saw, so an answer that was cut short is asked for again.
+The bytes are checked against the size in the listing, so a truncated answer is requested again.
 """
 
 from __future__ import annotations
@@ -11,42 +11,31 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from itertools import islice
-from typing import NamedTuple
 
 from icce_ray.errors import InputError
-from icce_ray.images.containers import ParquetCells, Span, locate
-from icce_ray.images.sources import is_remote, local_path
+from icce_ray.images.containers import Cell, ParquetCells, locate
+from icce_ray.images.listing import ListedImage
+from icce_ray.images.uris import is_remote, local_path
 from icce_ray.store import s3
 from icce_ray.store.filesystem import open_uri
 
 READ_TIMEOUTS_S = (1.5, 3.0, 6.0, 6.0, 12.0, 12.0, 24.0, 24.0)
-"""Without a byte, by attempt."""
+"""Longest wait for a byte, by attempt."""
 BACKOFF_S = 0.1
 MAX_BACKOFF_S = 1.0
-"""Doubles from the first to the second. A store that throttles slows down one of NUM_THREADS reads, not the job."""
+"""The backoff doubles up to this. A store that throttles slows down one of NUM_THREADS reads, not the job."""
 NUM_THREADS = 16
-"""Reads under way at once in one process: what hides the latency of remote storage."""
+"""Concurrent reads in one process, to hide the latency of remote storage."""
 MAX_AHEAD = 32
-"""Files that are asked for and not handed on yet."""
-REMOVED = "removed"
-"""In place of the etag of an image that a later listing did not find; and its reason."""
-
-
-class ListedImage(NamedTuple):
-    """A row of the listing."""
-
-    image_id: int
-    uri: str
-    size_bytes: int | None
-    etag: str | None
+"""Files requested but not handed on yet."""
 
 
 def read_image(uri: str, size_bytes: int | None = None) -> bytes | str:
-    """The bytes of the image `uri` (a file, or a place in a container), or why not: ``missing``, ``unreadable: ...``.
+    """The bytes of an image, or why they cannot be read: ``missing``, ``unreadable: ...``.
 
     Args:
-        uri: as it stands in the listing.
-        size_bytes: what it must have; None where that is not known.
+        uri: a file or a place in a container, as in the listing.
+        size_bytes: expected size; None if unknown.
 
     Raises:
         InputError: the bucket does not exist, or refuses the credentials.
@@ -60,7 +49,7 @@ def read_image(uri: str, size_bytes: int | None = None) -> bytes | str:
         except FileNotFoundError:
             return "missing"
         except InputError as error:
-            # One object may be closed to us. Where the whole bucket is, no image can be read, and the job must say so.
+            # A single object may be forbidden. If the whole bucket is, no image can be read and the job must say so.
             s3.check_bucket(uri, s3.current_options(), "images.uri")
             return f"unreadable: {error}"
         except Exception as error:
@@ -73,32 +62,31 @@ def read_image(uri: str, size_bytes: int | None = None) -> bytes | str:
 
 
 def read_images(rows: Sequence[ListedImage]) -> Iterator[tuple[ListedImage, bytes | str]]:
-    """The bytes of each image; remote ones are read by threads and come as they arrive, so that a slow answer holds up
-    no other."""
+    """The bytes of each image, or its problem. Threads read remote images and yield them as they arrive, so that a slow
+    answer does not hold up the others."""
     if not any(is_remote(row.uri) for row in rows):
         yield from ((row, _read_row(row)) for row in rows)
         return
     waiting = iter(rows)
     with ThreadPoolExecutor(NUM_THREADS) as threads:
-        under_way = {threads.submit(_read_row, row): row for row in islice(waiting, MAX_AHEAD)}
-        while under_way:
-            done, _ = wait(under_way, return_when=FIRST_COMPLETED)
+        running = {threads.submit(_read_row, row): row for row in islice(waiting, MAX_AHEAD)}
+        while running:
+            done, _ = wait(running, return_when=FIRST_COMPLETED)
             for result in done:
-                yield under_way.pop(result), result.result()
+                yield running.pop(result), result.result()
                 for row in islice(waiting, 1):
-                    under_way[threads.submit(_read_row, row)] = row
+                    running[threads.submit(_read_row, row)] = row
 
 
 def _read_row(row: ListedImage) -> bytes | str:
-    return REMOVED if row.etag == REMOVED else read_image(row.uri, row.size_bytes)
+    return row.problem or read_image(row.uri, row.size_bytes)
 
 
 def _read_once(uri: str, timeout_s: float) -> bytes:
     place = locate(uri)
-    if place is not None and not isinstance(place, Span):
+    if isinstance(place, Cell):
         with _cells_lock:
-            data = _cells.read(place)
-        return data or b""
+            return _cells.read(place) or b""
     file = uri if place is None else place.file
     if not is_remote(file):
         with open(local_path(file), "rb") as opened:
@@ -109,9 +97,7 @@ def _read_once(uri: str, timeout_s: float) -> bytes:
     if s3.is_s3(file):
         client = s3.client(s3.current_options(), read_timeout_s=timeout_s, attempts=1)
         with s3.translated(file):
-            if place is None:
-                return s3.get_once(file, client)
-            return s3.get_once(file, client, place.start, place.num_bytes)
+            return s3.get_once(file, client, *(() if place is None else (place.start, place.num_bytes)))
     filesystem, path = open_uri(file)
     with filesystem.open_input_file(path) as remote:
         return bytes(remote.read() if place is None else remote.read_at(place.num_bytes, place.start))

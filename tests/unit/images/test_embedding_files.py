@@ -10,14 +10,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from icce_ray.config import EmbeddingsConfig
-from icce_ray.embed import ready_made
-from icce_ray.embed.ready_made import open_embeddings
 from icce_ray.errors import InputError
+from icce_ray.images import embedding_files
+from icce_ray.images.embedding_files import open_embeddings
 
 ROWS = np.random.default_rng(0).standard_normal((23, 4))
 
 
-def open_file(path: Path, column: str | None = None) -> ready_made.ReadyMade:
+def open_file(path: Path, column: str | None = None) -> embedding_files.Embeddings:
     return open_embeddings(EmbeddingsConfig(uri=str(path), column=column))
 
 
@@ -30,7 +30,7 @@ def list_column(rows: np.ndarray, kind: str) -> pa.Array:
     return pa.array(list(rows), pa.list_(value) if kind == "list" else pa.large_list(value))
 
 
-def check_blocks(embeddings: ready_made.ReadyMade, expected: np.ndarray) -> None:
+def check_blocks(embeddings: embedding_files.Embeddings, expected: np.ndarray) -> None:
     assert (embeddings.num_rows, embeddings.dim, embeddings.dtype) == (*expected.shape, expected.dtype)
     for num_rows in (1, 5, 23, 100):
         for start in (0, 1, 7, 22):
@@ -50,7 +50,7 @@ def test_a_npy_file_comes_back_in_blocks_from_any_row(tmp_path: Path, stored: st
 def test_a_remote_npy_file_is_read_by_ranges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     np.save(tmp_path / "e.npy", ROWS.astype(np.float16))
     remote = pafs.SubTreeFileSystem(str(tmp_path), pafs.LocalFileSystem())
-    monkeypatch.setattr(ready_made, "open_uri", lambda uri: (remote, "e.npy"))
+    monkeypatch.setattr(embedding_files, "open_uri", lambda uri: (remote, "e.npy"))
     check_blocks(open_embeddings(EmbeddingsConfig(uri="s3://bucket/e.npy")), ROWS.astype(np.float16))
 
 

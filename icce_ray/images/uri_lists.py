@@ -1,0 +1,57 @@
+"""Lists of images: a text file with one path or URI per line, or a Parquet file with a column of them."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+
+import pyarrow as pa
+import pyarrow.fs as pafs
+import pyarrow.parquet as pq
+
+from icce_ray.errors import InputError
+from icce_ray.images.parquet_columns import find_field, is_string
+
+BATCH_ROWS = 65_536
+
+
+def read_text_list(filesystem: pafs.FileSystem, path: str, uri: str) -> Iterator[str]:
+    """The entries of a text list, without blank lines and comments.
+
+    Raises:
+        InputError: not UTF-8, or no entries.
+    """
+    found = False
+    try:
+        with filesystem.open_input_file(path) as file, io.TextIOWrapper(file, encoding="utf-8-sig") as lines:
+            for line in lines:
+                entry = line.strip()
+                if entry and not entry.startswith("#"):
+                    found = True
+                    yield entry
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"images.uri: the list {uri} cannot be read as UTF-8 text: {error}") from None
+    if not found:
+        raise InputError(f"images.uri: the list {uri} names no images; write one path or URI per line")
+
+
+def read_parquet_list(filesystem: pafs.FileSystem, path: str, uri: str, column: str) -> Iterator[str]:
+    """The entries of a Parquet list.
+
+    Raises:
+        InputError: no such column, a column of another type, no rows, or an empty entry.
+    """
+    with filesystem.open_input_file(path) as opened:
+        file = pq.ParquetFile(opened)
+        field = find_field(file.schema_arrow, column, uri, "images.uri_column")
+        if not is_string(field.type):
+            raise InputError(f"images.uri_column: {column!r} in {uri} is {field.type}, not text")
+        if file.metadata.num_rows == 0:
+            raise InputError(f"images.uri: the list {uri} has no rows")
+        row = 0
+        for batch in file.iter_batches(BATCH_ROWS, columns=[column]):
+            for entry in batch.column(0).cast(pa.string()).to_pylist():
+                if not entry:
+                    raise InputError(f"images.uri_column: {column!r} in {uri} is empty, first row {row}")
+                row += 1
+                yield entry
