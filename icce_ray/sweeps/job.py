@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 import ray
 from ray import tune
-from ray.tune.schedulers import AsyncHyperBandScheduler
 from ray.tune.search import create_searcher
 from ray.tune.search.variant_generator import generate_variants
 
+from icce_ray.config import Config
 from icce_ray.errors import ResourceError, UserError, WorkerError, describe_cause, find_cause
 from icce_ray.runtime.progress import Progress
 from icce_ray.runtime.ray_cluster import available_cpus
@@ -28,8 +28,8 @@ from icce_ray.store import Folder
 from icce_ray.sweeps import trial
 from icce_ray.sweeps.search_space import CHOICE, GRID, Dimension
 from icce_ray.sweeps.sweep_config import Sweep
-from icce_ray.sweeps.table import FAILED, FINISHED, STOPPED, Row, from_parameters, setting_text
-from icce_ray.sweeps.trial import Listings
+from icce_ray.sweeps.table import FAILED, FINISHED, Row, from_parameters, setting_text
+from icce_ray.sweeps.trial import Listings, RunOutcome
 
 TASK_RETRIES = 2
 """Of a task whose process died; what it had finished is used."""
@@ -121,19 +121,11 @@ def _param_space(asked: Sweep, known: list[Parameters] | None) -> Any:
 
 
 def _tune_config(asked: Sweep, known: list[Parameters] | None) -> tune.TuneConfig:
-    config, scheduler = asked.config, None
-    if config.asha is not None:
-        scheduler = AsyncHyperBandScheduler(
-            time_attr="epoch",
-            max_t=max(asked.max_epochs, config.asha.grace_epochs) + 1,  # beyond it, Tune stops what could end
-            grace_period=config.asha.grace_epochs,
-            reduction_factor=config.asha.reduction_factor,
-        )
+    config = asked.config
     slots = int(available_cpus() / (config.cpus_per_run * len(config.seeds or (0,))))
     return tune.TuneConfig(
         metric="judged",
         mode="max",
-        scheduler=scheduler,
         search_alg=make_searcher(config.searcher, config.seed) if config.searcher is not None else None,
         num_samples=1 if known is not None else config.num_samples,
         reuse_actors=True,
@@ -163,38 +155,21 @@ def run_trial(drawn: Parameters, *, asked: Sweep, listings: Listings, failures: 
     if key_of(parameters) in failures:
         raise WorkerError(failures[key_of(parameters)])
     runs = asked.runs(parameters)
-    num_epochs, reached = runs[0].heads.num_epochs, 0
-    for rung in asked.rungs(num_epochs):
-        if rung <= reached:
-            continue
-        answers = _together(asked, [(trial.run_to_rung, run, listings, rung) for run in runs])
-        if any(answer is None for answer in answers):  # another sweep, or an earlier try, finished the heads
-            break
-        reached = min(answer[0] for answer in answers)
-        if reached < rung or reached >= num_epochs:  # they came to rest early, or ended
-            break
-        metrics = trial.mean_metrics([answer[1] for answer in answers])
-        _report(asked, metrics, {"status": STOPPED, "metrics": metrics, "epochs": reached})
-    outcomes = _together(asked, [(trial.run, run, listings, asked.is_in_one_process) for run in runs])
+    outcomes = _together(asked, [(run, listings, asked.is_in_one_process) for run in runs])
     metrics = trial.combine(outcomes)
     row = {
         "status": FINISHED,
         "metrics": metrics,
-        "epochs": num_epochs,
         "num_clusters_used": float(np.mean([found.num_clusters_used for found in outcomes])),
         "seconds": sum(found.seconds for found in outcomes),
         "seeds": tuple(found.seed for found in outcomes),
     }
-    _report(asked, metrics, row)
-
-
-def _report(asked: Sweep, metrics: Mapping[str, float | None], row: dict[str, Any]) -> None:
     judged = metrics.get(asked.config.metric)
-    tune.report({"judged": float("nan") if judged is None else judged, "epoch": row["epochs"], "row": row})
+    tune.report({"judged": float("nan") if judged is None else judged, "row": row})
 
 
-def _together(asked: Sweep, calls: Sequence[tuple[Any, ...]]) -> list[Any]:
-    """What each ``function(*arguments)`` returns, each in a Ray task."""
+def _together(asked: Sweep, calls: Sequence[tuple[Config, Listings, bool]]) -> list[RunOutcome]:
+    """The outcome of each run, each in a Ray task."""
     # A task that starts jobs of its own takes no CPU: they need it. SPREAD also keeps it out of the trial's resources.
     cpus = asked.config.cpus_per_run if asked.is_in_one_process else 0
     task = ray.remote(_call).options(
@@ -203,11 +178,11 @@ def _together(asked: Sweep, calls: Sequence[tuple[Any, ...]]) -> list[Any]:
     return list(ray.get([task.remote(max(1, int(cpus)), *call) for call in calls]))
 
 
-def _call(num_threads: int, function: Callable[..., Any], *arguments: Any) -> Any:
+def _call(num_threads: int, config: Config, listings: Listings, in_one_process: bool) -> RunOutcome:
     import torch
 
     torch.set_num_threads(num_threads)
-    return function(*arguments)
+    return trial.run(config, listings, in_one_process)
 
 
 class Announcer(tune.Callback):
@@ -219,8 +194,7 @@ class Announcer(tune.Callback):
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         value = trial.last_result.get("judged", float("nan"))
         Announcer.best = max(Announcer.best, value)
-        status = trial.last_result.get("row", {}).get("status", STOPPED)
-        self._say(trials, f"{status}, {Announcer.metric} {value:.4f}, best {Announcer.best:.4f}", trial)
+        self._say(trials, f"{Announcer.metric} {value:.4f}, best {Announcer.best:.4f}", trial)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self._say(trials, FAILED, trial)

@@ -25,7 +25,6 @@ from icce_ray.sweeps.sweep_page import render
 from icce_ray.sweeps.table import (
     FAILED,
     FINISHED,
-    STOPPED,
     Row,
     choose_best,
     choose_pool,
@@ -46,8 +45,6 @@ class SweepResult:
     """What a sweep found and where it lies."""
 
     num_trials: int
-    num_stopped: int
-    """By asha."""
     num_failed: int
     metric: str
     """What the best trial has most of."""
@@ -74,7 +71,7 @@ def write(sweep: Sweep, rows: Sequence[Row], listings: Listings, output: Artifac
     and write trials.parquet, trials.txt, sweep.html, best.yaml and ensemble.yaml.
 
     Returns:
-        num_trials, num_stopped, num_failed, metric, best_value, best_trial, best_parameters.
+        num_trials, num_failed, metric, best_value, best_trial, best_parameters.
 
     Raises:
         WorkerError: no trial has the metric; the table is written all the same.
@@ -101,7 +98,6 @@ def write(sweep: Sweep, rows: Sequence[Row], listings: Listings, output: Artifac
     output.write_bytes(PAGE_NAME, page.encode("utf-8", errors="replace"))
     return {
         "num_trials": len(rows),
-        "num_stopped": sum(row.status == STOPPED for row in rows),
         "num_failed": sum(row.status == FAILED for row in rows),
         "metric": metric,
         "best_value": best.value(metric),
@@ -147,7 +143,7 @@ def sum_up(artifact: Artifact, ensemble: Result | None) -> SweepResult:
 
 def print_summary(artifact: Artifact, result: SweepResult, total_s: float) -> None:
     """The closing lines of a sweep, on standard error."""
-    counts = f"{result.num_trials} trials, {result.num_stopped} stopped early, {result.num_failed} failed"
+    counts = f"{result.num_trials} trials, {result.num_failed} failed"
     given = ", ".join(f"{name}={setting_text(value)}" for name, value in result.best_parameters.items())
     lines = [
         "",

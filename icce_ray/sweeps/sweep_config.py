@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,15 +25,6 @@ from icce_ray.sweeps.search_space import GRID, Dimension, check_space, parse_spa
 Metric = Literal["anmi", "generalization", "silhouette_pca", "silhouette_umap", "stability"]
 Searcher = Literal["optuna", "hyperopt", "bayesopt", "hebo", "ax", "bohb", "nevergrad", "zoopt"]
 NOT_IN_FINGERPRINT = {"max_concurrent", "cpus_per_run", "base"}
-
-
-class AshaConfig(Section):
-    """Asynchronous successive halving over the epochs of the heads: trials pause at rungs, the better share goes on."""
-
-    grace_epochs: PositiveInt = 20
-    """The first rung: every trial trains this long."""
-    reduction_factor: Annotated[float, Field(gt=1.0)] = 3.0
-    """Each rung is this many times as long as the one before, and one in this many trials passes it."""
 
 
 class EnsembleConfig(Section):
@@ -77,10 +67,8 @@ class SweepConfig(Section):
     `generalization`: how well a linear classifier learns the clusters. `silhouette_pca`, `silhouette_umap`: how far the
     clusters lie apart in that space (UMAP needs umap-learn). `stability`: how alike the clusters of two seeds are.
     Where it was measured, `stability` ranked trials best, and `silhouette_pca` best of those that need one seed only:
-    not set, it is `stability` where there are several `seeds` and no `asha`, else `silhouette_pca`. All but `anmi` and
+    not set, it is `stability` where there are several `seeds`, else `silhouette_pca`. All but `anmi` and
     `stability` look at the features, so they compare trials over the same features only."""
-    asha: AshaConfig | None = None
-    """Stop poor trials early. Not set: every trial trains all its epochs."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """Of what is drawn from the space."""
     ensemble: EnsembleConfig | None = EnsembleConfig()
@@ -95,7 +83,7 @@ class SweepConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _choose_metric(cls, data: Any) -> Any:
-        if isinstance(data, dict) and "metric" not in data and data.get("asha") is None:
+        if isinstance(data, dict) and "metric" not in data:
             seeds = data.get("seeds")
             if isinstance(seeds, list | tuple) and len(seeds) > 1:
                 return {**data, "metric": "stability"}
@@ -109,8 +97,6 @@ class SweepConfig(Section):
             raise ValueError("the seed is in the space and in seeds; choose one: seeds makes means, space makes trials")
         if self.metric == "stability" and len(self.seeds or ()) < 2:
             raise ValueError("metric is stability, which compares seeds: give at least two, such as seeds: [0, 1]")
-        if self.asha is not None and self.metric == "stability":
-            raise ValueError("asha cannot judge by stability, which is known at the end only; choose another metric")
         return self
 
 
@@ -140,12 +126,6 @@ class Sweep:
         heads = self.base_config.resources.method
         return heads.gpus_per_worker == 0 and not heads.on_ray_train
 
-    @property
-    def max_epochs(self) -> int:
-        """Of the heads, the most that a trial may have."""
-        swept = [dimension.values for dimension in self.dimensions if dimension.name == "heads.num_epochs"]
-        return max([self.base_config.heads.num_epochs, *(int(value) for values in swept for value in values)])
-
     def runs(self, parameters: Mapping[str, Any]) -> list[Config]:
         """The config of each run of a trial: one for each seed.
 
@@ -154,15 +134,6 @@ class Sweep:
         """
         seeds = self.config.seeds or (None,)
         return [settings_of(self.base, parameters, "this trial", seed) for seed in seeds]
-
-    def rungs(self, num_epochs: int) -> list[int]:
-        """Epochs after which a trial of `num_epochs` is judged before its end; none without asha."""
-        asha, epochs = self.config.asha, list[int]()
-        rung = float(asha.grace_epochs) if asha else float(num_epochs)
-        while asha and rung < num_epochs:
-            epochs.append(math.ceil(rung))
-            rung *= asha.reduction_factor
-        return epochs
 
     def settings(self) -> dict[str, Any]:
         """All that determines which trials there are and which is best, JSON-able."""
@@ -200,11 +171,6 @@ def build_sweep(data: dict[str, Any], source: str) -> Sweep:
         name = next(dimension.name for dimension in dimensions if dimension.kind == GRID)
         raise ConfigError(
             f"{source}: space.{name}: searcher {config.searcher} takes no grid; write {{choice: [...]}} instead"
-        )
-    if config.asha is not None and not sweep.is_in_one_process:
-        raise ConfigError(
-            f"{source}: asha pauses trials that are trained in one process; the base's resources.method asks for "
-            "Ray Train. Leave asha out, or set base.resources.method.num_workers=1 and gpus_per_worker=0"
         )
     return sweep
 

@@ -10,7 +10,7 @@ import yaml
 
 from icce_ray.sweeps.sweep_config import Sweep
 from icce_ray.sweeps.sweep_plots import metric_by_setting, parallel_coordinates
-from icce_ray.sweeps.table import FAILED, STOPPED, Row, metric_names, ranked, setting_text, shown
+from icce_ray.sweeps.table import FAILED, Row, metric_names, ranked, setting_text, shown
 
 
 def render(sweep: Sweep, rows: Sequence[Row], pooled: Sequence[Row], best_yaml: str) -> str:
@@ -36,7 +36,6 @@ def render(sweep: Sweep, rows: Sequence[Row], pooled: Sequence[Row], best_yaml: 
         trials=[*order, *others],
         best=order[0],
         best_value=shown(order[0].value(metric)),
-        num_stopped=sum(row.status == STOPPED for row in rows),
         num_pooled=len(pooled),
         pooled={row.trial for row in pooled},
         failed=[row for row in rows if row.status == FAILED],

@@ -15,7 +15,7 @@ from icce_ray.config import Config
 from icce_ray.errors import WorkerError
 from icce_ray.sweeps.sweep_config import EnsembleConfig
 
-FINISHED, STOPPED, FAILED = "finished", "stopped", "failed"
+FINISHED, FAILED = "finished", "failed"
 MAX_PRINTED = 40
 MAX_REASON = 100
 SECRETS = ("access_key", "secret_key", "session_token")
@@ -28,12 +28,10 @@ class Row:
     trial: int
     """In the order in which trials were made, from 0."""
     status: str
-    """`finished`; `stopped` by asha, its metrics are those of its last rung; `failed`."""
+    """`finished` or `failed`."""
     parameters: dict[str, Any]
     """What it was given, by dotted name."""
     metrics: dict[str, float | None] = field(default_factory=dict)
-    epochs: int | None = None
-    """Of the heads, as far as they were trained."""
     num_clusters_used: float | None = None
     """Mean over its runs."""
     seconds: float | None = None
@@ -92,7 +90,7 @@ def metric_names(rows: Iterable[Row]) -> list[str]:
 def to_table(
     rows: Sequence[Row], names: Sequence[str], pooled: Iterable[int] = (), best: int | None = None
 ) -> pa.Table:
-    """A row per trial: trial, status, one column per setting of `names`, metrics, scores, epochs, num_clusters_used,
+    """A row per trial: trial, status, one column per setting of `names`, metrics, scores, num_clusters_used,
     seconds, seeds, runs, error, is_best, is_pooled. Settings whose values are of several types are written as JSON."""
     chosen = set(pooled)
     columns: dict[str, Any] = {
@@ -105,7 +103,6 @@ def to_table(
         values = [row.metrics.get(name, row.scores.get(name)) for row in rows]
         columns[name] = pa.array(values, pa.float64())
     columns |= {
-        "epochs": pa.array([row.epochs for row in rows], pa.int32()),
         "num_clusters_used": pa.array([row.num_clusters_used for row in rows], pa.float64()),
         "seconds": pa.array([row.seconds for row in rows], pa.float64()),
         "seeds": pa.array([list(row.seeds) for row in rows], pa.list_(pa.int64())),
@@ -123,12 +120,12 @@ def to_text(rows: Sequence[Row], names: Sequence[str], metric: str) -> str:
     scores = list(dict.fromkeys(name for row in rows for name in row.scores))
     order = ranked(rows, metric)
     order += [row for row in rows if row not in order and row.status != FAILED]
-    lines = [["trial", *names, *metrics, *scores, "epochs", ""]]
+    lines = [["trial", *names, *metrics, *scores, ""]]
     for row in order[:MAX_PRINTED]:
         values = [setting_text(row.parameters.get(name)) for name in names]
         figures = [shown(row.metrics.get(name)) for name in metrics] + [shown(row.scores.get(name)) for name in scores]
         note = "best" if row is order[0] and row.status == FINISHED else "" if row.status == FINISHED else row.status
-        lines.append([str(row.trial), *values, *figures, shown(row.epochs), note])
+        lines.append([str(row.trial), *values, *figures, note])
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     text = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
     if len(order) > MAX_PRINTED:

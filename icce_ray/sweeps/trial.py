@@ -18,13 +18,12 @@ import numpy as np
 from icce_ray.config import Config
 from icce_ray.errors import BusyError
 from icce_ray.images.stage import IMAGES
-from icce_ray.pipeline.plan import PlannedStage, plan
+from icce_ray.pipeline.plan import plan
 from icce_ray.pipeline.run import run_stages
 from icce_ray.pipeline.stages import stages_of
-from icce_ray.runtime.progress import Progress
-from icce_ray.sample.draw import sampled_ids, training_set
-from icce_ray.stage import Stage, StageContext
-from icce_ray.store import Artifact, ArtifactWriter, Claim
+from icce_ray.sample.draw import sampled_ids
+from icce_ray.stage import Stage
+from icce_ray.store import Artifact
 from icce_ray.sweeps.silhouette_spaces import spaces
 
 POLL_S = 1.0
@@ -126,40 +125,6 @@ def run(config: Config, listings: Listings, in_one_process: bool) -> RunOutcome:
     )
 
 
-def run_to_rung(config: Config, listings: Listings, epoch: int) -> tuple[int, dict[str, float | None]] | None:
-    """Train the heads until `epoch`, leave a checkpoint, and judge a quick vote of what they say so far.
-
-    Returns:
-        The epoch that was reached (a checkpoint may be further), and the metrics; None where the heads are finished.
-    """
-    from icce_ray.consensus.ensemble import cluster_ensemble
-    from icce_ray.methods.heads import in_process as local
-    from icce_ray.sweeps.trial_scores import measure
-
-    make(config, shared_stages(config, listings))
-    while True:
-        planned = {step.name: step for step in plan(config, stages_of_trial(config, listings, True))}
-        step = planned["method"]
-        if step.artifact is not None:
-            return None
-        inputs = _inputs(step, planned)
-        try:
-            with Claim(step.folder):
-                context = StageContext(ArtifactWriter(step.folder), inputs, Progress("heads", quiet=True))
-                trained = local.train(config, context, until_epoch=epoch)
-        except BusyError:
-            time.sleep(POLL_S)
-            continue
-        break
-    vote = cluster_ensemble(
-        trained.label_matrix_HN, config.num_clusters, methods=("vote",), refine=False, random_state=config.seed
-    )
-    projection = planned["projection"].artifact
-    assert projection is not None
-    metrics = measure(training_set(inputs), projection, vote.labels)
-    return trained.history[-1]["epoch"], {"anmi": vote.consensus_anmi, **metrics}
-
-
 def combine(outcomes: Sequence[RunOutcome]) -> dict[str, float | None]:
     """The metrics of a trial: means over its runs, and with several the deviations (`<metric>_std`) and `stability`."""
     metrics = mean_metrics([outcome.metrics for outcome in outcomes])
@@ -199,8 +164,3 @@ def stabilities(outcomes: Sequence[RunOutcome]) -> list[float]:
                 _, rows, other_rows = np.intersect1d(mine, theirs, assume_unique=True, return_indices=True)
                 found.append(normalized_mutual_info(labels[one][rows], labels[other][other_rows]))
     return found
-
-
-def _inputs(step: PlannedStage, planned: Mapping[str, PlannedStage]) -> dict[str, Artifact]:
-    inputs = {name: planned[name].artifact for name in step.stage.inputs}
-    return {name: artifact for name, artifact in inputs.items() if artifact is not None}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import signal
 import subprocess
 import sys
@@ -134,31 +133,6 @@ def test_a_trial_gives_what_the_estimator_gives_in_one_process_or_on_ray_train(
     assert json.loads((small / "runs" / f"{name}.json").read_text())["stages"]["method"] == here.fingerprint
     config = build_config(yaml.safe_load(Path(result.best_config).read_text()), "best")
     assert pipeline.run_name(pipeline.plan(config)) == name
-
-
-@pytest.mark.slow
-def test_asha_stops_what_is_poor_at_a_rung_and_lets_the_best_end(ray_cluster: None, data: Path, tmp_path: Path) -> None:
-    # A learning rate of next to nothing leaves the heads as they were drawn: they do not agree.
-    space = {"heads.learning_rate": [3e-3, 1e-9, 1e30, 1e-10]}
-    settings = {"asha": {"grace_epochs": 4, "reduction_factor": 2}, "max_concurrent": 1}
-    base = {"heads": HEADS | {"num_epochs": 12}}
-    asked = build_sweep(sweep_of(data, tmp_path / "out", space, base=base, **settings), "sweep.yaml")
-    result = run_sweep(asked, quiet=True)
-    rows = pq.read_table(result.table).to_pylist()
-    assert (rows[0]["status"], rows[0]["epochs"], result.best_trial) == ("finished", 12, 0)
-    stopped = [row for row in rows if row["status"] == "stopped"]
-    assert stopped
-    assert all(row["epochs"] in (4, 8) and row["anmi"] is not None for row in stopped)
-    assert len(finished(tmp_path / "out", "method")) == 3 - len(stopped)
-    (failed,) = [row for row in rows if row["status"] == "failed"]
-    assert failed["heads.learning_rate"] == 1e30
-    assert "is not finite" in failed["error"]
-
-    # The same command tries the failed one again; and what was removed since is made again.
-    shutil.rmtree(tmp_path / "out" / "method")
-    again = run_sweep(asked, quiet=True)
-    assert (again.best_trial, again.best_value, again.num_failed) == (0, result.best_value, 1)
-    assert len(finished(tmp_path / "out", "method")) >= 1
 
 
 def test_the_state_of_a_search_does_not_go_to_remote_storage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

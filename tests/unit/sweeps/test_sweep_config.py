@@ -36,7 +36,7 @@ def sweep_of(space: dict[str, Any], **settings: Any) -> Sweep:
         ({"seed": [0, 1]}, {"seeds": [0, 1]}, "the seed is in the space and in seeds"),
         ({"seed": [0, 1]}, {"seeds": [2, 2]}, "name at least one, and each once"),
         ({"num_clusters": [3]}, {"metric": "stability"}, r"give at least two, such as seeds: \[0, 1\]"),
-        ({"num_clusters": [3]}, {"metric": "stability", "seeds": [0, 1], "asha": {}}, "asha cannot judge by stability"),
+        ({"num_clusters": [3]}, {"asha": {}}, "asha: unknown setting"),
         ({"num_clusters": [3]}, {"metric": "acc"}, "metric: 'acc' is not usable"),
         ({"num_clusters": [3]}, {"num_sample": 3}, "num_sample: unknown setting; did you mean num_samples"),
         ({"num_clusters": [3]}, {"searcher": "optuna"}, r"takes no grid; write \{choice"),
@@ -44,11 +44,6 @@ def sweep_of(space: dict[str, Any], **settings: Any) -> Sweep:
         ({"num_clusters": [3]}, {"base": {"preset": "other"}}, "sweep.yaml: base: preset"),
         ({"num_clusters": [3]}, {"base": {"num_clusters": "auto"}}, "base: num_clusters: a sweep compares clusterings"),
         ({"num_clusters": ["auto", 3]}, {}, "space: num_clusters: a sweep compares clusterings.*give a number"),
-        (
-            {"num_clusters": [3]},
-            {"asha": {}, "base": {"resources": {"method": {"num_workers": 2}}}},
-            "set base.resources.method.num_workers=1",
-        ),
     ],
 )
 def test_a_mistake_is_said_before_anything_starts(space: Any, settings: Any, message: str) -> None:
@@ -62,7 +57,6 @@ def test_a_mistake_is_said_before_anything_starts(space: Any, settings: Any, mes
         ({}, "silhouette_pca"),
         ({"seeds": [4]}, "silhouette_pca"),
         ({"seeds": [4, 5]}, "stability"),
-        ({"seeds": [4, 5], "asha": {}}, "silhouette_pca"),
         ({"seeds": [4, 5], "metric": "anmi"}, "anmi"),
     ],
 )
@@ -88,18 +82,6 @@ def test_values_that_fail_only_together_are_left_to_the_trial() -> None:
     asked = sweep_of({"neighbors.min_neighbors": [10, 80], "neighbors.max_neighbors": [50, 100]})
     with pytest.raises(ConfigError, match="max_neighbors is 50, below min_neighbors 80"):
         asked.runs({"neighbors.min_neighbors": 80, "neighbors.max_neighbors": 50})
-
-
-def test_rungs_grow_by_the_reduction_factor_and_stay_below_the_end() -> None:
-    asked = sweep_of({"num_clusters": [3]}, asha={"grace_epochs": 10, "reduction_factor": 3})
-    assert asked.rungs(100) == [10, 30, 90]
-    assert asked.rungs(90) == [10, 30]
-    assert asked.rungs(10) == []
-    assert sweep_of({"num_clusters": [3]}).rungs(100) == []
-    uneven = sweep_of({"heads.num_epochs": [50, 300]}, asha={"grace_epochs": 20, "reduction_factor": 1.5})
-    assert uneven.rungs(100) == [20, 30, 45, 68], "never before the epoch at which Tune looks"
-    assert uneven.max_epochs == 300
-    assert sweep_of({"num_clusters": [3]}).max_epochs == 50
 
 
 def test_a_base_file_lies_beside_the_sweep_and_overrides_reach_it(tmp_path: Path) -> None:

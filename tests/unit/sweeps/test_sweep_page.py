@@ -41,7 +41,6 @@ def rows() -> list[Row]:
                 "num_clusters": int(generator.integers(3, 10)),
             },
             {"anmi": float(generator.random()), "anmi_std": 0.01, "generalization": None},
-            epochs=10,
             seconds=1.0,
             scores={"acc": 0.5},
         )
