@@ -9,7 +9,7 @@ import jinja2
 import yaml
 
 from icce_ray.sweeps.sweep_config import Sweep
-from icce_ray.sweeps.sweep_plots import metric_by_setting, parallel_coordinates
+from icce_ray.sweeps.sweep_plots import metric_by_setting
 from icce_ray.sweeps.table import FAILED, Row, metric_names, ranked, setting_text, shown
 
 
@@ -42,7 +42,6 @@ def render(sweep: Sweep, rows: Sequence[Row], pooled: Sequence[Row], best_yaml: 
         names=sweep.names,
         metrics=metric_names(rows),
         scores=list(dict.fromkeys(name for row in rows for name in row.scores)),
-        parallel=parallel_coordinates(rows, sweep.dimensions, metric),
         plots=[svg for svg in plots if svg is not None],
         best_yaml=best_yaml,
         sweep_yaml=yaml.safe_dump(
