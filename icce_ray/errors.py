@@ -1,12 +1,13 @@
-"""What can go wrong, by whose hand it is mended.
+"""Errors, by who has to fix them.
 
-``UserError`` is the user's to mend: the message gives the value, the bound and the remedy, the program prints it
-without a traceback and exits with code 2. Everything else is ours or the machine's: exit code 1, the cause last.
+The user has to fix a ``UserError``: its message gives the value, the bound and the remedy, and the program prints it
+without a traceback and exits with code 2. All other errors are ours or the machine's: exit code 1, with the cause on
+the last line.
 """
 
 
 class UserError(ValueError):
-    """A setting, a path or an input that cannot work. The message says what was given, what is allowed, what to do."""
+    """A setting, a path or an input that cannot work. The message says what was given, what is allowed and what to do."""
 
 
 class ConfigError(UserError):
@@ -18,26 +19,26 @@ class InputError(UserError):
 
 
 class BusyError(InputError):
-    """Another job is writing the artifact at this moment. Whoever can wait finds its result there afterwards."""
+    """Another job is writing the artifact at the moment; its result can be used afterwards."""
 
 
 class ResourceError(UserError):
-    """The machine or cluster lacks what the run was told to use."""
+    """The machine or cluster lacks the resources that the config asks for."""
 
 
 class DamagedArtifactError(RuntimeError):
-    """A part on storage is missing, or its bytes are not those that its manifest promises."""
+    """A part on storage is missing, or its bytes do not match its manifest."""
 
 
 class WorkerError(RuntimeError):
-    """A distributed stage ended by a fault that retries did not mend. Finished parts stay: the same command resumes."""
+    """A distributed stage failed in spite of retries. Finished parts stay, and the same command resumes."""
 
 
 def find_cause(error: BaseException, kind: type[BaseException]) -> BaseException | None:
-    """The first error of `kind` in what led to `error`, or None.
+    """The first error of `kind` among `error` and its causes, or None.
 
-    Ray wraps a worker's error in its own (``cause``), its trainer in another (``worker_failures``); Python chains the
-    rest. An error that Ray made to look like ours is not ours: its text is a remote traceback.
+    Ray wraps a worker's error (``cause``) and its trainer wraps it again (``worker_failures``); Python chains the rest.
+    An error that Ray derived from ours is skipped: its text is a remote traceback.
     """
     pending, seen = [error], set[int]()
     while pending:
@@ -59,7 +60,7 @@ def find_cause(error: BaseException, kind: type[BaseException]) -> BaseException
 
 
 def describe_cause(error: BaseException) -> str:
-    """One line that names what went wrong at the bottom of a chain of wrapped errors."""
+    """One line about the error at the bottom of a chain of wrapped errors."""
     current, seen = error, {id(error)}
     while True:
         failures = getattr(current, "worker_failures", None)

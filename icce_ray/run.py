@@ -1,7 +1,7 @@
 """The job: ``python -m icce_ray.run [CONFIG] [--set a.b=c ...] [--json]``.
 
-Without CONFIG it clusters the built-in demo. Exit codes: 0 done; 2 the user's mistake, said in one message; 1 anything
-else, with the cause on the last line; 130 interrupted.
+Without CONFIG it runs the built-in demo. Exit codes: 0 done; 2 a user error, explained in one message; 1 any other error,
+with the cause on the last line; 130 interrupted.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ EXIT_INTERRUPTED = 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run what the command line asks for and return the exit code."""
+    """Run the job and return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m icce_ray.run", description=(__doc__ or "").split("\n\n")[0])
     add_arguments(parser)
     return guarded(run_command, parser.parse_args(arguments))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The job's arguments, for `main` and for ``icce-ray run``."""
-    parser.add_argument("config", nargs="?", metavar="CONFIG", help="a YAML file; without it, the built-in demo is run")
+    """Add the arguments of the job, which ``icce-ray run`` has too."""
+    parser.add_argument("config", nargs="?", metavar="CONFIG", help="a YAML file; the built-in demo if left out")
     parser.add_argument(
         "--refresh",
         action="store_true",
@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:
-    """What every command takes that does long work."""
+    """Add the options of every command that does long work."""
     parser.add_argument(
         "--set",
         action="append",
@@ -61,11 +61,11 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_debug_argument(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--debug", action="store_true", help="print the traceback of an unexpected error")
+    parser.add_argument("--debug", action="store_true", help="print the traceback of an error")
 
 
 def run_command(arguments: argparse.Namespace) -> None:
-    """Load the config, run it, say what came out."""
+    """Load the config, run it and print the result."""
     from icce_ray.pipeline.run import run_pipeline
 
     if arguments.config is None:
@@ -78,12 +78,12 @@ def run_command(arguments: argparse.Namespace) -> None:
 
 
 def guarded(command: Any, arguments: argparse.Namespace) -> int:
-    """Call `command(arguments)`; turn what it raises into a message and an exit code."""
+    """Call `command(arguments)` and turn an exception into a message and an exit code."""
     uses_ray_already = _uses_ray()
     try:
         command(arguments)
     except KeyboardInterrupt:
-        print("\ninterrupted; what is finished is kept, the same command goes on from there", file=sys.stderr)
+        print("\ninterrupted; finished work is kept, and the same command resumes", file=sys.stderr)
         return EXIT_INTERRUPTED
     except Exception as error:
         if arguments.debug:
@@ -98,7 +98,7 @@ def guarded(command: Any, arguments: argparse.Namespace) -> int:
 
 
 def _uses_ray() -> bool:
-    """Asked without importing it."""
+    """Whether this process is connected to Ray; does not import it."""
     return "ray" in sys.modules and sys.modules["ray"].is_initialized()
 
 

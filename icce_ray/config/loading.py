@@ -22,16 +22,16 @@ def load_config(
     base: dict[str, Any] | None = None,
     source: str = "the built-in config",
 ) -> Config:
-    """Read a YAML config, apply ``a.b=c`` overrides (values are YAML) and check the whole.
+    """Read a YAML config, apply ``a.b=c`` overrides (values are YAML) and validate the result.
 
     Args:
-        path: the YAML file; None to start from `base` alone.
-        overrides: the `--set` arguments, in order; later ones win.
-        base: settings under the file's.
-        source: what messages call the settings where there is no file.
+        path: the YAML file, or None to use `base` alone.
+        overrides: the `--set` arguments in order; later ones win.
+        base: settings that the file may override.
+        source: the name of the settings in messages if there is no file.
 
     Raises:
-        ConfigError: file, key, value and what is allowed, for every problem found.
+        ConfigError: names file, key, value and what is allowed for every problem found.
     """
     source = str(path) if path is not None else source
     data: dict[str, Any] = dict(base or {})
@@ -43,15 +43,15 @@ def load_config(
 
 
 def build_config(data: dict[str, Any], source: str) -> Config:
-    """Check settings from `source` (named in the message)."""
+    """Validate settings; `source` names them in messages."""
     return validate(Config, data, source)
 
 
 def validate(model: type[Model], data: dict[str, Any], source: str) -> Model:
-    """`data` as a `model`.
+    """Validate `data` as a `model`.
 
     Raises:
-        ConfigError: `source`, key, value and what is allowed, for every problem found.
+        ConfigError: names `source`, key, value and what is allowed for every problem found.
     """
     try:
         return model.model_validate(data)
@@ -61,10 +61,10 @@ def validate(model: type[Model], data: dict[str, Any], source: str) -> Model:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The settings in a file.
+    """Read the settings in a YAML file.
 
     Raises:
-        ConfigError: it cannot be read, or holds no settings.
+        ConfigError: the file cannot be read or holds no settings.
     """
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))

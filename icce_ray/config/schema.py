@@ -6,8 +6,10 @@ A config is YAML; three lines do for the common case::
     num_clusters: 10
     output: /data/clusters
 
-Unknown keys, wrong types and impossible combinations are refused before any work starts. ``preset`` fills in what the
-file leaves open; a setting that is given always wins. ``resources`` never changes a result.
+Unknown keys, wrong types and impossible combinations are refused before any work starts. ``method`` and ``preset`` fill
+in settings that the file leaves open; a setting that is given always wins. ``resources`` never changes a result.
+"Paper" marks a default that differs from the recipe of arXiv 2511.16213, which ``preset: paper`` restores
+(docs/METHOD.md, "Paper recipe and defaults").
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ AUTO: Literal["auto"] = "auto"
 NumClusters = Annotated[int, Field(ge=2)]
 
 MIN_INPUTS = 32
-"""Dimensions that a head sees at least, where there are so many."""
+"""Minimum number of input dimensions per head (capped at D)."""
 
 ConsensusMethod = Literal["mcla", "hbgf", "cspa", "vote", "best_head"]
 
@@ -48,20 +50,21 @@ class Section(BaseModel):
 
 
 class ClusterCountConfig(Section):
-    """How `num_clusters: auto` chooses: small clusterings of a sample, from few clusters to many."""
+    """How `num_clusters: auto` chooses the number: by small clusterings of a sample, from few clusters to many."""
 
     min_clusters: NumClusters = 2
-    """Fewest clusters to choose from."""
+    """Smallest number of clusters to try."""
     max_clusters: NumClusters | None = None
-    """Most clusters to choose from. Not set: 100, or a tenth of the images looked at where that is less."""
+    """Largest number of clusters to try. Not set: 100, or a tenth of the sample if that is less."""
     num_seeds: Annotated[int, Field(ge=2)] = 3
-    """Clusterings of each number of clusters, each of its own seed: what they differ in is the uncertainty."""
+    """Clusterings for each number of clusters, each with its own seed. Their spread is the uncertainty of the
+    choice."""
     num_heads: PositiveInt = 4
-    """Heads of each clustering. They are smaller than those of the run itself, and learn faster."""
+    """Heads in each clustering. They are smaller than the heads of the run itself and learn faster."""
     num_epochs: PositiveInt = 40
-    """Passes over the sample in each clustering."""
+    """Passes over the sample for each clustering."""
     max_images: Annotated[int, Field(ge=20)] = 5_000
-    """Above this many images, a uniform random sample of them is looked at."""
+    """Size of the uniform random sample that is clustered, if there are more images."""
 
     @model_validator(mode="after")
     def _check(self) -> ClusterCountConfig:
@@ -77,19 +80,19 @@ class ClusterCountConfig(Section):
 
 class ImagesConfig(Section):
     uri: str | tuple[str, ...] | None = None
-    """Where the images are, or several such places. A folder or prefix (searched recursively for jpg, jpeg, png, webp,
-    bmp, gif, tif, tiff and for .tar shards in WebDataset's layout; where it holds neither, for .parquet files); one
-    .tar; a .parquet file or folder with a column of URIs or of image files; a .txt list of URIs, one per line. Local
-    paths, s3://, gs://."""
+    """Where the images are; one place or several. A folder or prefix, searched recursively for jpg, jpeg, png, webp,
+    bmp, gif, tif, tiff and for .tar shards in WebDataset layout, and if there are none, for .parquet files; a .tar
+    file; a .parquet file or folder with a column of URIs or of image files; a .txt list with one URI per line. Local
+    paths, s3:// and gs://."""
     uri_column: str = "uri"
-    """The column of a Parquet file that holds the URIs."""
+    """Parquet column with the URIs."""
     bytes_column: str | None = None
-    """The column of a Parquet file that holds the image files themselves: binary, or a struct with a binary field
-    `bytes`. Not set: a file without `uri_column` is searched for its only such column."""
+    """Parquet column with the image files themselves: binary, or a struct with a binary field `bytes`. Not set: the
+    only such column of a file that has no `uri_column`."""
 
     @property
     def uris(self) -> tuple[str, ...]:
-        """`uri` as a tuple, empty where it is not set."""
+        """`uri` as a tuple; empty if it is not set."""
         return (self.uri,) if isinstance(self.uri, str) else self.uri or ()
 
     @model_validator(mode="after")
@@ -107,22 +110,21 @@ class ImagesConfig(Section):
 
 class EmbeddingsConfig(Section):
     uri: str | None = None
-    """Ready-made embeddings instead of images: a .npy file (N x D, floating point) or a Parquet file or folder with a
-    list column. float16 is kept, everything else becomes float32."""
+    """Ready-made embeddings instead of images: a .npy file (N x D, floating point), or a Parquet file or folder with a
+    list column. float16 is kept; everything else becomes float32."""
     column: str | None = None
-    """The list column of the Parquet file. Not set: its only list column."""
+    """Parquet list column with the embeddings. Not set: the only list column."""
 
 
 class BackboneConfig(Section):
     backbone: str = "vit_large_patch14_dinov2.lvd142m"
-    """A timm model name, or `pixels`: the flattened pixels, 0 to 1, which need no weights."""
+    """A timm model name, or `pixels`: the flattened pixels scaled to 0..1, which need no weights."""
     features: Literal["auto", "cls", "cls+patch_mean", "last4", "last4+patch_mean", "pooled"] = "auto"
-    """What is kept of a vision transformer (METHOD section 0). `auto`: `cls+patch_mean` where the model has a class
-    token, `pooled` elsewhere."""
+    """Outputs of a vision transformer that make the embedding (docs/METHOD.md, "Features"). `auto`: `cls+patch_mean` if
+    the model has a class token, else `pooled`."""
     weights: str | None = None
-    """A .safetensors file, or a .pth/.pt/.bin file that loads with weights only; its path, or its URI on object
-    storage. Not set: the model hub. `random`: the initialisation (for trying out the plumbing; the clusters mean
-    nothing)."""
+    """Path or URI of a .safetensors file, or of a .pth, .pt or .bin file that holds weights only. Not set: the model
+    hub. `random`: random initialisation, to try out the plumbing; the clusters mean nothing."""
     image_size: PositiveInt | None = None
     """Side of the square input in pixels. Not set: 224 (`pixels`: 32)."""
     grayscale: bool = False
@@ -131,43 +133,44 @@ class BackboneConfig(Section):
 
 class EmbedConfig(BackboneConfig):
     extra: tuple[BackboneConfig, ...] = ()
-    """More backbones, for more feature sets from the same pass over the images: each file is read and decoded once.
-    Each takes the settings above, such as `{backbone: resnet50.a1_in1k}`. Later stages use the first set."""
+    """More backbones, which make more feature sets in the same pass: each image is read and decoded once. Each takes
+    the settings above, such as `{backbone: resnet50.a1_in1k}`. Later stages use the first feature set."""
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Of the networks' matrix products. `auto`: bfloat16 where the worker's processor multiplies it natively, else
-    float32. Name one where machines differ and every bit must agree. Embeddings are stored as float16 in any case."""
+    """Precision of the networks' matrix products. `auto`: bfloat16 if the worker's processor multiplies it natively,
+    else float32. Set it if machines differ and every bit must agree. Embeddings are stored as float16 in any case."""
     compile: bool = False
-    """Run the networks through torch.compile: about a minute per worker before the first image, so for many images on
-    GPUs. It changes embeddings by rounding only."""
+    """Run the networks through torch.compile. It takes about a minute per worker before the first image, so it pays for
+    many images on GPUs. It changes embeddings by rounding only."""
     batch_size: PositiveInt | Literal["auto"] = "auto"
     """Images per forward pass. `auto`: 64 on CPUs; on a GPU each worker doubles it at its start for as long as that is
     faster and fits."""
     max_image_pixels: PositiveInt = 100_000_000
-    """An image of more pixels (width x height) is not decoded: it goes into the errors table."""
+    """Largest image (width x height) that is decoded. A larger one goes into the errors table."""
     max_error_rate: Fraction = 0.1
-    """The stage stops when more than this share of the images cannot be used."""
+    """Share of unusable images above which the stage stops."""
 
     @property
     def backbones(self) -> tuple[BackboneConfig, ...]:
-        """All of them, the one that later stages use first."""
+        """All backbones; later stages use the first."""
         return (self, *self.extra)
 
 
 class NeighborsConfig(Section):
     similarity_threshold: float | Literal["auto"] | None = "auto"
-    """Images at least this similar (cosine, -1 to 1) are neighbours: the paper's tau, which is a floor on similarity.
-    `auto`: chosen by the audit. `null`: no threshold, exactly `min_neighbors` each."""
+    """Cosine from which on two images are neighbours, -1 to 1 (the paper's tau). `auto`: chosen by the audit of the
+    features. `null`: no threshold, exactly `min_neighbors` for each image. Paper: 0.3."""
     min_neighbors: PositiveInt = 20
-    """An image with fewer neighbours above the threshold gets its this many most similar ones (the paper's k_min, 50
-    there: on weaker features shorter lists were measured to be better)."""
+    """Number of most similar images that become neighbours if fewer reach the threshold (the paper's k_min). Paper: 50;
+    shorter lists were better on weaker features."""
     max_neighbors: PositiveInt | None = 1000
-    """Longer lists keep a uniform random subset of this size. `null`: no limit."""
+    """Limit of a list of neighbours; a longer one keeps a uniform random subset. `null`: no limit. Paper: no limit."""
     duplicate_threshold: float | Literal["auto"] | None = "auto"
     """Images at least this similar (cosine) are near-duplicates: they are listed, and a group of them counts once in
     training, by the one of the lowest id. `auto`: a hundred times nearer than neighbours usually are. `null`: none are
     looked for."""
     center: bool = True
-    """Subtract the mean feature before the cosine. Uncentred convolutional features are all similar to each other."""
+    """Subtract the mean feature before the cosine. Convolutional features that are not centred are all similar to each
+    other. Paper: false."""
 
     @model_validator(mode="after")
     def _check(self) -> NeighborsConfig:
@@ -189,68 +192,71 @@ class NeighborsConfig(Section):
 
 class HeadsConfig(Section):
     num_heads: PositiveInt = 50
-    """Clustering heads trained side by side (H); they differ by their initialisation and by what they see."""
+    """Clustering heads trained side by side (H). They differ in their initialisation and in the dimensions they see."""
     max_images: Annotated[int, Field(ge=2)] | None = 2_000_000
     """Above this many images, a uniform random sample of them is trained on (neighbours, heads, consensus, classifier);
     the classifier labels the others. `null`: always train on all."""
     num_epochs: PositiveInt = 50
-    """Passes over the images."""
+    """Passes over the images. Paper: 400."""
     batch_size: Annotated[int, Field(ge=2)] | Literal["auto"] = "auto"
-    """Pairs per step, over all workers (B). `auto`: 1024; small collections: eight steps an epoch."""
+    """Pairs per step (B). `auto`: 1024, or less for small collections, so that an epoch has eight steps. Paper: 256 or
+    1024."""
     learning_rate: PositiveFloat = 5e-4
-    """At 256 pairs; scaled linearly with the batch size."""
+    """Learning rate at 256 pairs per step; scaled linearly with the batch size. Paper: 1e-4."""
     weight_decay: Annotated[float, Field(ge=0.0)] = 1e-4
-    """AdamW's, on weights only."""
+    """AdamW weight decay, on weights only."""
     warmup_epochs: Annotated[int, Field(ge=0)] = 5
-    """Epochs over which the learning rate rises linearly from 0; then it stays."""
+    """Epochs in which the learning rate rises linearly from 0; then it stays constant. Paper: 20."""
     freeze_last_layer_epochs: Annotated[int, Field(ge=0)] = 1
-    """Epochs for which the prototypes (last layer) do not move."""
+    """Epochs in which the prototypes (the last layer) are frozen."""
     hidden_dim: PositiveInt = 512
     """Width of a head's hidden layer."""
     bottleneck_dim: PositiveInt = 256
-    """Width of a head's normalised output, which the prototypes are compared with."""
+    """Width of a head's normalised output, which is compared with the prototypes."""
     input_norm: Literal["batch_norm", "standardize", "none"] = "batch_norm"
-    """`batch_norm`: running batch statistics (ICCE). `standardize`: mean and deviation of the whole set (TEMI)."""
+    """`batch_norm`: statistics of each batch (ICCE). `standardize`: mean and deviation of the whole set (TEMI)."""
     rotate: bool = True
-    """Apply a random rotation (seeded) before `input_norm`: per-dimension scaling then no longer blows up the small
-    dimensions of features that come sorted by variance, such as PCA's."""
+    """Rotate the features at random (seeded) before `input_norm`. Without it, scaling each dimension inflates the noise
+    dimensions of features that are sorted by variance, such as those of a PCA. Paper: false."""
     input_share: Annotated[float, Field(gt=0.0, le=1.0)] = 0.5
-    """Share of the (rotated) dimensions that each head sees, a random choice of its own, at least 32 of them: heads
-    that see different things make different mistakes, and train faster. 1: all heads see all, as in the paper."""
+    """Share of the (rotated) dimensions that each head sees: its own random choice, at least 32 dimensions. Heads that
+    see different dimensions make different mistakes and train faster. Paper: 1, every head sees all."""
     loss: Literal["temi", "scan"] = "temi"
-    """`temi`: weighted mutual information, with what is switched on below. `scan`: SCAN's, on the student alone."""
+    """`temi`: weighted mutual information with a teacher, and the terms that are switched on below. `scan`: SCAN's
+    loss, without a teacher."""
     scan_entropy_weight: Annotated[float, Field(ge=0.0)] = 5.0
-    """With `scan`: weight of the entropy of the mean assignment."""
+    """Weight of the entropy of the mean assignment in SCAN's loss."""
     sinkhorn: bool = True
-    """Teacher targets by Sinkhorn-Knopp over the global batch (ICCE) instead of a softmax (TEMI)."""
+    """Make the teacher's targets by Sinkhorn-Knopp over the batch (ICCE) instead of a softmax (TEMI)."""
     sinkhorn_iterations: PositiveInt = 3
-    """Alternations of the two normalisations."""
+    """Sinkhorn-Knopp iterations."""
     teacher_temperature: PositiveFloat = 0.1
-    """Of the teacher's targets (T_sk with Sinkhorn-Knopp)."""
+    """Temperature of the teacher's targets (T_sk with Sinkhorn-Knopp)."""
     student_temperature: PositiveFloat = 0.1
-    """Of the student's softmax."""
+    """Temperature of the student's softmax."""
     beta: Annotated[float, Field(gt=0.0, le=1.0)] = 0.6
-    """Exponent in the TEMI loss: at 1 the pointwise mutual information, below 1 more even clusters."""
+    """Exponent of the TEMI loss. 1 gives the pointwise mutual information; less makes clusters more even."""
     max_ce_weight: Annotated[float, Field(ge=0.0)] = 0.3
-    """Weight of the pseudo-label cross-entropy at the end of training (lambda_max); rises from 0 by a half cosine.
-    0 switches it off."""
+    """Weight of the cross-entropy with the pseudo-labels at the end of training (lambda_max). It rises from 0 along
+    half a cosine. 0 switches it off."""
     num_positives: PositiveInt = 1
-    """Neighbours drawn per image and step; above 1 their teacher targets are averaged."""
+    """Neighbours drawn for each image and step. With more than one, their teacher targets are averaged."""
     teacher_momentum: Fraction | Literal["auto"] = "auto"
-    """Of the teacher's moving average of the student. `auto`: it remembers a twentieth of the run's steps, at most 250
-    (0.996, the paper's)."""
+    """Momentum of the teacher, the moving average of the student. `auto`: it remembers a twentieth of all steps, at
+    most 250 (0.996). Paper: 0.996."""
     prior_momentum: Fraction = 0.9
-    """Of the moving average of the cluster prior."""
+    """Momentum of the moving average of the cluster prior."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of the matrix products; sums and losses are float32. `auto`: bfloat16 where the processor multiplies it
+    """Precision of the matrix products; sums and losses are float32. `auto`: bfloat16 if the processor multiplies it
     natively."""
     early_stop_change: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
-    """Stop when, three epochs in a row, less than this share of the labels changed. `null`: train all epochs."""
+    """Stop after three epochs in a row in which less than this share of the labels changed. `null`: train all
+    epochs."""
     checkpoint_interval_s: PositiveFloat = 60.0
-    """Seconds of training that a killed run loses at most, and one epoch."""
+    """Seconds between checkpoints, rounded up to whole epochs: what a killed run loses at most."""
 
     def num_inputs(self, dim: int) -> int:
-        """S: how many of `dim` dimensions a head sees; of few dimensions none can be spared."""
+        """Number of input dimensions of a head (S), if the features have `dim`."""
         return min(dim, max(MIN_INPUTS, round(self.input_share * dim)))
 
 
@@ -259,15 +265,15 @@ class ConsensusConfig(Section):
     """Consensus functions to try; the result with the highest average NMI with the heads is kept. `hbgf` and `cspa`
     are left out, with a line that says why, if there are too many images for them."""
     extra_runs: tuple[str, ...] = ()
-    """Other runs over the same images whose heads take part: one consensus of several backbones, thresholds or numbers
-    of clusters. Names of runs under `output` (a run's last lines tell it), or places of their records elsewhere
-    (`<output>/runs/<name>.json`)."""
+    """Other runs over the same images whose clusterings take part, for one consensus of several methods, backbones,
+    thresholds or numbers of clusters. Names of runs under `output` (a run prints its name at the end), or the places of
+    their records elsewhere (`<output>/runs/<name>.json`)."""
     cspa_max_images: PositiveInt = 5_000
     """CSPA builds an N x N matrix: above this many images it is left out."""
     imbalance: Annotated[float, Field(ge=1.0)] = 1.5
-    """How much larger than the average METIS may make a part."""
+    """How much larger than the average a cluster may be when METIS partitions a graph."""
     refine: bool = True
-    """Reassign images as long as that raises the average NMI."""
+    """Reassign images as long as that raises the average NMI. Paper: false."""
 
     @model_validator(mode="after")
     def _check(self) -> ConsensusConfig:
@@ -300,10 +306,10 @@ class AssignConfig(Section):
     rows_per_part: PositiveInt = 100_000
     """Rows per Parquet part of the assignments."""
     num_exemplars: PositiveInt = 16
-    """Exemplars marked per cluster."""
+    """Exemplars per cluster."""
     outlier_quantile: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.999
-    """An image is an outlier when it lies farther from the mean of its predicted cluster (Mahalanobis distance) than
-    this share of the images that the classifier was trained on."""
+    """An image is an outlier if it lies farther from the mean of its cluster (Mahalanobis distance) than this share of
+    the images that the classifier was trained on."""
 
 
 class EvaluateConfig(Section):
@@ -311,9 +317,9 @@ class EvaluateConfig(Section):
     """True labels, for evaluation only: `folder` (the image's parent folder), `cls` (the .cls file beside the image in
     a WebDataset shard), or a .npy, .csv or .parquet file."""
     label_column: str = "label"
-    """The label column of a CSV or Parquet file."""
+    """Label column of a CSV or Parquet file."""
     uri_column: str | None = None
-    """The column of a CSV or Parquet file that names the image. Not set: rows are in the order of the images."""
+    """Column of a CSV or Parquet file with the image URIs. Not set: the rows are in the order of the images."""
 
 
 class ReportConfig(Section):
@@ -322,25 +328,25 @@ class ReportConfig(Section):
     images_per_cluster: PositiveInt = 12
     """Pictures shown per cluster."""
     max_clusters: PositiveInt = 200
-    """Clusters shown with pictures; the table lists all."""
+    """Number of clusters shown with pictures; the table lists all."""
 
 
 class StorageConfig(Section):
-    """How S3 is reached. What is not set comes from the environment: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY,
-    AWS_SESSION_TOKEN, AWS_PROFILE, AWS_REGION, AWS_ENDPOINT_URL, or the machine's role."""
+    """Access to S3. Settings left open come from the environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY,
+    AWS_SESSION_TOKEN, AWS_PROFILE, AWS_REGION, AWS_ENDPOINT_URL) or the machine's role."""
 
     endpoint: str | None = None
     """URL of an S3-compatible store. Not set: AWS_ENDPOINT_URL, else AWS itself."""
     region: str | None = None
     """Region of the buckets."""
     access_key: SecretStr | None = None
-    """Access key id. Better in the environment or a profile than in a file."""
+    """Access key id. Prefer the environment or a profile."""
     secret_key: SecretStr | None = None
     """Secret access key. Never written to manifests, logs or messages."""
     session_token: SecretStr | None = None
-    """With temporary credentials."""
+    """Session token of temporary credentials."""
     anonymous: bool = False
-    """Send no credentials: public buckets."""
+    """Send no credentials, for public buckets."""
 
     @model_validator(mode="after")
     def _check(self) -> StorageConfig:
@@ -351,33 +357,33 @@ class StorageConfig(Section):
 
 class WorkerResources(Section):
     num_workers: PositiveInt = 1
-    """Processes that share the stage's work."""
+    """Number of processes that share the work of the stage."""
     cpus_per_worker: Annotated[float, Field(gt=0.0)] | None = None
-    """CPUs (and threads) of each. Not set: the machine's CPUs divided among the workers of one machine."""
+    """CPUs, and threads, per worker. Not set: a machine's CPUs divided among its workers."""
     gpus_per_worker: Annotated[float, Field(ge=0.0)] = 0.0
-    """GPUs of each."""
+    """GPUs per worker."""
 
     @property
     def on_ray_train(self) -> bool:
-        """Whether workers that train together are started by Ray Train."""
+        """Whether Ray Train starts the workers, which it does if several train together."""
         return self.num_workers > 1
 
 
 class ResourcesConfig(Section):
     ray_address: str | None = None
-    """`auto` or an address: join that Ray cluster. Not set: join the one RAY_ADDRESS names, else start one here."""
+    """Address of a Ray cluster to join, or `auto`. Not set: RAY_ADDRESS, else a Ray of our own on this machine."""
     num_cpus: PositiveInt | None = None
-    """CPUs of a Ray started here. Not set: all that this process may use."""
+    """CPUs of a Ray that we start. Not set: all that this process may use."""
     object_store_bytes: PositiveInt | None = None
-    """Object store of a Ray started here. Not set: Ray's choice, at most 2 GB."""
+    """Size of the object store of a Ray that we start. Not set: Ray's default, at most 2 GB."""
     embed: WorkerResources = WorkerResources()
     neighbors: WorkerResources = WorkerResources()
-    """Each worker is a shard: it holds its share of the features in memory, on its GPU where it has one."""
+    """Each worker is a shard, which holds its share of the features in memory, or on its GPU."""
     method: WorkerResources = WorkerResources()
     classifier: WorkerResources = WorkerResources()
-    """Its workers share the grid of learning rates: more than there are settings are not started."""
+    """The workers share the learning rates to try, so no more than that are started."""
     assign: WorkerResources = WorkerResources()
-    """On CPUs: reading the embeddings takes longer than the classifier."""
+    """CPUs only: reading the embeddings takes longer than labelling them."""
 
     @model_validator(mode="after")
     def _check_assign(self) -> ResourcesConfig:
@@ -392,11 +398,11 @@ class Config(Section):
     model_config = ConfigDict(serialize_by_alias=True)
 
     output: str
-    """Folder or URI under which every artifact lies. Runs that share it share embeddings and graphs."""
+    """Folder or URI for all artifacts. Runs with the same output share embeddings and graphs."""
     given_num_clusters: int | Literal["auto"] = Field(alias="num_clusters")
-    """Clusters to find (K). `auto`: chosen as `cluster_count` says, without labels."""
+    """Number of clusters (K). `auto`: chosen without labels, as set by `cluster_count`."""
     cluster_count: ClusterCountConfig = ClusterCountConfig()
-    """Used where `num_clusters` is `auto`."""
+    """Used if `num_clusters` is `auto`."""
     method: str = "icce"
     """How the images are clustered: `icce` (arXiv 2511.16213), `temi` (arXiv 2303.17896), or `scan`, the loss of arXiv
     2005.12320 on frozen features. It fills in the settings that it needs and the config leaves open."""
@@ -404,7 +410,7 @@ class Config(Section):
     """`paper`: every constant as the ICCE paper has it, where the config leaves it open. Not set: our defaults, which
     were measured to be better; docs/METHOD.md lists where they differ."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
-    """Of every random draw. Same config, seed and machine: identical labels."""
+    """Seed of every random draw. The same config and seed give the same labels on the same kind of machine."""
     images: ImagesConfig = ImagesConfig()
     embeddings: EmbeddingsConfig = EmbeddingsConfig()
     embed: EmbedConfig = EmbedConfig()
@@ -423,7 +429,7 @@ class Config(Section):
         """K.
 
         Raises:
-            ConfigError: it is `auto`, and this is no place to choose it.
+            ConfigError: it is `auto` and has not been chosen yet.
         """
         if self.given_num_clusters == AUTO:
             raise ConfigError("num_clusters: 'auto' is chosen by a run; a number is needed here")
@@ -436,7 +442,7 @@ class Config(Section):
 
     @property
     def needed_images(self) -> tuple[int, str]:
-        """Fewest images that the clusters asked for can be made of, and the setting that says so."""
+        """Smallest number of images that the clusters can be made of, and the setting that asks for it."""
         if not self.is_auto:
             return self.num_clusters, "num_clusters"
         asked = self.cluster_count
@@ -451,7 +457,7 @@ class Config(Section):
     @field_validator("given_num_clusters", mode="wrap")
     @classmethod
     def _number_or_auto(cls, value: Any, handler: Any) -> int | Literal["auto"]:
-        # Not by the union, whose messages name the places "num_clusters.int" and "num_clusters.literal['auto']".
+        # The union's own messages would name "num_clusters.int" and "num_clusters.literal['auto']".
         return AUTO if value == AUTO else TypeAdapter(NumClusters).validate_python(value)
 
     @model_validator(mode="before")
