@@ -7,7 +7,7 @@ the last line.
 
 
 class UserError(ValueError):
-    """A setting, a path or an input that cannot work. The message says what was given, what is allowed and what to do."""
+    """A setting, a path or an input that cannot work. The message gives the value, the bound and the remedy."""
 
 
 class ConfigError(UserError):

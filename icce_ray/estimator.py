@@ -1,7 +1,7 @@
-"""ICCE on arrays, in one process, by scikit-learn's conventions.
+"""ICCE on arrays in one process, as a scikit-learn estimator.
 
-The same maths as the pipeline, without Ray: on the same features, settings and seed both give the same labels. So this
-is the answer that every distributed stage is tested against.
+It runs the same maths as the pipeline, without Ray: the same features, settings and seed give the same labels. The
+distributed stages are tested against it.
 
     >>> from icce_ray import ICCE
     >>> labels = ICCE(n_clusters=10, random_state=0).fit_predict(features)  # doctest: +SKIP
@@ -21,7 +21,7 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 
 from icce_ray.classifier.linear import LinearClassifier
 from icce_ray.classifier.self_training import fit_classifier
-from icce_ray.config import Config, build_config
+from icce_ray.config import ClusteringConfig, validate
 from icce_ray.consensus.ensemble import cluster_ensemble
 from icce_ray.count.choice import Choice
 from icce_ray.count.in_process import count_clusters
@@ -39,37 +39,38 @@ class ICCE(ClusterMixin, BaseEstimator):
     """Image clustering with adaptive neighbours, many heads and a cluster ensemble (arXiv 2511.16213).
 
     Args:
-        n_clusters: clusters to find (K), or ``auto``: chosen from the data, see `cluster_count`.
+        n_clusters: number of clusters (K), or ``auto`` to choose it from the data, see `cluster_count`.
         method: ``icce``; ``temi`` (arXiv 2303.17896): fixed neighbours, softmax targets, the best head; or ``scan``
             (arXiv 2005.12320): its loss on the same heads, the best head.
         preset: ``paper``: every constant as the ICCE paper has it. None: our defaults.
-        n_heads: clustering heads (H).
-        epochs: passes over the images. None: the config's default.
-        batch_size: pairs per step. None: the config's default.
-        similarity_threshold: cosine from which on images are neighbours; ``auto``; or None for `min_neighbors` each.
+        n_heads: number of clustering heads (H).
+        epochs: passes over the images. None: the default of the config.
+        batch_size: pairs per step. None: the default of the config.
+        similarity_threshold: cosine from which on two images are neighbours; ``auto``; or None for exactly
+            `min_neighbors` neighbours.
             With the other methods, or a preset, ``auto`` means their choice.
-        random_state: int, RandomState or None. An int gives the labels of a run with that ``seed``.
-        device: torch device of the neighbour search, the heads and the classifier.
-        n_threads: CPU threads; None for torch's setting. It does not change the result.
-        neighbors, heads, consensus, classifier, cluster_count: further settings of these sections of the config; the
-            last says how ``auto`` chooses, such as ``{"min_clusters": 5, "max_clusters": 40}``.
+        random_state: int, RandomState or None. An int gives the same labels as a run with that ``seed``.
+        device: torch device for the neighbour search, the heads and the classifier.
+        n_threads: CPU threads; None for torch's setting. They do not change the result.
+        neighbors, heads, consensus, classifier, cluster_count: further settings of these sections of the config.
+            `cluster_count` sets how ``auto`` chooses, such as ``{"min_clusters": 5, "max_clusters": 40}``.
         verbose: show progress on standard error.
 
     Attributes:
         labels_: (N,) int32, the consensus, 0..K-1.
-        head_labels_: (H, N) int32, clusters of each head that did not collapse; -1 for rows that took no part: above
-            ``heads["max_images"]`` rows a sample is trained on, and the classifier labels the others.
-        agreement_: (N,) float32, share of the heads that agree with `labels_`; NaN for rows that took no part.
-        vote_entropy_: (N,) float32, nats, of the heads' votes.
-        anmi_: float, mean normalised mutual information of `labels_` with the heads.
-        consensus_method_: str, the consensus function that was kept.
-        similarity_threshold_: float or None, the one used.
-        head_losses_: (H,) float64, of the last epoch.
+        head_labels_: (H, N) int32, the clusters of each head that did not collapse; -1 for rows that were not trained
+            on: above ``heads["max_images"]`` rows the heads see a sample, and the classifier labels the rest.
+        agreement_: (N,) float32, share of the heads that agree with `labels_`; NaN for rows that were not trained on.
+        vote_entropy_: (N,) float32, entropy of the heads' votes in nats.
+        anmi_: float, average normalised mutual information of `labels_` with the heads.
+        consensus_method_: str, the consensus function whose result was kept.
+        similarity_threshold_: float or None, the threshold that was used.
+        head_losses_: (H,) float64, losses of the last epoch.
         n_clusters_: int, K.
         cluster_count_: with ``auto``, how K was chosen: `low` and `high`, the range that is as good; `by_count()`, a
-            table of what was measured; `sentence()`. Else None.
-        hierarchy_: the clusters merged step by step: ``hierarchy_.cut(n)[labels_]`` are n groups of them.
-        classifier_: LinearClassifier, what `predict` uses.
+            table of all measurements; `sentence()`. Else None.
+        hierarchy_: the merges of the clusters, step by step: ``hierarchy_.cut(n)[labels_]`` gives n groups.
+        classifier_: LinearClassifier, which `predict` uses.
         n_features_in_: int, D.
     """
 
@@ -131,7 +132,7 @@ class ICCE(ClusterMixin, BaseEstimator):
         if config.is_auto:
             choice = count_clusters(
                 trained_on_nD,
-                config,
+                config,  # type: ignore[arg-type]
                 num_threads=self.n_threads or torch.get_num_threads(),
                 progress=self._progress("cluster_count", "clusterings"),
             )
@@ -191,8 +192,8 @@ class ICCE(ClusterMixin, BaseEstimator):
         return self
 
     def predict(self, X: npt.ArrayLike) -> npt.NDArray[np.int32]:
-        """Cluster of each row of `X` (n, D) by the classifier that learnt the consensus, (n,) int32. For the rows that
-        were fitted it may differ from `labels_` where the heads were divided."""
+        """Cluster of each row of `X` (n, D) by the classifier that learnt the consensus, (n,) int32. For fitted rows it
+        may differ from `labels_` if the heads disagree."""
         features = self._check_new(X)
         return self.classifier_.predict(features)
 
@@ -202,7 +203,7 @@ class ICCE(ClusterMixin, BaseEstimator):
         return self.classifier_.predict_proba(features)
 
     def _extend(self, features_ND: npt.NDArray[Any], rows: npt.NDArray[np.int64]) -> None:
-        """From the sample to all rows: the classifier labels those that took no part."""
+        """Let the classifier label the rows that were not trained on."""
         labels_N = self.classifier_.predict(features_ND)
         labels_N[rows] = self.labels_
         head_labels_HN = np.full((len(self.head_labels_), len(features_ND)), -1, dtype=np.int32)
@@ -217,7 +218,7 @@ class ICCE(ClusterMixin, BaseEstimator):
         features: npt.NDArray[Any] = validate_data(self, X, dtype=FLOATS, reset=False)
         return features
 
-    def _config(self) -> Config:
+    def _config(self) -> ClusteringConfig:
         heads: dict[str, Any] = {"num_heads": self.n_heads}
         heads |= {"num_epochs": self.epochs} if self.epochs is not None else {}
         heads |= {"batch_size": self.batch_size} if self.batch_size is not None else {}
@@ -237,15 +238,12 @@ class ICCE(ClusterMixin, BaseEstimator):
             "consensus": dict(self.consensus or {}),
             "classifier": dict(self.classifier or {}),
             "cluster_count": dict(self.cluster_count or {}),
-            # Arrays come from nowhere and labels go nowhere, but a config names both.
-            "embeddings": {"uri": "X"},
-            "output": "memory",
         }
-        config = build_config(settings, type(self).__name__)
+        config = validate(ClusteringConfig, settings, type(self).__name__)
         if config.consensus.extra_runs:
             raise ConfigError(
-                f"{type(self).__name__}: consensus.extra_runs names runs of the pipeline, and there are none "
-                "here; give cluster_ensemble a list of label matrices"
+                f"{type(self).__name__}: consensus.extra_runs names runs of the pipeline, which do not exist here; "
+                "give cluster_ensemble a list of label matrices instead"
             )
         return config
 

@@ -1,7 +1,7 @@
 """The job: ``python -m icce_ray.run [CONFIG] [--set a.b=c ...] [--json]``.
 
-Without CONFIG it runs the built-in demo. Exit codes: 0 done; 2 a user error, explained in one message; 1 any other error,
-with the cause on the last line; 130 interrupted.
+Without CONFIG it runs the built-in demo. Exit codes: 0 done; 2 a user error, explained in one message; 1 any other
+error, with the cause on the last line; 130 interrupted.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ in settings that the file leaves open; a setting that is given always wins. ``re
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import (
     BaseModel,
@@ -394,11 +394,11 @@ class ResourcesConfig(Section):
         return self
 
 
-class Config(Section):
+class ClusteringConfig(Section):
+    """Everything that determines a clustering of given features."""
+
     model_config = ConfigDict(serialize_by_alias=True)
 
-    output: str
-    """Folder or URI for all artifacts. Runs with the same output share embeddings and graphs."""
     given_num_clusters: int | Literal["auto"] = Field(alias="num_clusters")
     """Number of clusters (K). `auto`: chosen without labels, as set by `cluster_count`."""
     cluster_count: ClusterCountConfig = ClusterCountConfig()
@@ -411,18 +411,11 @@ class Config(Section):
     were measured to be better; docs/METHOD.md lists where they differ."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """Seed of every random draw. The same config and seed give the same labels on the same kind of machine."""
-    images: ImagesConfig = ImagesConfig()
-    embeddings: EmbeddingsConfig = EmbeddingsConfig()
-    embed: EmbedConfig = EmbedConfig()
     neighbors: NeighborsConfig = NeighborsConfig()
     heads: HeadsConfig = HeadsConfig()
     consensus: ConsensusConfig = ConsensusConfig()
     classifier: ClassifierConfig = ClassifierConfig()
     assign: AssignConfig = AssignConfig()
-    evaluate: EvaluateConfig = EvaluateConfig()
-    report: ReportConfig = ReportConfig()
-    storage: StorageConfig = StorageConfig()
-    resources: ResourcesConfig = ResourcesConfig()
 
     @property
     def num_clusters(self) -> int:
@@ -450,7 +443,7 @@ class Config(Section):
             return asked.min_clusters, "cluster_count.min_clusters"
         return asked.max_clusters, "cluster_count.max_clusters"
 
-    def with_num_clusters(self, num_clusters: int) -> Config:
+    def with_num_clusters(self, num_clusters: int) -> Self:
         """The same with this K."""
         return self.model_copy(update={"given_num_clusters": num_clusters})
 
@@ -480,6 +473,20 @@ class Config(Section):
             if isinstance(given, dict):
                 filled[section] = {**settings, **given}
         return filled
+
+
+class Config(ClusteringConfig):
+    """All settings of a run."""
+
+    output: str
+    """Folder or URI for all artifacts. Runs with the same output share embeddings and graphs."""
+    images: ImagesConfig = ImagesConfig()
+    embeddings: EmbeddingsConfig = EmbeddingsConfig()
+    embed: EmbedConfig = EmbedConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    report: ReportConfig = ReportConfig()
+    storage: StorageConfig = StorageConfig()
+    resources: ResourcesConfig = ResourcesConfig()
 
     @model_validator(mode="after")
     def _check(self) -> Config:

@@ -78,7 +78,7 @@ class WrappedByRayError(RuntimeError):
         (WorkerError("embed: a worker died 4 times"), 1, "error: embed: a worker died 4 times"),
         (ZeroDivisionError("division\nby zero"), 1, "error: ZeroDivisionError: division by zero"),
         (WrappedByRayError(KeyError("x")), 1, "error: KeyError: 'x'"),
-        (KeyboardInterrupt(), 130, "interrupted; what is finished is kept, the same command goes on from there"),
+        (KeyboardInterrupt(), 130, "interrupted; finished work is kept, and the same command resumes"),
     ],
 )
 def test_what_goes_wrong_is_the_last_line_and_sets_the_exit_code(
