@@ -21,16 +21,20 @@ from icce_ray.store.run_records import read_records
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run what the command line asks for and return the exit code."""
+    """Run a command and return the exit code."""
     parser = argparse.ArgumentParser(prog="icce-ray", description="Cluster image collections without labels.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    run = commands.add_parser("run", help="cluster the images of a config; without one, the built-in demo")
+    run = commands.add_parser("run", help="cluster the images of a config, or of the built-in demo")
     add_arguments(run)
     run.set_defaults(function=run_command)
 
-    sweep = commands.add_parser("sweep", help="try settings of a config, judge them without labels, pool the best")
-    sweep.add_argument("sweep", metavar="SWEEP", help="a YAML file: base, space, and how to search it")
+    sweep = commands.add_parser(
+        "sweep", help="try settings of a config, judge the results without labels, pool the best"
+    )
+    sweep.add_argument(
+        "sweep", metavar="SWEEP", help="a YAML file with a base config, a search space and how to search it"
+    )
     add_run_options(sweep)
     sweep.set_defaults(function=_sweep)
 
@@ -45,14 +49,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     source.add_argument(
         "--embeddings", metavar="URI", help="ready-made embeddings: .npy, or Parquet with a list column"
     )
-    assign.add_argument("--output", metavar="URI", help="where the results go; without it, beside those of the run")
+    assign.add_argument("--output", metavar="URI", help="where the results go (default: the output of the run)")
     add_run_options(assign)
     assign.set_defaults(function=_assign)
 
     cut = commands.add_parser("cut", help="merge a finished run's most confused clusters until N groups are left")
     cut.add_argument("run", metavar="RUN", help="a run's YAML config, its output folder, or its record (runs/*.json)")
-    cut.add_argument("--clusters", type=int, required=True, metavar="N", help="groups wanted, at most its clusters")
-    cut.add_argument("--output", required=True, metavar="FILE", help="Parquet: image_id, uri, cluster, group")
+    cut.add_argument(
+        "--clusters", type=int, required=True, metavar="N", help="number of groups, at most the number of clusters"
+    )
+    cut.add_argument(
+        "--output", required=True, metavar="FILE", help="Parquet file to write: image_id, uri, cluster, group"
+    )
     add_debug_argument(cut)
     cut.set_defaults(function=_cut)
 
@@ -70,10 +78,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add_debug_argument(estimate)
     estimate.set_defaults(function=_estimate)
 
-    status = commands.add_parser("status", help="how far a run is, and where it lies")
-    status.add_argument("target", metavar="CONFIG|OUTPUT", help="a YAML config, or the folder of results")
+    status = commands.add_parser("status", help="show how far a run is and where its artifacts are")
+    status.add_argument("target", metavar="CONFIG|OUTPUT", help="a YAML config, or an output folder")
     status.add_argument("--set", action="append", default=[], metavar="A.B=C", dest="overrides")
-    status.add_argument("--json", action="store_true", help="print all of it as JSON on the last line of stdout")
+    status.add_argument("--json", action="store_true", help="also print it as JSON on the last line of stdout")
     add_debug_argument(status)
     status.set_defaults(function=_status)
 
@@ -152,7 +160,7 @@ def _status(arguments: argparse.Namespace) -> None:
 
 
 def _find_runs(arguments: argparse.Namespace) -> tuple[Folder, dict[str, dict[str, Folder]]]:
-    """The output folder, and by the name of each run in it the folders of its artifacts."""
+    """The output folder, and for each run in it the folders of its artifacts by stage."""
     if arguments.target.endswith((".yaml", ".yml")) or Path(arguments.target).is_file():
         from icce_ray.pipeline.plan import plan, run_name
 

@@ -1,4 +1,4 @@
-"""The built-in demo: scikit-learn's 1,797 handwritten digits (8 x 8 pixels) as PNG files, and how to cluster them."""
+"""The built-in demo: scikit-learn's 1,797 handwritten digits (8 x 8 pixels) as PNG files, and a config for them."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ def demo_config() -> dict[str, Any]:
 
 
 def write_demo_images(folder: str | Path) -> int:
-    """Write the digits as ``<folder>/<digit>/<number>.png``, 8-bit grey; files that are there stay as they are.
+    """Write the digits as ``<folder>/<digit>/<number>.png``, 8-bit grey. Existing files are kept.
 
     Returns:
-        How many images there are.
+        The number of images.
     """
     from PIL import Image
     from sklearn.datasets import load_digits

@@ -1,4 +1,4 @@
-"""The runs that a user names: by their config, their output folder, or their record."""
+"""Find a run that the user names by its config, its output folder or its record."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from icce_ray.store.run_records import RUNS_FOLDER, read_records
 def find_stage(
     run: str, stage: str, *, what: str = "", several: str = "runs"
 ) -> tuple[Artifact, dict[str, Any]] | None:
-    """The finished artifact of one stage of a run, and the run's settings; None where no such run is recorded.
+    """The finished artifact of one stage of a run, and the run's settings; None if no such run is recorded.
 
     Args:
-        run: a YAML config, an output folder, or a record (``runs/*.json``). Of the runs in a folder, those that are
-            finished must have the artifact in common.
-        what: what the stage makes, in messages; its name where empty.
-        several: what a folder then holds too many of, in messages.
+        run: a YAML config, an output folder, or a record (``runs/*.json``). All finished runs in a folder must have the
+            artifact in common.
+        stage: name of the stage.
+        what: the name of the artifact in messages; that of the stage if empty.
+        several: the plural of the same.
 
     Raises:
         InputError: the stage is not finished, or a folder has several that are.

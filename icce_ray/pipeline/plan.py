@@ -1,4 +1,4 @@
-"""Planning a run: the fingerprint of each stage's result, where it lies, and whether it is finished.
+"""Plan a run: the fingerprint of each stage's result, where it lies, and whether it is finished.
 
 Planning starts nothing and imports neither Ray nor torch, so a run that finds everything finished needs neither.
 """

@@ -1,7 +1,4 @@
-"""What a run made: the numbers and places it ends with, its closing summary, and its record beside the artifacts.
-
-``<output>/runs/<run>.json`` says which artifacts belong to a run, so that they can be found without planning it again.
-"""
+"""The result of a run: its figures, the places of its files, and the closing summary."""
 
 from __future__ import annotations
 
@@ -21,34 +18,34 @@ HEADLINE_METRICS = ("acc", "nmi", "ari")
 
 @dataclass(frozen=True)
 class Result:
-    """What a run made and where it lies."""
+    """The result of a run."""
 
     run: str
-    """Name of the run: a hash of what all its stages are."""
+    """Name of the run, a hash of everything that determines it."""
     num_images: int
-    """Images listed."""
+    """Number of images in the listing."""
     num_errors: int
-    """Images that could not be used; the table `errors` says why."""
+    """Number of images that could not be used; the table `errors` has the reasons."""
     num_clusters: int
-    """Clusters (K)."""
+    """Number of clusters (K)."""
     anmi: float
-    """Average NMI (geometric mean) of the consensus with the heads, 0 to 1."""
+    """Average NMI (geometric mean) of the consensus with the clusterings, 0 to 1."""
     assignments: str
-    """Folder of Parquet parts with a row per image."""
+    """Folder of Parquet files with a row per image."""
     report: str
-    """An HTML page."""
+    """HTML page."""
     errors: str
-    """A Parquet table: image_id, uri, reason."""
+    """Parquet table: image_id, uri, reason."""
     metrics: dict[str, float]
-    """acc, nmi, ari and others where labels were given, else empty."""
+    """acc, nmi, ari and others if labels were given, else empty."""
     seconds: dict[str, float]
-    """By stage, in this run: 0 for what was finished before."""
+    """Seconds spent by this run on each stage; 0 for stages that were finished before."""
     finished_before: tuple[str, ...]
-    """Stages that this run did not have to do."""
+    """Stages that an earlier run had finished."""
     model: str = ""
-    """The folder of the model that labels new images: see `icce_ray.load`."""
+    """Folder of the model that labels new images, see `icce_ray.load`."""
     num_clusters_range: tuple[int, int] | None = None
-    """Where the number of clusters was chosen: the fewest and the most that are as good, by what was measured."""
+    """With ``num_clusters: auto``: the smallest and the largest number that are as good as the chosen one."""
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -61,7 +58,7 @@ def sum_up(
     seconds: Mapping[str, float],
     finished_before: tuple[str, ...],
 ) -> Result:
-    """Gather what a finished run ends with from its artifacts."""
+    """The result of a finished run, from its artifacts."""
     return Result(
         run=name,
         num_images=num_listed(artifacts["images"]),

@@ -1,4 +1,4 @@
-"""Running a plan: skip what is finished, run the rest in order, sum up."""
+"""Run a plan: skip what is finished, run the rest in order, sum up."""
 
 from __future__ import annotations
 

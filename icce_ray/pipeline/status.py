@@ -1,8 +1,8 @@
-"""To watch a run from another terminal or machine: ``icce-ray status``.
+"""The status of a run, seen from any terminal or machine: ``icce-ray status``.
 
-The driver of a run rewrites a small file every few seconds, ``<output>/runs/progress/<run>.json``: which stage it is
-at and how far. Who asks needs that file and the manifests, so the output folder alone. A driver that was killed is
-known by its silence.
+Every few seconds the driver of a run rewrites a small file, ``<output>/runs/progress/<run>.json``, with its stage and
+how far that is. `status` reads that file and the manifests, so the output folder is enough. A driver that has not
+written for a while was killed.
 """
 
 from __future__ import annotations
@@ -25,21 +25,19 @@ from icce_ray.store.run_records import RUNS_FOLDER
 PROGRESS_FOLDER = "progress"
 WRITE_INTERVAL_S = 5.0
 MAX_SILENCE_S = 30.0
-"""A driver not heard of for longer is dead, or has lost the storage."""
+"""A driver that has not written for longer is dead, or cannot reach the storage."""
 FINISHED, RUNNING, STOPPED, FAILED, INTERRUPTED, WAITING = (
     "finished", "running", "stopped", "failed", "interrupted", "not finished",
 )  # fmt: skip
 
 
 class RunProgress:
-    """Tells on storage how far a run is, from its first stage on until the block ends.
-
-    What goes wrong with that is the watcher's loss, never the run's.
+    """Context manager that writes the progress of a run to storage. A failed write never harms the run.
 
     Args:
-        output: the run's.
+        output: the run's output.
         run: its name.
-        clock: seconds since 1970.
+        clock: returns the seconds since 1970.
     """
 
     def __init__(self, output: str, run: str, clock: Callable[[], float] = time.time) -> None:
@@ -49,12 +47,12 @@ class RunProgress:
         self._began = clock()
         self._progress: Progress | None = None
         self._writing = threading.Lock()
-        """Else the writer's word of the last stage might come after the first one of the next."""
+        """Keeps the writer thread from writing the last stage's progress after the first of the next."""
         self._ended = threading.Event()
         self._writer: threading.Thread | None = None
 
     def watch(self, progress: Progress) -> None:
-        """A stage begins, this is its progress."""
+        """Follow the progress of the stage that begins now."""
         self._progress = progress
         self.write()
         if self._writer is None:
@@ -75,11 +73,11 @@ class RunProgress:
             self.write(FINISHED)
         elif isinstance(error, KeyboardInterrupt):
             self.write(INTERRUPTED)
-        elif find_cause(error, BusyError) is None:  # else the file is another job's now
+        elif find_cause(error, BusyError) is None:  # otherwise the file belongs to another job now
             self.write(FAILED, str(find_cause(error, UserError) or describe_cause(error)))
 
     def write(self, state: str = RUNNING, error: str = "") -> None:
-        """Say how far the run is at this moment."""
+        """Write how far the run is at this moment."""
         if self._progress is None:
             return
         with self._writing:
@@ -105,7 +103,7 @@ class RunProgress:
 
 @dataclass(frozen=True)
 class Said:
-    """What a driver said last of its run."""
+    """The last progress that a driver has written."""
 
     run: str
     state: str
@@ -113,13 +111,13 @@ class Said:
     host: str
     pid: int
     began: float
-    """Seconds since 1970, by the driver's clock; so is `heard`."""
+    """Start of the run in seconds since 1970, by the driver's clock; so is `heard`, the time of writing."""
     heard: float
     error: str
 
     @classmethod
     def read(cls, root: Folder, run: str) -> Said | None:
-        """None where the run has said nothing, or something that cannot be read."""
+        """Read it; None if there is none, or none that can be read."""
         try:
             content = json.loads((root / RUNS_FOLDER / PROGRESS_FOLDER).read_bytes(f"{run}.json"))
             reading = Reading(**content.pop("reading"))
@@ -134,14 +132,14 @@ class StageStatus:
 
     stage: str
     state: str
-    """finished; running, stopped, failed, interrupted: here the run is; not finished."""
+    """finished, not finished, or for the stage that the run is at: running, stopped, failed, interrupted."""
     folder: str
     seconds: float | None
-    """That a finished one took."""
+    """Duration, if it is finished."""
     metrics: dict[str, Any]
-    """Of a finished one."""
+    """Metrics, if it is finished."""
     reading: Reading | None
-    """Of the one that the run is at."""
+    """Progress, if the run is at this stage."""
 
     def line(self) -> str:
         if self.state == WAITING:
@@ -166,12 +164,12 @@ class RunStatus:
     run: str
     output: str
     state: str
-    """finished, running, stopped (killed: nothing is heard of it any more), failed, interrupted, not finished."""
+    """finished, running, stopped (killed), failed, interrupted or not finished."""
     stages: tuple[StageStatus, ...]
     host: str | None = None
     pid: int | None = None
     running_s: float | None = None
-    """From its start until it was last heard of."""
+    """From its start until its driver last wrote."""
     heard_s_ago: float | None = None
     error: str = ""
 
@@ -183,9 +181,9 @@ class RunStatus:
             said += {
                 FINISHED: f": {FINISHED}",
                 RUNNING: f": running for {format_seconds(self.running_s or 0)}, {where}; last heard of {ago}",
-                STOPPED: f": stopped, last heard of {ago} ({where}); the same command goes on from there",
+                STOPPED: f": stopped, last heard of {ago} ({where}); the same command resumes it",
                 FAILED: f": failed {ago}: {self.error}",
-                INTERRUPTED: f": interrupted {ago}; the same command goes on from there",
+                INTERRUPTED: f": interrupted {ago}; the same command resumes it",
                 WAITING: "",
             }[self.state]
         return [said, *(stage.line() for stage in self.stages)]
@@ -203,20 +201,20 @@ class RunStatus:
 def find_status(
     root: Folder, run: str, folders: Mapping[str, Folder], clock: Callable[[], float] = time.time
 ) -> RunStatus:
-    """How far a run is.
+    """Find out how far a run is.
 
     Args:
         root: the run's output.
         run: its name.
-        folders: of its artifacts by stage, in order.
-        clock: seconds since 1970.
+        folders: the folders of its artifacts by stage, in order.
+        clock: returns the seconds since 1970.
     """
     artifacts = {stage: Artifact.find(folder) for stage, folder in folders.items()}
     said = Said.read(root, run)
     silence = max(0.0, clock() - said.heard) if said is not None else None
     if all(artifacts.values()):
         state = FINISHED
-    elif said is None or silence is None or said.state == FINISHED:  # an artifact that it made was removed since
+    elif said is None or silence is None or said.state == FINISHED:  # one of its artifacts was removed since
         state = WAITING
     elif said.state == RUNNING and silence > MAX_SILENCE_S:
         state = STOPPED
