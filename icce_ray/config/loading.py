@@ -6,10 +6,11 @@ import difflib
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from icce_ray.config.schema import Config
+from icce_ray.config.strict_yaml import load_yaml
+from icce_ray.config.unused_settings import refuse_unused
 from icce_ray.errors import ConfigError
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -34,12 +35,14 @@ def load_config(
         ConfigError: names file, key, value and what is allowed for every problem found.
     """
     source = str(path) if path is not None else source
-    data: dict[str, Any] = dict(base or {})
-    if path is not None:
-        data |= read_yaml(Path(path))
+    given = read_yaml(Path(path)) if path is not None else {}
+    data: dict[str, Any] = dict(base or {}) | given
     for override in overrides or []:
         apply_override(data, override)
-    return build_config(data, source)
+        apply_override(given, override)
+    config = build_config(data, source)
+    refuse_unused(config, given, source)
+    return config
 
 
 def build_config(data: dict[str, Any], source: str) -> Config:
@@ -67,13 +70,15 @@ def read_yaml(path: Path) -> dict[str, Any]:
         ConfigError: the file cannot be read or holds no settings.
     """
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise ConfigError(f"{path}: there is no such config file") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # also a path that holds a NUL
         raise ConfigError(f"{path}: cannot be read: {error}") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    try:
+        data = load_yaml(text)
+    except ValueError as error:
+        raise ConfigError(f"{path}: {error}") from None
     if not isinstance(data, dict):
         raise ConfigError(
             f"{path}: holds {type(data).__name__}, not settings; at least images.uri, num_clusters and output"
@@ -87,9 +92,9 @@ def apply_override(data: dict[str, Any], override: str) -> None:
     if not separator or not key.strip():
         raise ConfigError(f"--set {override}: write it as section.key=value")
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--set {override}: the value is not valid YAML: {' '.join(str(error).split())}") from None
+        value = load_yaml(text)
+    except ValueError as error:
+        raise ConfigError(f"--set {override}: the value is {error}") from None
     put(data, key.strip(), value)
 
 

@@ -14,14 +14,17 @@ in settings that the file leaves open; a setting that is given always wins. ``re
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
     SecretStr,
     TypeAdapter,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
@@ -45,8 +48,41 @@ ConsensusMethod = Literal["mcla", "hbgf", "cspa", "vote", "best_head"]
 CONSENSUS_METHODS: tuple[ConsensusMethod, ...] = get_args(ConsensusMethod)
 
 
+MAX_PATH_CHARACTERS = 4096
+
+
+def _check_place(place: str) -> str:
+    """Refuse paths and URIs that cannot be meant as they are written."""
+    if "\0" in place:
+        raise ValueError("it holds a NUL character")
+    if len(place) > MAX_PATH_CHARACTERS:
+        raise ValueError(f"it is {len(place):,} characters long; at most {MAX_PATH_CHARACTERS:,} are possible")
+    if place.startswith(("~", "$")):
+        raise ValueError("~ and variables are not expanded; write the whole path")
+    if re.match(r"\w[\w+.-]*://[^/]*@", place):
+        raise ValueError(
+            "it holds credentials, which manifests would repeat; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or "
+            "storage.access_key and storage.secret_key"
+        )
+    return place
+
+
+Place = Annotated[str, AfterValidator(_check_place)]
+"""A local path or a URI."""
+
+
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _bool_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """Pydantic takes false for 0 otherwise, and a threshold that is meant to be off becomes 0."""
+        field = cls.model_fields[str(info.field_name)]
+        if isinstance(value, bool) and field.annotation is not bool:
+            remedy = "; write null to switch it off" if type(None) in get_args(field.annotation) and not value else ""
+            raise ValueError(f"true and false are not allowed here{remedy}")
+        return value
 
 
 class ClusterCountConfig(Section):
@@ -79,7 +115,7 @@ class ClusterCountConfig(Section):
 
 
 class ImagesConfig(Section):
-    uri: str | tuple[str, ...] | None = None
+    uri: Place | tuple[Place, ...] | None = None
     """Where the images are; one place or several. A folder or prefix, searched recursively for jpg, jpeg, png, webp,
     bmp, gif, tif, tiff and for .tar shards in WebDataset layout, and if there are none, for .parquet files; a .tar
     file; a .parquet file or folder with a column of URIs or of image files; a .txt list with one URI per line. Local
@@ -99,17 +135,11 @@ class ImagesConfig(Section):
     def _check(self) -> ImagesConfig:
         if self.uri is not None and (not self.uris or not all(self.uris)):
             raise ValueError("uri is empty; name a folder, a prefix or a list of images")
-        for uri in self.uris:
-            if "@" in uri.removeprefix("s3://").partition("/")[0] and uri.startswith("s3://"):
-                raise ValueError(
-                    "uri holds credentials, which manifests would repeat; set AWS_ACCESS_KEY_ID and "
-                    "AWS_SECRET_ACCESS_KEY, or storage.access_key and storage.secret_key"
-                )
         return self
 
 
 class EmbeddingsConfig(Section):
-    uri: str | None = None
+    uri: Place | None = None
     """Ready-made embeddings instead of images: a .npy file (N x D, floating point), or a Parquet file or folder with a
     list column. float16 is kept; everything else becomes float32."""
     column: str | None = None
@@ -122,7 +152,7 @@ class BackboneConfig(Section):
     features: Literal["auto", "cls", "cls+patch_mean", "last4", "last4+patch_mean", "pooled"] = "auto"
     """Outputs of a vision transformer that make the embedding (docs/METHOD.md, "Features"). `auto`: `cls+patch_mean` if
     the model has a class token, else `pooled`."""
-    weights: str | None = None
+    weights: Place | None = None
     """Path or URI of a .safetensors file, or of a .pth, .pt or .bin file that holds weights only. Not set: the model
     hub. `random`: random initialisation, to try out the plumbing; the clusters mean nothing."""
     image_size: PositiveInt | None = None
@@ -313,7 +343,7 @@ class AssignConfig(Section):
 
 
 class EvaluateConfig(Section):
-    labels: str | None = None
+    labels: Place | None = None
     """True labels, for evaluation only: `folder` (the image's parent folder), `cls` (the .cls file beside the image in
     a WebDataset shard), or a .npy, .csv or .parquet file."""
     label_column: str = "label"
@@ -335,7 +365,7 @@ class StorageConfig(Section):
     """Access to S3. Settings left open come from the environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY,
     AWS_SESSION_TOKEN, AWS_PROFILE, AWS_REGION, AWS_ENDPOINT_URL) or the machine's role."""
 
-    endpoint: str | None = None
+    endpoint: Place | None = None
     """URL of an S3-compatible store. Not set: AWS_ENDPOINT_URL, else AWS itself."""
     region: str | None = None
     """Region of the buckets."""
@@ -478,7 +508,7 @@ class ClusteringConfig(Section):
 class Config(ClusteringConfig):
     """All settings of a run."""
 
-    output: str
+    output: Place
     """Folder or URI for all artifacts. Runs with the same output share embeddings and graphs."""
     images: ImagesConfig = ImagesConfig()
     embeddings: EmbeddingsConfig = EmbeddingsConfig()
@@ -487,6 +517,14 @@ class Config(ClusteringConfig):
     report: ReportConfig = ReportConfig()
     storage: StorageConfig = StorageConfig()
     resources: ResourcesConfig = ResourcesConfig()
+
+    @field_validator("images", "embeddings", mode="before")
+    @classmethod
+    def _place_alone(cls, value: Any) -> Any:
+        """``images: /data/photos`` is short for ``images: {uri: /data/photos}``, and null for nothing."""
+        if value is None:
+            return {}
+        return {"uri": value} if isinstance(value, (str, list, tuple)) else value
 
     @model_validator(mode="after")
     def _check(self) -> Config:

@@ -86,7 +86,7 @@ def test_a_mistake_is_answered_with_key_value_and_remedy(config_file: Path, over
 
 def test_all_mistakes_are_told_at_once(config_file: Path) -> None:
     with pytest.raises(ConfigError) as caught:
-        load_config(config_file, ["num_clusters=no", "heads.num_head=3", "seed=-1"])
+        load_config(config_file, ["num_clusters=none", "heads.num_head=3", "seed=-1"])
     assert all(key in str(caught.value) for key in ("num_clusters", "heads.num_head", "seed"))
 
 
@@ -157,3 +157,54 @@ def test_every_setting_has_its_meaning_under_it() -> None:
 
 def is_section(annotation: str) -> bool:
     return annotation.endswith("Config") or annotation in ("WorkerResources", "HeadsResources")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("embed={backbone: pixels, compile: true}", r"embed\.compile: True has no effect: the backbone is pixels"),
+        ("embed.grayscale=true", r"embed\.grayscale: True has no effect: only the backbone pixels has it"),
+        ("heads.scan_entropy_weight=2", r"heads\.scan_entropy_weight: 2 has no effect: only SCAN's loss uses it"),
+        ("evaluate={labels: folder, label_column: kind}", r"evaluate\.label_column: 'kind' has no effect"),
+        ("embeddings.column=vector", r"embeddings\.column: 'vector' has no effect: no embeddings are given"),
+    ],
+)
+def test_a_setting_without_effect_is_refused(config_file: Path, override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config(config_file, [override])
+
+
+def test_settings_of_images_are_refused_beside_ready_made_embeddings(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("embeddings: x.npy\nnum_clusters: 2\noutput: out\nembed: {batch_size: 8, max_error_rate: 0.1}\n")
+    with pytest.raises(ConfigError, match=r"embed\.batch_size: 8 has no effect: embeddings are ready-made") as caught:
+        load_config(path)
+    assert "max_error_rate" not in str(caught.value), "a default that is written out changes nothing"
+
+
+def test_a_place_alone_is_the_uri_of_its_section(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("images: [/data/a, /data/b]\nnum_clusters: 2\noutput: out\n")
+    assert load_config(path).images.uris == ("/data/a", "/data/b")
+    assert load_config(path, ["images=/data/photos"]).images.uris == ("/data/photos",)
+    assert load_config(path, ["images=null", "embeddings=x.npy"]).embeddings.uri == "x.npy"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("images=~/photos", r"images\.uri.*: ~ and variables are not expanded; write the whole path"),
+        ("output=$HOME/out", "output: .* ~ and variables are not expanded"),
+        ('output="a\\0b"', "output: .*it holds a NUL character"),
+        (f"output={'x' * 5000}", "output: .*it is 5,000 characters long; at most 4,096 are possible"),
+        ("output=s3://key:secret@bucket/x", "output: it holds credentials, which manifests would repeat"),
+        ("storage.endpoint=http://user:password@minio:9000", r"storage\.endpoint: it holds credentials"),
+        ("neighbors.similarity_threshold=false", "true and false are not allowed here; write null to switch it off"),
+        ("heads.num_heads=true", r"heads\.num_heads: True is not usable: true and false are not allowed here"),
+    ],
+)
+def test_a_value_that_cannot_be_meant_is_refused(config_file: Path, override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_config(config_file, [override])
+    assert "password" not in str(caught.value)
+    assert "secret@" not in str(caught.value)

@@ -1,0 +1,106 @@
+"""YAML without the surprises of YAML 1.1.
+
+PyYAML reads ``off`` as false, ``010`` as 8, ``1:30`` as 90 and a date as an object, and of a key that is given twice it
+keeps the last. Here such values are refused with the spelling that is meant, and dates stay text.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import yaml
+
+MAX_NODES = 100_000
+"""Limit of a document's size with all aliases expanded. A short file with nested aliases can stand for gigabytes."""
+MAX_DIGITS = 300
+
+_PLAIN_WORDS = re.compile(r"^(?:yes|no|on|off)$", re.IGNORECASE)
+_OCTAL = re.compile(r"^[-+]?0[0-9_]+$")
+_BASE_60 = re.compile(r"^[-+]?[0-9][0-9_]*(?::[0-5]?[0-9])+(?:\.[0-9_]*)?$")
+
+
+class _Loader(yaml.SafeLoader):
+    """Dates and times stay text."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+
+
+def load_yaml(text: str) -> Any:
+    """The value of a YAML document.
+
+    Raises:
+        ValueError: it is not valid YAML, or holds a value that YAML 1.1 would misread. One line, with the place.
+    """
+    try:
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _check(node)
+        return loader.construct_document(node)
+    except yaml.YAMLError as error:
+        raise ValueError(f"not valid YAML: {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise ValueError("not usable: it is nested too deeply") from None
+
+
+def _check(root: yaml.Node) -> None:
+    """Refuse values that would be misread, keys that are given twice, and aliases that expand without bound."""
+    sizes: dict[int, int] = {}
+    """Expanded size of a node by its identity; 0 while its children are being counted."""
+
+    def size(node: yaml.Node) -> int:
+        if id(node) in sizes:
+            if sizes[id(node)] == 0:
+                raise ValueError(f"line {_line(node)}: an alias that contains itself")
+            return sizes[id(node)]
+        sizes[id(node)] = 0
+        total = 1
+        if isinstance(node, yaml.ScalarNode):
+            _check_scalar(node)
+        elif isinstance(node, yaml.MappingNode):
+            seen: dict[str, int] = {}
+            for key, value in node.value:
+                name = str(key.value)
+                if isinstance(key, yaml.ScalarNode) and name in seen:
+                    raise ValueError(f"line {_line(key)}: {name!r} is given twice, first in line {seen[name]}")
+                seen[name] = _line(key)
+                total += size(key) + size(value)
+        else:
+            total += sum(size(child) for child in node.value)
+        if total > MAX_NODES:
+            raise ValueError(f"line {_line(node)}: more than {MAX_NODES:,} values once its aliases are expanded")
+        sizes[id(node)] = total
+        return total
+
+    size(root)
+
+
+def _check_scalar(node: yaml.ScalarNode) -> None:
+    text = str(node.value)
+    if node.style is not None:  # quoted
+        return
+    if _PLAIN_WORDS.match(text):
+        means = "true" if text.lower() in ("yes", "on") else "false, or null to leave a setting out"
+        raise ValueError(f'line {_line(node)}: {text} is ambiguous; write {means}, or "{text}" in quotes if it is text')
+    if _OCTAL.match(text) and text.strip("+-0_"):
+        raise ValueError(
+            f'line {_line(node)}: {text} would be read as an octal number; write it without the leading 0, or "{text}" '
+            "in quotes if it is text"
+        )
+    if _BASE_60.match(text):
+        raise ValueError(
+            f"line {_line(node)}: {text} would be read as a number to the base 60; write the number itself, or "
+            f'"{text}" in quotes if it is text'
+        )
+    if node.tag in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float") and len(text) > MAX_DIGITS:
+        raise ValueError(f"line {_line(node)}: a number of {len(text):,} digits; at most {MAX_DIGITS} are read")
+
+
+def _line(node: yaml.Node) -> int:
+    return int(node.start_mark.line) + 1

@@ -1,0 +1,72 @@
+"""Settings that have no effect in a config are refused, so that nobody relies on them in vain."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from icce_ray.config.schema import Config
+from icce_ray.errors import ConfigError
+
+_NETWORK = ("embed.weights", "embed.features", "embed.precision", "embed.compile")
+_TEACHER = (
+    "heads.sinkhorn", "heads.sinkhorn_iterations", "heads.teacher_temperature", "heads.beta", "heads.max_ce_weight",
+    "heads.prior_momentum",
+)  # fmt: skip
+_LABEL_COLUMNS = ("evaluate.label_column", "evaluate.uri_column")
+
+
+def _has_no_label_table(config: Config) -> bool:
+    labels = config.evaluate.labels
+    return labels is None or not labels.endswith((".csv", ".parquet"))
+
+
+RULES: tuple[tuple[tuple[str, ...], Callable[[Config], bool], str], ...] = (
+    (("embed",), lambda c: c.embeddings.uri is not None, "embeddings are ready-made, so no image is embedded"),
+    (("images.bytes_column",), lambda c: c.embeddings.uri is not None, "embeddings are ready-made"),
+    (("embeddings.column",), lambda c: c.embeddings.uri is None, "no embeddings are given"),
+    (_NETWORK, lambda c: c.embed.backbone == "pixels", "the backbone is pixels"),
+    (("embed.grayscale",), lambda c: c.embed.backbone != "pixels", "only the backbone pixels has it"),
+    (_TEACHER, lambda c: c.heads.loss == "scan", "SCAN's loss does not use it"),
+    (("heads.scan_entropy_weight",), lambda c: c.heads.loss != "scan", "only SCAN's loss uses it"),
+    (("heads.sinkhorn_iterations",), lambda c: not c.heads.sinkhorn, "heads.sinkhorn is false"),
+    (_LABEL_COLUMNS, _has_no_label_table, "evaluate.labels is no .csv or .parquet file"),
+)
+"""Settings or sections, when they have no effect, and why. `cluster_count` is not here: a config may keep it while
+`num_clusters` is a number, to go back to `auto`."""
+
+
+def refuse_unused(config: Config, given: Mapping[str, Any], source: str) -> None:
+    """Refuse settings that differ from the default and have no effect.
+
+    Args:
+        config: the whole config.
+        given: what the user wrote, by section.
+        source: the name of the settings in messages.
+
+    Raises:
+        ConfigError: names each such setting, its value and the reason.
+    """
+    problems = []
+    for names, applies, reason in RULES:
+        if applies(config):
+            problems += [
+                f"{name}: {value!r} has no effect: {reason}; leave it out" for name, value in _set_in_vain(names, given)
+            ]
+    if problems:
+        raise ConfigError(f"{source}: " + (problems[0] if len(problems) == 1 else "\n  ".join(["", *problems])))
+
+
+def _set_in_vain(names: tuple[str, ...], given: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """The settings among `names` that are given and differ from the default."""
+    found = []
+    for name in names:
+        section, _, setting = name.partition(".")
+        values = given.get(section)
+        if not isinstance(values, Mapping):
+            continue
+        fields = Config.model_fields[section].annotation.model_fields  # type: ignore[union-attr]
+        for key in [setting] if setting else list(values):
+            if key in values and values[key] != fields[key].default:
+                found.append((f"{section}.{key}", values[key]))
+    return found
