@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from icce_ray.assign.model import load
+    from icce_ray.assign.load_model import load
     from icce_ray.assign.new_images import assign_images
     from icce_ray.config import Config
     from icce_ray.consensus.ensemble import cluster_ensemble
@@ -36,7 +36,7 @@ _MODULES = {
     "cluster_ensemble": "icce_ray.consensus.ensemble",
     "clustering_accuracy": "icce_ray.metrics.true_label_scores",
     "cut_hierarchy": "icce_ray.export.cut",
-    "load": "icce_ray.assign.model",
+    "load": "icce_ray.assign.load_model",
     "run_pipeline": "icce_ray.pipeline.run",
 }
 

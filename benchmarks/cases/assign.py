@@ -52,7 +52,7 @@ def run(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, bool]]:
         classifier = random_classifier(settings["dim"], settings["num_clusters"])
         model = write_model(place / "model", classifier, config)
         connect(config.resources)
-        overrides = [f"resources.assign.num_workers={num_workers}", f"assign.rows_per_part={settings['rows_per_file']}"]
+        overrides = [f"resources.assign.num_workers={num_workers}"]
         seconds: dict[str, list[float]] = {"ours": [], "bare": []}
         for round_ in range(settings["repeats"]):
             started = time.perf_counter()

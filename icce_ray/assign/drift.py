@@ -1,10 +1,11 @@
-"""How new images differ from those the model was trained on: cluster shares, confidence, outlier rate.
+"""How new images differ from the training images: cluster shares, confidence, outlier rate (docs/METHOD.md, "Drift").
 
-Shares and confidences are compared by the population stability index, sum (p - q) ln(p / q) over bins, a measure the
-field knows: below 0.1 alike, above 0.25 a different population. Few images differ by chance alone, by about
-(bins - 1)(1/n + 1/m), which is given beside it.
+Shares and confidences are compared by the population stability index, sum (p - q) ln(p / q) over bins: below 0.1 alike,
+above 0.25 a different population. A few images differ by chance alone, by about (bins - 1)(1/n + 1/m), which is
+reported beside the index.
 
-What is compared with: cluster sizes of the consensus; confidence and outlier rate of the images kept back in training.
+New images are compared with the cluster sizes of the consensus, and with the confidence and outlier rate of the images
+held out in training.
 """
 
 from __future__ import annotations
@@ -14,16 +15,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from icce_ray.assign.assignment_parts import Tally
+from icce_ray.assign.totals import Totals
 from icce_ray.classifier.linear import LinearClassifier
 
 NUM_MOST_CHANGED = 5
 SMOOTHING = 0.5
-"""Images added to each bin, so that an empty one gives no infinite index."""
+"""Added to each bin: an empty one would make the index infinite."""
 
 
 def stability_index(counts_a: npt.ArrayLike, counts_b: npt.ArrayLike) -> dict[str, float]:
-    """`index` of two histograms over the same bins, and `by_chance`: what two samples of one population would give."""
+    """`index` of two histograms over the same bins, and `by_chance`, its value for two samples of one population."""
     a, b = np.asarray(counts_a, dtype=np.float64), np.asarray(counts_b, dtype=np.float64)
     used = (a + b) > 0
     if a.sum() == 0 or b.sum() == 0:
@@ -34,25 +35,25 @@ def stability_index(counts_a: npt.ArrayLike, counts_b: npt.ArrayLike) -> dict[st
     return {"index": float(((p - q) * np.log(p / q)).sum()), "by_chance": float(by_chance)}
 
 
-def summarize_drift(tally: Tally, classifier: LinearClassifier) -> dict[str, Any]:
-    """The summary, as JSON: num_images, clusters (training_share and new_share of each), those that changed most,
-    cluster_shares and confidence (stability indices), mean_confidence and outlier_rate (training, new)."""
-    sizes_K = np.array(tally.sizes(classifier.num_clusters))
+def summarize_drift(totals: Totals, classifier: LinearClassifier) -> dict[str, Any]:
+    """The summary, JSON-able: num_images, num_training_images; cluster_shares and confidence (stability indices);
+    mean_confidence and outlier_rate (training, new); most_changed_clusters; clusters (shares of each);
+    confidence_histograms."""
     before_K = classifier.cluster_sizes / max(int(classifier.cluster_sizes.sum()), 1)
-    now_K = sizes_K / max(tally.num_images, 1)
+    now_K = totals.cluster_sizes / max(totals.num_images, 1)
     changed = np.argsort(-np.abs(now_K - before_K), kind="stable")[:NUM_MOST_CHANGED]
     return {
-        "num_images": tally.num_images,
+        "num_images": totals.num_images,
         "num_training_images": int(classifier.cluster_sizes.sum()),
-        "cluster_shares": stability_index(classifier.cluster_sizes, sizes_K),
-        "confidence": stability_index(classifier.holdout_confidence, tally.confidence_counts),
+        "cluster_shares": stability_index(classifier.cluster_sizes, totals.cluster_sizes),
+        "confidence": stability_index(classifier.holdout_confidence, totals.confidence_counts),
         "mean_confidence": {
             "training": classifier.holdout_mean_confidence,
-            "new": tally.sum_confidence / max(tally.num_images, 1),
+            "new": totals.mean_confidence,
         },
         "outlier_rate": {
             "training": classifier.holdout_outlier_rate,
-            "new": tally.num_outliers / max(tally.num_images, 1),
+            "new": totals.num_outliers / max(totals.num_images, 1),
         },
         "most_changed_clusters": [int(cluster) for cluster in changed],
         "clusters": [
@@ -61,13 +62,13 @@ def summarize_drift(tally: Tally, classifier: LinearClassifier) -> dict[str, Any
         ],
         "confidence_histograms": {
             "training": classifier.holdout_confidence.tolist(),
-            "new": list(tally.confidence_counts),
+            "new": totals.confidence_counts.tolist(),
         },
     }
 
 
 def drift_lines(drift: dict[str, Any]) -> list[str]:
-    """The summary in words, a line each."""
+    """The summary as lines of text."""
 
     def index(name: str) -> str:
         return f"stability index {drift[name]['index']:.3f} (by chance {drift[name]['by_chance']:.3f})"

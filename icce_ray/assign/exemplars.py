@@ -1,80 +1,126 @@
-"""A few images that stand for each cluster: central ones, and unlike each other [ours].
+"""Exemplars: a few images that stand for each cluster (docs/METHOD.md, "Exemplars") [ours].
 
-They are picked from the consensus alone, before the images are labelled in a stream, so no second pass is needed and
-the state is a bounded number of candidates of one cluster at a time.
+The images are seen once, in any order and in any parts. Each gets a priority, a hash of its id and the seed, so the
+lowest priorities of a cluster are a uniform sample of it, however the images are divided. Whoever labels a part keeps
+the images that may be in the samples as candidates. At the end, the best half of each cluster's sample is thinned out
+to images that are unlike each other. Outliers are never exemplars.
 
-Shapes: N images, D dims, K clusters, c candidates.
+Shapes: n images, D dimensions, K clusters, p projected dimensions.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
-from icce_ray.classifier.linear import LinearClassifier
+from icce_ray.classifier.linear import LinearClassifier, Prediction, center_and_scale
+from icce_ray.random_numbers import splitmix64
 
-CANDIDATES_PER_EXEMPLAR = 16
-"""Images looked at per exemplar wanted: those with the highest agreement, drawn at random among equals."""
-CENTRAL_SHARE = 0.5
-"""Of the candidates, by the classifier's confidence: exemplars come from these."""
+SAMPLE_PER_EXEMPLAR = 16
+"""Sampled images per exemplar wanted."""
+KEPT_SHARE = 0.5
+"""Share of the sample that exemplars are chosen from: the highest agreement, then the lowest outlier score."""
+MARGIN = 4.0
+"""Candidates kept, as a multiple of the sample, going by the cluster's share of the training images. The images at hand
+may have other shares."""
+NUM_PROJECTED_DIMS = 32
+CANDIDATES_SCHEMA = pa.schema(
+    [
+        ("cluster", pa.int32()),
+        ("image_id", pa.int64()),
+        ("uri", pa.string()),
+        ("confidence", pa.float32()),
+        ("agreement", pa.float32()),
+        ("outlier_score", pa.float32()),
+        ("priority", pa.uint64()),
+        ("projection", pa.list_(pa.float32(), NUM_PROJECTED_DIMS)),
+    ]
+)
+EXEMPLARS_SCHEMA = pa.schema(
+    [
+        ("cluster", pa.int32()),
+        ("rank", pa.int32()),
+        ("image_id", pa.int64()),
+        ("uri", pa.string()),
+        ("confidence", pa.float32()),
+    ]
+)
+"""Sorted by cluster and rank; rank 0 is the most central image."""
 
 
-def pick_exemplars(
-    features_ND: npt.NDArray[np.floating],
-    consensus_N: npt.NDArray[np.integer],
-    agreement_N: npt.NDArray[np.floating],
+def candidates_table(
+    assignments: pa.Table,
+    features_nD: npt.NDArray[np.floating],
+    prediction: Prediction,
     classifier: LinearClassifier,
     *,
+    num_images: int,
     num_exemplars: int,
     seed: int,
-) -> list[npt.NDArray[np.int64]]:
-    """Rows of the exemplars of each cluster, the most central first; fewer where the cluster is smaller.
-
-    Per cluster: the images with the highest agreement; of them the half that the classifier is surest of, outliers left
-    out; of these first the one nearest to their mean, then always the one farthest from all picked so far.
+) -> pa.Table:
+    """Images that may become exemplars, with what it takes to choose among them.
 
     Args:
-        features_ND: may be memory-mapped; only the candidates' rows are read.
-        consensus_N: -1 for images that took no part; those are never exemplars.
-        seed: of the draw among equals.
+        assignments: of n images.
+        features_nD: their features.
+        prediction: for these images.
+        num_images: in all parts together.
+        num_exemplars: wanted per cluster.
+        seed: of the sample.
     """
-    draw_N = np.random.default_rng([seed, 6]).random(len(consensus_N))
-    # By cluster, then falling agreement, then by lot.
-    order = np.lexsort((draw_N, -agreement_N, consensus_N))
-    bounds = np.searchsorted(consensus_N[order], np.arange(classifier.num_clusters + 1))
-    picked = []
-    for cluster in range(classifier.num_clusters):
-        rows = order[bounds[cluster] : bounds[cluster + 1]][: CANDIDATES_PER_EXEMPLAR * num_exemplars]
-        picked.append(_pick(features_ND, np.sort(rows), cluster, classifier, num_exemplars))
-    return picked
+    priority_n = priorities(assignments["image_id"].to_numpy(), seed)
+    limit_K = _priority_limits(classifier, num_images, num_exemplars)
+    rows = np.flatnonzero((priority_n <= limit_K[prediction.cluster]) & ~prediction.is_outlier)
+    x_nD = center_and_scale(features_nD[rows], classifier.mean, classifier.scale)
+    projected = classifier.outliers.project(x_nD, NUM_PROJECTED_DIMS)
+    projection_np = np.zeros((len(rows), NUM_PROJECTED_DIMS), dtype=np.float32)
+    projection_np[:, : projected.shape[1]] = projected
+    columns: dict[str, Any] = {
+        "outlier_score": pa.array(prediction.outlier_score[rows]),
+        "priority": pa.array(priority_n[rows]),
+        "projection": pa.FixedSizeListArray.from_arrays(pa.array(projection_np.ravel()), NUM_PROJECTED_DIMS),
+    }
+    candidates = assignments.take(pa.array(rows))
+    columns |= {name: candidates[name] for name in CANDIDATES_SCHEMA.names if name not in columns}
+    return pa.table([columns[name] for name in CANDIDATES_SCHEMA.names], schema=CANDIDATES_SCHEMA)
 
 
-def _pick(
-    features_ND: npt.NDArray[np.floating],
-    rows_c: npt.NDArray[np.int64],
-    cluster: int,
-    classifier: LinearClassifier,
-    num_exemplars: int,
-) -> npt.NDArray[np.int64]:
-    if not len(rows_c):
-        return rows_c
-    features_cD = np.asarray(features_ND[rows_c], dtype=np.float32)
-    labels = classifier.label(features_cD, np.full(len(rows_c), cluster))
-    num_kept = max(num_exemplars, round(CENTRAL_SHARE * len(rows_c)))
-    kept = np.flatnonzero(labels.cluster == cluster)
-    # The confidence of clear images is the same to the last digit: then the middle of the cluster decides.
-    gap_c = ((features_cD - features_cD.mean(axis=0)) ** 2).sum(axis=1)
-    kept = kept[np.lexsort((gap_c[kept], -labels.confidence[kept], labels.is_outlier[kept]))][:num_kept]
-    if not len(kept):
-        return rows_c[:0]
-    return rows_c[kept[farthest_first(features_cD[kept], num_exemplars)]]
+def choose_exemplars(candidates: pa.Table, num_exemplars: int) -> pa.Table:
+    """Choose at most `num_exemplars` images of each cluster: EXEMPLARS_SCHEMA.
+
+    Args:
+        candidates: all parts' candidates, in any order.
+    """
+    cluster_n, priority_n = candidates["cluster"].to_numpy(), candidates["priority"].to_numpy()
+    order = np.lexsort((priority_n, cluster_n))
+    starts = np.flatnonzero(np.diff(cluster_n[order], prepend=-1))
+    chosen, ranks = [np.empty(0, dtype=np.int64)], [np.empty(0, dtype=np.int64)]
+    for rows in np.split(order, starts)[1:]:
+        sample = candidates.take(pa.array(rows[: SAMPLE_PER_EXEMPLAR * num_exemplars]))
+        agreement_n = sample["agreement"].to_numpy()  # null as NaN, which sorts last
+        best = np.lexsort((sample["outlier_score"].to_numpy(), -agreement_n))
+        best = best[: max(num_exemplars, round(KEPT_SHARE * len(sample)))]
+        points = sample["projection"].take(pa.array(best)).combine_chunks().flatten().to_numpy()
+        picked = best[farthest_first(points.reshape(len(best), -1), num_exemplars)]
+        chosen.append(rows[picked])
+        ranks.append(np.arange(len(picked)))
+    exemplars = candidates.take(pa.array(np.concatenate(chosen)))
+    exemplars = exemplars.append_column("rank", pa.array(np.concatenate(ranks)))
+    return exemplars.select(EXEMPLARS_SCHEMA.names).cast(EXEMPLARS_SCHEMA)
+
+
+def priorities(image_ids: npt.NDArray[np.int64], seed: int) -> npt.NDArray[np.uint64]:
+    """A uniform 64-bit number for each image, (n,) uint64, that depends on its id and the seed only."""
+    stream = splitmix64(np.array([seed], dtype=np.uint64))
+    return splitmix64(image_ids.astype(np.uint64) ^ stream)
 
 
 def farthest_first(points_cD: npt.NDArray[np.float32], num_points: int) -> npt.NDArray[np.int64]:
-    """At most `num_points` indices: of the point nearest to the mean, then always the one farthest from those picked.
-
-    Ties go to the first. Points equal to a picked one come last. Source: Gonzalez, Theor. Comput. Sci. 38 (1985).
-    """
+    """Indices of at most `num_points` points: the one nearest to the mean, then always the one farthest from those
+    picked (Gonzalez, Theor. Comput. Sci. 38, 1985). Ties go to the first; points equal to a picked one come last."""
     points = points_cD.astype(np.float64)
     nearest_c = np.full(len(points), np.inf)
     picked = [int(((points - points.mean(axis=0)) ** 2).sum(axis=1).argmin())]
@@ -83,3 +129,13 @@ def farthest_first(points_cD: npt.NDArray[np.float32], num_points: int) -> npt.N
         nearest_c[picked] = -1.0
         picked.append(int(nearest_c.argmax()))
     return np.array(picked, dtype=np.int64)
+
+
+def _priority_limits(classifier: LinearClassifier, num_images: int, num_exemplars: int) -> npt.NDArray[np.uint64]:
+    """(K,) uint64: an image whose priority is above its cluster's limit need not be kept."""
+    shares_K = classifier.cluster_sizes / max(int(classifier.cluster_sizes.sum()), 1)
+    wanted = MARGIN * SAMPLE_PER_EXEMPLAR * num_exemplars
+    kept_K = np.minimum(1.0, wanted / np.maximum(shares_K * num_images, 1e-9))
+    largest = np.iinfo(np.uint64).max
+    # 2^64 - 1 as a float is 2^64, which doesn't fit into 64 bits.
+    return np.where(kept_K >= 1.0, largest, (np.minimum(kept_K, 1 - 1e-9) * 2.0**64).astype(np.uint64))

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from icce_ray.assign.drift import drift_lines
-from icce_ray.assign.model import check_weights, embedding_config, find_model
+from icce_ray.assign.load_model import check_weights, embed_config, find_model
 from icce_ray.assign.stage import ASSIGN
 from icce_ray.classifier.linear import DESCRIPTION_NAME
 from icce_ray.config import Config, load_config
@@ -153,10 +153,10 @@ def _config_for(model: Artifact, settings: Settings, overrides: list[str]) -> Co
                 f"{description['num_dims']}: use the backbone and features it was trained on"
             )
     else:
-        trained = embedding_config(model, description)
         given = config.embed.model_dump(include=config.embed.model_fields_set)
-        config = config.model_copy(update={"embed": trained.embed.model_copy(update=given)})
-        check_weights(config, description)
+        embed = embed_config(model, description).model_copy(update=given)
+        check_weights(embed, description)
+        config = config.model_copy(update={"embed": embed})
     # A run needs as many images as clusters; one new image is enough. So the bound is put below what a config allows.
     return config.with_num_clusters(1)
 

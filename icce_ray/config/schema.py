@@ -333,8 +333,6 @@ class ClassifierConfig(Section):
 
 
 class AssignConfig(Section):
-    rows_per_part: PositiveInt = 100_000
-    """Rows per Parquet part of the assignments."""
     num_exemplars: PositiveInt = 16
     """Exemplars per cluster."""
     outlier_quantile: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.999

@@ -1,8 +1,9 @@
-"""The report stage: one HTML page that opens without a network, and a contact sheet of the clusters."""
+"""The report stage: one HTML page that needs no network, and a contact sheet of the clusters."""
 
 from __future__ import annotations
 
 import importlib.resources
+from collections.abc import Mapping
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -14,7 +15,7 @@ from icce_ray.consensus.hierarchy import HIERARCHY_NAME, Hierarchy
 from icce_ray.count.stage import CLUSTER_COUNT
 from icce_ray.images.stage import num_listed
 from icce_ray.methods.clusterings import read_history
-from icce_ray.report.page_content import Content, Shown, gather
+from icce_ray.report.page_content import PageContent
 from icce_ray.report.pictures import Pixels, contact_sheet, data_uri, load_thumbnails
 from icce_ray.report.plots import (
     certainty_histogram,
@@ -27,6 +28,7 @@ from icce_ray.report.plots import (
 )
 from icce_ray.runtime.progress import format_seconds
 from icce_ray.stage import StageContext
+from icce_ray.store import Artifact
 
 PAGE_NAME = "report.html"
 SHEET_NAME = "clusters.png"
@@ -45,49 +47,47 @@ SCORES = (
     ("acc_high_agreement", "ACC, upper half by agreement"),
     ("acc_low_agreement", "ACC, lower half by agreement"),
 )
-
+"""Metrics of the evaluate stage and their labels."""
 COUNT_PLOTS = (
     (("score", "score"), ("stability", "stability")),
     (("silhouette", "silhouette"), ("generalization", "generalisation score")),
 )
-"""Two columns of by_count.parquet to a diagram, and what they are called."""
+"""The two columns of by_count.parquet in each diagram, and their labels."""
 
 
 def run(config: Config, context: StageContext) -> dict[str, Any]:
-    """Write report.html, and clusters.png where there are pictures.
+    """Write report.html, and clusters.png if there are pictures.
 
     Returns:
-        num_pictures (on the page), num_bytes (of the page).
+        num_pictures and num_bytes of the page.
     """
-    inputs = context.inputs
-    parts = inputs["assign"].part_names("assignments/")
-    content = gather(
-        (inputs["assign"].read_table(name) for name in parts),
+    assign = context.inputs["assign"]
+    content = PageContent(
+        (assign.read_table(name) for name in assign.part_names("assignments/")),
         config.num_clusters,
         num_least_certain=NUM_LEAST_CERTAIN,
         max_outliers=MAX_OUTLIERS,
     )
-    clusters = content.clusters()
-    pictured = [row["cluster"] for row in clusters if row["size"]][: config.report.max_clusters]
-    per_cluster = config.report.images_per_cluster
-    exemplars = {cluster: content.exemplars.get(cluster, [])[:per_cluster] for cluster in pictured}
-    shown = [*content.least_certain, *content.outliers, *(image for images in exemplars.values() for image in images)]
+    exemplars: dict[int, list[str]] = {
+        row["cluster"]: [] for row in content.clusters()[: config.report.max_clusters] if row["size"]
+    }
+    for row in assign.read_table("exemplars.parquet").to_pylist():
+        if row["cluster"] in exemplars and row["rank"] < config.report.images_per_cluster:
+            exemplars[row["cluster"]].append(row["uri"])
+    shown = [image.uri for image in (*content.least_certain, *content.outliers)]
     pictures = load_thumbnails(
-        (image.uri for image in shown), lambda done, total: context.progress.update(done, total, "pictures")
+        shown + [uri for uris in exemplars.values() for uri in uris],
+        lambda done, total: context.progress.update(done, total, "pictures"),
     )
-    page = render(
-        config,
-        context,
-        content,
-        clusters=clusters,
-        exemplars=exemplars,
-        pictures=pictures,
-    ).encode("utf-8", errors="replace")
+    page = render(config, context.inputs, content, exemplars, pictures).encode("utf-8", errors="replace")
     context.output.write_bytes(PAGE_NAME, page)
     sheet = contact_sheet(
         [
-            (f"cluster {cluster}\n{content.sizes[cluster]:,} images", _pictures_of(exemplars[cluster], pictures))
-            for cluster in pictured
+            (
+                f"cluster {cluster}\n{content.sizes[cluster]:,} images",
+                [pictures[uri] for uri in uris if uri in pictures],
+            )
+            for cluster, uris in exemplars.items()
         ]
     )
     if sheet is not None:
@@ -97,30 +97,31 @@ def run(config: Config, context: StageContext) -> dict[str, Any]:
 
 def render(
     config: Config,
-    context: StageContext,
-    content: Content,
-    *,
-    clusters: list[dict[str, Any]],
-    exemplars: dict[int, list[Shown]],
+    inputs: Mapping[str, Artifact],
+    content: PageContent,
+    exemplars: dict[int, list[str]],
     pictures: dict[str, Pixels],
 ) -> str:
-    """The page as HTML."""
-    inputs = context.inputs
+    """The page as HTML.
+
+    Args:
+        exemplars: URIs to show by cluster.
+        pictures: by URI.
+    """
     summary = inputs["consensus"].read_json("summary.json")
     errors = inputs["embed"].read_table("errors.parquet")
     history = read_history(inputs["method"])
-    confused = {row["cluster"]: row["confused_with"] for row in summary.get("clusters", [])}
     metrics = inputs["evaluate"].metrics
     audit = inputs["neighbors"].read_json("audit.json")
     source = ", ".join(config.images.uris) or config.embeddings.uri or ""
     tree = Hierarchy.from_table(inputs["consensus"].read_table(HIERARCHY_NAME))
     plots = [
         ("Cluster sizes", size_chart(content.sizes)),
-        ("How sure the labels are", certainty_histogram(content.confidence_bins, content.agreement_bins)),
+        ("Confidence and agreement", certainty_histogram(content.confidence_bins, content.agreement_bins)),
         ("Similarity of images", similarity_histogram(audit)),
         ("Neighbours by threshold", neighbors_by_threshold(audit)),
         ("Training", training_curve(history)),
-        ("Which clusters the heads confuse", merge_tree(tree)),
+        ("Hierarchy of clusters", merge_tree(tree)),
     ]
     choice, count_plots = None, list[tuple[str, str]]()
     if CLUSTER_COUNT.name in inputs:
@@ -150,8 +151,8 @@ def render(
         mean_confidence=content.mean_confidence(),
         scores=[(label, metrics[key]) for key, label in SCORES if key in metrics],
         classifier=inputs["classifier"].metrics,
-        clusters=clusters,
-        confused=confused,
+        clusters=content.clusters(),
+        confused={row["cluster"]: row["confused_with"] for row in summary.get("clusters", [])},
         exemplars=exemplars,
         least_certain=content.least_certain,
         outliers=content.outliers,
@@ -164,14 +165,10 @@ def render(
     )
 
 
-def _pictures_of(images: list[Shown], pictures: dict[str, Pixels]) -> list[Pixels]:
-    return [pictures[image.uri] for image in images if image.uri in pictures]
-
-
 def _number(value: float | None, digits: int = 3) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
 
 
 def _name(uri: str) -> str:
-    """The end of a URI: its last folder and its file."""
+    """The last folder and the file name of a URI."""
     return "/".join(uri.rsplit("/", 2)[-2:])

@@ -1,4 +1,4 @@
-"""Thumbnails for the page, and the contact sheet: one row of exemplars per cluster."""
+"""Thumbnails for the page, and the contact sheet with a row of exemplars per cluster."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ CAPTION_PIXELS = 120
 
 
 def load_thumbnails(uris: Iterable[str], on_done: Callable[[int, int], None] | None = None) -> dict[str, Pixels]:
-    """Square pictures (THUMBNAIL_PIXELS, THUMBNAIL_PIXELS, 3) uint8 by URI, what a backbone sees: the central square.
+    """The central square of each image, as a backbone sees it: (THUMBNAIL_PIXELS, THUMBNAIL_PIXELS, 3) uint8 by URI.
 
-    URIs that are not named like image files (rows of ready-made embeddings), or cannot be read any more, are left out.
+    URIs that don't name an image file (rows of ready-made embeddings), or can no longer be read, are left out.
 
     Args:
-        on_done: called with (done, total) now and then.
+        on_done: called with (done, total) after each image.
     """
     wanted = sorted({uri for uri in uris if PurePosixPath(uri).suffix.lower() in IMAGE_ENDINGS or locate(uri)})
     pictures: dict[str, Pixels] = {}
@@ -48,14 +48,14 @@ def load_thumbnails(uris: Iterable[str], on_done: Callable[[int, int], None] | N
 
 
 def data_uri(picture: Pixels) -> str:
-    """The picture as a `data:` URI that stands for itself."""
+    """The picture as a `data:` URI, which needs no file."""
     sink = io.BytesIO()
     Image.fromarray(picture).save(sink, format="JPEG", quality=JPEG_QUALITY, optimize=True)
     return "data:image/jpeg;base64," + base64.b64encode(sink.getvalue()).decode()
 
 
 def contact_sheet(rows: list[tuple[str, list[Pixels]]]) -> bytes | None:
-    """A PNG with a caption and the pictures of each row; at most MAX_SHEET_ROWS rows. None without any picture."""
+    """A PNG with a caption and pictures in each row, at most MAX_SHEET_ROWS rows; None if there are no pictures."""
     shown = [(caption, pictures) for caption, pictures in rows if pictures][:MAX_SHEET_ROWS]
     if not shown:
         return None

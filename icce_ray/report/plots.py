@@ -1,4 +1,4 @@
-"""The report's diagrams as inline SVG: text stays text, black becomes the colour of the page, nothing is linked to."""
+"""Diagrams as inline SVG: text stays text, black becomes the page's text colour, nothing is loaded from elsewhere."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ STYLE: Any = {
 
 
 def similarity_histogram(audit: dict[str, Any]) -> str | None:
-    """Cosine of random pairs and of nearest neighbours, with the threshold; None where the audit holds none."""
+    """Cosine similarity of random pairs and of nearest neighbours, with the threshold; None if the audit has none."""
     edges, random_pairs, nearest = (audit.get(key) for key in ("bin_edges", "random_pairs", "nearest_pairs"))
     if not edges or not random_pairs or not nearest:
         return None
@@ -51,7 +51,7 @@ def similarity_histogram(audit: dict[str, Any]) -> str | None:
 
 
 def neighbors_by_threshold(audit: dict[str, Any]) -> str | None:
-    """Mean number of neighbours and their estimated precision by threshold; None where the audit holds none."""
+    """Mean number of neighbours and their estimated precision by threshold; None if the audit has none."""
     rows = audit.get("thresholds")
     if not rows:
         return None
@@ -61,7 +61,7 @@ def neighbors_by_threshold(audit: dict[str, Any]) -> str | None:
         axes.plot(thresholds, [max(row["mean_neighbors"], 1) for row in rows], color=ACCENT)
         axes.set_yscale("log")
         axes.set_xlabel("similarity threshold")
-        axes.set_ylabel("neighbours on average", color=ACCENT)
+        axes.set_ylabel("mean number of neighbours", color=ACCENT)
         right = axes.twinx()
         right.plot(thresholds, [100 * row["estimated_precision"] for row in rows], color=SECOND)
         right.set_ylim(0, 102)
@@ -77,12 +77,12 @@ def neighbors_by_threshold(audit: dict[str, Any]) -> str | None:
 
 
 def cluster_count_curve(rows: Sequence[dict[str, Any]], metrics: Sequence[tuple[str, str]], name: str) -> str:
-    """Metrics by number of clusters with the interval of two standard errors over seeds, and the number chosen.
+    """Two metrics by number of clusters, with a band of two standard errors over seeds, and the number chosen.
 
     Args:
-        rows: those of by_count.parquet.
-        metrics: a column and its label, for the left axis and the right.
-        name: of the diagram.
+        rows: of by_count.parquet.
+        metrics: column and label for the left axis and for the right one.
+        name: name of the diagram, unique on the page.
     """
 
     def draw(axes: Any) -> None:
@@ -109,7 +109,7 @@ def cluster_count_curve(rows: Sequence[dict[str, Any]], metrics: Sequence[tuple[
 
 
 def merge_tree(hierarchy: Hierarchy) -> str | None:
-    """The last merges of the clusters: who joins whom, and how alike the two are; None without any."""
+    """Dendrogram of the last merges, by similarity; None for a single cluster."""
     if hierarchy.num_clusters < 2:
         return None
     num_leaves = np.concatenate([np.ones(hierarchy.num_clusters), np.zeros(len(hierarchy.left))])
@@ -127,14 +127,14 @@ def merge_tree(hierarchy: Hierarchy) -> str | None:
         axes.set_ylim(min(heights[-MAX_LEAVES:]) - 0.02, 1.0)
         ticks = [tick for tick in axes.get_yticks() if tick <= 1.0]
         axes.set_yticks(ticks, [f"{1 - tick:.2g}" for tick in ticks])
-        axes.set_ylabel("share of heads that join them")
-        axes.set_xlabel("cluster; (n): n clusters that are merged before")
+        axes.set_ylabel("share of heads that merge them")
+        axes.set_xlabel("cluster; (n): n clusters merged before")
 
     return svg("tree", draw)
 
 
 def training_curve(history: Sequence[dict[str, Any]]) -> str | None:
-    """Loss by epoch, mean of the heads and lowest; None without two epochs."""
+    """Mean and lowest loss of the heads by epoch; None for fewer than two epochs."""
     if len(history) < 2:
         return None
 
@@ -142,7 +142,7 @@ def training_curve(history: Sequence[dict[str, Any]]) -> str | None:
         epochs = [entry["epoch"] for entry in history]
         axes.plot(epochs, [entry["loss"] for entry in history], color=ACCENT, label="mean of the heads")
         if all("best_head_loss" in entry for entry in history):
-            axes.plot(epochs, [entry["best_head_loss"] for entry in history], color=SECOND, label="lowest head")
+            axes.plot(epochs, [entry["best_head_loss"] for entry in history], color=SECOND, label="best head")
         axes.set_xlabel("epoch")
         axes.set_ylabel("loss")
         axes.legend()
@@ -166,14 +166,14 @@ def size_chart(sizes_K: npt.NDArray[np.int64]) -> str:
 
 
 def certainty_histogram(confidence: npt.NDArray[np.int64], agreement: npt.NDArray[np.int64]) -> str:
-    """Images by confidence and by agreement; both are counts in equal bins of 0 to 1."""
+    """Images by confidence and by agreement; both are counts in equal bins from 0 to 1."""
 
     def draw(axes: Any) -> None:
         for counts, color, label in ((confidence, ACCENT, "confidence"), (agreement, SECOND, "agreement")):
             if counts.sum():
                 edges = np.linspace(0, 1, len(counts) + 1)
                 axes.stairs(counts, edges, color=color, linewidth=1.5, label=label)
-        axes.set_xlabel("confidence of the classifier, agreement of the heads")
+        axes.set_xlabel("confidence, agreement")
         axes.set_ylabel("images")
         axes.legend(loc="upper left")
 
@@ -181,8 +181,8 @@ def certainty_histogram(confidence: npt.NDArray[np.int64], agreement: npt.NDArra
 
 
 def svg(name: str, draw: Any, size_inches: tuple[float, float] = SIZE_INCHES) -> str:
-    """What `draw(axes)` draws as inline SVG; `name` tells the diagrams of a page apart."""
-    # The salt makes ids the same every time, and those of two diagrams of one page different.
+    """Draw with `draw(axes)` and return inline SVG; `name` must be unique on the page."""
+    # The salt makes ids reproducible, and different from those of other diagrams on the page.
     with mpl.rc_context(STYLE | {"svg.hashsalt": name}):
         figure = Figure(figsize=size_inches, layout="constrained")
         draw(figure.add_subplot())

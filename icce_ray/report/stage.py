@@ -13,7 +13,7 @@ def _settings(config: Config) -> Settings:
 REPORT = Stage(
     "report",
     "icce_ray.report.page",
-    3,
+    4,
     (
         "images",
         "embed",

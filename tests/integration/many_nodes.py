@@ -64,7 +64,6 @@ SETTINGS: dict[str, Any] = {
         "checkpoint_interval_s": 0.2,
     },
     "classifier": {"num_iterations": 100},
-    "assign": {"rows_per_part": 20},
     "resources": {
         "embed": {"num_workers": 3, "cpus_per_worker": 1},
         "neighbors": {"num_workers": 3, "cpus_per_worker": 1},
@@ -134,7 +133,10 @@ class Run:
         head = self.hosts.head
         settings = json.dumps(SETTINGS | {"output": self.config.output})
         write = f"cat > run.yaml <<'END'\n{settings}\nEND\n"
-        job = f"{sys.executable} -m icce_ray.run run.yaml --json"
+        # Parts are large, so without this assign would have work for a single host.
+        small_parts = "from icce_ray.assign import embeddings_to_label as parts; parts.MIN_ROWS_PER_PART = 20"
+        main = f"{small_parts}; from icce_ray.run import main; raise SystemExit(main())"
+        job = f"{sys.executable} -c '{main}' run.yaml --json"
         environment = head.environment | {"RAY_ADDRESS": f"{head.address}:{self.hosts.port}"}
         command = self.hosts.command_on(head, ["sh", "-c", f"{write}exec {job}"])
         ended = threading.Event()

@@ -16,9 +16,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from icce_ray.assign import embeddings_to_label
 from icce_ray.assign import job as assign_job
-from icce_ray.assign.exemplars import pick_exemplars
-from icce_ray.assign.labeling import SCHEMA, label_images
+from icce_ray.assign.labeling import SCHEMA
 from icce_ray.classifier import job as classifier_job
 from icce_ray.classifier.linear import LinearClassifier
 from icce_ray.classifier.self_training import fit_classifier
@@ -29,15 +29,23 @@ from icce_ray.runtime.progress import Progress
 from icce_ray.stage import StageContext
 from icce_ray.store import Artifact, ArtifactWriter, Folder
 
+from .stages import workers
+
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
 NUM_LISTED = 240
+ROWS_PER_PART = 60
 GOOD = np.setdiff1d(np.arange(NUM_LISTED), [0, 17, 18, 100, 239])
 RNG = np.random.default_rng(0)
 TRUE = RNG.integers(0, 4, len(GOOD))
 FEATURES = (RNG.normal(size=(len(GOOD), 6)) + 4 * np.eye(6)[TRUE]).astype(np.float16)
 CONSENSUS = np.where(np.arange(len(GOOD)) % 5 == 4, -1, TRUE).astype(np.int32)
 AGREEMENT = RNG.random(len(GOOD)).astype(np.float32)
+
+
+@pytest.fixture(autouse=True)
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(embeddings_to_label, "MIN_ROWS_PER_PART", ROWS_PER_PART)
 
 
 def config_for(tmp_path: Path, **sections: Any) -> Config:
@@ -48,7 +56,7 @@ def config_for(tmp_path: Path, **sections: Any) -> Config:
         "output": str(tmp_path),
         "embed": {"backbone": "pixels"},
         "classifier": {"num_iterations": 200},
-        "assign": {"rows_per_part": 60, "num_exemplars": 3},
+        "assign": {"num_exemplars": 3},
         "resources": resources,
     }
     return Config.model_validate(base | sections)
@@ -133,7 +141,7 @@ def test_workers_of_ray_train_share_the_grid_and_make_the_same_classifier(
 
 
 @pytest.mark.slow
-def test_a_mistake_that_all_workers_meet_is_the_users_to_mend(inputs: dict[str, Artifact], tmp_path: Path) -> None:
+def test_a_mistake_that_all_workers_meet_is_reported_as_the_users(inputs: dict[str, Artifact], tmp_path: Path) -> None:
     resources = {"classifier": {"num_workers": 2, "cpus_per_worker": 1}}
     diverging = {"num_iterations": 200, "learning_rates": [1.5e39, 1.6e39]}
     config = config_for(tmp_path, classifier=diverging, resources=resources)
@@ -149,66 +157,94 @@ def test_the_description_says_how_to_embed_a_new_image(with_classifier: dict[str
     assert {"temperature", "outlier_rule", "versions", "ece", "learning_rate"} <= described.keys()
 
 
-def test_assignments_equal_those_of_a_single_process_whatever_the_parts_and_workers(
-    with_classifier: dict[str, Artifact], tmp_path: Path
+def test_assignments_and_exemplars_are_the_same_for_any_number_of_parts_and_workers(
+    with_classifier: dict[str, Artifact], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = model_of(with_classifier)
-    expected, _ = label_images(model, FEATURES, CONSENSUS, AGREEMENT)
-    exemplars = np.concatenate(pick_exemplars(FEATURES, CONSENSUS, AGREEMENT, model, num_exemplars=3, seed=0))
+    expected = model_of(with_classifier).label(FEATURES, CONSENSUS)
+    exemplars = []
     for name, rows_per_part, num_workers in (("many", 30, 2), ("one", 1000, 1)):
-        sections = {
-            "assign": {"rows_per_part": rows_per_part, "num_exemplars": 3},
-            "resources": {"assign": {"num_workers": num_workers, "cpus_per_worker": 1}},
-        }
+        monkeypatch.setattr(embeddings_to_label, "MIN_ROWS_PER_PART", rows_per_part)
+        resources = {"assign": {"num_workers": num_workers, "cpus_per_worker": 1}}
         context = context_for(tmp_path / name, with_classifier)
-        metrics = assign_job.run(config_for(tmp_path, **sections), context)
-        assert len(context.output.parts) == (10 if name == "many" else 1)
+        metrics = assign_job.run(config_for(tmp_path, resources=resources), context)
+        assert len(list((tmp_path / name / "assignments").iterdir())) == (10 if name == "many" else 1)
         table = read(tmp_path / name)
         assert table.schema == SCHEMA
         assert table["image_id"].to_pylist() == GOOD.tolist()
         assert table["uri"].to_pylist() == [f"/images/{number:03d}.png" for number in GOOD]
-        assert (table["cluster"].to_numpy() == expected.cluster).all()
-        assert (table["second_choice"].to_numpy() == expected.second_choice).all()
+        for column in ("cluster", "second_choice", "is_outlier"):
+            assert (table[column].to_numpy() == getattr(expected, column)).all()
         np.testing.assert_allclose(table["confidence"].to_numpy(), expected.confidence, atol=1e-6)
-        assert table["agreement"].null_count == (CONSENSUS < 0).sum()
-        assert np.flatnonzero(table["is_exemplar"].to_numpy()).tolist() == sorted(exemplars)
+        agreement = [float(value) if label >= 0 else None for value, label in zip(AGREEMENT, CONSENSUS, strict=True)]
+        assert table["agreement"].to_pylist() == agreement
         assert metrics["num_images"] == len(GOOD)
+        assert metrics["num_in_consensus"] == (CONSENSUS >= 0).sum()
         assert metrics["num_exemplars"] == 12
         assert metrics["cluster_sizes"] == np.bincount(expected.cluster, minlength=4).tolist()
+        exemplars.append(pq.read_table(tmp_path / name / "exemplars.parquet"))
+        assert sorted(path.name for path in (tmp_path / name).iterdir()) == ["assignments", "exemplars.parquet"]
+    assert exemplars[0] == exemplars[1]
+    rows = np.searchsorted(GOOD, exemplars[0]["image_id"].to_numpy())
+    assert (expected.cluster[rows] == exemplars[0]["cluster"].to_numpy()).all()
+    assert not expected.is_outlier[rows].any()
 
 
-def test_a_run_that_was_cut_off_takes_up_whole_parts_and_makes_the_rest_again(
-    with_classifier: dict[str, Artifact], tmp_path: Path
+class Stopped(Exception):
+    """Raised in place of the last step of the stage: all parts are recorded, and nothing is cleared."""
+
+
+@pytest.fixture(scope="module")
+def stopped(with_classifier: dict[str, Artifact], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run whose driver ended when its five parts were written."""
+    folder = tmp_path_factory.mktemp("stopped")
+
+    def stop(*_: Any) -> None:
+        raise Stopped
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(embeddings_to_label, "MIN_ROWS_PER_PART", ROWS_PER_PART)
+        patch.setattr(assign_job, "choose_exemplars", stop)
+        with pytest.raises(Stopped):
+            assign_job.run(config_for(folder), context_for(folder, with_classifier))
+    assert len(list((folder / "records").iterdir())) == 5
+    return folder
+
+
+@pytest.fixture
+def cut_off(stopped: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(stopped, tmp_path / "assign")
+
+
+def times(folder: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_mtime_ns for path in (folder / "assignments").iterdir()}
+
+
+def test_a_killed_run_keeps_whole_parts_and_makes_the_others_again(
+    with_classifier: dict[str, Artifact], cut_off: Path, tmp_path: Path
 ) -> None:
-    config = config_for(tmp_path)
-    folder = tmp_path / "assign"
-    first = context_for(folder, with_classifier)
-    metrics = assign_job.run(config, first)
-    before = {path.name: path.stat().st_mtime_ns for path in (folder / "assignments").iterdir()}
-    content = {path.name: path.read_bytes() for path in (folder / "assignments").iterdir()}
-    (folder / "part-00000.done.json").unlink()
-    (folder / "assignments" / "part-00001.parquet").write_bytes(b"cut")
-    (folder / "part-00002.done.json").write_text("{")
-    again = context_for(folder, with_classifier)
-    assert assign_job.run(config, again) == metrics
-    after = {path.name: path.stat().st_mtime_ns for path in (folder / "assignments").iterdir()}
-    redone = {name for name in before if before[name] != after[name]}
+    before = times(cut_off)
+    content = {path.name: path.read_bytes() for path in (cut_off / "assignments").iterdir()}
+    (cut_off / "records" / "part-00000.json").unlink()
+    (cut_off / "assignments" / "part-00001.parquet").write_bytes(b"cut")
+    (cut_off / "candidates" / "part-00002.parquet").write_bytes(b"cut")
+    context = context_for(cut_off, with_classifier)
+    assert assign_job.run(config_for(tmp_path), context)["num_images"] == len(GOOD)
+    redone = {name for name, time_ns in times(cut_off).items() if before[name] != time_ns}
     assert redone == {f"part-0000{number}.parquet" for number in range(3)}
-    assert len(before) > 3
-    assert {path.name: path.read_bytes() for path in (folder / "assignments").iterdir()} == content
-    assert again.output.parts == first.output.parts
+    assert {path.name: path.read_bytes() for path in (cut_off / "assignments").iterdir()} == content
+    assert sorted(context.output.parts) == [*(f"assignments/{name}" for name in sorted(content)), "exemplars.parquet"]
 
 
-def test_parts_of_another_model_are_not_taken_up(with_classifier: dict[str, Artifact], tmp_path: Path) -> None:
-    config = config_for(tmp_path)
-    assign_job.run(config, context_for(tmp_path / "assign", with_classifier))
+def test_parts_made_from_another_consensus_are_made_again(
+    with_classifier: dict[str, Artifact], cut_off: Path, tmp_path: Path
+) -> None:
     consensus = ArtifactWriter(Folder.at(tmp_path / "consensus"))
     consensus.write_array("labels.npy", (CONSENSUS + 1) % 4)
     consensus.write_array("agreement.npy", AGREEMENT)
     settings: dict[str, Any] = {"fingerprint": "o", "inputs": {}, "config": {}, "metrics": {}, "seconds": 0}
     changed = with_classifier | {"consensus": consensus.commit(stage="consensus", **settings)}
-    assign_job.run(config, context_for(tmp_path / "assign", changed))
-    assert (read(tmp_path / "assign")["cluster"].to_numpy() == (CONSENSUS + 1) % 4).all()
+    assign_job.run(config_for(tmp_path), context_for(cut_off, changed))
+    assert (read(cut_off)["cluster"].to_numpy() == (CONSENSUS + 1) % 4).all()
 
 
 def test_a_damaged_input_is_named_and_finished_parts_stay(with_classifier: dict[str, Artifact], tmp_path: Path) -> None:
@@ -224,15 +260,14 @@ def test_a_damaged_input_is_named_and_finished_parts_stay(with_classifier: dict[
     data[30] ^= 1
     (damaged / "part-00009.parquet").write_bytes(data)
     config = config_for(tmp_path, resources={"assign": {"num_workers": 1, "cpus_per_worker": 1}})
-    # The features were cached from the sound parts, so it is the labelling that meets the damage.
     with pytest.raises(DamagedArtifactError, match=r"part-00009\.parquet: the bytes are not those that were written"):
         assign_job.run(config, context_for(tmp_path / "assign", with_classifier | {"embed": whole}))
-    assert (tmp_path / "assign" / "part-00000.done.json").exists()
+    assert (tmp_path / "assign" / "records" / "part-00000.json").exists()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("num_kills", [1, 3])
-def test_a_killed_worker_costs_its_part_a_try_and_three_end_the_stage(
+def test_a_killed_worker_costs_an_attempt_and_three_end_the_stage(
     with_classifier: dict[str, Artifact], tmp_path: Path, num_kills: int
 ) -> None:
     source = with_classifier["embed"].folder.local_path
@@ -244,20 +279,20 @@ def test_a_killed_worker_costs_its_part_a_try_and_three_end_the_stage(
     stopper = tmp_path / "embed" / "part-00009.parquet"
     stopper.unlink()
     os.mkfifo(stopper)
-    note = tmp_path / "assign" / "part-00004.tries.json"
+    note = tmp_path / "assign" / "part-00004.attempt.json"
     killed: list[int] = []
 
     def kill() -> None:
         while len(killed) < num_kills:
             time.sleep(0.05)
-            pid = json.loads(note.read_bytes())["pid"] if note.exists() else None
-            if pid is None or pid in killed:
+            if not note.exists() or json.loads(note.read_bytes())["number"] != len(killed) + 1:
                 continue
-            if len(killed) == 0 and num_kills == 1:
+            if num_kills == 1:
                 stopper.unlink()
                 shutil.copy(source / stopper.name, stopper)
-            os.kill(pid, signal.SIGKILL)
-            killed.append(pid)
+            for pid in set(workers("Labeler")) - set(killed):
+                os.kill(pid, signal.SIGKILL)
+                killed.append(pid)
 
     killer = threading.Thread(target=kill)
     killer.start()
@@ -268,7 +303,7 @@ def test_a_killed_worker_costs_its_part_a_try_and_three_end_the_stage(
         assert read(tmp_path / "assign")["image_id"].to_pylist() == GOOD.tolist()
         assert not note.exists()
     else:
-        with pytest.raises(WorkerError, match="killed their process 3 times"):
+        with pytest.raises(WorkerError, match=r"part-00004 \(\d+ images\): the workers died 3 times"):
             assign_job.run(config, context)
     killer.join()
 
@@ -277,9 +312,7 @@ def test_a_part_that_cannot_be_written_says_why(with_classifier: dict[str, Artif
     (tmp_path / "assign").mkdir()
     (tmp_path / "assign" / "assignments").write_text("in the way")
     config = config_for(tmp_path, resources={"assign": {"num_workers": 1, "cpus_per_worker": 1}})
-    with pytest.raises(
-        WorkerError, match=r"assign: .*the same command goes on.*part-0000.\.parquet: \w*Error: .*assign"
-    ):
+    with pytest.raises(WorkerError, match=r"assign: .*the same command resumes.*part-0000.: \w*Error: .*assign"):
         assign_job.run(config, context_for(tmp_path / "assign", with_classifier))
 
 

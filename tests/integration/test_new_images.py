@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,13 @@ from PIL import Image
 
 import icce_ray
 from icce_ray import cli
-from icce_ray.assign import job as assign_job
-from icce_ray.assign.labeling import NEW_SCHEMA
-from icce_ray.assign.model import Model
+from icce_ray.assign import embeddings_to_label
+from icce_ray.assign.labeling import SCHEMA
 from icce_ray.assign.new_images import AssignResult
 from icce_ray.classifier import job as classifier_job
 from icce_ray.config import Config
 from icce_ray.embed import job as embed_job
-from icce_ray.errors import InputError, UserError
+from icce_ray.errors import InputError
 from icce_ray.images import list_images
 from icce_ray.pipeline.plan import plan, run_name
 from icce_ray.runtime.progress import Progress
@@ -50,6 +50,13 @@ def write_images(folder: Path, kinds: list[int], seed: int) -> list[Path]:
     return paths
 
 
+@pytest.fixture(scope="module", autouse=True)
+def small_parts() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(embeddings_to_label, "MIN_ROWS_PER_PART", 30)
+        yield
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory, ray_cluster: None) -> Path:
     """The output of a run, as far as its model needs it: images, embed, a consensus (the kinds), classifier."""
@@ -62,7 +69,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, ray_cluster: None) -> Path:
         "num_clusters": NUM_KINDS,
         "embed": {"backbone": "pixels", "image_size": 8},
         "classifier": {"num_iterations": 300},
-        "assign": {"rows_per_part": 30, "num_exemplars": 2},
+        "assign": {"num_exemplars": 2},
         "resources": {"classifier": {"cpus_per_worker": 1}, "assign": {"num_workers": 2, "cpus_per_worker": 1}},
     }
     (root / "run.yaml").write_text(json.dumps(settings))
@@ -127,7 +134,8 @@ def test_new_images_get_their_clusters_once_each(
 ) -> None:
     paths, kinds = new_images
     table = read(assigned)
-    assert table.schema == NEW_SCHEMA
+    assert table.schema == SCHEMA
+    assert table["agreement"].null_count == 120
     assert table["uri"].to_pylist() == [str(path) for path in paths]
     assert table["image_id"].to_pylist() == list(range(120))
     known = np.array(kinds) < NUM_KINDS
@@ -188,22 +196,24 @@ def test_a_copy_of_the_folder_works_by_itself_without_ray(
     assert done.stdout.strip() == "[0, 0, 0, 1, 0] False", done.stderr
 
 
-def test_a_second_time_nothing_is_done_and_a_cut_run_goes_on(run: Path, assigned: AssignResult) -> None:
+def test_a_second_time_nothing_is_done_and_an_unfinished_run_goes_on(run: Path, assigned: AssignResult) -> None:
     folder = Path(assigned.assignments).parent
     before = {path: path.read_bytes() for path in folder.rglob("*.parquet")}
-    assert len(before) == 2 * 2 + 1
     again = icce_ray.assign_images(run / "run.yaml", images=run / "new", quiet=True)
     assert again == AssignResult(**{**vars(assigned), "seconds": dict.fromkeys(assigned.seconds, 0.0)})
     (folder / "manifest.json").unlink()
     (folder / "exemplars.parquet").unlink()
-    (folder / "part-00000.done.json").unlink()
-    (folder / "candidates" / "part-00001.parquet").write_bytes(b"cut")
+    (folder / "assignments" / "part-00000.parquet").unlink()
     icce_ray.assign_images(run / "out", images=run / "new", quiet=True)
     assert {path: path.read_bytes() for path in folder.rglob("*.parquet")} == before
 
 
-def test_embeddings_give_what_their_images_give_whatever_the_parts_and_workers(
-    run: Path, assigned: AssignResult, model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_embeddings_give_what_their_images_give_for_any_number_of_parts_and_workers(
+    assigned: AssignResult,
+    model_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     table = read(assigned)
     pixels = [np.asarray(Image.open(uri)).ravel() for uri in table["uri"].to_pylist()]
@@ -211,12 +221,13 @@ def test_embeddings_give_what_their_images_give_whatever_the_parts_and_workers(
     lists = pa.FixedSizeListArray.from_arrays(pa.array(features.ravel()), features.shape[1])
     pq.write_table(pa.table({"uri": table["uri"], "x": lists}), tmp_path / "x.parquet", row_group_size=16)
     np.save(tmp_path / "x.npy", features)
-    wanted = [name for name in NEW_SCHEMA.names if name != "uri"]
+    wanted = [name for name in SCHEMA.names if name not in ("uri", "agreement")]
     exemplars = pq.read_table(assigned.exemplars)["image_id"].to_pylist()
     for source, rows_per_part, num_workers in (("x.parquet", 32, 2), ("x.parquet", 1000, 1), ("x.npy", 40, 1)):
         arguments = ["assign", str(model_folder), "--embeddings", str(tmp_path / source), "--output"]
-        arguments += [str(tmp_path / f"out-{rows_per_part}"), "--set", f"assign.rows_per_part={rows_per_part}"]
-        arguments += ["--set", f"resources.assign.num_workers={num_workers}", "--json", "--quiet"]
+        arguments += [str(tmp_path / f"out-{rows_per_part}"), "--json", "--quiet"]
+        arguments += ["--set", f"resources.assign.num_workers={num_workers}"]
+        monkeypatch.setattr(embeddings_to_label, "MIN_ROWS_PER_PART", rows_per_part)
         assert cli.main(arguments) == 0
         result = AssignResult(**json.loads(capsys.readouterr().out.splitlines()[-1]))
         found = read(result)
@@ -292,10 +303,3 @@ def test_what_the_model_cannot_take_is_refused(model_folder: Path) -> None:
     with pytest.raises(InputError, match="row 1"):
         model.predict_features(np.where(np.arange(3)[:, None] == 1, np.nan, np.zeros((3, 192))))
     assert len(model.predict([]).cluster) == 0
-
-
-def test_the_public_names_are_the_same_whatever_was_imported() -> None:
-    assert callable(icce_ray.assign)
-    assert icce_ray.assign.job is assign_job  # type: ignore[attr-defined]
-    assert issubclass(InputError, UserError)
-    assert isinstance(icce_ray.load, type(Model.predict))

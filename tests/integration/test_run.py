@@ -35,7 +35,6 @@ SETTINGS = {
     "neighbors": {"min_neighbors": 10, "max_neighbors": 60},
     "heads": {"num_heads": 4, "num_epochs": 6, "batch_size": 32, "warmup_epochs": 1, "learning_rate": 0.002},
     "classifier": {"num_iterations": 100},
-    "assign": {"rows_per_part": 50},
 }
 
 

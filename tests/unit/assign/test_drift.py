@@ -1,12 +1,13 @@
 from __future__ import annotations
 
+import json
 import math
 
 import numpy as np
 import pytest
 
-from icce_ray.assign.assignment_parts import Tally
 from icce_ray.assign.drift import drift_lines, stability_index, summarize_drift
+from icce_ray.assign.totals import Totals
 from icce_ray.classifier.linear import LinearClassifier, Prediction
 from icce_ray.classifier.self_training import fit_classifier
 from icce_ray.config import ClassifierConfig
@@ -40,7 +41,7 @@ def test_by_chance_is_what_two_samples_of_one_population_give() -> None:
 
 def test_images_like_those_of_the_run_show_no_drift_and_others_do(classifier: LinearClassifier) -> None:
     def summary(found: Prediction) -> dict[str, object]:
-        return summarize_drift(Tally.of(found), classifier)
+        return summarize_drift(Totals.of(found, 3), classifier)
 
     same = summary(classifier.label(FEATURES[600:]))
     assert same["cluster_shares"]["index"] < 0.1  # type: ignore[index]
@@ -56,11 +57,11 @@ def test_images_like_those_of_the_run_show_no_drift_and_others_do(classifier: Li
     assert len(drift_lines(fewer)) == 3
 
 
-def test_figures_of_parts_add_up_to_those_of_all(classifier: LinearClassifier) -> None:
-    total = Tally()
-    for start in range(0, 900, 70):
-        total += Tally.of(classifier.label(FEATURES[start : start + 70]))
-    whole = Tally.of(classifier.label(FEATURES))
-    assert total.sizes(3) == whole.sizes(3)
-    assert total.confidence_counts == whole.confidence_counts
-    assert total.sum_confidence == pytest.approx(whole.sum_confidence)
+def test_totals_of_parts_add_up_to_those_of_all(classifier: LinearClassifier) -> None:
+    parts = [Totals.of(classifier.label(FEATURES[i : i + 70]), 3, num_in_consensus=i) for i in range(0, 900, 70)]
+    stored = [Totals.from_json(json.loads(json.dumps(part.to_json()))) for part in parts]
+    whole = Totals.of(classifier.label(FEATURES), 3, num_in_consensus=sum(range(0, 900, 70))).metrics()
+    metrics = Totals.add(stored).metrics()
+    assert metrics == whole | {"mean_confidence": pytest.approx(whole["mean_confidence"])}
+    assert metrics["num_images"] == 900
+    assert (Totals.add(stored).confidence_counts == sum(part.confidence_counts for part in parts)).all()

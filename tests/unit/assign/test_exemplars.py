@@ -1,76 +1,149 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 import pytest
 
-from icce_ray.assign.exemplars import farthest_first, pick_exemplars
-from icce_ray.classifier.linear import LinearClassifier
+from icce_ray.assign.exemplars import (
+    CANDIDATES_SCHEMA,
+    EXEMPLARS_SCHEMA,
+    MARGIN,
+    NUM_PROJECTED_DIMS,
+    SAMPLE_PER_EXEMPLAR,
+    candidates_table,
+    choose_exemplars,
+    farthest_first,
+    priorities,
+)
+from icce_ray.assign.labeling import assignments_table
 from icce_ray.classifier.self_training import fit_classifier
 from icce_ray.config import ClassifierConfig
 
+NUM_IMAGES, NUM_EXEMPLARS = 6000, 3
 RNG = np.random.default_rng(0)
-LABELS = np.sort(RNG.integers(0, 3, 600))
-FEATURES = (RNG.normal(size=(600, 5)) + 3 * np.eye(5)[LABELS]).astype(np.float32)
-AGREEMENT = RNG.random(600).astype(np.float32)
+LABELS = RNG.choice(4, NUM_IMAGES, p=[0.7, 0.2, 0.09, 0.01])
+FEATURES = (RNG.normal(size=(NUM_IMAGES, 8)) + 6 * np.eye(8)[LABELS]).astype(np.float32)
+NO_AGREEMENT = np.full(NUM_IMAGES, np.nan, dtype=np.float32)
+ALL = np.arange(NUM_IMAGES)
+
+Rows = npt.NDArray[np.int64]
 
 
 @pytest.fixture(scope="module")
-def classifier() -> LinearClassifier:
+def candidates() -> Callable[..., pa.Table]:
     config = ClassifierConfig(num_iterations=300)
-    return fit_classifier(FEATURES, LABELS, config, num_clusters=4, seed=0, outlier_quantile=0.99)
+    classifier = fit_classifier(FEATURES, LABELS, config, num_clusters=5, seed=0, outlier_quantile=0.99)
+
+    def make(
+        rows: Rows = ALL, agreement: npt.NDArray[np.float32] = NO_AGREEMENT, outliers: Rows | None = None, seed: int = 5
+    ) -> pa.Table:
+        prediction = classifier.label(FEATURES[rows], LABELS[rows])
+        if outliers is not None:
+            prediction = replace(prediction, is_outlier=np.isin(rows, outliers))
+        assignments = assignments_table(rows, [f"/{row}.png" for row in rows], prediction, agreement[rows])
+        return candidates_table(
+            assignments,
+            FEATURES[rows],
+            prediction,
+            classifier,
+            num_images=NUM_IMAGES,
+            num_exemplars=NUM_EXEMPLARS,
+            seed=seed,
+        )
+
+    make.classifier = classifier  # type: ignore[attr-defined]
+    return make
 
 
-def pick(classifier: LinearClassifier, **changes: object) -> list[npt.NDArray[np.int64]]:
-    settings = {"consensus_N": LABELS, "agreement_N": AGREEMENT, "num_exemplars": 5, "seed": 0} | changes
-    return pick_exemplars(FEATURES, classifier=classifier, **settings)  # type: ignore[arg-type]
+def ids(exemplars: pa.Table) -> list[int]:
+    found: list[int] = exemplars["image_id"].to_pylist()
+    return found
 
 
-def test_each_cluster_gets_its_own_images_once_and_an_empty_one_none(classifier: LinearClassifier) -> None:
-    picked = pick(classifier)
-    assert [len(rows) for rows in picked] == [5, 5, 5, 0]
-    for cluster, rows in enumerate(picked):
-        assert len(set(rows)) == len(rows)
-        assert (LABELS[rows] == cluster).all()
+def test_exemplars_are_the_same_however_the_images_are_divided_and_ordered(candidates: Callable[..., pa.Table]) -> None:
+    whole = choose_exemplars(candidates(), NUM_EXEMPLARS)
+    assert whole.schema == EXEMPLARS_SCHEMA
+    assert whole["cluster"].to_pylist() == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]
+    assert whole["rank"].to_pylist() == [0, 1, 2] * 4
+    assert whole["uri"].to_pylist() == [f"/{row}.png" for row in ids(whole)]
+    assert (LABELS[ids(whole)] == whole["cluster"].to_numpy()).all()
+    for num_parts in (3, 50):
+        parts = np.array_split(np.random.default_rng(num_parts).permutation(NUM_IMAGES), num_parts)
+        assert choose_exemplars(pa.concat_tables(candidates(part) for part in parts), NUM_EXEMPLARS) == whole
+    assert ids(choose_exemplars(candidates(seed=6), NUM_EXEMPLARS)) != ids(whole)
 
 
-def test_exemplars_have_high_agreement_and_confidence(classifier: LinearClassifier) -> None:
-    picked = pick(classifier)
-    confidence = classifier.predict_proba(FEATURES).max(1)
-    for cluster, rows in enumerate(picked[:3]):
-        inside = cluster == LABELS
-        assert AGREEMENT[rows].min() > np.median(AGREEMENT[inside])
-        assert confidence[rows].min() > np.quantile(confidence[inside], 0.25)
+def test_candidates_are_few_and_hold_the_sample_of_each_cluster(candidates: Callable[..., pa.Table]) -> None:
+    kept = candidates()
+    sizes = np.bincount(kept["cluster"].to_numpy(), minlength=5)
+    wanted = SAMPLE_PER_EXEMPLAR * NUM_EXEMPLARS
+    assert (sizes <= 1.5 * MARGIN * wanted).all()
+    is_outlier = candidates.classifier.label(FEATURES).is_outlier  # type: ignore[attr-defined]
+    order = np.argsort(priorities(ALL, 5))
+    for cluster in range(4):
+        lowest = [row for row in order if LABELS[row] == cluster and not is_outlier[row]][:wanted]
+        assert set(lowest) <= set(ids(kept))
 
 
-def test_exemplars_are_more_diverse_than_as_many_at_random(classifier: LinearClassifier) -> None:
-    def nearest(rows: npt.NDArray[np.int64]) -> float:
-        gaps = np.linalg.norm(FEATURES[rows][:, None] - FEATURES[rows][None], axis=2)
-        return float((gaps + 1e9 * np.eye(len(rows))).min())
-
-    rng = np.random.default_rng(1)
-    for cluster, rows in enumerate(pick(classifier)[:3]):
-        inside = np.flatnonzero(cluster == LABELS)
-        assert nearest(rows) > np.mean([nearest(rng.choice(inside, 5, replace=False)) for _ in range(30)])
+def test_outliers_are_never_exemplars(candidates: Callable[..., pa.Table]) -> None:
+    before = ids(choose_exemplars(candidates(), NUM_EXEMPLARS))
+    after = ids(choose_exemplars(candidates(outliers=np.array(before)), NUM_EXEMPLARS))
+    assert len(after) == len(before)
+    assert not set(before) & set(after)
+    everyone = np.flatnonzero(LABELS == 2)
+    assert 2 not in choose_exemplars(candidates(outliers=everyone), NUM_EXEMPLARS)["cluster"].to_pylist()
 
 
-def test_the_pick_is_the_same_for_the_same_seed(classifier: LinearClassifier) -> None:
-    even = np.full(600, 0.5, dtype=np.float32)
-    first, again = pick(classifier, agreement_N=even), pick(classifier, agreement_N=even)
-    assert all((a == b).all() for a, b in zip(first, again, strict=True))
-    assert any((a != b).any() for a, b in zip(first[:3], pick(classifier, agreement_N=even, seed=1)[:3], strict=True))
+def test_exemplars_are_central(candidates: Callable[..., pa.Table]) -> None:
+    exemplars = choose_exemplars(candidates(), NUM_EXEMPLARS)
+    scores = candidates.classifier.label(FEATURES, LABELS).outlier_score  # type: ignore[attr-defined]
+    for cluster in range(3):
+        own = np.array(ids(exemplars.filter(pa.array(exemplars["cluster"].to_numpy() == cluster))))
+        assert (scores[own] < np.quantile(scores[cluster == LABELS], 0.7)).all()
 
 
-def test_images_outside_the_consensus_are_no_exemplars(classifier: LinearClassifier) -> None:
-    partly = np.where(np.arange(600) % 3 == 0, LABELS, -1)
-    for rows in pick(classifier, consensus_N=partly):
-        assert (rows % 3 == 0).all()
+def test_exemplars_are_unlike_each_other() -> None:
+    """Twenty images look alike, one is different, one is different again but far from the centre of the cluster."""
+    points = np.zeros((22, NUM_PROJECTED_DIMS), dtype=np.float32)
+    points[:20, 0] = np.linspace(0, 0.01, 20)
+    points[20, 1], points[21, 1] = 3, 9
+    table = {
+        "cluster": np.zeros(22, np.int32),
+        "image_id": np.arange(22),
+        "uri": ["x"] * 22,
+        "confidence": np.ones(22, np.float32),
+        "agreement": pa.nulls(22, pa.float32()),
+        "outlier_score": np.array([1.0] * 20 + [0.5, 5.0], dtype=np.float32),
+        "priority": np.arange(22, dtype=np.uint64),
+        "projection": pa.FixedSizeListArray.from_arrays(pa.array(points.ravel()), NUM_PROJECTED_DIMS),
+    }
+    planted = pa.table(table, schema=CANDIDATES_SCHEMA)
+    first, second = ids(choose_exemplars(planted, 2))
+    assert first < 20
+    assert second == 20
+    assert ids(choose_exemplars(planted, 22))[1:3] == [21, 20]
 
 
-def test_a_small_cluster_gives_all_it_has(classifier: LinearClassifier) -> None:
-    small = np.where(LABELS == 1, -1, LABELS)
-    small[LABELS.searchsorted(1)] = 1
-    assert pick(classifier, consensus_N=small)[1].tolist() == [LABELS.searchsorted(1)]
+def test_images_of_high_agreement_come_first_and_those_without_any_last(candidates: Callable[..., pa.Table]) -> None:
+    wanted = SAMPLE_PER_EXEMPLAR * NUM_EXEMPLARS
+    agreement = np.where(ALL % 3 == 0, np.float32(0.9), np.where(ALL % 3 == 1, np.float32(0.2), np.nan))
+    table = candidates(agreement=agreement.astype(np.float32))
+    chosen = np.array(ids(choose_exemplars(table, NUM_EXEMPLARS)))
+    for cluster in range(3):
+        mine = table.filter(pa.array(table["cluster"].to_numpy() == cluster)).sort_by("priority")[:wanted]
+        order = np.array(ids(mine)) % 3  # 0: high, 1: low, 2: none
+        kept = set(np.sort(order)[: wanted // 2])
+        assert set(chosen[LABELS[chosen] == cluster] % 3) <= kept
+        assert 2 not in kept
+
+
+def test_a_small_cluster_gives_all_it_has(candidates: Callable[..., pa.Table]) -> None:
+    few = np.flatnonzero(LABELS == 3)[:2]
+    assert sorted(ids(choose_exemplars(candidates(few), NUM_EXEMPLARS))) == few.tolist()
 
 
 def test_farthest_first_starts_in_the_middle_and_goes_to_the_ends() -> None:
@@ -78,3 +151,15 @@ def test_farthest_first_starts_in_the_middle_and_goes_to_the_ends() -> None:
     assert farthest_first(line, 3).tolist() == [4, 0, 2]
     assert sorted(farthest_first(line, 9)) == [0, 1, 2, 3, 4]
     assert sorted(farthest_first(np.zeros((3, 2), dtype=np.float32), 3)) == [0, 1, 2]
+
+
+def test_priorities_are_uniform_and_change_with_the_seed() -> None:
+    drawn = priorities(np.arange(10_000), 0) / 2.0**64
+    assert np.abs(np.histogram(drawn, 10, (0, 1))[0] - 1000).max() < 150
+    assert abs(np.corrcoef(drawn[:-1], drawn[1:])[0, 1]) < 0.05
+    assert len(set(drawn)) == 10_000
+    assert abs(np.corrcoef(drawn, priorities(np.arange(10_000), 1) / 2.0**64)[0, 1]) < 0.05
+
+
+def test_no_images_have_no_exemplars() -> None:
+    assert choose_exemplars(CANDIDATES_SCHEMA.empty_table(), 3) == EXEMPLARS_SCHEMA.empty_table()

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from icce_ray.assign.sources import EmbeddedImages
-from icce_ray.assign.writers import RunWriter
+from icce_ray.assign.embeddings_to_label import EmbeddedImages
+from icce_ray.assign.exemplars import choose_exemplars
+from icce_ray.assign.part_labeler import PartLabeler
 from icce_ray.classifier.linear import MODEL_NAME
 from icce_ray.classifier.self_training import fit_classifier
 from icce_ray.config import ClassifierConfig, Config
@@ -144,11 +146,14 @@ def build_run(config: Config, root: Path, rows_per_part: int) -> PlantedRun:
     inputs["classifier"] = commit(output, "classifier", config, figures)
 
     output = writer("assign")
-    source = EmbeddedImages(inputs["embed"], inputs["images"])
-    exemplar_rows = np.arange(10, len(rows), 3)
-    maker = RunWriter(source, output.folder, inputs["classifier"], inputs["consensus"], exemplar_rows)
-    for wanted in source.plan(40, ["test"]):
-        output.add(maker.write(wanted).part)
+    labeler = PartLabeler(
+        EmbeddedImages(inputs["embed"], inputs["images"]), output.folder, inputs, num_exemplars=16, seed=0
+    )
+    (part,) = labeler.source.plan()
+    (assignments, candidates), _ = labeler.label(part)
+    output.add(assignments)
+    candidates_table = pq.read_table(root / "assign" / candidates.name)
+    output.write_table("exemplars.parquet", choose_exemplars(candidates_table, 16))
     inputs["assign"] = commit(output, "assign", config)
     output = writer("evaluate")
     output.write_json("metrics.json", {})

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import pickle
 from pathlib import Path
 
@@ -9,7 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from icce_ray.assign.sources import EmbeddedImages, EmbeddingFiles, Source, UriReader
+from icce_ray.assign import embeddings_to_label
+from icce_ray.assign.embeddings_to_label import EmbeddedImages, EmbeddingFiles, Source, UriReader
 from icce_ray.config import EmbeddingsConfig
 from icce_ray.embed import embedding_parts as embed_parts
 from icce_ray.errors import InputError
@@ -38,9 +40,16 @@ def write_parquet(path: Path, features: npt.NDArray[np.float16], row_group_size:
     pq.write_table(pa.table({"vector": lists, **columns}), path, row_group_size=row_group_size)
 
 
-def read_all(source: Source, rows_per_part: int) -> tuple[list[int], npt.NDArray[np.float16], list[str]]:
+@pytest.fixture(params=[1, 10, 25, 1000])
+def rows_per_part(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    monkeypatch.setattr(embeddings_to_label, "_rows_per_part", lambda num_rows: request.param)
+    rows: int = request.param
+    return rows
+
+
+def read_all(source: Source) -> tuple[list[int], npt.NDArray[np.float16], list[str]]:
     """As workers read it: from pickles, the last part first."""
-    parts = source.plan(rows_per_part, ["test"])
+    parts = source.plan()
     assert [part.first_row for part in parts] == np.cumsum([0, *(part.num_rows for part in parts)])[:-1].tolist()
     rows: list[tuple[int, npt.NDArray[np.float16], str]] = []
     for part in reversed(parts):
@@ -52,51 +61,74 @@ def read_all(source: Source, rows_per_part: int) -> tuple[list[int], npt.NDArray
     return [i for i, _, _ in rows], np.array([x for _, x, _ in rows]), [uri for _, _, uri in rows]
 
 
-@pytest.mark.parametrize("rows_per_part", [1, 10, 25, 1000])
 def test_each_embedded_image_is_read_once_however_the_parts_are_cut(tmp_path: Path, rows_per_part: int) -> None:
-    ids, features, uris = read_all(embedded(tmp_path), rows_per_part)
+    source = embedded(tmp_path)
+    assert [part.num_rows for part in source.plan()] == {
+        1: [9, 10, 10, 10, 3],
+        10: [9, 10, 10, 10, 3],
+        25: [19, 23],
+        1000: [42],
+    }[rows_per_part]
+    ids, features, uris = read_all(source)
     assert ids == [i for i in range(53) if i != 5 and not 20 <= i < 30]
     np.testing.assert_array_equal(features, FEATURES[ids])
     assert uris == [f"/{i}.png" for i in ids]
 
 
-@pytest.mark.parametrize("rows_per_part", [1, 10, 25, 1000])
 def test_rows_of_parquet_files_are_read_once_where_they_lie(tmp_path: Path, rows_per_part: int) -> None:
     write_parquet(tmp_path / "a.parquet", FEATURES[:30], 7)
     write_parquet(tmp_path / "b.parquet", FEATURES[30:], 100, uri=[f"/b/{i}.png" for i in range(23)])
     source = EmbeddingFiles(EmbeddingsConfig(uri=str(tmp_path)), "uri")
-    ids, features, uris = read_all(source, rows_per_part)
+    ids, features, uris = read_all(source)
     assert ids == list(range(53))
     np.testing.assert_array_equal(features, FEATURES)
     assert uris == [f"{tmp_path}/a.parquet#{i}" for i in range(30)] + [f"/b/{i}.png" for i in range(23)]
-    sizes = [part.num_rows for part in source.plan(rows_per_part, [])]
+    sizes = [part.num_rows for part in source.plan()]
     assert sizes == {1: [7, 7, 7, 7, 2, 23], 10: [7, 7, 7, 9, 23], 25: [21, 9, 23], 1000: [30, 23]}[rows_per_part]
 
 
-@pytest.mark.parametrize("rows_per_part", [9000, 20_000, 10**6])
-def test_rows_of_an_npy_file_are_read_once(tmp_path: Path, rows_per_part: int) -> None:
-    features = np.random.default_rng(1).normal(size=(30_001, 2)).astype(np.float16)
+def test_rows_of_an_npy_file_are_read_once(tmp_path: Path) -> None:
+    features = np.random.default_rng(1).normal(size=(70_001, 2)).astype(np.float16)
     np.save(tmp_path / "x.npy", features)
-    ids, read, uris = read_all(EmbeddingFiles(EmbeddingsConfig(uri=str(tmp_path / "x.npy")), "uri"), rows_per_part)
-    assert ids == list(range(30_001))
+    source = EmbeddingFiles(EmbeddingsConfig(uri=str(tmp_path / "x.npy")), "uri")
+    assert [part.num_rows for part in source.plan()] == [32_768, 32_768, 4_465]
+    ids, read, uris = read_all(source)
+    assert ids == list(range(70_001))
     np.testing.assert_array_equal(read, features)
-    assert uris[30_000] == f"{tmp_path}/x.npy#30000"
+    assert uris[70_000] == f"{tmp_path}/x.npy#70000"
 
 
-def test_a_part_is_another_when_its_file_or_what_it_is_made_from_changes(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("num_rows", "rows_per_part"), [(40, 32_768), (10**6, 32_768), (2 * 10**6, 62_500), (10**9, 131_072)]
+)
+def test_there_are_32_parts_of_bounded_size(num_rows: int, rows_per_part: int) -> None:
+    assert embeddings_to_label._rows_per_part(num_rows) == rows_per_part
+
+
+def test_the_identity_changes_with_the_file_and_the_columns(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     write_parquet(path, FEATURES, 20)
 
-    def digests(made_from: str) -> set[str]:
-        source = EmbeddingFiles(EmbeddingsConfig(uri=str(path)), "uri")
-        return {part.source for part in source.plan(20, [made_from])}
+    def identity(uri_column: str = "uri") -> str:
+        return json.dumps(EmbeddingFiles(EmbeddingsConfig(uri=str(path)), uri_column).identity())
 
-    first = digests("model 1")
-    assert len(first) == 3
-    assert digests("model 1") == first
-    assert not digests("model 2") & first
+    first = identity()
+    assert identity() == first
+    assert identity("url") != first
     write_parquet(path, FEATURES + 1, 20)
-    assert not digests("model 1") & first
+    assert identity() != first
+
+
+def test_the_identity_changes_with_the_embeddings_and_the_listing(tmp_path: Path) -> None:
+    source = embedded(tmp_path / "a")
+    first, uris = source.identity(), ["/other.png"] * 53
+    assert embedded(tmp_path / "b").identity() == first
+    writer = ArtifactWriter(Folder.at(tmp_path / "images"))
+    writer.write_table("images.parquet", pa.table({"image_id": range(53), "uri": uris}))
+    assert EmbeddedImages(source.embed, artifact(writer, "images")).identity() != first
+    writer = ArtifactWriter(Folder.at(tmp_path / "embed"))
+    writer.write_table("part-00000.parquet", pa.table({"image_id": range(53)}))
+    assert EmbeddedImages(artifact(writer, "embed"), source.images).identity() != first
 
 
 def test_a_value_that_is_not_finite_is_named(tmp_path: Path) -> None:
@@ -104,7 +136,7 @@ def test_a_value_that_is_not_finite_is_named(tmp_path: Path) -> None:
     features[31, 2] = np.nan
     write_parquet(tmp_path / "a.parquet", features, 10)
     with pytest.raises(InputError, match=r"a\.parquet, row 31: NaN"):
-        read_all(EmbeddingFiles(EmbeddingsConfig(uri=str(tmp_path)), "uri"), 20)
+        read_all(EmbeddingFiles(EmbeddingsConfig(uri=str(tmp_path)), "uri"))
 
 
 def test_uris_are_found_across_row_groups(tmp_path: Path) -> None:

@@ -1,11 +1,11 @@
-"""A run's model without the run: one folder that labels new images, in one process, without Ray.
+"""Load a run's model from its folder and label new images in one process, without Ray.
 
     import icce_ray
     model = icce_ray.load("clusters/classifier/0123456789abcdef")
     found = model.predict(["new/1.jpg", "new/2.jpg"])
     print(found.cluster, found.confidence, found.is_outlier)
 
-The folder is the artifact of the classifier stage as it lies there, or a copy of it on any machine.
+The folder is the artifact of the classifier stage, or a copy of it on any machine.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ from PIL import Image
 
 from icce_ray.classifier.linear import DESCRIPTION_NAME, MODEL_NAME, LinearClassifier, Prediction
 from icce_ray.config import Config, EmbedConfig, ImagesConfig
-from icce_ray.embed.backbone import embed_settings, make_backbone, plan_backbone
+from icce_ray.embed.backbone import make_backbone, plan_backbone
 from icce_ray.embed.networks import Backbone
+from icce_ray.embed.weights import weights_digest
 from icce_ray.errors import InputError
 from icce_ray.images.decoding import Pixels, Preprocessing, convert_image, decode_image
 from icce_ray.images.read_images import read_image
@@ -32,10 +33,10 @@ from icce_ray.store import Artifact, Folder
 
 @dataclass(frozen=True)
 class ImagePrediction(Prediction):
-    """What a model says of n images. One that cannot be used has cluster and second choice -1 and confidence NaN."""
+    """Predictions for n images. An image that cannot be used has cluster and second choice -1 and confidence NaN."""
 
     errors: dict[int, str]
-    """Why an image cannot be used, by its place among those given."""
+    """Why images cannot be used, by their position in the input."""
 
 
 def load(path: str | Path, *, device: str = "cpu") -> Model:
@@ -46,8 +47,8 @@ def load(path: str | Path, *, device: str = "cpu") -> Model:
         device: torch device of the backbone.
 
     Raises:
-        InputError: there is no model, or it is of another version.
-        DamagedArtifactError: a file is not the one that was written.
+        InputError: there is no model, or it has another format version.
+        DamagedArtifactError: a file is not as it was written.
     """
     return Model(find_model(str(path)), device=device)
 
@@ -56,13 +57,13 @@ def find_model(path: str) -> Artifact:
     """The classifier artifact in the folder `path`.
 
     Raises:
-        InputError: it holds none.
+        InputError: there is none.
     """
     artifact = Artifact.find(Folder.at(path))
     if artifact is None or artifact.manifest.stage != "classifier":
         raise InputError(
-            f"{path}: no model there; give the folder `classifier/...` of a finished run, whole (the run's last lines "
-            "and `icce-ray status` say where it lies)"
+            f"{path}: no model there; give the whole folder `classifier/...` of a finished run (the run's last lines "
+            "and `icce-ray status` say where it is)"
         )
     return artifact
 
@@ -73,7 +74,7 @@ class Model:
     def __init__(self, artifact: Artifact, *, device: str = "cpu") -> None:
         self.classifier = LinearClassifier.from_bytes(artifact.read_bytes(MODEL_NAME))
         self.description: dict[str, Any] = artifact.read_json(DESCRIPTION_NAME)
-        """How the model came to be: backbone, features, cluster sizes, versions."""
+        """How the model was made: backbone, features, cluster sizes, versions."""
         self._artifact = artifact
         self._device = device
 
@@ -82,14 +83,14 @@ class Model:
         return self.classifier.num_clusters
 
     def predict(self, images: Sequence[str | Path | Image.Image]) -> ImagePrediction:
-        """Label images: paths or URIs of image files, or Pillow images. One that cannot be used costs itself only.
+        """Label images: paths or URIs of image files, or Pillow images. `errors` lists those that cannot be used.
 
         Raises:
-            InputError: the model was made from ready-made embeddings, or something else than images was given.
+            InputError: the model was made from ready-made embeddings, or `images` holds something else.
             ConfigError, ResourceError: the backbone cannot be built here.
         """
         if isinstance(images, (str, Path, Image.Image)):
-            raise InputError("predict takes a list of images: put the one you have into brackets")
+            raise InputError("predict takes a list of images: put a single image into brackets")
         batch_size = self._backbone.batch_size
         features: list[npt.NDArray[np.float16]] = [np.empty((0, self.classifier.num_dims), dtype=np.float16)]
         errors: dict[int, str] = {}
@@ -105,24 +106,26 @@ class Model:
         return ImagePrediction(**vars(found), errors=errors)
 
     def predict_features(self, X: npt.ArrayLike) -> Prediction:
-        """Label images by their features, (n, D), the same that the run was trained on.
+        """Label images by their features, (n, D), of the same kind that the run was trained on.
 
         Raises:
-            InputError: another number of dimensions, or values that are not finite.
+            InputError: wrong number of dimensions, or values that are not finite.
         """
         features = np.asarray(X)
         if features.dtype.kind not in "fiu":
-            raise InputError(f"features are {features.dtype}; needed are numbers")
+            raise InputError(f"features are {features.dtype}; give numbers")
         found = self.classifier.label(features)
         wrong = np.flatnonzero(~np.isfinite(features).all(axis=1))
         if len(wrong):
-            raise InputError(f"features of {len(wrong)} rows are not finite, such as row {wrong[0]}: leave them out")
+            raise InputError(
+                f"features of {len(wrong)} rows are not finite, such as row {wrong[0]}: leave these rows out"
+            )
         return found
 
     def _embed(self, images: Sequence[str | Path | Image.Image]) -> tuple[npt.NDArray[np.float16], dict[int, str]]:
-        """(n, D) features, 0 where an image failed, and why."""
+        """(n, D) features, 0 for images that failed, and why they failed, by position."""
         preprocessing = self._preprocessing
-        max_pixels = self._config.embed.max_image_pixels
+        max_pixels = self._embed_config.max_image_pixels
         pixels = np.zeros((len(images), *preprocessing.shape), dtype=np.uint8)
         failed: dict[int, str] = {}
         for place, image in enumerate(images):
@@ -138,21 +141,29 @@ class Model:
         return features_nD, failed
 
     @cached_property
-    def _config(self) -> Config:
-        return embedding_config(self._artifact, self.description)
+    def _embed_config(self) -> EmbedConfig:
+        return embed_config(self._artifact, self.description)
 
     @cached_property
     def _preprocessing(self) -> Preprocessing:
-        return plan_backbone(self._config.embed).preprocessing
+        return plan_backbone(self._embed_config).preprocessing
 
     @cached_property
     def _backbone(self) -> Backbone:
-        check_weights(self._config, self.description)
-        return make_backbone(self._config, device=self._device)
+        check_weights(self._embed_config, self.description)
+        # Only `embed` and `seed` matter to the backbone.
+        config = Config(
+            images=ImagesConfig(uri="new images"),
+            num_clusters=self.num_clusters,
+            output="nowhere",
+            embed=self._embed_config,
+            seed=self.description["seed"],
+        )
+        return make_backbone(config, device=self._device)
 
 
-def embedding_config(artifact: Artifact, description: dict[str, Any]) -> Config:
-    """Settings that embed images as those that the model was trained on; what does not matter for that is made up.
+def embed_config(artifact: Artifact, description: dict[str, Any]) -> EmbedConfig:
+    """The settings that embed images like those that the model was trained on.
 
     Raises:
         InputError: it was trained on ready-made embeddings.
@@ -160,38 +171,31 @@ def embedding_config(artifact: Artifact, description: dict[str, Any]) -> Config:
     ready_made = description["embeddings"]["uri"]
     if ready_made is not None:
         raise InputError(
-            f"{artifact.folder.uri}: the model was made from ready-made embeddings ({ready_made}), so no backbone is "
-            "known to embed images with; embed them as those were, and give the embeddings"
+            f"{artifact.folder.uri}: the model was made from ready-made embeddings ({ready_made}), so its backbone is "
+            "unknown; embed the images in the same way and give the embeddings"
         )
     # The stages behind the embeddings see the first feature set.
     embed = EmbedConfig(**description["embed"]).model_copy(update={"extra": ()})
     copied = description["backbone_file"]
     is_remote = artifact.folder.local_path is None
-    # Of a model on object storage the copy would lie on this machine alone; workers on others see the file itself.
+    # The local copy of a file on object storage is on this machine only, while all workers may see the original.
     if copied is not None and not (is_remote and Path(str(embed.weights)).expanduser().is_file()):
         embed = embed.model_copy(update={"weights": str(artifact.local_file(copied))})
-    return Config(
-        images=ImagesConfig(uri="new images"),
-        num_clusters=description["num_clusters"],
-        output="nowhere",
-        embed=embed,
-        seed=description["seed"],
-    )
+    return embed
 
 
-def check_weights(config: Config, description: dict[str, Any]) -> None:
-    """Refuse a weights file that is not the one the model's features came from.
+def check_weights(embed: EmbedConfig, description: dict[str, Any]) -> None:
+    """Refuse a weights file other than the one that the model was made with.
 
     Raises:
-        ConfigError: the file is not there.
-        InputError: it is another.
+        ConfigError: there is no such file.
+        InputError: its content is different.
     """
-    identities = embed_settings(config), description["embed_identity"]
-    here, there = (identity["embed"].get("weights") for identity in identities)
-    if here != there:
+    expected = description["embed_identity"]["embed"].get("weights") or ""
+    if expected.startswith("sha256:") and f"sha256:{weights_digest(str(embed.weights))}" != expected:
         raise InputError(
-            f"embed.weights: {config.embed.weights} is not the file that the model was made with ({there}); its "
-            "features would mean something else"
+            f"embed.weights: {embed.weights} is not the file that the model was made with ({expected}); its features "
+            "would have another meaning"
         )
 
 

@@ -1,0 +1,193 @@
+"""The embeddings to be labelled: a run's embedding artifact, or files of ready-made embeddings.
+
+Both divide their rows into parts and read a part a few thousand rows at a time. They pickle: the driver plans, the
+workers read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from icce_ray.config import EmbeddingsConfig
+from icce_ray.embed.feature_matrix import PART_PREFIX, table_to_arrays
+from icce_ray.images.embedding_files import EmbeddingFile, Embeddings, NpyEmbeddings, ParquetEmbeddings, open_embeddings
+from icce_ray.images.listing import LISTING_PREFIX, Listing
+from icce_ray.store import Artifact
+
+READ_ROWS = 8_192
+MIN_ROWS_PER_PART, MAX_ROWS_PER_PART = 32_768, 131_072
+"""Within these bounds there are 32 parts: enough for many workers, each part worth the files it takes."""
+
+Rows = tuple[npt.NDArray[np.int64], npt.NDArray[Any], pa.ChunkedArray]
+"""image_ids (n,), features (n, D), uris (n,)."""
+
+
+@dataclass(frozen=True)
+class AssignPart:
+    """The rows of one part of the assignments."""
+
+    name: str
+    inputs: tuple[str, ...]
+    """What to read, in order: parts of the embedding artifact, or the index of a file of ready-made embeddings."""
+    first_row: int
+    """Row of the embedding matrix."""
+    num_rows: int
+    start: int = 0
+    """First row within the file of ready-made embeddings."""
+
+
+class Source(Protocol):
+    num_rows: int
+
+    def identity(self) -> list[Any]:
+        """JSON-able: changes when the rows or their URIs do."""
+
+    def plan(self) -> list[AssignPart]:
+        """All rows in parts."""
+
+    def read(self, part: AssignPart) -> Iterator[Rows]:
+        """The rows of a part, in order."""
+
+
+class EmbeddedImages:
+    """The images of an ``embed`` artifact. A part joins some of its parts."""
+
+    def __init__(self, embed: Artifact, images: Artifact) -> None:
+        self.embed = embed
+        self.images = images
+        self.num_rows = sum(embed.part(name).rows or 0 for name in embed.part_names(PART_PREFIX))
+
+    def identity(self) -> list[Any]:
+        names = self.embed.part_names(PART_PREFIX), self.images.part_names(LISTING_PREFIX)
+        return [
+            [self.embed.part(name).sha256 for name in names[0]],
+            [self.images.part(name).sha256 for name in names[1]],
+        ]
+
+    def plan(self) -> list[AssignPart]:
+        names = self.embed.part_names(PART_PREFIX)
+        parts: list[AssignPart] = []
+        first_row = 0
+        for group in _joined([self.embed.part(name).rows or 0 for name in names], _rows_per_part(self.num_rows)):
+            num_rows = sum(self.embed.part(names[index]).rows or 0 for index in group)
+            parts.append(AssignPart(_part_name(len(parts)), tuple(names[i] for i in group), first_row, num_rows))
+            first_row += num_rows
+        return parts
+
+    def read(self, part: AssignPart) -> Iterator[Rows]:
+        for name in part.inputs:
+            image_ids, features_nD = table_to_arrays(self.embed.read_table(name))
+            yield image_ids, features_nD, self._uris.read(image_ids)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_uris"}
+
+    @cached_property
+    def _uris(self) -> UriReader:
+        return UriReader(self.images)
+
+
+class EmbeddingFiles:
+    """Files of ready-made embeddings, read in place. The id of an image is its row, counted over all files.
+
+    Args:
+        config: the files and the column.
+        uri_column: the column that holds the images' URIs, in files that have it.
+
+    Raises:
+        InputError: as :func:`open_embeddings`.
+    """
+
+    def __init__(self, config: EmbeddingsConfig, uri_column: str) -> None:
+        opened = open_embeddings(config)
+        self.files = opened.files
+        self.num_rows = opened.num_rows
+        self.dim = opened.dim
+        self.column = opened.column if isinstance(opened, ParquetEmbeddings) else None
+        self.uri_column = uri_column
+
+    def identity(self) -> list[Any]:
+        return [self.column, self.uri_column, [[file.uri, file.size_bytes, file.mtime_ns] for file in self.files]]
+
+    def plan(self) -> list[AssignPart]:
+        parts: list[AssignPart] = []
+        first_row = 0
+        for index, file in enumerate(self.files):
+            start = 0
+            row_groups = _row_groups(file)
+            for group in _joined(row_groups, _rows_per_part(self.num_rows)):
+                num_rows = sum(row_groups[i] for i in group)
+                if num_rows:
+                    parts.append(AssignPart(_part_name(len(parts)), (str(index),), first_row, num_rows, start))
+                start += num_rows
+                first_row += num_rows
+        return parts
+
+    def read(self, part: AssignPart) -> Iterator[Rows]:
+        opened = self._open(self.files[int(part.inputs[0])])
+        uris = opened.uris(self.uri_column, part.start, part.start + part.num_rows)
+        done = 0
+        for block in opened.blocks(READ_ROWS, start=part.start):
+            features_nD = block[: part.num_rows - done]
+            image_ids = np.arange(part.first_row + done, part.first_row + done + len(features_nD))
+            yield image_ids, features_nD, uris.slice(done, len(features_nD))
+            done += len(features_nD)
+            if done == part.num_rows:
+                return
+
+    def _open(self, file: EmbeddingFile) -> Embeddings:
+        return ParquetEmbeddings([file], self.column) if self.column is not None else NpyEmbeddings(file)
+
+
+class UriReader:
+    """URIs by image id, from the images artifact."""
+
+    def __init__(self, images: Artifact) -> None:
+        self._listing = Listing(images)
+
+    def read(self, image_ids: npt.NDArray[np.int64]) -> pa.ChunkedArray:
+        """The URIs of (n,) ascending ids."""
+        if not len(image_ids):
+            return pa.chunked_array([], type=pa.string())
+        first = int(image_ids[0])
+        return self._listing.table(first, int(image_ids[-1]) + 1)["uri"].take(pa.array(image_ids - first))
+
+
+def _row_groups(file: EmbeddingFile) -> list[int]:
+    """Rows of each row group of a Parquet file. A .npy file has none, and can be read from any row."""
+    if file.path.lower().endswith(".npy"):
+        num_rows = NpyEmbeddings(file).num_rows
+        return [min(READ_ROWS, num_rows - start) for start in range(0, num_rows, READ_ROWS)]
+    with file.filesystem.open_input_file(file.path) as opened:
+        metadata = pq.read_metadata(opened)
+    return [metadata.row_group(index).num_rows for index in range(metadata.num_row_groups)]
+
+
+def _rows_per_part(num_rows: int) -> int:
+    return min(max(num_rows // 32, MIN_ROWS_PER_PART), MAX_ROWS_PER_PART)
+
+
+def _joined(sizes: list[int], max_rows: int) -> list[range]:
+    """Consecutive items joined to at most `max_rows` rows, more only if a single item has more. Empty items join."""
+    groups: list[range] = []
+    room = 0
+    for index, num_rows in enumerate(sizes):
+        if groups and num_rows <= room:
+            groups[-1] = range(groups[-1].start, index + 1)
+        else:
+            groups.append(range(index, index + 1))
+            room = max_rows
+        room = max(0, room - num_rows)
+    return groups
+
+
+def _part_name(index: int) -> str:
+    return f"part-{index:05d}"

@@ -1,0 +1,107 @@
+"""Labels one part: reads its embeddings, writes its assignments and its candidates for exemplars.
+
+It pickles: it holds artifacts and reads them when they are first used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from icce_ray.assign.embeddings_to_label import AssignPart, Source
+from icce_ray.assign.exemplars import CANDIDATES_SCHEMA, candidates_table
+from icce_ray.assign.labeling import SCHEMA, assignments_table
+from icce_ray.assign.totals import Totals
+from icce_ray.classifier.linear import MODEL_NAME, LinearClassifier
+from icce_ray.sample.draw import sampled_ids, spread
+from icce_ray.store import Artifact, ArtifactWriter, Folder, Part
+
+ASSIGNMENTS_FOLDER = "assignments/"
+"""Holds nothing but Parquet files of one schema, so that pandas can read the folder as it is."""
+CANDIDATES_FOLDER = "candidates/"
+
+
+class PartLabeler:
+    """Labels the parts of `source` and writes them to `folder`.
+
+    Args:
+        inputs: the artifact ``classifier``; for a run's own images also ``consensus``, and ``sample`` if only a sample
+            was trained on.
+        num_exemplars: wanted per cluster.
+        seed: of the draw of exemplars.
+    """
+
+    def __init__(
+        self, source: Source, folder: Folder, inputs: Mapping[str, Artifact], *, num_exemplars: int, seed: int
+    ) -> None:
+        self.source = source
+        self.folder = folder
+        self._inputs = {name: inputs[name] for name in ("classifier", "consensus", "sample") if name in inputs}
+        self._num_exemplars = num_exemplars
+        self._seed = seed
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name not in ("classifier", "_consensus")}
+
+    def label(self, part: AssignPart) -> tuple[list[Part], Totals]:
+        """Label the images of a part and write its files.
+
+        Raises:
+            InputError: embeddings that cannot be used.
+            DamagedArtifactError: an input is not what its manifest says.
+        """
+        tables, candidates, totals = [SCHEMA.empty_table()], [CANDIDATES_SCHEMA.empty_table()], []
+        row = part.first_row
+        for image_ids, features_nD, uris in self.source.read(part):
+            consensus_n, agreement_n = self._consensus_of(image_ids, row)
+            # Images that took part in the consensus keep its label.
+            prediction = self.classifier.label(features_nD, consensus_n)
+            tables.append(assignments_table(image_ids, uris, prediction, agreement_n))
+            candidates.append(
+                candidates_table(
+                    tables[-1],
+                    features_nD,
+                    prediction,
+                    self.classifier,
+                    num_images=self.source.num_rows,
+                    num_exemplars=self._num_exemplars,
+                    seed=self._seed,
+                )
+            )
+            num_in_consensus = int((consensus_n >= 0).sum())
+            totals.append(Totals.of(prediction, self.classifier.num_clusters, num_in_consensus=num_in_consensus))
+            row += len(image_ids)
+        writer = ArtifactWriter(self.folder)
+        files = [
+            writer.write_table(f"{ASSIGNMENTS_FOLDER}{part.name}.parquet", pa.concat_tables(tables)),
+            writer.write_table(f"{CANDIDATES_FOLDER}{part.name}.parquet", pa.concat_tables(candidates)),
+        ]
+        return files, Totals.add(totals)
+
+    @cached_property
+    def classifier(self) -> LinearClassifier:
+        return LinearClassifier.from_bytes(self._inputs["classifier"].read_bytes(MODEL_NAME))
+
+    @cached_property
+    def _consensus(self) -> tuple[npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[np.int64] | None]:
+        """Labels and agreement of the images trained on, and their ids if they are a sample."""
+        consensus = self._inputs["consensus"]
+        return consensus.read_array("labels.npy"), consensus.read_array("agreement.npy"), sampled_ids(self._inputs)
+
+    def _consensus_of(
+        self, image_ids: npt.NDArray[np.int64], first_row: int
+    ) -> tuple[npt.NDArray[np.integer], npt.NDArray[np.floating]]:
+        """Consensus label and agreement of some consecutive images; -1 and NaN for those that took no part."""
+        if "consensus" not in self._inputs:
+            return np.full(len(image_ids), -1), np.full(len(image_ids), np.nan, dtype=np.float32)
+        labels_N, agreement_N, trained_ids = self._consensus
+        rows_n = np.arange(first_row, first_row + len(image_ids))
+        if trained_ids is not None:
+            rows_n = spread(np.arange(len(trained_ids)), trained_ids, image_ids, -1)
+        labels_n = np.where(rows_n >= 0, labels_N[rows_n], -1)
+        return labels_n, np.where(labels_n >= 0, agreement_N[rows_n], np.nan).astype(np.float32)

@@ -1,0 +1,70 @@
+"""Totals over labelled images: each part has its own, and they add up."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from icce_ray.classifier.linear import Prediction, confidence_histogram
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Totals of the images of one or several parts; K clusters."""
+
+    num_in_consensus: int
+    """Images that took part in the consensus."""
+    num_outliers: int
+    sum_confidence: float
+    confidence_counts: npt.NDArray[np.int64]
+    """Images by confidence: see :func:`confidence_histogram`."""
+    cluster_sizes: npt.NDArray[np.int64]
+    """(K,) images by cluster."""
+
+    @classmethod
+    def of(cls, prediction: Prediction, num_clusters: int, *, num_in_consensus: int = 0) -> Totals:
+        return cls(
+            num_in_consensus=num_in_consensus,
+            num_outliers=int(prediction.is_outlier.sum()),
+            sum_confidence=float(prediction.confidence.sum(dtype=np.float64)),
+            confidence_counts=confidence_histogram(prediction.confidence),
+            cluster_sizes=np.bincount(prediction.cluster, minlength=num_clusters),
+        )
+
+    @classmethod
+    def add(cls, totals: Iterable[Totals]) -> Totals:
+        """The sum of at least one."""
+        columns = zip(*(vars(each).values() for each in totals), strict=True)
+        return cls(*(sum(column) for column in columns))
+
+    @property
+    def num_images(self) -> int:
+        return int(self.cluster_sizes.sum())
+
+    @property
+    def mean_confidence(self) -> float:
+        return self.sum_confidence / max(self.num_images, 1)
+
+    def metrics(self) -> dict[str, Any]:
+        return {
+            "num_images": self.num_images,
+            "num_in_consensus": self.num_in_consensus,
+            "num_outliers": self.num_outliers,
+            "mean_confidence": self.mean_confidence,
+            "num_clusters_used": int((self.cluster_sizes > 0).sum()),
+            "cluster_sizes": self.cluster_sizes.tolist(),
+        }
+
+    def to_json(self) -> dict[str, Any]:
+        return {key: value.tolist() if isinstance(value, np.ndarray) else value for key, value in asdict(self).items()}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Totals:
+        arrays: dict[str, Any] = {
+            key: np.array(value) if isinstance(value, list) else value for key, value in values.items()
+        }
+        return cls(**arrays)

@@ -1,0 +1,112 @@
+"""One part labelled and written, for a run's own images and for new ones."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from icce_ray.assign.embeddings_to_label import EmbeddingFiles
+from icce_ray.assign.exemplars import CANDIDATES_SCHEMA
+from icce_ray.assign.labeling import SCHEMA
+from icce_ray.assign.part_labeler import PartLabeler
+from icce_ray.classifier.linear import MODEL_NAME, LinearClassifier
+from icce_ray.classifier.self_training import fit_classifier
+from icce_ray.config import ClassifierConfig, EmbeddingsConfig
+from icce_ray.store import Artifact, ArtifactWriter, Folder
+
+RNG = np.random.default_rng(0)
+TRUE = RNG.integers(0, 3, 300)
+FEATURES = (RNG.normal(size=(300, 5)) + 4 * np.eye(5)[TRUE]).astype(np.float32)
+CONSENSUS = np.where(np.arange(300) % 3 == 0, -1, (TRUE + 1) % 3).astype(np.int32)
+AGREEMENT = RNG.random(300).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def classifier() -> LinearClassifier:
+    config = ClassifierConfig(num_iterations=300)
+    return fit_classifier(FEATURES, TRUE, config, num_clusters=3, seed=0, outlier_quantile=0.95)
+
+
+def commit(folder: Path, **files: Any) -> Artifact:
+    writer = ArtifactWriter(Folder.at(folder))
+    for name, content in files.items():
+        if isinstance(content, bytes):
+            writer.write_bytes(MODEL_NAME, content)
+        elif isinstance(content, pa.Table):
+            writer.write_table("part-00000.parquet", content)
+        else:
+            writer.write_array(f"{name}.npy", content)
+    return writer.commit(stage=folder.name, fingerprint="f", inputs={}, config={}, metrics={}, seconds=0)
+
+
+@pytest.fixture
+def inputs(tmp_path: Path, classifier: LinearClassifier) -> dict[str, Artifact]:
+    np.save(tmp_path / "x.npy", FEATURES)
+    return {
+        "classifier": commit(tmp_path / "classifier", model=classifier.to_bytes()),
+        "consensus": commit(tmp_path / "consensus", labels=CONSENSUS, agreement=AGREEMENT),
+    }
+
+
+def label(tmp_path: Path, inputs: dict[str, Artifact]) -> tuple[pa.Table, Any]:
+    """All images as one part, by a labeller that came to its worker as a pickle."""
+    source = EmbeddingFiles(EmbeddingsConfig(uri=str(tmp_path / "x.npy")), "uri")
+    labeler = PartLabeler(source, Folder.at(tmp_path / "out"), inputs, num_exemplars=2, seed=0)
+    (part,) = source.plan()
+    assert labeler.classifier.num_clusters == 3  # loaded here, and not sent along
+    files, totals = pickle.loads(pickle.dumps(labeler)).label(part)
+    assert len(pickle.dumps(labeler)) < 3000
+    assert [file.name for file in files] == ["assignments/part-00000.parquet", "candidates/part-00000.parquet"]
+    assert pq.read_table(tmp_path / "out" / files[1].name).schema == CANDIDATES_SCHEMA
+    table = pq.read_table(tmp_path / "out" / files[0].name)
+    assert table.schema == SCHEMA
+    return table, totals
+
+
+def test_images_of_the_consensus_keep_its_label_and_others_get_the_classifiers(
+    tmp_path: Path, inputs: dict[str, Artifact], classifier: LinearClassifier
+) -> None:
+    table, totals = label(tmp_path, inputs)
+    alone = classifier.label(FEATURES)
+    voted = CONSENSUS >= 0
+    assert (table["cluster"].to_numpy() == np.where(voted, CONSENSUS, alone.cluster)).all()
+    assert table["agreement"].to_pylist() == [float(AGREEMENT[i]) if voted[i] else None for i in range(300)]
+    confidence = classifier.predict_proba(FEATURES)[np.arange(300), table["cluster"].to_numpy()]
+    np.testing.assert_allclose(table["confidence"].to_numpy(), confidence, atol=1e-6)
+    np.testing.assert_array_equal(table["outlier_score"].to_numpy(), alone.outlier_score)
+    assert totals.num_in_consensus == 200
+    assert totals.cluster_sizes.tolist() == np.bincount(table["cluster"].to_numpy()).tolist()
+    assert totals.num_outliers == alone.is_outlier.sum() > 5
+    assert totals.mean_confidence == pytest.approx(table["confidence"].to_numpy().mean())
+
+
+def test_of_a_sample_only_the_sampled_images_have_a_consensus_label(
+    tmp_path: Path, inputs: dict[str, Artifact], classifier: LinearClassifier
+) -> None:
+    sampled = np.arange(2, 300, 7)
+    inputs["consensus"] = commit(tmp_path / "sampled", labels=(TRUE[sampled] + 1) % 3, agreement=AGREEMENT[sampled])
+    inputs["sample"] = commit(tmp_path / "sample", table=pa.table({"image_id": sampled}))
+    table, totals = label(tmp_path, inputs)
+    expected = classifier.label(FEATURES).cluster
+    expected[sampled] = (TRUE[sampled] + 1) % 3
+    assert (table["cluster"].to_numpy() == expected).all()
+    assert np.flatnonzero(table["agreement"].is_valid()).tolist() == sampled.tolist()
+    assert (table["agreement"].drop_null().to_numpy() == AGREEMENT[sampled]).all()
+    assert totals.num_in_consensus == len(sampled)
+
+
+def test_new_images_get_the_classifiers_labels_and_no_agreement(
+    tmp_path: Path, inputs: dict[str, Artifact], classifier: LinearClassifier
+) -> None:
+    table, totals = label(tmp_path, {"classifier": inputs["classifier"]})
+    alone = classifier.label(FEATURES)
+    for name in ("cluster", "confidence", "second_choice", "outlier_score", "is_outlier"):
+        assert (table[name].to_numpy() == getattr(alone, name)).all()
+    assert table["agreement"].null_count == 300
+    assert totals.num_in_consensus == 0
