@@ -27,7 +27,8 @@ from icce_ray.assign.stage import ASSIGN
 from icce_ray.assign.totals import Totals
 from icce_ray.config import Config, WorkerResources
 from icce_ray.errors import DamagedArtifactError, InputError, UserError, WorkerError, describe_cause
-from icce_ray.runtime.ray_cluster import available_cpus, connect, wait_for_machines, worker_cpus
+from icce_ray.runtime.cluster_resources import available_cpus, wait_for_machines, worker_cpus
+from icce_ray.runtime.ray_cluster import connect
 from icce_ray.stage import StageContext
 from icce_ray.store import Folder, Part, PartRecord, PartRecords
 from icce_ray.store.attempts import Attempt

@@ -167,7 +167,7 @@ def _check(config: Config, pending: list[str]) -> None:
         check_backbone(config)
     if pending:
         # Imports Ray, which a command that finds everything finished need not wait for.
-        from icce_ray.runtime.ray_cluster import check_resources
+        from icce_ray.runtime.cluster_resources import check_resources
 
         check_resources(config, pending)
 

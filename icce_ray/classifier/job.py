@@ -14,7 +14,6 @@ from icce_ray.classifier.self_training import SelfTraining
 from icce_ray.config import Config
 from icce_ray.embed.feature_matrix import load_features
 from icce_ray.runtime.progress import Progress
-from icce_ray.runtime.ray_cluster import connect, wait_for_machines
 from icce_ray.runtime.workers import work_on_workers
 from icce_ray.sample.draw import training_set
 from icce_ray.stage import StageContext
@@ -31,16 +30,14 @@ def run(config: Config, context: StageContext) -> dict[str, Any]:
         InputError: every learning rate diverged.
         WorkerError: workers died more often than they are restarted.
     """
-    connect(config.resources)
-    wait_for_machines(config.resources, "classifier", context.progress.note)
     embed, consensus = training_set(context.inputs), context.inputs["consensus"]
-    workers = config.resources.classifier
-    num_workers = min(workers.num_workers, len(config.classifier.learning_rates))
     data: bytes = work_on_workers(
         "classifier",
         partial(_train, config, embed, consensus),
-        workers.model_copy(update={"num_workers": num_workers}),
+        config.resources,
         context.progress,
+        num_images=load_features(embed).num_images,
+        max_workers=len(config.classifier.learning_rates),
         backend="gloo",  # on GPUs too: all it carries is one small object at the end
     )
     return write_model(context.output, LinearClassifier.from_bytes(data), config, embed, consensus)

@@ -391,11 +391,6 @@ class WorkerResources(Section):
     gpus_per_worker: Annotated[float, Field(ge=0.0)] = 0.0
     """GPUs per worker."""
 
-    @property
-    def on_ray_train(self) -> bool:
-        """Whether Ray Train starts the workers, which it does if several train together."""
-        return self.num_workers > 1
-
 
 class ResourcesConfig(Section):
     ray_address: str | None = None

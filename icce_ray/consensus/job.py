@@ -22,7 +22,8 @@ from icce_ray.consensus.label_matrix import Heads, check_surveys
 from icce_ray.consensus.stored_label_matrix import StoredHeads, open_heads
 from icce_ray.errors import DamagedArtifactError, WorkerError, describe_cause, find_cause
 from icce_ray.methods.clusterings import read_losses
-from icce_ray.runtime.ray_cluster import available_cpus, connect
+from icce_ray.runtime.cluster_resources import available_cpus
+from icce_ray.runtime.ray_cluster import connect
 from icce_ray.stage import StageContext
 
 MAX_RETRIES = 3

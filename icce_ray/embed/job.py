@@ -54,14 +54,14 @@ from icce_ray.embed.networks import Backbone
 from icce_ray.images.embedding_files import open_embeddings
 from icce_ray.images.listing import REMOVED, Listing
 from icce_ray.images.uris import is_remote
-from icce_ray.runtime.ray_cluster import (
+from icce_ray.runtime.cluster_resources import (
     available_cpus,
-    connect,
     cpus_beside,
     largest_machine_cpus,
     wait_for_machines,
     worker_cpus,
 )
+from icce_ray.runtime.ray_cluster import connect
 from icce_ray.stage import StageContext
 from icce_ray.store import Artifact, Folder, Part
 from icce_ray.store.attempts import Attempt

@@ -35,8 +35,9 @@ from icce_ray.neighbors.shards import (
 )
 from icce_ray.neighbors.stage import NEIGHBORS
 from icce_ray.neighbors.unit_features import Ids
+from icce_ray.runtime.cluster_resources import wait_for_machines, worker_cpus
 from icce_ray.runtime.progress import Progress
-from icce_ray.runtime.ray_cluster import connect, wait_for_machines, worker_cpus
+from icce_ray.runtime.ray_cluster import connect
 from icce_ray.sample.draw import training_set
 from icce_ray.stage import StageContext
 from icce_ray.store import Artifact, Folder

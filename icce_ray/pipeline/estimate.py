@@ -72,7 +72,8 @@ def estimate(config: Config, *, num_samples: int = 256, quiet: bool = False) -> 
     if config.embeddings.uri is not None:
         raise ConfigError("embeddings.uri: there is nothing to embed, so nothing to estimate")
     from icce_ray.embed.job import run
-    from icce_ray.runtime.ray_cluster import available_cpus, available_gpus, check_resources, connect
+    from icce_ray.runtime.cluster_resources import available_cpus, available_gpus, check_resources
+    from icce_ray.runtime.ray_cluster import connect
 
     step = plan(config, (IMAGES,))[0]
     check_backbone(config)

@@ -234,7 +234,7 @@ def _check(config: Config, pending: Collection[Stage]) -> None:
         if stage.check is not None:
             stage.check(stage.config_of(config))
     if pending:
-        from icce_ray.runtime.ray_cluster import check_resources
+        from icce_ray.runtime.cluster_resources import check_resources
 
         check_resources(config, [stage.name for stage in pending])
 

@@ -1,76 +1,258 @@
-"""The work of a stage that trains, in worker processes: one alone is an actor, several are Ray Train's.
+"""A stage's work in other processes, by Ray; or, where :func:`~icce_ray.runtime.ray_cluster.runs_here`, in this one.
 
-The work is a function, the same in every process. One that dies is started again, and so is work that fails by a fault
-that may pass, MAX_RESTARTS times; what was finished before, the work has to find by itself.
+Three kinds of work: processes that train together (:func:`work_on_workers`), tasks that are independent of each other
+(:func:`run_tasks`), and tasks that share a state which takes time to set up (:func:`run_on_actors`). Work in a process
+that dies is repeated elsewhere. None of it may return anything else for being repeated or divided differently.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
-import ray
-
-from icce_ray.config import WorkerResources
-from icce_ray.errors import UserError, WorkerError, describe_cause
+from icce_ray.config import ResourcesConfig, WorkerResources
+from icce_ray.errors import DamagedArtifactError, UserError, WorkerError, describe_cause, find_cause
+from icce_ray.runtime.cluster_resources import available_cpus, wait_for_machines, worker_cpus, worker_threads
+from icce_ray.runtime.machine import usable_cpus
 from icce_ray.runtime.progress import BoardProgress, Progress, ProgressBoard
-from icce_ray.runtime.ray_cluster import worker_cpus
+from icce_ray.runtime.ray_cluster import connect, runs_here
 
 MAX_RESTARTS = 3
 POLL_INTERVAL_S = 1.0
+TASKS_PER_CPU = 2
+"""Tasks that are submitted at a time: enough to keep each CPU busy, and no more results than that wait in memory."""
 
 Work = Callable[..., Any]
-"""Called with `num_threads`, `device` ("cpu" or "cuda", maybe numbered) and `progress`; all else that a process needs
-to know is bound to it. A function that a module has by its name, so that a process imports what it needs; several find
-each other by torch.distributed."""
+"""Called with `num_threads`, `device` ("cpu" or "cuda", possibly numbered) and `progress`. Everything else is bound to
+it. A module-level function, so that a worker can import it. Several workers find each other by torch.distributed."""
 
 
 def work_on_workers(
     stage: str,
     work: Work,
-    workers: WorkerResources,
+    resources: ResourcesConfig,
     progress: Progress,
+    num_images: int,
+    *,
+    max_workers: int | None = None,
     backend: str | None = None,
 ) -> Any:
-    """What the work returns in the process of rank 0.
+    """Run the same function in each of a stage's processes: in an actor, or by Ray Train if there are several.
+
+    A process that dies is started again, and so is work that fails for a reason that may pass, MAX_RESTARTS times. The
+    work has to find by itself what it had finished before.
 
     Args:
-        stage: its name, for messages.
-        workers: how many processes, what each has, and whether Ray Train starts them.
+        stage: the section of `resources`, and the name in messages.
+        work: the function.
+        resources: the run's. The section says how many processes there are, and what each has.
         progress: told what the process of rank 0 reports.
-        backend: of torch.distributed; None: NCCL on GPUs, else gloo.
+        num_images: decides whether the work runs here.
+        max_workers: start no more processes than this.
+        backend: of torch.distributed. None: NCCL on GPUs, gloo elsewhere.
+
+    Returns:
+        What the work returns in the process of rank 0.
 
     Raises:
         UserError, WorkerError: as the work raised it; it is not tried again.
         WorkerError: processes died, or the work failed, more often than it is tried again.
     """
-    work = partial(work, num_threads=max(1, int(worker_cpus(workers))))
-    if workers.on_ray_train:
-        # Imports Ray Train and torch, which take seconds.
-        from icce_ray.runtime.ray_train import train
-
-        outcome = train(stage, work, workers, progress, backend)
+    if runs_here(resources, num_images):
+        outcome = _work_here(stage, work, progress)
     else:
-        outcome = _work_alone(stage, work, workers, progress)
+        connect(resources)
+        wait_for_machines(resources, stage, progress.note)
+        workers: WorkerResources = getattr(resources, stage)
+        if max_workers is not None:
+            workers = workers.model_copy(update={"num_workers": min(workers.num_workers, max_workers)})
+        work = partial(work, num_threads=worker_threads(workers))
+        if workers.num_workers > 1:
+            # Imports Ray Train and torch, which take seconds.
+            from icce_ray.runtime.ray_train import train
+
+            outcome = train(stage, work, workers, progress, backend)
+        else:
+            outcome = _work_in_actor(stage, work, workers, progress)
     if isinstance(outcome, Exception):
         raise outcome
     return outcome
 
 
 def attempt(work: Work, device: str, progress: Progress) -> Any:
-    """What the work returns; an error that a new try would only meet again is returned too, lest it is tried again."""
+    """What the work returns. An error that would only occur again is returned, too: raised, it would be retried."""
     try:
         return work(device=device, progress=progress)
     except (UserError, WorkerError) as error:
         return error
 
 
+def run_tasks(
+    stage: str,
+    function: Callable[..., Any],
+    items: Iterable[Any],
+    shared: tuple[Any, ...] = (),
+    *,
+    resources: ResourcesConfig,
+    num_images: int,
+    name: str | None = None,
+    in_order: bool = False,
+) -> Iterator[tuple[Any, Any]]:
+    """Call ``function(item, *shared)`` for each item, each in a task with one CPU and one thread.
+
+    Args:
+        stage: name in messages.
+        function: a module-level function.
+        items: consumed as tasks are submitted.
+        shared: further arguments, sent to each machine once.
+        resources: the run's.
+        num_images: decides whether the tasks run here.
+        name: of the tasks in Ray's dashboard.
+        in_order: yield in the order of the items instead of as they are finished.
+
+    Yields:
+        Each item and its result.
+
+    Raises:
+        UserError, DamagedArtifactError: as a task raised it.
+        WorkerError: a task failed otherwise, or its process died more often than it is repeated.
+    """
+    if runs_here(resources, num_images):
+        for item in items:
+            yield item, function(item, *shared)
+        return
+    connect(resources)
+    import ray
+
+    task = ray.remote(function).options(name=f"{stage}: {name or 'task'}", num_cpus=1, max_retries=MAX_RESTARTS)
+    references = [ray.put(value) for value in shared]
+    limit = max(1, int(TASKS_PER_CPU * available_cpus()))
+    waiting, running = iter(items), dict[Any, Any]()
+    with _translated_errors(stage):
+        while True:
+            while len(running) < limit and (item := next(waiting, _END)) is not _END:
+                running[task.remote(item, *references)] = item
+            if not running:
+                return
+            ready = next(iter(running)) if in_order else ray.wait(list(running), num_returns=1)[0][0]
+            result = ray.get(ready)
+            yield running.pop(ready), result
+
+
+def run_on_actors(
+    stage: str,
+    make: Callable[..., Any],
+    items: Iterable[Any],
+    *,
+    resources: ResourcesConfig,
+    num_images: int,
+) -> Iterator[tuple[Any, Any]]:
+    """Call an object with each item, each item on any of the stage's actors.
+
+    Args:
+        stage: the section of `resources`, and the name in messages.
+        make: called with `num_threads` in each actor; makes the object.
+        items: consumed as actors become free.
+        resources: the run's. The section says how many actors there are, and what each has.
+        num_images: decides whether the object is made and called here.
+
+    Yields:
+        Each item and its result, as they are finished.
+
+    Raises:
+        UserError, DamagedArtifactError: as the object raised it.
+        WorkerError: it failed otherwise, or an actor died more often than it is restarted.
+    """
+    if runs_here(resources, num_images):
+        call = make(num_threads=usable_cpus())
+        for item in items:
+            yield item, call(item)
+        return
+    connect(resources)
+    import ray
+
+    workers: WorkerResources = getattr(resources, stage)
+    options: dict[str, Any] = {
+        "num_cpus": worker_cpus(workers),
+        "num_gpus": workers.gpus_per_worker,
+        "max_restarts": -1,
+        "max_task_retries": MAX_RESTARTS,
+    }
+    actor = ray.remote(CallingActor).options(**options)
+    make = partial(make, num_threads=worker_threads(workers))
+    actors: list[Any] = []
+    waiting, running = iter(items), dict[Any, tuple[Any, Any]]()
+    try:
+        with _translated_errors(stage):
+            while True:
+                free = [each for each in actors if all(each is not busy for busy, _ in running.values())]
+                while (free or len(actors) < workers.num_workers) and (item := next(waiting, _END)) is not _END:
+                    if not free:
+                        actors.append(actor.remote(stage, make))
+                        free.append(actors[-1])
+                    worker = free.pop()
+                    running[worker.call.remote(item)] = (worker, item)
+                if not running:
+                    return
+                ready = ray.wait(list(running), num_returns=1)[0][0]
+                result = ray.get(ready)
+                yield running.pop(ready)[1], result
+    finally:
+        for each in actors:
+            ray.kill(each)
+
+
+_END = object()
+
+
+class CallingActor:
+    """An actor that holds an object and calls it."""
+
+    def __init__(self, stage: str, make: Callable[[], Any]) -> None:
+        self._stage = stage
+        self._make = make
+        self._object: Any = None
+
+    def __repr__(self) -> str:
+        """Its name in Ray's dashboard."""
+        return f"{self._stage}: worker"
+
+    def call(self, item: Any) -> Any:
+        # Not in the constructor: an error there reaches the driver as a dead actor, without its own message.
+        if self._object is None:
+            self._object = self._make()
+        return self._object(item)
+
+
+@contextmanager
+def _translated_errors(stage: str) -> Iterator[None]:
+    """Raise our own error for one of Ray's."""
+    import ray
+
+    try:
+        yield
+    except ray.exceptions.RayError as error:
+        _raise_cause(stage, error)
+
+
+def _raise_cause(stage: str, error: Exception) -> NoReturn:
+    known = find_cause(error, UserError) or find_cause(error, DamagedArtifactError) or find_cause(error, WorkerError)
+    if known is not None:
+        raise known from None
+    raise WorkerError(
+        f"{stage}: a worker failed, or died {MAX_RESTARTS + 1} times; what is finished is kept, and the same command "
+        f"resumes. {describe_cause(error)}"
+    ) from error
+
+
 @contextmanager
 def relayed_progress(ask: Callable[[], Any], progress: Progress) -> Iterator[None]:
     """While the block runs, pass on what a worker last reported: `ask` returns a reference to it."""
+    import ray
+
     finished = threading.Event()
 
     def relay() -> None:
@@ -92,7 +274,7 @@ def relayed_progress(ask: Callable[[], Any], progress: Progress) -> Iterator[Non
 
 
 class StageWorker:
-    """The actor. Two calls at a time: one works, one asks how far it is."""
+    """The actor of a stage with one worker. It runs two calls at a time: one works, one asks for the progress."""
 
     def __init__(self, stage: str) -> None:
         self.board = ProgressBoard(stage)
@@ -107,7 +289,9 @@ class StageWorker:
         return self.board.read()
 
 
-def _work_alone(stage: str, work: Work, workers: WorkerResources, progress: Progress) -> Any:
+def _work_in_actor(stage: str, work: Work, workers: WorkerResources, progress: Progress) -> Any:
+    import ray
+
     actor: Any = ray.remote(StageWorker).options(
         num_cpus=worker_cpus(workers),
         num_gpus=min(1.0, workers.gpus_per_worker),
@@ -123,9 +307,25 @@ def _work_alone(stage: str, work: Work, workers: WorkerResources, progress: Prog
     except ray.exceptions.RayActorError as error:
         raise WorkerError(
             f"{stage}: its process died {MAX_RESTARTS + 1} times ({' '.join(str(error).split())[:300]}). Out of memory "
-            "is the usual cause: give it a machine with more"
+            "is the usual cause: use a machine with more memory"
         ) from error
     except ray.exceptions.RayTaskError as error:
-        raise WorkerError(f"{stage}: ended {MAX_RESTARTS + 1} times: {describe_cause(error)}") from error
+        raise _failed_too_often(stage, error) from error
     finally:
         ray.kill(worker)
+
+
+def _work_here(stage: str, work: Work, progress: Progress) -> Any:
+    work = partial(work, num_threads=usable_cpus())
+    restarts = 0
+    while True:
+        try:
+            return attempt(work, "cpu", BoardProgress(stage, progress.update))
+        except Exception as error:
+            if restarts == MAX_RESTARTS:
+                raise _failed_too_often(stage, error) from error
+            restarts += 1
+
+
+def _failed_too_often(stage: str, error: Exception) -> WorkerError:
+    return WorkerError(f"{stage}: failed {MAX_RESTARTS + 1} times: {describe_cause(error)}")

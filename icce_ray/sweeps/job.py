@@ -22,8 +22,8 @@ from ray.tune.search.variant_generator import generate_variants
 
 from icce_ray.config import Config
 from icce_ray.errors import ResourceError, UserError, WorkerError, describe_cause, find_cause
+from icce_ray.runtime.cluster_resources import available_cpus
 from icce_ray.runtime.progress import Progress
-from icce_ray.runtime.ray_cluster import available_cpus
 from icce_ray.store import Folder
 from icce_ray.sweeps import trial
 from icce_ray.sweeps.search_space import CHOICE, GRID, Dimension

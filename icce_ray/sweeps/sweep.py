@@ -19,8 +19,9 @@ from icce_ray.config import build_config
 from icce_ray.errors import ResourceError
 from icce_ray.pipeline.plan import plan
 from icce_ray.pipeline.run import run_pipeline
+from icce_ray.runtime.cluster_resources import STAGES_WITH_WORKERS, check_resources, largest_machine_cpus
 from icce_ray.runtime.progress import Progress
-from icce_ray.runtime.ray_cluster import STAGES_WITH_WORKERS, check_resources, connect, largest_machine_cpus
+from icce_ray.runtime.ray_cluster import connect
 from icce_ray.store import Artifact, ArtifactWriter, Claim, Folder, fingerprint
 from icce_ray.store.artifact import cache_folder
 from icce_ray.sweeps import outcome

@@ -124,7 +124,7 @@ class Sweep:
     def is_in_one_process(self) -> bool:
         """Whether trials are trained in one process each, without Ray Train."""
         heads = self.base_config.resources.method
-        return heads.gpus_per_worker == 0 and not heads.on_ray_train
+        return heads.gpus_per_worker == 0 and heads.num_workers == 1
 
     def runs(self, parameters: Mapping[str, Any]) -> list[Config]:
         """The config of each run of a trial: one for each seed.

@@ -107,7 +107,7 @@ def run_job(hosts: Hosts, folder: Path, resources: dict[str, Any]) -> subprocess
 def test_a_stage_waits_until_its_machine_is_there(growing: Hosts) -> None:
     assert num_machines(growing) == 0
     code = (
-        "import sys; from icce_ray.runtime.ray_cluster import *; from icce_ray.config import *\n"
+        "import sys; from icce_ray.runtime.cluster_resources import *; from icce_ray.config import *\n"
         "worker = WorkerResources(num_workers=1, cpus_per_worker=3)\n"
         "resources = ResourcesConfig(ray_address=sys.argv[1], neighbors=worker)\n"
         "connect(resources)\n"

@@ -9,13 +9,8 @@ import ray
 
 from icce_ray.config import ResourcesConfig, WorkerResources, build_config
 from icce_ray.errors import ResourceError
-from icce_ray.runtime.ray_cluster import (
-    _keep_off_standard_output,
-    available_cpus,
-    check_resources,
-    connect,
-    worker_cpus,
-)
+from icce_ray.runtime.cluster_resources import available_cpus, check_resources, worker_cpus
+from icce_ray.runtime.ray_cluster import _keep_off_standard_output, connect
 
 
 def test_connecting_joins_the_ray_that_is_there(ray_cluster: None) -> None:
@@ -54,7 +49,7 @@ def test_resources_are_checked_for_the_stages_that_will_run_only(ray_cluster: No
 
 def test_a_ray_that_was_joined_is_left_running_without_a_word(ray_cluster: None) -> None:
     address = ray.get_runtime_context().gcs_address
-    code = "from icce_ray.runtime.ray_cluster import *; connect(ResourcesConfig()); print(available_cpus())"
+    code = "from icce_ray.runtime.cluster_resources import *; connect(ResourcesConfig()); print(available_cpus())"
     done = subprocess.run(
         [sys.executable, "-c", code],
         env=os.environ | {"RAY_ADDRESS": address},

@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from icce_ray.config import WorkerResources
+from icce_ray.config import ResourcesConfig, WorkerResources
 from icce_ray.errors import InputError, WorkerError
 from icce_ray.runtime.progress import Progress
-from icce_ray.runtime.workers import MAX_RESTARTS, work_on_workers
+from icce_ray.runtime.workers import MAX_RESTARTS, run_on_actors, run_tasks, work_on_workers
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -43,8 +43,8 @@ def make_work() -> Any:
 
 def run(folder: Path, what: str, good_try: int, progress: Progress | None = None) -> Any:
     work = partial(make_work(), folder, what, good_try)
-    workers = WorkerResources(cpus_per_worker=1.5)
-    return work_on_workers("heads", work, workers, progress or Progress("heads", quiet=True))
+    resources = ResourcesConfig(method=WorkerResources(cpus_per_worker=1.5))
+    return work_on_workers("method", work, resources, progress or Progress("method", quiet=True), num_images=40)
 
 
 def processes(folder: Path) -> list[str]:
@@ -63,7 +63,10 @@ def test_death_and_faults_are_tried_again_with_the_threads_of_the_workers_cpus(
 
 @pytest.mark.parametrize(
     ("what", "message"),
-    [("die", r"heads: its process died 4 times .*memory"), ("fault", r"heads: ended 4 times: OSError: the storage is")],
+    [
+        ("die", r"method: its process died 4 times .*memory"),
+        ("fault", r"method: failed 4 times: OSError: the storage is"),
+    ],
 )
 def test_what_does_not_pass_ends_the_stage(tmp_path: Path, what: str, message: str) -> None:
     with pytest.raises(WorkerError, match=message):
@@ -98,3 +101,78 @@ def test_gloo_uses_the_interface_of_an_address_unless_the_user_chose_one(monkeyp
     use_interface_of("127.0.0.1")
     assert os.environ[GLOO_INTERFACE] == "lo"
     monkeypatch.delenv(GLOO_INTERFACE)
+
+
+def make_functions() -> Any:
+    """In a function for the reason given above."""
+
+    def task(item: int, folder: Path, what: str) -> tuple[int, int]:
+        """Fails as `what` says the first time it is called with item 3, or always."""
+        marker = folder / "failed"
+        if what and item == 3 and (what.startswith("always") or not marker.exists()):
+            marker.touch()
+            if what.endswith("die"):
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise {"mistake": InputError("mend this"), "fault": OSError("the storage is away")}[what]
+        return item * 10, os.getpid()
+
+    class Caller:
+        def __init__(self, folder: Path, what: str, *, num_threads: int) -> None:
+            self.folder, self.what, self.num_threads = folder, what, num_threads
+
+        def __call__(self, item: int) -> tuple[int, int]:
+            assert self.num_threads == 1
+            return task(item, self.folder, self.what)
+
+    return task, Caller
+
+
+def results(way: str, folder: Path, what: str, num_items: int = 6) -> dict[int, tuple[int, int]]:
+    task, caller = make_functions()
+    resources = ResourcesConfig(assign=WorkerResources(num_workers=2, cpus_per_worker=1))
+    if way == "tasks":
+        found = run_tasks("assign", task, range(num_items), (folder, what), resources=resources, num_images=40)
+    else:
+        found = run_on_actors(
+            "assign", partial(caller, folder, what), range(num_items), resources=resources, num_images=40
+        )
+    return dict(found)
+
+
+@pytest.mark.parametrize("way", ["tasks", "actors"])
+def test_each_item_has_one_result_though_a_process_dies(tmp_path: Path, way: str) -> None:
+    found = results(way, tmp_path, "die")
+    assert (tmp_path / "failed").exists()
+    assert {item: value for item, (value, _) in found.items()} == {item: item * 10 for item in range(6)}
+    assert os.getpid() not in {process for _, process in found.values()}
+
+
+def test_actors_are_as_many_as_configured(tmp_path: Path) -> None:
+    assert len({process for _, process in results("actors", tmp_path, "", num_items=20).values()}) <= 2
+    assert len({process for _, process in results("actors", tmp_path, "", num_items=1).values()}) == 1
+
+
+@pytest.mark.parametrize("way", ["tasks", "actors"])
+@pytest.mark.parametrize(
+    ("what", "kind", "message"),
+    [
+        ("mistake", InputError, r"^mend this$"),
+        ("fault", WorkerError, r"assign: .* OSError: the storage is away"),
+        ("always die", WorkerError, "assign: a worker failed, or died 4 times"),
+    ],
+)
+def test_errors_of_tasks_and_actors_reach_the_driver(
+    tmp_path: Path, way: str, what: str, kind: type[Exception], message: str
+) -> None:
+    with pytest.raises(kind, match=message):
+        results(way, tmp_path, what)
+
+
+def test_results_come_in_the_order_of_the_items_if_asked_for() -> None:
+    def slow_if_first(item: int) -> int:
+        time.sleep(0.3 * (item == 0))
+        return item
+
+    resources = ResourcesConfig()
+    found = run_tasks("sample", slow_if_first, range(5), resources=resources, num_images=40, in_order=True)
+    assert list(found) == [(item, item) for item in range(5)]

@@ -11,11 +11,12 @@ from functools import partial
 from typing import Any
 
 from icce_ray.config import Config
+from icce_ray.embed.feature_matrix import load_features
 from icce_ray.errors import ResourceError
 from icce_ray.methods.heads.checkpoint import CheckpointFolder
 from icce_ray.runtime.progress import Progress
-from icce_ray.runtime.ray_cluster import connect, wait_for_machines
 from icce_ray.runtime.workers import work_on_workers
+from icce_ray.sample.draw import training_set
 from icce_ray.stage import StageContext
 from icce_ray.store import Artifact, ArtifactWriter
 
@@ -33,11 +34,9 @@ def run(config: Config, context: StageContext) -> dict[str, Any]:
         ResourceError: training would not fit into a worker's memory.
         WorkerError: the loss was not finite, or workers died more often than training is restarted.
     """
-    connect(config.resources)
-    wait_for_machines(config.resources, "method", context.progress.note)
-    workers = config.resources.method
+    num_images = load_features(training_set(context.inputs)).num_images
     work = partial(_train, config=config, inputs=dict(context.inputs), output=context.output)
-    outcome = work_on_workers("method", work, workers, context.progress)
+    outcome = work_on_workers("method", work, config.resources, context.progress, num_images)
     for part in outcome["parts"]:
         context.output.add(part)
     CheckpointFolder.beside(context.output).clear()
@@ -45,7 +44,7 @@ def run(config: Config, context: StageContext) -> dict[str, Any]:
     if metrics["collapsed_heads"]:
         heads = ", ".join(map(str, metrics["collapsed_heads"]))
         context.progress.note(f"heads {heads} collapsed into few clusters; the consensus does without them")
-    return metrics | {"num_workers": workers.num_workers}
+    return metrics | {"num_workers": config.resources.method.num_workers}
 
 
 def _train(

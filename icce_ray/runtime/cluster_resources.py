@@ -1,0 +1,204 @@
+"""What the machines of the Ray that we are connected to have, how a stage's workers share it, and whether the machines
+that a config asks for exist or can be had.
+
+Ray itself waits for ever for resources that no machine has.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Collection
+from typing import Any
+
+from icce_ray.config import Config, ResourcesConfig, WorkerResources
+from icce_ray.errors import ResourceError
+from icce_ray.runtime.machine import usable_cpus
+from icce_ray.runtime.placement import fitting_cpus, shortfall
+from icce_ray.runtime.ray_cluster import connect, is_connected, joins_ray
+
+AUTOSCALER_POLL_S = 1
+AUTOSCALER_ANSWER_S = 60.0
+SCALE_UP_TIMEOUT_S = 1800.0
+STAGES_WITH_WORKERS = ("embed", "neighbors", "method", "classifier", "assign")
+"""Sections of `resources`."""
+
+
+def available_cpus() -> float:
+    """CPUs of all machines of the Ray we are connected to."""
+    return sum(cpus for cpus, _ in _machines())
+
+
+def largest_machine_cpus() -> float:
+    """CPUs of the largest machine of the Ray we are connected to: a task that asks for more waits for ever."""
+    return max((cpus for cpus, _ in _machines()), default=0.0)
+
+
+def available_gpus() -> float:
+    """GPUs of all machines of the Ray we are connected to."""
+    return sum(gpus for _, gpus in _machines())
+
+
+def worker_cpus(worker: WorkerResources) -> float:
+    """CPUs of each of a stage's workers: as configured, otherwise a machine's CPUs divided among the workers on it."""
+    if worker.cpus_per_worker is not None:
+        return worker.cpus_per_worker
+    machines = [cpus for cpus, _ in _machines()]
+    return min(machines) / math.ceil(worker.num_workers / len(machines))
+
+
+def cpus_beside(worker: WorkerResources, num_workers: int, beside: float) -> float:
+    """CPUs for each of `num_workers` actors, such that some machine keeps `beside` CPUs free, wherever Ray places the
+    actors: at most :func:`worker_cpus`, in thousandths. Actors that leave no machine with room for a task deadlock: no
+    upstream task can be scheduled.
+    """
+    return fitting_cpus([cpus for cpus, _ in _machines()], num_workers, worker_cpus(worker), beside)
+
+
+def worker_threads(worker: WorkerResources) -> int:
+    """Threads of each of a stage's workers."""
+    return max(1, int(worker_cpus(worker)))
+
+
+def check_resources(config: Config, stages: Collection[str]) -> None:
+    """Refuse a run that Ray would wait for for ever, before anything starts.
+
+    Args:
+        config: the run's.
+        stages: those that will run. A section of `resources` is checked if its stage is among them.
+
+    Raises:
+        ResourceError: what is asked for, what the machines have, what to set. Not raised if Ray's autoscaler can add
+            what is missing, which takes it some seconds to say.
+    """
+    resources = config.resources
+    workers = {name: getattr(resources, name) for name in STAGES_WITH_WORKERS if name in stages}
+    if all(worker == WorkerResources() for worker in workers.values()):
+        return  # one worker without GPUs fits everywhere
+    if joins_ray(resources) or any(worker.gpus_per_worker for worker in workers.values()):
+        connect(resources)
+        machines = _machines()
+    else:  # the one that will be started here, which is not needed to find a mistake
+        machines = [(float(resources.num_cpus or usable_cpus()), 0.0)]
+    for name, worker in workers.items():
+        problem = shortfall(name, worker, machines)
+        if problem:
+            _ask_for_machines(worker, problem)
+
+
+def wait_for_machines(resources: ResourcesConfig, stage: str, say: Callable[[str], None]) -> None:
+    """On a Ray that grows by itself, wait until the machines for a stage's workers are there; elsewhere, return.
+
+    Stages divide their work by the number of machines, and Ray adds machines only when they are asked for.
+
+    Args:
+        resources: the run's.
+        stage: a section of it.
+        say: told that the stage waits, and for what.
+
+    Raises:
+        ResourceError: the machines cannot be had, or have not come in :data:`SCALE_UP_TIMEOUT_S`.
+    """
+    worker: WorkerResources = getattr(resources, stage)
+    problem = shortfall(stage, worker, _machines())
+    if problem is None or _autoscaler() is None:
+        return
+    say(f"waits for machines for {worker.num_workers} x {_in_words(_bundle(worker))}")
+    began = time.monotonic()
+    with _MachinesRequest(worker, problem) as request:
+        while problem is not None:
+            request.can_be_met()
+            if time.monotonic() - began > SCALE_UP_TIMEOUT_S:
+                raise ResourceError(f"{problem}. Its autoscaler has not added more in {SCALE_UP_TIMEOUT_S:.0f} s")
+            problem = shortfall(stage, worker, _machines())
+
+
+def _ask_for_machines(worker: WorkerResources, problem: str) -> None:
+    """Return if Ray's autoscaler can add what `worker` needs, else raise `problem`."""
+    if not is_connected() or _autoscaler() is None:
+        raise ResourceError(problem)
+    deadline = time.monotonic() + AUTOSCALER_ANSWER_S
+    with _MachinesRequest(worker, problem) as request:
+        while not request.can_be_met():
+            if time.monotonic() > deadline:
+                raise ResourceError(f"{problem}. Its autoscaler has not answered in {AUTOSCALER_ANSWER_S:.0f} s")
+
+
+class _MachinesRequest:
+    """Asks the autoscaler for what a stage's workers need, by a placement group: that ends with this process, unlike a
+    request for resources, which other jobs overwrite and which outlives its job."""
+
+    def __init__(self, worker: WorkerResources, problem: str) -> None:
+        import ray
+
+        self._problem = problem
+        self._group = ray.util.placement_group([_bundle(worker)] * worker.num_workers, strategy="PACK")
+        self._asked_at: int | None = None
+        """Version of the cluster's state that first had the placement group in it."""
+
+    def __enter__(self) -> _MachinesRequest:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        import ray
+
+        ray.util.remove_placement_group(self._group)
+
+    def can_be_met(self) -> bool:
+        """Whether the autoscaler has said that it can add the machines; False if it has said nothing within
+        :data:`AUTOSCALER_POLL_S`.
+
+        Raises:
+            ResourceError: no machines that it may start can hold the workers.
+        """
+        if self._group.wait(AUTOSCALER_POLL_S):
+            return True
+        reply, name = _autoscaler(), self._group.id.hex()
+        if reply is None:
+            return False
+        state, told = reply.cluster_resource_state, reply.autoscaling_state
+        if self._asked_at is None:
+            if any(name in request.details for request in state.pending_gang_resource_requests):
+                self._asked_at = state.cluster_resource_state_version
+            return False
+        if told.last_seen_cluster_resource_state_version <= self._asked_at:
+            return False
+        if any(name in request.details for request in told.infeasible_gang_resource_requests):
+            raise ResourceError(f"{self._problem}. Its autoscaler has no machines for that")
+        return True
+
+
+def _autoscaler() -> Any:
+    """The last answer of Ray's autoscaler (version 2), and the cluster's state since; None if there is none. Version 1
+    does not say what it cannot do, and counts as none."""
+    import ray
+
+    try:  # no public call says which requests are infeasible, and as of which state of the cluster
+        from ray._raylet import GcsClient  # type: ignore[attr-defined]
+        from ray.autoscaler.v2.utils import is_autoscaler_v2
+        from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply  # type: ignore[attr-defined]
+    except ImportError:
+        return None
+    client = GcsClient(address=ray.get_runtime_context().gcs_address)
+    if not is_autoscaler_v2(fetch_from_server=True, gcs_client=client):
+        return None
+    return GetClusterStatusReply.FromString(client.get_cluster_status(timeout_s=AUTOSCALER_ANSWER_S))
+
+
+def _bundle(worker: WorkerResources) -> dict[str, float]:
+    """Resources of each of a stage's workers."""
+    bundle = {"CPU": 1.0 if worker.cpus_per_worker is None else worker.cpus_per_worker}
+    return bundle | ({"GPU": worker.gpus_per_worker} if worker.gpus_per_worker else {})
+
+
+def _in_words(bundle: dict[str, float]) -> str:
+    return " and ".join(f"{amount:g} {name}s" for name, amount in bundle.items())
+
+
+def _machines() -> list[tuple[float, float]]:
+    """(CPUs, GPUs) of each living machine that has CPUs."""
+    import ray
+
+    nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+    resources = [node["Resources"] for node in nodes if node["Alive"]]
+    return [(node["CPU"], node.get("GPU", 0.0)) for node in resources if node.get("CPU", 0.0) > 0]
