@@ -163,7 +163,6 @@ class ICCE(ClusterMixin, BaseEstimator):
             random_state=config.seed,
             refine=config.consensus.refine,
             imbalance=config.consensus.imbalance,
-            cspa_max_images=config.consensus.cspa_max_images,
             head_losses=trained.head_losses_H,
         )
         self.classifier_: LinearClassifier = fit_classifier(

@@ -283,21 +283,9 @@ def memory_bytes(trained: int, plan: Plan) -> dict[str, int]:
 
 def _coordinator_bytes(trained: int) -> int:
     from icce_ray.consensus.consensus_memory import coordinator_bytes
-    from icce_ray.consensus.label_matrix import HeadLabels, Heads
 
-    class Counted(Heads):
-        """As many heads and clusters, without labels."""
-
-        values = tuple(np.arange(NUM_CLUSTERS) for _ in range(HeadsConfig().num_heads))
-
-        @property
-        def num_images(self) -> int:
-            return trained
-
-        def read(self, start: int, stop: int, heads: slice = slice(None)) -> HeadLabels:
-            raise NotImplementedError
-
-    return int(coordinator_bytes(Counted(), NUM_CLUSTERS, ConsensusConfig()))
+    num_clusters_H = np.full(HeadsConfig().num_heads, NUM_CLUSTERS)
+    return coordinator_bytes(trained, num_clusters_H, NUM_CLUSTERS, ConsensusConfig().methods)
 
 
 def _rate(name: str) -> float:

@@ -20,7 +20,6 @@ from cases.planted import planted_heads
 from icce_ray.config import Config, ConsensusConfig
 from icce_ray.consensus.consensus_memory import coordinator_bytes, worker_bytes
 from icce_ray.consensus.ensemble import cluster_ensemble
-from icce_ray.consensus.label_matrix import encode_heads
 from icce_ray.metrics.true_label_scores import evaluate_clustering, normalized_mutual_info
 from icce_ray.runtime.progress import Progress
 from icce_ray.stage import StageContext
@@ -89,12 +88,12 @@ def run_stage(heads_HN: Any, num_clusters: int) -> tuple[dict[str, Any], Any]:
     import ray
 
     from icce_ray.consensus import job
-    from icce_ray.consensus.stored_label_matrix import MATRIX_NAME
+    from icce_ray.methods.clusterings import LABELS_NAME
     from icce_ray.runtime.ray_cluster import connect
 
     with tempfile.TemporaryDirectory(prefix="icce_ray-consensus-") as folder:
         writer = ArtifactWriter(Folder.at(Path(folder) / "heads"))
-        writer.write_array(MATRIX_NAME, heads_HN)
+        writer.write_array(LABELS_NAME, heads_HN)
         writer.write_json("clusterings.json", {"history": [], "losses": [0.0] * len(heads_HN)})
         heads = writer.commit(stage="heads", fingerprint="f", inputs={}, config={}, metrics={}, seconds=0.0)
         config = Config(output=folder, num_clusters=num_clusters, embeddings={"uri": "unused.npy"})
@@ -116,11 +115,9 @@ def run_stage(heads_HN: Any, num_clusters: int) -> tuple[dict[str, Any], Any]:
         watcher.join()
         ray.shutdown()
         labels_N = np.load(Path(folder) / "consensus" / "labels.npy")
-    encoded = encode_heads(heads_HN)
-    num_workers = len(os.sched_getaffinity(0))
-    stated = coordinator_bytes(encoded, num_clusters, ConsensusConfig()) + num_workers * worker_bytes(
-        encoded, num_clusters
-    )
+    num_images, num_clusters_H = heads_HN.shape[1], np.full(len(heads_HN), num_clusters)
+    stated = coordinator_bytes(num_images, num_clusters_H, num_clusters, ConsensusConfig().methods)
+    stated += len(os.sched_getaffinity(0)) * worker_bytes(num_images, num_clusters_H, num_clusters)
     return {"seconds": seconds, "bytes": peak, "idle_bytes": before, "stated_bytes": stated}, labels_N
 
 

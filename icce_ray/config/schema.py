@@ -298,8 +298,6 @@ class ConsensusConfig(Section):
     """Other runs over the same images whose clusterings take part, for one consensus of several methods, backbones,
     thresholds or numbers of clusters. Names of runs under `output` (a run prints its name at the end), or the places of
     their records elsewhere (`<output>/runs/<name>.json`)."""
-    cspa_max_images: PositiveInt = 5_000
-    """CSPA builds an N x N matrix: above this many images it is left out."""
     imbalance: Annotated[float, Field(ge=1.0)] = 1.5
     """How much larger than the average a cluster may be when METIS partitions a graph."""
     refine: bool = True

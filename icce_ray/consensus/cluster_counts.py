@@ -24,14 +24,14 @@ def count_consensus(labels_N: npt.NDArray[Any], heads: Heads, num_clusters: int)
     They are int32 if the number of images allows it: this is the largest array of a consensus.
     """
     counts_KC = np.zeros((num_clusters, heads.num_head_clusters), dtype=_count_dtype(heads.num_images))
-    offsets, pieces = heads.offsets, heads.head_pieces()
-    tables = heads.map(_count_piece, pieces, labels_N, num_clusters)
-    for (_, _, first, end), table in zip(pieces, tables, strict=True):
+    offsets, parts = heads.offsets, heads.head_parts()
+    tables = heads.map(_count_part, parts, labels_N, num_clusters)
+    for (_, _, first, end), table in zip(parts, tables, strict=True):
         counts_KC[:, offsets[first] : offsets[end]] += table
     return counts_KC
 
 
-def _count_piece(
+def _count_part(
     heads: Heads, start: int, stop: int, first: int, end: int, labels_N: npt.NDArray[Any], num_clusters: int
 ) -> npt.NDArray[Any]:
     part = heads.read(start, stop, slice(first, end))

@@ -1,7 +1,7 @@
-"""CSPA: the matrix of how often two images share a cluster, cut into K parts (Strehl & Ghosh 2002; METHOD section 3).
+"""CSPA: the co-association matrix of the images, cut into K parts (Strehl & Ghosh 2002; docs/METHOD.md, "CSPA").
 
-The only function here that compares images with images: N x N, for small N. Images that every head labels alike are one
-vertex of their number's weight.
+It compares all pairs of images, so it is left out for large N. Images that all heads label alike are one vertex with
+the weight of all.
 """
 
 from __future__ import annotations
@@ -9,41 +9,45 @@ from __future__ import annotations
 import numpy as np
 import scipy.sparse as sp
 
-from icce_ray.consensus.hbgf import group_equal_images
+from icce_ray.consensus.label_hashes import group_equal_images
 from icce_ray.consensus.label_matrix import HeadLabels, Heads, Labels
 from icce_ray.consensus.partition import PartitionError, partition_graph
 
+MAX_IMAGES = 5_000
+MAX_WEIGHT = 1e6
+"""Larger edge weights are scaled down, to stay within METIS's 32-bit integers."""
+
 
 def co_association(heads: HeadLabels) -> sp.csr_array:
-    """Number of heads that put two images into one cluster: (N, N) int32 with H (labels given) on the diagonal."""
+    """Number of heads that put two images into the same cluster: (N, N) int32, with the number of labels of each image
+    on the diagonal."""
     columns_NH = heads.columns()
-    present = columns_NH >= 0
-    rows, head_index = np.nonzero(present)
+    rows, head_index = np.nonzero(columns_NH >= 0)
     ones = np.ones(len(rows), dtype=np.int32)
     shape = (len(columns_NH), heads.num_head_clusters)
     membership_NC = sp.csr_array((ones, (rows, columns_NH[rows, head_index])), shape=shape)
     return sp.csr_array(membership_NC @ membership_NC.T)
 
 
-def cspa(heads: Heads, num_clusters: int, *, imbalance: float, seeds: list[int], max_images: int) -> list[Labels]:
-    """Consensus labels (N,), 0..num_clusters-1, one vector for each seed. Parts may be empty.
+def cspa(heads: Heads, num_clusters: int, *, imbalance: float, seeds: list[int]) -> list[Labels]:
+    """Consensus labels (N,), 0..num_clusters-1, for each seed. Clusters may be empty.
 
     Raises:
-        PartitionError: METIS failed, or there are more images than `max_images`.
+        PartitionError: METIS failed, or there are more than MAX_IMAGES images.
     """
-    if heads.num_images > max_images:
-        raise PartitionError(f"{heads.num_images:,} images are more than cspa_max_images, {max_images:,}")
+    if heads.num_images > MAX_IMAGES:
+        raise PartitionError(
+            f"it compares all pairs of images, and {heads.num_images:,} images are over the limit of {MAX_IMAGES:,}"
+        )
     gathered = heads.gather()
-    first_G, group_N = group_equal_images(gathered)
-    if len(first_G) < num_clusters:
-        raise PartitionError(f"only {len(first_G)} images differ in their labels, fewer than {num_clusters} clusters")
+    first_G, group_N = group_equal_images(gathered, num_clusters)
     images_G = np.bincount(group_N)
     graph = co_association(HeadLabels(gathered.codes[:, first_G], gathered.values)).tocoo()
     rows, columns = graph.coords
     off_diagonal = rows != columns
     rows, columns = rows[off_diagonal], columns[off_diagonal]
     weights = graph.data[off_diagonal].astype(np.int64) * images_G[rows] * images_G[columns]
-    scale = max(1.0, float(weights.max(initial=1)) / 1e6)
+    scale = max(1.0, float(weights.max(initial=1)) / MAX_WEIGHT)
     weights = np.maximum(np.rint(weights / scale), 1).astype(np.int32)
     graph = sp.csr_array((weights, (rows, columns)), shape=graph.shape)
     parts = partition_graph(graph, num_clusters, vertex_weights=images_G, imbalance=imbalance, seeds=seeds)

@@ -1,4 +1,4 @@
-"""`cluster_ensemble`: one clustering from many, the public face of the consensus functions (METHOD section 3).
+"""`cluster_ensemble`: one clustering from many, the public interface of the consensus (docs/METHOD.md, "Consensus").
 
 >>> from icce_ray import cluster_ensemble
 >>> result = cluster_ensemble([[0, 0, 1, 1], [1, 1, 0, 0]], n_clusters=2, random_state=0)
@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
+from sklearn.utils import check_random_state
 
 from icce_ray.config import CONSENSUS_METHODS, ConsensusConfig, ConsensusMethod
 from icce_ray.consensus.best_consensus import EnsembleResult, find_consensus
@@ -21,33 +22,30 @@ from icce_ray.consensus.consensus_memory import check_memory
 from icce_ray.consensus.label_matrix import Heads, check_matrix, encode_heads
 from icce_ray.errors import InputError
 
-RandomState = int | np.integer[Any] | np.random.Generator | np.random.RandomState | None
-
 
 def cluster_ensemble(
     labels: npt.ArrayLike | Sequence[npt.NDArray[Any]],
     n_clusters: int | None = None,
     *,
     methods: Sequence[str] | None = None,
-    random_state: RandomState = None,
+    random_state: int | np.random.RandomState | None = None,
     refine: bool = True,
     imbalance: float = 1.5,
-    cspa_max_images: int = 5000,
     head_losses: npt.ArrayLike | None = None,
 ) -> EnsembleResult:
     """Make one clustering of several: the consensus with the highest average NMI with them (Strehl & Ghosh 2002).
 
     Args:
-        labels: (H, N) integers: H clusterings ("heads") of the same N images, labels from 0, -1 where one gave none.
-            Or a list of such matrices, of several runs over the same images: any number of heads and clusters each.
-        n_clusters: clusters of the consensus (K). Not given: as many as the head with the most.
+        labels: (H, N) integers: H clusterings ("heads") of the same N images, labels from 0, -1 where a label is
+            missing. Or a list of such matrices, of several runs over the same images, each with any number of heads and
+            clusters.
+        n_clusters: number of clusters of the consensus (K). None: that of the head with the most.
         methods: consensus functions to try: `mcla`, `hbgf`, `cspa`, `vote` (heads aligned one to one, majority),
-            `best_head` (the head with the lowest loss, else with the highest ANMI).
-            Not given: the first four. Those that would cost too much at this size say so in `skipped`.
-        random_state: seed; the same seed gives the same result.
-        refine: reassign images as long as that raises the ANMI.
-        imbalance: how much heavier than the average METIS may make a part.
-        cspa_max_images: CSPA, which builds an N x N matrix, is left out above this many images.
+            `best_head` (the head with the lowest loss, or else with the highest ANMI). None: the first four. Functions
+            that would cost too much at this size are left out, with the reason in `skipped`.
+        random_state: int, RandomState or None. The same int gives the same result.
+        refine: whether images are reassigned as long as that raises the ANMI.
+        imbalance: weight of METIS's heaviest part allowed, relative to the average.
         head_losses: (H,) losses of the heads, for `best_head`.
 
     Returns:
@@ -55,28 +53,24 @@ def cluster_ensemble(
         images differ in their labels, or the result is a head that uses fewer.
 
     Raises:
-        InputError: (a ValueError) `labels` is not a matrix of integers, or several that have the same images; it has a
-            label below -1 or a head or image without any label; a parameter is out of its range.
+        InputError: (a ValueError) `labels` is not a matrix of integers, or several with the same images; it has a label
+            below -1, or a head or image without any label; a parameter is out of its range.
         ResourceError: (a ValueError) this machine lacks the memory; the message says what is needed.
     """
     heads = encode_heads(_stack(labels))
-    num_clusters = check_num_clusters(n_clusters, heads)
-    chosen = _check_methods(methods)
-    losses = _check_losses(head_losses, heads)
+    num_clusters = _check_num_clusters(n_clusters, heads)
     if not imbalance >= 1.0:
         raise InputError(f"imbalance is {imbalance}; it must be at least 1 (1.5: parts up to 1.5 times the average)")
-    seed = _root_seed(random_state)
-    config = ConsensusConfig(
-        methods=chosen, refine=refine, imbalance=imbalance, cspa_max_images=max(1, cspa_max_images)
-    )
-    check_memory(heads, num_clusters, config)
-    return find_consensus(heads, num_clusters, config, seed=seed, head_losses=losses)
+    config = ConsensusConfig(methods=_check_methods(methods), refine=refine, imbalance=imbalance)
+    losses = _check_losses(head_losses, heads)
+    check_memory(heads, num_clusters, config.methods)
+    return find_consensus(heads, num_clusters, config, seed=_check_seed(random_state), head_losses=losses)
 
 
 def _stack(labels: npt.ArrayLike | Sequence[npt.NDArray[Any]]) -> npt.ArrayLike:
-    """Several label matrices as one."""
+    """Several label matrices as one. Anything else is returned as it is, to be checked as a single matrix."""
     if not isinstance(labels, (list, tuple)) or not labels or any(np.ndim(one) != 2 for one in labels):
-        return labels  # type: ignore[return-value]  # whatever it is, it is checked as a single matrix
+        return labels  # type: ignore[return-value]
     matrices = [np.asarray(one) for one in labels]
     for one in matrices:
         check_matrix(one.shape, one.dtype)
@@ -86,14 +80,13 @@ def _stack(labels: npt.ArrayLike | Sequence[npt.NDArray[Any]]) -> npt.ArrayLike:
     return np.concatenate(matrices)
 
 
-def check_num_clusters(n_clusters: int | None, heads: Heads) -> int:
+def _check_num_clusters(n_clusters: int | None, heads: Heads) -> int:
     if n_clusters is None:
-        found = int(heads.num_clusters.max())
-        if found < 2:
+        n_clusters = int(heads.num_clusters.max())
+        if n_clusters < 2:
             raise InputError(
                 "every head has a single cluster: there is nothing to combine; give n_clusters, or other heads"
             )
-        return found
     try:
         num_clusters = operator.index(n_clusters)
     except TypeError:
@@ -108,13 +101,12 @@ def check_num_clusters(n_clusters: int | None, heads: Heads) -> int:
 def _check_methods(methods: Sequence[str] | None) -> tuple[ConsensusMethod, ...]:
     if methods is None:
         return ConsensusConfig().methods
-    names = (methods,) if isinstance(methods, str) else tuple(methods)
+    names = (methods,) if isinstance(methods, str) else tuple(dict.fromkeys(methods))
     unknown = [name for name in names if name not in CONSENSUS_METHODS]
     if unknown or not names:
         given = f"{unknown[0]!r} is none of them" if unknown else "methods is empty"
         raise InputError(f"{given}; the consensus functions are {', '.join(CONSENSUS_METHODS)}")
-    by_name = {str(method): method for method in CONSENSUS_METHODS}
-    return tuple(by_name[name] for name in dict.fromkeys(names))
+    return cast(tuple[ConsensusMethod, ...], names)
 
 
 def _check_losses(head_losses: npt.ArrayLike | None, heads: Heads) -> npt.NDArray[np.float64] | None:
@@ -128,20 +120,12 @@ def _check_losses(head_losses: npt.ArrayLike | None, heads: Heads) -> npt.NDArra
     return losses
 
 
-def _root_seed(random_state: RandomState) -> int:
-    if isinstance(random_state, np.random.Generator):
-        root = int(random_state.integers(2**31))
-    elif isinstance(random_state, np.random.RandomState):
-        root = int(random_state.randint(2**31 - 1))
-    elif random_state is None:
-        root = int(np.random.SeedSequence().generate_state(1)[0])
-    else:
-        try:
-            root = operator.index(random_state)
-        except TypeError:
-            raise InputError(
-                f"random_state is {random_state!r}; give an integer, a Generator, a RandomState or None"
-            ) from None
-        if root < 0:
-            raise InputError(f"random_state is {root}; it must not be negative")
-    return root
+def _check_seed(random_state: int | np.random.RandomState | None) -> int:
+    if isinstance(random_state, (int, np.integer)):
+        if random_state < 0:
+            raise InputError(f"random_state is {random_state}; it must not be negative")
+        return int(random_state)
+    try:
+        return int(check_random_state(random_state).randint(2**31 - 1))
+    except ValueError:
+        raise InputError(f"random_state is {random_state!r}; give an integer, a RandomState or None") from None

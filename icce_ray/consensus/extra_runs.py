@@ -1,14 +1,14 @@
-"""The other runs whose heads a consensus takes in (`consensus.extra_runs`): found by name, over the same images."""
+"""The other runs whose heads take part in a consensus (`consensus.extra_runs`): found by name, over the same images."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
 
-from icce_ray.config import Config
 from icce_ray.errors import InputError
 from icce_ray.images.listing import Listing
 from icce_ray.sample.draw import sampled_ids
@@ -18,18 +18,20 @@ from icce_ray.store.run_records import RUNS_FOLDER
 IMAGES, EMBED, SAMPLE, METHOD = "images", "embed", "sample", "method"
 
 
-def find_heads(config: Config, own: Artifact | None = None) -> list[Artifact]:
-    """The heads of every extra run.
+def find_heads(names: Sequence[str], output: str, own: Artifact | None = None) -> list[Artifact]:
+    """The clusterings of every extra run.
 
     Args:
-        own: this run's heads, where they are finished: then it is checked that the images are the same.
+        names: names of runs under `output`, or places of their records.
+        output: this run's output folder.
+        own: this run's clusterings, if they are finished: then it is checked that the images are the same.
 
     Raises:
-        InputError: there is no such run, its heads are not finished, or its images are others.
+        InputError: there is no such run, its clusterings are not finished, or it has other images.
     """
     found = []
-    for name in config.consensus.extra_runs:
-        record, root = _read_record(config, name)
+    for name in names:
+        record, root = _read_record(name, output)
         heads = Artifact.find(root / METHOD / record["stages"][METHOD])
         if heads is None:
             raise InputError(
@@ -44,9 +46,9 @@ def find_heads(config: Config, own: Artifact | None = None) -> list[Artifact]:
     return found
 
 
-def _read_record(config: Config, name: str) -> tuple[dict[str, Any], Folder]:
-    """The record of a run and the folder that its artifacts lie in."""
-    place = name if "/" in name else f"{config.output.rstrip('/')}/{RUNS_FOLDER}/{name}.json"
+def _read_record(name: str, output: str) -> tuple[dict[str, Any], Folder]:
+    """The record of a run, and the folder of its artifacts."""
+    place = name if "/" in name else f"{output.rstrip('/')}/{RUNS_FOLDER}/{name}.json"
     folder, _, file = place.rpartition("/")
     root = folder.rpartition("/")[0]
     try:
@@ -55,7 +57,7 @@ def _read_record(config: Config, name: str) -> tuple[dict[str, Any], Folder]:
     except FileNotFoundError:
         raise InputError(
             f"consensus.extra_runs: there is no run {name!r}: {place} does not exist. Give the name of a run under "
-            f"{config.output!r}, or the place of its record, <output>/{RUNS_FOLDER}/<name>.json"
+            f"{output!r}, or the place of its record, <output>/{RUNS_FOLDER}/<name>.json"
         ) from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"consensus.extra_runs: {place} is not the record of a run: {error}") from None
@@ -63,15 +65,14 @@ def _read_record(config: Config, name: str) -> tuple[dict[str, Any], Folder]:
 
 
 def have_same_images(one: Artifact, other: Artifact) -> bool:
-    """Whether the rows of two label matrices are the same images: listed in the same order, the same of them unusable,
-    and the same drawn where a sample was trained on. Ready-made embeddings that name no images are told apart by their
-    row numbers alone."""
+    """Whether the columns of two label matrices are the same images: listed in the same order, with the same ones
+    unusable and the same ones drawn into the sample. Ready-made embeddings that name no images are compared by row
+    number."""
     embeds = [_input(heads, EMBED) for heads in (one, other)]
     failed = [sorted(embed.read_table("errors.parquet")["image_id"].to_pylist()) for embed in embeds]
-    if failed[0] != failed[1]:
-        return False
-    ours, theirs = (sampled_ids({SAMPLE: _input(heads, SAMPLE)}) for heads in (one, other))
-    if (ours is None) != (theirs is None) or (ours is not None and not np.array_equal(ours, theirs)):  # type: ignore[arg-type]
+    drawn = [sampled_ids({SAMPLE: _input(heads, SAMPLE)}) for heads in (one, other)]
+    ours, theirs = (np.empty(0) if ids is None else ids for ids in drawn)
+    if failed[0] != failed[1] or not np.array_equal(ours, theirs):
         return False
     if embeds[0].manifest.inputs[IMAGES] == embeds[1].manifest.inputs[IMAGES]:
         return True

@@ -1,8 +1,8 @@
-"""Every head against every other, from the contingency counts of their clusters: what MCLA's graph is made of, and how
-much the heads tell about each other.
+"""Contingency counts of every pair of heads: the overlaps of their clusters, from which MCLA makes its graph, and the
+NMI of the heads with one another.
 
-A piece of work is a tile of pairs of heads over all images, gone through in stretches: the table of one pair is small,
-those of all pairs are not. A billion images of one pair take a few seconds.
+The unit of work is a tile of pairs of heads over all images: the table of one pair is small, those of all pairs are
+not. A billion images of one pair take a few seconds.
 
 Shape letters: N images, H heads, C head clusters.
 """
@@ -17,18 +17,19 @@ import numpy as np
 import numpy.typing as npt
 import scipy.sparse as sp
 
-from icce_ray.consensus import label_matrix as matrix
+from icce_ray.consensus import label_matrix
 from icce_ray.consensus.label_matrix import Counts, Heads
 from icce_ray.metrics.contingency import Table, count_table
 from icce_ray.metrics.nmi import nmi_from_counts
 
 MAX_FULL_CLUSTERS = 2000
 MIN_JACCARD = 0.01
-"""With more head clusters than that, pairs that overlap less get no edge: most of the pairs, and chance alone."""
+"""If there are more head clusters than MAX_FULL_CLUSTERS, pairs that overlap less get no edge: these are most of the
+pairs, and chance overlaps."""
 JACCARD_SCALE = 1000
-"""Edge weights are integers for METIS: thousandths of the Jaccard similarity."""
+"""METIS takes integer edge weights: thousandths of the Jaccard similarity."""
 MAX_TILE_HEADS, MAX_TILE_CELLS = 5, 1 << 25
-"""Heads on a side of a tile, and cells of its tables: 256 MB."""
+"""Heads on a side of a tile, and cells of its tables (256 MB)."""
 
 
 class Edges(NamedTuple):
@@ -41,10 +42,12 @@ class Edges(NamedTuple):
 
 @dataclass(frozen=True)
 class HeadPairs:
-    """`nmi_HH`, (H, H), the NMI (geometric) of every pair of heads; and the edges of the cluster graph."""
+    """What the counts of all pairs of heads say."""
 
     nmi_HH: npt.NDArray[np.float64]
+    """NMI (geometric) of every pair of heads."""
     edges: Edges
+    """The edges of the graph of the head clusters."""
     offsets: Counts
 
     def anmi(self) -> npt.NDArray[np.float64]:
@@ -53,7 +56,7 @@ class HeadPairs:
         return anmi_H
 
     def cluster_graph(self) -> sp.csr_array:
-        """Graph of the head clusters: (C, C) symmetric int32, Jaccard similarities in thousandths."""
+        """The graph of the head clusters: (C, C) symmetric int32, Jaccard similarities in thousandths."""
         shape = (int(self.offsets[-1]),) * 2
         upper = sp.csr_array(sp.coo_array((self.edges.weights, (self.edges.rows, self.edges.columns)), shape=shape))
         return sp.csr_array(upper + upper.T)
@@ -74,12 +77,12 @@ def compare_heads(heads: Heads) -> HeadPairs:
 
 
 def tile_heads(num_clusters_H: Counts) -> int:
-    """Heads on a side of a tile, so that its tables fit."""
+    """Number of heads on a side of a tile, so that its tables fit."""
     return max(1, min(MAX_TILE_HEADS, isqrt(MAX_TILE_CELLS // int(num_clusters_H.max()) ** 2)))
 
 
 def _tiles(heads: Heads) -> list[tuple[int, int, int, int]]:
-    """(first, end, first, end): the heads g and h of the pairs g < h of a tile."""
+    """(first, end, first, end) of the heads g and h of each tile, for the pairs g < h."""
     side = tile_heads(heads.num_clusters)
     starts = range(0, heads.num_heads, side)
     sides = [(start, min(start + side, heads.num_heads)) for start in starts]
@@ -92,8 +95,8 @@ def _compare_tile(
     pairs = [(g, h) for g in range(first_g, end_g) for h in range(max(first_h, g + 1), end_h)]
     clusters, offsets = heads.num_clusters, heads.offsets
     tables: dict[tuple[int, int], Table] = {}
-    for start in range(0, heads.num_images, matrix.PIECE_LABELS):
-        stop = min(start + matrix.PIECE_LABELS, heads.num_images)
+    for start in range(0, heads.num_images, label_matrix.PART_LABELS):
+        stop = min(start + label_matrix.PART_LABELS, heads.num_images)
         codes_g = heads.read(start, stop, slice(first_g, end_g)).codes
         codes_h = heads.read(start, stop, slice(first_h, end_h)).codes
         for g, h in pairs:
@@ -111,7 +114,7 @@ def _compare_tile(
 def _overlaps(table: Table, sizes_g: Counts, sizes_h: Counts, min_jaccard: float) -> Edges:
     """The cells whose Jaccard similarity, images in both over images in either, is at least `min_jaccard`."""
     if isinstance(table, np.ndarray):
-        # A bound for a whole row: the cluster of h has at least as many images as the smallest.
+        # A bound for all cells of a row, quick to check: no cluster of h is smaller than the smallest.
         least = np.ceil(min_jaccard / (1 + min_jaccard) * (sizes_g + sizes_h.min()) - 1e-6)
         cells = np.flatnonzero(table >= np.maximum(least, 1).astype(np.int64)[:, None])
         rows, columns = np.divmod(cells, table.shape[1])

@@ -1,10 +1,9 @@
-"""The label matrix: what H heads say of N images, in memory (here) or on storage (stored.py).
+"""The label matrix: H clusterings ("heads") of N images, in memory (here) or on storage (stored_label_matrix.py).
 
-Whatever a consensus needs of it is asked for in pieces, and the answers add up or are laid side by side. So it is the
-same code that runs in one process and, piece by piece, on a cluster (job.py). A label of -1 means missing.
+A consensus reads it part by part, and the results of the parts add up or are concatenated. So the same code runs in one
+process and, on a cluster, as a task for each part (job.py). A label of -1 means missing.
 
-Shape letters: N images, n of a piece, H heads, K clusters of the consensus, C head clusters (the clusters of all heads,
-head after head, C = sum of K_h).
+Shape letters: N images, n images of a part, H heads, C head clusters (the clusters of all heads, head after head).
 """
 
 from __future__ import annotations
@@ -12,10 +11,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from icce_ray.errors import InputError
 
@@ -23,8 +24,8 @@ Labels = npt.NDArray[np.int32]
 Counts = npt.NDArray[np.int64]
 
 MISSING = -1
-PIECE_LABELS = 4_000_000
-"""Labels (heads times images) of a piece, about: 16 MB."""
+PART_LABELS = 1 << 21
+"""Labels (heads times images) of a part, about. Work on a part takes about 100 bytes a label."""
 
 
 class Heads(ABC):
@@ -42,12 +43,12 @@ class Heads(ABC):
 
     @abstractmethod
     def read(self, start: int, stop: int, heads: slice = slice(None)) -> HeadLabels:
-        """The labels of the images start..stop-1, of some of the heads."""
+        """The labels of the images start..stop-1 by some of the heads."""
 
-    def map(self, function: Callable[..., Any], pieces: Iterable[tuple[int, ...]], *shared: Any) -> Iterator[Any]:
-        """``function(self, *piece, *shared)`` for each piece, in their order. A cluster does several at a time."""
-        for piece in pieces:
-            yield function(self, *piece, *shared)
+    def map(self, function: Callable[..., Any], parts: Iterable[tuple[int, ...]], *shared: Any) -> Iterator[Any]:
+        """``function(self, *part, *shared)`` for each part, in order. On a cluster, several parts run at a time."""
+        for part in parts:
+            yield function(self, *part, *shared)
 
     @property
     def num_heads(self) -> int:
@@ -55,7 +56,7 @@ class Heads(ABC):
 
     @property
     def num_clusters(self) -> Counts:
-        """Clusters K_h of each head (H,)."""
+        """Number of clusters of each head (H,)."""
         return np.array([len(values) for values in self.values], dtype=np.int64)
 
     @property
@@ -67,34 +68,34 @@ class Heads(ABC):
     def num_head_clusters(self) -> int:
         return int(self.num_clusters.sum())
 
-    def image_pieces(self) -> list[tuple[int, int]]:
-        """(start, stop) of stretches of images, for what needs all heads of an image."""
-        return _stretches(self.num_images, max(1, PIECE_LABELS // self.num_heads))
+    def image_parts(self) -> list[tuple[int, int]]:
+        """(start, stop) of each part, for work that needs all heads of an image."""
+        return _ranges(self.num_images, max(1, PART_LABELS // self.num_heads))
 
-    def head_pieces(self) -> list[tuple[int, int, int, int]]:
-        """(start, stop, first head, end of heads): few heads of many images, for tables with a column per head
-        cluster."""
-        images = min(max(1, self.num_images), PIECE_LABELS)
-        heads = _stretches(self.num_heads, max(1, PIECE_LABELS // images))
-        return [(*image, *head) for image in _stretches(self.num_images, images) for head in heads]
+    def head_parts(self) -> list[tuple[int, int, int, int]]:
+        """(start, stop, first head, end of heads) of each part: few heads and many images, for work that makes tables
+        with a column for each head cluster."""
+        num_images = min(self.num_images, PART_LABELS)
+        heads = _ranges(self.num_heads, PART_LABELS // num_images)
+        return [(*images, *some) for images in _ranges(self.num_images, num_images) for some in heads]
 
     def gather(self, heads: slice = slice(None)) -> HeadLabels:
         """The whole matrix, or some of its rows, in this process."""
-        pieces = [(start, stop, *heads.indices(self.num_heads)[:2]) for start, stop in self.image_pieces()]
-        return HeadLabels(np.concatenate(list(self.map(_read_codes, pieces)), axis=1), self.values[heads])
+        parts = [(start, stop, *heads.indices(self.num_heads)[:2]) for start, stop in self.image_parts()]
+        return HeadLabels(np.concatenate(list(self.map(_read_codes, parts)), axis=1), self.values[heads])
 
     def head_cluster_sizes(self) -> Counts:
-        """Images per head cluster (C,)."""
+        """Images of each head cluster (C,)."""
         sizes_C = np.zeros(self.num_head_clusters, dtype=np.int64)
-        pieces = self.head_pieces()
-        for (_, _, first, end), sizes in zip(pieces, self.map(_count_codes, pieces), strict=True):
+        parts = self.head_parts()
+        for (_, _, first, end), sizes in zip(parts, self.map(_count_codes, parts), strict=True):
             sizes_C[self.offsets[first] : self.offsets[end]] += sizes
         return sizes_C
 
 
 @dataclass(frozen=True)
 class HeadLabels(Heads):
-    """Labels in memory: ``codes[h, i]`` (H, N) is the cluster 0..K_h-1 that head h gives image i, or -1."""
+    """Labels in memory: ``codes[h, i]`` (H, N) is the cluster 0..K_h-1 of image i by head h, or -1."""
 
     codes: Labels
     values: tuple[npt.NDArray[np.int64], ...]
@@ -106,13 +107,19 @@ class HeadLabels(Heads):
     def read(self, start: int, stop: int, heads: slice = slice(None)) -> HeadLabels:
         return HeadLabels(self.codes[heads, start:stop], self.values[heads])
 
-    def columns(self, start: int = 0, stop: int | None = None) -> npt.NDArray[np.int64]:
-        """Head clusters (n, H) of the images start..stop-1, -1 where a head's label is missing."""
-        codes_nH = self.codes[:, start:stop].T
-        return np.where(codes_nH >= 0, codes_nH + self.offsets[:-1], MISSING)
+    def columns(self) -> npt.NDArray[np.int64]:
+        """Head clusters (N, H) of the images, -1 where a label is missing."""
+        codes_NH = self.codes.T
+        return np.where(codes_NH >= 0, codes_NH + self.offsets[:-1], MISSING)
+
+    def votes(self, cluster_of_column: Labels) -> Labels:
+        """Clusters (N, H) that the heads vote for, given the cluster that each head cluster votes for (C,); -1 where a
+        label is missing."""
+        columns_NH = self.columns()
+        return np.where(columns_NH >= 0, cluster_of_column[columns_NH], np.int32(MISSING))
 
 
-def _stretches(total: int, step: int) -> list[tuple[int, int]]:
+def _ranges(total: int, step: int) -> list[tuple[int, int]]:
     return [(start, min(start + step, total)) for start in range(0, total, step)]
 
 
@@ -128,34 +135,34 @@ def _count_codes(heads: Heads, start: int, stop: int, first: int, end: int) -> C
 
 
 def count_labels(labels_N: npt.NDArray[Any], num_clusters: int) -> Counts:
-    """Images per cluster (num_clusters,); missing labels are left out."""
+    """Images of each cluster (num_clusters,); missing labels are left out."""
     return np.bincount(labels_N[labels_N >= 0], minlength=num_clusters).astype(np.int64, copy=False)
 
 
-@dataclass(frozen=True)
-class Survey:
-    """What a stretch of images says about the matrix: the labels of each head, ascending; the lowest label; how many
-    images have no label at all, and the first of them."""
+class Survey(NamedTuple):
+    """What the labels of a part of the images are."""
 
     values: tuple[npt.NDArray[np.int64], ...]
+    """Labels that each head uses, ascending."""
     lowest: int
     num_unlabelled: int
-    first_unlabelled: int | None
+    """Images without a label from any head."""
+    first_unlabelled: int
 
 
 def survey(matrix_Hn: npt.NDArray[Any], start: int = 0) -> Survey:
-    """Look at the labels of the images from `start` on."""
+    """Survey the labels of the images from `start` on."""
     unlabelled = np.flatnonzero((matrix_Hn < 0).all(axis=0))
-    lowest = int(matrix_Hn.min())
-    values = tuple(_used_labels(labels_n) for labels_n in matrix_Hn) if lowest >= MISSING else ()
-    return Survey(values, lowest, len(unlabelled), start + int(unlabelled[0]) if len(unlabelled) else None)
+    used = [np.sort(pc.unique(pa.array(labels_n)).to_numpy()).astype(np.int64) for labels_n in matrix_Hn]
+    first = start + int(unlabelled[0]) if len(unlabelled) else -1
+    return Survey(tuple(values[values >= 0] for values in used), int(matrix_Hn.min()), len(unlabelled), first)
 
 
 def check_surveys(surveys: Sequence[Survey]) -> tuple[npt.NDArray[np.int64], ...]:
-    """The labels that each head uses, ascending, from the surveys of all images in their order.
+    """The labels that each head uses, ascending, from the surveys of all parts in order.
 
     Raises:
-        InputError: a label below -1, a head or an image without any label.
+        InputError: a label below -1, or a head or an image without any label.
     """
     lowest = min(part.lowest for part in surveys)
     if lowest < MISSING:
@@ -174,10 +181,10 @@ def check_surveys(surveys: Sequence[Survey]) -> tuple[npt.NDArray[np.int64], ...
 
 
 def check_matrix(shape: tuple[int, ...], dtype: npt.DTypeLike) -> None:
-    """Refuse what is no label matrix.
+    """Check that an array of this shape and type can be a label matrix.
 
     Raises:
-        InputError: not two-dimensional, empty, or not of integers.
+        InputError: not two-dimensional, empty, or not integers.
     """
     if len(shape) != 2:
         raise InputError(f"the label matrix has shape {shape}; it must be two-dimensional: (heads, images)")
@@ -188,13 +195,13 @@ def check_matrix(shape: tuple[int, ...], dtype: npt.DTypeLike) -> None:
 
 
 def encode_heads(labels_HN: npt.ArrayLike) -> HeadLabels:
-    """Check a label matrix and number each head's clusters without gaps, in the order of their labels.
+    """Check a label matrix and number the clusters of each head without gaps, in the order of their labels.
 
     Args:
-        labels_HN: (H, N) integers; row h holds head h's cluster of each image, -1 where it gave none.
+        labels_HN: (H, N) integers, -1 where a label is missing.
 
     Raises:
-        InputError: not two-dimensional, empty, not integers, a label below -1, a head or an image without any label.
+        InputError: not two-dimensional, empty, not integers, a label below -1, or a head or an image without any label.
     """
     matrix = np.asarray(labels_HN)
     check_matrix(matrix.shape, matrix.dtype)
@@ -204,24 +211,13 @@ def encode_heads(labels_HN: npt.ArrayLike) -> HeadLabels:
 
 
 def encode_labels(labels_n: npt.NDArray[Any], values: npt.NDArray[np.int64]) -> Labels:
-    """Place of each label in `values`, which holds them all, ascending; -1 stays."""
+    """Position of each label in `values`, which holds all of them, ascending; -1 stays -1."""
     largest = int(values[-1])
     if largest > 4 * len(values) + 1000:
         codes_n = np.searchsorted(values, labels_n).astype(np.int32)
         codes_n[labels_n < 0] = MISSING
         return codes_n
-    code_of_label = np.full(largest + 2, MISSING, dtype=np.int32)  # the missing label, -1, is the spare last place
+    code_of_label = np.full(largest + 2, MISSING, dtype=np.int32)  # the last one is for the missing label, -1
     code_of_label[values] = np.arange(len(values), dtype=np.int32)
     codes: Labels = code_of_label[labels_n]
     return codes
-
-
-def _used_labels(labels_n: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
-    largest = int(labels_n.max())
-    if largest > 4 * len(labels_n) + 1000:
-        values = np.unique(labels_n)
-        return values[values >= 0].astype(np.int64)
-    is_used = np.zeros(largest + 2, dtype=bool)
-    is_used[labels_n] = True  # the missing label, -1, marks the spare last place
-    is_used[-1] = False
-    return np.flatnonzero(is_used)

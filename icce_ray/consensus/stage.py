@@ -14,7 +14,7 @@ def _check(config: Config) -> None:
     if config.consensus.extra_runs:
         from icce_ray.consensus.extra_runs import find_heads
 
-        find_heads(config)
+        find_heads(config.consensus.extra_runs, config.output)
 
 
 CONSENSUS = Stage("consensus", "icce_ray.consensus.job", 3, ("method",), _settings, "steps", check=_check)

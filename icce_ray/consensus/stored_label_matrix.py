@@ -1,11 +1,11 @@
-"""A label matrix on storage: the heads of one run or of several over the same images, one below the other.
+"""A label matrix on storage: the heads of one run or of several runs over the same images, one below the other.
 
-It is memory-mapped and numbered piece by piece: no process holds it whole.
+It is memory-mapped and read part by part: no process holds all of it.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,21 +16,18 @@ from icce_ray.consensus.label_matrix import (
     Heads,
     Survey,
     check_matrix,
+    check_surveys,
     encode_labels,
     survey,
 )
 from icce_ray.errors import InputError
+from icce_ray.methods.clusterings import LABELS_NAME
 from icce_ray.store import Artifact
-
-MATRIX_NAME = "label_matrix.npy"
 
 
 @dataclass(frozen=True)
 class StoredHeads(Heads):
-    """The heads of `runs`, artifacts with a label matrix each. Pickles: workers open the files themselves.
-
-    Until a survey of the labels has given `values`, one array per head, only :meth:`survey` works.
-    """
+    """The heads of `runs`, the clusterings of one run each. Pickles: workers open the files themselves."""
 
     runs: tuple[Artifact, ...]
     values: tuple[npt.NDArray[np.int64], ...]
@@ -41,49 +38,49 @@ class StoredHeads(Heads):
 
     def read(self, start: int, stop: int, heads: slice = slice(None)) -> HeadLabels:
         first, end, _ = heads.indices(self.num_heads)
-        rows = self._rows(start, stop, first, end)
         values = self.values[first:end]
-        codes = [encode_labels(labels_n, used) for labels_n, used in zip(rows, values, strict=True)]
-        return HeadLabels(np.stack(codes), values)
+        rows = self.rows(start, stop, first, end)
+        return HeadLabels(np.stack([encode_labels(row, used) for row, used in zip(rows, values, strict=True)]), values)
 
-    def survey(self, start: int, stop: int) -> Survey:
-        """Which labels a stretch of images has."""
-        rows = self._rows(start, stop, 0, self.num_heads)
-        return survey(np.stack([labels_n.astype(np.int64, copy=False) for labels_n in rows]), start)
-
-    def _rows(self, start: int, stop: int, first: int, end: int) -> list[npt.NDArray[Any]]:
+    def rows(self, start: int, stop: int, first: int, end: int) -> list[npt.NDArray[Any]]:
+        """The labels as they are stored, of the images start..stop-1 by the heads first..end-1."""
         rows: list[npt.NDArray[Any]] = []
         below = 0
         for run in self.runs:
             num_heads = _shape(run)[0]
             wanted = range(max(first - below, 0), min(end - below, num_heads))
             if wanted:
-                matrix = run.read_array(MATRIX_NAME)
+                matrix = run.read_array(LABELS_NAME)
                 rows += [matrix[head, start:stop] for head in wanted]
             below += num_heads
         return rows
 
 
-def open_heads(runs: list[Artifact]) -> StoredHeads:
-    """The heads of `runs`, not surveyed yet.
+def open_heads(runs: list[Artifact], heads_type: type[StoredHeads] = StoredHeads) -> StoredHeads:
+    """The heads of `runs`, as a `heads_type`, whose `map` also reads the labels once to check and number them.
 
     Raises:
-        InputError: a matrix that is none, or runs of different numbers of images.
+        InputError: a label matrix that cannot be used, or runs with different numbers of images.
     """
     shapes = [_shape(run) for run in runs]
     for run, shape in zip(runs, shapes, strict=True):
-        check_matrix(shape, np.dtype(run.part(MATRIX_NAME).dtype))
+        check_matrix(shape, np.dtype(run.part(LABELS_NAME).dtype))
     if len({shape[1] for shape in shapes}) > 1:
         counts = ", ".join(f"{shape[1]:,}" for shape in shapes)
         raise InputError(f"consensus.extra_runs: the runs have {counts} images; they must have the same images")
-    # Read once here: checked against its checksum, which the workers then need not do.
     for run in runs:
-        run.read_array(MATRIX_NAME)
-    num_heads = sum(shape[0] for shape in shapes)
-    return StoredHeads(tuple(runs), (np.empty(0, dtype=np.int64),) * num_heads)
+        run.read_array(LABELS_NAME)  # checks the checksum here, so that no worker has to
+    unknown = (np.empty(0, dtype=np.int64),) * sum(shape[0] for shape in shapes)
+    heads = heads_type(tuple(runs), unknown)
+    return replace(heads, values=check_surveys(list(heads.map(_survey_part, heads.image_parts()))))
+
+
+def _survey_part(heads: StoredHeads, start: int, stop: int) -> Survey:
+    rows = heads.rows(start, stop, 0, heads.num_heads)
+    return survey(np.stack([labels_n.astype(np.int64, copy=False) for labels_n in rows]), start)
 
 
 def _shape(run: Artifact) -> tuple[int, ...]:
-    shape = run.part(MATRIX_NAME).shape
+    shape = run.part(LABELS_NAME).shape
     assert shape is not None
     return shape

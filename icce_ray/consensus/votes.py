@@ -1,9 +1,9 @@
-"""Votes of the heads for clusters, image by image: who wins, who comes second, how divided they are.
+"""Votes of the heads for clusters, image by image: which cluster wins, which is second, and how divided they are.
 
-Works on blocks of images: no matrix of images times clusters. Ties are broken by a hash of the image's votes, the
-cluster and the seed: the answer depends neither on the blocks nor on the images' order, and equal images stay together.
+There is no array of images times clusters. Ties are broken by a hash of the image's votes, the cluster and the seed, so
+the result depends neither on the parts nor on the order of the images, and images with equal votes stay together.
 
-Shape letters: n images of a block, H heads, R ranks.
+Shape letters: n images, H heads, R ranks, C head clusters, K clusters.
 """
 
 from __future__ import annotations
@@ -13,12 +13,31 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-BLOCK_VOTES = 1 << 21
-"""Votes handled at once: bounds the memory (about 100 bytes a vote)."""
+from icce_ray.consensus.label_hashes import hash_numbers
+from icce_ray.consensus.label_matrix import Heads, Labels
 
 
-def block_rows(num_heads: int) -> int:
-    return max(1, BLOCK_VOTES // max(num_heads, 1))
+def vote(heads: Heads, cluster_of_column: npt.NDArray[Any], num_clusters: int, *, seed: int, by_mean: bool) -> Labels:
+    """Winning cluster of each image: (N,) int32.
+
+    Args:
+        heads: the label matrix.
+        cluster_of_column: (C,) cluster 0..num_clusters-1 that each head cluster votes for.
+        num_clusters: K.
+        seed: seed of the tie-break.
+        by_mean: whether the votes for a cluster are divided by the number of head clusters that vote for it.
+    """
+    members_K = np.bincount(cluster_of_column, minlength=num_clusters)
+    weights_K = 1.0 / np.maximum(members_K, 1) if by_mean else None
+    parts = heads.map(_vote_part, heads.image_parts(), cluster_of_column.astype(np.int32), weights_K, seed)
+    return np.concatenate(list(parts))
+
+
+def _vote_part(
+    heads: Heads, start: int, stop: int, cluster_of_column: Labels, weights_K: npt.NDArray[Any] | None, seed: int
+) -> Labels:
+    votes_nH = heads.read(start, stop).votes(cluster_of_column)
+    return rank_votes(votes_nH, 1, seed=seed, cluster_weights=weights_K)[0][:, 0]
 
 
 def rank_votes(
@@ -27,18 +46,18 @@ def rank_votes(
     *,
     seed: int | None,
     cluster_weights: npt.NDArray[np.float64] | None = None,
-) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+) -> tuple[Labels, npt.NDArray[np.float64], npt.NDArray[np.float64]]:
     """The `num_ranks` clusters with the most votes for each image.
 
     Args:
         votes_nH: (n, H) cluster that each head votes for, -1 where it does not vote.
-        num_ranks: clusters returned per image.
-        seed: of the tie-break; None: the lowest cluster wins.
-        cluster_weights: (K,) weight of a vote for each cluster; not given: 1.
+        num_ranks: number of clusters returned for each image.
+        seed: seed of the tie-break; None: the lowest cluster wins.
+        cluster_weights: (K,) weight of a vote for each cluster; None: 1.
 
     Returns:
         clusters (n, R) int32, -1 where fewer got votes; their scores (n, R), votes times weight, 0 there; and the
-        entropy (n,) in nats of the image's votes (unweighted).
+        entropy (n,) of the image's votes (unweighted), in nats.
     """
     num_rows, num_heads = votes_nH.shape
     votes = np.sort(votes_nH.astype(np.int32, copy=False), axis=1)
@@ -55,7 +74,7 @@ def rank_votes(
     surprise = run_lengths * np.log(run_lengths)
     entropy_n = np.log(num_votes) - np.bincount(rows, weights=surprise, minlength=num_rows) / num_votes
 
-    scores = run_lengths.copy() if cluster_weights is None else run_lengths * cluster_weights[clusters]
+    scores = run_lengths if cluster_weights is None else run_lengths * cluster_weights[clusters]
     ranked_nR = np.full((num_rows, num_ranks), -1, dtype=np.int32)
     scores_nR = np.zeros((num_rows, num_ranks))
     for rank in range(num_ranks):
@@ -73,7 +92,7 @@ def _best_of_each_row(
     votes: npt.NDArray[np.int32],
     seed: int | None,
 ) -> npt.NDArray[np.int64]:
-    """Positions of the highest score of each row; `rows` ascend. Equal scores: by hash, or the first."""
+    """Positions of the highest score of each row; `rows` ascend. Ties go by the hash, or to the first."""
     if not len(rows):
         return np.empty(0, dtype=np.int64)
     starts = np.flatnonzero(np.diff(rows, prepend=-1))
@@ -84,25 +103,12 @@ def _best_of_each_row(
     firsts = np.flatnonzero(np.diff(rows[tied], prepend=-1))
     if seed is None:
         return tied[firsts]
-    # A hash of the votes that does not depend on their order: equal images break ties alike.
-    hash_of_cluster = hash_numbers(np.arange(int(votes.max()) + 2), 0, seed)
-    keys = hash_of_cluster[votes[rows[tied[firsts]]] + 1].sum(axis=1, dtype=np.uint64)
+    # The sum of the votes' hashes does not depend on their order, so images with equal votes break ties alike.
+    values = np.arange(int(votes.max()) + 2)
+    hash_of_vote = hash_numbers(values, np.zeros_like(values), seed)
+    keys = hash_of_vote[votes[rows[tied[firsts]]] + 1].sum(axis=1, dtype=np.uint64)
     keys = np.repeat(keys, np.diff(np.append(firsts, len(tied))))
     order = np.lexsort((hash_numbers(keys, clusters[tied], seed), rows[tied]))
     is_last = np.diff(rows[tied][order], append=-1) != 0
     chosen: npt.NDArray[np.int64] = tied[order[is_last]]
     return chosen
-
-
-def hash_numbers(a: npt.NDArray[Any], b: npt.NDArray[Any] | int, seed: int) -> npt.NDArray[np.uint64]:
-    """Evenly spread 64-bit numbers that depend on `a`, `b` and the seed only (splitmix64)."""
-    with np.errstate(over="ignore"):
-        mixed = a.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-        mixed = _mix(mixed + np.uint64(seed)) + np.asarray(b).astype(np.uint64) * np.uint64(0xD1B54A32D192ED03)
-        return _mix(mixed)
-
-
-def _mix(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))

@@ -30,6 +30,10 @@ POLL_S = 1.0
 SHARED = ("images", "embed", "sample", "neighbors")
 """Stages that many trials have in common."""
 TRAINED = ("method", "consensus")
+WITHOUT_RAY = {
+    "icce_ray.methods.heads.job": "icce_ray.methods.heads.in_process",
+    "icce_ray.consensus.job": "icce_ray.consensus.consensus_artifact",
+}
 NOT_METRICS = ("num_clusters_used",)
 
 PROJECTION = Stage(
@@ -92,7 +96,7 @@ def stages_of_trial(config: Config, listings: Listings, in_one_process: bool) ->
     results and fingerprints are the same too."""
     own = [stage for stage in full_stages(config, listings) if stage.name in TRAINED]
     if in_one_process:
-        own = [replace(stage, module=stage.module.removesuffix(".job") + ".in_process") for stage in own]
+        own = [replace(stage, module=WITHOUT_RAY[stage.module]) for stage in own]
     return (*shared_stages(config, listings), *own, PROXIES)
 
 

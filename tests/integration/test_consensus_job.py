@@ -11,14 +11,12 @@ import pytest
 from ray import cloudpickle
 
 from icce_ray.config import Config
-from icce_ray.consensus import best_consensus as combine
-from icce_ray.consensus import job
-from icce_ray.consensus import label_matrix as matrix_module
+from icce_ray.consensus import best_consensus, consensus_artifact, cspa, job, label_matrix
 from icce_ray.consensus.agreement import describe_clusters
 from icce_ray.consensus.ensemble import cluster_ensemble
 from icce_ray.consensus.extra_runs import find_heads
 from icce_ray.consensus.stored_label_matrix import open_heads
-from icce_ray.errors import InputError, ResourceError, WorkerError, find_cause
+from icce_ray.errors import InputError, ResourceError, WorkerError
 from icce_ray.runtime.progress import Progress
 from icce_ray.stage import StageContext
 from icce_ray.store import ArtifactWriter, Folder
@@ -28,7 +26,7 @@ ARRAYS = ("labels", "agreement", "vote_entropy", "second_choice")
 
 
 @pytest.fixture
-def label_matrix():
+def matrix():
     rng = np.random.default_rng(0)
     labels_N = np.repeat(np.arange(3), [120, 60, 30])
     heads = [rng.permutation(3)[np.where(rng.random(210) < 0.3, rng.integers(0, 3, 210), labels_N)] for _ in range(6)]
@@ -37,7 +35,7 @@ def label_matrix():
 
 @pytest.fixture(autouse=True)
 def _one_try_of_each_function(monkeypatch):
-    monkeypatch.setattr(combine, "TRIES_BUDGET", 1)
+    monkeypatch.setattr(best_consensus, "TRIES_BUDGET", 1)
 
 
 def commit(root, stage, fingerprint, inputs, **parts):
@@ -52,19 +50,19 @@ def commit(root, stage, fingerprint, inputs, **parts):
     return writer.commit(stage=stage, fingerprint=fingerprint, inputs=inputs, config={}, metrics={}, seconds=0.0)
 
 
-def write_run(root, name, label_matrix, losses=None, uris=None, failed=(), drawn=None):
+def write_run(root, name, matrix, losses=None, uris=None, failed=(), drawn=None):
     """A run as far as its heads; `drawn` are the ids of the images it was trained on."""
-    uris = uris or [f"/photos/{i}.png" for i in range(label_matrix.shape[1])]
+    uris = uris or [f"/photos/{i}.png" for i in range(matrix.shape[1])]
     commit(root, "images", f"images-{name}", {}, images=pa.table({"uri": uris}))
     errors = pa.table({"image_id": pa.array(failed, pa.int64())})
     commit(root, "embed", f"embed-{name}", {"images": f"images-{name}"}, errors=errors)
-    training = {"head_losses": losses or [1.0] * len(label_matrix)}
+    clusterings = {"losses": losses, "history": []}
     sample = ArtifactWriter(Folder.at(root / "sample" / f"sample-{name}"))
     if drawn is not None:
         sample.write_table("part-00000.parquet", pa.table({"image_id": pa.array(drawn, pa.int64())}))
     sample.commit(stage="sample", fingerprint=f"sample-{name}", inputs={}, config={}, metrics={}, seconds=0.0)
     inputs = {"embed": f"embed-{name}", "sample": f"sample-{name}"}
-    heads = commit(root, "method", f"heads-{name}", inputs, label_matrix=label_matrix, training=training)
+    heads = commit(root, "method", f"heads-{name}", inputs, label_matrix=matrix, clusterings=clusterings)
     record = {"stages": {"images": f"images-{name}", "embed": f"embed-{name}", "method": f"heads-{name}"}}
     Folder.at(root / "runs").write_bytes(f"{name}.json", json.dumps(record).encode())
     return heads
@@ -74,23 +72,20 @@ def config_of(root, **consensus):
     return Config(output=str(root), num_clusters=3, seed=5, embeddings={"uri": "unused.npy"}, consensus=consensus)
 
 
-def run_job(root, heads, **consensus):
+def run_job(root, heads, run=job.run, **consensus):
     output = ArtifactWriter(Folder.at(root / "consensus"))
     context = StageContext(output, {"method": heads}, Progress("consensus"))
-    metrics = job.run(config_of(root, **consensus), context)
+    metrics = run(config_of(root, **consensus), context)
     return metrics, output.commit(
         stage="consensus", fingerprint="f", inputs={}, config={}, metrics=metrics, seconds=0.0
     )
 
 
-@pytest.mark.parametrize("piece_labels", [None, 300])
-def test_the_job_gives_what_one_process_gives_however_the_work_is_cut(
-    tmp_path, label_matrix, piece_labels, monkeypatch
-):
-    expected = cluster_ensemble(label_matrix, 3, random_state=5)
-    if piece_labels is not None:
-        monkeypatch.setattr(matrix_module, "PIECE_LABELS", piece_labels)
-    metrics, artifact = run_job(tmp_path, write_run(tmp_path, "own", label_matrix))
+@pytest.mark.parametrize("run", [job.run, consensus_artifact.run], ids=["on Ray", "in one process"])
+def test_the_stage_writes_the_consensus_of_the_matrix_whatever_its_parts(tmp_path, matrix, run, monkeypatch):
+    expected = cluster_ensemble(matrix, 3, random_state=5)
+    monkeypatch.setattr(label_matrix, "PART_LABELS", 300)
+    metrics, artifact = run_job(tmp_path, write_run(tmp_path, "own", matrix), run)
     for name in ARRAYS:
         part = artifact.read_array(f"{name}.npy")
         np.testing.assert_array_equal(part, getattr(expected, name))
@@ -109,51 +104,53 @@ def test_the_job_gives_what_one_process_gives_however_the_work_is_cut(
     ]
 
 
-def test_the_settings_reach_the_ensemble_and_what_is_left_out_is_said(tmp_path, label_matrix, capsys):
-    heads = write_run(tmp_path, "own", label_matrix, losses=[1.0, 0.2, 1.0, 1.0, 1.0, 1.0])
-    metrics, artifact = run_job(tmp_path, heads, methods=["best_head", "cspa"], refine=False, cspa_max_images=10)
+def test_the_settings_reach_the_ensemble_and_what_is_left_out_is_said(tmp_path, matrix, capsys, monkeypatch):
+    heads = write_run(tmp_path, "own", matrix, losses=[1.0, 0.2, 1.0, 1.0, 1.0, 1.0])
+    monkeypatch.setattr(cspa, "MAX_IMAGES", 10)
+    metrics, artifact = run_job(tmp_path, heads, consensus_artifact.run, methods=["best_head", "cspa"], refine=False)
     assert metrics["method"] == "best_head"
-    assert capsys.readouterr().err == "consensus: cspa left out: 210 images are more than cspa_max_images, 10\n"
-    np.testing.assert_array_equal(artifact.read_array("labels.npy"), label_matrix[1])
+    reason = "it compares all pairs of images, and 210 images are over the limit of 10"
+    assert capsys.readouterr().err == f"consensus: cspa left out: {reason}\n"
+    np.testing.assert_array_equal(artifact.read_array("labels.npy"), matrix[1])
 
 
-def test_the_heads_of_other_runs_take_part(tmp_path, label_matrix):
-    coarse = np.minimum(label_matrix[:2], 1)
-    fine = label_matrix[2:5] * 2 + np.random.default_rng(1).integers(0, 2, (3, 210))
+def test_the_heads_of_other_runs_take_part(tmp_path, matrix):
+    coarse = np.minimum(matrix[:2], 1)
+    fine = matrix[2:5] * 2 + np.random.default_rng(1).integers(0, 2, (3, 210))
     write_run(tmp_path, "coarse", coarse)
     write_run(tmp_path / "elsewhere", "fine", fine.astype(np.int16))
     elsewhere = str(tmp_path / "elsewhere" / "runs" / "fine.json")
-    heads = write_run(tmp_path, "own", label_matrix)
-    metrics, artifact = run_job(tmp_path, heads, extra_runs=["coarse", elsewhere])
-    expected = cluster_ensemble([label_matrix, coarse, fine], 3, random_state=5)
+    heads = write_run(tmp_path, "own", matrix)
+    metrics, artifact = run_job(tmp_path, heads, methods=["mcla"], extra_runs=["coarse", elsewhere])
+    expected = cluster_ensemble([matrix, coarse, fine], 3, methods="mcla", random_state=5)
     for name in ARRAYS:
         np.testing.assert_array_equal(artifact.read_array(f"{name}.npy"), getattr(expected, name))
     assert metrics["num_heads"] == 11
 
 
-def test_extra_runs_that_are_not_there_or_have_other_images_are_refused(tmp_path, label_matrix):
-    own = write_run(tmp_path, "own", label_matrix)
+def test_extra_runs_that_are_not_there_or_have_other_images_are_refused(tmp_path, matrix):
+    own = write_run(tmp_path, "own", matrix)
     with pytest.raises(InputError, match=r"no run 'gone'.*runs/gone\.json does not exist"):
-        find_heads(config_of(tmp_path, extra_runs=["gone"]))
-    write_run(tmp_path, "others", label_matrix, uris=[f"/others/{i}.png" for i in range(210)])
-    write_run(tmp_path, "failed", label_matrix, failed=[7])
-    write_run(tmp_path, "sampled", label_matrix, drawn=range(0, 420, 2))
+        find_heads(["gone"], str(tmp_path))
+    write_run(tmp_path, "others", matrix, uris=[f"/others/{i}.png" for i in range(210)])
+    write_run(tmp_path, "failed", matrix, failed=[7])
+    write_run(tmp_path, "sampled", matrix, drawn=range(0, 420, 2))
     for name in ("others", "failed", "sampled"):
-        assert len(find_heads(config_of(tmp_path, extra_runs=[name]))) == 1
+        assert len(find_heads([name], str(tmp_path))) == 1
         with pytest.raises(InputError, match=f"'{name}' has other images"):
-            run_job(tmp_path, own, extra_runs=[name])
+            run_job(tmp_path, own, consensus_artifact.run, extra_runs=[name])
     (tmp_path / "method" / "heads-others" / "manifest.json").unlink()
     with pytest.raises(InputError, match="'others' are not finished"):
-        find_heads(config_of(tmp_path, extra_runs=["others"]))
+        find_heads(["others"], str(tmp_path))
     (tmp_path / "runs" / "others.json").write_text("{}")
     with pytest.raises(InputError, match="not the record of a run"):
-        find_heads(config_of(tmp_path, extra_runs=["others"]))
+        find_heads(["others"], str(tmp_path))
 
 
-def test_embeddings_without_image_names_are_matched_by_their_rows(tmp_path, label_matrix):
-    own = write_run(tmp_path, "own", label_matrix, uris=[f"/a/dino.npy#{i}" for i in range(210)])
-    write_run(tmp_path, "other", label_matrix, uris=[f"/b/mae.npy#{i}" for i in range(210)])
-    assert len(find_heads(config_of(tmp_path, extra_runs=["other"]), own)) == 1
+def test_embeddings_without_image_names_are_matched_by_their_rows(tmp_path, matrix):
+    own = write_run(tmp_path, "own", matrix, uris=[f"/a/dino.npy#{i}" for i in range(210)])
+    write_run(tmp_path, "other", matrix, uris=[f"/b/mae.npy#{i}" for i in range(210)])
+    assert len(find_heads(["other"], str(tmp_path), own)) == 1
 
 
 def die_once(heads, start, stop, marker):
@@ -177,28 +174,21 @@ def _functions_of_this_file_reach_the_workers():
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("_functions_of_this_file_reach_the_workers")
-def test_a_worker_that_is_killed_costs_nothing_and_one_that_always_dies_is_an_error(
-    tmp_path, label_matrix, monkeypatch
-):
-    monkeypatch.setattr(matrix_module, "PIECE_LABELS", 300)
-    own = write_run(tmp_path, "own", label_matrix)
-    heads = job._survey(open_heads([own]))
-    pieces = list(heads.map(die_once, heads.image_pieces(), str(tmp_path / "marker")))
-    np.testing.assert_array_equal(np.concatenate(pieces, axis=1), heads.gather().codes)
+def test_a_worker_that_is_killed_costs_nothing_and_one_that_always_dies_is_an_error(tmp_path, matrix, monkeypatch):
+    monkeypatch.setattr(label_matrix, "PART_LABELS", 300)
+    own = write_run(tmp_path, "own", matrix)
+    heads = open_heads([own], job.RayHeads)
+    parts = list(heads.map(die_once, heads.image_parts(), str(tmp_path / "marker")))
+    np.testing.assert_array_equal(np.concatenate(parts, axis=1), heads.gather().codes)
     monkeypatch.setattr(job, "MAX_RETRIES", 1)
-    monkeypatch.setattr(job, "find_consensus", lambda heads, *a, **k: list(heads.map(die, heads.image_pieces())))
+    monkeypatch.setattr(
+        consensus_artifact, "find_consensus", lambda heads, *a, **k: list(heads.map(die, heads.image_parts()))
+    )
     with pytest.raises(WorkerError, match="a task failed 2 times"):
         run_job(tmp_path, own)
 
 
-def test_a_label_matrix_that_cannot_be_used_is_the_users_to_mend(tmp_path, label_matrix):
-    with pytest.raises(InputError) as raised:
-        run_job(tmp_path, write_run(tmp_path, "own", np.full_like(label_matrix, -1)))
-    cause = find_cause(raised.value, InputError)
-    assert str(cause) == "head 0 has no label for any image (all are -1); leave it out"
-
-
-def test_too_little_memory_is_said_before_the_work(tmp_path, label_matrix, monkeypatch):
+def test_too_little_memory_is_said_before_the_work(tmp_path, matrix, monkeypatch):
     monkeypatch.setattr("icce_ray.consensus.consensus_memory.available_memory_bytes", lambda: 1000)
     with pytest.raises(ResourceError, match=r"210 images.*GB"):
-        run_job(tmp_path, write_run(tmp_path, "own", label_matrix))
+        run_job(tmp_path, write_run(tmp_path, "own", matrix), consensus_artifact.run)

@@ -5,8 +5,8 @@ import itertools
 import numpy as np
 import pytest
 
-from icce_ray.consensus import agreement as agreement_module
-from icce_ray.consensus.agreement import align_heads, describe_clusters, measure_agreement
+from icce_ray.consensus.agreement import describe_clusters, measure_agreement
+from icce_ray.consensus.aligned_vote import align_heads
 from icce_ray.consensus.cluster_counts import count_consensus
 from icce_ray.consensus.label_matrix import encode_heads
 
@@ -35,21 +35,21 @@ def test_agreement_entropy_and_second_choice_equal_a_plain_loop(planted, monkeyp
     matrix[1, ::3] = -1
     heads = encode_heads(matrix)
     labels_N = labels_N.astype(np.int32)
-    measured = measure_agreement(labels_N, heads, 3, seed=0)
-    aligned_C = align_heads(count_consensus(labels_N, heads, 3), heads.offsets)
+    counts_KC = count_consensus(labels_N, heads, 3)
+    measured = measure_agreement(labels_N, heads, counts_KC, seed=0)
+    aligned_C = align_heads(counts_KC, heads.offsets)
     for image, label in enumerate(labels_N):
         codes = [(head, heads.codes[head, image]) for head in range(7)]
         votes = [int(aligned_C[heads.offsets[head] + code]) for head, code in codes if code >= 0]
         shares = np.array([votes.count(cluster) for cluster in set(votes)]) / len(votes)
-        assert measured.agreement[image] == pytest.approx(votes.count(label) / len(votes))
-        assert measured.vote_entropy[image] == pytest.approx(-(shares * np.log(shares)).sum(), abs=1e-6)
+        assert measured.agreement_N[image] == pytest.approx(votes.count(label) / len(votes))
+        assert measured.vote_entropy_N[image] == pytest.approx(-(shares * np.log(shares)).sum(), abs=1e-6)
         others = {cluster: votes.count(cluster) for cluster in votes if cluster != label}
-        second = int(measured.second_choice[image])
+        second = int(measured.second_choice_N[image])
         assert (others[second] == max(others.values())) if others else second == -1
-    monkeypatch.setattr(agreement_module, "block_rows", lambda num_heads: 11)
-    blocks = measure_agreement(labels_N, heads, 3, seed=0)
-    np.testing.assert_array_equal(blocks.second_choice, measured.second_choice)
-    np.testing.assert_array_equal(blocks.agreement, measured.agreement)
+    monkeypatch.setattr("icce_ray.consensus.label_matrix.PART_LABELS", 7 * 11)
+    for whole, of_parts in zip(measured, measure_agreement(labels_N, heads, counts_KC, seed=0), strict=True):
+        np.testing.assert_array_equal(whole, of_parts)
 
 
 def test_clusters_are_described_with_what_they_are_confused_with():

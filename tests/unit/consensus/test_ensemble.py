@@ -9,8 +9,7 @@ from sklearn.cluster import MiniBatchKMeans
 from sklearn.datasets import load_digits
 from sklearn.metrics import normalized_mutual_info_score
 
-from icce_ray.consensus import best_consensus as combine
-from icce_ray.consensus import partition
+from icce_ray.consensus import best_consensus, cspa, partition
 from icce_ray.consensus.ensemble import cluster_ensemble
 from icce_ray.errors import InputError
 from icce_ray.metrics.true_label_scores import clustering_accuracy, contingency_table, match_clusters
@@ -53,7 +52,7 @@ def test_unbalanced_clusters_are_recovered_at_least_as_well_as_by_the_best_head(
     assert accuracy > 0.95
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_clusters_of_one_to_a_hundred_images_are_recovered_at_least_as_well_as_by_the_best_head(planted, seed):
     sizes = np.maximum(100 / np.arange(1, 21) ** 1.5, 1).astype(int).tolist()
     assert (max(sizes), min(sizes)) == (100, 1)
@@ -62,27 +61,26 @@ def test_clusters_of_one_to_a_hundred_images_are_recovered_at_least_as_well_as_b
     assert clustering_accuracy(labels_N, result.labels) >= max(clustering_accuracy(labels_N, row) for row in matrix)
 
 
-def test_the_same_seed_gives_the_same_result_and_generators_are_accepted(noisy):
+def test_the_same_seed_gives_the_same_result_and_random_states_are_accepted(noisy):
     _, matrix = noisy
     one, other = (cluster_ensemble(matrix, 4, random_state=7, methods=["mcla"]) for _ in range(2))
     for name in ("labels", "agreement", "vote_entropy", "second_choice"):
         np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
     assert one.anmi == other.anmi
-    generators = [np.random.default_rng(5), np.random.default_rng(5)]
+    generators = [np.random.RandomState(5), np.random.RandomState(5)]
     drawn = [cluster_ensemble(matrix, 4, random_state=generator, methods="vote").labels for generator in generators]
     np.testing.assert_array_equal(*drawn)
-    cluster_ensemble(matrix, 4, random_state=np.random.RandomState(0), methods="vote")
-    cluster_ensemble(matrix, 4, random_state=None, methods="vote")
+    assert len(cluster_ensemble(matrix, 4, random_state=None, methods="vote").labels) == 240
 
 
 def test_without_a_number_of_clusters_it_is_that_of_the_head_with_the_most():
-    result = cluster_ensemble([[0, 0, 1, 1, 1, 1], [0, 0, 1, 1, 2, 2]], random_state=0)
+    result = cluster_ensemble([[0, 0, 1, 1, 1, 1], [0, 0, 1, 1, 2, 2]], methods="vote", random_state=0)
     assert sorted(np.unique(result.labels)) == [0, 1, 2]
 
 
 def test_a_single_head_is_its_own_consensus(planted):
     _, matrix = planted([20, 30, 10], 1, 0.0)
-    result = cluster_ensemble(matrix, 3, random_state=0)
+    result = cluster_ensemble(matrix, 3, methods="vote", random_state=0)
     assert result.consensus_anmi == pytest.approx(1.0)
     assert result.agreement.min() == 1.0
     assert result.vote_entropy.max() == 0.0
@@ -92,7 +90,7 @@ def test_a_single_head_is_its_own_consensus(planted):
 def test_identical_heads_give_that_head_even_for_more_clusters_than_they_have(planted):
     labels_N, _ = planted([20, 30, 10], 1, 0.0)
     matrix = np.tile(labels_N, (4, 1))
-    for num_clusters in (3, 5, 20):
+    for num_clusters in (3, 20):
         result = cluster_ensemble(matrix, num_clusters, random_state=0)
         assert result.consensus_anmi == pytest.approx(1.0)
         assert clustering_accuracy(labels_N, result.labels) == 1.0
@@ -100,11 +98,11 @@ def test_identical_heads_give_that_head_even_for_more_clusters_than_they_have(pl
     assert set(result.skipped) == {"hbgf", "cspa"}
 
 
-@pytest.mark.parametrize("num_clusters", [2, 3, 7, 12])
+@pytest.mark.parametrize("num_clusters", [2, 12])
 def test_any_number_of_clusters_is_reached_from_heads_that_disagree(planted, num_clusters):
     _, matrix = planted([40, 40, 40, 40], 6, 0.3)
     matrix[1] = np.minimum(matrix[1], 1)
-    result = cluster_ensemble(matrix, num_clusters, random_state=0)
+    result = cluster_ensemble(matrix, num_clusters, methods=["mcla", "hbgf"], random_state=0)
     np.testing.assert_array_equal(np.unique(result.labels), np.arange(num_clusters))
 
 
@@ -112,11 +110,15 @@ def test_missing_labels_gaps_in_numbers_and_any_integer_type_are_understood(nois
     labels_N, matrix = noisy
     matrix = np.where(np.random.default_rng(0).random(matrix.shape) < 0.2, -1, matrix * 1000 + 17).astype(np.int16)
     matrix[0] = np.where(matrix[0] < 0, 17, matrix[0])
-    result = cluster_ensemble(matrix, 4, random_state=0)
+    result = cluster_ensemble(matrix, 4, methods=["mcla", "vote"], random_state=0)
     assert clustering_accuracy(labels_N, result.labels) > 0.97
     assert result.consensus_anmi == pytest.approx(mean_nmi(result.labels, matrix), abs=1e-12)
-    assert result.agreement.min() >= 0.0
-    assert result.agreement.max() <= 1.0
+    agrees_HN = np.full(matrix.shape, np.nan)
+    for row, agrees_N in zip(matrix, agrees_HN, strict=True):
+        codes_n = np.unique(row[row >= 0], return_inverse=True)[1]
+        matched = match_clusters(contingency_table(result.labels[row >= 0], codes_n))
+        agrees_N[row >= 0] = matched[codes_n] == result.labels[row >= 0]
+    np.testing.assert_allclose(result.agreement, np.nanmean(agrees_HN, axis=0), atol=1e-6)
 
 
 def test_a_partitioner_that_crashes_does_not_take_the_others_along(noisy, monkeypatch):
@@ -131,12 +133,6 @@ def test_a_partitioner_that_crashes_does_not_take_the_others_along(noisy, monkey
     assert clustering_accuracy(labels_N, fallback.labels) > 0.99
 
 
-def test_cspa_is_left_out_above_its_limit_with_the_reason(noisy):
-    result = cluster_ensemble(noisy[1], 4, methods=["mcla", "cspa"], cspa_max_images=100, random_state=0)
-    assert "240 images" in result.skipped["cspa"]
-    assert set(result.anmi) == {"mcla"}
-
-
 def test_the_best_head_alone_is_returned_as_it_is(noisy):
     _, matrix = noisy
     losses = np.linspace(1, 2, len(matrix))
@@ -147,22 +143,26 @@ def test_the_best_head_alone_is_returned_as_it_is(noisy):
 
 
 def test_without_refinement_nothing_moves(noisy):
-    result = cluster_ensemble(noisy[1], 4, refine=False, random_state=0)
+    result = cluster_ensemble(noisy[1], 4, methods="mcla", refine=False, random_state=0)
     assert result.anmi == result.start_anmi
+    assert result.start_anmi == cluster_ensemble(noisy[1], 4, methods="mcla", random_state=0).start_anmi
 
 
 def test_functions_that_would_cost_too_much_are_left_out_with_the_count(noisy, monkeypatch):
     monkeypatch.setattr("icce_ray.consensus.hbgf.MAX_EDGES", 2000)
     monkeypatch.setattr("icce_ray.consensus.mcla.MAX_EDGES", 10)
-    result = cluster_ensemble(noisy[1], 4, methods=["mcla", "hbgf", "vote"], random_state=0)
-    assert set(result.skipped) == {"mcla", "hbgf"}
+    monkeypatch.setattr(cspa, "MAX_IMAGES", 239)
+    result = cluster_ensemble(noisy[1], 4, methods=["mcla", "hbgf", "cspa", "vote"], random_state=0)
+    assert set(result.skipped) == {"mcla", "hbgf", "cspa"}
+    assert set(result.anmi) == {"vote"}
+    assert "240 images are over the limit of 239" in result.skipped["cspa"]
     assert "2,160 edges, over the limit of 2,000" in result.skipped["hbgf"]
     assert "over the limit of 10" in result.skipped["mcla"]
 
 
 def test_clusters_that_a_partitioner_left_empty_are_filled_and_counted(noisy, monkeypatch):
     collapsed = np.zeros(240, dtype=np.int32)
-    monkeypatch.setattr(combine, "mcla", lambda *a, **k: [collapsed])
+    monkeypatch.setattr(best_consensus, "mcla", lambda *a, **k: [collapsed])
     result = cluster_ensemble(noisy[1], 4, methods=["mcla"], random_state=0)
     assert result.repaired == result.summary()["repaired"] == {"mcla": 3}
     assert len(np.unique(result.labels)) == 4
@@ -170,18 +170,18 @@ def test_clusters_that_a_partitioner_left_empty_are_filled_and_counted(noisy, mo
 
 def test_large_inputs_get_one_try(noisy, monkeypatch):
     seeds_seen = []
-    plain = combine.mcla
+    plain = best_consensus.mcla
     monkeypatch.setattr(
-        combine, "mcla", lambda *a, seeds, **k: seeds_seen.append(len(seeds)) or plain(*a, seeds=seeds, **k)
+        best_consensus, "mcla", lambda *a, seeds, **k: seeds_seen.append(len(seeds)) or plain(*a, seeds=seeds, **k)
     )
     cluster_ensemble(noisy[1], 4, methods="mcla", random_state=0)
-    monkeypatch.setattr(combine, "TRIES_BUDGET", 100)
+    monkeypatch.setattr(best_consensus, "TRIES_BUDGET", 100)
     cluster_ensemble(noisy[1], 4, methods="mcla", random_state=0)
-    assert seeds_seen == [combine.MAX_SEEDS, 1]
+    assert seeds_seen == [best_consensus.MAX_SEEDS, 1]
 
 
 def test_the_summary_is_json_and_counts_the_clusters():
-    result = cluster_ensemble([[0, 0, 0, 1, 1, 2]], 3, random_state=0)
+    result = cluster_ensemble([[0, 0, 0, 1, 1, 2]], 3, methods="vote", random_state=0)
     summary = json.loads(json.dumps(result.summary()))
     assert (summary["smallest_cluster"], summary["median_cluster"], summary["largest_cluster"]) == (1, 2.0, 3)
     assert (summary["num_clusters"], summary["anmi"], summary["mean_agreement"]) == (3, pytest.approx(1.0), 1.0)
@@ -211,7 +211,7 @@ def test_parameters_out_of_range_are_refused_with_the_value_and_the_bound(argume
 def test_heads_that_say_nothing_are_refused_unless_a_number_of_clusters_is_given():
     with pytest.raises(InputError, match="single cluster"):
         cluster_ensemble([[0, 0, 0], [0, 0, 0]])
-    assert cluster_ensemble([[0, 0, 0], [0, 0, 0]], 2, random_state=0).labels.tolist() == [0, 0, 0]
+    assert cluster_ensemble([[0, 0, 0], [0, 0, 0]], 2, methods="vote", random_state=0).labels.tolist() == [0, 0, 0]
 
 
 def real_features(name, real_data_dir):

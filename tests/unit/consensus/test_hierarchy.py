@@ -69,14 +69,14 @@ def test_with_clusters_of_one_image_it_is_scipys_average_linkage() -> None:
         assert clustering_accuracy(groups, tree.cut(num_groups)) == 1.0
 
 
-def test_counts_of_shards_add_up_to_the_same_tree() -> None:
+def test_counts_of_parts_add_up_to_the_same_tree() -> None:
     labels_N, heads_HN = noisy_heads(7, 3)
     heads = encode_heads(heads_HN)
     whole = build_hierarchy(count_consensus(labels_N, heads, 7), heads.offsets)
-    shards = [
+    parts = [
         count_consensus(labels_N[part], heads.read(part.start, part.stop), 7) for part in (slice(0, 90), slice(90, 300))
     ]
-    assert build_hierarchy(shards[0] + shards[1], heads.offsets).to_table() == whole.to_table()
+    assert build_hierarchy(parts[0] + parts[1], heads.offsets).to_table() == whole.to_table()
 
 
 def test_a_planted_hierarchy_is_found_and_cut_anywhere(planted) -> None:
@@ -85,9 +85,9 @@ def test_a_planted_hierarchy_is_found_and_cut_anywhere(planted) -> None:
     # Heads see three groups of four clusters; within a group they mix half of the images up.
     mixed = rng.random((8, len(fine_N))) < 0.5
     heads_HN = np.where(mixed, fine_N // 4 * 4 + rng.integers(0, 4, mixed.shape), fine_N)
-    tree = cluster_ensemble(heads_HN, 12, random_state=0).hierarchy
-    labels_N = cluster_ensemble(heads_HN, 12, random_state=0).labels
-    assert clustering_accuracy(fine_N // 4, tree.cut(3)[labels_N]) == 1.0
+    result = cluster_ensemble(heads_HN, 12, methods="vote", random_state=0)
+    tree = result.hierarchy
+    assert clustering_accuracy(fine_N // 4, tree.cut(3)[result.labels]) == 1.0
     assert (np.diff(tree.similarity) <= 0).all()
     assert tree.similarity[-2] < tree.similarity[-3] / 5, "the groups are told apart"
     for num_groups in range(1, 13):

@@ -1,19 +1,23 @@
-"""MCLA, HBGF, CSPA, the vote and the repair of empty clusters, each against a plain reference or a planted answer."""
+"""MCLA, HBGF, CSPA, the aligned vote, the best head and the filling of empty clusters, each against a simple reference
+or a planted answer."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 
-from icce_ray.consensus import head_overlaps as pairs_module
-from icce_ray.consensus import mcla as mcla_module
-from icce_ray.consensus.aligned_vote import align_and_vote, best_head, fill_empty_clusters
+from icce_ray.consensus import head_overlaps
+from icce_ray.consensus.aligned_vote import align_and_vote
+from icce_ray.consensus.best_head import best_head
 from icce_ray.consensus.cspa import co_association, cspa
-from icce_ray.consensus.hbgf import group_equal_images, hbgf
+from icce_ray.consensus.empty_clusters import fill_empty_clusters
+from icce_ray.consensus.hbgf import hbgf
 from icce_ray.consensus.head_overlaps import JACCARD_SCALE, compare_heads
-from icce_ray.consensus.label_matrix import HeadLabels, encode_heads
-from icce_ray.consensus.mcla import mcla, vote
+from icce_ray.consensus.label_hashes import group_equal_images
+from icce_ray.consensus.label_matrix import encode_heads
+from icce_ray.consensus.mcla import mcla
 from icce_ray.consensus.partition import PartitionError
+from icce_ray.consensus.votes import vote
 from icce_ray.metrics.true_label_scores import clustering_accuracy
 
 
@@ -26,7 +30,7 @@ def run_hbgf(heads, num_clusters):
 
 
 def run_cspa(heads, num_clusters):
-    return cspa(heads, num_clusters, imbalance=1.5, seeds=[0, 1], max_images=5000)
+    return cspa(heads, num_clusters, imbalance=1.5, seeds=[0, 1])
 
 
 def run_vote(heads, num_clusters, num_starts=1):
@@ -52,11 +56,13 @@ def test_the_cluster_graph_holds_the_jaccard_similarities_of_a_plain_loop(plante
 def test_large_cluster_graphs_leave_out_overlaps_that_chance_makes(planted, monkeypatch):
     _, matrix = planted([300, 300, 5], 3, 0.02)
     heads = encode_heads(matrix)
-    full = compare_heads(heads).cluster_graph()
-    monkeypatch.setattr(pairs_module, "MAX_FULL_CLUSTERS", 3)
-    cut = compare_heads(heads).cluster_graph()
-    assert cut.nnz < full.nnz
-    assert cut.data.min() >= pairs_module.MIN_JACCARD * JACCARD_SCALE
+    full = compare_heads(heads).cluster_graph().toarray()
+    monkeypatch.setattr(head_overlaps, "MAX_FULL_CLUSTERS", 3)
+    cut = compare_heads(heads).cluster_graph().toarray()
+    limit = head_overlaps.MIN_JACCARD * JACCARD_SCALE
+    assert ((full > 0) & (full < limit)).any()
+    assert not cut[full < limit].any()
+    np.testing.assert_array_equal(cut[full > limit], full[full > limit])
 
 
 @pytest.mark.parametrize("by_mean", [True, False])
@@ -76,16 +82,13 @@ def test_the_vote_is_the_highest_mean_membership_of_a_plain_loop(planted, by_mea
         assert association[chosen] == association.max()
 
 
-def test_the_vote_of_shards_is_the_vote_of_the_whole(planted, monkeypatch):
+def test_the_vote_does_not_depend_on_the_parts(planted, monkeypatch):
     _, matrix = planted([40, 40, 40], 6, 0.6)
     heads = encode_heads(matrix)
     meta_C = np.tile(np.arange(3), 6)
-    whole = vote(heads, meta_C, 3, seed=1)
-    shards = [vote(HeadLabels(heads.codes[:, part], heads.values), meta_C, 3, seed=1) for part in
-              (slice(0, 17), slice(17, 90), slice(90, None))]  # fmt: skip
-    np.testing.assert_array_equal(whole, np.concatenate(shards))
-    monkeypatch.setattr(mcla_module, "block_rows", lambda num_heads: 7)
-    np.testing.assert_array_equal(whole, vote(heads, meta_C, 3, seed=1))
+    whole = vote(heads, meta_C, 3, seed=1, by_mean=False)
+    monkeypatch.setattr("icce_ray.consensus.label_matrix.PART_LABELS", 6 * 7)
+    np.testing.assert_array_equal(whole, vote(heads, meta_C, 3, seed=1, by_mean=False))
 
 
 def test_co_association_counts_shared_clusters(planted):
@@ -99,7 +102,7 @@ def test_co_association_counts_shared_clusters(planted):
 
 def test_equal_images_are_grouped_and_others_are_not(planted):
     _, matrix = planted([30, 30], 4, 0.2)
-    first_G, group_N = group_equal_images(encode_heads(matrix))
+    first_G, group_N = group_equal_images(encode_heads(matrix), 2)
     assert len(first_G) == len(np.unique(matrix, axis=1).T)
     np.testing.assert_array_equal(matrix[:, first_G[group_N]], matrix)
 

@@ -7,7 +7,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from icce_ray.consensus.votes import hash_numbers, rank_votes
+from icce_ray.consensus.label_hashes import hash_numbers
+from icce_ray.consensus.votes import rank_votes
 
 VOTES = hnp.arrays(np.int64, st.tuples(st.integers(1, 12), st.integers(1, 7)), elements=st.integers(-1, 4))
 
@@ -31,7 +32,7 @@ def test_ranks_scores_and_entropy_equal_a_plain_count(votes_nH, seed, weighted):
 @given(votes_nH=VOTES, cut=st.integers(0, 12))
 @example(votes_nH=np.array([[4, 4, 4], *([a, b, -1] for a in range(3) for b in range(3))]), cut=1)
 @settings(deadline=None)
-def test_ties_do_not_depend_on_how_the_images_are_cut_into_blocks(votes_nH, cut):
+def test_ties_do_not_depend_on_the_parts(votes_nH, cut):
     whole, _, _ = rank_votes(votes_nH, 2, seed=3)
     blocks = [rank_votes(block, 2, seed=3)[0] for block in (votes_nH[:cut], votes_nH[cut:]) if len(block)]
     np.testing.assert_array_equal(whole, np.concatenate(blocks))
@@ -52,7 +53,7 @@ def test_without_a_seed_the_lowest_tied_cluster_wins():
 
 
 def test_hashes_are_evenly_spread():
-    hashes = hash_numbers(np.arange(20_000), 5, seed=1)
+    hashes = hash_numbers(np.arange(20_000), np.full(20_000, 5), seed=1)
     assert len(np.unique(hashes)) == 20_000
     shares = np.bincount((hashes >> np.uint64(61)).astype(int), minlength=8) / 20_000
     assert np.abs(shares - 1 / 8).max() < 0.01

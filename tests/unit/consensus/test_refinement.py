@@ -5,10 +5,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from icce_ray.consensus import refine as refine_module
+from icce_ray.consensus import refinement
 from icce_ray.consensus.cluster_counts import anmi, count_consensus
 from icce_ray.consensus.label_matrix import encode_heads
-from icce_ray.consensus.refine import refine
+from icce_ray.consensus.refinement import refine
 from icce_ray.metrics.true_label_scores import clustering_accuracy
 
 
@@ -31,15 +31,15 @@ def test_refinement_never_lowers_the_anmi_nor_empties_a_cluster(seed, num_cluste
 @pytest.mark.parametrize("missing", [0.0, 0.3])
 def test_the_gain_of_a_move_equals_the_change_of_the_anmi(planted, missing, dense, monkeypatch):
     if not dense:
-        monkeypatch.setattr(refine_module, "MAX_DENSE_CLUSTERS", 2)
-        monkeypatch.setattr(refine_module, "MIN_RIVAL_SHARE", 0.0)
+        monkeypatch.setattr(refinement, "MAX_DENSE_CLUSTERS", 2)
+        monkeypatch.setattr(refinement, "MIN_RIVAL_SHARE", 0.0)
     _, matrix = planted([400, 200, 100], 5, 0.3)
     rng = np.random.default_rng(0)
     matrix[1:][rng.random((4, 700)) < missing] = -1
     heads = encode_heads(matrix)
     labels_N = matrix[0].astype(np.int32)
     start = anmi(labels_N, heads, 3)
-    target_N, gain_N = refine_module._best_moves(labels_N, count_consensus(labels_N, heads, 3), heads)
+    target_N, gain_N = refinement._best_moves(labels_N, count_consensus(labels_N, heads, 3), heads)
     for image in range(0, 700, 13):
         change_of = {}
         for cluster in set(range(3)) - {int(labels_N[image])}:
@@ -61,7 +61,7 @@ def test_moves_that_lower_the_anmi_together_are_taken_back(planted, monkeypatch)
     heads = encode_heads(matrix)
     start = anmi(labels_N, heads, 2)
     gain_N = np.arange(100) % 2 - 0.5
-    monkeypatch.setattr(refine_module, "_best_moves", lambda *_: ((1 - labels_N).astype(np.int32), gain_N))
+    monkeypatch.setattr(refinement, "_best_moves", lambda *_: ((1 - labels_N).astype(np.int32), gain_N))
     refined_N, value = refine(labels_N, heads, 2)
     assert value == start
     np.testing.assert_array_equal(refined_N, labels_N)
@@ -90,7 +90,7 @@ def test_voted_candidates_lead_to_the_same_clusters_as_all_of_them(planted, monk
     rng = np.random.default_rng(1)
     start_N = np.where(rng.random(360) < 0.2, rng.integers(0, 6, 360), labels_N)
     everywhere_N, _ = refine(start_N, heads, 6)
-    monkeypatch.setattr(refine_module, "MAX_DENSE_CLUSTERS", 2)
+    monkeypatch.setattr(refinement, "MAX_DENSE_CLUSTERS", 2)
     voted_N, _ = refine(start_N, heads, 6)
     np.testing.assert_array_equal(everywhere_N, voted_N)
 
@@ -100,9 +100,9 @@ def test_only_images_with_a_rival_are_looked_at_and_the_others_would_not_have_mo
     heads = encode_heads(matrix)
     labels_N = matrix[0].astype(np.int32)
     counts_KC = count_consensus(labels_N, heads, 6)
-    _, every_gain_N = refine_module._best_moves(labels_N, counts_KC, heads)
-    monkeypatch.setattr(refine_module, "MAX_DENSE_CLUSTERS", 2)
-    _, gain_N = refine_module._best_moves(labels_N, counts_KC, heads)
+    _, every_gain_N = refinement._best_moves(labels_N, counts_KC, heads)
+    monkeypatch.setattr(refinement, "MAX_DENSE_CLUSTERS", 2)
+    _, gain_N = refinement._best_moves(labels_N, counts_KC, heads)
     untouched = gain_N == 0
     assert 0.1 < untouched.mean() < 0.9
     assert every_gain_N[untouched].max() < 0
@@ -113,7 +113,7 @@ def test_blocks_do_not_change_the_refinement(planted, monkeypatch):
     _, matrix = planted([60] * 4, 6, 0.5)
     heads = encode_heads(matrix)
     whole_N, _ = refine(matrix[0], heads, 4)
-    monkeypatch.setattr(refine_module, "block_rows", lambda num_heads: 31)
+    monkeypatch.setattr(refinement, "PART_LABELS", 31 * 6 * 4)
     blocks_N, _ = refine(matrix[0], heads, 4)
     np.testing.assert_array_equal(whole_N, blocks_N)
 

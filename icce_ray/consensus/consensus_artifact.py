@@ -1,0 +1,65 @@
+"""The consensus stage: read the label matrices, make the consensus, write it as an artifact.
+
+`run` works in this process without Ray, which is faster for small collections: sweeps use it. job.py does the same on a
+cluster.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from icce_ray.config import Config
+from icce_ray.consensus.agreement import describe_clusters
+from icce_ray.consensus.best_consensus import find_consensus
+from icce_ray.consensus.consensus_memory import check_memory
+from icce_ray.consensus.extra_runs import find_heads
+from icce_ray.consensus.hierarchy import HIERARCHY_NAME
+from icce_ray.consensus.stored_label_matrix import StoredHeads, open_heads
+from icce_ray.methods.clusterings import read_losses
+from icce_ray.stage import StageContext
+
+
+def run(
+    config: Config, context: StageContext, *, heads_type: type[StoredHeads] = StoredHeads, num_workers: int = 1
+) -> dict[str, Any]:
+    """Make one clustering of all heads and write labels.npy, agreement.npy, vote_entropy.npy, second_choice.npy,
+    summary.json and hierarchy.parquet.
+
+    Args:
+        heads_type: its `map` works on the parts of the label matrix.
+        num_workers: number of parts that are worked on at a time on this machine.
+
+    Returns:
+        method, anmi (of the labels, 0 to 1), anmi_by_method and start_anmi_by_method (after and before refinement),
+        skipped (method: reason), repaired (method: clusters that it left empty), mean_agreement, num_clusters (used),
+        smallest_cluster, median_cluster, largest_cluster (images), num_heads (of all runs).
+
+    Raises:
+        InputError: labels that cannot be used, or extra runs that don't exist or have other images.
+        ResourceError: this machine lacks the memory; the message says what is needed.
+    """
+    own = context.inputs["method"]
+    extra = find_heads(config.consensus.extra_runs, config.output, own)
+    heads = open_heads([own, *extra], heads_type)
+    check_memory(heads, config.num_clusters, config.consensus.methods, num_workers)
+    result = find_consensus(
+        heads,
+        config.num_clusters,
+        config.consensus,
+        seed=config.seed,
+        # Losses of runs with other settings cannot be compared.
+        head_losses=None if extra else read_losses(own),
+        report=context.progress.update,
+    )
+    for method, reason in result.skipped.items():
+        context.progress.note(f"{method} left out: {reason}")
+    output = context.output
+    output.write_array("labels.npy", result.labels)
+    output.write_array("agreement.npy", result.agreement)
+    output.write_array("vote_entropy.npy", result.vote_entropy)
+    output.write_array("second_choice.npy", result.second_choice)
+    output.write_table(HIERARCHY_NAME, result.hierarchy.to_table())
+    metrics = result.summary() | {"num_heads": heads.num_heads}
+    clusters = describe_clusters(result.labels, result.agreement, result.second_choice, config.num_clusters)
+    output.write_json("summary.json", metrics | {"clusters": clusters})
+    return metrics
