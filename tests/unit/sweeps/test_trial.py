@@ -88,7 +88,7 @@ def test_a_trial_in_one_process_has_the_fingerprints_of_the_distributed_one(tmp_
     in_process = {stage.name: stage.module for stage in trial.stages_of_trial(config, Listings(), True)}
     assert (in_process["method"], in_process["consensus"]) == (
         "icce_ray.methods.heads.in_process",
-        "icce_ray.consensus.in_process",
+        "icce_ray.consensus.consensus_artifact",
     )
     whole = {stage.name: (stage.version, stage.inputs) for stage in stages_of(config)}
     assert all(whole[name] == (version, inputs) for name, version, inputs in identities(True) if name in whole)
