@@ -21,8 +21,9 @@ import numpy.typing as npt
 from PIL import Image
 
 from icce_ray.classifier.linear import DESCRIPTION_NAME, MODEL_NAME, LinearClassifier, Prediction
-from icce_ray.config import Config, EmbedConfig, ImagesConfig
-from icce_ray.embed.backbone import make_backbone, plan_backbone
+from icce_ray.config import EmbedConfig
+from icce_ray.embed.backbone_plan import plan_backbone
+from icce_ray.embed.build_backbone import build_backbone
 from icce_ray.embed.networks import Backbone
 from icce_ray.embed.weights import weights_digest
 from icce_ray.errors import InputError
@@ -151,15 +152,7 @@ class Model:
     @cached_property
     def _backbone(self) -> Backbone:
         check_weights(self._embed_config, self.description)
-        # Only `embed` and `seed` matter to the backbone.
-        config = Config(
-            images=ImagesConfig(uri="new images"),
-            num_clusters=self.num_clusters,
-            output="nowhere",
-            embed=self._embed_config,
-            seed=self.description["seed"],
-        )
-        return make_backbone(config, device=self._device)
+        return build_backbone(self._embed_config, self.description["seed"], device=self._device)
 
 
 def embed_config(artifact: Artifact, description: dict[str, Any]) -> EmbedConfig:

@@ -18,7 +18,7 @@ from icce_ray.assign.load_model import check_weights, embed_config, find_model
 from icce_ray.assign.stage import ASSIGN
 from icce_ray.classifier.linear import DESCRIPTION_NAME
 from icce_ray.config import Config, load_config
-from icce_ray.embed.backbone import check_backbone
+from icce_ray.embed.backbone_plan import check_backbones
 from icce_ray.embed.stage import EMBED, num_failed
 from icce_ray.errors import InputError
 from icce_ray.images.embedding_files import open_embeddings
@@ -164,7 +164,7 @@ def _config_for(model: Artifact, settings: Settings, overrides: list[str]) -> Co
 def _check(config: Config, pending: list[str]) -> None:
     """Refuse what can be known to fail before the work starts."""
     if "embed" in pending:
-        check_backbone(config)
+        check_backbones(config.embed)
     if pending:
         # Imports Ray, which a command that finds everything finished need not wait for.
         from icce_ray.runtime.cluster_resources import check_resources

@@ -17,7 +17,7 @@ import numpy as np
 
 from icce_ray.classifier.linear import DESCRIPTION_NAME, MODEL_NAME, LinearClassifier
 from icce_ray.config import Config
-from icce_ray.embed.backbone import RANDOM_WEIGHTS, embed_settings
+from icce_ray.embed.backbone_plan import RANDOM_WEIGHTS, embed_settings
 from icce_ray.store import Artifact, ArtifactWriter
 
 LIBRARIES = ("icce_ray", "numpy", "torch", "timm", "scipy")
@@ -54,7 +54,7 @@ def write_model(
         "cluster_agreement": _mean_agreement(consensus, classifier.num_clusters),
         "feature_set": embed.metrics.get("feature_set"),
         "embed": config.embed.model_dump(mode="json"),
-        "embed_identity": embed_settings(config),
+        "embed_identity": embed_settings(config.embed, config.embeddings, config.seed),
         "embeddings": config.embeddings.model_dump(mode="json"),
         "outlier_rule": (
             f"outlier_score > outlier_threshold, the {config.assign.outlier_quantile} quantile of the training images; "

@@ -1,30 +1,26 @@
 """Which image contents have an embedding already, and where: the same bytes are never embedded twice.
 
-The cache is what lies on storage anyway: the parts of this and earlier ``embed`` artifacts of the same model under the
-same output. :class:`KnownContent` is their index, kept on one machine's disk; it also says which worker is about to
-embed which content, so that of two parts with the same bytes one waits for the other's result.
+The parts of this and earlier ``embed`` artifacts of the same model under the same output serve as the cache.
+:class:`ContentIndex` indexes them on one machine's disk. It also knows which worker is about to embed which content, so
+if two parts have the same bytes, one waits for the other's result.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import sqlite3
 import tempfile
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy.typing as npt
 
-from icce_ray.embed.backbone import EmbeddingPlan
 from icce_ray.embed.decode_and_embed import Outcome
-from icce_ray.embed.embedding_parts import is_part_name, read_hashes, read_model, read_part
+from icce_ray.embed.embedding_parts import is_part_file, read_hashes, read_model, read_part
 from icce_ray.embed.feature_matrix import joined_columns
 from icce_ray.errors import DamagedArtifactError
 from icce_ray.store import Folder
@@ -33,25 +29,13 @@ LOAD_THREADS = 16
 MAX_HELD_PARTS = 32
 WAIT_S = 0.05
 MAX_WAIT_S = 120.0
-"""For another worker's embedding of the same content. Then it is taken for dead, and the content embedded here."""
+"""Longest wait for another worker's embedding of the same content. After that the content is embedded here."""
 
 Vector = npt.NDArray[Any]
 
 
-def model_key(settings: Mapping[str, Any], plan: EmbeddingPlan) -> str:
-    """16 hex digits of what decides an image's embedding besides its bytes: backbone, weights, preprocessing, features.
-
-    Args:
-        settings: of :func:`~icce_ray.embed.backbone.embed_settings`; weights count by their content.
-        plan: of the backbones.
-    """
-    embed = {key: value for key, value in settings["embed"].items() if key != "max_image_pixels"}
-    content = {"embed": embed, "backbones": [asdict(backbone) for backbone in plan.backbones]}
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
-
-
 class Index(Protocol):
-    """What :func:`gather` asks: a :class:`KnownContent`, here or in another process."""
+    """What :func:`gather` needs of a :class:`ContentIndex`, here or in another process."""
 
     def claim(self, part: str, hashes: list[str], *, force: bool = False) -> list[Any]: ...
 
@@ -60,11 +44,11 @@ class Index(Protocol):
     def forget(self, place: int, part: str) -> None: ...
 
 
-class KnownContent:
-    """The index. Making it reads the hashes of all parts in `folders`.
+class ContentIndex:
+    """The index. Creating it reads the hashes of all parts in `folders`.
 
     Args:
-        folders: ``embed`` artifacts of one model, finished or not; the first is the one that is being written.
+        folders: ``embed`` artifacts of one model, finished or not; the first is the one being written.
     """
 
     def __init__(self, folders: Sequence[Folder]) -> None:
@@ -77,24 +61,24 @@ class KnownContent:
         self._claims: dict[str, str] = {}
         self._published: dict[str, dict[str, Outcome]] = {}
         for place, folder in enumerate(folders):
-            names = [name for name in folder.names() if is_part_name(name)]
+            names = [name for name in folder.names() if is_part_file(name)]
             with ThreadPoolExecutor(LOAD_THREADS) as threads:
                 for name, hashes in zip(names, threads.map(partial(read_hashes, folder), names), strict=True):
                     self._insert(place, name, hashes)
 
     def __repr__(self) -> str:
-        return "embed: index of contents"
+        return "embed: content index"
 
     def known(self, hashes: list[str]) -> set[str]:
-        """Those of `hashes` whose embedding lies on storage."""
+        """Those of `hashes` that have an embedding on storage."""
         return {value for value in hashes if self._find(value) is not None}
 
     def claim(self, part: str, hashes: list[str], *, force: bool = False) -> list[Any]:
-        """What is known of each hash: ``["at", place, part]`` on storage; ``["here", outcome]`` embedded by a part that
-        is not written yet; ``["yours"]`` it is for `part` to embed; ``["busy"]`` another part does.
+        """Where the embedding of each hash is: ``["at", place, part]`` on storage; ``["here", outcome]`` embedded by a
+        part that is not written yet; ``["yours"]`` to be embedded by `part`; ``["busy"]`` being embedded by another.
 
         Args:
-            force: take it over from a part that does not seem to finish.
+            force: take contents over from a part that does not seem to finish.
         """
         answers: list[Any] = []
         for value in hashes:
@@ -112,18 +96,18 @@ class KnownContent:
         return answers
 
     def publish(self, part: str, outcomes: dict[str, Outcome]) -> None:
-        """Hand out what `part` embedded until it is written."""
+        """Provide what `part` embedded to others until it is written."""
         self._published.setdefault(part, {}).update(outcomes)
 
     def finish(self, part: str, hashes: list[str]) -> None:
-        """The part is written to the first folder, with the embeddings of `hashes`."""
+        """The part was written to the first folder, with the embeddings of `hashes`."""
         self._insert(0, part, hashes)
         self._published.pop(part, None)
         for value in [value for value, holder in self._claims.items() if holder == part]:
             del self._claims[value]
 
     def forget(self, place: int, part: str) -> None:
-        """A part cannot be read any more."""
+        """A part can no longer be read."""
         self._database.execute("DELETE FROM content WHERE place = ? AND part = ?", (place, part))
 
     def _insert(self, place: int, part: str, hashes: Iterable[str]) -> None:
@@ -137,7 +121,7 @@ class KnownContent:
 
 
 class VectorReader:
-    """Reads single embeddings out of parts; keeps the last parts it read."""
+    """Reads single embeddings from parts; keeps the last parts it read."""
 
     def __init__(self, folders: Sequence[Folder]) -> None:
         self._folders = folders
@@ -165,12 +149,12 @@ def gather(
     reader: VectorReader,
     embed: Callable[[list[str]], dict[str, Outcome]],
 ) -> tuple[dict[str, Outcome], list[str]]:
-    """An outcome for each content of a part: read, taken from another part, or embedded here.
+    """Get an outcome for each content of a part: read it, take it from another part, or embed it here.
 
     Args:
         part: its name.
         hashes: contents, each once.
-        embed: embeds those that are ours to embed.
+        embed: embeds the contents that are left to this part.
 
     Returns:
         The outcomes by hash, and the hashes that were embedded here.
@@ -204,7 +188,7 @@ def gather(
 
 
 class Duplicates:
-    """Finds images of the same content, on this machine's disk."""
+    """Finds images with the same content, on this machine's disk."""
 
     def __init__(self) -> None:
         self._disk = tempfile.TemporaryDirectory(prefix="icce_ray-duplicates-")
@@ -219,7 +203,7 @@ class Duplicates:
         self._database.executemany("INSERT OR IGNORE INTO images VALUES (?, ?)", rows)
 
     def found(self) -> Iterator[tuple[int, int, str]]:
-        """(image_id, the lowest image_id of the same content, content hash), ascending; the lowest ones left out."""
+        """(image_id, lowest image_id with the same content, content hash), ascending; the lowest ones are left out."""
         query = (
             "SELECT image_id, first, hex(images.hash) FROM images JOIN (SELECT hash, min(image_id) AS first FROM images"
             " GROUP BY hash HAVING count(*) > 1) AS groups ON images.hash = groups.hash WHERE image_id > first"
@@ -230,13 +214,13 @@ class Duplicates:
 
 
 def siblings(root: Folder, own: Folder, model: str) -> list[Folder]:
-    """The other ``embed`` artifacts below `root` that were made by the same model, finished or not."""
+    """The folders of other ``embed`` artifacts below `root` made by the same model, finished or not."""
     found = []
     for name in root.folder_names():
         folder = root / name
         if folder.uri == own.uri:
             continue
-        first = next((part for part in folder.names() if is_part_name(part)), None)
+        first = next((part for part in folder.names() if is_part_file(part)), None)
         if first is not None and read_model(folder, first) == model:
             found.append(folder)
     return found

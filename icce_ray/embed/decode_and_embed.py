@@ -1,4 +1,4 @@
-"""The work on one part: from the URIs of its images to their pixels, and from the pixels to embeddings."""
+"""The work on one part: from the URIs of its images to pixels, and from pixels to embeddings."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from icce_ray.images.read_images import read_images
 from icce_ray.store.attempts import KILLER, Attempt, UnrecordedAttempt
 
 HASHED_TOGETHER = 64
-"""Images whose files are held at once, until it is known which of them need to be decoded."""
+"""Number of images whose files are held until it is known which of them need decoding."""
 
 Outcome = npt.NDArray[Any] | str
 """An embedding (D,), or why there is none."""
@@ -30,21 +30,21 @@ Outcome = npt.NDArray[Any] | str
 
 @dataclass(frozen=True)
 class DecodedPart:
-    """A part's images, as far as they could be read. Each content is decoded once."""
+    """The images of a part that could be read. Each content is decoded once."""
 
     image_ids: npt.NDArray[np.int64]
-    """(n,), ascending."""
+    """(n,) ascending."""
     rows: npt.NDArray[np.int32]
-    """(n,), of `pixels`; -1 where the content has an embedding already and was not decoded."""
+    """(n,) rows of `pixels`; -1 if the content has an embedding already and was not decoded."""
     pixels: Pixels
-    """(m, H, W, C) uint8, with several views (m, P)."""
+    """(m, H, W, C) uint8; with several views (m, P)."""
     hashes: list[str]
-    """(n,), SHA-256 of each file, hex."""
+    """(n,) SHA-256 of each file, hex."""
     errors: list[Error]
 
 
 def decoded_to_table(part: PartRange, decoded: DecodedPart) -> pa.Table:
-    """One row that holds a decoded part; the pixels are not copied."""
+    """Pack a decoded part into one row; the pixels are not copied."""
     offsets = np.array([0, decoded.pixels.nbytes], dtype=np.int64)
     pixels = pa.LargeBinaryArray.from_buffers(
         pa.large_binary(), 1, [None, pa.py_buffer(offsets), pa.py_buffer(np.ascontiguousarray(decoded.pixels))]
@@ -62,7 +62,7 @@ def decoded_to_table(part: PartRange, decoded: DecodedPart) -> pa.Table:
 
 
 def decoded_from_table(table: pa.Table) -> tuple[PartRange, DecodedPart]:
-    """What :func:`decoded_to_table` packed. The pixels are a read-only view of the table's memory."""
+    """Unpack the row of :func:`decoded_to_table`. The pixels are a read-only view of the table's memory."""
     row = table.drop_columns("pixels").to_pylist()[0]
     pixels = np.frombuffer(table["pixels"][0].as_buffer(), dtype=np.uint8).reshape(row["shape"])
     errors = [(image_id, reason) for image_id, reason in json.loads(row["errors"])]
@@ -77,28 +77,28 @@ def decode_part(
     *,
     max_pixels: int,
     known: Callable[[list[str]], set[str]] | None = None,
-    tries: Attempt | UnrecordedAttempt | None = None,
+    attempt: Attempt | UnrecordedAttempt | None = None,
 ) -> DecodedPart:
-    """Read, hash and decode a part's images. What fails is an error.
+    """Read, hash and decode the images of a part; those that fail become errors.
 
     Args:
-        part: which images; only those in `part.only` where that is set.
+        part: which images; only those in `part.only` if that is set.
         images: their rows in the listing, in order.
         preprocessing: the wanted size and colours.
         max_pixels: as in :func:`decode_image`.
-        known: which contents need not be decoded.
-        tries: notes what a worker is at when it dies.
+        known: returns those of the given contents that need not be decoded.
+        attempt: records what the worker is doing, in case it dies.
     """
-    assert len(images) == part.stop - part.start
-    tries = tries or UnrecordedAttempt()
+    assert len(images) == part.num_images
+    attempt = attempt or UnrecordedAttempt()
     only = set(part.only)
     by_id = {image.image_id: image for image in images if not only or image.image_id in only}
-    errors: list[Error] = [(image_id, KILLER) for image_id in tries.blamed() & by_id.keys()]
+    errors: list[Error] = [(image_id, KILLER) for image_id in attempt.blamed() & by_id.keys()]
     good: list[tuple[int, int, str]] = []
     pixels = np.empty((len(by_id), *preprocessing.shape), dtype=np.uint8)
     num_decoded = 0
     outcomes: dict[str, int | str] = {}
-    for files in _files(list(by_id.values()), tries):
+    for files in _files(list(by_id.values()), attempt):
         hashes = [hashlib.sha256(data).hexdigest() if isinstance(data, bytes) else "" for _, data in files]
         new = sorted({value for value in hashes if value and value not in outcomes})
         outcomes |= dict.fromkeys(known(new) if known is not None and new else (), -1)
@@ -118,7 +118,7 @@ def decode_part(
                 errors.append((image.image_id, outcome))
             else:
                 good.append((image.image_id, outcome, content))
-    good.sort()  # files come in no order
+    good.sort()  # files arrive in any order
     return DecodedPart(
         image_ids=np.array([image_id for image_id, _, _ in good], dtype=np.int64),
         rows=np.array([row for _, row, _ in good], dtype=np.int32),
@@ -129,12 +129,13 @@ def decode_part(
 
 
 def _files(
-    images: Sequence[ListedImage], tries: Attempt | UnrecordedAttempt
+    images: Sequence[ListedImage], attempt: Attempt | UnrecordedAttempt
 ) -> Iterator[list[tuple[ListedImage, bytes | str]]]:
-    """The files of the images, some at a time; one by one where it must be plain at which a worker dies."""
-    if tries.is_careful:
+    """The files of the images, some at a time; one by one in a careful attempt, which has to find the image at which
+    workers die."""
+    if attempt.is_careful:
         by_id = {image.image_id: image for image in images}
-        for ids in tries.steps(list(by_id), 1):
+        for ids in attempt.steps(list(by_id), 1):
             yield list(read_images([by_id[image_id] for image_id in ids]))
         return
     ahead = read_images(images)
@@ -148,14 +149,14 @@ def embed_contents(
     hashes: list[str],
     backbone: Backbone,
     batch_size: int,
-    tries: Attempt | UnrecordedAttempt | None = None,
+    attempt: Attempt | UnrecordedAttempt | None = None,
 ) -> dict[str, Outcome]:
-    """Embed contents of a decoded part: (D,) float16 by hash, or why not. What is kept is finite.
+    """Embed contents of a decoded part: a finite (D,) float16 by hash, or why there is none.
 
-    All batches of a part have one shape, filled up with repeats: an image's embedding then does not depend on which
-    others needed to be embedded beside it.
+    All batches of a part have the same shape, filled up with repeats, so an image's embedding does not depend on which
+    others are embedded beside it.
     """
-    tries = tries or UnrecordedAttempt()
+    attempt = attempt or UnrecordedAttempt()
     wanted = set(hashes)
     row_of: dict[int, int] = {}
     hash_of: dict[int, str] = {}
@@ -163,9 +164,9 @@ def embed_contents(
         if content in wanted:
             wanted.remove(content)
             row_of[image_id], hash_of[image_id] = row, content
-    outcomes: dict[str, Outcome] = {hash_of[image_id]: KILLER for image_id in tries.blamed() & hash_of.keys()}
-    batch_rows = min(batch_size, part.stop - part.start)
-    for ids in tries.steps(list(row_of), batch_rows):
+    outcomes: dict[str, Outcome] = {hash_of[image_id]: KILLER for image_id in attempt.blamed() & hash_of.keys()}
+    batch_rows = min(batch_size, part.num_images)
+    for ids in attempt.steps(list(row_of), batch_rows):
         rows = [row_of[image_id] for image_id in ids]
         padded = rows + rows[-1:] * (batch_rows - len(rows))
         embeddings = backbone.embed(decoded.pixels[padded])[: len(rows)]
@@ -181,38 +182,32 @@ def _checked(embedding: npt.NDArray[np.float16]) -> Outcome:
 
 
 def assemble_part(
-    part: PartRange,
     decoded: DecodedPart,
     outcomes: Mapping[str, Outcome],
     dims: tuple[int, ...],
     *,
     model: str = "",
     previous: pa.Table | None = None,
-) -> pa.Table:
-    """The part as a table, of the embeddings of its contents.
+) -> tuple[pa.Table, list[Error]]:
+    """Put the embeddings of a part's contents together: its table, and the images that failed.
 
     Args:
-        part: which images it covers.
-        decoded: its images.
-        outcomes: by content hash, of all of `decoded.hashes`.
+        decoded: the part's images.
+        outcomes: by content hash, for all of `decoded.hashes`.
         dims: D of each feature set.
-        model: key of the model, which the record repeats.
-        previous: the part that it amends.
+        model: key of the model.
+        previous: the table of the part that this one amends.
     """
-    good = [not isinstance(outcomes[content], str) for content in decoded.hashes]
-    vectors = [outcomes[content] for content in decoded.hashes if not isinstance(outcomes[content], str)]
-    errors = decoded.errors + [
-        (int(image_id), str(outcomes[content]))
-        for image_id, content, is_good in zip(decoded.image_ids, decoded.hashes, good, strict=True)
-        if not is_good
-    ]
+    images = list(zip(decoded.image_ids.tolist(), decoded.hashes, strict=True))
+    failed = [(image_id, outcome) for image_id, value in images if isinstance(outcome := outcomes[value], str)]
+    good = [(image_id, value) for image_id, value in images if not isinstance(outcomes[value], str)]
+    ids = np.array([image_id for image_id, _ in good], dtype=np.int64)
+    hashes = pa.array([value for _, value in good], pa.string())
+    vectors = [outcomes[value] for _, value in good]
     embeddings = np.stack(vectors) if vectors else np.empty((0, sum(dims)), dtype=np.float16)
-    ids, hashes = decoded.image_ids[np.array(good, dtype=bool)], pa.array(decoded.hashes, pa.string())
-    hashes = hashes.filter(pa.array(good, pa.bool_()))
     if previous is not None:
-        old = joined_columns(previous)
-        order = np.argsort(np.concatenate([previous["image_id"].to_numpy(), ids]), kind="stable")
-        ids = np.concatenate([previous["image_id"].to_numpy(), ids])[order]
-        embeddings = np.concatenate([old, embeddings])[order]
+        ids = np.concatenate([previous["image_id"].to_numpy(), ids])
+        order = np.argsort(ids, kind="stable")
+        ids, embeddings = ids[order], np.concatenate([joined_columns(previous), embeddings])[order]
         hashes = pa.concat_arrays([previous["content_hash"].combine_chunks(), hashes]).take(pa.array(order))
-    return part_table(part, ids, embeddings, hashes, sorted(errors), dims, model=model)
+    return part_table(ids, embeddings, hashes, dims, model=model), sorted(decoded.errors + failed)

@@ -1,44 +1,33 @@
-"""What the ``embed`` stage has so far: finished parts, images that failed and why, and when that is too many; and which
-images are copies of each other."""
+"""What the ``embed`` stage has finished so far: parts, images that failed and why, and images with the same content."""
 
 from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 
 from icce_ray.embed.content_index import Duplicates
-from icce_ray.embed.embedding_parts import (
-    Error,
-    PartRange,
-    PartRecord,
-    errors_table,
-    part_table,
-    read_record,
-    write_part,
-)
+from icce_ray.embed.embedding_parts import ERRORS_NAME, Error, FinishedPart, PartRange, read_finished
 from icce_ray.errors import InputError
-from icce_ray.images.embedding_files import Embeddings
 from icce_ray.images.listing import REMOVED, Listing
 from icce_ray.stage import StageContext
+from icce_ray.store.part_records import PartRecords
 
-ERRORS_NAME = "errors.parquet"
 DUPLICATES_NAME = "duplicates.parquet"
+ERRORS_SCHEMA = pa.schema([("image_id", pa.int64()), ("uri", pa.string()), ("reason", pa.string())])
 DUPLICATES_SCHEMA = pa.schema(
     [("image_id", pa.int64()), ("uri", pa.string()), ("duplicate_of", pa.int64()), ("content_hash", pa.string())]
 )
 REASONS_SHOWN = 5
 READ_THREADS = 8
-"""Of what an earlier run finished, which is read back from storage."""
 
 
 class Tally:
-    """Takes in finished parts, in any order.
+    """Adds up finished parts, in any order.
 
     Args:
         context: the stage's; parts are added to its writer, progress is reported to it.
@@ -49,107 +38,92 @@ class Tally:
     def __init__(self, context: StageContext, listing: Listing, max_error_rate: float) -> None:
         self._context = context
         self._listing = listing
-        self._num_listed = len(listing)
-        self._max_errors = max_error_rate * self._num_listed
         self._max_error_rate = max_error_rate
         self._errors: list[Error] = []
         self._num_removed = 0
         self._duplicates = Duplicates()
-        self._done = 0
-        self._resumed = 0
+        self._num_done = 0
+        self._num_resumed = 0
         self._num_embedded = 0
-        self._dims: set[int] = set()
-        self._dtypes: set[str] = set()
+        self._kinds: set[tuple[int, str]] = set()
         self._started = time.monotonic()
 
-    def resume(self, parts: list[PartRange]) -> list[PartRange]:
-        """Take in what an earlier run finished; the parts that are left to do."""
-        folder = self._context.output.folder
-        names = set(folder.names())
-        there = [part for part in parts if part.name in names]
-        missing = {part.name for part in parts} - names
+    def resume(self, parts: Sequence[PartRange], records: PartRecords) -> list[PartRange]:
+        """Take in the parts that an earlier run finished. Returns those that are left to do."""
+        found = records.read_all()
+        recorded = [found[part.name] for part in parts if part.name in found]
         with ThreadPoolExecutor(READ_THREADS) as threads:
-            for part, record in zip(there, threads.map(partial(read_record, folder), there), strict=True):
-                if record is None:
-                    missing.add(part.name)
-                else:
-                    self.add_finished(record)
-        pending = [part for part in parts if part.name in missing]
+            finished = list(threads.map(lambda record: read_finished(records.folder, record), recorded))
+        intact = [part for part in finished if part is not None]
+        for part in intact:
+            self.add_earlier(part)
+        names = {part.record.name for part in intact}
+        return [part for part in parts if part.name not in names]
+
+    def add_earlier(self, part: FinishedPart) -> None:
+        """Take in a part that an earlier run made."""
+        self._num_resumed += part.record.metrics["num_images"]
+        self.add(part)
         self._started = time.monotonic()
-        return pending
 
-    def add_finished(self, record: PartRecord) -> None:
-        """Take in a part that was not made now."""
-        self._resumed += record.num_images
-        self.add(record)
-
-    def add(self, record: PartRecord) -> None:
+    def add(self, part: FinishedPart) -> None:
         """Take in a finished part.
 
         Raises:
             InputError: more images have failed by now than `max_error_rate` of all.
         """
-        assert record.part.shape is not None
-        assert record.part.dtype is not None
-        self._context.output.add(record.part)
-        self._errors += record.errors
-        self._num_removed += sum(reason == REMOVED for _, reason in record.errors)
-        self._duplicates.add(record.image_ids, record.hashes)
-        self._done += record.num_images
-        self._num_embedded += record.num_embedded
-        self._dims.add(record.part.shape[1])
-        self._dtypes.add(record.part.dtype)
-        self._context.progress.update(self._done, self._num_listed, num_errors=len(self._errors))
-        if len(self._errors) - self._num_removed > self._max_errors:
+        (file,), metrics = part.record.files, part.record.metrics
+        assert file.shape is not None
+        assert file.dtype is not None
+        self._context.output.add(file)
+        self._kinds.add((file.shape[1], file.dtype))
+        errors = [(int(image_id), str(reason)) for image_id, reason in metrics["errors"]]
+        self._errors += errors
+        self._num_removed += sum(reason == REMOVED for _, reason in errors)
+        self._num_done += metrics["num_images"]
+        self._num_embedded += metrics["num_embedded"]
+        self._duplicates.add(part.image_ids, part.hashes)
+        num_listed = len(self._listing)
+        self._context.progress.update(self._num_done, num_listed, num_errors=len(self._errors))
+        if len(self._errors) - self._num_removed > self._max_error_rate * num_listed:
             raise InputError(
-                f"{len(self._errors):,} of {self._num_listed:,} images cannot be used so far, more than "
+                f"{len(self._errors):,} of {num_listed:,} images cannot be used so far, more than "
                 f"embed.max_error_rate ({self._max_error_rate:g}) allows: {self._reasons_with_examples()}. "
-                "Mend or remove them, or raise embed.max_error_rate; what is finished stays"
+                "Repair or remove them, or raise embed.max_error_rate; finished parts are kept"
             )
 
-    def finish(self, feature_set: str, num_clusters: int, setting: str = "num_clusters") -> dict[str, Any]:
-        """Write the tables of errors and duplicates. `setting` is where `num_clusters` comes from.
+    def finish(self, feature_set: str) -> dict[str, Any]:
+        """Write the tables of errors and duplicates.
 
         Returns:
-            Metrics: num_images (good ones), num_errors, errors (count by reason), num_duplicates (images whose bytes an
-            image before them has), num_embedded (contents that went through the backbone in this run), dim, dtype,
-            feature_set, images_per_s (None where nothing was left to do).
-
-        Raises:
-            InputError: fewer good images than `num_clusters`.
+            Metrics: num_images (good ones), num_errors, errors (count by reason), num_duplicates (images with the same
+            bytes as an earlier one), num_embedded (contents that went through the backbone in this run), dim, dtype,
+            feature_set, images_per_s (None if nothing was left to do).
         """
-        assert self._done == self._num_listed, "each image is in one part"
-        assert len(self._dims) == 1, "parts of one artifact have one width"
-        num_good = self._done - len(self._errors)
-        if num_good < num_clusters:
-            failed = f": {self._reasons_with_examples()}" if self._errors else ""
-            raise InputError(
-                f"{setting}: {num_clusters} clusters asked for, but only {num_good} of {self._done} images "
-                f"can be used{failed}"
-            )
-        self._context.output.write_table(ERRORS_NAME, errors_table(self._errors, self._listing.uri))
-        num_duplicates = self._write_duplicates()
-        seconds, embedded = time.monotonic() - self._started, self._done - self._resumed
+        assert self._num_done == len(self._listing), "each image is in one part"
+        ((dim, dtype),) = self._kinds
+        uri = self._listing.uri
+        errors = [(image_id, uri(image_id), reason) for image_id, reason in sorted(self._errors)]
+        duplicates = [(image_id, uri(image_id), first, value) for image_id, first, value in self._duplicates.found()]
+        self._write_rows(ERRORS_NAME, ERRORS_SCHEMA, errors)
+        self._write_rows(DUPLICATES_NAME, DUPLICATES_SCHEMA, duplicates)
+        seconds, num_new = time.monotonic() - self._started, self._num_done - self._num_resumed
         return {
-            "num_images": num_good,
+            "num_images": self._num_done - len(self._errors),
             "num_errors": len(self._errors),
             "errors": dict(self._reasons().most_common()),
-            "num_duplicates": num_duplicates,
+            "num_duplicates": len(duplicates),
             "num_embedded": self._num_embedded,
-            "dim": self._dims.pop(),
-            "dtype": self._dtypes.pop(),
+            "dim": dim,
+            "dtype": dtype,
             "feature_set": feature_set,
-            "images_per_s": round(embedded / max(seconds, 1e-9), 1) if embedded else None,
+            "images_per_s": round(num_new / max(seconds, 1e-9), 1) if num_new else None,
         }
 
-    def _write_duplicates(self) -> int:
-        found = [
-            (image_id, self._listing.uri(image_id), first, value) for image_id, first, value in self._duplicates.found()
-        ]
-        columns = [list(column) for column in zip(*found, strict=True)] or [[] for _ in DUPLICATES_SCHEMA]
-        arrays = [pa.array(column, kind) for column, kind in zip(columns, DUPLICATES_SCHEMA.types, strict=True)]
-        self._context.output.write_table(DUPLICATES_NAME, pa.table(arrays, schema=DUPLICATES_SCHEMA))
-        return len(found)
+    def _write_rows(self, name: str, schema: pa.Schema, rows: list[tuple[Any, ...]]) -> None:
+        columns = list(zip(*rows, strict=True)) or [()] * len(schema)
+        arrays = [pa.array(column, kind) for column, kind in zip(columns, schema.types, strict=True)]
+        self._context.output.write_table(name, pa.table(arrays, schema=schema))
 
     def _reasons(self) -> Counter[str]:
         return Counter(reason for _, reason in sorted(self._errors))
@@ -164,23 +138,3 @@ class Tally:
             for reason, count in common[:REASONS_SHOWN]
         ]
         return ", ".join(shown) + (", ..." if len(common) > REASONS_SHOWN else "")
-
-
-def convert_ready_made(embeddings: Embeddings, pending: list[PartRange], tally: Tally, context: StageContext) -> None:
-    """Write the `pending` parts of ready-made embeddings, reading the source once, in order, from the first of them on.
-
-    Raises:
-        InputError: as :meth:`Embeddings.blocks`.
-    """
-    if not pending:
-        return
-    left = {part.start: part for part in pending}
-    first = pending[0]
-    position = first.start
-    for block in embeddings.blocks(first.stop - first.start, start=first.start):
-        part = left.get(position)
-        if part is not None:
-            assert len(block) == part.stop - part.start
-            ids = np.arange(part.start, part.stop, dtype=np.int64)
-            tally.add(write_part(context.output.folder, part, part_table(part, ids, block)))
-        position += len(block)

@@ -1,22 +1,20 @@
 """The ``embed`` stage on Ray Data: read and decode in tasks, embed and write in actors, one row per part.
 
-An actor writes its part to storage itself and hands back a few numbers, so each part is there once and whole, or not at
-all, whoever dies. A run that was killed takes up the parts that lie there; parts of the same files that another listing
-had are copied, and contents that were embedded before are not embedded again. Ready-made embeddings are only rewritten,
-which needs no Ray.
+An actor writes its part and the part's record to storage itself and returns a few numbers, so each part is there once
+and whole, or not at all, whoever dies. A resumed run uses the recorded parts; parts of other finished artifacts with
+the same images are copied; contents that were embedded before are not embedded again.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import re
 import uuid
 import warnings
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, cast
 
@@ -26,8 +24,9 @@ import ray.data
 
 from icce_ray import errors
 from icce_ray.config import Config
-from icce_ray.embed.backbone import PIXELS, EmbeddingPlan, embed_settings, make_backbone, plan_embedding
-from icce_ray.embed.content_index import KnownContent, VectorReader, gather, model_key, siblings
+from icce_ray.embed.backbone_plan import PIXELS, EmbeddingPlan, embed_settings, model_key, plan_embedding
+from icce_ray.embed.build_backbone import build_backbone
+from icce_ray.embed.content_index import ContentIndex, VectorReader, gather, siblings
 from icce_ray.embed.decode_and_embed import (
     DecodedPart,
     Outcome,
@@ -38,20 +37,20 @@ from icce_ray.embed.decode_and_embed import (
     embed_contents,
 )
 from icce_ray.embed.embedding_parts import (
+    FinishedPart,
     PartRange,
-    PartRecord,
-    copy_part,
     images_per_part,
     plan_parts,
+    read_finished,
     read_part,
-    read_record,
-    ready_made_rows_per_part,
-    with_source,
+    revision_of,
+    source_digest,
     write_part,
 )
-from icce_ray.embed.finished_parts import ERRORS_NAME, Tally, convert_ready_made
+from icce_ray.embed.finished_parts import Tally
 from icce_ray.embed.networks import Backbone
-from icce_ray.images.embedding_files import open_embeddings
+from icce_ray.embed.ready_made import rewrite_embeddings
+from icce_ray.embed.reuse_parts import ReusableParts, copy_parts
 from icce_ray.images.listing import REMOVED, Listing
 from icce_ray.images.uris import is_remote
 from icce_ray.runtime.cluster_resources import (
@@ -63,47 +62,42 @@ from icce_ray.runtime.cluster_resources import (
 )
 from icce_ray.runtime.ray_cluster import connect
 from icce_ray.stage import StageContext
-from icce_ray.store import Artifact, Folder, Part
+from icce_ray.store import Artifact, Folder
 from icce_ray.store.attempts import Attempt
+from icce_ray.store.part_records import PartRecord, PartRecords
 from icce_ray.store.s3 import use_s3
 
 NO_PROGRESS_TIMEOUT_S = 1800.0
-COPY_THREADS = 8
 PARTS_PER_ACTOR = 3
-"""Decoded parts for each actor: the one it works on, and what waits."""
-REVISED_NAME = re.compile(r"part-.*\.r(\d+)\.parquet")
+"""Decoded parts for each actor: the one it works on, and those that wait."""
 
 
 def run(config: Config, context: StageContext) -> dict[str, Any]:
     """Embed all images of the ``images`` artifact.
 
     Returns:
-        Metrics: those of :meth:`Tally.finish`; where several backbones were run, feature_sets and dims of all.
+        Metrics: those of :meth:`Tally.finish`; images_per_part; with several backbones feature_sets and dims of all.
 
     Raises:
-        InputError: more failed images than `embed.max_error_rate` allows, or fewer good ones than `num_clusters`.
-        ConfigError, ResourceError: the backbone cannot be built, as in :func:`make_backbone`.
-        WorkerError: workers died, or storage failed, more often than retries could mend.
+        InputError: more failed images than `embed.max_error_rate` allows.
+        ConfigError, ResourceError: the backbone cannot be built, as in :func:`build_backbone`.
+        WorkerError: workers died, or storage failed, more often than retries could repair.
     """
-    listing = Listing(context.inputs["images"])
     if config.embeddings.uri is not None:
-        embeddings = open_embeddings(config.embeddings)
-        if embeddings.num_rows != len(listing):
-            raise errors.InputError(
-                f"embeddings.uri: {config.embeddings.uri} changed while it was being read; run again"
-            )
-        tally = Tally(context, listing, max_error_rate=0.0)
-        rows = ready_made_rows_per_part(embeddings.dim, embeddings.dtype.itemsize)
-        pending = tally.resume(plan_parts(len(listing), rows))
-        convert_ready_made(embeddings, pending, tally, context)
-        return tally.finish("ready-made", *config.needed_images)
-    plan = _plan_and_connect(config)
+        return rewrite_embeddings(config.embeddings, context)
+    job = _Job.of(config, context)
+    listing = Listing(job.images)
     tally = Tally(context, listing, config.embed.max_error_rate)
-    job = _Job.of(config, context, plan)
-    pending = tally.resume(_parts(config, listing, plan))
-    pending = list(_not_copied(pending, job.folders, tally))
+    size = images_per_part(len(listing), job.plan.preprocessing)
+    missing, pending = tally.resume(plan_parts(len(listing), size), job.records), []
+    for part, copied in copy_parts(missing, listing, job.reusable(), job.records):
+        if copied is None:
+            pending.append(part)
+        else:
+            tally.add_earlier(copied)
     _embed_all(config, job, pending, tally, context)
-    return tally.finish(plan.names[0], *config.needed_images) | _sets(plan)
+    job.records.clear()
+    return tally.finish(job.plan.names[0]) | _layout(job.plan, size)
 
 
 def retry(config: Config, context: StageContext, artifact: Artifact) -> dict[str, Any] | None:
@@ -111,52 +105,40 @@ def retry(config: Config, context: StageContext, artifact: Artifact) -> dict[str
     names beside the old ones.
 
     Returns:
-        Metrics as :func:`run`, for a manifest that takes the old one's place; None where all of them failed again.
+        Metrics as :func:`run`, for a manifest that replaces the old one; None if all images failed again.
 
     Raises:
-        As :func:`run`.
+        DamagedArtifactError: a part of the artifact is damaged. Otherwise as :func:`run`.
     """
-    listing = Listing(context.inputs["images"])
-    failed = artifact.read_table(ERRORS_NAME)
-    ids = [
-        i for i, why in zip(failed["image_id"].to_pylist(), failed["reason"].to_pylist(), strict=True) if why != REMOVED
-    ]
-    plan = _plan_and_connect(config)
+    job = _Job.of(config, context)
+    listing = Listing(job.images)
     tally = Tally(context, listing, config.embed.max_error_rate)
-    job = _Job.of(config, context, plan)
+    earlier = ReusableParts(artifact, listing)
     amended = []
-    names = artifact.part_names("part-")
-    for part, name in zip(_parts(config, listing, plan), names, strict=True):
-        revised = REVISED_NAME.fullmatch(name)
-        there = replace(part, revision=int(revised[1]) if revised else 0)
-        only = tuple(image_id for image_id in ids if part.start <= image_id < part.stop)
-        if only:
-            amended.append(replace(there, revision=there.revision + 1, previous=name, only=only))
+    for part in earlier.parts:
+        record = earlier.record(part)
+        (file,), failed = record.files, record.metrics["errors"]
+        if any(reason != REMOVED for _, reason in failed):
+            only = tuple(image_id for image_id, _ in failed)
+            amended.append(replace(part, revision=revision_of(file.name) + 1, previous=file.name, only=only))
             continue
-        record = read_record(artifact.folder, there)
-        if record is None:
-            raise errors.DamagedArtifactError(f"{artifact.folder.file_uri(name)}: missing or damaged")
-        tally.add_finished(record)
-    _embed_all(config, job, tally.resume(amended), tally, context)
-    metrics = tally.finish(plan.names[0], *config.needed_images) | _sets(plan)
-    if metrics["num_errors"] < len(failed):
+        finished = read_finished(artifact.folder, record)
+        if finished is None:
+            raise errors.DamagedArtifactError(f"{artifact.folder.file_uri(file.name)}: missing or damaged")
+        tally.add_earlier(finished)
+    _embed_all(config, job, tally.resume(amended, job.records), tally, context)
+    job.records.clear()
+    metrics = tally.finish(job.plan.names[0]) | _layout(job.plan, artifact.metrics["images_per_part"])
+    if metrics["num_errors"] < artifact.metrics["num_errors"]:
         return metrics
     for part in amended:
-        context.output.folder.remove(part.name)
+        context.output.folder.remove(part.file_name)
     return None
 
 
-def _plan_and_connect(config: Config) -> EmbeddingPlan:
-    """Both can take seconds: one imports the networks' libraries where their plan is not known yet, the other waits for
-    Ray's processes."""
-    with ThreadPoolExecutor(1) as threads:
-        planned = threads.submit(plan_embedding, config.embed)
-        connect(config.resources)
-        return planned.result()
-
-
-def _sets(plan: EmbeddingPlan) -> dict[str, Any]:
-    return {"feature_sets": plan.names, "dims": plan.dims} if len(plan.names) > 1 else {}
+def _layout(plan: EmbeddingPlan, images_per_part: int) -> dict[str, Any]:
+    sets = {"feature_sets": plan.names, "dims": plan.dims} if len(plan.names) > 1 else {}
+    return sets | {"images_per_part": images_per_part}
 
 
 @dataclass(frozen=True)
@@ -172,12 +154,31 @@ class _Job:
     run_id: str
 
     @classmethod
-    def of(cls, config: Config, context: StageContext, plan: EmbeddingPlan) -> _Job:
-        model, folder = model_key(embed_settings(config), plan), context.output.folder
+    def of(cls, config: Config, context: StageContext) -> _Job:
+        # Both can take seconds: one imports timm if the plan is not known yet, the other waits for Ray's processes.
+        with ThreadPoolExecutor(1) as threads:
+            planned = threads.submit(plan_embedding, config.embed)
+            connect(config.resources)
+            plan = planned.result()
+        model = model_key(embed_settings(config.embed, config.embeddings, config.seed), plan)
+        folder = context.output.folder
         folders = [folder, *siblings(Folder.at(config.output) / "embed", folder, model)]
         return cls(config, context.inputs["images"], folders, plan, model, uuid.uuid4().hex)
 
-    def tries(self, part: PartRange, step: str) -> Attempt:
+    @property
+    def records(self) -> PartRecords:
+        return PartRecords(self.folders[0], source_digest(self.images, self.model))
+
+    def reusable(self) -> list[ReusableParts]:
+        """Finished artifacts of the same model with another listing."""
+        found = []
+        for artifact in filter(None, map(Artifact.find, self.folders[1:])):
+            images = Artifact.find(Folder.at(self.config.output) / "images" / artifact.manifest.inputs["images"])
+            if images is not None:
+                found.append(ReusableParts(artifact, Listing(images)))
+        return found
+
+    def attempt(self, part: PartRange, step: str) -> Attempt:
         what = f"embed: images {part.start} to {part.stop - 1}"
         remedy = "use a smaller embed.batch_size, fewer workers on each machine, or machines with more memory"
         return Attempt(self.folders[0], f".{part.name}.{step}", self.run_id, what, remedy)
@@ -189,7 +190,7 @@ class _Job:
 
 
 class Embedder:
-    """The actor: holds the backbone, embeds decoded parts and writes them. Restarts from its arguments alone."""
+    """The actor: holds the backbone, embeds decoded parts and writes them. It can be restarted from its arguments."""
 
     def __init__(self, job: _Job, index: Any, num_threads: int, device: str) -> None:
         use_s3(job.config.storage)
@@ -203,42 +204,43 @@ class Embedder:
 
     @cached_property
     def backbone(self) -> Backbone:
-        job = self.job
-        return make_backbone(job.config, device=self.device, num_threads=self.num_threads, plan=job.plan)
+        config = self.job.config
+        return build_backbone(
+            config.embed, config.seed, device=self.device, num_threads=self.num_threads, plan=self.job.plan
+        )
 
     def __call__(self, batch: Any) -> Any:
         part, decoded = decoded_from_table(batch)
         try:
-            record = asdict(self._embed(part, decoded))
+            finished = self._embed(part, decoded)
         except (errors.UserError, errors.WorkerError) as error:
             # As a row: raised here, it would come back inside Ray's own traceback.
-            return pa.table({"record": [""], "error": [json.dumps([type(error).__name__, str(error)])]})
-        record["part"] = record["part"].model_dump(mode="json")
-        return pa.table({"record": [json.dumps(record)], "error": [""]})
+            return _to_row(error=json.dumps([type(error).__name__, str(error)]))
+        return _to_row(finished.record.model_dump_json(), finished.image_ids, finished.hashes)
 
-    def _embed(self, part: PartRange, decoded: DecodedPart) -> PartRecord:
-        folder = self.job.folders[0]
-        tries = self.job.tries(part, "embed")
+    def _embed(self, part: PartRange, decoded: DecodedPart) -> FinishedPart:
+        attempt = self.job.attempt(part, "embed")
 
         def embed(hashes: list[str]) -> dict[str, Outcome]:
             nonlocal decoded
             skipped = {content for content, row in zip(decoded.hashes, decoded.rows, strict=True) if row < 0}
-            if not skipped.isdisjoint(hashes):  # was on storage when it was not decoded, and is no more
+            if not skipped.isdisjoint(hashes):  # on storage when decoding was skipped, but no longer
                 decoded = self.job.decode(part)
-            return embed_contents(part, decoded, hashes, self.backbone, self.backbone.batch_size, tries)
+            return embed_contents(part, decoded, hashes, self.backbone, self.backbone.batch_size, attempt)
 
         contents = list(dict.fromkeys(decoded.hashes))
-        outcomes, embedded = gather(part.name, contents, self.index, self.reader, embed)
-        previous = read_part(folder, part.previous) if part.previous else None
-        table = assemble_part(part, decoded, outcomes, self.job.plan.dims, model=self.job.model, previous=previous)
-        record = write_part(folder, part, table)
-        self.index.finish(part.name, [value for value in embedded if not isinstance(outcomes[value], str)])
-        tries.end()
-        return replace(record, num_embedded=len(embedded))
+        outcomes, embedded = gather(part.file_name, contents, self.index, self.reader, embed)
+        previous = read_part(self.job.folders[0], part.previous) if part.previous else None
+        dims, model = self.job.plan.dims, self.job.model
+        table, failed = assemble_part(decoded, outcomes, dims, model=model, previous=previous)
+        finished = write_part(self.job.records, part, table, failed, len(embedded))
+        self.index.finish(part.file_name, [value for value in embedded if not isinstance(outcomes[value], str)])
+        attempt.end()
+        return finished
 
 
 class _RemoteIndex:
-    """The index of contents, which lives in an actor of its own."""
+    """The content index, which lives in an actor of its own."""
 
     def __init__(self, handle: Any) -> None:
         self._handle = handle
@@ -251,9 +253,9 @@ def decode(batch: Any, job: _Job, index: Any) -> Any:
     """The task: one row that names a part -> one row that holds the pixels of its new contents."""
     use_s3(job.config.storage)
     part = PartRange.from_json(batch["part"][0].as_py())
-    tries = job.tries(part, "decode")
-    decoded = job.decode(part, known=_RemoteIndex(index).known, tries=tries)
-    tries.end()
+    attempt = job.attempt(part, "decode")
+    decoded = job.decode(part, known=_RemoteIndex(index).known, attempt=attempt)
+    attempt.end()
     return decoded_to_table(part, decoded)
 
 
@@ -261,7 +263,7 @@ _listings: dict[tuple[str, str], Listing] = {}
 
 
 def _listing(images: Artifact) -> Listing:
-    """One per process: it keeps the shard it read last."""
+    """One per process: it keeps the part it read last."""
     key = (images.folder.uri, images.identity)
     if key not in _listings:
         _listings.clear()
@@ -269,73 +271,51 @@ def _listing(images: Artifact) -> Listing:
     return _listings[key]
 
 
-def _parts(config: Config, listing: Listing, plan: EmbeddingPlan) -> list[PartRange]:
-    rows = images_per_part(len(listing), plan.preprocessing)
-    return [with_source(part, listing.table(part.start, part.stop)) for part in plan_parts(len(listing), rows)]
-
-
-def _not_copied(parts: list[PartRange], folders: list[Folder], tally: Tally) -> Iterator[PartRange]:
-    """The parts that no other artifact has; the tally gets the others."""
-
-    def copy(part: PartRange) -> PartRecord | None:
-        copies = (copy_part(source, folders[0], part) for source in folders[1:])
-        return next((record for record in copies if record is not None), None)
-
-    with ThreadPoolExecutor(COPY_THREADS) as threads:
-        for part, record in zip(parts, threads.map(copy, parts), strict=True):
-            if record is None:
-                yield part
-            else:
-                tally.add_finished(record)
-
-
 def _embed_all(config: Config, job: _Job, pending: list[PartRange], tally: Tally, context: StageContext) -> None:
     if pending:
         wait_for_machines(config.resources, "embed", context.progress.note)
-        # Closed, or a run that stops over its errors would leave the workers at work.
-        with closing(_embed(config, job, pending)) as records:
-            for record in records:
-                tally.add(record)
+        # Closed, so that a run that stops because of its errors doesn't leave its workers working.
+        with closing(_embed(config, job, pending)) as finished:
+            for part in finished:
+                tally.add(part)
 
 
-def _embed(config: Config, job: _Job, pending: list[PartRange]) -> Generator[PartRecord, None, None]:
+def _embed(config: Config, job: _Job, pending: list[PartRange]) -> Generator[FinishedPart, None, None]:
     """Embed the `pending` parts; yields each as it is finished, in any order."""
     worker = config.resources.embed
     num_workers = min(worker.num_workers, len(pending))
-    threads = worker_cpus(worker)
-    total = available_cpus()
     decoding_cpus = min(1.0, largest_machine_cpus() / 2)
     actor_cpus = cpus_beside(worker, num_workers, decoding_cpus)
-    # While one task waits for the last slow answers of its part, another has the CPU.
+    # While one task waits for the last slow answers of its part, another can use the CPU.
     decode_cpus = decoding_cpus / (2 if any(map(is_remote, config.images.uris)) else 1)
     if actor_cpus == decode_cpus:
-        # Ray Data runs both steps in the actor where they ask for the same. An image that kills its decoder would then
-        # kill actors, which are slower to come back than tasks.
+        # Ray Data fuses steps that ask for the same resources. An image that kills its decoder would then kill actors,
+        # which take longer to come back than tasks.
         actor_cpus -= 0.001
+    # If decoding is the faster step, it would fill Ray's object store, the more the more images there are.
+    ahead = math.ceil(available_cpus() / decode_cpus) + PARTS_PER_ACTOR * num_workers
+    part_bytes = max(part.num_images for part in pending) * math.prod(job.plan.preprocessing.shape)
     data_context = ray.data.DataContext.get_current().copy()
     data_context.enable_progress_bars = False
     data_context.execution_no_progress_timeout_s = NO_PROGRESS_TIMEOUT_S
-    # Where decoding is the faster of the two, it would fill Ray's object store, the more the more images there are.
-    ahead = math.ceil(total / decode_cpus) + PARTS_PER_ACTOR * num_workers
-    part_bytes = max(part.stop - part.start for part in pending) * math.prod(job.plan.preprocessing.shape)
     data_context.execution_options.resource_limits = ray.data.ExecutionResources.for_limits(
         object_store_memory=ahead * part_bytes
     )
     index: Any = (
-        ray.remote(KnownContent).options(num_cpus=0, max_restarts=-1, max_task_retries=-1).remote(job.folders)  # type: ignore[attr-defined]
+        ray.remote(ContentIndex).options(num_cpus=0, max_restarts=-1, max_task_retries=-1).remote(job.folders)  # type: ignore[attr-defined]
     )
     try:
         with ray.data.DataContext.current(data_context), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # max_retries has no name of its own in Ray Data yet
+            warnings.simplefilter("ignore")  # Ray Data warns of max_retries, which it has no parameter for yet
             dataset = (
-                _one_by_one([part.to_json() for part in pending], decoding_cpus)
+                _one_block_per_part(pending, decoding_cpus)
                 .map_batches(
                     cast(Any, decode),
                     batch_size=1,
                     batch_format="pyarrow",
                     fn_kwargs={"job": job, "index": index},
                     num_cpus=decode_cpus,
-                    max_retries=-1,  # `Attempt` says when to give up
+                    max_retries=-1,  # `Attempt` decides when to give up
                 )
                 .map_batches(
                     Embedder,
@@ -345,7 +325,7 @@ def _embed(config: Config, job: _Job, pending: list[PartRange]) -> Generator[Par
                     fn_constructor_kwargs={
                         "job": job,
                         "index": index,
-                        "num_threads": max(1, int(threads)),
+                        "num_threads": max(1, int(worker_cpus(worker))),
                         "device": "cuda" if worker.gpus_per_worker else "cpu",
                     },
                     num_cpus=actor_cpus,
@@ -354,32 +334,42 @@ def _embed(config: Config, job: _Job, pending: list[PartRange]) -> Generator[Par
             )
             dataset.set_name("embed")
             for row in dataset.iter_rows():
-                yield _to_record(row)
+                yield _from_row(row)
     except (errors.UserError, errors.WorkerError):
         raise
     except (ray.exceptions.RayError, RuntimeError, OSError, ValueError) as error:
         raise errors.WorkerError(
-            f"embed: workers failed for good; what is finished stays, and the same command goes on from there. "
+            f"embed: workers failed for good; finished parts are kept, and the same command continues from there. "
             f"{errors.describe_cause(error)}"
         ) from error
     finally:
         ray.kill(index)
 
 
-def _one_by_one(parts: list[str], free_cpus: float) -> Any:
-    """A dataset with a block for each part, made of what `free_cpus` CPUs can make."""
-    rows = [{"part": part} for part in parts]  # an Arrow table would first be looked at by a task
+def _one_block_per_part(parts: list[PartRange], free_cpus: float) -> Any:
+    """A dataset with a block for each part. `free_cpus` CPUs must be enough to make it."""
+    rows = [{"part": part.to_json()} for part in parts]  # a task would first look at an Arrow table
     if free_cpus < 1:
-        # Ray's repartition asks for a whole CPU, which machines of one CPU do not have beside an actor.
+        # Ray's repartition needs a whole CPU, which a machine with one CPU doesn't have beside an actor.
         return ray.data.from_items(rows, override_num_blocks=len(rows))
-    # Milliseconds and kilobytes less for each part, of which there may be a million.
+    # Saves milliseconds and kilobytes for each part, of which there may be a million.
     return ray.data.from_items(rows, override_num_blocks=1).repartition(target_num_rows_per_block=1)
 
 
-def _to_record(row: dict[str, Any]) -> PartRecord:
+def _to_row(
+    record: str = "", image_ids: Sequence[int] = (), hashes: Sequence[str | None] = (), error: str = ""
+) -> pa.Table:
+    columns = {
+        "record": [record],
+        "image_ids": pa.array([image_ids], pa.list_(pa.int64())),
+        "hashes": pa.array([hashes], pa.list_(pa.string())),
+        "error": [error],
+    }
+    return pa.table(columns)
+
+
+def _from_row(row: dict[str, Any]) -> FinishedPart:
     if row["error"]:
         kind, message = json.loads(row["error"])
         raise getattr(errors, kind)(message)
-    record = json.loads(row["record"])
-    failed = [(image_id, reason) for image_id, reason in record["errors"]]
-    return PartRecord(**{**record, "part": Part(**record["part"]), "errors": failed})
+    return FinishedPart(PartRecord.model_validate_json(row["record"]), list(row["image_ids"]), list(row["hashes"]))

@@ -1,20 +1,20 @@
-"""What turns pixels into features: a timm network, the pixels themselves, or several of them side by side.
+"""Backbones turn pixels into features: a timm network, the pixels themselves, or several of them side by side.
 
-Matrix products in bfloat16 or float16 go through autocast: weights, norms and sums over tokens stay float32. Measured
-on 2 cores with bfloat16 units (images/s): a ViT-S/14 12.7 in float32, 28.9 in bfloat16; a ResNet-50 16.1 and 36.2, with
-its channels last 24.3 and 54.4. A ViT gains nothing from that layout.
+Matrix products in bfloat16 or float16 use autocast: weights, norms and sums over tokens stay float32. Measured on 2
+cores with bfloat16 units, in images/s: a ViT-S/14 12.7 in float32 and 28.9 in bfloat16; a ResNet-50 16.1 and 36.2, with
+channels last 24.3 and 54.4. A ViT gains nothing from channels last.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from icce_ray.images.decoding import Pixels, Preprocessing, SeveralViews
+from icce_ray.images.decoding import Pixels, Preprocessing, SeveralViews, common_preprocessing
 from icce_ray.runtime.machine import Precision, matmul_dtype
 
 if TYPE_CHECKING:
@@ -24,13 +24,13 @@ DEFAULT_BATCH_SIZE = 64
 MIN_BATCH_SIZE = 16
 MAX_BATCH_SIZE = 1024
 MIN_GAIN = 1.05
-"""A batch of twice the size is worth its memory when it is this many times as fast."""
+"""Doubling the batch is worth its memory if it makes the backbone this many times as fast."""
 
 Features = npt.NDArray[np.float16]
 
 
 class Backbone(Protocol):
-    """Turns images into features. Holds no state that an image could change."""
+    """Turns images into features. Images do not change its state."""
 
     dims: tuple[int, ...]
     """D of each feature set."""
@@ -40,9 +40,9 @@ class Backbone(Protocol):
     """Images per call that suit the device."""
 
     def embed(self, images_BHWC: Pixels) -> Features:
-        """(B, H, W, C) uint8 as :class:`Preprocessing` says -> (B, dim) float16, one feature set after the other.
+        """(B, H, W, C) uint8, preprocessed -> (B, dim) float16, one feature set after the other.
 
-        Features beyond float16's range come out infinite, and not-a-number stays: the caller leaves those images out.
+        Features beyond the range of float16 become infinite, and NaN stays: the caller leaves those images out.
         """
 
 
@@ -64,8 +64,8 @@ class TimmBackbone:
 
     Args:
         model: without its classification layer.
-        features: as in METHOD section 0.
-        dim: D of them.
+        features: see :mod:`icce_ray.embed.backbone_plan`.
+        dim: D of the features.
         device: torch device.
         precision: of the matrix products.
     """
@@ -74,6 +74,8 @@ class TimmBackbone:
 
     def __init__(self, model: torch.nn.Module, features: str, dim: int, device: str, precision: Precision) -> None:
         import torch
+
+        from icce_ray.embed.timm_models import data_config, extract_features
 
         self.dims: tuple[int, ...] = (dim,)
         self.dim = dim
@@ -90,7 +92,7 @@ class TimmBackbone:
         )
 
     def compile(self) -> None:
-        """Run it through ``torch.compile`` from here on; the next call takes about a minute."""
+        """Use ``torch.compile`` from here on; the next call takes about a minute."""
         import torch
 
         self._forward = torch.compile(self._forward)
@@ -103,7 +105,7 @@ class TimmBackbone:
         except torch.cuda.OutOfMemoryError:
             if len(images_BHWC) == 1:
                 raise
-        # Out of the handler, whose traceback would hold on to the memory.
+        # Outside the handler, whose traceback would keep the memory.
         torch.cuda.empty_cache()
         half = len(images_BHWC) // 2
         return np.concatenate([self.embed(images_BHWC[:half]), self.embed(images_BHWC[half:])])
@@ -111,7 +113,7 @@ class TimmBackbone:
     def _embed(self, images_BHWC: Pixels) -> Features:
         import torch
 
-        # A copy: the array may be shared memory, which torch would write through.
+        # A copy: the array may be shared memory, and torch would write to it.
         pixels = torch.from_numpy(np.array(images_BHWC)).to(self._device)
         reduced = self._dtype != torch.float32
         with torch.inference_mode(), torch.autocast(self._device.type, self._dtype, enabled=reduced):
@@ -126,7 +128,7 @@ class SeveralBackbones:
 
     Args:
         backbones: one per feature set.
-        views: what each wants; the pixels hold each different one once.
+        views: the preprocessing of each; the pixels hold each different view once.
     """
 
     def __init__(self, backbones: Sequence[Backbone], views: Sequence[Preprocessing]) -> None:
@@ -144,22 +146,16 @@ class SeveralBackbones:
         return np.concatenate([backbone.embed(pictures[place]) for backbone, place in pairs], axis=1)
 
 
-def common_preprocessing(views: Sequence[Preprocessing]) -> Preprocessing | SeveralViews:
-    """What serves all of `views`: each different one once."""
-    different = tuple(dict.fromkeys(views))
-    return different[0] if len(different) == 1 else SeveralViews(different)
-
-
 def find_batch_size(
     embed: Callable[[Pixels], Features], shape: tuple[int, ...], clock: Callable[[], float] = time.perf_counter
 ) -> int:
-    """The batch size from which on a larger one brings next to nothing, by trying; memory that does not suffice shows
-    as no gain, since :class:`TimmBackbone` then halves the batch.
+    """The batch size beyond which a larger one gains next to nothing, by trying. Insufficient memory shows as no gain,
+    since :class:`TimmBackbone` then halves the batch.
 
     Args:
-        embed: a backbone's.
-        shape: of one image's pixels.
-        clock: seconds.
+        embed: a backbone's method.
+        shape: shape of one image's pixels.
+        clock: returns seconds.
     """
     best, best_rate, size = MIN_BATCH_SIZE, 0.0, MIN_BATCH_SIZE
     while size <= MAX_BATCH_SIZE:
@@ -173,32 +169,3 @@ def find_batch_size(
             break
         best, best_rate, size = size, rate, 2 * size
     return best
-
-
-def extract_features(model: Any, images_BCHW: torch.Tensor, features: str) -> torch.Tensor:
-    """Normalised images -> (B, D) float32; `features` as in METHOD section 0, tokens after the model's final norm."""
-    import torch
-
-    if features == "pooled":
-        pooled: torch.Tensor = model(images_BCHW)
-        return pooled.flatten(1).float()
-    if features.startswith("last4"):
-        blocks = model.forward_intermediates(
-            images_BCHW, indices=4, return_prefix_tokens=True, norm=True, output_fmt="NLC", intermediates_only=True
-        )
-        chosen = [prefix[:, 0] for _, prefix in blocks]
-        patches = blocks[-1][0]
-    else:
-        tokens = model.forward_features(images_BCHW)
-        chosen, patches = [tokens[:, 0]], tokens[:, model.num_prefix_tokens :]
-    if features.endswith("patch_mean"):
-        chosen.append(patches.float().mean(dim=1))
-    return torch.cat([token.float() for token in chosen], dim=1)
-
-
-def data_config(model: Any) -> dict[str, Any]:
-    """timm's: mean, std, interpolation, crop_pct, crop_mode."""
-    from timm.data.config import resolve_model_data_config
-
-    settings: dict[str, Any] = resolve_model_data_config(model)  # type: ignore[no-untyped-call]
-    return settings

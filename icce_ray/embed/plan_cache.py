@@ -1,5 +1,5 @@
-"""What was found out about networks on this machine before. To find it out, timm is imported, which takes seconds; a
-command that only looks at what is finished, or a driver whose workers hold the network, does without.
+"""Plans of networks, kept on this machine. Making one imports timm, which takes seconds. A command that finds all
+finished, or a driver whose workers hold the network, doesn't need timm otherwise.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ T = TypeVar("T")
 
 
 def remembered(kind: type[T], asked: dict[str, Any], find_out: Callable[[], T]) -> T:
-    """What `find_out` returned when `asked` was asked before, with this version of timm; else what it returns now.
+    """What `find_out` returned for the same `asked` with this version of timm; otherwise what it returns now.
 
     Args:
         kind: the dataclass that it returns.
-        asked: all that the answer depends on, JSON-able.
-        find_out: takes seconds. What it raises is not remembered.
+        asked: everything that the answer depends on, JSON-able.
+        find_out: takes seconds. Its exceptions are not remembered.
     """
     name = f"{fingerprint('backbone', VERSION, asked | {'timm': version('timm')}, {})}.json"
     adapter = TypeAdapter(kind)

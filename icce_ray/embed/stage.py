@@ -8,16 +8,16 @@ from icce_ray.store import Artifact
 
 
 def _settings(config: Config) -> Settings:
-    from icce_ray.embed.backbone import embed_settings
+    from icce_ray.embed.backbone_plan import embed_settings
 
-    return embed_settings(config)
+    return embed_settings(config.embed, config.embeddings, config.seed)
 
 
 def _check(config: Config) -> None:
     if config.embeddings.uri is None:
-        from icce_ray.embed.backbone import check_backbone
+        from icce_ray.embed.backbone_plan import check_backbones
 
-        check_backbone(config)
+        check_backbones(config.embed)
 
 
 EMBED = Stage("embed", "icce_ray.embed.job", 4, ("images",), _settings, check=_check)

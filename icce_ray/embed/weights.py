@@ -1,4 +1,4 @@
-"""A backbone's weights: a file (safetensors, or a .pth that loads without running code from it), or the hub.
+"""A backbone's weights: a file (safetensors, or a .pth that loads without running code from it), or the model hub.
 
 A file on object storage is copied once to each machine that needs it, into the cache folder (ICCE_CACHE).
 """
@@ -9,11 +9,11 @@ import hashlib
 import pickle
 import shutil
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
-from unittest import mock
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
@@ -26,16 +26,17 @@ from icce_ray.store.local_files import locked, replacing
 
 WEIGHTS_ENDINGS = (".safetensors", ".pth", ".pt", ".bin")
 WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model", "teacher")
-"""Keys under which training programs keep the weights in a checkpoint, the best first."""
+"""Keys under which training programs keep the weights in a checkpoint, best first."""
 PREFIXES = ("_orig_mod.", "module.", "backbone.")
 UNUSED_PREFIXES = ("head", "fc.", "classifier", "mask_token", "decoder")
-"""Layers that a file may hold although features do not need them."""
-MAX_KEYS_SHOWN = 5
+"""Layers that a file may hold but features do not need."""
+MAX_LINES, MAX_SHOWN = 3, 300
+"""Lines of an error that are shown, and characters of each."""
 COPY_BUFFER_BYTES = 16 * 2**20
 
 
 def check_weights(location: str) -> None:
-    """Refuse weights that cannot be a file of weights; nothing of it is read.
+    """Refuse what cannot be a file of weights. The file is not read.
 
     Args:
         location: a path, or the URI of a file on object storage.
@@ -58,17 +59,17 @@ def check_weights(location: str) -> None:
 
 
 def weights_digest(location: str) -> str:
-    """What tells one file of weights from another: SHA-256 of its content, hex. Raises as :func:`local_weights`."""
+    """SHA-256 of the file's content, hex. Raises what :func:`local_weights` raises."""
     with local_weights(location).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def local_weights(location: str) -> Path:
-    """The file on this machine: itself, or for object storage its copy, made once for each content.
+    """The file on this machine: the file itself, or a copy of the remote file, made once for each content.
 
     Raises:
         ConfigError: as :func:`check_weights`.
-        ResourceError: likewise, or it came incomplete.
+        ResourceError: as :func:`check_weights`, or the copy is incomplete.
     """
     check_weights(location)
     filesystem, path = open_uri(location)
@@ -76,7 +77,7 @@ def local_weights(location: str) -> Path:
         return Path(path)
     with _reading(location), filesystem.open_input_file(path) as remote:
         size = remote.size()
-        version = repr((location, size, sorted((remote.metadata() or {}).items())))  # has the ETag, where there is one
+        version = repr((location, size, sorted((remote.metadata() or {}).items())))  # includes the ETag, if any
         name = hashlib.sha256(version.encode()).hexdigest()[:16]
         copy = cache_folder() / "weights" / name / Path(path).name
         with locked(copy.with_name(".lock")):
@@ -89,40 +90,36 @@ def local_weights(location: str) -> Path:
     return copy
 
 
-def load_weights(create: Callable[..., Any], path: str, name: str) -> Any:
-    """Make the model and load the file, by timm's own translation for that model (names, positions of another size).
+def load_model(name: str, size: int, path: str) -> Any:
+    """Build the timm model and load the file with timm's own translation for that model (names, positions of another
+    image size).
 
     Args:
-        create: ``create(**options)`` calls ``timm.create_model`` with them.
+        name: a timm model.
+        size: side of the square input in pixels.
         path: the weights file, or its URI.
-        name: the model's name, for messages.
 
     Raises:
         ConfigError: the file cannot be read, or does not fit the model: which keys.
     """
-    weights = read_weights(path)
-    source = {"state_dict": weights, "source": "", "custom_load": False}
-    with _recorded_loading() as results:
-        try:
-            model = create(pretrained=True, pretrained_cfg_overlay=source)
-        except ConfigError:
-            raise
-        except Exception as error:  # timm's translation indexes what it expects to find
-            reason = " ".join(str(error).split())[:600]
-            raise ConfigError(f"embed.weights: {path} does not fit {name}: {type(error).__name__}: {reason}") from None
-    assert results, "timm did not load the weights"
-    missing = list(results[-1].missing_keys)
-    unexpected = [key for key in results[-1].unexpected_keys if not key.startswith(UNUSED_PREFIXES)]
-    if missing or unexpected:
-        problems = [_list_keys("lacks", missing)] * bool(missing) + [_list_keys("has unknown", unexpected)] * bool(
-            unexpected
-        )
-        raise ConfigError(f"embed.weights: {path} does not fit {name}: it {'; it '.join(problems)}")
-    return model
+    from icce_ray.embed.timm_models import create_model, parameter_names
+
+    weights, needed = read_weights(path), parameter_names(name, size)
+    kept = {key: value for key, value in weights.items() if key in needed or not key.startswith(UNUSED_PREFIXES)}
+    # timm loads strictly only if the file seems to have as many classes as the model: otherwise a file of another model
+    # would load without a word.
+    source = {"state_dict": kept, "source": "", "custom_load": False, "num_classes": 0}
+    try:
+        return create_model(name, size, pretrained=True, pretrained_cfg_overlay=source)
+    except ConfigError:
+        raise
+    except Exception as error:  # timm's translation expects certain keys; torch lists those that are wrong
+        reason = " ".join(shorten(line, MAX_SHOWN) for line in str(error).splitlines()[:MAX_LINES])
+        raise ConfigError(f"embed.weights: {path} does not fit {name}: {type(error).__name__}: {reason}") from None
 
 
 def read_weights(path: str) -> dict[str, Any]:
-    """Tensors by name. Raises ConfigError where the file is damaged, or would run code."""
+    """Tensors by name. Raises ConfigError if the file is damaged or would run code."""
     import torch
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -148,7 +145,7 @@ def read_weights(path: str) -> dict[str, Any]:
 
 
 def check_hub(name: str) -> None:
-    """Say at once that weights cannot be fetched here, instead of after a minute of retries on every worker.
+    """Say at once that weights cannot be downloaded here, instead of after a minute of retries on every worker.
 
     Raises:
         ConfigError: the hub has no weights for the model.
@@ -179,14 +176,14 @@ def check_hub(name: str) -> None:
 
 def no_hub(name: str, reason: str) -> ResourceError:
     return ResourceError(
-        f"embed.weights: the weights of {name} could not be fetched from the model hub ({reason}). Where there is no "
+        f"embed.weights: the weights of {name} could not be fetched from the model hub ({reason}). Without a "
         "network, download them elsewhere and set embed.weights to the .safetensors or .pth file; "
         "`embed.backbone=pixels` needs none"
     )
 
 
 def _shown(location: str) -> str:
-    """`location` without what may be a secret."""
+    """`location` without anything that may be a secret."""
     scheme, separator, rest = location.partition("://")
     place, slash, path = rest.partition("/")
     return location if "@" not in place else f"{scheme}{separator}...@{place.rpartition('@')[2]}{slash}{path}"
@@ -207,26 +204,3 @@ def _strip(key: str) -> str:
     while key.startswith(PREFIXES):
         key = key.partition(".")[2]
     return key
-
-
-def _list_keys(verb: str, keys: list[str]) -> str:
-    more = f" and {len(keys) - MAX_KEYS_SHOWN} more" if len(keys) > MAX_KEYS_SHOWN else ""
-    return f"{verb} {', '.join(keys[:MAX_KEYS_SHOWN])}{more}"
-
-
-@contextmanager
-def _recorded_loading() -> Iterator[list[Any]]:
-    """Collects what ``load_state_dict`` reports: timm loads leniently where the classification layer is left out, and
-    a file of another model would go in without a word."""
-    import torch
-
-    results: list[Any] = []
-    original = torch.nn.Module.load_state_dict
-
-    def recording(self: torch.nn.Module, *args: Any, **options: Any) -> Any:
-        result = original(self, *args, **options)
-        results.append(result)
-        return result
-
-    with mock.patch.object(torch.nn.Module, "load_state_dict", recording):
-        yield results

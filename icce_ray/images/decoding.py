@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import math
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -72,6 +73,12 @@ class SeveralViews:
         ends = np.cumsum([math.prod(view.shape) for view in self.views])
         flat = np.split(pixels_BP, ends[:-1], axis=1)
         return [pixels.reshape(-1, *view.shape) for pixels, view in zip(flat, self.views, strict=True)]
+
+
+def common_preprocessing(views: Sequence[Preprocessing]) -> Preprocessing | SeveralViews:
+    """A preprocessing that serves all of `views`: each different one once."""
+    different = tuple(dict.fromkeys(views))
+    return different[0] if len(different) == 1 else SeveralViews(different)
 
 
 def decode_image(

@@ -94,6 +94,7 @@ class Listing:
         return uri
 
     def _part(self, index: int) -> pa.Table:
-        if self._loaded is None or self._loaded[0] != index:
-            self._loaded = index, self._images.read_table(self._names[index])
-        return self._loaded[1]
+        loaded = self._loaded  # threads may read other parts meanwhile
+        if loaded is None or loaded[0] != index:
+            self._loaded = loaded = index, self._images.read_table(self._names[index])
+        return loaded[1]

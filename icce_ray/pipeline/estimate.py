@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from icce_ray.config import Config
-from icce_ray.embed.backbone import check_backbone, plan_embedding
+from icce_ray.embed.backbone_plan import check_backbones, plan_embedding
 from icce_ray.embed.decode_and_embed import decode_part
 from icce_ray.embed.embedding_parts import PartRange
 from icce_ray.errors import ConfigError
@@ -76,7 +76,7 @@ def estimate(config: Config, *, num_samples: int = 256, quiet: bool = False) -> 
     from icce_ray.runtime.ray_cluster import connect
 
     step = plan(config, (IMAGES,))[0]
-    check_backbone(config)
+    check_backbones(config.embed)
     check_resources(config, ["embed"])
     listing = Listing(step.artifact or run_stage(config, step, {}, quiet))
     rng = np.random.default_rng(config.seed)
@@ -87,7 +87,7 @@ def estimate(config: Config, *, num_samples: int = 256, quiet: bool = False) -> 
         writer, clock = ArtifactWriter(Folder.at(f"{folder}/embed")), _Clock(quiet)
         embed = config.embed.model_copy(update={"max_error_rate": 1.0})
         # Without the cache of earlier runs: it would make the sample look fast.
-        sampled = config.with_num_clusters(0).model_copy(update={"embed": embed, "output": folder})
+        sampled = config.model_copy(update={"embed": embed, "output": folder})
         metrics = run(sampled, StageContext(writer, {"images": images}, clock))
         stored = sum(part.num_bytes for name, part in writer.parts.items() if name.startswith("part-"))
     good, num_images = max(1, metrics["num_images"]), len(listing)

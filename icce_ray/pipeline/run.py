@@ -243,12 +243,14 @@ def _check_counts(config: Config, artifacts: Mapping[str, Artifact]) -> None:
     """Refuse what is known to fail once the images are listed, and again once they are embedded."""
     if "images" not in artifacts:
         return
-    usable, which = num_listed(artifacts["images"]), "images"
-    if "embed" in artifacts:
+    usable, which, why = num_listed(artifacts["images"]), "images", ""
+    if "embed" in artifacts and num_failed(artifacts["embed"]):
         usable, which = usable - num_failed(artifacts["embed"]), "usable images"
+        reasons = artifacts["embed"].metrics.get("errors", {})
+        why = ": " + ", ".join(f"{count:,} x {reason}" for reason, count in reasons.items())
     needed, setting = config.needed_images
     if needed > usable:
-        raise InputError(f"{setting}: {needed} clusters asked for, but there are only {usable:,} {which}")
+        raise InputError(f"{setting}: {needed} clusters asked for, but there are only {usable:,} {which}{why}")
     if "embed" not in artifacts and config.evaluate.labels is not None:
         from icce_ray.evaluate.labels import check_labels
         from icce_ray.images.listing import Listing

@@ -134,9 +134,9 @@ def _check(asked: Sweep) -> None:
     """Refuse what can be known to fail before the work starts."""
     base = asked.base_config
     if base.embeddings.uri is None:
-        from icce_ray.embed.backbone import check_backbone
+        from icce_ray.embed.backbone_plan import check_backbones
 
-        check_backbone(base)
+        check_backbones(base.embed)
     if base.evaluate.labels is not None:
         from icce_ray.evaluate.labels import check_labels
 

@@ -23,7 +23,7 @@ from icce_ray.classifier import job as classifier_job
 from icce_ray.classifier.linear import LinearClassifier
 from icce_ray.classifier.self_training import fit_classifier
 from icce_ray.config import Config
-from icce_ray.embed import embedding_parts as embed_parts
+from icce_ray.embed.embedding_parts import part_table, plan_parts
 from icce_ray.errors import DamagedArtifactError, InputError, WorkerError
 from icce_ray.runtime.progress import Progress
 from icce_ray.stage import StageContext
@@ -75,10 +75,9 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Artifact]:
     writer.write_table("images.parquet", pa.table({"image_id": range(NUM_LISTED), "uri": uris}))
     commit(writer, "images")
     writer = ArtifactWriter(Folder.at(root / "embed"))
-    for part in embed_parts.plan_parts(NUM_LISTED, 25):
+    for part in plan_parts(NUM_LISTED, 25):
         rows = np.flatnonzero((part.start <= GOOD) & (part.stop > GOOD))
-        table = embed_parts.part_table(part, GOOD[rows], FEATURES[rows])
-        writer.add(embed_parts.write_part(writer.folder, part, table).part)
+        writer.write_table(part.file_name, part_table(GOOD[rows], FEATURES[rows]))
     commit(writer, "embed")
     writer = ArtifactWriter(Folder.at(root / "consensus"))
     writer.write_array("labels.npy", CONSENSUS)

@@ -15,7 +15,8 @@ from PIL import Image
 
 from icce_ray.config import Config
 from icce_ray.embed import embedding_parts, job
-from icce_ray.embed.backbone import make_backbone, plan_backbone
+from icce_ray.embed.backbone_plan import plan_backbone
+from icce_ray.embed.build_backbone import build_backbone
 from icce_ray.embed.feature_matrix import feature_set_names, load_features
 from icce_ray.errors import ConfigError, InputError
 from icce_ray.images import list_images
@@ -23,6 +24,7 @@ from icce_ray.images.decoding import decode_image
 from icce_ray.runtime.progress import Progress
 from icce_ray.stage import StageContext
 from icce_ray.store import Artifact, ArtifactWriter, Folder
+from icce_ray.store.part_records import PartRecords
 
 from .stages import killing, run_embed, wait_for, workers
 
@@ -31,6 +33,10 @@ PIXELS = {"backbone": "pixels", "image_size": 8}
 VIT = {"backbone": "test_vit", "weights": "random", "image_size": 64, "batch_size": 5}
 VIT |= {"precision": "float32"}  # whose rounding does not depend on the batch so much
 SLOW_VIT = {"backbone": "vit_tiny_patch16_224", "weights": "random", "image_size": 160}
+
+
+def build(config: Config, **options: Any) -> Any:
+    return build_backbone(config.embed, config.seed, **options)
 
 
 @pytest.fixture
@@ -106,7 +112,7 @@ def test_the_stage_gives_what_a_plain_loop_over_the_files_gives(
     config = config_for(photos, tmp_path, num_workers=2, **embed)
     artifact = run_stage(config, tmp_path / "run")
 
-    backbone, preprocessing = make_backbone(config), plan_backbone(config.embed).preprocessing
+    backbone, preprocessing = build(config), plan_backbone(config.embed).preprocessing
     expected_ids, expected = [], []
     for image_id, path in enumerate(sorted(photos.iterdir())):
         pixels = decode_image(path.read_bytes(), preprocessing)
@@ -152,9 +158,11 @@ def test_several_backbones_in_one_pass_give_what_each_gives_alone(
 
 
 def test_a_run_takes_up_what_is_finished_and_redoes_the_rest_to_the_same_bytes(
-    ray_cluster: None, photos: Path, tmp_path: Path
+    ray_cluster: None, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (photos / "zero.png").touch()
+    clear = PartRecords.clear
+    monkeypatch.setattr(PartRecords, "clear", lambda records: None)  # as if the run had been killed before its end
     config = config_for(photos, tmp_path, **PIXELS)
     run_stage(config, tmp_path / "run")
     undisturbed = content(tmp_path / "run")
@@ -164,7 +172,9 @@ def test_a_run_takes_up_what_is_finished_and_redoes_the_rest_to_the_same_bytes(
     (folder / "part-00003.parquet").write_bytes(undisturbed["part-00003.parquet"][:500])
     (folder / ".part-00002.parquet.0a1b2c").write_bytes(b"an unfinished write")
     before = {name: (folder / name).stat().st_mtime_ns for name in ("part-00000.parquet", "part-00002.parquet")}
+    monkeypatch.setattr(PartRecords, "clear", clear)
     artifact = run_stage(config, tmp_path / "run")
+    assert not list((folder / "records").glob("*"))
     assert content(tmp_path / "run") == undisturbed
     assert {name: (folder / name).stat().st_mtime_ns for name in before} == before
     assert artifact.metrics["num_images"] == 30
@@ -232,7 +242,7 @@ def undisturbed_photos(ray_cluster: None, tmp_path_factory: pytest.TempPathFacto
 DEADLY = """
 import os, signal
 from PIL import Image
-from icce_ray.embed.backbone import PixelsBackbone
+from icce_ray.embed.networks import PixelsBackbone
 
 def die(*_):
     os.kill(os.getpid(), signal.SIGKILL)
@@ -278,7 +288,7 @@ def test_images_that_kill_their_workers_are_isolated_and_the_others_embedded(pho
     errors = {Path(row["uri"]).name: row["reason"] for row in artifact.read_table("errors.parquet").to_pylist()}
     assert errors == {"012a.png": "killed its worker", "020a.png": "killed its worker"}
     features = load_features(artifact)
-    preprocessing, backbone = plan_backbone(config.embed).preprocessing, make_backbone(config)
+    preprocessing, backbone = plan_backbone(config.embed).preprocessing, build(config)
     good = [path for path in sorted(photos.iterdir()) if path.name not in errors]
     for row, path in zip(features.matrix, good, strict=True):
         pixels = decode_image(path.read_bytes(), preprocessing)
@@ -336,6 +346,7 @@ def test_ready_made_embeddings_become_the_same_artifact_in_the_same_order(tmp_pa
 
 
 def test_ready_made_embeddings_are_taken_up_part_by_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PartRecords, "clear", lambda records: None)
     monkeypatch.setattr("icce_ray.embed.embedding_parts.READY_MADE_PART_ROWS", 64)
     np.save(tmp_path / "e.npy", np.random.default_rng(0).standard_normal((500, 12)).astype(np.float16))
     config = Config(output=str(tmp_path), num_clusters=2, embeddings={"uri": str(tmp_path / "e.npy")})

@@ -13,7 +13,7 @@ import pytest
 from icce_ray.assign import embeddings_to_label
 from icce_ray.assign.embeddings_to_label import EmbeddedImages, EmbeddingFiles, Source, UriReader
 from icce_ray.config import EmbeddingsConfig
-from icce_ray.embed import embedding_parts as embed_parts
+from icce_ray.embed.embedding_parts import part_table, plan_parts
 from icce_ray.errors import InputError
 from icce_ray.store import Artifact, ArtifactWriter, Folder
 
@@ -28,10 +28,9 @@ def embedded(folder: Path) -> EmbeddedImages:
     """Images 0..52, of which 5 and 20 to 29 failed."""
     images, embed = ArtifactWriter(Folder.at(folder / "images")), ArtifactWriter(Folder.at(folder / "embed"))
     images.write_table("images.parquet", pa.table({"image_id": range(53), "uri": [f"/{i}.png" for i in range(53)]}))
-    for part in embed_parts.plan_parts(53, 10):
+    for part in plan_parts(53, 10):
         ids = np.array([i for i in range(part.start, part.stop) if i != 5 and not 20 <= i < 30], dtype=np.int64)
-        table = embed_parts.part_table(part, ids, FEATURES[ids])
-        embed.add(embed_parts.write_part(embed.folder, part, table).part)
+        embed.write_table(part.file_name, part_table(ids, FEATURES[ids]))
     return EmbeddedImages(artifact(embed, "embed"), artifact(images, "images"))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,12 +16,21 @@ import icce_ray
 from icce_ray.classifier.linear import DESCRIPTION_NAME, MODEL_NAME
 from icce_ray.classifier.self_training import fit_classifier
 from icce_ray.config import ClassifierConfig, Config
-from icce_ray.embed.backbone import embed_settings, make_backbone, plan_backbone
+from icce_ray.embed.backbone_plan import embed_settings, plan_backbone
+from icce_ray.embed.build_backbone import build_backbone
 from icce_ray.errors import InputError
 from icce_ray.images.decoding import convert_image
 from icce_ray.store import ArtifactWriter, Folder
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (24, 64, 64, 3), dtype=np.uint8)
+
+
+def build(config: Config, **options: Any) -> Any:
+    return build_backbone(config.embed, config.seed, **options)
+
+
+def settings_of(config: Config) -> dict[str, Any]:
+    return embed_settings(config.embed, config.embeddings, config.seed)
 
 
 def save_weights(path: Path, seed: int) -> None:
@@ -48,7 +58,7 @@ def write_model(folder: Path, weights: Path, *, include_backbone: bool) -> np.nd
     )
     preprocessing = plan_backbone(config.embed).preprocessing
     scaled = np.stack([np.asarray(convert_image(Image.fromarray(image), preprocessing)) for image in PIXELS])
-    features = make_backbone(config).embed(scaled)
+    features = build(config).embed(scaled)
     classifier = fit_classifier(
         features, np.arange(24) % 2, ClassifierConfig(), num_clusters=2, seed=0, outlier_quantile=0.99
     )
@@ -61,7 +71,7 @@ def write_model(folder: Path, weights: Path, *, include_backbone: bool) -> np.nd
         "num_dims": classifier.num_dims,
         "seed": 0,
         "embed": config.embed.model_dump(mode="json"),
-        "embed_identity": embed_settings(config),
+        "embed_identity": settings_of(config),
         "embeddings": {"uri": None},
         "backbone_file": "backbone.safetensors" if include_backbone else None,
     }

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from icce_ray.embed.embedding_parts import part_table, plan_parts, write_part
+from icce_ray.embed.embedding_parts import part_table, plan_parts
 from icce_ray.store import Artifact, ArtifactWriter, Folder
 
 MakeArtifact = Callable[..., Artifact]
@@ -25,8 +25,7 @@ def make_embed_artifact(tmp_path: Path) -> MakeArtifact:
         image_ids = np.setdiff1d(np.arange(num_images), failed)
         for part in plan_parts(num_images, rows_per_part):
             inside = (image_ids >= part.start) & (image_ids < part.stop)
-            table = part_table(part, image_ids[inside], rows[inside])
-            writer.add(write_part(writer.folder, part, table).part)
+            writer.write_table(part.file_name, part_table(image_ids[inside], rows[inside]))
         return writer.commit(stage="embed", fingerprint="0" * 16, inputs={}, config={}, metrics=metrics, seconds=0.0)
 
     return make

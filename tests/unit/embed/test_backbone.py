@@ -18,11 +18,23 @@ from safetensors.torch import save_file
 from timm.data import create_transform, resolve_model_data_config
 
 from icce_ray.config import Config
-from icce_ray.embed import backbone as backbone_module
-from icce_ray.embed import plan_cache, weights
-from icce_ray.embed.backbone import check_backbone, embed_settings, make_backbone, plan_backbone
+from icce_ray.embed import plan_cache, timm_models, weights
+from icce_ray.embed.backbone_plan import check_backbones, embed_settings, plan_backbone
+from icce_ray.embed.build_backbone import build_backbone
 from icce_ray.errors import ConfigError, ResourceError
 from icce_ray.images.decoding import decode_image
+
+
+def build(config: Config, **options: Any) -> Any:
+    return build_backbone(config.embed, config.seed, **options)
+
+
+def settings_of(config: Config) -> dict[str, Any]:
+    return embed_settings(config.embed, config.embeddings, config.seed)
+
+
+def check(config: Config) -> None:
+    check_backbones(config.embed)
 
 
 def config_for(backbone: str = "test_vit", seed: int = 0, **embed: Any) -> Config:
@@ -67,7 +79,7 @@ def test_the_features_of_a_vision_transformer_are_those_of_a_plain_walk_through_
     if features.endswith("patch_mean") or features == "auto":
         wanted.append(tokens[-1][:, 1:].mean(1))
     expected = torch.cat(wanted, 1).numpy()
-    backbone = make_backbone(config_for(name, features=features))
+    backbone = build(config_for(name, features=features))
     result = backbone.embed(images)
     assert result.dtype == np.float16
     assert result.shape == expected.shape == (5, backbone.dim)
@@ -83,7 +95,7 @@ def test_register_tokens_are_no_patches() -> None:
     with torch.inference_mode():
         tokens = model.forward_features(normalised(model, images))
     assert tokens.shape[1] == 1 + 4 + 4
-    result = make_backbone(config_for(name, features="cls+patch_mean", image_size=28)).embed(images)
+    result = build(config_for(name, features="cls+patch_mean", image_size=28)).embed(images)
     np.testing.assert_allclose(result[:, 384:], tokens[:, 5:].mean(1).numpy(), atol=2e-3)
 
 
@@ -93,7 +105,7 @@ def test_a_model_without_tokens_gives_its_pooled_features(name: str) -> None:
     model = seeded(name)
     with torch.inference_mode():
         expected = model(normalised(model, images)).numpy()
-    backbone = make_backbone(config_for(name))
+    backbone = build(config_for(name))
     assert backbone.dim == expected.shape[1]
     np.testing.assert_allclose(backbone.embed(images), expected, rtol=2e-3, atol=2e-3)
     assert plan_backbone(config_for(name).embed).features == "pooled"
@@ -109,8 +121,8 @@ def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
         made.append(name)
         return original(name, size)
 
-    original = backbone_module._create
-    monkeypatch.setattr(backbone_module, "_create", create)
+    original = timm_models.create_model
+    monkeypatch.setattr(timm_models, "create_model", create)
     return made
 
 
@@ -154,9 +166,9 @@ def test_a_plan_that_is_known_needs_no_timm(asked: list[str]) -> None:
     code = (
         "import sys\n"
         "from icce_ray.config import Config\n"
-        "from icce_ray.embed.backbone import check_backbone\n"
+        "from icce_ray.embed.backbone_plan import check_backbones\n"
         "embed = {'backbone': 'test_vit', 'image_size': 64, 'weights': 'random'}\n"
-        "check_backbone(Config(output='x', num_clusters=2, images={'uri': 'x'}, embed=embed))\n"
+        "check_backbones(Config(output='x', num_clusters=2, images={'uri': 'x'}, embed=embed).embed)\n"
         "assert 'torch' not in sys.modules and 'timm' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
@@ -166,11 +178,12 @@ def test_pixels_are_flattened_and_scaled_to_one_without_torch() -> None:
     code = (
         "import sys, numpy as np\n"
         "from icce_ray.config import Config\n"
-        "from icce_ray.embed.backbone import make_backbone, check_backbone, embed_settings\n"
+        "from icce_ray.embed.backbone_plan import check_backbones, embed_settings\n"
+        "from icce_ray.embed.build_backbone import build_backbone\n"
         "c = Config(output='x', num_clusters=2, images={'uri': 'x'}, embed={'backbone': 'pixels', 'image_size': 8})\n"
-        "check_backbone(c), embed_settings(c)\n"
+        "check_backbones(c.embed), embed_settings(c.embed, c.embeddings, c.seed)\n"
         "images = np.arange(2 * 8 * 8 * 3, dtype=np.uint8).reshape(2, 8, 8, 3)\n"
-        "features = make_backbone(c).embed(images)\n"
+        "features = build_backbone(c.embed, c.seed).embed(images)\n"
         "assert features.shape == (2, 192) and features.dtype == np.float16\n"
         "assert np.array_equal(features, (images.reshape(2, -1) / 255).astype(np.float32).astype(np.float16))\n"
         "assert 'torch' not in sys.modules and 'timm' not in sys.modules and 'ray' not in sys.modules\n"
@@ -206,17 +219,17 @@ def test_random_weights_depend_on_the_seed_alone_and_leave_the_global_generator_
     images = random_images()
     torch.manual_seed(5)
     before = torch.random.get_rng_state()
-    first = make_backbone(config_for(seed=1)).embed(images)
+    first = build(config_for(seed=1)).embed(images)
     assert torch.equal(torch.random.get_rng_state(), before)
-    assert np.array_equal(first, make_backbone(config_for(seed=1)).embed(images))
-    assert not np.array_equal(first, make_backbone(config_for(seed=2)).embed(images))
+    assert np.array_equal(first, build(config_for(seed=1)).embed(images))
+    assert not np.array_equal(first, build(config_for(seed=2)).embed(images))
 
 
 def test_images_in_shared_memory_are_not_written_to() -> None:
     images = random_images()
     kept = images.copy()
     images.flags.writeable = False
-    make_backbone(config_for()).embed(images)
+    build(config_for()).embed(images)
     assert np.array_equal(images, kept)
 
 
@@ -232,14 +245,14 @@ def test_weights_come_from_a_local_file(tmp_path: Path, ending: str, with_head: 
     images = random_images()
     with torch.inference_mode():
         tokens = model.eval().forward_features(normalised(model, images))
-    result = make_backbone(config_for(weights=str(path), features="cls")).embed(images)
+    result = build(config_for(weights=str(path), features="cls")).embed(images)
     np.testing.assert_allclose(result, tokens[:, 0].numpy(), atol=2e-3)
 
 
 def test_weights_for_another_image_size_have_their_positions_resampled(tmp_path: Path) -> None:
     model = timm.create_model("test_vit", num_classes=0, img_size=160)
     save_file(model.state_dict(), tmp_path / "w.safetensors")
-    result = make_backbone(config_for(weights=str(tmp_path / "w.safetensors"))).embed(random_images())
+    result = build(config_for(weights=str(tmp_path / "w.safetensors"))).embed(random_images())
     assert np.isfinite(result).all()
 
 
@@ -271,11 +284,15 @@ UNFIT = {
     "another model": (
         _save_other_model,
         "w.safetensors",
-        ["does not fit test_vit", "lacks cls_token, pos_embed", "has unknown bn1."],
+        [
+            "does not fit test_vit",
+            'Missing key(s) in state_dict: "cls_token", "pos_embed"',
+            'Unexpected key(s) in state_dict: "bn1.',
+        ],
     ),
     "a wider one": (_save_wider_model, "w.safetensors", ["size mismatch for cls_token", "[1, 1, 128]", "[1, 1, 64]"]),
-    "a deeper one": (_save_deeper_model, "w.safetensors", ["has unknown blocks.6", "more"]),
-    "a key is missing": (_save_less, "w.safetensors", ["lacks blocks.1.norm1.weight"]),
+    "a deeper one": (_save_deeper_model, "w.safetensors", ['Unexpected key(s) in state_dict: "blocks.6', "[...]"]),
+    "a key is missing": (_save_less, "w.safetensors", ['Missing key(s) in state_dict: "blocks.1.norm1.weight"']),
     "not safetensors": (lambda path: path.write_bytes(b"no"), "w.safetensors", ["cannot be read"]),
     "code": (
         lambda path: path.write_bytes(pickle.dumps({"a": _Code()})),
@@ -292,7 +309,7 @@ def test_weights_that_do_not_fit_are_refused_naming_the_keys(tmp_path: Path, cas
     save, name, words = UNFIT[case]
     save(tmp_path / name)
     with pytest.raises(ConfigError) as caught:
-        make_backbone(config_for(weights=str(tmp_path / name)))
+        build(config_for(weights=str(tmp_path / name)))
     assert "embed.weights" in str(caught.value)
     for word in words:
         assert any(option in str(caught.value) for option in word.split("|")), str(caught.value)
@@ -320,7 +337,7 @@ WRONG = {
 def test_a_backbone_that_cannot_work_is_refused_before_any_work(case: str) -> None:
     embed, words = WRONG[case]
     with pytest.raises(ConfigError) as caught:
-        check_backbone(config_for(**embed))
+        check(config_for(**embed))
     for word in words:
         assert word in str(caught.value), str(caught.value)
 
@@ -332,28 +349,27 @@ def test_without_a_network_the_remedy_is_named_at_once(monkeypatch: pytest.Monke
     monkeypatch.setattr(weights, "getproxies", dict)
     monkeypatch.setattr(weights.socket, "getaddrinfo", no_name)
     with pytest.raises(ResourceError, match=r"could not be fetched.*set embed\.weights to the \.safetensors"):
-        check_backbone(config_for(weights=None))
+        check(config_for(weights=None))
     with pytest.raises(ConfigError, match="no weights for vit_base_patch16_18x2_224"):
-        check_backbone(config_for("vit_base_patch16_18x2_224", weights=None))
+        check(config_for("vit_base_patch16_18x2_224", weights=None))
 
 
-def test_ready_made_embeddings_need_no_backbone() -> None:
+def test_the_settings_of_ready_made_embeddings_name_no_backbone() -> None:
     config = Config(output="x", num_clusters=2, embeddings={"uri": "e.npy"}, embed={"backbone": "no such model"})
-    check_backbone(config)
-    assert embed_settings(config) == {"embeddings": {"column": None}}
+    assert settings_of(config) == {"embeddings": {"column": None}}
 
 
 def test_the_fingerprint_sees_the_weights_content_and_not_their_path(tmp_path: Path) -> None:
     for name, content in (("a.pth", b"1"), ("b.pth", b"1"), ("c.pth", b"2")):
         (tmp_path / name).write_bytes(content)
-    a, b, c = (embed_settings(config_for(weights=str(tmp_path / name))) for name in ("a.pth", "b.pth", "c.pth"))
+    a, b, c = (settings_of(config_for(weights=str(tmp_path / name))) for name in ("a.pth", "b.pth", "c.pth"))
     assert a == b != c
 
 
 def test_the_fingerprint_sees_all_that_changes_features_and_nothing_else() -> None:
     same = [{}, {"batch_size": 3}, {"max_error_rate": 0.5}, {"compile": True}]
-    assert len({str(embed_settings(config_for(**embed))) for embed in same}) == 1
-    assert embed_settings(config_for(image_size=None)) == embed_settings(config_for(image_size=224))
+    assert len({str(settings_of(config_for(**embed))) for embed in same}) == 1
+    assert settings_of(config_for(image_size=None)) == settings_of(config_for(image_size=224))
     other = [{"backbone": "test_vit2"}, {"features": "cls"}, {"image_size": 48}, {"seed": 1}]
     other += [
         {"weights": None},
@@ -364,7 +380,7 @@ def test_the_fingerprint_sees_all_that_changes_features_and_nothing_else() -> No
         {"extra": [{"backbone": "pixels"}]},
         {"extra": [{"backbone": "pixels", "image_size": 8}]},
     ]
-    assert len({str(embed_settings(config_for(**embed))) for embed in [{}, *other]}) == 1 + len(other)
-    assert embed_settings(config_for("pixels", seed=1)) == embed_settings(config_for("pixels"))
+    assert len({str(settings_of(config_for(**embed))) for embed in [{}, *other]}) == 1 + len(other)
+    assert settings_of(config_for("pixels", seed=1)) == settings_of(config_for("pixels"))
     pixels = {"backbone": "pixels", "image_size": 32, "max_image_pixels": 100_000_000}
-    assert embed_settings(config_for("pixels", image_size=None)) == {"embed": pixels | {"grayscale": False}}
+    assert settings_of(config_for("pixels", image_size=None)) == {"embed": pixels | {"grayscale": False}}

@@ -20,12 +20,25 @@ from safetensors.torch import save, save_file
 
 from icce_ray.config import Config
 from icce_ray.embed import weights
-from icce_ray.embed.backbone import check_backbone, embed_settings, make_backbone
+from icce_ray.embed.backbone_plan import check_backbones, embed_settings
+from icce_ray.embed.build_backbone import build_backbone
 from icce_ray.embed.weights import check_weights, local_weights, weights_digest
 from icce_ray.errors import ConfigError, ResourceError
 from icce_ray.store.artifact import cache_folder
 
 BUCKET = "models"
+
+
+def build(config: Config, **options: Any) -> Any:
+    return build_backbone(config.embed, config.seed, **options)
+
+
+def settings_of(config: Config) -> dict[str, Any]:
+    return embed_settings(config.embed, config.embeddings, config.seed)
+
+
+def check(config: Config) -> None:
+    check_backbones(config.embed)
 
 
 def config_for(location: str | None, backbone: str = "test_vit") -> Config:
@@ -69,11 +82,11 @@ def test_weights_on_s3_give_what_the_same_file_here_gives(s3_server: Any, tmp_pa
     save_file(vit_weights(0), tmp_path / "w.safetensors")
     s3_server.upload_file(str(tmp_path / "w.safetensors"), BUCKET, "vit/w.safetensors")
     here, there = config_for(str(tmp_path / "w.safetensors")), config_for(f"s3://{BUCKET}/vit/w.safetensors")
-    check_backbone(there)
+    check(there)
     assert not (cache_folder() / "weights").exists(), "a check reads no weights"
-    assert embed_settings(there) == embed_settings(here)
+    assert settings_of(there) == settings_of(here)
     images = np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3), dtype=np.uint8)
-    assert np.array_equal(make_backbone(there).embed(images), make_backbone(here).embed(images))
+    assert np.array_equal(build(there).embed(images), build(here).embed(images))
 
 
 def test_a_remote_file_is_copied_once_and_again_when_it_was_replaced(
@@ -95,7 +108,7 @@ def test_a_remote_file_is_copied_once_and_again_when_it_was_replaced(
 def test_remote_weights_that_are_not_there_are_refused_before_any_work(s3_server: Any) -> None:
     for uri in (f"s3://{BUCKET}/gone.pth", f"s3://{BUCKET}/vit"):
         with pytest.raises(ConfigError, match=r"embed\.weights: there is no file|does not end in"):
-            check_backbone(config_for(uri))
+            check(config_for(uri))
 
 
 def test_a_secret_in_the_uri_is_refused_and_not_repeated() -> None:
@@ -146,13 +159,14 @@ def test_weights_of_the_hub_are_fetched_once_as_safetensors_and_then_found_witho
     code = (
         "import sys, numpy as np\n"
         "from icce_ray.config import Config\n"
-        "from icce_ray.embed.backbone import check_backbone, make_backbone\n"
+        "from icce_ray.embed.backbone_plan import check_backbones\n"
+        "from icce_ray.embed.build_backbone import build_backbone\n"
         "def features(backbone, weights):\n"
         "    embed = {'backbone': backbone, 'weights': weights, 'image_size': 64}\n"
         "    config = Config(output='x', num_clusters=2, images={'uri': 'x'}, embed=embed)\n"
-        "    check_backbone(config)\n"
+        "    check_backbones(config.embed)\n"
         "    images = np.arange(2 * 64 * 64 * 3, dtype=np.int64).astype(np.uint8).reshape(2, 64, 64, 3)\n"
-        "    return make_backbone(config).embed(images)\n"
+        "    return build_backbone(config.embed, config.seed).embed(images)\n"
         "assert np.array_equal(features('test_vit.r160_in1k', None), features('test_vit', sys.argv[1]))\n"
     )
     environment = os.environ | {

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
@@ -19,7 +20,7 @@ from icce_ray.classifier.linear import MODEL_NAME
 from icce_ray.classifier.self_training import fit_classifier
 from icce_ray.config import ClassifierConfig, Config
 from icce_ray.consensus.hierarchy import HIERARCHY_NAME, merge_clusters
-from icce_ray.embed import embedding_parts as embed_parts
+from icce_ray.embed.embedding_parts import part_table, plan_parts
 from icce_ray.images import list_images
 from icce_ray.images.listing import Listing
 from icce_ray.runtime.progress import Progress
@@ -93,11 +94,12 @@ def build_run(config: Config, root: Path, rows_per_part: int) -> PlantedRun:
     features[np.arange(len(uris)), classes] += 3
     features[7] += 200
     output = writer("embed")
-    for part in embed_parts.plan_parts(len(uris), rows_per_part):
+    for part in plan_parts(len(uris), rows_per_part):
         inside = rows[(rows >= part.start) & (rows < part.stop)]
-        table = embed_parts.part_table(part, inside, features[inside])
-        output.add(embed_parts.write_part(output.folder, part, table).part)
-    output.write_table("errors.parquet", embed_parts.errors_table([(failed, "truncated")], uris.__getitem__))
+        output.write_table(part.file_name, part_table(inside, features[inside]))
+    output.write_table(
+        "errors.parquet", pa.table({"image_id": [failed], "uri": [uris[failed]], "reason": ["truncated"]})
+    )
     inputs["embed"] = commit(output, "embed", config, {"feature_set": "planted"})
 
     output = writer("neighbors")

@@ -1,0 +1,58 @@
+"""The ``embed`` stage for ready-made embeddings, which are only rewritten as parts, in one process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from icce_ray.config import EmbeddingsConfig
+from icce_ray.embed.embedding_parts import (
+    FinishedPart,
+    PartRange,
+    part_table,
+    plan_parts,
+    ready_made_rows_per_part,
+    source_digest,
+    write_part,
+)
+from icce_ray.embed.finished_parts import Tally
+from icce_ray.errors import InputError
+from icce_ray.images.embedding_files import Embeddings, open_embeddings
+from icce_ray.images.listing import Listing
+from icce_ray.stage import StageContext
+from icce_ray.store.part_records import PartRecords
+
+
+def rewrite_embeddings(config: EmbeddingsConfig, context: StageContext) -> dict[str, Any]:
+    """Write the parts that are missing. Metrics as :meth:`Tally.finish`.
+
+    Raises:
+        InputError: embeddings that cannot be used, or that have changed since they were listed.
+    """
+    listing, embeddings = Listing(context.inputs["images"]), open_embeddings(config)
+    if embeddings.num_rows != len(listing):
+        raise InputError(f"embeddings.uri: {config.uri} changed while it was being read; run again")
+    tally = Tally(context, listing, max_error_rate=0.0)
+    records = PartRecords(context.output.folder, source_digest(context.inputs["images"]))
+    rows_per_part = ready_made_rows_per_part(embeddings.dim, embeddings.dtype.itemsize)
+    pending = tally.resume(plan_parts(len(listing), rows_per_part), records)
+    for part in _write_parts(embeddings, pending, records):
+        tally.add(part)
+    records.clear()
+    return tally.finish("ready-made")
+
+
+def _write_parts(embeddings: Embeddings, pending: list[PartRange], records: PartRecords) -> Iterator[FinishedPart]:
+    """The source is read once, in order, from the first of the `pending` parts on."""
+    if not pending:
+        return
+    by_start = {part.start: part for part in pending}
+    position = pending[0].start
+    for rows_nD in embeddings.blocks(pending[0].num_images, position):
+        part = by_start.get(position)
+        if part is not None:
+            assert len(rows_nD) == part.num_images
+            yield write_part(records, part, part_table(np.arange(part.start, part.stop), rows_nD))
+        position += len(rows_nD)

@@ -1,0 +1,79 @@
+"""Reuse the parts of finished ``embed`` artifacts, for a new listing with the same images or to try errors again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+from icce_ray.embed.embedding_parts import ERRORS_NAME, FinishedPart, PartRange, plan_parts, read_finished
+from icce_ray.embed.feature_matrix import PART_PREFIX
+from icce_ray.errors import DamagedArtifactError
+from icce_ray.images.listing import Listing
+from icce_ray.store import Artifact
+from icce_ray.store.part_records import PartRecord, PartRecords
+
+COPY_THREADS = 8
+SAME = ["uri", "size_bytes", "etag", "problem"]
+"""Columns of the listing: images that agree in them are the same file."""
+
+
+class ReusableParts:
+    """The parts of a finished artifact.
+
+    Args:
+        artifact: an ``embed`` artifact.
+        listing: the images it was made from.
+    """
+
+    def __init__(self, artifact: Artifact, listing: Listing) -> None:
+        self.parts = plan_parts(len(listing), artifact.metrics["images_per_part"])
+        self._artifact = artifact
+        self._listing = listing
+        self._files = dict(zip(self.parts, artifact.part_names(PART_PREFIX), strict=True))
+        errors = artifact.read_table(ERRORS_NAME)
+        self._failed_ids = errors["image_id"].to_numpy()
+        self._reasons: list[str] = errors["reason"].to_pylist()
+
+    def record(self, part: PartRange) -> PartRecord:
+        """The record that the part had."""
+        first, last = np.searchsorted(self._failed_ids, [part.start, part.stop])
+        errors = list(zip(self._failed_ids[first:last].tolist(), self._reasons[first:last], strict=True))
+        metrics = {"num_images": part.num_images, "errors": errors, "num_embedded": 0}
+        return PartRecord(name=part.name, files=(self._artifact.part(self._files[part]),), metrics=metrics)
+
+    def copy(self, part: PartRange, listing: Listing, records: PartRecords) -> FinishedPart | None:
+        """Copy a part, if there is one of the same images.
+
+        Args:
+            part: what it covers in `listing`.
+            listing: the images of the artifact it is copied into.
+            records: of that artifact.
+        """
+        if part not in self._files:
+            return None
+        here, there = (images.table(part.start, part.stop).select(SAME) for images in (listing, self._listing))
+        if not here.equals(there):
+            return None
+        record = self.record(part)
+        try:
+            data = self._artifact.read_bytes(record.files[0].name)
+        except DamagedArtifactError:
+            return None
+        records.folder.write_bytes(part.file_name, data)
+        file = record.files[0].model_copy(update={"name": part.file_name})
+        return read_finished(records.folder, records.write(part.name, [file], record.metrics))
+
+
+def copy_parts(
+    parts: Sequence[PartRange], listing: Listing, sources: Sequence[ReusableParts], records: PartRecords
+) -> Iterator[tuple[PartRange, FinishedPart | None]]:
+    """Copy what the sources have of `parts`; each part, with None if no source has it."""
+
+    def copy(part: PartRange) -> FinishedPart | None:
+        copies = (source.copy(part, listing, records) for source in sources)
+        return next((copied for copied in copies if copied is not None), None)
+
+    with ThreadPoolExecutor(COPY_THREADS) as threads:
+        yield from zip(parts, threads.map(copy, parts), strict=True)

@@ -1,0 +1,115 @@
+"""timm models: build one, find out what it wants and gives, and extract features from it."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+import timm
+import torch
+from timm.data.config import resolve_model_data_config
+
+from icce_ray.embed.backbone_plan import PIXELS
+from icce_ray.errors import ConfigError
+from icce_ray.images.decoding import Interpolation, Preprocessing
+
+
+def create_model(name: str, size: int, **options: Any) -> Any:
+    """The timm model without its classification layer; for square inputs of `size` if it depends on that.
+
+    Raises:
+        ConfigError: no such model (with close matches) or weights tag, or an image size that it cannot take.
+    """
+    architecture = name.partition(".")[0]
+    if ":" not in name and not timm.is_model(architecture):
+        close = difflib.get_close_matches(name, [PIXELS, *timm.list_models(), *timm.list_pretrained()], n=5)
+        hint = f"; close: {', '.join(close)}" if close else ""
+        raise ConfigError(f"embed.backbone: timm has no model {name!r}{hint}. Any timm model name works, or {PIXELS!r}")
+    try:
+        try:
+            model = timm.create_model(name, num_classes=0, img_size=size, **options)
+        except TypeError as error:
+            if "img_size" not in str(error):
+                raise
+            model = timm.create_model(name, num_classes=0, **options)
+    except RuntimeError as error:
+        if "pretrained tag" not in str(error):
+            raise
+        tags = [known for known in timm.list_pretrained() if known.startswith(f"{architecture}.")]
+        raise ConfigError(f"embed.backbone: {name!r}: no such weights tag; there are {', '.join(tags)}") from None
+    except (AssertionError, ValueError) as error:
+        raise ConfigError(f"embed.image_size: {name} cannot be built for {size} pixels: {error}") from None
+    return model.eval()
+
+
+def parameter_names(name: str, size: int) -> set[str]:
+    """The names of the model's parameters and buffers, without initialising them if the model permits."""
+    try:
+        with torch.device("meta"):
+            return set(create_model(name, size).state_dict())
+    except (NotImplementedError, RuntimeError):  # it reads values while it is built
+        return set(create_model(name, size).state_dict())
+
+
+def probe_features(model: Any, name: str, features: str, example: torch.Tensor) -> tuple[str, int]:
+    """The features that `features` stands for, and their dimension, by trying.
+
+    Raises:
+        ConfigError: features that the model cannot give, or an image size that it cannot take.
+    """
+    features = _choose_features(model, name, features)
+    try:
+        with torch.inference_mode():
+            return features, int(extract_features(model, example, features).shape[1])
+    except AssertionError as error:
+        raise ConfigError(f"embed.image_size: {name} cannot take {example.shape[-1]} pixels: {error}") from None
+    except (TypeError, ValueError, IndexError) as error:
+        raise ConfigError(f"embed.features: {name} cannot give {features!r}: {error}") from None
+
+
+def extract_features(model: Any, images_BCHW: torch.Tensor, features: str) -> torch.Tensor:
+    """Normalised images -> (B, D) float32; tokens are taken after the model's final norm."""
+    if features == "pooled":
+        pooled: torch.Tensor = model(images_BCHW)
+        return pooled.flatten(1).float()
+    if features.startswith("last4"):
+        blocks = model.forward_intermediates(
+            images_BCHW, indices=4, return_prefix_tokens=True, norm=True, output_fmt="NLC", intermediates_only=True
+        )
+        chosen = [prefix[:, 0] for _, prefix in blocks]
+        patches = blocks[-1][0]
+    else:
+        tokens = model.forward_features(images_BCHW)
+        chosen, patches = [tokens[:, 0]], tokens[:, model.num_prefix_tokens :]
+    if features.endswith("patch_mean"):
+        chosen.append(patches.float().mean(dim=1))
+    return torch.cat([token.float() for token in chosen], dim=1)
+
+
+def data_config(model: Any) -> dict[str, Any]:
+    """timm's data config: mean, std, interpolation, crop_pct, crop_mode."""
+    settings: dict[str, Any] = resolve_model_data_config(model)  # type: ignore[no-untyped-call]
+    return settings
+
+
+def model_preprocessing(model: Any, size: int) -> Preprocessing:
+    """The model's own preprocessing, for inputs of `size`."""
+    data = data_config(model)
+    known: dict[str, Interpolation] = {"nearest": "nearest", "bilinear": "bilinear", "lanczos": "lanczos"}
+    return Preprocessing(
+        size=size,
+        scale_size=max(size, int(size / data["crop_pct"])),
+        interpolation=known.get(data["interpolation"], "bicubic"),
+        squash=data["crop_mode"] == "squash",
+    )
+
+
+def _choose_features(model: Any, name: str, features: str) -> str:
+    has_tokens = getattr(model, "cls_token", None) is not None and getattr(model, "num_prefix_tokens", 0) >= 1
+    if features == "auto":
+        return "cls+patch_mean" if has_tokens else "pooled"
+    if features != "pooled" and not has_tokens:
+        raise ConfigError(f"embed.features: {name} has no class token, so no {features!r}; use 'pooled'")
+    if features.startswith("last4") and not hasattr(model, "forward_intermediates"):
+        raise ConfigError(f"embed.features: {name} does not give its last blocks; use 'cls' or 'cls+patch_mean'")
+    return features
