@@ -144,19 +144,21 @@ def run_tasks(
 
 def run_on_actors(
     stage: str,
-    make: Callable[..., Any],
+    make: Callable[[], Callable[[Any], Any]],
     items: Iterable[Any],
     *,
     resources: ResourcesConfig,
+    progress: Progress,
     num_images: int,
 ) -> Iterator[tuple[Any, Any]]:
     """Call an object with each item, each item on any of the stage's actors.
 
     Args:
         stage: the section of `resources`, and the name in messages.
-        make: called with `num_threads` in each actor; makes the object.
+        make: makes the object, in each actor.
         items: consumed as actors become free.
         resources: the run's. The section says how many actors there are, and what each has.
+        progress: told if machines are waited for.
         num_images: decides whether the object is made and called here.
 
     Yields:
@@ -167,11 +169,12 @@ def run_on_actors(
         WorkerError: it failed otherwise, or an actor died more often than it is restarted.
     """
     if runs_here(resources, num_images):
-        call = make(num_threads=usable_cpus())
+        call = make()
         for item in items:
             yield item, call(item)
         return
     connect(resources)
+    wait_for_machines(resources, stage, progress.note)
     import ray
 
     workers: WorkerResources = getattr(resources, stage)
@@ -182,7 +185,6 @@ def run_on_actors(
         "max_task_retries": MAX_RESTARTS,
     }
     actor = ray.remote(CallingActor).options(**options)
-    make = partial(make, num_threads=worker_threads(workers))
     actors: list[Any] = []
     waiting, running = iter(items), dict[Any, tuple[Any, Any]]()
     try:

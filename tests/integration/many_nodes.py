@@ -40,7 +40,7 @@ AT_WORK = {
     "neighbors": r"ShardWorker\.(audit|answer|make)",
     "method": r"RayTrainWorker.*",  # it trains beside what it is asked by Ray
     "consensus": r"consensus: .+",
-    "assign": r"MapWorker\(MapBatches\(Labeler\)\)\.submit",
+    "assign": r"CallingActor\.call",
 }
 """What Ray's workers call themselves while they work for a stage."""
 KILLED_IN = tuple(AT_WORK)

@@ -117,11 +117,10 @@ def make_functions() -> Any:
         return item * 10, os.getpid()
 
     class Caller:
-        def __init__(self, folder: Path, what: str, *, num_threads: int) -> None:
-            self.folder, self.what, self.num_threads = folder, what, num_threads
+        def __init__(self, folder: Path, what: str) -> None:
+            self.folder, self.what = folder, what
 
         def __call__(self, item: int) -> tuple[int, int]:
-            assert self.num_threads == 1
             return task(item, self.folder, self.what)
 
     return task, Caller
@@ -133,9 +132,8 @@ def results(way: str, folder: Path, what: str, num_items: int = 6) -> dict[int, 
     if way == "tasks":
         found = run_tasks("assign", task, range(num_items), (folder, what), resources=resources, num_images=40)
     else:
-        found = run_on_actors(
-            "assign", partial(caller, folder, what), range(num_items), resources=resources, num_images=40
-        )
+        make, progress = partial(caller, folder, what), Progress("assign", quiet=True)
+        found = run_on_actors("assign", make, range(num_items), resources=resources, progress=progress, num_images=40)
     return dict(found)
 
 

@@ -107,15 +107,14 @@ def test_tasks_and_actors_are_called_in_order_one_by_one() -> None:
     assert list(run_tasks("count", add, [1, 2], (10,), resources=RESOURCES, num_images=40)) == [(1, 11), (2, 12)]
 
     class Adder:
-        def __init__(self, start: int, *, num_threads: int) -> None:
-            assert num_threads == usable_cpus()
+        def __init__(self, start: int) -> None:
             self.total = start
 
         def __call__(self, item: int) -> int:
             self.total += item
             return self.total
 
-    found = run_on_actors("assign", partial(Adder, 100), [1, 2, 3], resources=RESOURCES, num_images=40)
+    found = run_on_actors("assign", partial(Adder, 100), [1, 2, 3], resources=RESOURCES, progress=Seen(), num_images=40)
     assert list(found) == [(1, 101), (2, 103), (3, 106)]
 
 
