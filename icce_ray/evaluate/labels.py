@@ -1,12 +1,14 @@
-"""True labels, for evaluation only: from the folders of the images, or a .npy, .csv or .parquet file.
+"""True labels, for evaluation only: from folders, from .cls files in tar shards, or from .npy, .csv or .parquet files.
 
-Nothing but the evaluate stage may import this.
+Only the evaluate stage and the checks before a run may import this.
 """
 
 from __future__ import annotations
 
 import difflib
+import unicodedata
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
@@ -19,15 +21,16 @@ import pyarrow.csv as pc_csv
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
-from icce_ray.config import Config, EvaluateConfig
+from icce_ray.config import EvaluateConfig
 from icce_ray.errors import InputError
-from icce_ray.images.containers import labels_beside
+from icce_ray.images.containers import PARQUET_MEMBER, TAR_MEMBER, labels_beside
 from icce_ray.store.filesystem import open_uri
 
 FOLDER = "folder"
 WEBDATASET = "cls"
 ENDINGS = (".npy", ".csv", ".parquet")
 MAX_SHOWN = 3
+MAX_DIGITS = 19
 
 
 @dataclass(frozen=True)
@@ -37,135 +40,181 @@ class TrueLabels:
     classes: npt.NDArray[np.int64]
     """(n,) indices into `names`."""
     names: tuple[str, ...]
-    """Classes that occur, in ascending order (numbers as numbers)."""
+    """Classes that occur: numbers in ascending order, then other names."""
 
 
-def load_labels(config: Config, images_table: pa.Table, image_ids: npt.NDArray[np.int64]) -> TrueLabels:
+def load_labels(evaluate: EvaluateConfig, uris: Sequence[str], image_ids: npt.NDArray[np.int64]) -> TrueLabels:
     """The true class of each image of `image_ids`.
 
     Args:
-        images_table: all listed images: image_id 0..M-1, uri.
-        image_ids: (n,) those wanted.
+        uris: of all listed images, in the order of their ids.
+        image_ids: (n,) images to label.
 
     Raises:
-        InputError: as :func:`check_labels`; a wanted image without a label; a label file that names an image twice.
+        InputError: as :func:`check_labels`; an image of `image_ids` has no label.
     """
-    evaluate = config.evaluate
-    assert evaluate.labels is not None
-    uris = images_table["uri"].to_pylist()
     if evaluate.labels == FOLDER:
         return _encode(_from_folders([uris[i] for i in image_ids]))
     if evaluate.labels == WEBDATASET:
         return _encode(_from_shards([uris[i] for i in image_ids]))
-    values, names = _read(evaluate)
+    labels, names = _read(evaluate)
     if names is None:
-        _check_length(evaluate, len(values), len(uris))
-        return _encode(_without_nulls(evaluate, values, image_ids))
+        _check_length(evaluate, len(labels), len(uris))
+        return _encode([labels[i] for i in image_ids])
     rows_M = _match(evaluate, names, uris)
     unmatched = image_ids[rows_M[image_ids] < 0]
     if len(unmatched):
         raise InputError(
             f"evaluate.labels: {evaluate.labels} has no label for {len(unmatched):,} of {len(image_ids):,} images, "
             f"e.g. {', '.join(uris[i] for i in unmatched[:MAX_SHOWN])}; column {evaluate.uri_column!r} holds e.g. "
-            f"{', '.join(names[:MAX_SHOWN])}. It must name an image by its URI or the end of it"
+            f"{', '.join(names[:MAX_SHOWN])}. It must hold the URI of each image or the end of it"
         )
-    return _encode(_without_nulls(evaluate, values, rows_M[image_ids]))
+    return _encode([labels[row] for row in rows_M[image_ids]])
 
 
-def check_labels(config: Config, images_table: pa.Table | None = None) -> None:
-    """Refuse labels that cannot be used, before the work starts. Nothing is returned: no label leaves this module here.
+def check_labels(evaluate: EvaluateConfig, uris: Sequence[str] | None = None) -> None:
+    """Refuse labels that cannot be used, before any work starts. Returns nothing, so no label leaves this module.
 
     Args:
-        images_table: the listed images; None where they are not listed yet, then only the file is looked at.
+        uris: of the listed images; None if they are not listed yet: then only the label file is checked.
 
     Raises:
-        InputError: no such file, another format, no such column, a number of labels that is not the number of images,
-            labels by folder where there is one folder only.
+        InputError: no such file, another format, no such column or two of that name, a type that cannot be a label, a
+            row without a label, a number of labels that is not the number of images, a name that fits several images
+            or none of them any, images with a label of their own each.
     """
-    evaluate = config.evaluate
-    if evaluate.labels is None:
+    if evaluate.labels in (FOLDER, WEBDATASET):
+        if uris is not None and evaluate.labels == FOLDER:
+            _check_repeated(evaluate, _from_folders(uris))
         return
-    if evaluate.labels == FOLDER:
-        if images_table is not None:
-            _from_folders(images_table["uri"].to_pylist())
+    labels, names = _read(evaluate)
+    if uris is None:
         return
-    if evaluate.labels == WEBDATASET:
-        return
-    values, names = _read(evaluate)
-    if names is None and images_table is not None:
-        _check_length(evaluate, len(values), len(images_table))
+    if names is None:
+        _check_length(evaluate, len(labels), len(uris))
+    elif (_match(evaluate, names, uris) < 0).all():
+        raise InputError(
+            f"evaluate.labels: {evaluate.labels}: column {evaluate.uri_column!r} fits none of the images: it holds "
+            f"e.g. {', '.join(names[:MAX_SHOWN])}, and the images are e.g. {', '.join(uris[:MAX_SHOWN])}. It must hold "
+            "the URI of each image or the end of it"
+        )
+    _check_repeated(evaluate, labels)
 
 
-def _from_folders(uris: list[str]) -> list[str]:
-    folders = [unquote(PurePosixPath(uri).parent.name) for uri in uris]
+def _from_folders(uris: Sequence[str]) -> list[str]:
+    folders = [_text(_path(uri).parent.name) for uri in uris]
     if len(set(folders)) < 2:
         raise InputError(
-            f"evaluate.labels: 'folder', but all images lie in one folder, {PurePosixPath(uris[0]).parent}; name "
-            "a label file, or leave evaluate.labels out"
+            f"evaluate.labels: 'folder', but all images are in one folder, {_path(uris[0]).parent}; name a label file, "
+            "or leave evaluate.labels out"
         )
     return folders
 
 
-def _from_shards(uris: list[str]) -> list[Any]:
+def _from_shards(uris: Sequence[str]) -> list[str]:
     labels = labels_beside(uris)
-    without = [uri for uri, label in zip(uris, labels, strict=True) if label is None]
+    without = [uri for uri, label in zip(uris, labels, strict=True) if not label]
     if without:
         raise InputError(
             f"evaluate.labels: 'cls', but {len(without):,} of {len(uris):,} images have no .cls file beside them in a "
             f"tar shard, e.g. {', '.join(without[:MAX_SHOWN])}"
         )
-    texts = [str(label) for label in labels]
-    return [int(text) for text in texts] if all(text.isdecimal() for text in texts) else texts
+    return [_text(str(label)) for label in labels]
 
 
-def _read(evaluate: EvaluateConfig) -> tuple[list[Any], list[str] | None]:
-    """The labels, and the names of the images they belong to, or None where they come in the order of the images."""
+def _path(uri: str) -> PurePosixPath:
+    """The path of an image as its user knows it: that of a member of a container goes on in the container's folder."""
+    if found := TAR_MEMBER.match(uri):
+        return PurePosixPath(found["file"]).parent / found["name"]
+    if found := PARQUET_MEMBER.match(uri):
+        return PurePosixPath(found["file"])
+    return PurePosixPath(unquote(uri) if uri.startswith("file://") else uri)
+
+
+def _read(evaluate: EvaluateConfig) -> tuple[list[str], list[str] | None]:
+    """The labels as text, and the names of their images; None if they are in the order of the images."""
     uri = str(evaluate.labels)
     ending = PurePosixPath(uri).suffix.lower()
     if ending not in ENDINGS:
-        raise InputError(
-            f"evaluate.labels: {uri}: labels are 'folder', 'cls', or a file that ends with {', '.join(ENDINGS)}"
-        )
+        raise InputError(f"evaluate.labels: {uri}: give 'folder', 'cls', or a file that ends with {', '.join(ENDINGS)}")
     filesystem, path = open_uri(uri)
     if filesystem.get_file_info(path).type != pafs.FileType.File:
         raise InputError(f"evaluate.labels: {uri}: there is no such file")
     with filesystem.open_input_file(path) as file:
         try:
             if ending == ".npy":
-                return _read_array(uri, file), None
-            table = pq.read_table(file) if ending == ".parquet" else pc_csv.read_csv(file)
+                array = np.lib.format.read_array(file, allow_pickle=False)
+            elif ending == ".parquet":
+                table = pq.ParquetFile(file).read()
+            else:
+                # As text: type inference would turn 1, 01 and 001 into the same number.
+                text = {name: pa.string() for name in (evaluate.label_column, evaluate.uri_column) if name}
+                table = pc_csv.read_csv(file, convert_options=pc_csv.ConvertOptions(column_types=text))
         except (pa.ArrowInvalid, OSError, ValueError, EOFError) as error:
-            if isinstance(error, InputError):
-                raise
             raise InputError(f"evaluate.labels: {uri}: cannot be read: {' '.join(str(error).split())}") from None
-    labels = _column(table, "label_column", evaluate.label_column, uri)
+    if ending == ".npy":
+        if array.ndim != 1 or array.dtype.kind not in "iubUSf":
+            raise InputError(
+                f"evaluate.labels: {uri} holds {array.dtype} of shape {array.shape}; give one whole number or text per "
+                "image"
+            )
+        values = np.char.decode(array, "utf-8") if array.dtype.kind == "S" else array
+        return _labels(values.tolist(), uri), None
+    labels = _labels(_column(table, "label_column", evaluate.label_column, uri).to_pylist(), uri)
     if evaluate.uri_column is None:
         return labels, None
     names = _column(table, "uri_column", evaluate.uri_column, uri)
-    return labels, [str(name) for name in names]
+    if not _is_text(names.type) or names.null_count:
+        what = "empty rows" if _is_text(names.type) else f"{names.type}"
+        raise InputError(f"evaluate.uri_column: {uri}: column {evaluate.uri_column!r} holds {what}; give text")
+    return labels, names.to_pylist()
 
 
-def _read_array(uri: str, file: Any) -> list[Any]:
-    array = np.lib.format.read_array(file, allow_pickle=False)
-    if array.ndim != 1 or array.dtype.kind not in "iubUSf":
-        raise InputError(f"evaluate.labels: {uri} holds {array.dtype} of shape {array.shape}; give one label per image")
-    if array.dtype.kind == "f":
-        if not (np.isfinite(array).all() and (array == array.round()).all()):
-            raise InputError(f"evaluate.labels: {uri} holds fractions; labels are whole numbers or names")
-        array = array.astype(np.int64)
-    values: list[Any] = array.tolist()
-    return values
-
-
-def _column(table: pa.Table, setting: str, name: str, uri: str) -> list[Any]:
-    if name not in table.column_names:
+def _column(table: pa.Table, setting: str, name: str, uri: str) -> pa.ChunkedArray:
+    count = table.column_names.count(name)
+    if count > 1:
+        raise InputError(f"evaluate.{setting}: {uri} has {count} columns {name!r}; rename or remove all but one")
+    if not count:
         close = difflib.get_close_matches(name, table.column_names, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
         raise InputError(
             f"evaluate.{setting}: {uri} has no column {name!r}; it has {', '.join(table.column_names)}{hint}"
         )
-    values: list[Any] = table[name].to_pylist()
-    return values
+    column = table[name]
+    if pa.types.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
+    kind = column.type
+    if setting == "label_column" and not (
+        _is_text(kind) or pa.types.is_boolean(kind) or pa.types.is_integer(kind) or pa.types.is_floating(kind)
+    ):
+        raise InputError(f"evaluate.{setting}: {uri}: column {name!r} holds {kind}; labels are whole numbers or text")
+    return column
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
+
+
+def _labels(values: Sequence[Any], uri: str) -> list[str]:
+    """The labels as text. Refuses missing ones and fractions."""
+    labels = []
+    for row, value in enumerate(values):
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)
+        label = "" if value is None else _text(str(value))
+        if label.lower() in ("", "nan"):
+            raise InputError(
+                f"evaluate.labels: {uri}: row {row} has no label ({value!r}); fill it in, or leave evaluate.labels out"
+            )
+        if isinstance(value, float):
+            raise InputError(f"evaluate.labels: {uri}: row {row} holds {value}; labels are whole numbers or text")
+        labels.append(label)
+    return labels
+
+
+def _text(value: str) -> str:
+    """`value` in Unicode's normal form C and without spaces around it: what looks equal is equal."""
+    return unicodedata.normalize("NFC", value.strip())
 
 
 def _check_length(evaluate: EvaluateConfig, num_labels: int, num_images: int) -> None:
@@ -176,16 +225,31 @@ def _check_length(evaluate: EvaluateConfig, num_labels: int, num_images: int) ->
         )
 
 
-def _match(evaluate: EvaluateConfig, names: list[str], uris: list[str]) -> npt.NDArray[np.int64]:
-    """(M,) row of the label file for each image, -1 where it has none. A name is a whole URI or the end of one."""
-    by_basename: dict[str, list[int]] = defaultdict(list)
+def _check_repeated(evaluate: EvaluateConfig, labels: Sequence[str]) -> None:
+    if len(labels) > 2 and len(set(labels)) == len(labels):
+        raise InputError(
+            f"evaluate.labels: {evaluate.labels}: each of {len(labels):,} images has a class of its own, e.g. "
+            f"{', '.join(labels[:MAX_SHOWN])}; name the labels by which images belong together"
+        )
+
+
+def _match(evaluate: EvaluateConfig, names: Sequence[str], uris: Sequence[str]) -> npt.NDArray[np.int64]:
+    """(M,) row of the label file for each image, -1 if it has none. A name is a whole URI or the end of one."""
+    ids_by_uri: dict[str, list[int]] = defaultdict(list)
     for image_id, uri in enumerate(uris):
-        by_basename[uri.rpartition("/")[2]].append(image_id)
+        ids_by_uri[_text(uri)].append(image_id)
+    paths = [_text(str(_path(uri))) for uri in uris]
+    # By the last n components of the path, for each n that a name has: comparing all pairs would be quadratic.
+    ids_by_end: dict[int, dict[str, list[int]]] = {}
     rows_M = np.full(len(uris), -1, dtype=np.int64)
     for row, name in enumerate(names):
-        ending = "/" + name.removeprefix("./").lstrip("/")
-        candidates = by_basename.get(ending.rpartition("/")[2], [])
-        found = [i for i in candidates if uris[i] == name] or [i for i in candidates if f"/{uris[i]}".endswith(ending)]
+        end = _text(name).removeprefix("./").lstrip("/")
+        length = end.count("/") + 1
+        if length not in ids_by_end:
+            ids_by_end[length] = defaultdict(list)
+            for image_id, path in enumerate(paths):
+                ids_by_end[length]["/".join(path.rsplit("/", length)[-length:])].append(image_id)
+        found = ids_by_uri.get(_text(name)) or ids_by_end[length].get(end, [])
         if len(found) > 1:
             shown = ", ".join(uris[i] for i in found[:MAX_SHOWN])
             raise InputError(
@@ -199,14 +263,11 @@ def _match(evaluate: EvaluateConfig, names: list[str], uris: list[str]) -> npt.N
     return rows_M
 
 
-def _without_nulls(evaluate: EvaluateConfig, values: list[Any], rows: npt.NDArray[np.int64]) -> list[Any]:
-    taken = [values[row] for row in rows]
-    if None in taken:
-        raise InputError(f"evaluate.labels: {evaluate.labels}: row {rows[taken.index(None)]} has no label")
-    return taken
+def _encode(labels: Sequence[str]) -> TrueLabels:
+    def order(name: str) -> tuple[bool, int, str]:
+        is_number = name.lstrip("-").isdecimal() and len(name) < MAX_DIGITS
+        return not is_number, int(name) if is_number else 0, name
 
-
-def _encode(values: list[Any]) -> TrueLabels:
-    names = sorted(set(values), key=lambda value: (isinstance(value, str), value))
+    names = sorted(set(labels), key=order)
     codes = {name: code for code, name in enumerate(names)}
-    return TrueLabels(np.array([codes[value] for value in values], dtype=np.int64), tuple(str(name) for name in names))
+    return TrueLabels(np.array([codes[label] for label in labels], dtype=np.int64), tuple(names))

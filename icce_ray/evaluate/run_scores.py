@@ -1,4 +1,4 @@
-"""The evaluate stage: how well the clusters match the true labels, where there are any. It changes nothing else."""
+"""The evaluate stage: how well the clusters match the true labels, if there are any. Nothing else depends on it."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from icce_ray.metrics.true_label_scores import (
     match_clusters,
     metrics_from_counts,
 )
+from icce_ray.runtime.progress import Progress
 from icce_ray.sample.draw import sampled_ids, spread
 from icce_ray.stage import StageContext
 from icce_ray.store import Artifact
@@ -29,24 +30,23 @@ def run(config: Config, context: StageContext) -> dict[str, Any]:
     """Compare the assignments with the true labels.
 
     Returns:
-        Nothing without labels. Else acc, nmi (geometric), nmi_arithmetic, ari, many_to_one, of all embedded images;
-        head_acc_mean, head_acc_best (by the true labels), head_acc_lowest_loss, of the images of the consensus;
-        acc_high_agreement and acc_low_agreement, of the halves of these by agreement; num_classes.
+        Nothing without labels. Otherwise acc, nmi (geometric), nmi_arithmetic, ari, many_to_one over all embedded
+        images; head_acc_mean, head_acc_best (by the true labels), head_acc_lowest_loss over the images of the
+        consensus; acc_high_agreement and acc_low_agreement, over the halves of these by agreement; num_classes.
 
     Raises:
         InputError: labels that cannot be used.
     """
     metrics: dict[str, Any] = {}
     if config.evaluate.labels is not None:
-        table = read_assignments(context.inputs["assign"], ["image_id", "cluster", "agreement"])
+        table = _read_assignments(context.inputs["assign"], ["image_id", "cluster", "agreement"])
+        image_ids = table["image_id"].to_numpy()
         listing = Listing(context.inputs["images"])
-        images = listing.table(0, len(listing))
-        labels = load_labels(config, images, table["image_id"].to_numpy())
+        labels = load_labels(config.evaluate, listing.table(0, len(listing))["uri"].to_pylist(), image_ids)
         heads = context.inputs["method"]
         heads_HN = heads.read_array("label_matrix.npy")
         sample = sampled_ids(context.inputs)
         if sample is not None:
-            image_ids = table["image_id"].to_numpy()
             heads_HN = np.stack([spread(head_n, sample, image_ids, -1) for head_n in heads_HN])
         metrics = evaluate(
             labels,
@@ -54,7 +54,7 @@ def run(config: Config, context: StageContext) -> dict[str, Any]:
             table["agreement"].to_numpy(),
             heads_HN,
             read_losses(heads),
-            context,
+            context.progress,
         )
     context.output.write_json(METRICS_NAME, metrics)
     return metrics
@@ -66,40 +66,36 @@ def evaluate(
     agreement_N: npt.NDArray[np.floating],
     heads_HN: npt.NDArray[np.integer],
     losses_H: npt.NDArray[np.floating] | None,
-    context: StageContext | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
     """The metrics of :func:`run`.
 
     Args:
         clusters_N: assigned clusters of the labelled images.
         agreement_N: NaN for images that took no part in the consensus.
-        heads_HN: labels of the heads, -1 where one gave none.
-        losses_H: the lowest is the best clustering's; None where there are none.
+        heads_HN: labels of the heads, -1 where a head gave none.
+        losses_H: losses of the heads, None if there are none.
     """
     table = contingency_table(labels.classes, clusters_N)
-    accuracies = []
-    for done, head_N in enumerate(heads_HN, start=1):
-        given = head_N >= 0
-        accuracies.append(clustering_accuracy(labels.classes[given], head_N[given]) if given.any() else float("nan"))
-        if context is not None:
-            context.progress.update(done, len(heads_HN), "heads compared")
-    # NaN where a head labels nothing: it is no head to speak of.
-    accuracy_H = np.array(accuracies)
     metrics: dict[str, Any] = {**metrics_from_counts(table), "num_classes": len(labels.names)}
-    assert heads_HN.shape[1] == len(labels.classes)
+    accuracy_H = np.full(len(heads_HN), np.nan)  # NaN for a head without labels
+    for head, head_N in enumerate(heads_HN):
+        given = head_N >= 0
+        if given.any():
+            accuracy_H[head] = clustering_accuracy(labels.classes[given], head_N[given])
+        if progress is not None:
+            progress.update(head + 1, len(heads_HN), "heads compared")
     if np.isfinite(accuracy_H).any():
-        metrics |= {
-            "head_acc_mean": float(np.nanmean(accuracy_H)),
-            "head_acc_best": float(np.nanmax(accuracy_H)),
-        }
+        metrics["head_acc_mean"] = float(np.nanmean(accuracy_H))
+        metrics["head_acc_best"] = float(np.nanmax(accuracy_H))
         if losses_H is not None:
             best = int(np.where(np.isfinite(accuracy_H), losses_H, np.inf).argmin())
             metrics["head_acc_lowest_loss"] = float(accuracy_H[best])
     voted = np.isfinite(agreement_N)
     if voted.sum() >= 2:
-        used = np.unique(clusters_N)
         class_of_cluster = np.unique(labels.classes)[match_clusters(table)]
-        is_right = class_of_cluster[np.searchsorted(used, clusters_N[voted])] == labels.classes[voted]
+        cluster_index_n = np.searchsorted(np.unique(clusters_N), clusters_N[voted])
+        is_right = class_of_cluster[cluster_index_n] == labels.classes[voted]
         falling = np.argsort(-agreement_N[voted], kind="stable")
         half = len(falling) // 2
         metrics["acc_high_agreement"] = float(is_right[falling[:half]].mean())
@@ -107,6 +103,6 @@ def evaluate(
     return metrics
 
 
-def read_assignments(assign: Artifact, columns: list[str]) -> pa.Table:
-    """Columns of all assignments, in ascending image_id."""
+def _read_assignments(assign: Artifact, columns: list[str]) -> pa.Table:
+    """Columns of all assignments, by ascending image_id."""
     return pa.concat_tables([assign.read_table(name).select(columns) for name in assign.part_names("assignments/")])

@@ -23,7 +23,7 @@ def _check(config: Config) -> None:
     if config.evaluate.labels is not None:
         from icce_ray.evaluate.labels import check_labels
 
-        check_labels(config)
+        check_labels(config.evaluate)
 
 
 EVALUATE = Stage(

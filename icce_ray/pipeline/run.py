@@ -256,4 +256,4 @@ def _check_counts(config: Config, artifacts: Mapping[str, Artifact]) -> None:
         from icce_ray.images.listing import Listing
 
         listing = Listing(artifacts["images"])
-        check_labels(config, listing.table(0, len(listing)))
+        check_labels(config.evaluate, listing.table(0, len(listing))["uri"].to_pylist())

@@ -196,7 +196,7 @@ def score(run: FoundRun) -> dict[str, float]:
         return {}
     listing = Listing(run.artifacts["images"])
     image_ids = load_features(training_set(run.artifacts)).image_ids
-    labels = load_labels(run.config, listing.table(0, len(listing)), image_ids)
+    labels = load_labels(run.config.evaluate, listing.table(0, len(listing))["uri"].to_pylist(), image_ids)
     found = evaluate_clustering(labels.classes, run.artifacts["consensus"].read_array("labels.npy"))
     return {name: float(found[name]) for name in ("acc", "nmi", "ari")}
 

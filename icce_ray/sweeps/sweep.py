@@ -140,7 +140,7 @@ def _check(asked: Sweep) -> None:
     if base.evaluate.labels is not None:
         from icce_ray.evaluate.labels import check_labels
 
-        check_labels(base)
+        check_labels(base.evaluate)
     if asked.config.searcher is not None:
         make_searcher(asked.config.searcher, asked.config.seed)
     if asked.config.metric == "silhouette_umap" and "umap" not in spaces():

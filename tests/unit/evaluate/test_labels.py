@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -8,20 +9,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from icce_ray.config import Config
+from icce_ray.config import EvaluateConfig
 from icce_ray.errors import InputError
 from icce_ray.evaluate.labels import check_labels, load_labels
 
 URIS = ["/data/cat/1.png", "/data/cat/2.png", "/data/dog/1.png", "/data/eel/3.png"]
-IMAGES = pa.table({"image_id": range(4), "uri": URIS})
 ALL = np.arange(4)
 
 
-def config(labels: str | Path, **settings: Any) -> Config:
-    evaluate = {"labels": str(labels), **settings}
-    return Config.model_validate(
-        {"images": {"uri": "/data"}, "output": "/out", "num_clusters": 2, "evaluate": evaluate}
-    )
+def config(labels: str | Path, **settings: Any) -> EvaluateConfig:
+    return EvaluateConfig(labels=str(labels), **settings)
 
 
 def write_csv(path: Path, *lines: str) -> Path:
@@ -30,20 +27,44 @@ def write_csv(path: Path, *lines: str) -> Path:
 
 
 def test_the_parent_folder_is_the_label() -> None:
-    labels = load_labels(config("folder"), IMAGES, np.array([0, 2, 3]))
+    labels = load_labels(config("folder"), URIS, np.array([0, 2, 3]))
     assert labels.names == ("cat", "dog", "eel")
     assert labels.classes.tolist() == [0, 1, 2]
 
 
 def test_a_single_folder_is_no_labelling() -> None:
-    images = pa.table({"image_id": [0, 1], "uri": URIS[:2]})
-    with pytest.raises(InputError, match="all images lie in one folder, /data/cat"):
-        load_labels(config("folder"), images, np.arange(2))
+    with pytest.raises(InputError, match="all images are in one folder, /data/cat"):
+        load_labels(config("folder"), URIS[:2], np.arange(2))
+
+
+@pytest.mark.parametrize("container", ["shard.tar#512+{}/{}.jpg", "table.parquet#{}/image"])
+def test_images_of_one_container_are_in_its_folder_and_not_each_in_one_of_its_own(container: str) -> None:
+    uris = [f"/data/{container.format(number, number)}" for number in range(5)]
+    with pytest.raises(InputError, match="all images are in one folder, /data"):
+        check_labels(config("folder"), uris)
+    uris = [f"/data/{'ab'[number % 2]}/{container.format(number, number)}" for number in range(5)]
+    assert load_labels(config("folder"), uris, np.arange(5)).classes.tolist() == [0, 1, 0, 1, 0]
+
+
+def test_folders_within_a_tar_are_labels() -> None:
+    uris = [f"/data/x.tar#{number}+9/{'ab'[number % 2]}/{number}.jpg" for number in range(4)]
+    labels = load_labels(config("folder"), uris, ALL)
+    assert (labels.names, labels.classes.tolist()) == (("a", "b"), [0, 1, 0, 1])
+
+
+def test_percent_and_number_signs_in_folder_names_are_text() -> None:
+    uris = ["/data/a%20b/1.png", "/data/c#/2.png", "/data/50%25#/3.png", "file:///data/d%20e/4.png"]
+    assert load_labels(config("folder"), uris, ALL).names == ("50%25#", "a%20b", "c#", "d e")
+
+
+def test_composed_and_decomposed_folder_names_are_the_same_class() -> None:
+    uris = ["/data/caf\u00e9/1.png", "/data/cafe\u0301/2.png", "/data/x/3.png"]
+    assert load_labels(config("folder"), uris, np.arange(3)).classes.tolist() == [0, 0, 1]
 
 
 def test_an_array_is_in_the_order_of_all_listed_images(tmp_path: Path) -> None:
     np.save(tmp_path / "y.npy", np.array([7, 10, 9, 7], dtype=np.uint8))
-    labels = load_labels(config(tmp_path / "y.npy"), IMAGES, np.array([1, 2, 3]))
+    labels = load_labels(config(tmp_path / "y.npy"), URIS, np.array([1, 2, 3]))
     assert labels.names == ("7", "9", "10")
     assert labels.classes.tolist() == [2, 1, 0]
 
@@ -51,7 +72,7 @@ def test_an_array_is_in_the_order_of_all_listed_images(tmp_path: Path) -> None:
 def test_a_wrong_number_of_labels_names_both_numbers(tmp_path: Path) -> None:
     np.save(tmp_path / "y.npy", np.arange(3))
     np.save(tmp_path / "other.npy", np.zeros((4, 2), dtype=int))
-    for function in (lambda c: load_labels(c, IMAGES, ALL), lambda c: check_labels(c, IMAGES)):
+    for function in (lambda c: load_labels(c, URIS, ALL), lambda c: check_labels(c, URIS)):
         with pytest.raises(InputError, match="3 labels, but there are 4 images"):
             function(config(tmp_path / "y.npy"))
     check_labels(config(tmp_path / "y.npy"))
@@ -61,50 +82,50 @@ def test_a_wrong_number_of_labels_names_both_numbers(tmp_path: Path) -> None:
 
 def test_whole_numbers_may_be_floats_and_fractions_may_not(tmp_path: Path) -> None:
     np.save(tmp_path / "y.npy", np.array([1.0, 0.0, 1.0, 2.0]))
-    assert load_labels(config(tmp_path / "y.npy"), IMAGES, ALL).names == ("0", "1", "2")
+    assert load_labels(config(tmp_path / "y.npy"), URIS, ALL).names == ("0", "1", "2")
     np.save(tmp_path / "y.npy", np.array([1.0, 0.5, 1.0, 2.0]))
-    with pytest.raises(InputError, match="fractions"):
+    with pytest.raises(InputError, match=r"row 1 holds 0\.5; labels are whole numbers or text"):
         check_labels(config(tmp_path / "y.npy"))
 
 
 def test_a_table_without_a_uri_column_is_in_the_order_of_the_images(tmp_path: Path) -> None:
     csv = write_csv(tmp_path / "y.csv", "label", "b", "a", "b", "c")
-    assert load_labels(config(csv), IMAGES, ALL).classes.tolist() == [1, 0, 1, 2]
+    assert load_labels(config(csv), URIS, ALL).classes.tolist() == [1, 0, 1, 2]
     pq.write_table(pa.table({"kind": [5, 6, 5, 5]}), tmp_path / "y.parquet")
     parquet = config(tmp_path / "y.parquet", label_column="kind")
-    assert load_labels(parquet, IMAGES, ALL).classes.tolist() == [0, 1, 0, 0]
+    assert load_labels(parquet, URIS, ALL).classes.tolist() == [0, 1, 0, 0]
 
 
 def test_images_are_matched_by_whole_uri_or_its_end(tmp_path: Path) -> None:
     csv = write_csv(tmp_path / "y.csv", "file,label", "3.png,z", "./dog/1.png,y", "cat/1.png,x", "/data/cat/2.png,x",
                     "not/here.png,w")  # fmt: skip
-    labels = load_labels(config(csv, uri_column="file"), IMAGES, ALL)
+    labels = load_labels(config(csv, uri_column="file"), URIS, ALL)
     assert [labels.names[code] for code in labels.classes] == ["x", "x", "y", "z"]
 
 
 def test_an_ambiguous_name_is_refused(tmp_path: Path) -> None:
     csv = write_csv(tmp_path / "y.csv", "file,label", "1.png,x")
     with pytest.raises(InputError, match=r"'1.png' fits 2 images \(/data/cat/1.png, /data/dog/1.png\)"):
-        load_labels(config(csv, uri_column="file"), IMAGES, ALL)
+        load_labels(config(csv, uri_column="file"), URIS, ALL)
 
 
 def test_the_end_of_a_name_is_no_match(tmp_path: Path) -> None:
     csv = write_csv(tmp_path / "y.csv", "file,label", "at/2.png,x")
     with pytest.raises(InputError, match=r"no label for 1 of 1 images, e\.g\. /data/cat/2\.png"):
-        load_labels(config(csv, uri_column="file"), IMAGES, np.array([1]))
+        load_labels(config(csv, uri_column="file"), URIS, np.array([1]))
 
 
 def test_images_without_a_label_are_counted_unless_nobody_asks_for_them(tmp_path: Path) -> None:
     csv = write_csv(tmp_path / "y.csv", "file,label", "cat/1.png,x", "cat/2.png,y")
     with pytest.raises(InputError, match="no label for 2 of 4 images"):
-        load_labels(config(csv, uri_column="file"), IMAGES, ALL)
-    assert load_labels(config(csv, uri_column="file"), IMAGES, np.array([0, 1])).classes.tolist() == [0, 1]
+        load_labels(config(csv, uri_column="file"), URIS, ALL)
+    assert load_labels(config(csv, uri_column="file"), URIS, np.array([0, 1])).classes.tolist() == [0, 1]
 
 
 def test_an_image_named_twice_is_refused(tmp_path: Path) -> None:
     csv = write_csv(tmp_path / "y.csv", "file,label", "cat/2.png,x", "/data/cat/2.png,y")
     with pytest.raises(InputError, match=r"names the image /data/cat/2\.png twice"):
-        load_labels(config(csv, uri_column="file"), IMAGES, np.array([1]))
+        load_labels(config(csv, uri_column="file"), URIS, np.array([1]))
 
 
 def test_a_missing_column_lists_those_there_are(tmp_path: Path) -> None:
@@ -115,10 +136,106 @@ def test_a_missing_column_lists_those_there_are(tmp_path: Path) -> None:
         check_labels(config(csv, label_column="lable", uri_column="uri"))
 
 
-def test_a_row_without_a_label_is_refused(tmp_path: Path) -> None:
-    pq.write_table(pa.table({"label": [1, None, 1, 2]}), tmp_path / "y.parquet")
+def write_labels(path: Path, values: Any) -> EvaluateConfig:
+    if path.suffix == ".npy":
+        np.save(path, values)
+    elif path.suffix == ".parquet":
+        pq.write_table(pa.table({"label": values}), path)
+    else:
+        write_csv(path, "label,other", *(f"{value},x" for value in values))
+    return config(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("y.parquet", [1, None, 1, 2]),
+        ("y.parquet", [1.0, np.nan, 1.0, 2.0]),
+        ("y.parquet", ["a", " ", "a", "b"]),
+        ("y.npy", np.array([1, np.nan, 1, 2])),
+        ("y.npy", np.array(["a", "", "a", "b"])),
+        ("y.csv", ["a", "", "a", "b"]),
+        ("y.csv", [1, "NaN", 1, 2]),
+    ],
+)
+def test_a_row_without_a_label_is_refused_before_the_images_are_listed(tmp_path: Path, name: str, values: Any) -> None:
     with pytest.raises(InputError, match="row 1 has no label"):
-        load_labels(config(tmp_path / "y.parquet"), IMAGES, ALL)
+        check_labels(write_labels(tmp_path / name, values))
+
+
+@pytest.mark.parametrize(
+    ("name", "values"), [("y.csv", ["1", "01", "001", "1"]), ("y.parquet", ["1", "01", "001", "1"])]
+)
+def test_text_stays_text(tmp_path: Path, name: str, values: list[str]) -> None:
+    labels = load_labels(write_labels(tmp_path / name, values), URIS, ALL)
+    assert labels.classes.tolist() == [2, 1, 0, 2]
+    assert labels.names == ("001", "01", "1")
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        pa.array([3, 9, 10, 3], pa.int8()),
+        pa.array(["3", "9", "10", "3"], pa.large_string()),
+        pa.array(["3", "9", "10", "3"]).dictionary_encode(),
+        pa.array([3.0, 9.0, 10.0, 3.0]),
+        np.array([b"3", b"9", b"10", b"3"]),
+    ],
+)
+def test_labels_of_any_whole_number_or_text_type_are_the_same(tmp_path: Path, values: Any) -> None:
+    path = tmp_path / ("y.npy" if isinstance(values, np.ndarray) else "y.parquet")
+    labels = load_labels(write_labels(path, values), URIS, ALL)
+    assert (labels.names, labels.classes.tolist()) == (("3", "9", "10"), [0, 1, 2, 0])
+
+
+def test_other_types_of_columns_are_refused(tmp_path: Path) -> None:
+    lists = write_labels(tmp_path / "y.parquet", pa.array([[1], [2], [1], [2]]))
+    with pytest.raises(InputError, match=r"column 'label' holds list.*; labels are whole numbers or text"):
+        check_labels(lists)
+    pq.write_table(pa.table({"label": [1, 2], "file": [3, 4]}), tmp_path / "y.parquet")
+    with pytest.raises(InputError, match=r"evaluate\.uri_column: .*column 'file' holds int64; give text"):
+        check_labels(config(tmp_path / "y.parquet", uri_column="file"))
+
+
+@pytest.mark.parametrize("name", ["y.csv", "y.parquet"])
+def test_a_column_that_is_there_twice_is_refused(tmp_path: Path, name: str) -> None:
+    if name == "y.csv":
+        write_csv(tmp_path / name, "label,label", "a,b")
+    else:
+        pq.write_table(pa.Table.from_arrays([pa.array([1]), pa.array([2])], ["label", "label"]), tmp_path / name)
+    with pytest.raises(InputError, match="has 2 columns 'label'"):
+        check_labels(config(tmp_path / name))
+
+
+def test_a_class_for_each_image_is_no_labelling(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"each of 4 images has a class of its own, e\.g\. a, b, c"):
+        check_labels(write_labels(tmp_path / "y.csv", ["a", "b", "c", "d"]), URIS)
+
+
+def test_names_that_fit_no_image_are_refused_before_the_work(tmp_path: Path) -> None:
+    csv = write_csv(tmp_path / "y.csv", "file,label", "4.png,x", "5.png,x")
+    with pytest.raises(InputError, match="column 'file' fits none of the images"):
+        check_labels(config(csv, uri_column="file"), URIS)
+    csv = write_csv(tmp_path / "y.csv", "file,label", "1.png,x", "5.png,x")
+    with pytest.raises(InputError, match=r"'1\.png' fits 2 images"):
+        check_labels(config(csv, uri_column="file"), URIS)
+
+
+def test_names_match_in_any_normal_form_and_within_a_tar(tmp_path: Path) -> None:
+    uris = ["/data/caf\u00e9.png", "/data/50%.png", "/data/x.tar#512+3/a/1.png", "/data/x#1.png"]
+    lines = ["cafe\u0301.png,a", "50%.png,b", "a/1.png,c", "x#1.png,d"]
+    csv = write_csv(tmp_path / "y.csv", "file,label", *lines)
+    labels = load_labels(config(csv, uri_column="file"), uris, ALL)
+    assert [labels.names[code] for code in labels.classes] == ["a", "b", "c", "d"]
+
+
+def test_many_images_of_one_name_are_matched_quickly(tmp_path: Path) -> None:
+    uris = [f"/data/{number}/image.png" for number in range(20_000)]
+    csv = write_csv(tmp_path / "y.csv", "file,label", *(f"{number}/image.png,{number % 3}" for number in range(20_000)))
+    started = time.process_time()
+    labels = load_labels(config(csv, uri_column="file"), uris, np.arange(20_000))
+    assert time.process_time() - started < 2
+    assert labels.classes.tolist() == [number % 3 for number in range(20_000)]
 
 
 @pytest.mark.parametrize(

@@ -123,10 +123,10 @@ def test_the_label_of_an_image_in_a_tar_is_the_cls_file_of_its_key(listed: Liste
     uris = listed(config_for(tmp_path))["uri"].to_pylist()
     assert [uri.rpartition("/")[2] for uri in uris] == ["1.jpg", "1.big.jpg", "c.jpg", "d.jpg"]
     assert labels_beside(uris) == ["7", "8", None, None]
-    config = config_for(tmp_path).model_copy(update={"evaluate": EvaluateConfig(labels="cls")})
-    labels = load_labels(config, pa.table({"uri": uris}), np.array([1, 0]))
+    evaluate = EvaluateConfig(labels="cls")
+    labels = load_labels(evaluate, uris, np.array([1, 0]))
     assert (labels.classes.tolist(), labels.names) == ([1, 0], ("7", "8"))
     with pytest.raises(
         InputError, match=r"1 of 2 images have no \.cls file beside them in a tar shard, e\.g\. .*c\.jpg"
     ):
-        load_labels(config, pa.table({"uri": uris}), np.array([1, 2]))
+        load_labels(evaluate, uris, np.array([1, 2]))
