@@ -1,7 +1,7 @@
-"""New images labelled by a finished run's model: ``icce-ray assign RUN --images URI`` or ``--embeddings URI``.
+"""Label new images with the model of a finished run: ``icce-ray assign RUN --images URI`` or ``--embeddings URI``.
 
-The stages ``images`` and ``embed`` of a run do for new images what they did for its own; ready-made embeddings are read
-where they lie. What is finished is used, not redone: the same command goes on where a killed one was.
+New images go through the run's stages ``images`` and ``embed``; ready-made embeddings are read in place. Finished
+stages and parts are used again, so the same command resumes after a kill.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from icce_ray.assign.load_model import check_weights, embed_config, find_model
 from icce_ray.assign.stage import ASSIGN
 from icce_ray.classifier.linear import DESCRIPTION_NAME
 from icce_ray.config import Config, load_config
-from icce_ray.embed.backbone_plan import check_backbones
 from icce_ray.embed.stage import EMBED, num_failed
 from icce_ray.errors import InputError
 from icce_ray.images.embedding_files import open_embeddings
@@ -26,17 +25,17 @@ from icce_ray.images.list_images import source_digest
 from icce_ray.images.stage import IMAGES
 from icce_ray.pipeline.find_run import find_stage
 from icce_ray.pipeline.plan import plan
-from icce_ray.pipeline.run import run_stages
+from icce_ray.pipeline.run import check_stages, run_stages
 from icce_ray.runtime.progress import format_seconds
 from icce_ray.stage import Settings, Stage
 from icce_ray.store import Artifact
 
 FREE_EMBED_SETTINGS = {"batch_size", "max_error_rate", "max_image_pixels"}
-"""How fast, and what is bad enough to stop for; what the features are is the model's."""
+"""Settings of `embed` that don't change the features. All others are the model's."""
 
 
 def _assign_settings(config: Config) -> Settings:
-    # The rule for outliers is the classifier's.
+    # The model already holds the outlier threshold.
     settings: Settings = {"assign": config.assign.model_dump(exclude={"outlier_quantile"}), "seed": config.seed}
     if config.embeddings.uri is None:
         return settings
@@ -54,7 +53,7 @@ EMBEDDING_STAGES: tuple[Stage, ...] = (replace(ASSIGN, inputs=("classifier",), s
 
 @dataclass(frozen=True)
 class AssignResult:
-    """What was made of new images and where it lies."""
+    """The outcome for new images, and where the files are."""
 
     num_images: int
     """Images labelled."""
@@ -71,9 +70,9 @@ class AssignResult:
     errors: str | None
     """A Parquet table: image_id, uri, reason; None for ready-made embeddings."""
     drift: dict[str, Any]
-    """How the images differ from those of the run, see drift.py."""
+    """How the images differ from the training images, see drift.py."""
     seconds: dict[str, float]
-    """By stage, in this run: 0 for what was finished before."""
+    """By stage, for this call: 0 if it was finished before."""
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -91,8 +90,8 @@ def assign_images(
     """Label new images with the model of a finished run.
 
     Args:
-        run: the run's config (.yaml), its output folder (where that holds one model), its record
-            (``<output>/runs/<run>.json``), or the folder of its model, or a copy of that.
+        run: the run's config (.yaml), its output folder (if that holds a single model), its record
+            (``<output>/runs/<run>.json``), or its model folder or a copy of that.
         images: as `images.uri`.
         embeddings: as `embeddings.uri`; exactly one of the two is given.
         output: folder or URI for the results. None: the run's own output.
@@ -100,8 +99,8 @@ def assign_images(
         quiet: no progress and no summary on standard error.
 
     Raises:
-        UserError: something given cannot work; raised before the long work where that can be known.
-        WorkerError: workers failed for good; what is finished stays.
+        UserError: an argument or setting cannot work; raised before the long work if possible.
+        WorkerError: the workers failed for good; finished parts stay.
     """
     started = time.monotonic()
     if (images is None) == (embeddings is None):
@@ -109,13 +108,13 @@ def assign_images(
     model, settings = _find_run(str(run))
     place = str(output) if output is not None else settings.get("output")
     if place is None:
-        raise InputError(f"{run} is a model by itself: say with output (--output) where the results are to go")
+        raise InputError(f"{run} is a model folder without a run: give output (--output), the place for the results")
     for section, uri in (("images", images), ("embeddings", embeddings)):
         settings[section] = settings.get(section, {}) | {"uri": None if uri is None else str(uri)}
     config = _config_for(model, settings | {"output": place}, list(overrides))
     planned = plan(config, IMAGE_STAGES if images is not None else EMBEDDING_STAGES, {"classifier": model})
     artifacts = {"classifier": model} | {step.name: step.artifact for step in planned if step.artifact is not None}
-    _check(config, [step.name for step in planned if step.artifact is None])
+    check_stages(config, [step.stage for step in planned if step.artifact is None])
     seconds = run_stages(config, planned, artifacts, quiet)
     result = _sum_up(artifacts, seconds)
     if not quiet:
@@ -124,17 +123,17 @@ def assign_images(
 
 
 def _find_run(run: str) -> tuple[Artifact, Settings]:
-    """The classifier artifact of a finished run, and the run's settings as far as they are known."""
+    """The classifier artifact of a finished run, and the run's settings, or those known of a model folder."""
     found = find_stage(run, "classifier", several="models")
     if found is not None:
         return found
     artifact = find_model(run)
-    # What the machine that trained it had is no guide.
+    # Without `resources`: this is another machine than the one that trained it.
     return artifact, {key: artifact.manifest.config[key] for key in ("images", "embeddings", "assign")}
 
 
 def _config_for(model: Artifact, settings: Settings, overrides: list[str]) -> Config:
-    """The config of the stages: embeds as the run did, and everything else as given."""
+    """The config of the stages: `embed` as in the run, everything else as given."""
     description = model.read_json(DESCRIPTION_NAME)
     kept = ("images", "embeddings", "output", "assign", "resources")
     base = {key: settings[key] for key in kept if key in settings}
@@ -143,7 +142,7 @@ def _config_for(model: Artifact, settings: Settings, overrides: list[str]) -> Co
     fixed = sorted(config.embed.model_fields_set - FREE_EMBED_SETTINGS)
     if fixed:
         raise InputError(
-            f"embed.{fixed[0]}: the model's own holds; of `embed`, {', '.join(sorted(FREE_EMBED_SETTINGS))} may be set"
+            f"embed.{fixed[0]}: given by the model; only {', '.join(sorted(FREE_EMBED_SETTINGS))} can be set"
         )
     if config.embeddings.uri is not None:
         dim = open_embeddings(config.embeddings).dim
@@ -157,19 +156,8 @@ def _config_for(model: Artifact, settings: Settings, overrides: list[str]) -> Co
         embed = embed_config(model, description).model_copy(update=given)
         check_weights(embed, description)
         config = config.model_copy(update={"embed": embed})
-    # A run needs as many images as clusters; one new image is enough. So the bound is put below what a config allows.
+    # A run needs at least as many images as clusters. Here a single image is enough, so K is set to 1 for that check.
     return config.with_num_clusters(1)
-
-
-def _check(config: Config, pending: list[str]) -> None:
-    """Refuse what can be known to fail before the work starts."""
-    if "embed" in pending:
-        check_backbones(config.embed)
-    if pending:
-        # Imports Ray, which a command that finds everything finished need not wait for.
-        from icce_ray.runtime.cluster_resources import check_resources
-
-        check_resources(config, pending)
 
 
 def _sum_up(artifacts: dict[str, Artifact], seconds: dict[str, float]) -> AssignResult:
@@ -190,12 +178,12 @@ def _sum_up(artifacts: dict[str, Artifact], seconds: dict[str, float]) -> Assign
 
 
 def _summary(result: AssignResult, total_s: float) -> str:
-    """The closing lines."""
+    """The last lines of the output."""
     lines = [
         "",
         f"{result.num_images:,} images labelled, {result.num_errors:,} errors, {result.num_clusters_used:,} clusters "
         f"used, {result.num_outliers:,} outliers; {format_seconds(total_s)}",
-        "against the images of the run:",
+        "compared with the training images:",
         *(f"  {line}" for line in drift_lines(result.drift)),
         f"assignments  {result.assignments}",
         f"exemplars    {result.exemplars}",

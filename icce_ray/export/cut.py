@@ -1,4 +1,4 @@
-"""A finished run's clusters merged to any smaller number of groups, by the hierarchy that its consensus wrote."""
+"""Merge the clusters of a finished run into fewer groups, along the hierarchy that its consensus wrote."""
 
 from __future__ import annotations
 
@@ -18,53 +18,50 @@ from icce_ray.store.filesystem import open_uri
 from icce_ray.store.run_records import RUNS_FOLDER
 
 SCHEMA = pa.schema([("image_id", pa.int64()), ("uri", pa.string()), ("cluster", pa.int32()), ("group", pa.int32())])
-PART_PREFIX = "assignments/"
 
 
 def cut_hierarchy(run: str | Path | Result, num_clusters: int) -> npt.NDArray[np.int32]:
-    """Group of each cluster of a finished run, (K,) int32, when its most confused clusters are merged until
-    `num_clusters` groups are left. Groups are numbered from 0, by their lowest cluster.
+    """The group of each cluster, (K,) int32, after merging the most confused clusters into `num_clusters` groups.
+
+    Groups are numbered from 0, in the order of their lowest cluster.
 
     Args:
-        run: what `icce_ray.run_pipeline` returned; a run's YAML config, its output folder, or its record
+        run: the result of `icce_ray.run_pipeline`; or a run's YAML config, its output folder, or its record
             (``runs/*.json``).
-        num_clusters: groups wanted, 1 to K.
+        num_clusters: number of groups, 1 to K.
 
     Raises:
-        InputError: there is no such run, its consensus is not finished, or a number that cannot be.
+        InputError: there is no such run, its consensus is not finished, or `num_clusters` is out of range.
     """
-    return _hierarchy(_find(run, "consensus", "consensus")).cut(num_clusters)
+    consensus = _find(run, "consensus", "consensus")
+    if not consensus.part_names(HIERARCHY_NAME):
+        raise InputError(f"{consensus.folder.uri}: this consensus has no hierarchy; run again with this version")
+    return Hierarchy.from_table(consensus.read_table(HIERARCHY_NAME)).cut(num_clusters)
 
 
 def write_cut(run: str | Path | Result, num_clusters: int, output: str | Path) -> int:
-    """Write the group of every image of a finished run to a Parquet file: image_id, uri, cluster, group.
+    """Write the group of every image to a Parquet file: image_id, uri, cluster, group.
 
     Returns:
-        The images written.
+        Number of images.
 
     Raises:
         InputError: as :func:`cut_hierarchy`, or the file cannot be written.
     """
     group_of_K = cut_hierarchy(run, num_clusters)
-    assigned = _find(run, "assign", "assignments")
+    assign = _find(run, "assign", "assignments")
     filesystem, path = open_uri(str(output))
     num_images = 0
     try:
         with filesystem.open_output_stream(path) as file, pq.ParquetWriter(file, SCHEMA, compression="zstd") as writer:
-            for part in assigned.part_names(PART_PREFIX):
-                table = assigned.read_table(part).select(SCHEMA.names[:-1])
+            for name in assign.part_names("assignments/"):
+                table = assign.read_table(name).select(SCHEMA.names[:-1])
                 groups = pa.array(group_of_K[table["cluster"].to_numpy()])
                 writer.write_table(table.append_column(SCHEMA.field("group"), groups).cast(SCHEMA))
                 num_images += len(table)
     except OSError as error:
         raise InputError(f"{output}: cannot be written to: {error}") from None
     return num_images
-
-
-def _hierarchy(consensus: Artifact) -> Hierarchy:
-    if not consensus.part_names(HIERARCHY_NAME):
-        raise InputError(f"{consensus.folder.uri}: this consensus has no hierarchy; run again with this version")
-    return Hierarchy.from_table(consensus.read_table(HIERARCHY_NAME))
 
 
 def _find(run: str | Path | Result, stage: str, what: str) -> Artifact:

@@ -57,7 +57,7 @@ def run_pipeline(config: Config, *, refresh: bool = False, retry_errors: bool = 
     unplanned = () if is_complete(planned) else stages_of(config)[len(planned) :]
     artifacts = finished_artifacts(planned)
     finished_before = tuple(artifacts)
-    _check(config, [*(step.stage for step in planned if step.name not in artifacts), *unplanned])
+    check_stages(config, [*(step.stage for step in planned if step.name not in artifacts), *unplanned])
     counting_s: dict[str, float] = {}
     if unplanned:
         counting_s = _choose_number(config, planned, artifacts, quiet)
@@ -195,7 +195,7 @@ def retry_failed_images(config: Config, planned: list[PlannedStage], quiet: bool
     if artifact is None or images is None or not num_failed(artifact):
         return False
     writer, progress = ArtifactWriter(step.folder), Progress("retry", step.stage.unit, quiet)
-    _check(config, [step.stage])
+    check_stages(config, [step.stage])
     with Claim(step.folder):
         began = time.monotonic()
         module = importlib.import_module(step.stage.module)
@@ -228,7 +228,7 @@ def _damage_of_inputs(error: Exception, step: PlannedStage, artifacts: Mapping[s
     return {name: parts for name, parts in damage.items() if parts}
 
 
-def _check(config: Config, pending: Collection[Stage]) -> None:
+def check_stages(config: Config, pending: Collection[Stage]) -> None:
     """Refuse what is known to fail before any work starts."""
     for stage in pending:
         if stage.check is not None:

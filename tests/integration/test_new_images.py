@@ -254,9 +254,12 @@ def test_one_new_image_is_enough(run: Path, new_images: tuple[list[Path], list[i
         (["{run}/out", "--images", "{run}/nowhere"], "does not exist"),
         (["{run}/out", "--embeddings", "{tmp}/wide.npy"], "has 5 dimensions; the model takes 192"),
         (["{run}/out", "--embeddings", "{tmp}/nan.npy"], "row 1: NaN"),
-        (["{run}/out", "--images", "{run}/new", "--set", "embed.backbone=resnet18"], "embed.backbone: the model's own"),
+        (
+            ["{run}/out", "--images", "{run}/new", "--set", "embed.backbone=resnet18"],
+            "given by the model",
+        ),
         (["{run}/out", "--images", "{run}/new", "--set", "assign.rows=3"], "assign.rows: unknown setting"),
-        (["{model}", "--images", "{run}/new"], "say with output"),
+        (["{model}", "--images", "{run}/new"], "give output"),
     ],
 )
 def test_a_mistake_is_one_message_with_exit_code_2(

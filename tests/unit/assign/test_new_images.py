@@ -55,7 +55,7 @@ def test_a_run_without_a_classifier_and_a_place_without_a_run_are_named(tmp_path
 
 def test_a_model_by_itself_needs_a_place_for_the_results(tmp_path: Path, embeddings: Path) -> None:
     write_run(tmp_path / "out", "one", "a")
-    with pytest.raises(InputError, match="say with output"):
+    with pytest.raises(InputError, match="give output"):
         icce_ray.assign_images(tmp_path / "out" / "classifier" / "a", embeddings=embeddings)
     with pytest.raises(InputError, match="either images or embeddings"):
         icce_ray.assign_images(tmp_path / "out", output=tmp_path / "results")

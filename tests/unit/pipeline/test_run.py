@@ -78,7 +78,7 @@ TOYS = (
 ALL = [stage.name for stage in TOYS]
 
 
-REAL_CHECK = pipeline._check
+REAL_CHECK = pipeline.check_stages
 
 
 @pytest.fixture(autouse=True)
@@ -86,7 +86,7 @@ def _toys(monkeypatch: pytest.MonkeyPatch) -> None:
     for function in (images, embed, consensus, assign, evaluate, report):
         install(monkeypatch, function.__name__, function)
     use_stages(monkeypatch, lambda config: TOYS)
-    monkeypatch.setattr(pipeline, "_check", lambda config, pending: None)
+    monkeypatch.setattr(pipeline, "check_stages", lambda config, pending: None)
     ran.clear()
 
 
