@@ -1,7 +1,7 @@
-"""The embedding artifact as one matrix: memory-mapped, built once per machine from the Parquet parts.
+"""The embedding artifact as one memory-mapped matrix, built once per machine from the Parquet parts.
 
 Training reads rows at random, which Parquet cannot do. So the first process of a machine that needs the matrix writes
-it as .npy into the cache folder, part by part; all others map the same file.
+it as .npy to the cache folder, part by part; all others map the same file.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ class Features:
     """One feature set of all images that were embedded, in ascending ``image_id``."""
 
     image_ids: npt.NDArray[np.int64]
-    """(N,) int64; row of the matrix -> image. Not 0..N-1 where images failed."""
+    """(N,) int64, the image of each row of the matrix. Not 0..N-1 if images failed."""
     matrix: npt.NDArray[Any]
     """(N, D) float16 or float32, a read-only memory map: copy before working in place."""
     name: str
-    """Which features they are, e.g. ``pixels`` or ``vit_small_patch14_dinov2:cls``."""
+    """Name of the feature set, e.g. ``pixels`` or ``vit_small_patch14_dinov2:cls``."""
 
     @property
     def num_images(self) -> int:
@@ -47,8 +47,8 @@ class Features:
 
 
 def feature_set_names(artifact: Artifact) -> list[str]:
-    """Names of the feature sets of an ``embed`` artifact, such as ``vit_small_patch14_dinov2:cls``; the first is the
-    one that stages use unless told otherwise. Usage: ``range(len(feature_set_names(artifact)))`` are their numbers."""
+    """Names of the feature sets of an ``embed`` artifact, such as ``vit_small_patch14_dinov2:cls``; stages use
+    the first unless told otherwise. Usage: ``range(len(feature_set_names(artifact)))`` are their numbers."""
     first = artifact.metrics.get("feature_set", COLUMN)
     return [str(name) for name in artifact.metrics.get("feature_sets", [first])]
 
@@ -65,8 +65,8 @@ def load_features(artifact: Artifact, feature_set: int = 0) -> Features:
     at a time; simultaneous callers wait for it, later ones only map the file.
 
     Args:
-        artifact: the stage's.
-        feature_set: which of :func:`feature_set_names`, where several backbones were run.
+        artifact: of the ``embed`` stage.
+        feature_set: index into :func:`feature_set_names`.
 
     Raises:
         DamagedArtifactError: a part is missing, or its bytes or its type are not those that the manifest promises.
@@ -74,7 +74,7 @@ def load_features(artifact: Artifact, feature_set: int = 0) -> Features:
     names = artifact.part_names(PART_PREFIX)
     if not names:
         raise DamagedArtifactError(f"{artifact.folder.uri}: the embedding artifact has no parts")
-    # The fingerprint says what was asked for; the checksums say what came out, and a stale cache must never be read.
+    # The fingerprint identifies what was asked for, the checksums what came out: a stale cache must never be read.
     digest = hashlib.sha256("".join(artifact.part(name).sha256 for name in names).encode()).hexdigest()[:12]
     folder = cache_folder() / artifact.manifest.stage / artifact.fingerprint
     suffix = f"-{feature_set}" if feature_set else ""
@@ -90,7 +90,7 @@ def load_features(artifact: Artifact, feature_set: int = 0) -> Features:
 
 
 def table_to_arrays(table: pa.Table, feature_set: int = 0) -> tuple[npt.NDArray[np.int64], npt.NDArray[Any]]:
-    """``(image_ids (n,) int64, embeddings (n, D))`` of one Parquet part, read-only where no copy was needed."""
+    """``(image_ids (n,) int64, embeddings (n, D))`` of one Parquet part, read-only if no copy was needed."""
     column = table[column_name(feature_set)].combine_chunks()
     values = column.flatten().to_numpy(zero_copy_only=True)
     return table["image_id"].to_numpy(), values.reshape(len(column), column.type.list_size)
@@ -102,7 +102,7 @@ def column_name(feature_set: int) -> str:
 
 
 def joined_columns(table: pa.Table) -> npt.NDArray[Any]:
-    """(n, sum of D): the feature sets of a part side by side, as a backbone gives them."""
+    """(n, sum of D): the feature sets of a part side by side, as a backbone returns them."""
     num_sets = sum(name.startswith(COLUMN) for name in table.schema.names)
     sets = [table_to_arrays(table, feature_set)[1] for feature_set in range(num_sets)]
     return sets[0] if num_sets == 1 else np.concatenate(sets, axis=1)
