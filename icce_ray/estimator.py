@@ -24,7 +24,7 @@ from icce_ray.classifier.self_training import fit_classifier
 from icce_ray.config import ClusteringConfig, validate
 from icce_ray.consensus.ensemble import cluster_ensemble
 from icce_ray.count.choice import Choice
-from icce_ray.count.in_process import count_clusters
+from icce_ray.count.count_clusters import count_clusters
 from icce_ray.errors import ConfigError, InputError
 from icce_ray.methods.heads.training import train_heads
 from icce_ray.neighbors.graph import build_graph
@@ -132,7 +132,10 @@ class ICCE(ClusterMixin, BaseEstimator):
         if config.is_auto:
             choice = count_clusters(
                 trained_on_nD,
-                config,  # type: ignore[arg-type]
+                config.cluster_count,
+                config.heads,
+                config.neighbors,
+                seed=config.seed,
                 num_threads=self.n_threads or torch.get_num_threads(),
                 progress=self._progress("cluster_count", "clusterings"),
             )

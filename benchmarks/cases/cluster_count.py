@@ -1,9 +1,9 @@
 """The number of clusters that `auto` chooses, and the range it gives, on planted data and on real features.
 
-Planted: Gaussians in 32 dimensions whose centres are drawn with a deviation of `spread`; the smaller, the more they
-overlap (what a classifier that knows the centres gets right is printed). `sizes`: equal, or drawn from a Dirichlet
-distribution, by which some clusters are many times larger than others. The true numbers of the real sets are those of
-their labels, which need not be what the features hold.
+Planted data are Gaussians in 32 dimensions. Their centres are drawn with a standard deviation of `spread`: the smaller
+it is, the more they overlap (the accuracy of a classifier that knows the centres is printed). `sizes` are equal, or
+drawn from a Dirichlet distribution, so that some clusters are many times larger than others. The true number of a real
+set is that of its labels, which need not be what the features hold.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from cases import datasets
-from icce_ray.config import build_config
-from icce_ray.count.in_process import count_clusters
+from icce_ray.config import ClusterCountConfig, HeadsConfig, NeighborsConfig
+from icce_ray.count.count_clusters import count_clusters
 from icce_ray.runtime.progress import Progress
 
 SETTINGS: dict[str, Any] = {
@@ -73,11 +73,18 @@ def plant(clusters: int, images: int, spread: float, sizes: str, seed: int) -> t
 
 def measure(features: Any, settings: dict[str, Any]) -> dict[str, Any]:
     """The choice, its range, and the curves."""
-    given = {"embeddings": {"uri": "x"}, "output": "x", "num_clusters": "auto", "seed": settings["seed"]}
-    config = build_config(given | {"cluster_count": settings["cluster_count"]}, "cluster-count")
+    asked = ClusterCountConfig(**settings["cluster_count"])
     began = time.monotonic()
     progress = Progress("cluster_count", quiet=True)
-    choice = count_clusters(features, config, num_threads=settings["num_threads"], progress=progress)
+    choice = count_clusters(
+        features,
+        asked,
+        HeadsConfig(),
+        NeighborsConfig(),
+        seed=settings["seed"],
+        num_threads=settings["num_threads"],
+        progress=progress,
+    )
     columns = ("num_clusters", "score", "stability", "silhouette", "generalization")
     return {
         "num_clusters": choice.num_clusters,

@@ -1,17 +1,17 @@
-"""How many clusters: which numbers are tried, and which is chosen, from what was measured. Pure maths.
+"""Which numbers of clusters are tried, and which one is chosen from the measurements (docs/METHOD.md, "Number of
+clusters"). Pure maths.
 
-The rule [ours]. Two measures look at each number of clusters K from two sides. *Stability*, the adjusted Rand index of
-the heads of different seeds: with too few clusters heads merge what belongs apart, each in its own way, and with too
-many they split what belongs together, each in its own way. *Silhouette*, in the space of the principal components: how
-much nearer images are to their own cluster than to the next. Stability still holds a little above the true number,
-where spare clusters stay small; the silhouette falls at once there, but rises little below it. Each is brought to the
-range 0 to 1 over all K, and their mean, the *score*, peaks between. The generalisation score is reported, not used: it
-is highest where clusters are few.
+Two measures complement each other. *Stability* is the adjusted Rand index of heads of different seeds: with too few
+clusters each head merges clusters in its own way, and with too many each splits them in its own way. *Silhouette*, in
+the space of the principal components, is how much nearer images are to their own cluster than to the next. Stability
+stays high a little above the true number, where the spare clusters are small; the silhouette drops there at once but
+rises only slowly below it. Each is scaled to 0..1 over all numbers tried; their mean, the *score*, peaks in between.
+The generalisation score is reported but not used: it favours few clusters.
 
-The *range* says how sure that is: a number that was tried is as good as the choice when its score is behind by at most
-two standard errors of the difference over seeds (about 95%). It runs down and up from the choice to the last such
-number before two in a row that are not. It knows the spread of seeds, not that of the images, nor how far the two
-measures disagree: the curves show that.
+The *range* says how certain the choice is. A number is as good as the choice if its score is at most two standard
+errors of the difference over seeds (about 95%) behind. The range runs down and up from the choice to the last such
+number before two in a row that are not. It reflects the spread over seeds, not over images, nor how far the two
+measures disagree, which the curves show.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ FINEST_RATIO = 1.05
 METRICS = ("stability", "generalization", "silhouette")
 CHOSEN_BY = ("stability", "silhouette")
 NUM_ERRORS = 2.0
-"""Standard errors to both sides of a mean: an interval of about 95%."""
+"""Standard errors on either side of a mean: an interval of about 95%."""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What was measured with one number of clusters. Arrays have a value per seed; NaN where it cannot be told."""
+    """The measures of one number of clusters. Arrays have a value for each seed, NaN if it is undefined."""
 
     num_clusters: int
     seeds: tuple[int, ...]
@@ -50,16 +50,16 @@ class Measured:
 
 @dataclass(frozen=True)
 class Choice:
-    """The number of clusters, and how sure that is."""
+    """The number of clusters, and how certain it is."""
 
     num_clusters: int
     low: int
     high: int
-    """As good as the choice, by what the seeds tell: from `low` to `high`."""
+    """The numbers from `low` to `high` are as good as the choice within the spread over seeds."""
     curve: tuple[Measured, ...]
-    """What was measured, by ascending number of clusters."""
+    """The measures, by ascending number of clusters."""
     scores: npt.NDArray[np.float64]
-    """Of each point of the curve and each seed, (points, seeds), about 0 to 1."""
+    """Score of each point of the curve and each seed, (points, seeds), about 0 to 1."""
 
     def sentence(self) -> str:
         """The choice and its uncertainty in words."""
@@ -89,8 +89,8 @@ class Choice:
         return pa.Table.from_pylist(rows)
 
     def by_count(self) -> pa.Table:
-        """A row per number of clusters: of each metric and of the score its mean over seeds, the deviation (`_std`) and
-        the interval of two standard errors around the mean (`_low`, `_high`)."""
+        """A row per number of clusters: for each metric and for the score, the mean over seeds, the standard deviation
+        (`_std`) and the interval of two standard errors around the mean (`_low`, `_high`)."""
         rows = []
         for point, scores in zip(self.curve, self.scores, strict=True):
             row: dict[str, Any] = {"num_clusters": point.num_clusters}
@@ -106,11 +106,11 @@ class Choice:
 
 
 def search(low: int, high: int, measure: Callable[[Sequence[int]], Iterable[Measured]]) -> Choice:
-    """From coarse to fine: a geometric grid over low..high, then the geometric means between the best and its
+    """Search from coarse to fine: a geometric grid over low..high, then the geometric means of the best number and its
     neighbours, until these are within 5% or 1 of it.
 
     Args:
-        measure: of the numbers given, in any order.
+        measure: measures the given numbers of clusters, in any order.
     """
     known: dict[int, Measured] = {}
     wanted = coarse_grid(low, high)
@@ -122,13 +122,13 @@ def search(low: int, high: int, measure: Callable[[Sequence[int]], Iterable[Meas
 
 
 def coarse_grid(low: int, high: int) -> list[int]:
-    """Both ends, and between them steps of at most about COARSE_RATIO."""
+    """Numbers from `low` to `high`, both included, in steps of at most about COARSE_RATIO."""
     steps = max(1, math.ceil(math.log(high / low, COARSE_RATIO)))
     return sorted({round(value) for value in np.geomspace(low, high, steps + 1)})
 
 
 def between(known: Sequence[int], best: int) -> list[int]:
-    """What is not known yet halfway from `best` to its neighbours among `known`, ascending."""
+    """The numbers halfway between `best` and its neighbours among `known`, ascending."""
     place = known.index(best)
     wanted = []
     for lower, upper in ((place - 1, place), (place, place + 1)):
@@ -152,7 +152,7 @@ def choose(known: Mapping[int, Measured]) -> Choice:
 
 
 def _reach(is_as_good: npt.NDArray[np.bool_]) -> int:
-    """Steps to the last that is, before two in a row that are not."""
+    """Steps to the last one that is as good, before two in a row that are not."""
     reached = 0
     for step, good in enumerate(is_as_good, start=1):
         if good:
@@ -163,16 +163,16 @@ def _reach(is_as_good: npt.NDArray[np.bool_]) -> int:
 
 
 def _is_as_good(scores_PS: npt.NDArray[np.float64], best: int) -> npt.NDArray[np.bool_]:
-    """Points (P,) that are not behind the best by more than two standard errors of the difference. The variance over
-    seeds is the mean of all points: that of three seeds alone is hardly known."""
+    """Whether each point (P,) is at most two standard errors of the difference behind the best. The variance over seeds
+    is the mean over all points: three seeds of one point are too few to estimate it."""
     means_P = scores_PS.mean(axis=1)
     error = (2 * scores_PS.var(axis=1, ddof=1).mean() / scores_PS.shape[1]) ** 0.5
     return np.asarray(means_P >= means_P[best] - NUM_ERRORS * error)
 
 
 def _scaled(curve: Sequence[Measured], metric: str) -> npt.NDArray[np.float64]:
-    """A metric of each point and seed, (P, S), so that its means over seeds run from 0 to 1. What cannot be told counts
-    as the worst."""
+    """A metric of each point and seed (P, S), scaled so that its means over seeds run from 0 to 1. Undefined values
+    count as the worst."""
     values_PS = np.stack([getattr(point, metric) for point in curve])
     is_known_PS = ~np.isnan(values_PS)
     values_PS = np.where(is_known_PS, values_PS, values_PS[is_known_PS].min(initial=np.inf))

@@ -1,7 +1,8 @@
-"""One small clustering with a given number of clusters, and what it is judged by (METHOD section 5), without Ray.
+"""One small clustering of a sample of the images, and the measures it is judged by (docs/METHOD.md, "Number of
+clusters").
 
-All clusterings look at one sample, one graph of neighbours, which knows nothing of the number of clusters, and one
-space of principal components. So they differ by their number of clusters and their seed only.
+All clusterings see one sample, one neighbour graph that does not depend on the number of clusters, and one space of
+principal components, so they differ in their number of clusters and their seed only.
 
 Shape letters: n images of the sample, m of those that are measured, D feature dimension, d principal components, H
 heads.
@@ -9,7 +10,6 @@ heads.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from icce_ray.config import Config, ConsensusConfig
+from icce_ray.config import ClusterCountConfig, ConsensusConfig, HeadsConfig, NeighborsConfig
 from icce_ray.consensus.best_consensus import find_consensus
 from icce_ray.consensus.label_matrix import encode_heads
 from icce_ray.count.choice import Measured
-from icce_ray.count.settings import heads_config, neighbors_config
+from icce_ray.count.settings import fixed_neighbors
 from icce_ray.errors import InputError, WorkerError
 from icce_ray.methods.heads.training import train_heads
 from icce_ray.metrics.label_free_scores import generalization_score, project_pca, silhouette
@@ -33,67 +33,53 @@ Floats = npt.NDArray[Any]
 
 MAX_MEASURED = 2_000
 MOST_CLUSTERS, MIN_IMAGES_PER_CLUSTER = 100, 10
-"""Where no range is given."""
+"""The upper end of the range if none is given."""
 CONSENSUS = ConsensusConfig(methods=("vote",))
 
 
 @dataclass(frozen=True)
 class Sample:
-    """What all clusterings look at."""
+    """What all clusterings see."""
 
     features_nD: Floats
     graph: NeighborGraph
     measured_m: npt.NDArray[np.int64]
-    """Rows that silhouette and generalisation score are measured on."""
+    """Rows that the silhouette and the generalisation score are measured on."""
     points_md: npt.NDArray[np.float32]
     """Their principal components."""
 
 
 @dataclass(frozen=True)
 class Clustering:
-    """What one seed makes of the sample."""
+    """The clustering of the sample with one seed."""
 
     heads_Hn: npt.NDArray[np.int32]
     """Cluster of each image, by each head that did not collapse."""
     num_clusters_used: int
-    """Of the consensus."""
+    """Clusters of the consensus that have images."""
     generalization: float
-    """Of the consensus of the heads, 0 to 1; NaN where it cannot be told."""
+    """Generalisation score of the consensus, 0 to 1; NaN if it is undefined."""
     silhouette: float
-    """Mean of the heads, -1 to 1; NaN where it cannot be told."""
-
-    def to_bytes(self) -> bytes:
-        sink = io.BytesIO()
-        figures = np.array([self.num_clusters_used, self.generalization, self.silhouette])
-        np.savez_compressed(sink, heads=self.heads_Hn, figures=figures)
-        return sink.getvalue()
-
-    @classmethod
-    def from_bytes(cls, data: bytes) -> Clustering:
-        with np.load(io.BytesIO(data), allow_pickle=False) as stored:
-            used, generalization, silhouette = stored["figures"].tolist()
-            return cls(stored["heads"], int(used), generalization, silhouette)
+    """Mean over the heads, -1 to 1; NaN if it is undefined."""
 
 
-def draw_sample(features_ND: Floats, config: Config) -> Sample:
-    """The sample of the (N, D) features that are trained on, its graph and its space."""
-    rows = sample_rows(len(features_ND), config.cluster_count.max_images, config.seed)
+def draw_sample(features_ND: Floats, max_images: int, neighbors: NeighborsConfig, seed: int) -> Sample:
+    """Draw at most `max_images` of the features (N, D), and compute their graph and their principal components."""
+    rows = sample_rows(len(features_ND), max_images, seed)
     features_nD = np.array(features_ND if rows is None else features_ND[rows])
-    graph, _ = build_graph(features_nD, neighbors_config(config), num_clusters=2, seed=config.seed)
-    measured_m = sample_rows(len(features_nD), MAX_MEASURED, config.seed)
+    graph, _ = build_graph(features_nD, fixed_neighbors(neighbors), num_clusters=2, seed=seed)
+    measured_m = sample_rows(len(features_nD), MAX_MEASURED, seed)
     if measured_m is None:
         measured_m = np.arange(len(features_nD))
-    measured_mD = features_nD[measured_m].astype(np.float32)
-    return Sample(features_nD, graph, measured_m, project_pca(measured_mD, config.seed))
+    return Sample(features_nD, graph, measured_m, project_pca(features_nD[measured_m].astype(np.float32), seed))
 
 
-def cluster_range(config: Config, num_images: int) -> tuple[int, int]:
-    """Fewest and most clusters to choose from, where `num_images` are looked at.
+def cluster_range(asked: ClusterCountConfig, num_images: int) -> tuple[int, int]:
+    """Fewest and most clusters to choose from, for a set of `num_images`.
 
     Raises:
-        InputError: there are fewer images than that.
+        InputError: there are fewer images in the sample than clusters.
     """
-    asked = config.cluster_count
     num_images = min(num_images, asked.max_images)
     most = asked.max_clusters or max(asked.min_clusters, min(MOST_CLUSTERS, num_images // MIN_IMAGES_PER_CLUSTER))
     if most > num_images:
@@ -104,20 +90,15 @@ def cluster_range(config: Config, num_images: int) -> tuple[int, int]:
     return asked.min_clusters, most
 
 
-def make_clustering(sample: Sample, num_clusters: int, seed: int, config: Config, num_threads: int) -> Clustering:
-    """Train a few small heads and measure them. `num_threads` does not change the result.
+def make_clustering(sample: Sample, num_clusters: int, seed: int, heads: HeadsConfig, num_threads: int) -> Clustering:
+    """Train small heads and measure them. `num_threads` does not change the result.
 
     Raises:
         WorkerError: the loss was not finite.
     """
     try:
         trained = train_heads(
-            sample.features_nD,
-            sample.graph,
-            heads_config(config),
-            num_clusters=num_clusters,
-            seed=seed,
-            num_threads=num_threads,
+            sample.features_nD, sample.graph, heads, num_clusters=num_clusters, seed=seed, num_threads=num_threads
         )
     except FloatingPointError as error:
         raise WorkerError(f"cluster_count: {num_clusters} clusters, seed {seed}: {error}") from error
@@ -133,15 +114,12 @@ def make_clustering(sample: Sample, num_clusters: int, seed: int, config: Config
     )
 
 
-def seeds_of(config: Config) -> list[int]:
-    """Of the clusterings of each number of clusters."""
-    return [(config.seed + number) % 2**31 for number in range(config.cluster_count.num_seeds)]
-
-
 def compare(num_clusters: int, seeds: Sequence[int], clusterings: Sequence[Clustering]) -> Measured:
-    """What the clusterings of one number of clusters, one of each seed, say together. A seed's stability is the mean
-    adjusted Rand index of its heads with those of the other seeds: chance-adjusted, since what two clusterings have in
-    common by chance grows with their clusters."""
+    """The measures of one number of clusters, from one clustering for each seed.
+
+    The stability of a seed is the mean adjusted Rand index of its heads with those of the other seeds. It is adjusted
+    for chance because the overlap by chance depends on the number of clusters.
+    """
     size = len(clusterings)
     together = np.full((size, size), np.nan)
     for one in range(size):

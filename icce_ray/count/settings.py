@@ -1,20 +1,19 @@
-"""The settings of the small clusterings: those of the run, but for what `cluster_count` has its own of."""
+"""Settings of the small clusterings: those of the run, except where `cluster_count` has its own."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from icce_ray.config import Config, HeadsConfig, NeighborsConfig
+from icce_ray.config import ClusterCountConfig, ClusteringConfig, HeadsConfig, NeighborsConfig
 
 MAX_HIDDEN_DIM, MAX_BOTTLENECK_DIM, MIN_LEARNING_RATE = 128, 64, 2e-3
-"""Of the heads. Where it was tried, wider ones told the same and took four times as long. Heads that are trained too
-little merge what belongs apart: of 60 planted clusters they then stand best at 50. At this rate they need half as many
-epochs. They see all dimensions: what they agree on should not hang on what each was shown [ours]."""
+"""Limits of the heads. In experiments, wider heads gave the same answer and took four times as long. Heads that are
+trained too little merge clusters (of 60 planted clusters they found 50); at this rate they need half as many epochs."""
 
 
-def heads_config(config: Config) -> HeadsConfig:
-    """The `heads` section of the small clusterings."""
-    asked, heads = config.cluster_count, config.heads
+def small_heads(heads: HeadsConfig, asked: ClusterCountConfig) -> HeadsConfig:
+    """The `heads` section of the small clusterings. Every head sees all dimensions, so that their agreement does not
+    depend on what each was shown."""
     return heads.model_copy(
         update={
             "num_heads": asked.num_heads,
@@ -28,17 +27,19 @@ def heads_config(config: Config) -> HeadsConfig:
     )
 
 
-def neighbors_config(config: Config) -> NeighborsConfig:
-    """The `neighbors` section of their one graph. A threshold chosen for one number of clusters would favour it."""
-    return config.neighbors.model_copy(update={"similarity_threshold": None})
+def fixed_neighbors(neighbors: NeighborsConfig) -> NeighborsConfig:
+    """The `neighbors` section of their one graph, without a threshold: one chosen for some number of clusters would
+    favour that number."""
+    return neighbors.model_copy(update={"similarity_threshold": None})
 
 
-def settings_of(config: Config) -> dict[str, Any]:
-    """All that the clusterings depend on besides the features, JSON-able."""
+def settings_of(config: ClusteringConfig) -> dict[str, Any]:
+    """Everything that the clusterings depend on besides the features, JSON-able."""
+    heads = small_heads(config.heads, config.cluster_count)
     return {
         "cluster_count": config.cluster_count.model_dump(),
-        "heads": heads_config(config).model_dump(exclude={"checkpoint_interval_s", "max_images"}),
-        # Lists of one length, of one feature set: the other settings of the section have no say.
-        "neighbors": neighbors_config(config).model_dump(include={"center", "min_neighbors", "duplicate_threshold"}),
+        "heads": heads.model_dump(exclude={"checkpoint_interval_s", "max_images"}),
+        # Without a threshold, the other settings have no effect.
+        "neighbors": config.neighbors.model_dump(include={"center", "min_neighbors", "duplicate_threshold"}),
         "seed": config.seed,
     }

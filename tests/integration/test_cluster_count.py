@@ -13,7 +13,7 @@ import pytest
 from icce_ray import ICCE, cut_hierarchy, run_pipeline
 from icce_ray.cli import main
 from icce_ray.config import Config, build_config
-from icce_ray.count import job
+from icce_ray.count import count_clusters, job
 from icce_ray.count.choice import coarse_grid
 from icce_ray.errors import InputError
 from icce_ray.pipeline.plan import is_complete, plan
@@ -140,24 +140,38 @@ def test_what_a_killed_run_had_clustered_is_not_done_again(
     inputs = run_until("sample", config)
 
     def count(progress: Progress) -> dict[str, Any]:
-        return job.run_pipeline(config, StageContext(ArtifactWriter(Folder.at(tmp_path / "count")), inputs, progress))
+        return job.run(config, StageContext(ArtifactWriter(Folder.at(tmp_path / "count")), inputs, progress))
 
     def killed(low: int, high: int, measure: Any) -> None:
         list(measure(coarse_grid(low, high)[:2]))
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(job, "search", killed)
+        patch.setattr(count_clusters, "search", killed)
         with pytest.raises(KeyboardInterrupt):
             count(Recorded())
-    left = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "count" / "clusterings").iterdir()}
-    assert sorted(left) == ["2-0.npz", "2-1.npz", "3-0.npz", "3-1.npz"]
+    left = sorted(path.name for path in (tmp_path / "count" / "clusterings").iterdir())
+    assert left == ["2-0.npy", "2-1.npy", "3-0.npy", "3-1.npy"]
 
+    made: list[Any] = []
+    run_tasks = job.run_tasks
+
+    def watched(stage: str, function: Any, items: Any, *rest: Any, **settings: Any) -> Any:
+        made.extend(items)
+        return run_tasks(stage, function, items, *rest, **settings)
+
+    monkeypatch.setattr(job, "run_tasks", watched)
     progress = Recorded()
     metrics = count(progress)
-    assert progress.seen[0] == (4, 2 * len(coarse_grid(2, 5)))
-    assert [done for done, _ in progress.seen][-1] == 2 * metrics["num_tried"]
-    assert not list((tmp_path / "count" / "clusterings").iterdir())
+    again = [task for task in made if isinstance(task, tuple)]
+    assert len(again) == 2 * metrics["num_tried"] - 4
+    assert not {(2, 0), (2, 1), (3, 0), (3, 1)} & set(again)
+    assert progress.seen[-1][0] == 2 * metrics["num_tried"]
+    assert sorted(path.name for path in (tmp_path / "count").iterdir() if path.is_file()) == [
+        "by_count.parquet",
+        "by_seed.parquet",
+    ]
+    assert not list((tmp_path / "count").rglob("*.npy"))
     table = pq.read_table(tmp_path / "count" / "by_count.parquet")
     assert table["num_clusters"].to_pylist() == sorted(table["num_clusters"].to_pylist())
     assert table.filter(table["chosen"])["num_clusters"].to_pylist() == [metrics["num_clusters"]]
