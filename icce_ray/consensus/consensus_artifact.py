@@ -6,6 +6,7 @@ cluster.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from icce_ray.config import Config
@@ -20,13 +21,13 @@ from icce_ray.stage import StageContext
 
 
 def run(
-    config: Config, context: StageContext, *, heads_type: type[StoredHeads] = StoredHeads, num_workers: int = 1
+    config: Config, context: StageContext, *, heads_type: Callable[..., StoredHeads] = StoredHeads, num_workers: int = 1
 ) -> dict[str, Any]:
     """Make one clustering of all heads and write labels.npy, agreement.npy, vote_entropy.npy, second_choice.npy,
     summary.json and hierarchy.parquet.
 
     Args:
-        heads_type: its `map` works on the parts of the label matrix.
+        heads_type: makes heads of the runs and their labels; their `map` works on the parts of the label matrix.
         num_workers: number of parts that are worked on at a time on this machine.
 
     Returns:

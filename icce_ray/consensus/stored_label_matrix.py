@@ -5,6 +5,7 @@ It is memory-mapped and read part by part: no process holds all of it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -56,8 +57,8 @@ class StoredHeads(Heads):
         return rows
 
 
-def open_heads(runs: list[Artifact], heads_type: type[StoredHeads] = StoredHeads) -> StoredHeads:
-    """The heads of `runs`, as a `heads_type`, whose `map` also reads the labels once to check and number them.
+def open_heads(runs: list[Artifact], heads_type: Callable[..., StoredHeads] = StoredHeads) -> StoredHeads:
+    """The heads of `runs`, made by `heads_type`. Their `map` reads the labels once to check and number them.
 
     Raises:
         InputError: a label matrix that cannot be used, or runs with different numbers of images.

@@ -4,13 +4,14 @@ import json
 import os
 import signal
 import sys
+from functools import partial
 
 import numpy as np
 import pyarrow as pa
 import pytest
 from ray import cloudpickle
 
-from icce_ray.config import Config
+from icce_ray.config import Config, ResourcesConfig
 from icce_ray.consensus import best_consensus, consensus_artifact, cspa, job, label_matrix
 from icce_ray.consensus.agreement import describe_clusters
 from icce_ray.consensus.ensemble import cluster_ensemble
@@ -177,14 +178,14 @@ def _functions_of_this_file_reach_the_workers():
 def test_a_worker_that_is_killed_costs_nothing_and_one_that_always_dies_is_an_error(tmp_path, matrix, monkeypatch):
     monkeypatch.setattr(label_matrix, "PART_LABELS", 300)
     own = write_run(tmp_path, "own", matrix)
-    heads = open_heads([own], job.RayHeads)
+    heads = open_heads([own], partial(job.RayHeads, resources=ResourcesConfig()))
     parts = list(heads.map(die_once, heads.image_parts(), str(tmp_path / "marker")))
     np.testing.assert_array_equal(np.concatenate(parts, axis=1), heads.gather().codes)
-    monkeypatch.setattr(job, "MAX_RETRIES", 1)
+    monkeypatch.setattr("icce_ray.runtime.workers.MAX_RESTARTS", 1)
     monkeypatch.setattr(
         consensus_artifact, "find_consensus", lambda heads, *a, **k: list(heads.map(die, heads.image_parts()))
     )
-    with pytest.raises(WorkerError, match="a task failed 2 times"):
+    with pytest.raises(WorkerError, match="consensus: a worker failed, or died 2 times"):
         run_job(tmp_path, own)
 
 
