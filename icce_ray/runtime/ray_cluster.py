@@ -42,6 +42,10 @@ QUIET_ENVIRONMENT = {
 }
 
 
+_started_here = False
+"""Whether the Ray that this process is connected to was started by :func:`connect`."""
+
+
 def runs_here(resources: ResourcesConfig, num_images: int) -> bool:
     """Whether a stage runs in this process, without Ray: there are at most MAX_IMAGES_HERE images, `resources` asks for
     nothing, and there is no Ray to join. The result is the same."""
@@ -49,8 +53,8 @@ def runs_here(resources: ResourcesConfig, num_images: int) -> bool:
 
 
 def joins_ray(resources: ResourcesConfig) -> bool:
-    """Whether :func:`connect` would join a Ray that is running, or has already connected."""
-    return is_connected() or resources.ray_address is not None or "RAY_ADDRESS" in os.environ
+    """Whether this process uses a Ray that it did not start, or would by :func:`connect`."""
+    return (is_connected() and not _started_here) or resources.ray_address is not None or "RAY_ADDRESS" in os.environ
 
 
 def is_connected() -> bool:
@@ -69,6 +73,7 @@ def connect(resources: ResourcesConfig) -> None:
     Raises:
         ResourceError: nothing answers at the address.
     """
+    global _started_here
     if is_connected():
         return
     for key, value in QUIET_ENVIRONMENT.items():
@@ -94,6 +99,7 @@ def connect(resources: ResourcesConfig) -> None:
             _check_listens(address)
         with _stderr_only_on_failure():
             ray.init(**options)
+            _started_here = options.get("address") == "local"
     except (ConnectionError, TimeoutError, socket.gaierror) as error:
         raise ResourceError(
             f"no Ray answers at {address!r}: {error}. Start one there (`ray start --head`), or unset "

@@ -42,6 +42,8 @@ def test_a_run_is_here_if_it_is_small_asks_for_nothing_and_joins_no_ray(monkeypa
     monkeypatch.delenv("RAY_ADDRESS")
     monkeypatch.setattr(ray_cluster, "is_connected", lambda: True)
     assert not runs_here(RESOURCES, 1)
+    monkeypatch.setattr(ray_cluster, "_started_here", True)  # by an earlier stage of this run
+    assert runs_here(RESOURCES, 1)
 
 
 class Seen(Progress):
