@@ -26,7 +26,7 @@ from icce_ray.consensus.ensemble import cluster_ensemble
 from icce_ray.count.choice import Choice
 from icce_ray.count.count_clusters import count_clusters
 from icce_ray.errors import ConfigError, InputError
-from icce_ray.methods.heads.training import train_heads
+from icce_ray.methods.heads.fit import fit as fit_heads
 from icce_ray.neighbors.graph import build_graph
 from icce_ray.runtime.progress import Progress
 from icce_ray.sample.draw import sample_rows
@@ -149,7 +149,7 @@ class ICCE(ClusterMixin, BaseEstimator):
             device=None if torch.device(self.device).type == "cpu" else self.device,
             num_threads=self.n_threads or torch.get_num_threads(),
         )
-        trained = train_heads(
+        trained = fit_heads(
             trained_on_nD,
             graph,
             config.heads,
@@ -160,13 +160,13 @@ class ICCE(ClusterMixin, BaseEstimator):
             progress=self._progress("heads", "epochs"),
         )
         ensemble = cluster_ensemble(
-            trained.label_matrix_HN,
+            trained.labels_HN,
             config.num_clusters,
             methods=config.consensus.methods,
             random_state=config.seed,
             refine=config.consensus.refine,
             imbalance=config.consensus.imbalance,
-            head_losses=trained.head_losses_H,
+            head_losses=trained.losses_H,
         )
         self.classifier_: LinearClassifier = fit_classifier(
             trained_on_nD,
@@ -182,13 +182,13 @@ class ICCE(ClusterMixin, BaseEstimator):
         self.cluster_count_ = choice
         self.hierarchy_ = ensemble.hierarchy
         self.labels_ = ensemble.labels
-        self.head_labels_ = trained.label_matrix_HN
+        self.head_labels_ = trained.labels_HN
         self.agreement_ = ensemble.agreement
         self.vote_entropy_ = ensemble.vote_entropy
         self.anmi_ = ensemble.consensus_anmi
         self.consensus_method_ = ensemble.method
         self.similarity_threshold_ = audit.similarity_threshold
-        self.head_losses_ = trained.head_losses_H
+        self.head_losses_ = trained.losses_H
         if rows is not None:
             self._extend(features_ND, rows)
         return self

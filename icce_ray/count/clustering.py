@@ -23,7 +23,7 @@ from icce_ray.consensus.label_matrix import encode_heads
 from icce_ray.count.choice import Measured
 from icce_ray.count.settings import fixed_neighbors
 from icce_ray.errors import InputError, WorkerError
-from icce_ray.methods.heads.training import train_heads
+from icce_ray.methods.heads.fit import fit
 from icce_ray.metrics.label_free_scores import generalization_score, project_pca, silhouette
 from icce_ray.metrics.true_label_scores import adjusted_rand_index
 from icce_ray.neighbors.graph import NeighborGraph, build_graph
@@ -97,12 +97,12 @@ def make_clustering(sample: Sample, num_clusters: int, seed: int, heads: HeadsCo
         WorkerError: the loss was not finite.
     """
     try:
-        trained = train_heads(
+        trained = fit(
             sample.features_nD, sample.graph, heads, num_clusters=num_clusters, seed=seed, num_threads=num_threads
         )
     except FloatingPointError as error:
         raise WorkerError(f"cluster_count: {num_clusters} clusters, seed {seed}: {error}") from error
-    heads_Hn = trained.label_matrix_HN
+    heads_Hn = trained.labels_HN
     labels_n = find_consensus(encode_heads(heads_Hn), num_clusters, CONSENSUS, seed=seed).labels
     silhouettes = [silhouette(sample.points_md, labels_m) for labels_m in heads_Hn[:, sample.measured_m]]
     generalization = generalization_score(sample.points_md, labels_n[sample.measured_m], random_state=seed)

@@ -38,7 +38,7 @@ class Method:
 _ICCE = Method(
     job="icce_ray.methods.heads.job",
     section="heads",
-    version=2,
+    version=3,
     needs_graph=True,
     unit="epochs",
     free_settings=frozenset({"checkpoint_interval_s", "max_images"}),

@@ -31,9 +31,10 @@ SHARED = ("images", "embed", "sample", "neighbors")
 """Stages that many trials have in common."""
 TRAINED = ("method", "consensus")
 WITHOUT_RAY = {
-    "icce_ray.methods.heads.job": "icce_ray.methods.heads.in_process",
+    "icce_ray.methods.heads.job": "icce_ray.methods.heads.heads_artifact",
     "icce_ray.consensus.job": "icce_ray.consensus.consensus_artifact",
 }
+"""Modules that make a stage's artifact in this process."""
 NOT_METRICS = ("num_clusters_used",)
 
 PROJECTION = Stage(

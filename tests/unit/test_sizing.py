@@ -81,7 +81,7 @@ def test_a_pairs_work_is_that_of_the_heads_layers() -> None:
 def test_the_memory_of_heads_is_what_training_checks_less_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
-    from icce_ray.methods.heads.training_memory import MAX_GPU_BLOCK_BYTES, training_bytes
+    from icce_ray.methods.heads.training_memory import training_bytes
 
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (80e9, 80e9))
     stated = sizing.memory_bytes(2_000_000, PLANS[0])["heads, the GPU"]
@@ -89,7 +89,7 @@ def test_the_memory_of_heads_is_what_training_checks_less_a_step(monkeypatch: py
         HeadsConfig(), num_images=2_000_000, dim=DIM, num_clusters=NUM_CLUSTERS, batch_size=sizing.BATCH_PAIRS,
         device=torch.device("cuda"),
     )  # fmt: skip
-    assert stated < needed < stated + 12 * MAX_GPU_BLOCK_BYTES
+    assert 0.9 * stated < needed < 1.2 * stated
 
 
 def test_what_is_trained_on_stops_growing_and_the_rest_is_linear() -> None:

@@ -1,1 +1,1 @@
-"""Stage 1: many clustering heads, trained side by side on frozen features (METHOD section 2)."""
+"""Many clustering heads, trained side by side on frozen features (docs/METHOD.md, "Heads"): ICCE, TEMI and SCAN."""

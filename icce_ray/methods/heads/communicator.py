@@ -1,8 +1,8 @@
-"""Sums over workers. The trainer computes every statistic of the global batch through one of these, so that it need not
-know how many workers there are."""
+"""How workers exchange results of their heads. Each worker trains some of the heads, so gathering is all they need."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -10,31 +10,31 @@ import torch.distributed as dist
 
 
 class Communicator(Protocol):
-    """Workers that hold equal parameters and share every batch."""
+    """Workers that train some of the heads each. All of them call the same methods in the same order."""
 
     rank: int
     num_workers: int
 
-    def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Replace `tensor` by its sum over the workers, in place, and return it."""
+    def gather(self, rows: torch.Tensor, num_rows: Sequence[int]) -> torch.Tensor:
+        """The rows of all workers, in the order of ranks, on every worker. `num_rows`: of each worker."""
         ...
 
-    def max_(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Replace `tensor` by its elementwise maximum over the workers, in place, and return it."""
+    def gather_on_first(self, rows: torch.Tensor, num_rows: Sequence[int]) -> torch.Tensor:
+        """The rows of all workers on the worker of rank 0; on the others an empty tensor."""
         ...
 
 
 class SingleWorker:
-    """One process: its sums are the sums."""
+    """One process that trains all heads."""
 
     rank = 0
     num_workers = 1
 
-    def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor
+    def gather(self, rows: torch.Tensor, num_rows: Sequence[int]) -> torch.Tensor:
+        return rows
 
-    def max_(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor
+    def gather_on_first(self, rows: torch.Tensor, num_rows: Sequence[int]) -> torch.Tensor:
+        return rows
 
 
 class TorchDistributed:
@@ -44,10 +44,25 @@ class TorchDistributed:
         self.rank = dist.get_rank()
         self.num_workers = dist.get_world_size()
 
-    def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
-        dist.all_reduce(tensor)
-        return tensor
+    def gather(self, rows: torch.Tensor, num_rows: Sequence[int]) -> torch.Tensor:
+        received = self._room(rows, num_rows)
+        dist.all_gather(received, _padded(rows, max(num_rows)))
+        return _joined(received, num_rows)
 
-    def max_(self, tensor: torch.Tensor) -> torch.Tensor:
-        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
-        return tensor
+    def gather_on_first(self, rows: torch.Tensor, num_rows: Sequence[int]) -> torch.Tensor:
+        received = self._room(rows, num_rows) if self.rank == 0 else None
+        dist.gather(_padded(rows, max(num_rows)), received)
+        return rows[:0] if received is None else _joined(received, num_rows)
+
+    def _room(self, rows: torch.Tensor, num_rows: Sequence[int]) -> list[torch.Tensor]:
+        return [rows.new_empty((max(num_rows), *rows.shape[1:])) for _ in num_rows]
+
+
+def _padded(rows: torch.Tensor, num_rows: int) -> torch.Tensor:
+    """Collectives need the same shape from every worker."""
+    padding = rows.new_zeros((num_rows - len(rows), *rows.shape[1:]))
+    return torch.cat([rows, padding]) if len(padding) else rows.contiguous()
+
+
+def _joined(received: Sequence[torch.Tensor], num_rows: Sequence[int]) -> torch.Tensor:
+    return torch.cat([rows[:number] for rows, number in zip(received, num_rows, strict=True)])

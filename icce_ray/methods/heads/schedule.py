@@ -1,4 +1,4 @@
-"""What changes as training goes on: learning rate, weight of the cross-entropy, the teacher's memory."""
+"""Learning rate, weight of the cross-entropy and teacher momentum over the course of training."""
 
 from __future__ import annotations
 
@@ -11,24 +11,27 @@ TEACHER_MEMORY = 0.05
 MAX_TEACHER_MEMORY_STEPS = 250.0
 
 
-def learning_rate_at(epoch: float, steps_per_epoch: int, num_pairs: int, config: HeadsConfig) -> float:
-    """Linear warm-up, then constant; proportional to the pairs of the step."""
-    target = config.learning_rate * num_pairs / BASE_BATCH_SIZE
-    warmup = min(config.warmup_epochs, config.num_epochs)
+def learning_rate_at(epoch: float, steps_per_epoch: int, num_pairs: int, settings: HeadsConfig) -> float:
+    """Linear warm-up, then constant; proportional to the number of pairs (docs/METHOD.md, "Optimisation")."""
+    target = settings.learning_rate * num_pairs / BASE_BATCH_SIZE
+    warmup = min(settings.warmup_epochs, settings.num_epochs)
     if epoch >= warmup:
         return target
     return target * (epoch * steps_per_epoch + 1) / (warmup * steps_per_epoch)
 
 
-def ce_weight_at(epoch: float, config: HeadsConfig) -> float:
-    """lambda(t) = lambda_max (1 - cos(pi t / T)) / 2."""
-    return config.max_ce_weight * (1.0 - math.cos(math.pi * epoch / config.num_epochs)) / 2.0
+def ce_weight_at(epoch: float, settings: HeadsConfig) -> float:
+    """lambda(t) = lambda_max (1 - cos(pi t / T)) / 2 (docs/METHOD.md, "Cross-entropy term")."""
+    return settings.max_ce_weight * (1.0 - math.cos(math.pi * epoch / settings.num_epochs)) / 2.0
 
 
-def teacher_momentum(config: HeadsConfig, steps_per_epoch: int) -> float:
-    """The teacher's momentum. `auto` [ours]: a teacher that remembers as long as the paper's, 250 steps, would still be
-    what it was at the start when a short run on a small collection ends."""
-    if config.teacher_momentum != "auto":
-        return config.teacher_momentum
-    remembered = min(max(1.0, TEACHER_MEMORY * steps_per_epoch * config.num_epochs), MAX_TEACHER_MEMORY_STEPS)
+def teacher_momentum(settings: HeadsConfig, steps_per_epoch: int) -> float:
+    """Momentum of the teacher's moving average (docs/METHOD.md, "Teacher").
+
+    With the paper's 250 steps of memory, the teacher of a short run would still be close to its initialisation at the
+    end. `auto` remembers a twentieth of the run instead, at most 250 steps.
+    """
+    if settings.teacher_momentum != "auto":
+        return settings.teacher_momentum
+    remembered = min(max(1.0, TEACHER_MEMORY * steps_per_epoch * settings.num_epochs), MAX_TEACHER_MEMORY_STEPS)
     return 1.0 - 1.0 / remembered

@@ -1,4 +1,4 @@
-"""What can be seen of the heads while they train, from the labels that the steps compute anyway."""
+"""Figures of the heads during training, from the labels that the steps compute anyway."""
 
 from __future__ import annotations
 
@@ -8,21 +8,19 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from icce_ray.methods.heads.communicator import Communicator
 from icce_ray.methods.heads.inputs import to_device
 from icce_ray.metrics.contingency import count_table
 from icce_ray.metrics.nmi import nmi_from_counts
 
 MAX_WATCHED_IMAGES = 4096
 MAX_HEAD_PAIRS = 16
-NMI_PER_RUN = 20
 
 
 class EpochWatch:
-    """Labels of a seeded sample of the images, and cluster sizes, of one epoch after the other.
+    """Labels of a seeded sample of the images, and cluster sizes, by one worker's heads.
 
-    Every image of `anchors` is labelled once an epoch, at the step that draws it: no extra forward pass, and labels
-    that are half an epoch old on average.
+    Every image of `anchors` is labelled once an epoch, at the step that draws it. This takes no extra forward pass; the
+    labels are half an epoch old on average.
     """
 
     def __init__(
@@ -31,46 +29,38 @@ class EpochWatch:
         anchors: npt.NDArray[np.int64],
         num_heads: int,
         num_clusters: int,
-        num_epochs: int,
         seed: int,
         device: torch.device,
     ) -> None:
         generator = np.random.default_rng([seed, len(anchors)])
         num_watched = min(len(anchors), MAX_WATCHED_IMAGES)
         watched = generator.choice(anchors, num_watched, replace=False)
-        # All others share one more column: no mask is needed, which would make a GPU wait.
+        # All other images share one more column. A mask would make a GPU wait.
         column_N = np.full(num_images, num_watched)
         column_N[watched] = np.arange(num_watched)
-        self.num_clusters = num_clusters
-        self.nmi_interval = max(1, num_epochs // NMI_PER_RUN)
         self.column_N = torch.from_numpy(column_N).to(device)
         self.labels_Hw = torch.zeros((num_heads, num_watched + 1), dtype=torch.int64, device=device)
         self.sizes_HK = torch.zeros((num_heads, num_clusters), dtype=torch.int64, device=device)
-        self.previous_Hw: torch.Tensor | None = None
+        self.previous_Hw = torch.full((num_heads, num_watched), -1, dtype=torch.int32, device=device)
+        """Labels of the last epoch; -1 before the first."""
 
     def start_epoch(self) -> None:
         self.labels_Hw.zero_()
         self.sizes_HK.zero_()
 
-    def record(self, heads: slice, images: npt.NDArray[np.int64], labels_Hb: torch.Tensor) -> None:
-        """Labels of this worker's images of a step by some of the heads."""
+    def record(self, heads: slice, images: npt.NDArray[np.int64], labels_HB: torch.Tensor) -> None:
+        """Note the labels of a step's images by some of the heads."""
         columns = self.column_N[to_device(images, self.column_N.device)]
-        self.labels_Hw[heads, columns] = labels_Hb
-        self.sizes_HK[heads].scatter_add_(1, labels_Hb, torch.ones_like(labels_Hb))
+        self.labels_Hw[heads, columns] = labels_HB
+        self.sizes_HK[heads].scatter_add_(1, labels_HB, torch.ones_like(labels_HB))
 
-    def finish_epoch(self, epoch: int, communicator: Communicator) -> dict[str, Any]:
-        """Figures of the epoch that ends as number `epoch` (from 1): empty_clusters (share, over all heads),
-        label_change (share of labels that differ from the epoch before; None after the first), head_nmi (mean NMI of
-        pairs of heads; None in most epochs)."""
-        labels_Hw = communicator.sum_(self.labels_Hw)[:, :-1].clone()
-        sizes_HK = communicator.sum_(self.sizes_HK)
-        change = None if self.previous_Hw is None else float((labels_Hw != self.previous_Hw).double().mean())
+    def finish_epoch(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Number of watched labels that differ from the last epoch's, and number of empty clusters, of each head
+        (H,)."""
+        labels_Hw = self.labels_Hw[:, :-1].int()
+        changed_H = (labels_Hw != self.previous_Hw).sum(dim=1)
         self.previous_Hw = labels_Hw
-        return {
-            "empty_clusters": float((sizes_HK == 0).double().mean()),
-            "label_change": change,
-            "head_nmi": mean_pairwise_nmi(labels_Hw.cpu().numpy()) if epoch % self.nmi_interval == 0 else None,
-        }
+        return changed_H, (self.sizes_HK == 0).sum(dim=1)
 
 
 def mean_pairwise_nmi(labels_HN: npt.NDArray[np.integer[Any]]) -> float | None:

@@ -87,7 +87,7 @@ def test_a_trial_in_one_process_has_the_fingerprints_of_the_distributed_one(tmp_
     assert identities(True) == identities(False)
     in_process = {stage.name: stage.module for stage in trial.stages_of_trial(config, Listings(), True)}
     assert (in_process["method"], in_process["consensus"]) == (
-        "icce_ray.methods.heads.in_process",
+        "icce_ray.methods.heads.heads_artifact",
         "icce_ray.consensus.consensus_artifact",
     )
     whole = {stage.name: (stage.version, stage.inputs) for stage in stages_of(config)}

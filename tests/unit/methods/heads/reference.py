@@ -52,7 +52,7 @@ class ReferenceTrainer:
         self.steps_per_epoch = steps_per_epoch
         remembered = min(max(1, 0.05 * steps_per_epoch * config.num_epochs), 250)
         self.teacher_momentum = 1 - 1 / remembered if config.teacher_momentum == "auto" else config.teacher_momentum
-        self.num_heads, self.num_clusters = parameters.num_heads, parameters.num_clusters
+        self.num_heads, self.num_clusters, _ = parameters.prototypes_HKP.shape
         seen = [None] * self.num_heads if columns_HS is None else list(columns_HS)
         self.students = [ReferenceHead(parameters, head, columns) for head, columns in enumerate(seen)]
         self.teachers = [ReferenceHead(parameters, head, columns) for head, columns in enumerate(seen)]

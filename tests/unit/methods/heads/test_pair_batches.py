@@ -3,17 +3,17 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from icce_ray.methods.heads.sampling import choose_batch_size, epoch_batches, num_steps_per_epoch
+from icce_ray.methods.heads.pair_batches import choose_batch_size, epoch_batches, num_steps_per_epoch
 from icce_ray.neighbors.graph import NeighborGraph
 
 
-def batches_of(graph: NeighborGraph, rank: int = 0, num_workers: int = 1, epoch: int = 0, m: int = 1):
-    return list(epoch_batches(graph, 64, m, seed=5, epoch=epoch, rank=rank, num_workers=num_workers))
+def batches_of(graph: NeighborGraph, epoch: int = 0, m: int = 1):
+    return list(epoch_batches(graph, 64, m, seed=5, epoch=epoch))
 
 
 def test_an_epoch_shows_every_image_once_with_one_of_its_neighbours(planted) -> None:
     _, graph, _ = planted
-    rows = np.concatenate([rows for rows, _ in batches_of(graph)], axis=1)
+    rows = np.concatenate(batches_of(graph), axis=1)
     assert sorted(rows[0]) == list(range(graph.num_images))
     for image, neighbor in rows.T:
         assert neighbor in graph.neighbors_of(image)
@@ -22,7 +22,7 @@ def test_an_epoch_shows_every_image_once_with_one_of_its_neighbours(planted) -> 
 def test_an_epoch_visits_only_images_with_neighbours() -> None:
     # Images 1, 2 and 5 follow leaders.
     graph = NeighborGraph(np.array([0, 2, 2, 2, 4, 5, 5]), np.array([3, 4, 0, 4, 3], np.int32))
-    rows = np.concatenate([rows for rows, _ in batches_of(graph, m=2)], axis=1)
+    rows = np.concatenate(batches_of(graph, m=2), axis=1)
     assert sorted(rows[0]) == [0, 3, 4]
     for image, *neighbors in rows.T:
         assert set(neighbors) <= set(graph.neighbors_of(image))
@@ -30,7 +30,7 @@ def test_an_epoch_visits_only_images_with_neighbours() -> None:
 
 def test_neighbours_are_drawn_uniformly(planted) -> None:
     _, graph, _ = planted
-    drawn = np.concatenate([rows for epoch in range(400) for rows, _ in batches_of(graph, epoch=epoch)], axis=1)
+    drawn = np.concatenate([rows for epoch in range(400) for rows in batches_of(graph, epoch=epoch)], axis=1)
     partners = drawn[1][drawn[0] == 6]
     own = graph.neighbors_of(6)
     counts = np.array([(partners == neighbor).sum() for neighbor in own])
@@ -41,27 +41,16 @@ def test_neighbours_are_drawn_uniformly(planted) -> None:
 
 def test_batches_are_of_nearly_equal_size(planted) -> None:
     _, graph, _ = planted
-    sizes = [size for _, size in batches_of(graph)]
+    sizes = [rows.shape[1] for rows in batches_of(graph)]
     assert len(sizes) == num_steps_per_epoch(200, 64) == 3
     assert max(sizes) - min(sizes) <= 1
-
-
-@pytest.mark.parametrize("num_workers", [2, 3])
-def test_workers_share_the_batches_of_a_single_one(planted, num_workers: int) -> None:
-    _, graph, _ = planted
-    whole = batches_of(graph, m=2)
-    shares = [batches_of(graph, rank, num_workers, m=2) for rank in range(num_workers)]
-    for step, (rows, size) in enumerate(whole):
-        joined = np.concatenate([share[step][0] for share in shares], axis=1)
-        assert np.array_equal(joined, rows)
-        assert all(share[step][1] == size for share in shares)
 
 
 def test_epochs_differ_and_repeat_exactly(planted) -> None:
     _, graph, _ = planted
     first, again, second = batches_of(graph), batches_of(graph), batches_of(graph, epoch=1)
-    assert np.array_equal(first[0][0], again[0][0])
-    assert not np.array_equal(first[0][0], second[0][0])
+    assert np.array_equal(first[0], again[0])
+    assert not np.array_equal(first[0], second[0])
 
 
 @pytest.mark.parametrize(("num_images", "expected"), [(50, 64), (1797, 256), (10_000, 1024), (10**9, 1024)])

@@ -1,0 +1,51 @@
+"""What training changes: student, teacher, optimiser and prior of some heads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from icce_ray.config import HeadsConfig
+from icce_ray.methods.heads.model import HeadParameters
+from icce_ray.methods.heads.optimizer import Moments
+
+
+@dataclass
+class HeadState:
+    """Tensors with heads as their first dimension, changed in place."""
+
+    student: HeadParameters
+    teacher: HeadParameters
+    moments: Moments
+    prior_HK: torch.Tensor
+
+    @classmethod
+    def initialise(
+        cls, settings: HeadsConfig, heads: range, dim: int, num_clusters: int, seed: int, device: torch.device
+    ) -> HeadState:
+        """The state before the first step."""
+        num_inputs = settings.num_inputs(dim)
+        student = HeadParameters.initialise(
+            heads, num_inputs, settings.hidden_dim, settings.bottleneck_dim, num_clusters, seed, num_inputs / dim
+        ).map(lambda tensor: tensor.to(device))
+        return cls(
+            student=student,
+            teacher=student.map(torch.clone),
+            moments=Moments(student.map(torch.zeros_like), student.map(torch.zeros_like)),
+            prior_HK=torch.full((len(heads), num_clusters), 1.0 / num_clusters, device=device),
+        )
+
+    def heads(self, heads: slice) -> HeadState:
+        """Views of some of the heads."""
+        moments = Moments(self.moments.mean.heads(heads), self.moments.square.heads(heads))
+        return HeadState(self.student.heads(heads), self.teacher.heads(heads), moments, self.prior_HK[heads])
+
+    def named(self) -> dict[str, torch.Tensor]:
+        """The tensors by their names in a checkpoint."""
+        owners = {
+            "student": self.student, "teacher": self.teacher, "moments.mean": self.moments.mean,
+            "moments.square": self.moments.square,
+        }  # fmt: skip
+        named = {f"{owner}.{name}": tensor for owner, part in owners.items() for name, tensor in part.named().items()}
+        return named | {"prior_HK": self.prior_HK}
