@@ -24,7 +24,7 @@ from cases import datasets
 from icce_ray.config import HeadsConfig, NeighborsConfig
 from icce_ray.consensus.ensemble import cluster_ensemble
 from icce_ray.methods import METHODS
-from icce_ray.methods.heads.training import train_heads
+from icce_ray.methods.heads.fit import fit
 from icce_ray.metrics.true_label_scores import clustering_accuracy
 from icce_ray.neighbors.graph import NeighborGraph, build_graph
 
@@ -123,8 +123,8 @@ def _train(name: str, adaptive: bool, config: HeadsConfig, seed: int) -> Scores:
     features, labels = _load(name)
     num_clusters = len(np.unique(labels))
     graph = _graph(name, adaptive)
-    trained = train_heads(features, graph, config, num_clusters=num_clusters, seed=seed, num_threads=1)
-    matrix_HN = trained.label_matrix_HN
+    trained = fit(features, graph, config, num_clusters=num_clusters, seed=seed, num_threads=1)
+    matrix_HN = trained.labels_HN
     ensemble = cluster_ensemble(matrix_HN, num_clusters, methods=("vote", "mcla"), random_state=seed)
     heads = np.mean([clustering_accuracy(labels, head) for head in matrix_HN])
     return 100 * float(heads), 100 * clustering_accuracy(labels, ensemble.labels)

@@ -45,10 +45,11 @@ class PlainTrainer:
         self.steps_per_epoch = steps_per_epoch
         self.momentum = teacher_momentum(config, steps_per_epoch)
         self.norm = torch.nn.BatchNorm1d(parameters.hidden_weight_HMS.shape[2], affine=False).to(device)
-        self.students = [PlainHead(parameters, head).to(device) for head in range(parameters.num_heads)]
+        self.students = [PlainHead(parameters, head).to(device) for head in range(len(parameters.prototypes_HKP))]
         self.teachers = copy.deepcopy(self.students)
         self.priors = [
-            torch.full((parameters.num_clusters,), 1 / parameters.num_clusters, device=device) for _ in self.students
+            torch.full((parameters.prototypes_HKP.shape[1],), 1 / parameters.prototypes_HKP.shape[1], device=device)
+            for _ in self.students
         ]
         self.optimizers = [
             torch.optim.AdamW(head.parameters(), weight_decay=config.weight_decay) for head in self.students
