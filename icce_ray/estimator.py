@@ -29,7 +29,7 @@ from icce_ray.errors import ConfigError, InputError
 from icce_ray.methods.heads.fit import fit as fit_heads
 from icce_ray.neighbors.graph import build_graph
 from icce_ray.runtime.progress import Progress
-from icce_ray.sample.draw import sample_rows
+from icce_ray.sample.training_set import TrainingRows, choose_rows
 
 MAX_SEED = 2**31 - 1
 FLOATS = [np.float32, np.float16]
@@ -52,14 +52,14 @@ class ICCE(ClusterMixin, BaseEstimator):
         random_state: int, RandomState or None. An int gives the same labels as a run with that ``seed``.
         device: torch device for the neighbour search, the heads and the classifier.
         n_threads: CPU threads; None for torch's setting. They do not change the result.
-        neighbors, heads, consensus, classifier, cluster_count: further settings of these sections of the config.
+        sample, neighbors, heads, consensus, classifier, cluster_count: more settings of these sections of the config.
             `cluster_count` sets how ``auto`` chooses, such as ``{"min_clusters": 5, "max_clusters": 40}``.
         verbose: show progress on standard error.
 
     Attributes:
         labels_: (N,) int32, the consensus, 0..K-1.
         head_labels_: (H, N) int32, the clusters of each head that did not collapse; -1 for rows that were not trained
-            on: above ``heads["max_images"]`` rows the heads see a sample, and the classifier labels the rest.
+            on: above ``sample["max_images"]`` rows the heads see a sample, and the classifier labels the rest.
         agreement_: (N,) float32, share of the heads that agree with `labels_`; NaN for rows that were not trained on.
         vote_entropy_: (N,) float32, entropy of the heads' votes in nats.
         anmi_: float, average normalised mutual information of `labels_` with the heads.
@@ -87,6 +87,7 @@ class ICCE(ClusterMixin, BaseEstimator):
         random_state: int | np.random.RandomState | None = None,
         device: str = "cpu",
         n_threads: int | None = None,
+        sample: Mapping[str, Any] | None = None,
         neighbors: Mapping[str, Any] | None = None,
         heads: Mapping[str, Any] | None = None,
         consensus: Mapping[str, Any] | None = None,
@@ -104,6 +105,7 @@ class ICCE(ClusterMixin, BaseEstimator):
         self.random_state = random_state
         self.device = device
         self.n_threads = n_threads
+        self.sample = sample
         self.neighbors = neighbors
         self.heads = heads
         self.consensus = consensus
@@ -126,8 +128,13 @@ class ICCE(ClusterMixin, BaseEstimator):
         features_ND = validate_data(self, X, dtype=FLOATS, ensure_min_samples=2)
         if not config.is_auto and len(features_ND) < config.num_clusters:
             raise InputError(f"X has {len(features_ND)} rows, fewer than n_clusters={config.num_clusters}")
-        rows = sample_rows(len(features_ND), config.heads.max_images, config.seed)
-        trained_on_nD = features_ND if rows is None else features_ND[rows]
+        training = choose_rows(features_ND, config.sample, config.seed)
+        trained_on_nD = features_ND if training is None else features_ND[training.image_ids_n]
+        if not config.is_auto and len(trained_on_nD) < config.num_clusters:
+            raise InputError(
+                f"n_clusters={config.num_clusters}, but only {len(trained_on_nD)} rows are trained on; near-duplicates "
+                "are left out, and rows above sample['max_images']"
+            )
         choice: Choice | None = None
         if config.is_auto:
             choice = count_clusters(
@@ -189,8 +196,8 @@ class ICCE(ClusterMixin, BaseEstimator):
         self.consensus_method_ = ensemble.method
         self.similarity_threshold_ = audit.similarity_threshold
         self.head_losses_ = trained.losses_H
-        if rows is not None:
-            self._extend(features_ND, rows)
+        if training is not None:
+            self._extend(features_ND, training)
         return self
 
     def predict(self, X: npt.ArrayLike) -> npt.NDArray[np.int32]:
@@ -204,16 +211,15 @@ class ICCE(ClusterMixin, BaseEstimator):
         features = self._check_new(X)
         return self.classifier_.predict_proba(features)
 
-    def _extend(self, features_ND: npt.NDArray[Any], rows: npt.NDArray[np.int64]) -> None:
-        """Let the classifier label the rows that were not trained on."""
-        labels_N = self.classifier_.predict(features_ND)
-        labels_N[rows] = self.labels_
-        head_labels_HN = np.full((len(self.head_labels_), len(features_ND)), -1, dtype=np.int32)
-        head_labels_HN[:, rows] = self.head_labels_
-        agreement_N, vote_entropy_N = np.full((2, len(features_ND)), np.nan, dtype=np.float32)
-        agreement_N[rows], vote_entropy_N[rows] = self.agreement_, self.vote_entropy_
-        self.labels_, self.head_labels_ = labels_N, head_labels_HN
-        self.agreement_, self.vote_entropy_ = agreement_N, vote_entropy_N
+    def _extend(self, features_ND: npt.NDArray[Any], training: TrainingRows) -> None:
+        """From the rows trained on to all: near-duplicates get what their leader has, and the classifier labels the
+        others."""
+        rows_N = training.rows_of(np.arange(len(features_ND)))
+        stands_N = rows_N >= 0
+        self.labels_ = np.where(stands_N, self.labels_[rows_N], self.classifier_.predict(features_ND))
+        self.head_labels_ = np.where(stands_N, self.head_labels_[:, rows_N], np.int32(-1))
+        self.agreement_ = np.where(stands_N, self.agreement_[rows_N], np.float32(np.nan))
+        self.vote_entropy_ = np.where(stands_N, self.vote_entropy_[rows_N], np.float32(np.nan))
 
     def _check_new(self, X: npt.ArrayLike) -> npt.NDArray[Any]:
         check_is_fitted(self)
@@ -235,6 +241,7 @@ class ICCE(ClusterMixin, BaseEstimator):
             "method": self.method,
             "preset": self.preset,
             "seed": int(seed),
+            "sample": dict(self.sample or {}),
             "neighbors": neighbors | dict(self.neighbors or {}),
             "heads": heads | dict(self.heads or {}),
             "consensus": dict(self.consensus or {}),

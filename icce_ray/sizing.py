@@ -4,7 +4,7 @@ Nothing is run: ``icce-ray estimate CONFIG`` measures the machines at hand, this
 there yet. Its tables are those of docs/sizing.md: ``python -m icce_ray.sizing`` prints them.
 
 The settings are the defaults: N images, D features of the default backbone, H heads, K clusters, n = min(N,
-`heads.max_images`) images that are trained on, B pairs a step, P parameters of all heads.
+`sample.max_images`) images that are trained on, B pairs a step, P parameters of all heads.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from icce_ray.config import BackboneConfig, ClassifierConfig, ConsensusConfig, HeadsConfig
+from icce_ray.config import BackboneConfig, ClassifierConfig, ConsensusConfig, HeadsConfig, SampleConfig
 from icce_ray.runtime.progress import format_bytes
 
 NUM_CLUSTERS = 1000
@@ -156,7 +156,7 @@ class Size:
 def size(num_images: int) -> Size:
     """What to start for `num_images`, and what it takes."""
     plan = next((plan for plan in PLANS if num_images <= plan.max_images), PLANS[-1])
-    trained = min(num_images, HeadsConfig().max_images or num_images)
+    trained = min(num_images, SampleConfig().max_images or num_images)
     embed = embed_seconds(num_images, plan)
     bound = max(embed, key=lambda name: embed[name])
     return Size(

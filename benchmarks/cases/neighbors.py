@@ -19,9 +19,9 @@ import pyarrow as pa
 
 from icce_ray.config import Config
 from icce_ray.neighbors import job
-from icce_ray.neighbors.unit_features import Floats, prepare
 from icce_ray.runtime.progress import Progress
 from icce_ray.runtime.ray_cluster import connect
+from icce_ray.sample.unit_features import Floats, prepare
 from icce_ray.stage import StageContext
 from icce_ray.store import Artifact, ArtifactWriter, Folder
 

@@ -14,13 +14,13 @@ import numpy as np
 import torch
 
 from cases.peak import matmul_peak
+from icce_ray.neighbors.adaptive_rule import Rule
 from icce_ray.neighbors.faiss_engine import FaissEngine
 from icce_ray.neighbors.graph_rows import merge_shards, part_ranges, search_shard
-from icce_ray.neighbors.rule import Rule
 from icce_ray.neighbors.search import merge, search
 from icce_ray.neighbors.torch_engine import TorchEngine
-from icce_ray.neighbors.unit_features import Ids, PreparedFeatures, Queries, prepare
 from icce_ray.runtime.threads import in_threads
+from icce_ray.sample.unit_features import Ids, Queries, UnitFeatures, prepare
 
 SETTINGS: dict[str, Any] = {
     "num_images": 1_281_167,
@@ -92,7 +92,7 @@ def clustered(num_images: int, dim: int) -> Any:
     return features
 
 
-def equals_faiss(engine: TorchEngine, prepared: PreparedFeatures, rule: Rule, settings: dict[str, Any]) -> bool:
+def equals_faiss(engine: TorchEngine, prepared: UnitFeatures, rule: Rule, settings: dict[str, Any]) -> bool:
     ids = np.sort(np.random.default_rng(1).choice(len(prepared), settings["compared_queries"], replace=False))
     queries = Queries.of(prepared, ids)
 

@@ -1,9 +1,9 @@
 """What the graph of 10 million, 100 million and a billion images costs: operations and bytes counted, time predicted
 from rates that are measured here.
 
-Above `heads.max_images` the pipeline builds its graph on a sample: these are the sizes of whoever wants it whole. Where
-there is no GPU the rate of one is `gpu_pairs_per_s`: by default what `neighbors-gpu` measured on an H200 for the graph
-of 1.28 million images of 1,024 dimensions.
+Above `sample.max_images` the pipeline builds its graph on a sample; these are the costs of the whole graph. Without a
+GPU here, the rate of one is `gpu_pairs_per_s`: by default that measured by `neighbors-gpu` on an H200 for the graph of
+1.28 million images of 1,024 dimensions.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ import numpy as np
 import torch
 
 from cases.neighbors import clustered, threshold_for
+from icce_ray.neighbors.adaptive_rule import Rule
 from icce_ray.neighbors.faiss_engine import Engine, FaissEngine
-from icce_ray.neighbors.rule import Rule
 from icce_ray.neighbors.search import merge, search
 from icce_ray.neighbors.torch_engine import TorchEngine
-from icce_ray.neighbors.unit_features import PreparedFeatures, Queries, prepare
 from icce_ray.runtime.threads import set_threads
+from icce_ray.sample.unit_features import Queries, UnitFeatures, prepare
 
 SETTINGS: dict[str, Any] = {
     "num_images": [10_000_000, 100_000_000, 1_000_000_000],
@@ -56,7 +56,7 @@ def run(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, bool]]:
     return figures, {}
 
 
-def rate(engine: Engine, prepared: PreparedFeatures, rule: Rule, settings: dict[str, Any]) -> float:
+def rate(engine: Engine, prepared: UnitFeatures, rule: Rule, settings: dict[str, Any]) -> float:
     """Pairs of a query and an image per second: the whole search, with the exact second look."""
     ids = np.random.default_rng(0).choice(len(prepared), settings["measured_queries"], replace=False)
     started = time.perf_counter()

@@ -18,7 +18,7 @@ from icce_ray.assign.exemplars import CANDIDATES_SCHEMA, candidates_table
 from icce_ray.assign.labeling import SCHEMA, assignments_table
 from icce_ray.assign.totals import Totals
 from icce_ray.classifier.linear import MODEL_NAME, LinearClassifier
-from icce_ray.sample.draw import sampled_ids, spread
+from icce_ray.sample.training_set import TrainingRows, training_rows
 from icce_ray.store import Artifact, ArtifactWriter, Folder, Part
 
 ASSIGNMENTS_FOLDER = "assignments/"
@@ -88,20 +88,21 @@ class PartLabeler:
         return LinearClassifier.from_bytes(self._inputs["classifier"].read_bytes(MODEL_NAME))
 
     @cached_property
-    def _consensus(self) -> tuple[npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[np.int64] | None]:
-        """Labels and agreement of the images trained on, and their ids if they are a sample."""
+    def _consensus(self) -> tuple[npt.NDArray[Any], npt.NDArray[Any], TrainingRows | None]:
+        """Labels and agreement of the images trained on, and which these are if not all."""
         consensus = self._inputs["consensus"]
-        return consensus.read_array("labels.npy"), consensus.read_array("agreement.npy"), sampled_ids(self._inputs)
+        return consensus.read_array("labels.npy"), consensus.read_array("agreement.npy"), training_rows(self._inputs)
 
     def _consensus_of(
         self, image_ids: npt.NDArray[np.int64], first_row: int
     ) -> tuple[npt.NDArray[np.integer], npt.NDArray[np.floating]]:
-        """Consensus label and agreement of some consecutive images; -1 and NaN for those that took no part."""
+        """Consensus label and agreement of some consecutive images: a near-duplicate has those of its leader; -1 and
+        NaN for images outside the sample."""
         if "consensus" not in self._inputs:
             return np.full(len(image_ids), -1), np.full(len(image_ids), np.nan, dtype=np.float32)
-        labels_N, agreement_N, trained_ids = self._consensus
+        labels_N, agreement_N, training = self._consensus
         rows_n = np.arange(first_row, first_row + len(image_ids))
-        if trained_ids is not None:
-            rows_n = spread(np.arange(len(trained_ids)), trained_ids, image_ids, -1)
+        if training is not None:
+            rows_n = training.rows_of(image_ids)
         labels_n = np.where(rows_n >= 0, labels_N[rows_n], -1)
         return labels_n, np.where(labels_n >= 0, agreement_N[rows_n], np.nan).astype(np.float32)

@@ -15,7 +15,7 @@ from icce_ray.config import Config
 from icce_ray.embed.feature_matrix import load_features
 from icce_ray.runtime.progress import Progress
 from icce_ray.runtime.workers import work_on_workers
-from icce_ray.sample.draw import training_set
+from icce_ray.sample.training_set import training_set
 from icce_ray.stage import StageContext
 from icce_ray.store import Artifact
 

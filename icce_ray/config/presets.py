@@ -7,11 +7,11 @@ from typing import Any
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     # ICCE as published (arXiv 2511.16213; docs/METHOD.md, "Paper recipe and defaults").
     "paper": {
+        "sample": {"duplicate_threshold": None},
         "neighbors": {
             "similarity_threshold": 0.3,
             "min_neighbors": 50,
             "max_neighbors": None,
-            "duplicate_threshold": None,
             "center": False,
         },
         "heads": {

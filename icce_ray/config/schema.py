@@ -185,6 +185,25 @@ class EmbedConfig(BackboneConfig):
         return (self, *self.extra)
 
 
+class SampleConfig(Section):
+    """Which images are trained on (neighbours, heads, consensus, classifier)."""
+
+    max_images: Annotated[int, Field(ge=2)] | None = 2_000_000
+    """Above this many images, a uniform random sample of them is trained on; the classifier labels the others. `null`:
+    always train on all."""
+    duplicate_threshold: float | Literal["auto"] | None = "auto"
+    """Images at least this similar (cosine of centred features) are near-duplicates: they are listed, and of each group
+    only the image with the lowest id is trained on; the others get its cluster. `auto`: a hundred times nearer to each
+    other than neighbours usually are. `null`: near-duplicates are not looked for."""
+
+    @model_validator(mode="after")
+    def _check(self) -> SampleConfig:
+        duplicate = self.duplicate_threshold
+        if isinstance(duplicate, float) and not 0.0 < duplicate <= 1.0:
+            raise ValueError(f"duplicate_threshold is {duplicate}; allowed is a cosine above 0 and up to 1")
+        return self
+
+
 class NeighborsConfig(Section):
     similarity_threshold: float | Literal["auto"] | None = "auto"
     """Cosine from which on two images are neighbours, -1 to 1 (the paper's tau). `auto`: chosen by the audit of the
@@ -194,10 +213,6 @@ class NeighborsConfig(Section):
     shorter lists were better on weaker features."""
     max_neighbors: PositiveInt | None = 1000
     """Limit of a list of neighbours; a longer one keeps a uniform random subset. `null`: no limit. Paper: no limit."""
-    duplicate_threshold: float | Literal["auto"] | None = "auto"
-    """Images at least this similar (cosine) are near-duplicates: they are listed, and a group of them counts once in
-    training, by the one of the lowest id. `auto`: a hundred times nearer than neighbours usually are. `null`: none are
-    looked for."""
     center: bool = True
     """Subtract the mean feature before the cosine. Convolutional features that are not centred are all similar to each
     other. Paper: false."""
@@ -207,14 +222,6 @@ class NeighborsConfig(Section):
         tau = self.similarity_threshold
         if isinstance(tau, float) and not -1.0 <= tau <= 1.0:
             raise ValueError(f"similarity_threshold is {tau}; a cosine lies between -1 and 1")
-        duplicate = self.duplicate_threshold
-        if isinstance(duplicate, float) and not 0.0 < duplicate <= 1.0:
-            raise ValueError(f"duplicate_threshold is {duplicate}; allowed is a cosine above 0 and up to 1")
-        if isinstance(duplicate, float) and isinstance(tau, float) and duplicate <= tau:
-            raise ValueError(
-                f"duplicate_threshold is {duplicate}, not above similarity_threshold {tau}: every neighbour would be a "
-                "near-duplicate"
-            )
         if self.max_neighbors is not None and self.max_neighbors < self.min_neighbors:
             raise ValueError(f"max_neighbors is {self.max_neighbors}, below min_neighbors {self.min_neighbors}")
         return self
@@ -223,9 +230,6 @@ class NeighborsConfig(Section):
 class HeadsConfig(Section):
     num_heads: PositiveInt = 50
     """Clustering heads trained side by side (H). They differ in their initialisation and in the dimensions they see."""
-    max_images: Annotated[int, Field(ge=2)] | None = 2_000_000
-    """Above this many images, a uniform random sample of them is trained on (neighbours, heads, consensus, classifier);
-    the classifier labels the others. `null`: always train on all."""
     num_epochs: PositiveInt = 50
     """Passes over the images. Paper: 400."""
     batch_size: Annotated[int, Field(ge=2)] | Literal["auto"] = "auto"
@@ -432,6 +436,7 @@ class ClusteringConfig(Section):
     were measured to be better; docs/METHOD.md lists where they differ."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """Seed of every random draw. The same config and seed give the same labels on the same kind of machine."""
+    sample: SampleConfig = SampleConfig()
     neighbors: NeighborsConfig = NeighborsConfig()
     heads: HeadsConfig = HeadsConfig()
     consensus: ConsensusConfig = ConsensusConfig()

@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 
 from icce_ray.errors import InputError
 from icce_ray.images.listing import Listing
-from icce_ray.sample.draw import sampled_ids
+from icce_ray.sample.training_set import training_rows
 from icce_ray.store import Artifact, Folder
 from icce_ray.store.run_records import RUNS_FOLDER
 
@@ -70,8 +70,8 @@ def have_same_images(one: Artifact, other: Artifact) -> bool:
     number."""
     embeds = [_input(heads, EMBED) for heads in (one, other)]
     failed = [sorted(embed.read_table("errors.parquet")["image_id"].to_pylist()) for embed in embeds]
-    drawn = [sampled_ids({SAMPLE: _input(heads, SAMPLE)}) for heads in (one, other)]
-    ours, theirs = (np.empty(0) if ids is None else ids for ids in drawn)
+    training = [training_rows({SAMPLE: _input(heads, SAMPLE)}) for heads in (one, other)]
+    ours, theirs = (np.empty(0) if rows is None else rows.image_ids_n for rows in training)
     if failed[0] != failed[1] or not np.array_equal(ours, theirs):
         return False
     if embeds[0].manifest.inputs[IMAGES] == embeds[1].manifest.inputs[IMAGES]:

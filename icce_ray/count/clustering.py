@@ -27,7 +27,7 @@ from icce_ray.methods.heads.fit import fit
 from icce_ray.metrics.label_free_scores import generalization_score, project_pca, silhouette
 from icce_ray.metrics.true_label_scores import adjusted_rand_index
 from icce_ray.neighbors.graph import NeighborGraph, build_graph
-from icce_ray.sample.draw import sample_rows
+from icce_ray.sample.training_set import sample_rows
 
 Floats = npt.NDArray[Any]
 

@@ -17,7 +17,7 @@ from icce_ray.count.settings import small_heads
 from icce_ray.count.stage import CLUSTER_COUNT
 from icce_ray.embed.feature_matrix import load_features
 from icce_ray.runtime.workers import run_tasks
-from icce_ray.sample.draw import training_set
+from icce_ray.sample.training_set import training_set
 from icce_ray.stage import StageContext
 from icce_ray.store import Artifact, ArtifactWriter
 from icce_ray.store.part_records import PartRecord, PartRecords

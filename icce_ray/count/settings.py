@@ -38,8 +38,8 @@ def settings_of(config: ClusteringConfig) -> dict[str, Any]:
     heads = small_heads(config.heads, config.cluster_count)
     return {
         "cluster_count": config.cluster_count.model_dump(),
-        "heads": heads.model_dump(exclude={"checkpoint_interval_s", "max_images"}),
+        "heads": heads.model_dump(exclude={"checkpoint_interval_s"}),
         # Without a threshold, the other settings have no effect.
-        "neighbors": config.neighbors.model_dump(include={"center", "min_neighbors", "duplicate_threshold"}),
+        "neighbors": config.neighbors.model_dump(include={"center", "min_neighbors"}),
         "seed": config.seed,
     }

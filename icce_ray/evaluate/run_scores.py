@@ -19,7 +19,7 @@ from icce_ray.metrics.true_label_scores import (
     metrics_from_counts,
 )
 from icce_ray.runtime.progress import Progress
-from icce_ray.sample.draw import sampled_ids, spread
+from icce_ray.sample.training_set import training_rows
 from icce_ray.stage import StageContext
 from icce_ray.store import Artifact
 
@@ -45,9 +45,10 @@ def run(config: Config, context: StageContext) -> dict[str, Any]:
         labels = load_labels(config.evaluate, listing.table(0, len(listing))["uri"].to_pylist(), image_ids)
         heads = context.inputs["method"]
         heads_HN = heads.read_array("label_matrix.npy")
-        sample = sampled_ids(context.inputs)
-        if sample is not None:
-            heads_HN = np.stack([spread(head_n, sample, image_ids, -1) for head_n in heads_HN])
+        training = training_rows(context.inputs)
+        if training is not None:
+            rows_N = training.rows_of(image_ids)
+            heads_HN = np.where(rows_N >= 0, heads_HN[:, rows_N], -1)
         metrics = evaluate(
             labels,
             table["cluster"].to_numpy(),

@@ -41,14 +41,14 @@ _ICCE = Method(
     version=3,
     needs_graph=True,
     unit="epochs",
-    free_settings=frozenset({"checkpoint_interval_s", "max_images"}),
+    free_settings=frozenset({"checkpoint_interval_s"}),
 )
 
 
 def _fixed_neighbors(number: int) -> dict[str, Any]:
     """Exactly `number` neighbours for each image."""
     limits = {"min_neighbors": number, "max_neighbors": number}
-    return {"similarity_threshold": None, "duplicate_threshold": None} | limits
+    return {"similarity_threshold": None} | limits
 
 
 METHODS: dict[str, Method] = {
@@ -58,6 +58,7 @@ METHODS: dict[str, Method] = {
     "temi": replace(
         _ICCE,
         settings={
+            "sample": {"duplicate_threshold": None},
             "neighbors": _fixed_neighbors(50),
             "heads": {
                 "input_norm": "standardize",
@@ -73,6 +74,7 @@ METHODS: dict[str, Method] = {
     "scan": replace(
         _ICCE,
         settings={
+            "sample": {"duplicate_threshold": None},
             "neighbors": _fixed_neighbors(20),
             "heads": {"loss": "scan", "input_norm": "standardize", "rotate": False, "input_share": 1.0},
             "consensus": {"methods": ("best_head",), "refine": False},

@@ -17,12 +17,12 @@ import numpy as np
 import numpy.typing as npt
 
 from icce_ray.config import NeighborsConfig
-from icce_ray.neighbors.duplicates import auto_threshold
+from icce_ray.neighbors.adaptive_rule import Rule
 from icce_ray.neighbors.neighbor_precision import cluster_labels
 from icce_ray.neighbors.search import most_similar
 from icce_ray.neighbors.search_memory import shard_bytes, worker_bytes
 from icce_ray.neighbors.threshold_curves import FINEST_STEP, Curves, count_pairs, curves_of
-from icce_ray.neighbors.unit_features import Floats, PreparedFeatures, prepare
+from icce_ray.sample.unit_features import Floats, UnitFeatures
 
 STREAM = 2
 """Of the seed: keeps the audit's draws apart from those of other stages."""
@@ -56,8 +56,6 @@ class Audit:
     is_automatic: whether the audit chose it; reason: how, in words.
     mean_neighbors: expected mean length of the graph's rows; estimated_precision: expected share of them that belong
         to the image's cluster.
-    duplicate_threshold: cosine from which on images are near-duplicates; None: they are not looked for, as when it is
-        not above `similarity_threshold`.
     num_queries: images that the expectations were measured on, each against all others.
     bin_edges, random_pairs, nearest_pairs: histograms of the cosine of random pairs and of the `min_neighbors` most
         similar pairs.
@@ -74,7 +72,6 @@ class Audit:
     reason: str
     mean_neighbors: float
     estimated_precision: float
-    duplicate_threshold: float | None
     num_queries: int
     bin_edges: list[float]
     random_pairs: list[int]
@@ -85,6 +82,11 @@ class Audit:
     graph_bytes: int
     predicted_s: float
 
+    def rule(self, config: NeighborsConfig, seed: int) -> Rule:
+        """The adaptive rule to build the graph by; `seed` draws the subsets of long lists."""
+        min_neighbors = min(config.min_neighbors, self.num_images - 1)
+        return Rule(self.similarity_threshold, min_neighbors, config.max_neighbors, seed)
+
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
@@ -93,52 +95,36 @@ class Audit:
         return cls(**data)
 
 
-def audit(features_ND: npt.NDArray[np.floating], config: NeighborsConfig, *, num_clusters: int, seed: int) -> Audit:
-    """Audit features as they come; see `audit_prepared`."""
-    return audit_prepared(prepare(features_ND, config.center), config, num_clusters=num_clusters, seed=seed)
-
-
-def audit_prepared(prepared: PreparedFeatures, config: NeighborsConfig, *, num_clusters: int, seed: int) -> Audit:
+def audit_features(unit: UnitFeatures, config: NeighborsConfig, *, num_clusters: int, seed: int) -> Audit:
     """Similarity histograms, what each threshold would give, and the threshold to use.
 
     Args:
-        prepared: the features of N images, as `prepare` returns them.
+        unit: the features of N images.
         config: threshold (`auto`: chosen here) and limits.
         num_clusters: K.
         seed: of samples and k-means starts.
     """
-    num_images, dim = prepared.shape
+    num_images, dim = unit.shape
     rng = np.random.default_rng([seed, STREAM])
     floor = min(config.min_neighbors, num_images - 1)
-    random_P = _random_similarities(prepared, rng)
+    random_P = _random_similarities(unit, rng)
     num_queries = min(num_images, MAX_QUERIES, max(MIN_QUERIES, MAX_PAIRS // num_images))
     queries_Q = np.sort(rng.choice(num_images, num_queries, replace=False))
     started = time.perf_counter()
-    nearest_Qk, nearest_ids_Qk = most_similar(prepared, queries_Q, floor)
+    nearest_Qk, nearest_ids_Qk = most_similar(unit, queries_Q, floor)
     search_s = time.perf_counter() - started
-    labels_RN = cluster_labels(prepared, num_clusters, rng)
+    labels_RN = cluster_labels(unit, num_clusters, rng)
     share_of_interest = min(1.0, max(1.5 / num_clusters, 2.0 * floor / num_images))
     thresholds_T = _candidate_thresholds(float(np.quantile(random_P, 1.0 - share_of_interest)))
-    counts_QTC = count_pairs(prepared, queries_Q, labels_RN, thresholds_T)
+    counts_QTC = count_pairs(unit, queries_Q, labels_RN, thresholds_T)
     is_together_RQk = labels_RN[:, queries_Q, None] == labels_RN[:, nearest_ids_Qk]
     together_Qk = is_together_RQk.sum(axis=0, dtype=np.uint8)
-    duplicate_threshold = config.duplicate_threshold
-    if duplicate_threshold == "auto":
-        duplicate_threshold = auto_threshold(nearest_Qk[:, -1])
-
-    def measured(duplicate_threshold: float | None) -> tuple[Curves, float | None, str]:
-        is_copy_Qk = nearest_Qk >= (np.inf if duplicate_threshold is None else duplicate_threshold)
-        curves = curves_of(thresholds_T, counts_QTC, together_Qk, is_copy_Qk, config.max_neighbors)
-        if config.similarity_threshold != "auto":
-            return curves, config.similarity_threshold, "given"
-        num_counted = num_images * curves.leaders_share
-        return curves, *choose_threshold(curves, floor, config.max_neighbors, num_counted, num_clusters)
-
-    curves, threshold, reason = measured(duplicate_threshold)
-    if duplicate_threshold is not None and threshold is not None and duplicate_threshold <= threshold:
-        # Where all neighbours are so similar, similarity does not tell copies from them.
-        duplicate_threshold = None
-        curves, threshold, reason = measured(None)
+    curves = curves_of(thresholds_T, counts_QTC, together_Qk, config.max_neighbors)
+    threshold: float | None
+    if config.similarity_threshold == "auto":
+        threshold, reason = choose_threshold(curves, floor, config.max_neighbors, num_images, num_clusters)
+    else:
+        threshold, reason = config.similarity_threshold, "given"
     mean_neighbors, precision = float(floor), curves.precision_at_min
     if threshold is not None:
         t = max(0, int(np.searchsorted(thresholds_T, threshold + FINEST_STEP / 2)) - 1)
@@ -153,7 +139,6 @@ def audit_prepared(prepared: PreparedFeatures, config: NeighborsConfig, *, num_c
         reason=reason,
         mean_neighbors=round(mean_neighbors, 2),
         estimated_precision=round(precision, 4),
-        duplicate_threshold=duplicate_threshold,
         num_queries=num_queries,
         bin_edges=edges.tolist(),
         random_pairs=np.histogram(random_P.clip(-1, 1), edges)[0].tolist(),
@@ -184,7 +169,7 @@ def choose_threshold(
         curves: measured on the features.
         floor: `min_neighbors`, at most N - 1.
         max_neighbors: the rule's upper limit.
-        num_images, num_clusters: N without near-duplicates, K.
+        num_images, num_clusters: N, K.
 
     Returns:
         The threshold, and in words what set it.
@@ -210,11 +195,11 @@ def choose_threshold(
     return float(curves.thresholds[t]), reason
 
 
-def _random_similarities(prepared: PreparedFeatures, rng: np.random.Generator) -> Floats:
+def _random_similarities(unit: UnitFeatures, rng: np.random.Generator) -> Floats:
     """Cosines of about `NUM_RANDOM_PAIRS` pairs of different images."""
-    size = min(len(prepared), round(NUM_RANDOM_PAIRS**0.5))
-    rows, columns = (rng.choice(len(prepared), size, replace=False) for _ in range(2))
-    cosine = prepared[rows] @ prepared[columns].T
+    size = min(len(unit), round(NUM_RANDOM_PAIRS**0.5))
+    rows, columns = (rng.choice(len(unit), size, replace=False) for _ in range(2))
+    cosine = unit[rows] @ unit[columns].T
     pairs: Floats = cosine[rows[:, None] != columns[None, :]]
     return pairs
 

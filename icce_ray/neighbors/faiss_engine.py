@@ -1,38 +1,56 @@
-"""The part of a search that touches every pair: queries against one shard's images, on a CPU by FAISS.
+"""The part of a search that touches every pair: queries against the images of one shard, on a CPU by FAISS.
 
-An engine's scores may be wrong by `error`; whoever uses them scores again what stands closer to a border than that. So
-every engine, on any device, leads to the same neighbours. `icce_ray.neighbors.torch_engine` is the one for GPUs.
+The scores of an engine may be wrong by up to its `error`; pairs closer to a border than that are scored again. So every
+engine on any device leads to the same neighbours. `icce_ray.neighbors.torch_engine` has the one for GPUs.
 
-Legend: D feature dimension, n images of the shard, Q queries, P pairs, k list length.
+Legend: D feature dimension, n images of the shard, Q queries, B images of a block, P pairs, k list length.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
-import faiss
 import numpy as np
 import numpy.typing as npt
 
-from icce_ray.neighbors.rule import PairList, Rule, rank_in_row
-from icce_ray.neighbors.unit_features import Floats, Ids, PreparedFeatures, Queries
+from icce_ray.neighbors.adaptive_rule import PairList, Rule, rank_in_row
+from icce_ray.sample.range_search import range_search
+from icce_ray.sample.unit_features import RESOLUTION, Floats, Ids, UnitFeatures, exact_similarity, in_units
 
-RESOLUTION = 2.0**-22
-"""Similarities are compared in these units: closer is a tie, and the lower id wins."""
 BASE_BLOCK = 16_384
-RESCORED_ELEMENTS = 4_000_000
 MIN_BLOCK = 1024
 NUM_BLOCKS = 16
-"""Of a shard, at least, where they would not be smaller than `MIN_BLOCK`."""
+"""Least number of blocks of a shard, unless they would be smaller than `MIN_BLOCK`."""
 TIGHTENED_AFTER = frozenset({3, 9, 27, 81, 243})
-"""So many blocks. Each time a third of the pairs that were let through before would be now."""
+"""Numbers of blocks after which the radii are recomputed: each time, about a third of the pairs remain."""
 
-NOTHING = 2.0
-"""A radius that no score reaches; all reach -2."""
+UNREACHABLE = 2.0
+"""A radius that no score reaches; every score reaches -2."""
 
-ScoredPairs = tuple[npt.NDArray[np.int32], Ids, Floats]
-"""Of P pairs: number of the query (ascending), image, score."""
+
+@dataclass(frozen=True)
+class Queries:
+    """Q images whose neighbours are wanted, by their rows in the features of all images."""
+
+    unit: UnitFeatures
+    ids_Q: Ids
+
+    def __len__(self) -> int:
+        return len(self.ids_Q)
+
+    @cached_property
+    def features(self) -> Floats:
+        """(Q, D). Prepared on first use, since most answers are merged without it."""
+        return self.unit[self.ids_Q]
+
+    def unsearched(self, rule: Rule, error: float) -> npt.NDArray[np.bool_]:
+        """(Q,) the zero vectors, if the threshold is above 0: all images are equally far from them, none is near."""
+        if rule.threshold is not None and rule.threshold <= error:
+            return np.zeros(len(self), bool)
+        return np.logical_not(self.features.any(axis=1))
 
 
 class Engine(Protocol):
@@ -41,80 +59,41 @@ class Engine(Protocol):
     ids_n: Ids
     """The shard's images, ascending."""
     blocks_at_once: int
-    """How many blocks of queries to search at the same time, each in a thread."""
+    """Number of blocks of queries to search at the same time, each in a thread of its own."""
     error: float
-    """Bound on what a score differs by from the cosine, `RESOLUTION` included."""
+    """Bound on the difference between a score and the cosine, `RESOLUTION` included."""
 
     def pairs(self, queries: Queries, rule: Rule) -> Iterator[PairList]:
-        """Pairs of the queries and the shard's images, each at most once, some at a time: all that the rule may keep,
-        all that reach its threshold, and all near-duplicates. Of queries that `is_unsearched` names there are none."""
+        """Pairs of the queries and the shard's images, each at most once, some at a time: all that the rule may keep
+        and all that reach its threshold. There are none of queries that `Queries.unsearched` names."""
 
     def exact(self, queries: Queries, rows_P: npt.NDArray[np.int32], ids_P: Ids) -> Ids:
         """Cosine of each pair in units of `RESOLUTION`, from float64 products: (P,) int64."""
 
 
-def is_unsearched(queries: Queries, rule: Rule, error: float) -> npt.NDArray[np.bool_]:
-    """(Q,) the zero vectors, where the threshold is above 0: all images are equally far from them, and none is near."""
-    if rule.threshold is None or rule.threshold > error:
-        return queries.is_zero
-    return np.zeros(len(queries), bool)
-
-
-def lowest_border(rule: Rule, error: float) -> float:
-    """The score from which on every pair counts, whatever else is in its row; infinite without a threshold."""
-    borders = [border for border in (rule.threshold, rule.duplicate_threshold) if border is not None]
-    return min(borders, default=np.inf) - error
-
-
-def radius(kth_Q: Floats, border: float, unsearched_Q: npt.NDArray[np.bool_], error: float) -> Floats:
-    """(Q,) the scores from which on pairs are worth keeping, given scores that as many images reach as are wanted: -inf
-    where so many are not known."""
-    radius_Q: Floats = np.clip(kth_Q - 2 * error, -NOTHING, min(border, NOTHING)).astype(np.float32)
-    radius_Q[unsearched_Q] = NOTHING
-    return radius_Q
-
-
-def similarity_error(dim: int) -> float:
-    """Bound on the error of a float32 inner product of unit vectors less a radius, the resolution added."""
-    return (dim + 2) * 2.0**-23 + 2 * RESOLUTION
-
-
-def in_units(cosine: float) -> int:
-    return round(cosine / RESOLUTION)
-
-
-def exact_similarity(
-    queries_QD: Floats, rows_P: npt.NDArray[np.int32], base: Floats | PreparedFeatures, columns_P: Ids
-) -> Ids:
-    """Cosine of each pair of a query and a row of `base`, in units of `RESOLUTION`: (P,) int64."""
-    units_P = np.empty(len(rows_P), np.int64)
-    step = max(1, RESCORED_ELEMENTS // base.shape[1])
-    for start in range(0, len(rows_P), step):
-        chunk = slice(start, start + step)
-        left = queries_QD[rows_P[chunk]].astype(np.float64)
-        left *= base[columns_P[chunk]]
-        units_P[chunk] = np.rint(left.sum(axis=1) / RESOLUTION)
-    return units_P
+def always_wanted(rule: Rule, error: float) -> float:
+    """The score at which a pair counts whatever else is in its row, or `UNREACHABLE` without a threshold."""
+    return UNREACHABLE if rule.threshold is None else min(rule.threshold - error, UNREACHABLE)
 
 
 class FaissEngine(Engine):
-    """Holds the rows of a shard in float32, and a column of ones: with minus the radius beside a query, one range
-    search serves queries of different radii.
+    """Holds the rows of a shard in float32, with a column of ones: if the queries have minus their radius there, one
+    range search serves queries of different radii.
 
-    A block holds every so many-th image. So each is a sample of the shard, however that is sorted: the first tells from
-    which score on the others are worth a look, and what they add tells it better.
+    A block holds every m-th image. So each is a sample of the shard, however the images are sorted: the scores of the
+    first block show which scores of the others can matter, and later blocks show it better.
 
     Args:
-        prepared: the features of all images.
+        unit: the features of all images.
         ids_n: the shard's images, ascending.
     """
 
     blocks_at_once = 1  # FAISS has threads of its own
 
-    def __init__(self, prepared: PreparedFeatures, ids_n: Ids) -> None:
-        num_images, dim = len(ids_n), prepared.shape[1]
+    def __init__(self, unit: UnitFeatures, ids_n: Ids) -> None:
+        num_images, dim = len(ids_n), unit.shape[1]
         self.ids_n = ids_n
-        self.error = similarity_error(dim)
+        self.error = (dim + 2) * 2.0**-23 + 2 * RESOLUTION  # of a float32 inner product of unit vectors less a radius
         num_blocks = max(1, -(-num_images // BASE_BLOCK), min(NUM_BLOCKS, num_images // MIN_BLOCK))
         columns_of_blocks = [np.arange(first, num_images, num_blocks) for first in range(num_blocks)]
         columns_n = np.concatenate(columns_of_blocks)
@@ -127,16 +106,14 @@ class FaissEngine(Engine):
         self._rows_nE[:, dim] = 1.0
         for start in range(0, num_images, BASE_BLOCK):
             columns = slice(start, start + BASE_BLOCK)
-            self._rows_nE[self._row_of_column_n[columns], :dim] = prepared[as_slice(ids_n[columns])]
+            self._rows_nE[self._row_of_column_n[columns], :dim] = unit[as_slice(ids_n[columns])]
 
     def pairs(self, queries: Queries, rule: Rule) -> Iterator[PairList]:
-        k = rule.min_neighbors + 1  # the image itself may be among them
-        unsearched_Q, border = is_unsearched(queries, rule, self.error), lowest_border(rule, self.error)
-        first_Qb = self._first_scores(queries.features)
-        radii = _Radii(first_Qb, k, border, unsearched_Q, self.error)
-        rows, columns_P = np.nonzero(first_Qb >= radii.radius_Q[:, None])
-        scores_P, rows_P = first_Qb[rows, columns_P], rows.astype(np.int32)
-        del first_Qb, rows
+        first_QB = self._first_scores(queries.features)
+        radii = _Radii(first_QB, rule, queries.unsearched(rule, self.error), self.error)
+        rows, columns_P = np.nonzero(first_QB >= radii.radius_Q[:, None])
+        scores_P, rows_P = first_QB[rows, columns_P], rows.astype(np.int32)
+        del first_QB, rows
         yield self._pair_list(queries, rule, rows_P, self._ids_of_rows_n[columns_P], scores_P)
         queries_QE = np.column_stack([queries.features, np.empty(len(queries), np.float32)])
         last_tightened = max((number for number in TIGHTENED_AFTER if number < len(self._blocks)), default=0)
@@ -156,8 +133,8 @@ class FaissEngine(Engine):
     def _pair_list(
         self, queries: Queries, rule: Rule, rows_P: npt.NDArray[np.int32], ids_P: Ids, scores_P: Floats
     ) -> PairList:
-        """Of scored pairs those that may be neighbours, and which of them reach the threshold."""
-        other_P = np.flatnonzero(ids_P != queries.excluded_Q[rows_P])
+        """Scored pairs without those of an image with itself, and which of them reach the threshold."""
+        other_P = np.flatnonzero(ids_P != queries.ids_Q[rows_P])
         if len(other_P) < len(rows_P):
             rows_P, ids_P, scores_P = rows_P[other_P], ids_P[other_P], scores_P[other_P]
         is_hit_P = np.zeros(len(rows_P), bool)
@@ -168,40 +145,40 @@ class FaissEngine(Engine):
         return PairList(rows_P, ids_P, scores_P, is_hit_P)
 
     def _first_scores(self, queries_QD: Floats) -> Floats:
-        """Of the images of the first block."""
-        scores_Qb: Floats = queries_QD @ self._rows_nE[self._blocks[0], :-1].T
-        return scores_Qb
+        """(Q, B) scores of the images of the first block."""
+        scores_QB: Floats = queries_QD @ self._rows_nE[self._blocks[0], :-1].T
+        return scores_QB
 
-    def _above(self, queries_QE: Floats, block: slice) -> ScoredPairs:
-        """All pairs with a score of at least the query's radius; the images by their place in the block."""
-        lengths_Q, above_P, columns_P = _range_search(queries_QE, self._rows_nE[block])
+    def _above(self, queries_QE: Floats, block: slice) -> tuple[npt.NDArray[np.int32], Ids, Floats]:
+        """All pairs whose score is above the query's radius: query (ascending), place of the image in the block, and
+        score."""
+        lengths_Q, columns_P, above_P = range_search(queries_QE, self._rows_nE[block])
         rows_P = np.repeat(np.arange(len(queries_QE), dtype=np.int32), lengths_Q)
         above_P -= queries_QE[rows_P, -1]
         return rows_P, columns_P, above_P
 
 
 class _Radii:
-    """The score that a pair must reach to be worth keeping, for each query, from what is known of its k-th highest.
+    """The score that a pair of each query must reach to matter, `radius_Q`, given the scores seen so far.
 
     Args:
-        first_QB: scores of some images.
-        k: list length.
-        border, unsearched_Q, error: as for `radius`.
+        first_QB: scores of the first images.
+        rule: the limits.
+        unsearched_Q: queries without a search.
+        error: bound on the error of the scores.
     """
 
-    def __init__(
-        self, first_QB: Floats, k: int, border: float, unsearched_Q: npt.NDArray[np.bool_], error: float
-    ) -> None:
-        self.k = k
-        self.border = border
+    def __init__(self, first_QB: Floats, rule: Rule, unsearched_Q: npt.NDArray[np.bool_], error: float) -> None:
+        self.k = rule.min_neighbors + 1  # the image itself may be among them
+        self.border = np.float32(always_wanted(rule, error))
         self.unsearched_Q = unsearched_Q
         self.error = error
-        # There may be fewer than k.
-        self._scores = [first_QB, np.full((len(first_QB), max(0, k - first_QB.shape[1])), -np.inf, np.float32)]
+        missing = max(0, self.k - first_QB.shape[1])
+        self._scores = [first_QB, np.full((len(first_QB), missing), -np.inf, np.float32)]
         self.tighten()
 
     def learn(self, rows_P: npt.NDArray[np.int32], scores_P: Floats) -> None:
-        """There are these pairs; rows ascend."""
+        """Note the scores of more pairs, in the order of their rows."""
         open_P = np.flatnonzero(self.is_open_Q[rows_P])
         rows_P, ranks_P = rows_P[open_P], rank_in_row(rows_P[open_P])
         scores_QB = np.full((len(self.is_open_Q), int(ranks_P.max(initial=-1)) + 1), -np.inf, np.float32)
@@ -209,28 +186,15 @@ class _Radii:
         self._scores.append(scores_QB)
 
     def tighten(self) -> None:
-        """Use what was learnt."""
+        """Recompute the radii from what was noted."""
         best_Qk = np.partition(np.hstack(self._scores), -self.k, axis=1)[:, -self.k :]
         self._scores = [best_Qk]
-        self.radius_Q = radius(best_Qk[:, 0], self.border, self.unsearched_Q, self.error)
-        self.is_open_Q = self.radius_Q < np.float32(min(self.border, NOTHING))
+        self.radius_Q = np.clip(best_Qk[:, 0] - 2 * self.error, -UNREACHABLE, self.border).astype(np.float32)
+        self.radius_Q[self.unsearched_Q] = UNREACHABLE
+        self.is_open_Q = self.radius_Q < self.border
 
 
 def as_slice(ids_n: Ids) -> slice | Ids:
-    """Consecutive ids as a slice: a memory map then reads them as one run."""
+    """Consecutive ids as a slice: a memory map then reads them in one go."""
     is_run = int(ids_n[-1] - ids_n[0]) == len(ids_n) - 1
     return slice(int(ids_n[0]), int(ids_n[-1]) + 1) if is_run else ids_n
-
-
-def _range_search(queries_QE: Floats, block_BE: Floats) -> tuple[Ids, Floats, Ids]:
-    """Hits per query (Q,), and of all hits, query after query, the inner product (above 0) and the row of the block."""
-    num_queries, dim = queries_QE.shape
-    result = faiss.RangeSearchResult(num_queries)
-    query_pointer, base_pointer = faiss.swig_ptr(queries_QE), faiss.swig_ptr(block_BE)
-    faiss.range_search_inner_product(query_pointer, base_pointer, dim, num_queries, len(block_BE), 0.0, result)
-    limits = faiss.rev_swig_ptr(result.lims, num_queries + 1).astype(np.int64)
-    if limits[-1] == 0:
-        return np.diff(limits), np.empty(0, np.float32), np.empty(0, np.int64)
-    above_P = faiss.rev_swig_ptr(result.distances, int(limits[-1])).copy()
-    columns_P = faiss.rev_swig_ptr(result.labels, int(limits[-1])).astype(np.int64)
-    return np.diff(limits), above_P, columns_P

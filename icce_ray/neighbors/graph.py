@@ -1,38 +1,23 @@
-"""The neighbour graph: who is whose neighbour, by the adaptive rule of METHOD section 1.
-
-N(i) = all images at least `threshold` similar to i; fewer than `min_neighbors` of them: the `min_neighbors` most
-similar; more than `max_neighbors`: a uniform random subset. The subset is drawn by a hash of (seed, i, j), so it does
-not depend on how the work is cut. Where there are near-duplicates, the rule is that over the leaders of their groups.
-"""
+"""The graph of adaptive neighbours, built in this process or loaded from a finished artifact."""
 
 from __future__ import annotations
 
 import hashlib
-import os
-import uuid
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from icce_ray.config import NeighborsConfig
-from icce_ray.neighbors.audit import Audit, audit_prepared
-from icce_ray.neighbors.duplicates import DuplicatePairs, leaders
-from icce_ray.neighbors.faiss_engine import Engine, FaissEngine
-from icce_ray.neighbors.graph_rows import (
-    Rows,
-    ids_to_search_again,
-    merge_shards,
-    part_ranges,
-    rows_among_leaders,
-    search_shard,
-)
-from icce_ray.neighbors.rule import Rule
-from icce_ray.neighbors.unit_features import Ids, PreparedFeatures, prepare
+from icce_ray.neighbors.audit import Audit, audit_features
+from icce_ray.neighbors.graph_rows import Rows, merge_shards, part_ranges, search_shard
+from icce_ray.neighbors.search import make_engine
 from icce_ray.runtime.progress import Progress
+from icce_ray.sample.unit_features import prepare
 from icce_ray.store import Artifact
 from icce_ray.store.artifact import cache_folder
+from icce_ray.store.local_files import locked, replacing
 
 
 @dataclass(frozen=True)
@@ -41,7 +26,6 @@ class NeighborGraph:
 
     indptr: (N+1,) int64; the neighbours of image i are indices[indptr[i]:indptr[i+1]].
     indices: (E,) int32, or int64 above 2^31-1 images; ascending within a row, never i itself.
-    A near-duplicate of another image, its leader, has no neighbours and is nobody's: it does not take part in training.
     """
 
     indptr: npt.NDArray[np.int64]
@@ -69,36 +53,6 @@ class NeighborGraph:
         return self.indices[self.indptr[image] : self.indptr[image + 1]]
 
 
-@dataclass(frozen=True)
-class BuiltGraph:
-    """A graph and what was learnt on the way; leader_N as `duplicates.leaders` returns it."""
-
-    graph: NeighborGraph
-    audit: Audit
-    duplicates: DuplicatePairs
-    leader_N: Ids | None
-
-
-def rule_of(config: NeighborsConfig, audit: Audit, seed: int) -> Rule:
-    """The rule that the audit leads to."""
-    return Rule(
-        audit.similarity_threshold,
-        min(config.min_neighbors, audit.num_images - 1),
-        config.max_neighbors,
-        seed,
-        audit.duplicate_threshold,
-    )
-
-
-def make_engine(prepared: PreparedFeatures, ids_n: Ids, device: str | None, num_threads: int) -> Engine:
-    """A shard of the images `ids_n`: on the CPU by FAISS, or on a torch device."""
-    if device is None:
-        return FaissEngine(prepared, ids_n)
-    from icce_ray.neighbors.torch_engine import TorchEngine
-
-    return TorchEngine(prepared, ids_n, device, num_threads)
-
-
 def build_graph(
     features_ND: npt.NDArray[np.floating],
     config: NeighborsConfig,
@@ -109,70 +63,35 @@ def build_graph(
     device: str | None = None,
     num_threads: int = 1,
 ) -> tuple[NeighborGraph, Audit]:
-    """The graph and the audit of `build`."""
-    built = build(
-        features_ND, config, num_clusters=num_clusters, seed=seed, progress=progress, device=device,
-        num_threads=num_threads,
-    )  # fmt: skip
-    return built.graph, built.audit
-
-
-def build(
-    features_ND: npt.NDArray[np.floating],
-    config: NeighborsConfig,
-    *,
-    num_clusters: int,
-    seed: int,
-    progress: Progress | None = None,
-    device: str | None = None,
-    num_threads: int = 1,
-) -> BuiltGraph:
     """Audit the features and build the graph in this process: the oracle of the distributed stage.
 
     Args:
         features_ND: (N, D) floating point.
         config: threshold, limits and centring.
         num_clusters: K; bounds the automatic threshold.
-        seed: of the audit's samples and of the random subsets.
+        seed: seed of the audit's samples and of the random subsets.
         progress: told of finished rows.
         device: a torch device to search on, with `num_threads` of the CPU; None: the CPU, by FAISS.
 
     Raises:
         InputError: features that are not finite, or fewer than two.
     """
-    prepared = prepare(features_ND, config.center)
-    num_images = len(prepared)
-    audit = audit_prepared(prepared, config, num_clusters=num_clusters, seed=seed)
-    rule = rule_of(config, audit, seed)
-    engine = make_engine(prepared, np.arange(num_images), device, num_threads)
+    unit = prepare(features_ND, config.center)
+    audit = audit_features(unit, config, num_clusters=num_clusters, seed=seed)
+    rule = audit.rule(config, seed)
+    engine = make_engine(unit, np.arange(len(unit)), device, num_threads)
     parts: list[Rows] = []
-    pairs: list[DuplicatePairs] = []
-    for start, stop in part_ranges(num_images):
+    for start, stop in part_ranges(len(unit)):
         ids = np.arange(start, stop)
-        rows, duplicates = merge_shards(
-            [search_shard(engine, prepared, ids, rule)], prepared, ids, rule, num_threads=num_threads
-        )
-        parts.append(rows)
-        pairs.append(duplicates)
+        parts.append(merge_shards([search_shard(engine, unit, ids, rule)], unit, ids, rule, num_threads))
         if progress is not None:
-            progress.update(stop, num_images)
-    duplicates = DuplicatePairs.join(pairs)
-    leader_N = leaders(num_images, duplicates, min_leaders=rule.min_neighbors + 1)
-    if leader_N is not None:
-        rule = replace(rule, duplicate_threshold=None)
-        del engine  # its memory goes before the next one's comes
-        engine = make_engine(prepared, np.flatnonzero(leader_N == np.arange(num_images)), device, num_threads)
-        for number, (start, _) in enumerate(part_ranges(num_images)):
-            ids = ids_to_search_again(parts[number], start, leader_N)
-            answer = search_shard(engine, prepared, ids, rule, leader_N)
-            new, _ = merge_shards([answer], prepared, ids, rule, leader_N, num_threads)
-            parts[number] = rows_among_leaders(parts[number], start, leader_N, ids, new)
+            progress.update(stop, len(unit))
     rows = Rows.join(parts)
-    return BuiltGraph(NeighborGraph(rows.indptr, rows.indices), audit, duplicates, leader_N)
+    return NeighborGraph(rows.indptr, rows.indices), audit
 
 
 def load_graph(artifact: Artifact) -> NeighborGraph:
-    """The graph of a finished `neighbors` artifact, memory-mapped; several parts are joined once per machine.
+    """The graph of a finished `neighbors` artifact, memory-mapped. Several parts are joined once per machine.
 
     Raises:
         DamagedArtifactError: a part is missing or its bytes are wrong.
@@ -181,41 +100,31 @@ def load_graph(artifact: Artifact) -> NeighborGraph:
     if len(names) == 1:
         indptr, indices = (artifact.read_array(f"{names[0]}-{array}.npy") for array in ("indptr", "indices"))
         return NeighborGraph(indptr, indices)
-    # The checksums are in the folder's name: an artifact that was made anew is not mistaken for its old copy.
-    digest = _digest_of_parts(artifact, names)
-    folder = cache_folder() / "neighbors" / f"{artifact.fingerprint}-{digest}"
-    if not (folder / "indptr.npy").exists():
-        _join_parts(artifact, names, folder)
-    return NeighborGraph(
-        np.load(folder / "indptr.npy", mmap_mode="r", allow_pickle=False),
-        np.load(folder / "indices.npy", mmap_mode="r", allow_pickle=False),
-    )
+    # The folder is named by the checksums, so that an artifact made anew is not mistaken for its old copy.
+    checksums = "".join(artifact.part(f"{name}-indices.npy").sha256 for name in names)
+    digest = hashlib.sha256(checksums.encode()).hexdigest()[:16]
+    folder = cache_folder() / artifact.manifest.stage / f"{artifact.fingerprint}-{digest}"
+    indptr_path, indices_path = folder / "indptr.npy", folder / "indices.npy"
+    if not indptr_path.exists():
+        with locked(folder / ".lock"):
+            if not indptr_path.exists():
+                _join_parts(artifact, names, indptr_path, indices_path)
+    indptr, indices = (np.load(path, mmap_mode="r", allow_pickle=False) for path in (indptr_path, indices_path))
+    return NeighborGraph(indptr, indices)
 
 
-def _digest_of_parts(artifact: Artifact, names: list[str]) -> str:
-    digests = "".join(artifact.part(f"{name}-indices.npy").sha256 for name in names)
-    return hashlib.sha256(digests.encode()).hexdigest()[:16]
-
-
-def _join_parts(artifact: Artifact, names: list[str], folder: Path) -> None:
-    """Write indices.npy, then indptr.npy: the last one's presence means that both are whole."""
-    folder.mkdir(parents=True, exist_ok=True)
+def _join_parts(artifact: Artifact, names: list[str], indptr_path: Path, indices_path: Path) -> None:
+    """Write the indices, then the pointers: if these are there, both are whole."""
     num_edges = sum(artifact.part(f"{name}-indices.npy").rows or 0 for name in names)
     dtype = np.dtype(artifact.part(f"{names[0]}-indices.npy").dtype)
-    temporary = folder / f".{uuid.uuid4().hex}.npy"
-    try:
+    pointers, position = [np.zeros(1, np.int64)], 0
+    with replacing(indices_path) as temporary:
         joined = np.lib.format.open_memmap(temporary, mode="w+", dtype=dtype, shape=(num_edges,))
-        pointers = [np.zeros(1, np.int64)]
-        position = 0
         for name in names:
             indices = artifact.read_array(f"{name}-indices.npy")
             joined[position : position + len(indices)] = indices
             pointers.append(artifact.read_array(f"{name}-indptr.npy")[1:] + position)
             position += len(indices)
         joined.flush()
-        del joined
-        os.replace(temporary, folder / "indices.npy")
-        np.save(temporary, np.concatenate(pointers), allow_pickle=False)
-        os.replace(temporary, folder / "indptr.npy")
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(indptr_path) as temporary, open(temporary, "wb") as file:
+        np.save(file, np.concatenate(pointers), allow_pickle=False)

@@ -16,8 +16,8 @@ import faiss
 import numpy as np
 import numpy.typing as npt
 
-from icce_ray.neighbors.unit_features import Floats, Ids, PreparedFeatures
 from icce_ray.runtime.threads import in_threads, threads_within
+from icce_ray.sample.unit_features import Floats, Ids, UnitFeatures
 
 NUM_RUNS = 8
 NUM_ITERATIONS = 15
@@ -29,17 +29,17 @@ AGREEMENT_WEIGHTS = np.array([c * (c - 1) / (NUM_RUNS * (NUM_RUNS - 1)) for c in
 """By the number of runs that put a pair into one cluster: the share of pairs of runs in which both do."""
 
 
-def cluster_labels(prepared: PreparedFeatures, num_clusters: int, rng: np.random.Generator) -> npt.NDArray[np.int32]:
+def cluster_labels(unit: UnitFeatures, num_clusters: int, rng: np.random.Generator) -> npt.NDArray[np.int32]:
     """Labels of `NUM_RUNS` independent spherical k-means: (R, N) int32.
 
     Each run learns its centroids from a random sample of the images, which bounds the time at any N.
 
     Args:
-        prepared: the features of N images.
+        unit: the features of N images.
         num_clusters: K; less where the images are fewer.
         rng: of samples and starts.
     """
-    num_images = len(prepared)
+    num_images = len(unit)
     num_clusters = min(num_clusters, num_images)
     num_training = min(num_images, max(MIN_TRAINING_IMAGES, TRAINING_IMAGES_PER_CLUSTER * num_clusters))
     draws = [
@@ -49,15 +49,15 @@ def cluster_labels(prepared: PreparedFeatures, num_clusters: int, rng: np.random
 
     def centroids_of(draw: tuple[Ids, int]) -> Floats:
         sample, seed = draw
-        return spherical_kmeans(prepared[sample], num_clusters, seed, NUM_ITERATIONS)
+        return spherical_kmeans(unit[sample], num_clusters, seed, NUM_ITERATIONS)
 
     # Each run keeps to one thread, so that its sums do not depend on the machine: the runs share the cores instead.
-    dim = prepared.shape[1]
+    dim = unit.shape[1]
     centroids_RKD = in_threads(centroids_of, draws, threads_within(4 * num_training * dim))
     labels_RN = np.empty((NUM_RUNS, num_images), np.int32)
 
     def label(start: int) -> None:
-        block_BD = prepared[start : start + LABEL_BLOCK]
+        block_BD = unit[start : start + LABEL_BLOCK]
         for run, centroids_KD in enumerate(centroids_RKD):
             labels_RN[run, start : start + len(block_BD)] = (block_BD @ centroids_KD.T).argmax(axis=1)
 

@@ -1,4 +1,4 @@
-"""What building a graph takes, known before it starts, and what the machine has."""
+"""Memory that building a graph needs, known before it starts."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from icce_ray.neighbors.search import PAIRS_HELD, QUERY_BLOCK
 MAX_ROWS_PER_PART = 16_384
 """A part is built in memory, then written."""
 HIT_BYTES = 40
-"""A hit as FAISS returns it (12), and as row, column and flags of ours."""
+"""A hit as FAISS returns it (12 bytes), and our row, column and flags."""
 PAIR_BYTES = 48
-"""A held pair, and its hash and order while it is thinned out."""
+"""A held pair, and its hash and order while rows are cut."""
 
 
 def shard_bytes(num_images: int, dim: int) -> int:
-    """Memory of a shard's features, float32, and of their order."""
+    """Memory of the features of N images in a shard, float32, and of their order."""
     return num_images * ((dim + 1) * 4 + 16)
 
 
 def worker_bytes(dim: int, mean_neighbors: float) -> int:
-    """Memory of one worker besides its shard's features, at worst."""
+    """Memory of one worker besides the features of its shard, at worst."""
     hits = QUERY_BLOCK * BASE_BLOCK * HIT_BYTES + PAIRS_HELD * PAIR_BYTES
     rows = int(MAX_ROWS_PER_PART * mean_neighbors * 3 * 8)
     return hits + rows + (QUERY_BLOCK + BASE_BLOCK) * dim * 4

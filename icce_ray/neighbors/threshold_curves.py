@@ -1,4 +1,4 @@
-"""What each threshold would give: sampled images are compared with all others, and near-duplicates counted once.
+"""What each threshold would give: sampled images are compared with all others.
 
 Legend: N images, D feature dimension, Q sampled queries, B columns at a time, T thresholds, R k-means runs, C = R + 1
 numbers of runs that agree, k list length.
@@ -13,8 +13,8 @@ import numpy.typing as npt
 
 from icce_ray.neighbors.neighbor_precision import AGREEMENT_WEIGHTS, NUM_RUNS, times_together
 from icce_ray.neighbors.search import QUERY_BLOCK
-from icce_ray.neighbors.unit_features import Floats, Ids, PreparedFeatures
 from icce_ray.runtime.threads import in_threads, threads_within
+from icce_ray.sample.unit_features import Floats, Ids, UnitFeatures
 
 FINEST_STEP = 1e-5
 """Between thresholds."""
@@ -24,12 +24,11 @@ BLOCK_CELL_BYTES = 32
 
 @dataclass(frozen=True)
 class Curves:
-    """What each threshold would give, measured on sampled rows; near-duplicates count once.
+    """What each threshold would give, measured on sampled rows.
 
     thresholds: (T,) ascending; mean_above: (T,) images above the threshold; mean_neighbors: (T,) with the limits of the
     rule applied; share_at_min: (T,) rows with fewer than `min_neighbors` above; precision: (T,) estimated;
-    precision_at_min: of the `min_neighbors` most similar alone. leaders_share: images that stand for themselves or for
-    a group of near-duplicates, of all.
+    precision_at_min: of the `min_neighbors` most similar alone.
     """
 
     thresholds: npt.NDArray[np.float64]
@@ -38,11 +37,10 @@ class Curves:
     share_at_min: npt.NDArray[np.float64]
     precision: npt.NDArray[np.float64]
     precision_at_min: float
-    leaders_share: float = 1.0
 
 
 def count_pairs(
-    prepared: PreparedFeatures,
+    unit: UnitFeatures,
     queries_Q: Ids,
     labels_RN: npt.NDArray[np.int32],
     thresholds_T: npt.NDArray[np.float64],
@@ -51,7 +49,7 @@ def count_pairs(
     runs that put them into the query's cluster. (Q, T, R + 1)
 
     Args:
-        prepared: the features of N images.
+        unit: the features of N images.
         queries_Q: the images whose rows are measured.
         labels_RN: of the k-means runs.
         thresholds_T: ascending multiples of `FINEST_STEP`.
@@ -61,7 +59,7 @@ def count_pairs(
     steps_per_unit = round(1 / FINEST_STEP)
     bin_middles = -1.0 + (np.arange(2 * steps_per_unit + 1) + 0.5) * FINEST_STEP
     bin_of_step = (np.searchsorted(thresholds_T, bin_middles, side="right") * shape[2]).astype(np.int32)
-    queries_QD, labels_RQ = prepared[queries_Q], labels_RN[:, queries_Q]
+    queries_QD, labels_RQ = unit[queries_Q], labels_RN[:, queries_Q]
 
     def cell(cosine: Floats, together: npt.NDArray[np.uint8]) -> npt.NDArray[np.int32]:
         step = ((cosine.clip(-1.0, 1.0) + 1.0) * steps_per_unit).astype(np.int32)
@@ -72,12 +70,12 @@ def count_pairs(
         counts = np.zeros(np.prod(shape), np.int64)
         for start in starts:
             block = slice(start, start + QUERY_BLOCK)
-            cells_QB = cell(queries_QD @ prepared[block].T, times_together(labels_RQ, labels_RN[:, block]))
+            cells_QB = cell(queries_QD @ unit[block].T, times_together(labels_RQ, labels_RN[:, block]))
             counts += np.bincount((cells_QB + first_Q1).ravel(), minlength=len(counts))
         return counts
 
     num_threads = threads_within(8 * int(np.prod(shape)) + BLOCK_CELL_BYTES * len(queries_Q) * QUERY_BLOCK)
-    starts = range(0, len(prepared), QUERY_BLOCK)
+    starts = range(0, len(unit), QUERY_BLOCK)
     counts: Ids = np.sum(in_threads(count, [starts[n::num_threads] for n in range(num_threads)], num_threads), axis=0)
     own_Q = np.einsum("qd,qd->q", queries_QD, queries_QD)
     np.subtract.at(counts, first_Q1[:, 0] + cell(own_Q, np.full(len(queries_Q), NUM_RUNS, np.uint8)), 1)
@@ -88,34 +86,24 @@ def curves_of(
     thresholds_T: npt.NDArray[np.float64],
     counts_QTC: Ids,
     together_Qk: npt.NDArray[np.uint8],
-    is_copy_Qk: npt.NDArray[np.bool_],
     max_neighbors: int | None,
 ) -> Curves:
-    """What each threshold would give, were every group of near-duplicates one image.
-
-    An image that has c copies is one of c + 1 that are drawn for the same: its row counts 1 / (c + 1), its copies are
-    no neighbours, and of its neighbours as many are copies of others as of all images.
+    """What each threshold would give, from counts of pairs.
 
     Args:
         thresholds_T: ascending.
         counts_QTC: as `count_pairs` returns them.
         together_Qk: in how many of the k-means runs each of a query's `min_neighbors` most similar shares its cluster.
-        is_copy_Qk: which of these are near-duplicates of it.
         max_neighbors: the rule's upper limit.
     """
     floor = together_Qk.shape[1]
-    num_copies_Q = is_copy_Qk.sum(axis=1)
-    weight_Q = 1.0 / (1.0 + num_copies_Q)
-    leaders_share = float(weight_Q.mean())
-    weight_Q /= weight_Q.sum()
-    # Of each threshold, what is above it: the last threshold first.
-    above_QT = counts_QTC.sum(axis=2)[:, ::-1].cumsum(axis=1)[:, ::-1]
-    pure_QT = (counts_QTC @ AGREEMENT_WEIGHTS)[:, ::-1].cumsum(axis=1)[:, ::-1]
-    above_QT = leaders_share * np.maximum(above_QT - num_copies_Q[:, None], 0)
-    pure_QT = leaders_share * np.maximum(pure_QT - num_copies_Q[:, None], 0)
-    # Where all the nearest are copies, they are all that is known.
-    is_told_Qk = ~is_copy_Qk | is_copy_Qk.all(axis=1, keepdims=True)
-    nearest_precision_Q = np.average(AGREEMENT_WEIGHTS[together_Qk], axis=1, weights=is_told_Qk)
+    weight_Q = np.full(len(counts_QTC), 1.0 / len(counts_QTC))
+    # Above each threshold, summed from the last one down.
+    above_QT, pure_QT = (
+        np.ascontiguousarray(values_QT[:, ::-1].cumsum(axis=1)[:, ::-1], np.float64)
+        for values_QT in (counts_QTC.sum(axis=2), counts_QTC @ AGREEMENT_WEIGHTS)
+    )
+    nearest_precision_Q = AGREEMENT_WEIGHTS[together_Qk].mean(axis=1)
     at_min_QT = above_QT < floor
     precision_QT = np.where(at_min_QT, nearest_precision_Q[:, None], pure_QT / np.maximum(above_QT, 1))
     lengths_QT = np.maximum(above_QT, floor)
@@ -128,5 +116,4 @@ def curves_of(
         weight_Q @ at_min_QT,
         weight_Q @ precision_QT,
         float(weight_Q @ nearest_precision_Q),
-        leaders_share,
     )

@@ -1,12 +1,12 @@
 """The search engine for GPUs: blocked half-precision products on the tensor cores.
 
-FAISS on a GPU has no range search and lists of at most 2048, so the threshold rule cannot be built on it. Here a block
-of scores is looked at where it was computed, in one pass: the images of the block fall into groups, and only groups
-whose maximum reaches a query's radius are looked into. The k-th highest of the maxima seen so far is a lower bound of
-the k-th highest score, so the pass also finds the radius that it needs. Scores in float16 are good to 0.002; pairs
-closer to a border than that are scored again from the float32 rows, in float64. So the neighbours are those of float32
-on a CPU, ties included. Only what may stay leaves the device: going through all pairs that reach the radius takes a
-CPU longer than the products take the GPU.
+FAISS has no range search on GPUs, and its lists are at most 2048 long, so the threshold rule cannot be built on it.
+Here each block of scores is examined where it was computed, in one pass. The images of a block form groups, and only
+groups whose maximum reaches a query's radius are examined further. The k-th highest of the maxima seen so far is a
+lower bound of the k-th highest score, so the same pass also finds the radius. Scores in float16 are accurate to 0.002;
+pairs closer to a border than that are scored again from the float32 rows, in float64. So the neighbours are those of
+float32 on a CPU, ties included. Only pairs that may stay leave the device, since a CPU takes longer to go through all
+pairs that reach the radius than the GPU takes for the products.
 
 Legend: D feature dimension, n images of the shard, Q queries, B images of a block, G images of a group, T groups of a
 block, P pairs, k list length.
@@ -24,18 +24,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from icce_ray.neighbors.faiss_engine import (
-    BASE_BLOCK,
-    NOTHING,
-    RESOLUTION,
-    as_slice,
-    in_units,
-    is_unsearched,
-    lowest_border,
-)
-from icce_ray.neighbors.rule import PairList, Rule
-from icce_ray.neighbors.unit_features import Ids, PreparedFeatures, Queries
+from icce_ray.neighbors.adaptive_rule import PairList, Rule
+from icce_ray.neighbors.faiss_engine import BASE_BLOCK, UNREACHABLE, Queries, always_wanted, as_slice
 from icce_ray.runtime.threads import in_threads
+from icce_ray.sample.unit_features import RESOLUTION, Ids, UnitFeatures, in_units
 
 SCORES_PER_BLOCK = 2**28
 GATHERED_SCORES = 2**24
@@ -44,25 +36,25 @@ RESCORED_ELEMENTS = 2**26
 SAFETY = 1.25
 MAX_GROUP = 64
 GROUPS_PER_RANK = 16
-"""More groups than this for each rank make the bound hardly better: few of the best share a group already."""
+"""More groups for each rank hardly improve the bound: few of the best share a group already."""
 MAX_BLOCKS_AT_ONCE = 8
-"""More wait for Python's lock, not for the device."""
+"""More blocks would wait for Python's lock, not for the device."""
 BLOCK_BYTES = 2**31
-"""Of device memory that a block of queries takes: scores, and the pairs that are looked at."""
+"""Device memory for a block of queries: its scores and the pairs examined."""
 
 
 class TorchEngine:
     """Holds the rows of a shard on a device, in float16 for the products and in float32 for the second look.
 
     Args:
-        prepared: the features of all images.
+        unit: the features of all images.
         ids_n: the shard's images, ascending.
         device: where to search; `cpu` gives the same neighbours, slowly.
-        num_threads: of this process.
+        num_threads: CPU threads of this process.
     """
 
-    def __init__(self, prepared: PreparedFeatures, ids_n: Ids, device: str = "cuda", num_threads: int = 1) -> None:
-        dim = prepared.shape[1]
+    def __init__(self, unit: UnitFeatures, ids_n: Ids, device: str = "cuda", num_threads: int = 1) -> None:
+        dim = unit.shape[1]
         self.ids_n = ids_n
         self.error = half_precision_error(dim)
         self.device = torch.device(device)
@@ -70,7 +62,7 @@ class TorchEngine:
 
         def load(start: int) -> None:
             block = ids_n[start : start + BASE_BLOCK]
-            self._rows_nD[start : start + len(block)] = torch.from_numpy(prepared[as_slice(block)]).to(self.device)
+            self._rows_nD[start : start + len(block)] = torch.from_numpy(unit[as_slice(block)]).to(self.device)
 
         in_threads(load, range(0, len(ids_n), BASE_BLOCK), num_threads)
         self._half_nD = self._rows_nD.half()
@@ -82,12 +74,12 @@ class TorchEngine:
             self.blocks_at_once = max(1, min(num_threads, MAX_BLOCKS_AT_ONCE, free // BLOCK_BYTES))
             for _ in range(self.blocks_at_once):
                 self._streams.put(torch.cuda.Stream(self.device))  # type: ignore[no-untyped-call]
-            torch.cuda.synchronize(self.device)  # before another stream looks at the rows
-        # Split sums in float16 would be off by more than `error` says.
+            torch.cuda.synchronize(self.device)  # before another stream reads the rows
+        # Split sums in float16 would be off by more than `error`.
         torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
 
     def pairs(self, queries: Queries, rule: Rule) -> Iterator[PairList]:
-        # A stream for each block: what is copied to and fro, and waited for, holds up no other block.
+        # A stream for each block, so that its copies and waits hold up no other block.
         with self._stream():
             yield from self._pairs(queries, rule)
 
@@ -106,31 +98,31 @@ class TorchEngine:
     def _pairs(self, queries: Queries, rule: Rule) -> Iterator[PairList]:
         features_QD = torch.from_numpy(queries.features).to(self.device)
         half_QD = features_QD.half()
-        excluded_Q = torch.tensor(queries.excluded_Q, device=self.device)
-        unsearched_Q = torch.tensor(is_unsearched(queries, rule, self.error), device=self.device)
-        border = min(lowest_border(rule, self.error), NOTHING)
+        ids_Q = torch.tensor(queries.ids_Q, device=self.device)
+        unsearched_Q = torch.tensor(queries.unsearched(rule, self.error), device=self.device)
+        border = always_wanted(rule, self.error)
         k = rule.min_neighbors + 1  # the image itself may be among them
         best_Qk = torch.empty((len(queries), 0), dtype=torch.half, device=self.device)
         found: list[_Pairs] = []
         for start, stop, group in self._image_blocks(len(queries), k):
             scores_QB = half_QD @ self._half_nD[start:stop].T
-            # Those beside each other fall into different groups: the collection may be sorted by class.
+            # Adjacent images fall into different groups, since the collection may be sorted by class.
             scores_QGT = scores_QB.view(len(queries), group, -1)
             maxima_QT = scores_QGT.amax(dim=1)
             best_Qk = _highest(torch.hstack([best_Qk, _highest(maxima_QT, k)]), k)
             if best_Qk.shape[1] < k:
-                radius_Q = torch.full((len(queries),), -NOTHING, device=self.device)
+                radius_Q = torch.full((len(queries),), -UNREACHABLE, device=self.device)
             else:
                 radius_Q = (best_Qk.amin(dim=1).float() - 2 * self.error).clamp(max=border)
-            # A score, itself a half, that reaches the radius reaches the half nearest to it.
-            radius_Q = radius_Q.half().masked_fill(unsearched_Q, NOTHING)
+            # Scores are halves: one that reaches the radius also reaches the half nearest to it.
+            radius_Q = radius_Q.half().masked_fill(unsearched_Q, UNREACHABLE)
             for pairs in _reached(scores_QGT, maxima_QT, radius_Q, start):
                 found.append(pairs)
                 if sum(map(len, found)) > PAIRS_ON_DEVICE:
-                    yield self._kept(_Pairs.join(found), features_QD, excluded_Q, rule)
+                    yield self._kept(_Pairs.join(found), features_QD, ids_Q, rule)
                     found = []
         if found:
-            yield self._kept(_Pairs.join(found), features_QD, excluded_Q, rule)
+            yield self._kept(_Pairs.join(found), features_QD, ids_Q, rule)
 
     def exact(self, queries: Queries, rows_P: npt.NDArray[np.int32], ids_P: Ids) -> Ids:
         if not len(rows_P):
@@ -144,7 +136,8 @@ class TorchEngine:
         return units
 
     def _image_blocks(self, num_queries: int, k: int) -> Iterator[tuple[int, int, int]]:
-        """Start, end and images of a group of blocks that groups fill up: what is left over is the next block."""
+        """Start and end of each block, and the number of images in its groups. Groups fill a block: the images left
+        over start the next one."""
         step = MAX_GROUP * max(1, SCORES_PER_BLOCK // num_queries // MAX_GROUP)
         start = 0
         while start < len(self.ids_n):
@@ -154,17 +147,15 @@ class TorchEngine:
             yield start, stop, group
             start = stop
 
-    def _kept(self, pairs: _Pairs, features_QD: Tensor, excluded_Q: Tensor, rule: Rule) -> PairList:
-        """Of these pairs what `rule.keep` would keep, were they all, and what it needs to count: the hits, the nearest
-        of rows with fewer than `min_neighbors` hits, and whatever could be near-duplicates."""
+    def _kept(self, pairs: _Pairs, features_QD: Tensor, ids_Q: Tensor, rule: Rule) -> PairList:
+        """The pairs that `adaptive_rule.keep` would keep or count if there were no others: the hits, and the nearest of
+        rows with fewer than `min_neighbors` hits."""
         num_queries = len(features_QD)
         ids_P = self._ids_n[pairs.columns_P]
-        pairs = pairs.take(ids_P != excluded_Q[pairs.rows_P])
+        pairs = pairs.take(ids_P != ids_Q[pairs.rows_P])
         is_hit_P = self._is_hit(pairs, features_QD, rule.threshold)
         num_hits_Q = torch.bincount(pairs.rows_P[is_hit_P], minlength=num_queries)
         is_kept_P = is_hit_P.clone()
-        if rule.duplicate_threshold is not None:
-            is_kept_P |= pairs.scores_P >= rule.duplicate_threshold - self.error
         short_P = _indices((num_hits_Q < rule.min_neighbors)[pairs.rows_P])
         is_kept_P[short_P[self._is_nearest(pairs.take(short_P), features_QD, rule.min_neighbors)]] = True
         kept_P = _indices(is_kept_P)
@@ -187,10 +178,10 @@ class TorchEngine:
         return is_hit_P
 
     def _is_nearest(self, pairs: _Pairs, features_QD: Tensor, k: int) -> Tensor:
-        """Whether each pair is among the `k` most similar of its row; of ties the lower ids are."""
+        """(P,) whether each pair is among the `k` most similar of its row; of ties the lower ids."""
         num_queries = len(features_QD)
         kth_Q = _kth_scores(pairs, num_queries, k)
-        # True similarities outside these margins are on the same side of the k-th as the scores are.
+        # Outside these margins, true similarities are on the same side of the k-th as the scores.
         is_nearest_P = pairs.scores_P > kth_Q[pairs.rows_P] + 2 * self.error
         is_close_P = ~is_nearest_P & (pairs.scores_P >= kth_Q[pairs.rows_P] - 2 * self.error)
         num_open_Q = k - torch.bincount(pairs.rows_P[is_nearest_P], minlength=num_queries)
@@ -235,8 +226,8 @@ class _Pairs:
 
 
 def _reached(scores_QGT: Tensor, maxima_QT: Tensor, radius_Q: Tensor, start: int) -> Iterator[_Pairs]:
-    """The pairs whose score reaches the query's radius, so many groups of images at a time; the block's first image is
-    the shard's `start`-th."""
+    """The pairs whose score reaches the query's radius, some groups at a time. `start` is the place of the block's
+    first image in the shard."""
     _, group, num_groups = scores_QGT.shape
     rows_R, groups_R = (maxima_QT >= radius_Q[:, None]).nonzero(as_tuple=True)
     step = max(1, GATHERED_SCORES // group)
@@ -283,7 +274,7 @@ def _indices(mask_P: Tensor) -> Tensor:
 def half_precision_error(dim: int) -> float:
     """Bound on the error of a float16 product of unit vectors, summed in float32, the result in float16.
 
-    Rounding both factors moves the sum by at most 2^-10 (Cauchy-Schwarz), what is too small for float16 by 2^-24 for
-    each dimension, the sum by 2^-23 for each, and the result by 2^-11.
+    Rounding both factors moves the sum by at most 2^-10 (Cauchy-Schwarz), values too small for float16 by 2^-24 per
+    dimension, rounding the sum by 2^-23 per dimension, and rounding the result by 2^-11.
     """
     return SAFETY * (2.0**-10 + 2.0**-11 + dim * (2.0**-23 + 2.0**-24)) + 2 * RESOLUTION

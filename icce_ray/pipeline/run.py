@@ -241,6 +241,12 @@ def check_stages(config: Config, pending: Collection[Stage]) -> None:
 
 def _check_counts(config: Config, artifacts: Mapping[str, Artifact]) -> None:
     """Refuse what is known to fail once the images are listed, and again once they are embedded."""
+    needed, setting = config.needed_images
+    if "sample" in artifacts and needed > (trained := artifacts["sample"].metrics["num_images"]):
+        raise InputError(
+            f"{setting}: {needed} clusters asked for, but only {trained:,} images are trained on; near-duplicates are "
+            "left out, and images above sample.max_images"
+        )
     if "images" not in artifacts:
         return
     usable, which, why = num_listed(artifacts["images"]), "images", ""
@@ -248,7 +254,6 @@ def _check_counts(config: Config, artifacts: Mapping[str, Artifact]) -> None:
         usable, which = usable - num_failed(artifacts["embed"]), "usable images"
         reasons = artifacts["embed"].metrics.get("errors", {})
         why = ": " + ", ".join(f"{count:,} x {reason}" for reason, count in reasons.items())
-    needed, setting = config.needed_images
     if needed > usable:
         raise InputError(f"{setting}: {needed} clusters asked for, but there are only {usable:,} {which}{why}")
     if "embed" not in artifacts and config.evaluate.labels is not None:

@@ -1,55 +1,182 @@
-"""The sample stage on Ray: tasks copy the drawn rows out of the embedding parts."""
+"""The sample stage on Ray: tasks look for near-duplicates and copy the rows that are trained on.
+
+A killed run resumes with the parts that it has. Intermediate results lie in a folder of their own, which is removed at
+the end.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, TypeVar
 
-import ray
+import numpy as np
 
-from icce_ray.config import Config
-from icce_ray.errors import WorkerError
-from icce_ray.runtime.ray_cluster import connect
-from icce_ray.sample.draw import PART_PREFIX, SamplePart, plan_parts, sample_rows, write_part
+from icce_ray.config import Config, ResourcesConfig
+from icce_ray.embed.feature_matrix import load_features
+from icce_ray.runtime.progress import Progress
+from icce_ray.runtime.workers import run_tasks
+from icce_ray.sample.near_duplicates import (
+    DuplicatePairs,
+    NearDuplicates,
+    ProjectedRows,
+    SearchPlan,
+    find_pairs,
+    group,
+    group_table,
+    pair_table,
+    plan_search,
+    project_rows,
+    sort_rows,
+)
+from icce_ray.sample.stage import SAMPLE
+from icce_ray.sample.training_set import (
+    GROUPS_NAME,
+    PAIRS_NAME,
+    PART_PREFIX,
+    TrainingPart,
+    plan_parts,
+    sample_rows,
+    source_digest,
+    write_part,
+)
+from icce_ray.sample.unit_features import Ids
 from icce_ray.stage import StageContext
-from icce_ray.store import Artifact, ArtifactWriter, Part
+from icce_ray.store import Artifact, ArtifactWriter, Folder
+from icce_ray.store.part_records import PartRecord, PartRecords
 
-MAX_RETRIES = 3
-TASKS_IN_FLIGHT = 64
+ROWS_PER_TASK = 65_536
+"""Rows projected by a task."""
+
+Setting = float | Literal["auto"]
+R = TypeVar("R")
 
 
 def run(config: Config, context: StageContext) -> dict[str, Any]:
-    """Draw the images that take part in training. Without parts: all do.
+    """Write the lists of near-duplicates and, unless all images are trained on, the embeddings of those that are.
 
     Returns:
-        The metrics of the embeddings, with num_images (that take part) and num_embedded.
+        The metrics of the embeddings, with num_images (trained on), num_embedded and, if near-duplicates are looked
+        for, duplicate_threshold, num_duplicate_pairs, num_left_out (near-duplicates of images that are trained on).
 
     Raises:
+        InputError: features that are not finite, or fewer than two.
         WorkerError: tasks died more often than they are retried.
     """
-    embed = context.inputs["embed"]
+    embed, output, threshold = context.inputs["embed"], context.output, config.sample.duplicate_threshold
     num_embedded = sum(embed.part(name).rows or 0 for name in embed.part_names(PART_PREFIX))
-    rows = sample_rows(num_embedded, config.heads.max_images, config.seed)
     metrics = dict(embed.metrics) | {"num_embedded": num_embedded, "num_images": num_embedded}
-    if rows is None:
+    rows = sample_rows(num_embedded, config.sample.max_images, config.seed)
+    if rows is None and threshold is None:
         return metrics
-    connect(config.resources)
-    parts = plan_parts(embed, rows)
-    task = ray.remote(_write).options(name="sample: copy rows", num_cpus=1, max_retries=MAX_RETRIES)
-    done, running, waiting = 0, dict[Any, SamplePart](), list(reversed(parts))
-    context.progress.update(0, len(rows))
-    try:
-        while waiting or running:
-            while waiting and len(running) < TASKS_IN_FLIGHT:
-                part = waiting.pop()
-                running[task.remote(part, embed, context.output)] = part
-            ready, _ = ray.wait(list(running), num_returns=1)
-            context.output.add(ray.get(ready[0]))
-            done += running.pop(ready[0]).num_rows
-            context.progress.update(done, len(rows))
-    except ray.exceptions.WorkerCrashedError as error:
-        raise WorkerError(f"sample: a process died {MAX_RETRIES + 1} times; the same command tries again") from error
-    return metrics | {"num_images": len(rows)}
+    num_images = num_embedded if rows is None else len(rows)
+    work = Tasks(config.resources, num_embedded, context.progress)
+    temporary = output.folder / "search"
+    source = embed
+    if threshold is not None:
+        if rows is not None:
+            source = _drawn(embed, rows, temporary / "drawn", work)
+        found = _find_near_duplicates(source, threshold, temporary, work)
+        image_ids = load_features(source).image_ids
+        output.write_table(PAIRS_NAME, pair_table(found.pairs, image_ids))
+        output.write_table(GROUPS_NAME, group_table(found.leader_N, image_ids))
+        if rows is not None or len(found.followers):
+            rows = found.leaders
+        num_images = len(found.leaders)
+        metrics |= {"duplicate_threshold": found.threshold, "num_duplicate_pairs": len(found.pairs)}
+        metrics |= {"num_left_out": len(found.followers)}
+    if rows is not None:
+        records = PartRecords(output.folder, source_digest(source, SAMPLE.version))
+        for record in _copy_rows(source, rows, records, work):
+            for file in record.files:
+                output.add(file)
+        records.clear()
+    temporary.clear()
+    return metrics | {"num_images": num_images}
 
 
-def _write(part: SamplePart, embed: Artifact, output: ArtifactWriter) -> Part:
-    return write_part(part, embed, output)
+class Tasks:
+    """Calls a function with several items, in Ray tasks or in this process; keeps the progress informed."""
+
+    def __init__(self, resources: ResourcesConfig, num_images: int, progress: Progress) -> None:
+        self.resources = resources
+        self.num_images = num_images
+        self.progress = progress
+
+    def map(self, what: str, function: Callable[..., R], items: Sequence[Any], *shared: Any) -> list[R]:
+        """``function(item, *shared)`` for each item, in their order."""
+        results: list[R] = []
+        for _, result in run_tasks(
+            SAMPLE.name, function, items, shared,
+            resources=self.resources, num_images=self.num_images, name=what, in_order=True,
+        ):  # fmt: skip
+            results.append(result)
+            self.progress.update(self.num_images * len(results) // len(items), self.num_images, what)
+        return results
+
+
+def _drawn(embed: Artifact, rows: Ids, folder: Folder, work: Tasks) -> Artifact:
+    """The drawn rows as an artifact, so that every machine can load them as a matrix."""
+    finished = Artifact.find(folder)
+    if finished is not None and finished.fingerprint == source_digest(embed, SAMPLE.version):
+        return finished
+    writer = ArtifactWriter(folder)
+    for record in _copy_rows(embed, rows, PartRecords(folder, source_digest(embed, SAMPLE.version)), work):
+        writer.add(record.files[0])
+    fingerprint = source_digest(embed, SAMPLE.version)
+    return writer.commit(
+        stage=SAMPLE.name, fingerprint=fingerprint, inputs={}, config={}, metrics=embed.metrics, seconds=0.0
+    )
+
+
+def _copy_rows(source: Artifact, rows: Ids, records: PartRecords, work: Tasks) -> list[PartRecord]:
+    finished, parts = records.read_all(), plan_parts(source, rows)
+    missing = [part for part in parts if part.name not in finished]
+    finished |= {record.name: record for record in work.map("copy", _copy_part, missing, source, records)}
+    return [finished[part.name] for part in parts]
+
+
+def _copy_part(part: TrainingPart, source: Artifact, records: PartRecords) -> PartRecord:
+    return records.write(part.name, [write_part(part, source, ArtifactWriter(records.folder))], {})
+
+
+def _find_near_duplicates(source: Artifact, setting: Setting, folder: Folder, work: Tasks) -> NearDuplicates:
+    records = PartRecords(folder, source_digest(source, SAMPLE.version))
+    projected = _read_projected(records) or _project(source, setting, records, work)
+    finished = records.read_all()
+    parts = {f"pairs-{number:05d}": ends for number, ends in enumerate(projected.parts)}
+    missing = [(name, *ends) for name, ends in parts.items() if name not in finished]
+    work.map("near-duplicates", _find_pairs, missing, source, projected, records)
+    found = [DuplicatePairs.from_bytes(folder.read_bytes(f"{name}.npz")) for name in parts]
+    return group(projected, found)
+
+
+def _project(source: Artifact, setting: Setting, records: PartRecords, work: Tasks) -> ProjectedRows:
+    (plan,) = work.map("measure", _plan_search, [setting], source)
+    num_images = load_features(source).num_images
+    starts = range(0, num_images, ROWS_PER_TASK)
+    made = work.map("project", _project_rows, [(start, start + ROWS_PER_TASK) for start in starts], source, plan)
+    projected_NM, digests_N = (np.concatenate(column) for column in zip(*made, strict=True))
+    projected = sort_rows(plan, projected_NM, digests_N)
+    # Written down, since another machine might round the coordinates otherwise and cut other parts.
+    file = ArtifactWriter(records.folder).write_bytes("projected.npz", projected.to_bytes())
+    records.write("projected", [file], {})
+    return projected
+
+
+def _read_projected(records: PartRecords) -> ProjectedRows | None:
+    record = records.read("projected")
+    return None if record is None else ProjectedRows.from_bytes(records.folder.read_bytes(record.files[0].name))
+
+
+def _plan_search(setting: Setting, source: Artifact) -> SearchPlan:
+    return plan_search(load_features(source).matrix, setting)
+
+
+def _project_rows(ends: tuple[int, int], source: Artifact, plan: SearchPlan) -> Any:
+    return project_rows(load_features(source).matrix, plan, *ends)
+
+
+def _find_pairs(part: tuple[str, int, int], source: Artifact, projected: ProjectedRows, records: PartRecords) -> None:
+    name, start, stop = part
+    pairs = find_pairs(load_features(source).matrix, projected, start, stop)
+    records.write(name, [ArtifactWriter(records.folder).write_bytes(f"{name}.npz", pairs.to_bytes())], {})

@@ -1,4 +1,4 @@
-"""The ``sample`` stage: which images take part in training."""
+"""The ``sample`` stage: the images that are trained on, and the near-duplicates among them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from icce_ray.stage import Settings, Stage
 
 
 def _settings(config: Config) -> Settings:
-    return {"max_images": config.heads.max_images, "seed": config.seed}
+    return {"sample": config.sample.model_dump(), "seed": config.seed}
 
 
-SAMPLE = Stage("sample", "icce_ray.sample.job", 1, ("embed",), _settings)
+SAMPLE = Stage("sample", "icce_ray.sample.job", 2, ("embed",), _settings)

@@ -17,7 +17,7 @@ from icce_ray.images.listing import Listing
 from icce_ray.pipeline.plan import fingerprints_of, plan, run_name
 from icce_ray.pipeline.result import Result
 from icce_ray.runtime.progress import Progress, format_seconds
-from icce_ray.sample.draw import training_set
+from icce_ray.sample.training_set import training_set
 from icce_ray.store import Artifact, ArtifactWriter
 from icce_ray.store.run_records import write_record
 from icce_ray.sweeps.sweep_config import Sweep

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from icce_ray.config import Config
 from icce_ray.embed.feature_matrix import load_features
 from icce_ray.metrics.label_free_scores import project_pca, project_umap
-from icce_ray.sample.draw import training_set
+from icce_ray.sample.training_set import training_set
 from icce_ray.stage import StageContext
 
 MAX_IMAGES = 5_000

@@ -16,12 +16,13 @@ from typing import Any
 import numpy as np
 
 from icce_ray.config import Config
+from icce_ray.embed.feature_matrix import load_features
 from icce_ray.errors import BusyError
 from icce_ray.images.stage import IMAGES
 from icce_ray.pipeline.plan import plan
 from icce_ray.pipeline.run import run_stages
 from icce_ray.pipeline.stages import stages_of
-from icce_ray.sample.draw import sampled_ids
+from icce_ray.sample.training_set import training_rows
 from icce_ray.stage import Stage
 from icce_ray.store import Artifact
 from icce_ray.sweeps.silhouette_spaces import spaces
@@ -158,14 +159,17 @@ def stabilities(outcomes: Sequence[RunOutcome]) -> list[float]:
     from icce_ray.metrics.true_label_scores import normalized_mutual_info
 
     labels = [outcome.labels.read_array("labels.npy") for outcome in outcomes]
-    ids = [sampled_ids(outcome.embed) for outcome in outcomes]
+    training = [training_rows(outcome.embed) for outcome in outcomes]
     found = []
     for one in range(len(outcomes)):
         for other in range(one):
-            mine, theirs = ids[one], ids[other]
-            if mine is None or theirs is None:
+            if training[one] is None and training[other] is None:
                 found.append(normalized_mutual_info(labels[one], labels[other]))
-            else:
-                _, rows, other_rows = np.intersect1d(mine, theirs, assume_unique=True, return_indices=True)
-                found.append(normalized_mutual_info(labels[one][rows], labels[other][other_rows]))
+                continue
+            mine, theirs = (
+                load_features(outcomes[run].embed["embed"]).image_ids if rows is None else rows.image_ids_n
+                for run, rows in ((one, training[one]), (other, training[other]))
+            )
+            _, rows, other_rows = np.intersect1d(mine, theirs, assume_unique=True, return_indices=True)
+            found.append(normalized_mutual_info(labels[one][rows], labels[other][other_rows]))
     return found

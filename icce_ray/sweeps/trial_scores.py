@@ -11,7 +11,7 @@ import numpy.typing as npt
 from icce_ray.config import Config
 from icce_ray.embed.feature_matrix import load_features
 from icce_ray.metrics.label_free_scores import generalization_score, silhouette
-from icce_ray.sample.draw import training_set
+from icce_ray.sample.training_set import training_set
 from icce_ray.stage import StageContext
 from icce_ray.store import Artifact
 from icce_ray.sweeps.silhouette_spaces import SEED, sample, spaces

@@ -10,8 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from icce_ray import ICCE, run_pipeline
-from icce_ray.config import Config
+from icce_ray.config import Config, SampleConfig
 from icce_ray.methods.clusterings import read_losses
+from icce_ray.sample.training_set import choose_rows
 from icce_ray.store import Artifact, Folder
 
 pytestmark = pytest.mark.slow
@@ -32,19 +33,23 @@ SECTIONS: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def features() -> np.ndarray:
-    """Overlapping clusters, so that heads disagree and labels at the borders show every difference."""
+    """Overlapping clusters, so that heads disagree and labels at the borders show every difference. The last 30 rows
+    are copies of the first 30."""
     generator = np.random.default_rng(1)
     centres = generator.normal(size=(6, 24)) * 0.9
-    return (centres[generator.integers(0, 6, 700)] + generator.normal(size=(700, 24))).astype(np.float32)
+    rows = (centres[generator.integers(0, 6, 700)] + generator.normal(size=(700, 24))).astype(np.float32)
+    rows[670:] = rows[:30]
+    return rows
 
 
-def fit_estimator(features: np.ndarray, **changes: object) -> ICCE:
-    heads = SECTIONS["heads"] | changes
+def fit_estimator(features: np.ndarray, **sample: object) -> ICCE:
+    heads = dict(SECTIONS["heads"])
     return ICCE(
         6,
         n_heads=heads.pop("num_heads"),
         epochs=heads.pop("num_epochs"),
         heads=heads,
+        sample=sample,
         neighbors=SECTIONS["neighbors"],
         classifier=SECTIONS["classifier"],
         random_state=3,
@@ -52,7 +57,7 @@ def fit_estimator(features: np.ndarray, **changes: object) -> ICCE:
 
 
 def distributed(
-    features: np.ndarray, folder: Path, num_workers: int, **heads: object
+    features: np.ndarray, folder: Path, num_workers: int, **sample: object
 ) -> tuple[dict[str, Artifact], list[int]]:
     """Artifacts by stage, and the clusters that the assignments give."""
     np.save(folder / "features.npy", features)
@@ -64,7 +69,7 @@ def distributed(
             "num_clusters": 6,
             "output": str(folder / "out"),
             "seed": 3,
-            "heads": SECTIONS["heads"] | heads,
+            "sample": sample,
             "resources": {"neighbors": workers, "method": workers},
         }
     )
@@ -82,10 +87,11 @@ def test_the_pipeline_gives_the_labels_of_the_estimator(ray_cluster, features, t
     artifacts, clusters = distributed(features, tmp_path, num_workers=1)
     estimator = fit_estimator(features)
     assert artifacts["neighbors"].metrics["similarity_threshold"] == estimator.similarity_threshold_
-    assert np.array_equal(artifacts["method"].read_array("label_matrix.npy"), estimator.head_labels_)
+    assert np.array_equal(artifacts["method"].read_array("label_matrix.npy"), estimator.head_labels_[:, :670])
     assert read_losses(artifacts["method"]).tolist() == estimator.head_losses_.tolist()
-    assert np.array_equal(artifacts["consensus"].read_array("labels.npy"), estimator.labels_)
+    assert np.array_equal(artifacts["consensus"].read_array("labels.npy"), estimator.labels_[:670])
     assert clusters == estimator.labels_.tolist()
+    assert clusters[670:] == clusters[:30]
 
 
 def test_two_workers_and_a_sample_give_the_labels_of_the_estimator(ray_cluster, features, tmp_path: Path) -> None:
@@ -93,9 +99,12 @@ def test_two_workers_and_a_sample_give_the_labels_of_the_estimator(ray_cluster, 
     artifacts, clusters = distributed(features, tmp_path, num_workers=2, max_images=400)
     estimator = fit_estimator(features, max_images=400)
     assert artifacts["neighbors"].metrics["similarity_threshold"] == estimator.similarity_threshold_
-    took_part = estimator.head_labels_[0] >= 0
+    training = choose_rows(features, SampleConfig(max_images=400), seed=3)
+    assert training is not None
+    took_part = training.image_ids_n
     labels = artifacts["method"].read_array("label_matrix.npy")
-    assert labels.shape == (5, 400)
+    assert 370 < len(took_part) < 400
+    assert labels.shape == (5, len(took_part))
     assert np.array_equal(labels, estimator.head_labels_[:, took_part])
     assert read_losses(artifacts["method"]).tolist() == estimator.head_losses_.tolist()
     assert clusters == estimator.labels_.tolist()

@@ -66,14 +66,31 @@ def test_the_same_seed_gives_the_same_labels_on_any_number_of_threads(fitted: IC
 
 
 def test_above_max_images_a_sample_is_trained_on_and_the_rest_is_labelled(blobs) -> None:
-    estimator = quick(heads=QUICK | {"max_images": 180}).fit(blobs[0])
+    estimator = quick(sample={"max_images": 180}).fit(blobs[0])
     took_part = estimator.head_labels_[0] >= 0
     assert took_part.sum() == 180
     assert np.array_equal(np.isfinite(estimator.agreement_), took_part)
     assert clustering_accuracy(blobs[1], estimator.labels_) > 0.95
-    alone = quick(heads=QUICK | {"max_images": None}).fit(blobs[0][took_part])
+    alone = quick(sample={"max_images": None}).fit(blobs[0][took_part])
     assert np.array_equal(estimator.labels_[took_part], alone.labels_)
     assert np.array_equal(estimator.labels_[~took_part], alone.predict(blobs[0][~took_part]))
+
+
+def test_copies_and_near_copies_are_not_trained_on_and_get_what_their_original_has(blobs) -> None:
+    features, _ = blobs
+    copied = np.repeat([7, 100, 250], 10)
+    noise = np.random.default_rng(1).normal(0, 1e-3, (30, 20)).astype(np.float32)
+    planted = np.concatenate([features, features[copied], features[copied] + noise])
+    alone, estimator = quick(epochs=5).fit(features), quick(epochs=5).fit(planted)
+    originals = np.concatenate([copied, copied])
+    for name in ("labels_", "agreement_", "vote_entropy_"):
+        values = getattr(estimator, name)
+        assert np.array_equal(values[:300], getattr(alone, name))
+        assert np.array_equal(values[300:], values[originals])
+    assert np.array_equal(estimator.head_labels_[:, 300:], estimator.head_labels_[:, originals])
+    assert estimator.head_losses_.tolist() == alone.head_losses_.tolist()
+    trained_on_all = quick(epochs=5, sample={"duplicate_threshold": None}).fit(planted)
+    assert trained_on_all.head_losses_.tolist() != alone.head_losses_.tolist()
 
 
 def test_labels_handed_to_fit_change_nothing(fitted: ICCE, blobs) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from icce_ray import cli, sizing
-from icce_ray.config import HeadsConfig
+from icce_ray.config import HeadsConfig, SampleConfig
 from icce_ray.sizing import DIM, NUM_CLUSTERS, PLANS, RATES, size, tables
 
 ROOT = Path(__file__).parents[2]
@@ -93,7 +93,7 @@ def test_the_memory_of_heads_is_what_training_checks_less_a_step(monkeypatch: py
 
 
 def test_what_is_trained_on_stops_growing_and_the_rest_is_linear() -> None:
-    assert HeadsConfig().max_images == 2_000_000  # as the page says
+    assert SampleConfig().max_images == 2_000_000  # as the page says
     small, large = size(100_000_000), size(1_000_000_000)
     assert small.seconds["heads"] == large.seconds["heads"]
     for stage in ("images", "embed", "assign"):

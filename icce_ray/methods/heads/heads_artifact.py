@@ -12,7 +12,7 @@ from icce_ray.methods.heads.checkpoint import CheckpointFolder
 from icce_ray.methods.heads.communicator import Communicator, SingleWorker
 from icce_ray.methods.heads.fit import fit, stage_metrics
 from icce_ray.neighbors.graph import load_graph
-from icce_ray.sample.draw import training_set
+from icce_ray.sample.training_set import training_set
 from icce_ray.stage import StageContext
 
 

@@ -14,7 +14,7 @@ from icce_ray.errors import ResourceError
 from icce_ray.methods.heads.division import HeadDivision
 from icce_ray.runtime.progress import Progress
 from icce_ray.runtime.workers import work_on_workers
-from icce_ray.sample.draw import training_set
+from icce_ray.sample.training_set import training_set
 from icce_ray.stage import StageContext
 from icce_ray.store import Artifact, ArtifactWriter
 

@@ -50,7 +50,7 @@ def test_the_range_fits_the_images_or_is_refused() -> None:
 
 def test_the_sample_is_bounded_seeded_and_knows_no_number_of_clusters() -> None:
     features, _ = gaussians(4, 400, 1.0, 0)
-    neighbors = NeighborsConfig(min_neighbors=10, duplicate_threshold=None)
+    neighbors = NeighborsConfig(min_neighbors=10)
     sample = draw_sample(features, 150, neighbors, 0)
     assert sample.features_nD.shape == (150, 32)
     assert sample.points_md.shape == (150, 32)

@@ -11,10 +11,14 @@ from sklearn.datasets import load_digits
 from icce_ray.config import NeighborsConfig
 from icce_ray.neighbors import audit as audit_module
 from icce_ray.neighbors import neighbor_precision as precision
-from icce_ray.neighbors.audit import MAX_CLASS_SHARE, Audit, audit, audit_prepared, choose_threshold
+from icce_ray.neighbors.audit import MAX_CLASS_SHARE, Audit, audit_features, choose_threshold
 from icce_ray.neighbors.graph import build_graph
 from icce_ray.neighbors.threshold_curves import Curves
-from icce_ray.neighbors.unit_features import prepare
+from icce_ray.sample.unit_features import prepare
+
+
+def audit(features: npt.NDArray[np.floating], config: NeighborsConfig, **arguments: int) -> Audit:
+    return audit_features(prepare(features, config.center), config, **arguments)
 
 
 def gaussian_clusters(
@@ -78,7 +82,7 @@ def test_histograms_count_pairs_and_the_nearest_lie_above_the_random_ones() -> N
 def test_the_estimated_precision_follows_the_true_one(num_clusters: int, dim: int, separation: float) -> None:
     features, labels = gaussian_clusters(1200, num_clusters, dim, separation)
     prepared = prepare(features, True)
-    result = audit_prepared(prepared, NeighborsConfig(min_neighbors=50), num_clusters=num_clusters, seed=0)
+    result = audit_features(prepared, NeighborsConfig(min_neighbors=50), num_clusters=num_clusters, seed=0)
     of_interest = [row for row in result.thresholds if row["mean_neighbors"] < 1200 / num_clusters]
     for row in of_interest[:: max(1, len(of_interest) // 6)]:
         truth = true_precision(prepared[:], labels, row["threshold"], 50)
@@ -92,23 +96,6 @@ def test_auto_takes_long_lists_where_clusters_are_clear_and_short_ones_where_the
         lengths[separation] = audit(features, NeighborsConfig(min_neighbors=50), num_clusters=5, seed=0).mean_neighbors
     assert 0.8 * MAX_CLASS_SHARE * 500 < lengths[1.0] <= MAX_CLASS_SHARE * 500 + 1
     assert 50 <= lengths[0.25] < 130
-
-
-@pytest.mark.parametrize("threshold", ["auto", 0.45])
-def test_near_duplicates_count_once(threshold: str | float) -> None:
-    # 30% of the larger collection are copies, slightly changed, ten each of few originals.
-    features, _ = gaussian_clusters(1000, 5, 16, 1.0)
-    rng = np.random.default_rng(1)
-    copied = np.repeat(rng.choice(1000, 43, replace=False), 10)
-    copies = features[copied] + rng.normal(0, 0.005, (430, 16)).astype(np.float32)
-    config = NeighborsConfig(min_neighbors=20, max_neighbors=None, similarity_threshold=threshold)
-    graph, alone = build_graph(features, config, num_clusters=5, seed=0)
-    planted_graph, planted = build_graph(np.concatenate([features, copies]), config, num_clusters=5, seed=0)
-    assert len(planted_graph.anchors) == 1000
-    assert planted.mean_neighbors == pytest.approx(planted_graph.num_edges / 1000, rel=0.05)
-    assert planted.mean_neighbors == pytest.approx(graph.degrees.mean(), rel=0.1)
-    assert planted.similarity_threshold == pytest.approx(alone.similarity_threshold, abs=0.04)
-    assert planted.estimated_precision == pytest.approx(alone.estimated_precision, abs=0.05)
 
 
 LENGTHS = {0.1: 900, 0.2: 700, 0.3: 300, 0.4: 100, 0.5: 60, 0.6: 30, 0.7: 10}
@@ -235,7 +222,7 @@ def check_automatic_threshold(
     prepared = prepare(features, center)
     base = prepared[:]
     num_clusters = len(np.unique(labels))
-    result = audit_prepared(prepared, NeighborsConfig(min_neighbors=50), num_clusters=num_clusters, seed=0)
+    result = audit_features(prepared, NeighborsConfig(min_neighbors=50), num_clusters=num_clusters, seed=0)
     rows = np.random.default_rng(1).choice(len(base), 1000, replace=False)
     cosine = base[rows] @ base.T
     cosine[np.arange(len(rows)), rows] = -2

@@ -9,42 +9,41 @@ import pytest
 
 from icce_ray.config import NeighborsConfig
 from icce_ray.errors import InputError
-from icce_ray.neighbors import faiss_engine as engine
+from icce_ray.neighbors import adaptive_rule as rule_module
+from icce_ray.neighbors import faiss_engine, search
 from icce_ray.neighbors import graph_rows as rows_module
 from icce_ray.neighbors import neighbor_precision as precision
-from icce_ray.neighbors import rule as rule_module
-from icce_ray.neighbors import search
 from icce_ray.neighbors import search_memory as memory
 from icce_ray.neighbors import threshold_curves as curves
-from icce_ray.neighbors import unit_features as prepared_module
+from icce_ray.neighbors.adaptive_rule import PairList, Rule, keep, pair_hash
 from icce_ray.neighbors.faiss_engine import FaissEngine
 from icce_ray.neighbors.graph import NeighborGraph, build_graph, load_graph
 from icce_ray.neighbors.graph_rows import Rows, merge_shards, part_ranges, search_shard, shard_ids
-from icce_ray.neighbors.rule import PairList, Rule, keep, pair_hash
-from icce_ray.neighbors.unit_features import PreparedFeatures, prepare
 from icce_ray.runtime import threads
+from icce_ray.sample import unit_features as prepared_module
+from icce_ray.sample.unit_features import UnitFeatures, prepare
 from icce_ray.store import Artifact, ArtifactWriter, Folder
 
-from . import reference
+from .. import features as reference
 
 
 def build(features: np.ndarray, **settings: object) -> NeighborGraph:
-    config = NeighborsConfig(**{"max_neighbors": None, "duplicate_threshold": None} | settings)  # type: ignore[arg-type]
+    config = NeighborsConfig(**{"max_neighbors": None} | settings)  # type: ignore[arg-type]
     return build_graph(features, config, num_clusters=5, seed=3)[0]
 
 
 def shrink_blocks(monkeypatch: pytest.MonkeyPatch, query: int, base: int) -> None:
     for module in (search, rows_module):
         monkeypatch.setattr(module, "QUERY_BLOCK", query)
-    monkeypatch.setattr(engine, "BASE_BLOCK", base)
+    monkeypatch.setattr(faiss_engine, "BASE_BLOCK", base)
     monkeypatch.setattr(rows_module, "MAX_ROWS_PER_PART", query * 2)
 
 
-def build_rows(prepared: PreparedFeatures, start: int, stop: int, rule: Rule, num_shards: int = 1) -> Rows:
+def build_rows(prepared: UnitFeatures, start: int, stop: int, rule: Rule, num_shards: int = 1) -> Rows:
     ids = np.arange(start, stop)
     engines = [FaissEngine(prepared, shard_ids(len(prepared), shard, num_shards)) for shard in range(num_shards)]
     answers = [search_shard(engine, prepared, ids, rule) for engine in engines]
-    return merge_shards(answers, prepared, ids, rule)[0]
+    return merge_shards(answers, prepared, ids, rule)
 
 
 @pytest.mark.parametrize("center", [True, False])
@@ -63,14 +62,10 @@ def test_the_graph_is_that_of_brute_force(
     assert reference.lists_of(graph) == expected
 
 
-@pytest.mark.parametrize("duplicate_threshold", [None, 0.999])
-def test_the_graph_is_the_same_on_a_torch_device_and_by_several_threads(
-    duplicate_threshold: float | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_graph_is_the_same_on_a_torch_device_and_by_several_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     shrink_blocks(monkeypatch, 20, 70)
     features = reference.awkward_features(331, 6)
-    settings = {"similarity_threshold": 0.5, "min_neighbors": 20, "duplicate_threshold": duplicate_threshold}
-    config = NeighborsConfig.model_validate(settings)
+    config = NeighborsConfig(similarity_threshold=0.5, min_neighbors=20)
     graphs = [
         build_graph(features, config, num_clusters=5, seed=3, device=device, num_threads=num_threads)[0]
         for device, num_threads in ((None, 1), (None, 3), ("cpu", 1), ("cpu", 5))
@@ -110,7 +105,7 @@ def test_blocks_do_not_change_the_graph(query: int, base: int, monkeypatch: pyte
 def test_threads_do_not_change_the_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     # Many chunks and blocks, so that several threads have something to do.
     monkeypatch.setattr(search, "CHUNK_ELEMENTS", 16 * 200)
-    monkeypatch.setattr(prepared_module, "PREPARED_ELEMENTS", 16 * 100)
+    monkeypatch.setattr(prepared_module, "ELEMENTS_PER_BLOCK", 16 * 100)
     monkeypatch.setattr(precision, "LABEL_BLOCK", 100)
     monkeypatch.setattr(curves, "QUERY_BLOCK", 100)
     features = reference.awkward_features(1500, 16)
@@ -125,7 +120,7 @@ def test_threads_do_not_change_the_graph(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_the_first_feature_that_is_not_finite_is_named_whatever_the_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prepared_module, "PREPARED_ELEMENTS", 3 * 4)
+    monkeypatch.setattr(prepared_module, "ELEMENTS_PER_BLOCK", 3 * 4)
     features = np.ones((100, 3), np.float32)
     features[[97, 41, 40], [0, 1, 2]] = np.inf
     threads.set_threads(4)

@@ -289,7 +289,7 @@ def test_a_range_that_the_images_do_not_allow_is_refused_once_they_are_listed(
         ("heads", "learning_rate", (3e-3, 4e-3), True),
         ("heads", "num_heads", (16, 50), False),
         ("heads", "input_share", (0.5, 1.0), False),  # it shows its heads all
-        ("neighbors", "duplicate_threshold", (0.99, None), True),
+        ("neighbors", "center", (True, False), True),
         ("neighbors", "similarity_threshold", (0.5, None), False),
         ("cluster_count", "num_heads", (4, 6), True),
     ],

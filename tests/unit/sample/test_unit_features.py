@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from icce_ray.errors import InputError
-from icce_ray.neighbors import unit_features as prepared_module
-from icce_ray.neighbors.unit_features import prepare
+from icce_ray.sample import unit_features
+from icce_ray.sample.unit_features import prepare
 
-from . import reference
+from .. import features as reference
 
 
 @pytest.mark.parametrize("center", [True, False])
@@ -36,7 +36,7 @@ def test_a_row_has_the_same_bits_whichever_rows_it_is_prepared_with(
 ) -> None:
     prepared = prepare(reference.awkward_features(123, dim).astype(np.float16), center)
     whole = prepared[:]
-    monkeypatch.setattr(prepared_module, "PREPARED_ELEMENTS", dim * 10)
+    monkeypatch.setattr(unit_features, "ELEMENTS_PER_BLOCK", dim * 10)
     assert np.array_equal(prepared[:], whole)
     assert np.array_equal(prepared[np.array([77, 3, 3, 120])], whole[[77, 3, 3, 120]])
     assert np.array_equal(np.concatenate([prepared[i : i + 1] for i in range(123)]), whole)

@@ -1,15 +1,13 @@
-"""Features made ready for cosine search: centred, scaled to unit length, a block of rows at a time.
+"""Features prepared for cosine similarity: centred, scaled to unit length, some rows at a time.
 
-A prepared row depends on its feature and the mean only, not on which rows are prepared together: so shards, blocks and
-single rows give the same bits, and nobody needs to hold or store all of them.
+A prepared row depends only on its feature and on the mean, not on which rows are prepared together. So shards, blocks
+and single rows give the same bits, and nobody has to hold all prepared rows.
 
-Legend: N images, D feature dimension, n some of the rows, Q queries.
+Legend: N images, D feature dimension, n some of the rows, P pairs.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -21,15 +19,17 @@ from icce_ray.runtime.threads import in_threads, threads_within
 Floats = npt.NDArray[np.float32]
 Ids = npt.NDArray[np.int64]
 
-PREPARED_ELEMENTS = 4_000_000
+RESOLUTION = 2.0**-22
+"""Unit in which cosines are compared. Cosines that round to the same number of units are ties."""
+ELEMENTS_PER_BLOCK = 4_000_000
 
 
-class PreparedFeatures:
-    """The rows of a feature matrix, prepared when they are asked for: ``prepared[start:stop]``, ``prepared[ids]``.
+class UnitFeatures:
+    """The rows of a feature matrix, prepared on access: ``unit[start:stop]``, ``unit[ids]``.
 
     Args:
         features_ND: (N, D) floating point; may be a read-only memory map, never written to.
-        mean_D: (D,) float64, subtracted from each row, as `mean_feature` measures it; None: nothing is subtracted.
+        mean_D: (D,) float64, subtracted from each row; None: nothing is subtracted.
     """
 
     def __init__(self, features_ND: npt.NDArray[np.floating[Any]], mean_D: npt.NDArray[np.float64] | None) -> None:
@@ -45,11 +45,11 @@ class PreparedFeatures:
     def __len__(self) -> int:
         return len(self.features_ND)
 
-    def __getitem__(self, rows: slice | Ids) -> Floats:
+    def __getitem__(self, rows: slice | Ids | npt.NDArray[np.int32]) -> Floats:
         """(n, D) float32 of unit length; a feature that is zero (or equals the mean) stays zero."""
         chosen = self.features_ND[rows]
         out = np.empty(chosen.shape, np.float32)
-        rows_per_block = max(1, PREPARED_ELEMENTS // chosen.shape[1])
+        rows_per_block = max(1, ELEMENTS_PER_BLOCK // chosen.shape[1])
         for start in range(0, len(chosen), rows_per_block):
             out[start : start + rows_per_block] = self._prepare(chosen[start : start + rows_per_block])
         return out
@@ -60,49 +60,19 @@ class PreparedFeatures:
         if self.mean_D is not None:
             block_nD -= self.mean_D
         length_n = np.linalg.norm(block_nD, axis=1)
-        # What centring leaves of an image that equals the mean is rounding: normalising it would invent a direction.
+        # If an image equals the mean, centring leaves rounding errors; normalising these would invent a direction.
         is_zero_n = length_n <= 1e-12 * np.maximum(length_before_n, self.mean_length)
         block_nD /= np.where(is_zero_n, 1.0, length_n)[:, None]
         block_nD[is_zero_n] = 0.0
         return block_nD
 
 
-@dataclass(frozen=True)
-class Queries:
-    """Q images whose neighbours are wanted.
-
-    prepared: the features of all images; ids_Q: the images; excluded_Q: the one image that each must not get, itself
-    as a rule.
-    """
-
-    prepared: PreparedFeatures
-    ids_Q: Ids
-    excluded_Q: Ids
-
-    @classmethod
-    def of(cls, prepared: PreparedFeatures, ids_Q: Ids, excluded_Q: Ids | None = None) -> Queries:
-        return cls(prepared, ids_Q, ids_Q if excluded_Q is None else excluded_Q)
-
-    def __len__(self) -> int:
-        return len(self.ids_Q)
-
-    @cached_property
-    def features(self) -> Floats:
-        """(Q, D). Made when somebody looks: most answers are merged without."""
-        return self.prepared[self.ids_Q]
-
-    @cached_property
-    def is_zero(self) -> npt.NDArray[np.bool_]:
-        """(Q,)"""
-        return np.logical_not(self.features.any(axis=1))
-
-
-def prepare(features_ND: npt.NDArray[np.floating[Any]], center: bool) -> PreparedFeatures:
-    """Check the features, and measure their mean if they are to be centred.
+def prepare(features_ND: npt.NDArray[np.floating[Any]], center: bool) -> UnitFeatures:
+    """Check the features and measure their mean if they are to be centred.
 
     Args:
         features_ND: (N, D) floating point; may be a read-only memory map, never written to.
-        center: subtract the mean feature (taken in float64).
+        center: subtract the mean feature (computed in float64).
 
     Raises:
         InputError: not a matrix of at least two rows, or a value that is not finite.
@@ -110,7 +80,7 @@ def prepare(features_ND: npt.NDArray[np.floating[Any]], center: bool) -> Prepare
     if features_ND.ndim != 2 or features_ND.shape[0] < 2 or features_ND.shape[1] < 1:
         raise InputError(f"features have the shape {features_ND.shape}; needed: at least 2 images x 1 dimension")
     num_images, dim = features_ND.shape
-    rows_per_block = max(1, PREPARED_ELEMENTS // dim)
+    rows_per_block = max(1, ELEMENTS_PER_BLOCK // dim)
 
     def sum_of_block(start: int) -> npt.NDArray[np.float64]:
         block = features_ND[start : start + rows_per_block].astype(np.float64)
@@ -124,5 +94,25 @@ def prepare(features_ND: npt.NDArray[np.floating[Any]], center: bool) -> Prepare
     starts = range(0, num_images, rows_per_block)
     sum_D = np.zeros(dim)
     for part_D in in_threads(sum_of_block, starts, threads_within(16 * rows_per_block * dim)):
-        sum_D += part_D  # in the order of the blocks, whatever the threads
-    return PreparedFeatures(features_ND, sum_D / num_images if center else None)
+        sum_D += part_D  # in the order of the blocks, for any number of threads
+    return UnitFeatures(features_ND, sum_D / num_images if center else None)
+
+
+def in_units(cosine: float) -> int:
+    """A cosine in units of `RESOLUTION`."""
+    return round(cosine / RESOLUTION)
+
+
+def exact_similarity(
+    queries_QD: Floats | UnitFeatures, rows_P: Ids | npt.NDArray[np.int32], base: Floats | UnitFeatures, columns_P: Ids
+) -> Ids:
+    """Cosine of each pair of a row of `queries_QD` and a row of `base`, summed in float64, in units of `RESOLUTION`:
+    (P,) int64."""
+    units_P = np.empty(len(rows_P), np.int64)
+    step = max(1, ELEMENTS_PER_BLOCK // base.shape[1])
+    for start in range(0, len(rows_P), step):
+        block = slice(start, start + step)
+        left = queries_QD[rows_P[block]].astype(np.float64)
+        left *= base[columns_P[block]]
+        units_P[block] = np.rint(left.sum(axis=1) / RESOLUTION)
+    return units_P

@@ -1,7 +1,11 @@
-"""The adaptive rule on lists of pairs: what a row keeps of what was found (METHOD section 1).
+"""The adaptive rule: which of the pairs found are neighbours (docs/METHOD.md, "Adaptive neighbours").
 
-Every pair so close to a border that its score could be wrong is scored again in float64, and the order is total
-(similarity, then the lower id). So what is kept depends neither on how pairs were found nor on their order.
+N(i) = all images at least `threshold` similar to i. If these are fewer than `min_neighbors`: the `min_neighbors` most
+similar. If they are more than `max_neighbors`: a uniform random subset, drawn by a hash of (seed, i, j), so that it
+doesn't depend on how the work is divided.
+
+A pair so close to a border that its score might be on the wrong side is scored again in float64, and the order is total
+(similarity, then the lower id). So the neighbours depend neither on how pairs were found nor on their order.
 
 Legend: Q queries, P pairs, k list length, R some of the rows.
 """
@@ -14,36 +18,33 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from icce_ray.neighbors.unit_features import Floats, Ids
 from icce_ray.random_numbers import splitmix64
+from icce_ray.sample.unit_features import Floats, Ids
 
 PADDED_ELEMENTS = 4_000_000
-MAX_DUPLICATES_PER_IMAGE = 32
 
 Exact = Callable[[npt.NDArray[np.int32], Ids], Ids]
-"""Rows and image ids of pairs to their cosine in units of the resolution."""
+"""From rows and image ids of pairs to their cosines in units of the resolution."""
 
 
 @dataclass(frozen=True)
 class Rule:
     """Which images are neighbours.
 
-    threshold: floor on the cosine; None: exactly `min_neighbors` each.
-    min_neighbors: of an image; at most the number of others.
+    threshold: lowest cosine of neighbours; None: exactly `min_neighbors` each.
+    min_neighbors: at most the number of other images.
     max_neighbors: longer rows keep the images with the smallest hash of (seed, i, j); None: no limit.
-    duplicate_threshold: cosine from which on a pair is also listed as near-duplicates; None: none are.
     """
 
     threshold: float | None
     min_neighbors: int
     max_neighbors: int | None
     seed: int
-    duplicate_threshold: float | None = None
 
 
 @dataclass(frozen=True)
 class PairList:
-    """P pairs of a query (its number, 0..Q-1) and an image, with a score and whether it reaches the threshold."""
+    """P pairs of a query (its number, 0..Q-1) and an image, with the score and whether it reaches the threshold."""
 
     rows_P: npt.NDArray[np.int32]
     ids_P: Ids
@@ -70,33 +71,17 @@ class PairList:
         return PairList(*(np.concatenate(column) for column in columns))
 
 
-@dataclass(frozen=True)
-class DuplicateList:
-    """Pairs of a query and a near-duplicate of it with a lower id; at most `MAX_DUPLICATES_PER_IMAGE` of a query, those
-    with the lowest ids."""
-
-    rows_P: npt.NDArray[np.int32]
-    ids_P: Ids
-    units_P: Ids
-
-    @staticmethod
-    def join(lists: Sequence[DuplicateList]) -> DuplicateList:
-        rows_P = np.concatenate([np.empty(0, np.int32), *(pairs.rows_P for pairs in lists)])
-        ids_P = np.concatenate([np.empty(0, np.int64), *(pairs.ids_P for pairs in lists)])
-        units_P = np.concatenate([np.empty(0, np.int64), *(pairs.units_P for pairs in lists)])
-        order_P = np.lexsort((ids_P, rows_P))
-        order_P = order_P[rank_in_row(rows_P[order_P]) < MAX_DUPLICATES_PER_IMAGE]
-        return DuplicateList(rows_P[order_P], ids_P[order_P], units_P[order_P])
-
-
 def keep(pairs: PairList, num_hits_Q: Ids, ids_Q: Ids, rule: Rule, error: float, exact: Exact) -> PairList:
-    """The rule, on pairs among which all those are that it keeps. Applying it twice changes nothing, and neither does
-    applying it to a part of the pairs first.
+    """Apply the rule to any superset of the pairs it keeps. It is idempotent, and may be applied to some of the pairs
+    first.
 
     Args:
         pairs: in any order, each once.
-        num_hits_Q: how many images have reached the threshold so far, kept or not.
-        ids_Q: the queries' images.
+        num_hits_Q: number of images found above the threshold so far, kept or not.
+        ids_Q: images of the queries.
+        rule: the limits.
+        error: bound on the error of the scores.
+        exact: the exact cosines of pairs.
     """
     is_long_Q = num_hits_Q >= rule.min_neighbors
     pairs = pairs.take(pairs.is_hit_P | ~is_long_Q[pairs.rows_P])
@@ -121,17 +106,17 @@ def pair_hash(seed: int, rows_P: Ids, columns_P: Ids) -> npt.NDArray[np.uint64]:
 
 
 def random_subset(seed: int, max_neighbors: int, rows_P: npt.NDArray[np.integer], images_P: Ids, ids_P: Ids) -> Ids:
-    """Which pairs stay where a row keeps at most `max_neighbors`: those with the smallest hash, of equal ones the lower
-    ids. In the order of rows, then hashes.
+    """Indices of the pairs that stay if each row keeps at most `max_neighbors`: those with the smallest hash; of equal
+    hashes the lower ids. Ordered by row, then hash.
 
     Args:
-        seed: of the hash.
-        max_neighbors: the limit.
-        rows_P, images_P: the row of each pair by its number, and the image that it is of.
+        seed: seed of the hash.
+        max_neighbors: limit of each row.
+        rows_P, images_P: row number of each pair, and the row's image.
         ids_P: the neighbour.
     """
     hash_P = pair_hash(seed, images_P, ids_P)
-    # As much of the hash as fits beside the row sorts as one number, in a tenth of the time.
+    # The row and as many bits of the hash as fit beside it sort as one number, in a tenth of the time.
     num_bits = np.uint64(max(1, int(rows_P.max()).bit_length()))
     key_P = (rows_P.astype(np.uint64) << (np.uint64(64) - num_bits)) | (hash_P >> num_bits)
     order_P: Ids = np.argsort(key_P)
@@ -142,12 +127,12 @@ def random_subset(seed: int, max_neighbors: int, rows_P: npt.NDArray[np.integer]
 
 
 def _nearest(pairs: PairList, k: int, error: float, exact: Exact) -> PairList:
-    """Of each row that is there, which has more than `k` pairs, the `k` most similar; of ties the lower ids."""
+    """The `k` most similar pairs of each row, all of which have more; of ties the lower ids."""
     pairs = pairs.take(np.argsort(pairs.rows_P, kind="stable"))
     _, num_pairs_R = _runs(pairs.rows_P)
     row_P = np.repeat(np.arange(len(num_pairs_R)), num_pairs_R)
     border_P = _kth_scores(pairs.scores_P, num_pairs_R, k)[row_P]
-    # True similarities outside these margins are on the same side of the k-th as the scores are.
+    # Outside these margins, true similarities are on the same side of the k-th as the scores.
     is_safe_P = pairs.scores_P > border_P + 2 * error
     is_close_P = ~is_safe_P & (pairs.scores_P >= border_P - 2 * error)
     num_open_R = k - np.bincount(row_P[is_safe_P], minlength=len(num_pairs_R))
@@ -161,7 +146,7 @@ def _nearest(pairs: PairList, k: int, error: float, exact: Exact) -> PairList:
 
 
 def _kth_scores(scores_P: Floats, num_pairs_R: Ids, k: int) -> Floats:
-    """The `k`-th highest score of each row, which has at least `k`; `scores_P` holds one row after the other."""
+    """The `k`-th highest score of each row (R,), all of which have at least `k`; `scores_P` is sorted by row."""
     kth_R = np.empty(len(num_pairs_R), np.float32)
     first_R = np.concatenate([np.zeros(1, np.int64), np.cumsum(num_pairs_R)])
     step = max(1, PADDED_ELEMENTS // int(num_pairs_R.max()))
@@ -181,7 +166,7 @@ def rank_in_row(sorted_rows_P: npt.NDArray[np.integer]) -> Ids:
 
 
 def _runs(sorted_rows_P: npt.NDArray[np.integer]) -> tuple[Ids, Ids]:
-    """Where each run of equal values begins, and its length."""
+    """Start and length of each run of equal values."""
     is_first_P = np.ones(len(sorted_rows_P), bool)
     np.not_equal(sorted_rows_P[1:], sorted_rows_P[:-1], out=is_first_P[1:])
     first_R = np.flatnonzero(is_first_P)

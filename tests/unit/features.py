@@ -1,12 +1,12 @@
-"""The neighbour graph by brute force, and feature sets with everything that trips a search."""
+"""Features with everything that trips a search, and neighbours and similarities by brute force."""
 
 from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
 
-from icce_ray.neighbors.faiss_engine import RESOLUTION
 from icce_ray.neighbors.graph import NeighborGraph
+from icce_ray.sample.unit_features import RESOLUTION
 
 
 def normalised(features: npt.NDArray[np.floating], center: bool) -> npt.NDArray[np.float64]:

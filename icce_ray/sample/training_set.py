@@ -1,0 +1,149 @@
+"""Which images are trained on (docs/METHOD.md, "Sample").
+
+Neighbours, heads, consensus and classifier need no more than a few million images, and each picture once. So above
+`sample.max_images` a uniform sample is drawn, and near-duplicates are left out. The `sample` stage writes the
+embeddings of the images that remain as an artifact of the same form as `embed`; the stages that train see nothing else.
+Afterwards a near-duplicate gets the consensus of its leader, and the classifier labels all other images.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from icce_ray.config import SampleConfig
+from icce_ray.sample.near_duplicates import find_near_duplicates
+from icce_ray.sample.unit_features import Ids
+from icce_ray.store import Artifact, ArtifactWriter, Part
+
+PART_PREFIX = "part-"
+GROUPS_NAME = "duplicate_groups.parquet"
+PAIRS_NAME = "duplicate_pairs.parquet"
+MIN_ROWS_PER_PART = 16_384
+
+
+@dataclass(frozen=True)
+class TrainingPart:
+    """One part of the training set: which rows it takes from which parts of another artifact."""
+
+    name: str
+    sources: tuple[str, ...]
+    rows: tuple[npt.NDArray[np.int64], ...]
+    """Ascending row numbers within each of the sources."""
+
+    @property
+    def num_rows(self) -> int:
+        return sum(len(rows) for rows in self.rows)
+
+
+def sample_rows(num_images: int, max_images: int | None, seed: int) -> Ids | None:
+    """Rows drawn uniformly without replacement, ascending, (max_images,) int64; None if there are no more."""
+    if max_images is None or num_images <= max_images:
+        return None
+    generator = np.random.default_rng([seed, num_images])
+    return np.sort(generator.choice(num_images, max_images, replace=False, shuffle=False))
+
+
+def plan_parts(embed: Artifact, rows: Ids) -> list[TrainingPart]:
+    """Parts with the given rows of all rows, ascending: each takes consecutive parts until it has enough rows."""
+    parts: list[TrainingPart] = []
+    sources: list[str] = []
+    taken: list[npt.NDArray[np.int64]] = []
+    names = embed.part_names(PART_PREFIX)
+    first_row = 0
+    for name in names:
+        num_rows = embed.part(name).rows or 0
+        first, last = np.searchsorted(rows, [first_row, first_row + num_rows])
+        if last > first:
+            sources.append(name)
+            taken.append(rows[first:last] - first_row)
+        first_row += num_rows
+        if sum(map(len, taken)) >= MIN_ROWS_PER_PART or (name == names[-1] and taken):
+            parts.append(TrainingPart(f"{PART_PREFIX}{len(parts):05d}.parquet", tuple(sources), tuple(taken)))
+            sources, taken = [], []
+    return parts
+
+
+def write_part(part: TrainingPart, embed: Artifact, writer: ArtifactWriter) -> Part:
+    """Write one part of the training set; the schema is that of the embeddings."""
+    tables = [embed.read_table(name).take(pa.array(rows)) for name, rows in zip(part.sources, part.rows, strict=True)]
+    return writer.write_table(part.name, pa.concat_tables(tables))
+
+
+@dataclass(frozen=True)
+class TrainingRows:
+    """The training set of a collection: which image each of its rows is, and which row stands for which image.
+
+    image_ids_n: ascending. follower_ids_F: ascending ids of near-duplicates; leader_ids_F: the images trained on
+    instead.
+    """
+
+    image_ids_n: Ids
+    follower_ids_F: Ids
+    leader_ids_F: Ids
+
+    def rows_of(self, image_ids: Ids) -> Ids:
+        """For each image the row of the training set that stands for it, its own or its leader's; -1: none does."""
+        rows = _find(self.image_ids_n, image_ids)
+        places = _find(self.follower_ids_F, image_ids)
+        is_follower = places >= 0
+        rows[is_follower] = _find(self.image_ids_n, self.leader_ids_F[places[is_follower]])
+        return rows
+
+
+def choose_rows(features_ND: npt.NDArray[np.floating[Any]], config: SampleConfig, seed: int) -> TrainingRows | None:
+    """The training set of a feature matrix, whose rows count as ids; None if it is the whole matrix.
+
+    Raises:
+        InputError: features that are not finite, or fewer than two.
+    """
+    drawn = sample_rows(len(features_ND), config.max_images, seed)
+    if config.duplicate_threshold is None:
+        return None if drawn is None else TrainingRows(drawn, drawn[:0], drawn[:0])
+    ids_N = np.arange(len(features_ND)) if drawn is None else drawn
+    found = find_near_duplicates(features_ND if drawn is None else features_ND[drawn], config.duplicate_threshold)
+    if drawn is None and len(found.leaders) == len(ids_N):
+        return None
+    return TrainingRows(ids_N[found.leaders], ids_N[found.followers], ids_N[found.leader_N[found.followers]])
+
+
+def training_set(inputs: Mapping[str, Artifact]) -> Artifact:
+    """The embeddings that are trained on: those of the `sample` stage, or all if it left none out."""
+    sample = inputs.get("sample")
+    return sample if sample is not None and sample.part_names(PART_PREFIX) else inputs["embed"]
+
+
+def source_digest(embed: Artifact, version: int) -> str:
+    """Digest of embeddings and of the version of a stage that works on them: the source of its parts."""
+    checksums = [embed.part(name).sha256 for name in embed.part_names(PART_PREFIX)]
+    return hashlib.sha256(json.dumps([checksums, version]).encode()).hexdigest()[:16]
+
+
+def training_rows(inputs: Mapping[str, Artifact]) -> TrainingRows | None:
+    """The training set of a run; None if all images are trained on."""
+    sample = inputs.get("sample")
+    names = sample.part_names(PART_PREFIX) if sample is not None else []
+    if sample is None or not names:
+        return None
+    image_ids_n = np.concatenate([sample.read_table(name)["image_id"].to_numpy() for name in names])
+    if GROUPS_NAME not in sample.part_names():
+        return TrainingRows(image_ids_n, image_ids_n[:0], image_ids_n[:0])
+    groups = sample.read_table(GROUPS_NAME).sort_by("image_id")
+    ids, leaders = groups["image_id"].to_numpy(), groups["leader"].to_numpy()
+    is_follower = ids != leaders
+    return TrainingRows(image_ids_n, ids[is_follower], leaders[is_follower])
+
+
+def _find(sorted_ids: Ids, image_ids: Ids) -> Ids:
+    """Place of each image among ascending ids, -1 if it is not there."""
+    if not len(sorted_ids):
+        return np.full(len(image_ids), -1)
+    places = np.minimum(np.searchsorted(sorted_ids, image_ids), len(sorted_ids) - 1)
+    return np.where(sorted_ids[places] == image_ids, places, -1)
