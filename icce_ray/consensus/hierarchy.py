@@ -1,9 +1,9 @@
-"""From many clusters to one, step by step: the clusters that the heads confuse most are merged first [ours].
+"""The hierarchy of the clusters: those that the heads confuse most are merged first (docs/METHOD.md, "Hierarchy").
 
-How alike two clusters are is the chance that a head puts an image of the one and an image of the other into the same of
-its clusters, mean over heads: the mean co-association of the two, which the contingency counts of the consensus with
-the heads tell without any table of images. Those counts add up over shards, so the tree is the same however the images
-are divided. After a merge, similarities are means over pairs of images again (average linkage, weighted by size).
+The similarity of two clusters is the chance that a head puts an image of each into the same head cluster, averaged over
+the heads. It follows from the contingency counts of the consensus with the heads. These add up over the parts of the
+images, so the tree does not depend on the parts. Merged clusters are compared by the mean over pairs of images (average
+linkage, weighted by size).
 
 Shape letters: K clusters, C head clusters.
 """
@@ -26,24 +26,24 @@ HIERARCHY_NAME = "hierarchy.parquet"
 
 @dataclass(frozen=True)
 class Hierarchy:
-    """K - 1 merges, the most alike first. The clusters are 0..K-1; what step s merges gets the number K + s."""
+    """K - 1 merges, the most similar first. The clusters are 0..K-1; the merge of step s is number K + s."""
 
     left: npt.NDArray[np.int32]
-    """(K-1,) what is merged: the one with the lowest cluster in it."""
+    """(K-1,) the merged one with the lowest cluster in it."""
     right: npt.NDArray[np.int32]
-    """(K-1,) what it is merged with."""
+    """(K-1,) the other one."""
     similarity: npt.NDArray[np.float64]
     """(K-1,) 0 to 1, never rising: chance that a head puts an image of each together."""
     size: Counts
-    """(K-1,) images in the two."""
+    """(K-1,) number of images in both."""
 
     @property
     def num_clusters(self) -> int:
         return len(self.left) + 1
 
     def cut(self, num_groups: int) -> npt.NDArray[np.int32]:
-        """Group of each cluster, (K,) int32, when as many merges are made as leave `num_groups`. Groups are numbered by
-        their lowest cluster.
+        """Group of each cluster (K,) int32 if `num_groups` are left. Groups are numbered in the order of their lowest
+        cluster.
 
         Raises:
             InputError: `num_groups` is not 1..K.
@@ -61,7 +61,7 @@ class Hierarchy:
         return np.unique(holder_K, return_inverse=True)[1].astype(np.int32)
 
     def to_table(self) -> pa.Table:
-        """A row per merge: step, left, right, merged, similarity, size."""
+        """One row for each merge: step, left, right, merged, similarity, size."""
         steps = np.arange(len(self.left), dtype=np.int32)
         return pa.table(
             {
@@ -80,20 +80,20 @@ class Hierarchy:
 
 
 def build_hierarchy(counts_KC: npt.NDArray[Any], offsets: Counts) -> Hierarchy:
-    """The tree of the clusters of a consensus.
+    """The hierarchy of the clusters of a consensus.
 
     Args:
-        counts_KC: (K, C) integers, images in each cluster and head cluster.
+        counts_KC: (K, C) integers, images of each cluster in each head cluster.
         offsets: first head cluster of each head, and C.
     """
     return merge_clusters(similarities(counts_KC, offsets), _sizes(counts_KC, offsets))
 
 
 def similarities(counts_KC: npt.NDArray[Any], offsets: Counts) -> npt.NDArray[np.float64]:
-    """Of every two clusters, (K, K), 0 to 1: mean over heads of the chance that they share a head cluster. 0 where one
-    is empty; the diagonal is that of two draws from one cluster."""
+    """Similarity of every two clusters (K, K), 0 to 1: the chance that they share a head cluster, averaged over the
+    heads; 0 if one is empty. The diagonal compares two draws from one cluster."""
     similarity_KK = np.zeros((len(counts_KC),) * 2)
-    for start, stop in pairwise(offsets):  # head by head: the shares of all heads would take a second table of K x C
+    for start, stop in pairwise(offsets):  # one head at a time: the shares of all heads would take another K x C table
         counts_Kc = counts_KC[:, start:stop].astype(np.float64)
         shares_Kc = counts_Kc / np.maximum(counts_Kc.sum(axis=1, keepdims=True), 1)
         similarity_KK += shares_Kc @ shares_Kc.T
@@ -101,10 +101,10 @@ def similarities(counts_KC: npt.NDArray[Any], offsets: Counts) -> npt.NDArray[np
 
 
 def merge_clusters(similarity_KK: npt.NDArray[np.float64], sizes_K: Counts) -> Hierarchy:
-    """Average linkage of clusters that stand for `sizes_K` images each, which SciPy's, of single points, is not. Of
-    equal similarities, the pair with the lowest clusters is merged; a group goes by its lowest cluster."""
+    """Average linkage of clusters of `sizes_K` images each. (SciPy's starts from single points.) Among equal
+    similarities, the pair with the lowest clusters is merged first; a group counts as its lowest cluster."""
     num_clusters = len(sizes_K)
-    similarity = (similarity_KK + similarity_KK.T) / 2  # symmetric to the last bit, which `low < high` below rests on
+    similarity = (similarity_KK + similarity_KK.T) / 2  # exactly symmetric: `low < high` below depends on it
     np.fill_diagonal(similarity, -np.inf)
     sizes, alive = sizes_K.astype(np.int64), np.ones(num_clusters, dtype=bool)
     names = np.arange(num_clusters, dtype=np.int32)
@@ -126,18 +126,18 @@ def merge_clusters(similarity_KK: npt.NDArray[np.float64], sizes_K: Counts) -> H
         for gone in (low, high):
             similarity[gone], similarity[:, gone], best[gone] = -np.inf, -np.inf, -np.inf
         similarity[low, others] = similarity[others, low] = mean
-        # Who looked to one of the two looks anew; to all others the group is at most as alike as its likest part was,
-        # but for rounding, and may tie with a partner of a higher number.
+        # Clusters whose partner was one of the two search again. For all others, the group is at most as similar as
+        # the more similar of the two was, except for rounding, and may tie with a partner of a higher number.
         stale = np.append(others[np.isin(partner[others], (low, high))], low)
         partner[stale], best[stale] = similarity[stale].argmax(axis=1), similarity[stale].max(axis=1)
         nearer = others[(mean > best[others]) | ((mean == best[others]) & (low < partner[others]))]
         partner[nearer], best[nearer] = low, similarity[nearer, low]
-    # Means of similarities do not rise; their roundings may.
+    # Means of similarities do not rise, but rounding may make them rise.
     return Hierarchy(left, right, np.minimum.accumulate(merged_at), merged_sizes)
 
 
 def _sizes(counts_KC: npt.NDArray[Any], offsets: Counts) -> Counts:
-    """Images of each cluster (K,), as the head that labels most of them counts them."""
+    """Images of each cluster (K,), as counted by the head that labels most of them."""
     by_head = [counts_KC[:, start:stop].sum(axis=1, dtype=np.int64) for start, stop in pairwise(offsets)]
     sizes_K: Counts = np.max(by_head, axis=0)
     return sizes_K
