@@ -4,6 +4,7 @@ from icce_ray.config.loading import apply_override, build_config, load_config, p
 from icce_ray.config.presets import PRESETS
 from icce_ray.config.schema import (
     CONSENSUS_METHODS,
+    PIXELS,
     BackboneConfig,
     ClassifierConfig,
     ClusterCountConfig,
@@ -28,6 +29,7 @@ from icce_ray.config.schema import (
 
 __all__ = [
     "CONSENSUS_METHODS",
+    "PIXELS",
     "PRESETS",
     "BackboneConfig",
     "ClassifierConfig",

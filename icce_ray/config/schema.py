@@ -146,6 +146,10 @@ class EmbeddingsConfig(Section):
     """Parquet list column with the embeddings. Not set: the only list column."""
 
 
+PIXELS = "pixels"
+"""The backbone that needs no weights."""
+
+
 class BackboneConfig(Section):
     backbone: str = "vit_large_patch14_dinov2.lvd142m"
     """A timm model name, or `pixels`: the flattened pixels scaled to 0..1, which need no weights."""

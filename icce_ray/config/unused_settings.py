@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from icce_ray.config.schema import Config
+from icce_ray.config.schema import PIXELS, Config
 from icce_ray.errors import ConfigError
 
 _NETWORK = ("embed.weights", "embed.features", "embed.precision", "embed.compile")
@@ -25,8 +25,8 @@ RULES: tuple[tuple[tuple[str, ...], Callable[[Config], bool], str], ...] = (
     (("embed",), lambda c: c.embeddings.uri is not None, "embeddings are ready-made, so no image is embedded"),
     (("images.bytes_column",), lambda c: c.embeddings.uri is not None, "embeddings are ready-made"),
     (("embeddings.column",), lambda c: c.embeddings.uri is None, "no embeddings are given"),
-    (_NETWORK, lambda c: c.embed.backbone == "pixels", "the backbone is pixels"),
-    (("embed.grayscale",), lambda c: c.embed.backbone != "pixels", "only the backbone pixels has it"),
+    (_NETWORK, lambda c: c.embed.backbone == PIXELS, "the backbone is pixels"),
+    (("embed.grayscale",), lambda c: c.embed.backbone != PIXELS, "only the backbone pixels has it"),
     (_TEACHER, lambda c: c.heads.loss == "scan", "SCAN's loss does not use it"),
     (("heads.scan_entropy_weight",), lambda c: c.heads.loss != "scan", "only SCAN's loss uses it"),
     (("heads.sinkhorn_iterations",), lambda c: not c.heads.sinkhorn, "heads.sinkhorn is false"),

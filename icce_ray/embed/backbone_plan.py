@@ -17,13 +17,12 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from icce_ray.config import BackboneConfig, EmbedConfig, EmbeddingsConfig
+from icce_ray.config import PIXELS, BackboneConfig, EmbedConfig, EmbeddingsConfig
 from icce_ray.embed.plan_cache import remembered
 from icce_ray.embed.weights import check_hub, check_weights, weights_digest
 from icce_ray.errors import ConfigError, UserError
 from icce_ray.images.decoding import Preprocessing, SeveralViews, common_preprocessing
 
-PIXELS = "pixels"
 PIXELS_IMAGE_SIZE = 32
 DEFAULT_IMAGE_SIZE = 224
 RANDOM_WEIGHTS = "random"

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from icce_ray.config import BackboneConfig, EmbedConfig
+from icce_ray.config import PIXELS, BackboneConfig, EmbedConfig
 from icce_ray.embed.backbone_plan import (
-    PIXELS,
     RANDOM_WEIGHTS,
     BackbonePlan,
     EmbeddingPlan,

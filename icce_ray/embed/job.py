@@ -23,8 +23,8 @@ import ray
 import ray.data
 
 from icce_ray import errors
-from icce_ray.config import Config
-from icce_ray.embed.backbone_plan import PIXELS, EmbeddingPlan, embed_settings, model_key, plan_embedding
+from icce_ray.config import PIXELS, Config
+from icce_ray.embed.backbone_plan import EmbeddingPlan, embed_settings, model_key, plan_embedding
 from icce_ray.embed.build_backbone import build_backbone
 from icce_ray.embed.content_index import ContentIndex, VectorReader, gather, siblings
 from icce_ray.embed.decode_and_embed import (

@@ -9,7 +9,7 @@ import timm
 import torch
 from timm.data.config import resolve_model_data_config
 
-from icce_ray.embed.backbone_plan import PIXELS
+from icce_ray.config import PIXELS
 from icce_ray.errors import ConfigError
 from icce_ray.images.decoding import Interpolation, Preprocessing
 
