@@ -20,7 +20,7 @@ from icce_ray.errors import WorkerError, describe_cause
 from icce_ray.runtime.cluster_resources import worker_cpus
 from icce_ray.runtime.machine import interface_with
 from icce_ray.runtime.progress import BoardProgress, Progress, ProgressBoard
-from icce_ray.runtime.workers import MAX_RESTARTS, Work, attempt, relayed_progress
+from icce_ray.runtime.worker_process import MAX_RESTARTS, Work, attempt, relayed_progress
 
 GLOO_INTERFACE = "GLOO_SOCKET_IFNAME"
 

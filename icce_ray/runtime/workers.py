@@ -7,7 +7,6 @@ that dies is repeated elsewhere. None of it may return anything else for being r
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -19,15 +18,10 @@ from icce_ray.runtime.cluster_resources import available_cpus, wait_for_machines
 from icce_ray.runtime.machine import usable_cpus
 from icce_ray.runtime.progress import BoardProgress, Progress, ProgressBoard
 from icce_ray.runtime.ray_cluster import connect, runs_here
+from icce_ray.runtime.worker_process import MAX_RESTARTS, Work, attempt, relayed_progress
 
-MAX_RESTARTS = 3
-POLL_INTERVAL_S = 1.0
 TASKS_PER_CPU = 2
 """Tasks that are submitted at a time: enough to keep each CPU busy, and no more results than that wait in memory."""
-
-Work = Callable[..., Any]
-"""Called with `num_threads`, `device` ("cpu" or "cuda", possibly numbered) and `progress`. Everything else is bound to
-it. A module-level function, so that a worker can import it. Several workers find each other by torch.distributed."""
 
 
 def work_on_workers(
@@ -80,14 +74,6 @@ def work_on_workers(
     if isinstance(outcome, Exception):
         raise outcome
     return outcome
-
-
-def attempt(work: Work, device: str, progress: Progress) -> Any:
-    """What the work returns. An error that would only occur again is returned, too: raised, it would be retried."""
-    try:
-        return work(device=device, progress=progress)
-    except (UserError, WorkerError) as error:
-        return error
 
 
 def run_tasks(
@@ -248,31 +234,6 @@ def _raise_cause(stage: str, error: Exception) -> NoReturn:
         f"{stage}: a worker failed, or died {MAX_RESTARTS + 1} times; what is finished is kept, and the same command "
         f"resumes. {describe_cause(error)}"
     ) from error
-
-
-@contextmanager
-def relayed_progress(ask: Callable[[], Any], progress: Progress) -> Iterator[None]:
-    """While the block runs, pass on what a worker last reported: `ask` returns a reference to it."""
-    import ray
-
-    finished = threading.Event()
-
-    def relay() -> None:
-        while not finished.wait(POLL_INTERVAL_S):
-            try:
-                latest = ray.get(ask(), timeout=POLL_INTERVAL_S)
-            except ray.exceptions.RayError:
-                continue
-            if latest is not None:
-                progress.update(*latest)
-
-    thread = threading.Thread(target=relay, name=f"{progress.stage}-progress", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        finished.set()
-        thread.join()
 
 
 class StageWorker:

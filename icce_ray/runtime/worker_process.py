@@ -1,0 +1,51 @@
+"""The work of one worker process, whoever started it: an actor or Ray Train."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from icce_ray.errors import UserError, WorkerError
+from icce_ray.runtime.progress import Progress
+
+MAX_RESTARTS = 3
+POLL_INTERVAL_S = 1.0
+
+Work = Callable[..., Any]
+"""Called with `num_threads`, `device` ("cpu" or "cuda", possibly numbered) and `progress`. Everything else is bound to
+it. A module-level function, so that a worker can import it. Several workers find each other by torch.distributed."""
+
+
+def attempt(work: Work, device: str, progress: Progress) -> Any:
+    """What the work returns. An error that would only occur again is returned, too: raised, it would be retried."""
+    try:
+        return work(device=device, progress=progress)
+    except (UserError, WorkerError) as error:
+        return error
+
+
+@contextmanager
+def relayed_progress(ask: Callable[[], Any], progress: Progress) -> Iterator[None]:
+    """While the block runs, pass on what a worker last reported: `ask` returns a reference to it."""
+    import ray
+
+    finished = threading.Event()
+
+    def relay() -> None:
+        while not finished.wait(POLL_INTERVAL_S):
+            try:
+                latest = ray.get(ask(), timeout=POLL_INTERVAL_S)
+            except ray.exceptions.RayError:
+                continue
+            if latest is not None:
+                progress.update(*latest)
+
+    thread = threading.Thread(target=relay, name=f"{progress.stage}-progress", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        finished.set()
+        thread.join()
