@@ -15,12 +15,12 @@ import torch
 
 from cases.peak import matmul_peak
 from icce_ray.neighbors.adaptive_rule import Rule
-from icce_ray.neighbors.faiss_engine import FaissEngine
+from icce_ray.neighbors.faiss_engine import FaissEngine, Queries
 from icce_ray.neighbors.graph_rows import merge_shards, part_ranges, search_shard
 from icce_ray.neighbors.search import merge, search
 from icce_ray.neighbors.torch_engine import TorchEngine
 from icce_ray.runtime.threads import in_threads
-from icce_ray.sample.unit_features import Ids, Queries, UnitFeatures, prepare
+from icce_ray.sample.unit_features import Ids, UnitFeatures, prepare
 
 SETTINGS: dict[str, Any] = {
     "num_images": 1_281_167,
@@ -60,7 +60,7 @@ def run(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, bool]]:
         with _Timed(seconds, "search"):
             answer = search_shard(engine, prepared, ids, rule)
         with _Timed(seconds, "merge"):
-            rows, _ = merge_shards([answer], prepared, ids, rule, num_threads=num_threads)
+            rows = merge_shards([answer], prepared, ids, rule, num_threads)
         num_edges += len(rows.indices)
         num_at_min += int((rows.num_hits < rule.min_neighbors).sum())
     floor_s = 2.0 * num_images**2 * dim / matmul_peak("cuda", torch.float16, 8192)
@@ -94,7 +94,7 @@ def clustered(num_images: int, dim: int) -> Any:
 
 def equals_faiss(engine: TorchEngine, prepared: UnitFeatures, rule: Rule, settings: dict[str, Any]) -> bool:
     ids = np.sort(np.random.default_rng(1).choice(len(prepared), settings["compared_queries"], replace=False))
-    queries = Queries.of(prepared, ids)
+    queries = Queries(prepared, ids)
 
     def of_shard(shard_ids: Ids) -> Any:
         return search(FaissEngine(prepared, shard_ids), queries, rule)

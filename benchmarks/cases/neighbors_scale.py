@@ -16,11 +16,11 @@ import torch
 
 from cases.neighbors import clustered, threshold_for
 from icce_ray.neighbors.adaptive_rule import Rule
-from icce_ray.neighbors.faiss_engine import Engine, FaissEngine
+from icce_ray.neighbors.faiss_engine import Engine, FaissEngine, Queries
 from icce_ray.neighbors.search import merge, search
 from icce_ray.neighbors.torch_engine import TorchEngine
 from icce_ray.runtime.threads import set_threads
-from icce_ray.sample.unit_features import Queries, UnitFeatures, prepare
+from icce_ray.sample.unit_features import UnitFeatures, prepare
 
 SETTINGS: dict[str, Any] = {
     "num_images": [10_000_000, 100_000_000, 1_000_000_000],
@@ -61,7 +61,7 @@ def rate(engine: Engine, prepared: UnitFeatures, rule: Rule, settings: dict[str,
     ids = np.random.default_rng(0).choice(len(prepared), settings["measured_queries"], replace=False)
     started = time.perf_counter()
     for start in range(0, len(ids), 1024):
-        queries = Queries.of(prepared, ids[start : start + 1024])
+        queries = Queries(prepared, ids[start : start + 1024])
         merge([search(engine, queries, rule)], queries, rule)
     return len(ids) * len(prepared) / (time.perf_counter() - started)
 
