@@ -28,8 +28,8 @@ from icce_ray.store import Folder
 from icce_ray.sweeps import trial
 from icce_ray.sweeps.search_space import CHOICE, GRID, Dimension
 from icce_ray.sweeps.sweep_config import Sweep
-from icce_ray.sweeps.table import FAILED, FINISHED, Row, from_parameters, setting_text
 from icce_ray.sweeps.trial import Listings, RunOutcome
+from icce_ray.sweeps.trial_table import FAILED, FINISHED, Row, from_parameters, setting_text
 
 TASK_RETRIES = 2
 """Of a task whose process died; what it had finished is used."""

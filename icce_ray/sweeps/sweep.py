@@ -24,11 +24,11 @@ from icce_ray.runtime.progress import Progress
 from icce_ray.runtime.ray_cluster import connect
 from icce_ray.store import Artifact, ArtifactWriter, Claim, Folder, fingerprint
 from icce_ray.store.artifact import cache_folder
-from icce_ray.sweeps import outcome
+from icce_ray.sweeps import sweep_files as outcome
 from icce_ray.sweeps.job import Parameters, draw, key_of, make_searcher, reason_of, run_trials
-from icce_ray.sweeps.outcome import ENSEMBLE_NAME, SweepResult
 from icce_ray.sweeps.silhouette_spaces import spaces
 from icce_ray.sweeps.sweep_config import Sweep, load_sweep
+from icce_ray.sweeps.sweep_files import ENSEMBLE_NAME, SweepResult
 from icce_ray.sweeps.trial import Listings, make, shared_stages
 
 VERSION = 1

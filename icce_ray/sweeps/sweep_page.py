@@ -10,7 +10,7 @@ import yaml
 
 from icce_ray.sweeps.sweep_config import Sweep
 from icce_ray.sweeps.sweep_plots import metric_by_setting
-from icce_ray.sweeps.table import FAILED, Row, metric_names, ranked, setting_text, shown
+from icce_ray.sweeps.trial_table import FAILED, Row, metric_names, ranked, setting_text, shown
 
 
 def render(sweep: Sweep, rows: Sequence[Row], pooled: Sequence[Row], best_yaml: str) -> str:
@@ -28,7 +28,7 @@ def render(sweep: Sweep, rows: Sequence[Row], pooled: Sequence[Row], best_yaml: 
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {"shown": shown, "setting": setting_text}
-    template = importlib.resources.files("icce_ray.report").joinpath("sweep.html").read_text(encoding="utf-8")
+    template = importlib.resources.files("icce_ray.sweeps").joinpath("sweep_page.html").read_text(encoding="utf-8")
     return environment.from_string(template).render(
         title=f"Sweep over {', '.join(sweep.names)}",
         source=sweep.source,

@@ -9,7 +9,7 @@ import numpy as np
 
 from icce_ray.report.plots import ACCENT, SECOND, svg
 from icce_ray.sweeps.search_space import LOG_RANGES, Dimension
-from icce_ray.sweeps.table import Row, ranked, setting_text
+from icce_ray.sweeps.trial_table import Row, ranked, setting_text
 
 
 def metric_by_setting(rows: Sequence[Row], dimension: Dimension, metric: str) -> str | None:

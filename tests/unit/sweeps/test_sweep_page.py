@@ -10,7 +10,7 @@ from icce_ray.sweeps.search_space import parse_space
 from icce_ray.sweeps.sweep_config import Sweep, build_sweep
 from icce_ray.sweeps.sweep_page import render
 from icce_ray.sweeps.sweep_plots import metric_by_setting
-from icce_ray.sweeps.table import Row
+from icce_ray.sweeps.trial_table import Row
 
 SPACE = {
     "neighbors.similarity_threshold": ["auto", None, 0.4],

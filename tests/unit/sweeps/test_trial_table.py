@@ -6,7 +6,7 @@ import yaml
 from icce_ray.config import build_config
 from icce_ray.errors import ConfigError, WorkerError
 from icce_ray.sweeps.sweep_config import EnsembleConfig
-from icce_ray.sweeps.table import (
+from icce_ray.sweeps.trial_table import (
     Row,
     choose_best,
     choose_pool,

@@ -22,7 +22,8 @@ from icce_ray.store import Artifact, ArtifactWriter
 from icce_ray.store.run_records import write_record
 from icce_ray.sweeps.sweep_config import Sweep
 from icce_ray.sweeps.sweep_page import render
-from icce_ray.sweeps.table import (
+from icce_ray.sweeps.trial import TRAINED, Listings, full_stages
+from icce_ray.sweeps.trial_table import (
     FAILED,
     FINISHED,
     Row,
@@ -34,7 +35,6 @@ from icce_ray.sweeps.table import (
     to_text,
     with_extra_runs,
 )
-from icce_ray.sweeps.trial import TRAINED, Listings, full_stages
 
 TABLE_NAME, TEXT_NAME, PAGE_NAME = "trials.parquet", "trials.txt", "sweep.html"
 BEST_NAME, ENSEMBLE_NAME = "best.yaml", "ensemble.yaml"
