@@ -1,17 +1,17 @@
 """The trials of a sweep on Ray Tune.
 
-A trial takes no CPU itself: it asks for a Ray task for each of its runs, which trains in one process, or, where
-`resources.method` says so, starts Ray Train. Tune's own state remembers the search where a sweep was killed.
+A trial holds no CPU itself: each of its runs is a Ray task, which trains in its own process, or starts workers where
+`resources.method` asks for several or for a GPU. Tune's state is not kept, since what a trial has finished is found by
+its fingerprint. A searcher is told the trials of an earlier attempt first, and goes on from there.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import os
-import threading
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future
+import tempfile
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -21,24 +21,25 @@ from ray.tune.search import create_searcher
 from ray.tune.search.variant_generator import generate_variants
 
 from icce_ray.config import Config
-from icce_ray.errors import ResourceError, UserError, WorkerError, describe_cause, find_cause
+from icce_ray.errors import ResourceError, WorkerError
 from icce_ray.runtime.cluster_resources import available_cpus
 from icce_ray.runtime.progress import Progress
-from icce_ray.store import Folder
+from icce_ray.runtime.ray_cluster import run_here
+from icce_ray.store.part_records import PartRecords
 from icce_ray.sweeps import trial
 from icce_ray.sweeps.search_space import CHOICE, GRID, Dimension
 from icce_ray.sweeps.sweep_config import Sweep
-from icce_ray.sweeps.trial import Listings, RunOutcome
-from icce_ray.sweeps.trial_table import FAILED, FINISHED, Row, from_parameters, setting_text
+from icce_ray.sweeps.trial import Listings, RunOutcome, key_of, reason_of
+from icce_ray.sweeps.trial_table import Row, parameters_text
 
 TASK_RETRIES = 2
-"""Of a task whose process died; what it had finished is used."""
+"""Retries of a run whose process died; what it had finished is used."""
 TRIAL_RESOURCES = {"memory": 1e6}
-"""Of the process that waits for a trial's tasks. Not CPUs: they would be missing to the tasks."""
-QUIET_ENVIRONMENT = {
+"""What the process that waits for a trial's tasks holds. No CPU, which the tasks would lack."""
+TUNE_ENVIRONMENT = {
     "RAY_AIR_NEW_OUTPUT": "0",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
-    "TUNE_GLOBAL_CHECKPOINT_S": "5",
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C ends the sweep, as it ends a run
 }
 SEED_ARGUMENTS = {
     "optuna": "seed",
@@ -49,25 +50,25 @@ SEED_ARGUMENTS = {
 RANGES: dict[str, Callable[[Any, Any], Any]] = {
     "uniform": tune.uniform,
     "loguniform": tune.loguniform,
-    # Tune leaves the upper end out.
+    # Tune excludes the upper end.
     "randint": lambda low, high: tune.randint(low, high + 1),
     "lograndint": lambda low, high: tune.lograndint(low, high + 1),
 }
+PARAMETERS = "parameters"
 
 Parameters = dict[str, Any]
 
 
 def draw(asked: Sweep) -> list[Parameters] | None:
-    """What each trial is given, in order, none twice; None where a searcher will decide as it goes."""
+    """The parameters of each trial, in order, without repetitions; None where a searcher chooses them."""
     if asked.config.searcher is not None:
         return None
-    space = {dimension.name: _to_tune(dimension) for dimension in asked.dimensions}
     random = np.random.RandomState(asked.config.seed)
     has_draws = any(dimension.kind != GRID for dimension in asked.dimensions)
     drawn: dict[str, Parameters] = {}
     for _ in range(asked.config.num_samples if has_draws else 1):
-        for _, parameters in generate_variants(space, random_state=random):
-            plain = from_parameters(parameters)
+        for _, parameters in generate_variants(_tune_space(asked), random_state=random):
+            plain = _plain(parameters)
             drawn.setdefault(key_of(plain), plain)
     return list(drawn.values())
 
@@ -77,71 +78,64 @@ def run_trials(
     known: list[Parameters] | None,
     listings: Listings,
     failures: Mapping[str, str],
-    state: Folder,
+    records: PartRecords,
     progress: Progress,
 ) -> list[Row]:
-    """Run all trials, or those that an earlier try of the same sweep left.
+    """Run all trials. Those that an earlier attempt finished find all that they need.
 
     Args:
-        known: what each trial is given; None where a searcher decides.
-        failures: why a trial cannot be run, by :func:`key_of` what it is given.
-        state: a local folder for what Tune remembers. It holds no result.
+        asked: the sweep.
+        known: the parameters of each trial; None where a searcher chooses them.
+        listings: the images of each place.
+        failures: why a trial cannot be run, by :func:`key_of` its parameters.
+        records: the parameters of the trials that a searcher has chosen so far.
+        progress: told of each trial that ends.
     """
-    for key, value in QUIET_ENVIRONMENT.items():
+    for key, value in TUNE_ENVIRONMENT.items():
         os.environ.setdefault(key, value)
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
-    trainable = tune.with_resources(
-        tune.with_parameters(run_trial, asked=asked, listings=listings, failures=dict(failures)),
-        tune.PlacementGroupFactory([TRIAL_RESOURCES]),
-    )
-    Announcer.progress, Announcer.metric, Announcer.best = progress, asked.config.metric, -np.inf
-    Announcer.total = len(known) if known is not None else asked.config.num_samples
-    if tune.Tuner.can_restore(state.path):
-        progress.note("goes on where it was")
-        tuner = tune.Tuner.restore(state.path, trainable, resume_unfinished=True, restart_errored=True)
-    else:
+    config = asked.config
+    searcher = None
+    if known is None:
+        assert config.searcher is not None
+        earlier = [record.metrics[PARAMETERS] for record in records.read_all().values()]
+        searcher = make_searcher(config.searcher, config.seed, earlier)
+    num_trials = config.num_samples if known is None else len(known)
+    at_a_time = available_cpus() / (config.cpus_per_run * len(config.seeds or (0,)))
+    with tempfile.TemporaryDirectory(prefix="icce_ray-sweep-") as folder:
         tuner = tune.Tuner(
-            trainable,
-            param_space={"parameters": _param_space(asked, known)},
-            tune_config=_tune_config(asked, known),
+            tune.with_resources(
+                tune.with_parameters(run_trial, asked=asked, listings=listings, failures=dict(failures)),
+                tune.PlacementGroupFactory([TRIAL_RESOURCES]),
+            ),
+            param_space=_tune_space(asked) if known is None else {PARAMETERS: tune.grid_search(known)},
+            tune_config=tune.TuneConfig(
+                metric="judged",
+                mode="max",
+                search_alg=searcher,
+                num_samples=config.num_samples if known is None else 1,
+                reuse_actors=True,
+                max_concurrent_trials=max(1, int(at_a_time)) if asked.is_in_one_process else 1,
+            ),
             run_config=tune.RunConfig(
-                name=state.path.rpartition("/")[2],
-                storage_path=state.path.rpartition("/")[0],
-                callbacks=[Announcer()],
+                storage_path=folder,
+                callbacks=[_TrialLog(progress, config.metric, num_trials, None if known else records)],
                 verbose=0,
             ),
         )
-    return [_row(number, result) for number, result in enumerate(_fit_in_thread(tuner))]
+        results = tuner.fit()
+        return [_row(number, results[number]) for number in range(len(results))]
 
 
-def _param_space(asked: Sweep, known: list[Parameters] | None) -> Any:
-    if known is not None:
-        return tune.grid_search(known)
-    return {dimension.name: _to_tune(dimension) for dimension in asked.dimensions}
-
-
-def _tune_config(asked: Sweep, known: list[Parameters] | None) -> tune.TuneConfig:
-    config = asked.config
-    slots = int(available_cpus() / (config.cpus_per_run * len(config.seeds or (0,))))
-    return tune.TuneConfig(
-        metric="judged",
-        mode="max",
-        search_alg=make_searcher(config.searcher, config.seed) if config.searcher is not None else None,
-        num_samples=1 if known is not None else config.num_samples,
-        reuse_actors=True,
-        max_concurrent_trials=config.max_concurrent or (max(1, slots) if asked.is_in_one_process else 1),
-    )
-
-
-def make_searcher(name: str, seed: int) -> Any:
-    """A search algorithm of Tune's.
+def make_searcher(name: str, seed: int, earlier: list[Parameters]) -> Any:
+    """A search algorithm of Tune's that first tries the parameters of `earlier`.
 
     Raises:
         ResourceError: its package is not installed.
     """
     seeding = {SEED_ARGUMENTS[name]: seed} if name in SEED_ARGUMENTS else {}
     try:
-        return create_searcher(name, metric="judged", mode="max", **seeding)
+        return create_searcher(name, metric="judged", mode="max", points_to_evaluate=earlier or None, **seeding)
     except (ImportError, AssertionError, ValueError) as error:
         raise ResourceError(
             f"searcher: {name} cannot be used: {' '.join(str(error).split())[:200]}. Install its package, or leave "
@@ -150,73 +144,74 @@ def make_searcher(name: str, seed: int) -> Any:
 
 
 def run_trial(drawn: Parameters, *, asked: Sweep, listings: Listings, failures: Mapping[str, str]) -> None:
-    """What Tune calls for each trial: ask for its runs, report its metrics."""
-    parameters = from_parameters(drawn["parameters"])
+    """Run one trial: Tune calls this in a process of its own."""
+    parameters = _parameters(drawn)
     if key_of(parameters) in failures:
         raise WorkerError(failures[key_of(parameters)])
-    runs = asked.runs(parameters)
-    outcomes = _together(asked, [(run, listings, asked.is_in_one_process) for run in runs])
-    metrics = trial.combine(outcomes)
-    row = {
-        "status": FINISHED,
-        "metrics": metrics,
-        "num_clusters_used": float(np.mean([found.num_clusters_used for found in outcomes])),
-        "seconds": sum(found.seconds for found in outcomes),
-        "seeds": tuple(found.seed for found in outcomes),
-    }
-    judged = metrics.get(asked.config.metric)
-    tune.report({"judged": float("nan") if judged is None else judged, "row": row})
-
-
-def _together(asked: Sweep, calls: Sequence[tuple[Config, Listings, bool]]) -> list[RunOutcome]:
-    """The outcome of each run, each in a Ray task."""
-    # A task that starts jobs of its own takes no CPU: they need it. SPREAD also keeps it out of the trial's resources.
+    # A task that starts workers holds no CPU: they need it. SPREAD also keeps it out of the trial's own resources.
     cpus = asked.config.cpus_per_run if asked.is_in_one_process else 0
-    task = ray.remote(_call).options(
+    task = ray.remote(_run).options(
         num_cpus=cpus, max_retries=TASK_RETRIES, scheduling_strategy="SPREAD", name="sweep trial"
     )
-    return list(ray.get([task.remote(max(1, int(cpus)), *call) for call in calls]))
+    outcomes: list[RunOutcome] = ray.get([task.remote(run, listings, cpus) for run in asked.runs(parameters)])
+    metrics = trial.combine(outcomes)
+    judged = metrics.get(asked.config.metric)
+    row = {
+        "metrics": metrics,
+        "num_clusters_used": float(np.mean([outcome.num_clusters_used for outcome in outcomes])),
+        "seconds": sum(outcome.seconds for outcome in outcomes),
+        "seeds": tuple(outcome.seed for outcome in outcomes),
+    }
+    tune.report({"judged": np.nan if judged is None else judged, "row": row})
 
 
-def _call(num_threads: int, config: Config, listings: Listings, in_one_process: bool) -> RunOutcome:
-    import torch
-
-    torch.set_num_threads(num_threads)
-    return trial.run(config, listings, in_one_process)
+def _run(config: Config, listings: Listings, cpus: float) -> RunOutcome:
+    with run_here(max(1, int(cpus))) if cpus else nullcontext():
+        return trial.run(config, listings)
 
 
-class Announcer(tune.Callback):
-    """Says on the driver that a trial ended. What it needs is set on the class: Tune stores and restores the object."""
+class _TrialLog(tune.Callback):
+    """On the driver: announces each trial that ends, and records what a searcher has chosen."""
 
-    progress: Progress | None = None
-    metric, best, done, total = "", -np.inf, 0, 0
+    def __init__(self, progress: Progress, metric: str, num_trials: int, records: PartRecords | None) -> None:
+        self.progress, self.metric, self.num_trials, self.records = progress, metric, num_trials, records
+        self.best, self.num_started = -np.inf, 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}  # Tune stores its callbacks, which nothing reads
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        if self.records is not None:
+            self.records.write(f"{self.num_started:05d}", [], {PARAMETERS: _parameters(trial.config)})
+        self.num_started += 1
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        value = trial.last_result.get("judged", float("nan"))
-        Announcer.best = max(Announcer.best, value)
-        self._say(trials, f"{Announcer.metric} {value:.4f}, best {Announcer.best:.4f}", trial)
+        value = trial.last_result.get("judged", np.nan)
+        self.best = max(self.best, value)
+        self._say(trials, f"{self.metric} {value:.4f}, best {self.best:.4f}", trial)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self._say(trials, FAILED, trial)
+        self._say(trials, "failed", trial)
 
     def _say(self, trials: list[Any], what: str, trial: Any) -> None:
-        ended = 1 + sum(each.is_finished() for each in trials if each is not trial)
-        given = ", ".join(f"{name}={setting_text(value)}" for name, value in trial.config["parameters"].items())
-        if Announcer.progress is not None:
-            Announcer.progress.note(f"{ended}/{Announcer.total} trials: {given}: {what}")
+        num_ended = 1 + sum(each.is_finished() for each in trials if each is not trial)
+        given = parameters_text(_parameters(trial.config))
+        self.progress.note(f"{num_ended}/{self.num_trials} trials: {given}: {what}")
 
 
 def _row(number: int, result: Any) -> Row:
-    parameters = from_parameters(result.config["parameters"])
+    parameters = _parameters(result.config)
     if result.error is not None:
-        return Row(number, FAILED, parameters, error=reason_of(result.error))
+        return Row(number, parameters, error=reason_of(result.error))
     row = (result.metrics or {}).get("row")
-    if row is None:
-        return Row(number, FAILED, parameters, error="it did not end")
-    return Row(number, parameters=parameters, **row)
+    return Row(number, parameters, error="it did not end") if row is None else Row(number, parameters, **row)
 
 
-def _to_tune(dimension: Dimension) -> Any:
+def _tune_space(asked: Sweep) -> dict[str, Any]:
+    return {dimension.name: _tune_domain(dimension) for dimension in asked.dimensions}
+
+
+def _tune_domain(dimension: Dimension) -> Any:
     if dimension.kind == GRID:
         return tune.grid_search(list(dimension.values))
     if dimension.kind == CHOICE:
@@ -224,25 +219,11 @@ def _to_tune(dimension: Dimension) -> Any:
     return RANGES[dimension.kind](*dimension.values)
 
 
-def _fit_in_thread(tuner: tune.Tuner) -> Any:
-    """In a thread of its own: in the main thread Tune takes Ctrl-C for itself."""
-    results: Future[Any] = Future()
-
-    def fit() -> None:
-        try:
-            results.set_result(tuner.fit())
-        except BaseException as error:
-            results.set_exception(error)
-
-    threading.Thread(target=fit, name="icce_ray-sweep", daemon=True).start()
-    return results.result()
+def _parameters(drawn: Parameters) -> Parameters:
+    """A trial's parameters from the config that Tune hands to it."""
+    return _plain(drawn.get(PARAMETERS, drawn))
 
 
-def key_of(parameters: Parameters) -> str:
-    """The same text for the same parameters."""
-    return json.dumps(parameters, sort_keys=True)
-
-
-def reason_of(error: BaseException) -> str:
-    """One line that says why something failed."""
-    return str(find_cause(error, UserError) or describe_cause(error))
+def _plain(parameters: Parameters) -> Parameters:
+    """The same as plain Python values."""
+    return {name: value.item() if isinstance(value, np.generic) else value for name, value in parameters.items()}

@@ -1,5 +1,5 @@
-"""The search space of a sweep: what each setting may be, by its dotted name. Tune draws from it (sweep.py); here is
-what the YAML says, checked before anything starts.
+"""The search space of a sweep: the values of each setting, by its dotted name. It is validated here, before anything
+starts; job.py draws from it.
 
     heads.num_heads: [8, 16]                      # a list: every value, crossed with the other lists
     heads.learning_rate: {loguniform: [1e-4, 1e-2]}
@@ -22,7 +22,7 @@ INTEGER_RANGES = ("randint", "lograndint")
 LOG_RANGES = ("loguniform", "lograndint")
 KINDS = (GRID, CHOICE, *FLOAT_RANGES, *INTEGER_RANGES)
 FIXED = {
-    "output": "all trials share one output, and with it their embeddings and graphs",
+    "output": "all trials share one output, so that they share embeddings and graphs",
     "resources": "it changes no result",
     "storage": "it changes no result",
     "classifier": "no metric of a sweep depends on it",
@@ -30,27 +30,26 @@ FIXED = {
     "evaluate": "no metric of a sweep depends on it",
     "report": "no metric of a sweep depends on it",
 }
-"""Settings that a sweep does not vary, and why."""
+"""Settings that a sweep cannot vary, and why."""
 
 
 @dataclass(frozen=True)
 class Dimension:
-    """What one setting may be."""
+    """The values of one setting."""
 
     name: str
     """Dotted name in the config."""
     kind: str
     """One of KINDS."""
     values: tuple[Any, ...]
-    """The values of a grid or a choice; lowest and highest of a range, both included."""
+    """The values of a grid or a choice; the lowest and the highest of a range, both included."""
 
 
 def parse_space(space: Mapping[str, Any], source: str) -> tuple[Dimension, ...]:
     """The dimensions of a search space.
 
     Raises:
-        ConfigError: there is none, a setting that a sweep does not vary, or a value that is neither a list nor one of
-            KINDS with what it needs.
+        ConfigError: the space is empty, a setting cannot be varied, or its values are neither a list nor a valid range.
     """
     if not space:
         raise ConfigError(f"{source}: space is empty; name at least one setting, such as heads.num_heads: [8, 16]")
@@ -58,11 +57,11 @@ def parse_space(space: Mapping[str, Any], source: str) -> tuple[Dimension, ...]:
 
 
 def check_space(base: Mapping[str, Any], dimensions: tuple[Dimension, ...], source: str) -> None:
-    """Refuse a setting that there is not, or a value that it cannot have. Values are tried one at a time on the base:
-    what does not work only together is found by the trial that draws it, which then fails alone.
+    """Refuse unknown settings and values that they cannot have. Each value is tried alone on the base: values that only
+    fail together fail in the trial that draws them.
 
     Raises:
-        ConfigError: as the config itself says it.
+        ConfigError: the config's own message.
     """
     settings_of(base, {}, f"{source}: base")
     for dimension in dimensions:
@@ -71,7 +70,7 @@ def check_space(base: Mapping[str, Any], dimensions: tuple[Dimension, ...], sour
 
 
 def settings_of(base: Mapping[str, Any], parameters: Mapping[str, Any], source: str, seed: int | None = None) -> Config:
-    """The base config with these settings, and this seed.
+    """The base config with these settings and this seed.
 
     Raises:
         ConfigError: they do not go together.
@@ -84,8 +83,8 @@ def settings_of(base: Mapping[str, Any], parameters: Mapping[str, Any], source: 
     config = build_config(data, source)
     if config.is_auto:
         raise ConfigError(
-            f"{source}: num_clusters: a sweep compares clusterings, and 'auto' is chosen by a run: give a number, or "
-            "several of them in the space"
+            f"{source}: num_clusters: a sweep cannot compare 'auto', which is chosen by a run; give a number, or "
+            "several in the space"
         )
     return config
 
@@ -94,11 +93,13 @@ def _parse_dimension(name: str, given: Any, source: str) -> Dimension:
     key = f"{source}: space.{name}"
     reason = FIXED.get(name.partition(".")[0])
     if reason is not None:
-        raise ConfigError(f"{key}: a sweep does not vary this: {reason}. Set it in the base")
+        raise ConfigError(f"{key}: a sweep cannot vary this: {reason}. Set it in the base")
     if isinstance(given, list):
         given = {GRID: given}
     if not isinstance(given, dict) or len(given) != 1 or next(iter(given)) not in KINDS:
-        raise ConfigError(f"{key}: {given!r} is no search space; give a list of values, or one of {', '.join(KINDS)}")
+        raise ConfigError(
+            f"{key}: {given!r} is not a search space; give a list of values, or one of {', '.join(KINDS)}"
+        )
     ((kind, values),) = given.items()
     if kind in (GRID, CHOICE):
         if not isinstance(values, list) or not values:
@@ -110,13 +111,13 @@ def _parse_dimension(name: str, given: Any, source: str) -> Dimension:
 def _parse_range(key: str, kind: str, values: Any) -> tuple[Any, Any]:
     number = int if kind in INTEGER_RANGES else float
     try:
-        # YAML reads 1e-4 as text.
+        # YAML reads 1e-4 as a string.
         low, high = (number(value) for value in values)
     except (TypeError, ValueError):
         what = "whole numbers" if number is int else "numbers"
-        raise ConfigError(f"{key}: {kind} needs two {what}, lowest and highest, not {values!r}") from None
+        raise ConfigError(f"{key}: {kind} needs two {what}, the lowest and the highest, not {values!r}") from None
     if not low < high:
         raise ConfigError(f"{key}: {kind} from {low} to {high}: the first must be below the second")
     if kind in LOG_RANGES and low <= 0:
-        raise ConfigError(f"{key}: {kind} from {low}: a logarithmic range starts above 0")
+        raise ConfigError(f"{key}: {kind} from {low}: a logarithmic range must start above 0")
     return low, high

@@ -1,7 +1,6 @@
-"""The spaces that silhouettes are measured in, made once for all trials that share their features: PCA, and UMAP where
-umap-learn is installed.
-
-Only a sample of the images takes part: the silhouette compares all pairs.
+"""The spaces that silhouettes are measured in: PCA, and UMAP if umap-learn is installed. They are made once for all
+trials that share their features, of a sample of the images, since a silhouette compares all pairs
+(docs/METHOD.md, "Scores without labels").
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from icce_ray.stage import StageContext
 
 MAX_IMAGES = 5_000
 SEED = 0
-"""The same for all trials, whatever their seed: their metrics are to be comparable."""
+"""The same for all trials, whatever their seed, so that their scores can be compared."""
 
 
 def spaces() -> list[str]:
@@ -29,17 +28,17 @@ def spaces() -> list[str]:
 
 
 def sample(num_images: int) -> npt.NDArray[np.int64]:
-    """Rows that take part, ascending: all of them up to MAX_IMAGES."""
+    """The rows that are scored, ascending: all of them up to MAX_IMAGES."""
     if num_images <= MAX_IMAGES:
         return np.arange(num_images)
     return np.sort(np.random.default_rng(SEED).choice(num_images, MAX_IMAGES, replace=False))
 
 
 def run(config: Config, context: StageContext) -> dict[str, Any]:
-    """Write pca.npy and, where it can be made, umap.npy: (n, d) float32, of the rows of :func:`sample`.
+    """Write pca.npy and, if it can be made, umap.npy: (n, d) float32, the rows of :func:`sample`.
 
     Returns:
-        num_images (of the sample).
+        num_images (in the sample).
     """
     matrix_ND = load_features(training_set(context.inputs)).matrix
     rows = sample(len(matrix_ND))
@@ -51,5 +50,5 @@ def run(config: Config, context: StageContext) -> dict[str, Any]:
 
 
 def project(features_nD: npt.NDArray[np.float32], space: str) -> npt.NDArray[np.float32]:
-    """At most 50 dimensions of `space`: `pca`, or `umap` (arXiv 2406.02465)."""
+    """`features_nD` in at most 50 dimensions of `space`: `pca`, or `umap` (arXiv 2406.02465)."""
     return (project_umap if space == "umap" else project_pca)(features_nD, SEED)

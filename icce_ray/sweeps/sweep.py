@@ -1,15 +1,15 @@
-"""A sweep on Ray Tune: trials over a search space, judged without labels, then one consensus of the best.
+"""The sweep command: trials over a search space, judged without labels, then one consensus of the best.
 
-The stages that trials share are made first, each once, by the whole cluster. A trial then takes no CPU itself: it asks
-for a Ray task for each of its runs, which trains in one process, or starts Ray Train where `resources.method` says so.
-What is finished lies under its fingerprint; Tune's own state, beside the sweep's table, remembers the search. So a
-sweep that was killed goes on by the same command.
+The stages that trials share are made first, each once, by the whole cluster; then the trials run side by side. Whatever
+is finished lies under its fingerprint, so the same command resumes a sweep that was killed.
 """
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,26 +18,50 @@ import yaml
 from icce_ray.config import build_config
 from icce_ray.errors import ResourceError
 from icce_ray.pipeline.plan import plan
+from icce_ray.pipeline.result import Result
 from icce_ray.pipeline.run import run_pipeline
-from icce_ray.runtime.cluster_resources import STAGES_WITH_WORKERS, check_resources, largest_machine_cpus
-from icce_ray.runtime.progress import Progress
-from icce_ray.runtime.ray_cluster import connect
+from icce_ray.pipeline.stages import stages_of
+from icce_ray.runtime.progress import Progress, format_seconds
 from icce_ray.store import Artifact, ArtifactWriter, Claim, Folder, fingerprint
-from icce_ray.store.artifact import cache_folder
-from icce_ray.sweeps import sweep_files as outcome
-from icce_ray.sweeps.job import Parameters, draw, key_of, make_searcher, reason_of, run_trials
+from icce_ray.store.part_records import PartRecords
 from icce_ray.sweeps.silhouette_spaces import spaces
 from icce_ray.sweeps.sweep_config import Sweep, load_sweep
-from icce_ray.sweeps.sweep_files import ENSEMBLE_NAME, SweepResult
-from icce_ray.sweeps.trial import Listings, make, shared_stages
+from icce_ray.sweeps.sweep_files import BEST_NAME, ENSEMBLE_NAME, PAGE_NAME, TABLE_NAME, TEXT_NAME, write
+from icce_ray.sweeps.trial import Listings, key_of, make, reason_of, shared_stages
+from icce_ray.sweeps.trial_table import parameters_text
 
-VERSION = 1
+VERSION = 2
 STAGE = "sweep"
-STATE_FOLDER = "tune"
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    """What a sweep found, and where it lies."""
+
+    num_trials: int
+    num_failed: int
+    metric: str
+    """What the best trial has most of."""
+    best_value: float
+    best_trial: int
+    best_parameters: dict[str, Any]
+    table: str
+    """Parquet: a row per trial."""
+    report: str
+    """An HTML page."""
+    best_config: str
+    """YAML that runs as it is."""
+    ensemble_config: str | None
+    """The same for one consensus of the best trials; None if the sweep asks for none."""
+    ensemble: Result | None
+    """The result of that job."""
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
 
 
 def sweep(path: str | Path, overrides: Sequence[str] = (), *, quiet: bool = False) -> SweepResult:
-    """Run the sweep of a YAML file, then the job that pools its best trials. What is finished is used, not redone.
+    """Run the sweep of a YAML file, then the job that pools its best trials. Whatever is finished is used again.
 
     Raises:
         UserError: something in the sweep, its base or the machine cannot work; raised before the long work where that
@@ -48,7 +72,7 @@ def sweep(path: str | Path, overrides: Sequence[str] = (), *, quiet: bool = Fals
 
 
 def run_sweep(asked: Sweep, *, quiet: bool = False) -> SweepResult:
-    """As :func:`sweep`, of a sweep that was read already."""
+    """Like :func:`sweep`, for a sweep that is loaded already."""
     started = time.monotonic()
     base, listings = asked.base_config, Listings()
     images = plan(base, shared_stages(base, listings))[0]
@@ -57,37 +81,30 @@ def run_sweep(asked: Sweep, *, quiet: bool = False) -> SweepResult:
     artifact = Artifact.find(folder)
     if artifact is None or artifact.metrics["num_failed"]:
         _check(asked)
-        connect(base.resources)
-        _check_cpus(asked)
         with Claim(folder):
             artifact = _search(asked, listings, folder, name, quiet)
-    result = outcome.sum_up(artifact, None)
     if not quiet:
-        outcome.print_summary(artifact, result, time.monotonic() - started)
-    if asked.config.ensemble is None:
-        return result
-    settings = _read_config(artifact)
-    # Where secrets and machines are concerned, the base of today counts.
-    pooled = build_config(settings, ENSEMBLE_NAME).model_copy(
-        update={"storage": base.storage, "resources": base.resources}
-    )
-    return outcome.sum_up(artifact, run_pipeline(pooled, quiet=quiet))
+        print(_summary(artifact, time.monotonic() - started), file=sys.stderr, flush=True)
+    ensemble = None
+    if asked.config.ensemble is not None:
+        pooled = build_config(yaml.safe_load(artifact.read_bytes(ENSEMBLE_NAME)), ENSEMBLE_NAME)
+        # Secrets and machines are those of today's base.
+        update = {"storage": base.storage, "resources": base.resources}
+        ensemble = run_pipeline(pooled.model_copy(update=update), quiet=quiet)
+    return _result(artifact, ensemble)
 
 
 def _search(asked: Sweep, listings: Listings, folder: Folder, name: str, quiet: bool) -> Artifact:
+    from icce_ray.sweeps.job import draw, run_trials
+
     began = time.monotonic()
     Artifact.discard_damage(folder)
     known = draw(asked)
     failures = _make_shared(asked, known or [{}], listings, quiet)
-    progress = Progress(STAGE, "trials", quiet)
-    state = state_folder(folder)
-    rows = run_trials(asked, known, listings, failures, state, progress)
-    if not outcome.lie_there(asked, rows, listings):
-        progress.note("what earlier trials made is gone; it is made again")
-        state.clear()
-        rows = run_trials(asked, known, listings, failures, state, progress)
+    records = PartRecords(folder, name)
+    rows = run_trials(asked, known, listings, failures, records, Progress(STAGE, "trials", quiet))
     writer = ArtifactWriter(folder)
-    metrics = outcome.write(asked, rows, listings, writer)
+    metrics = write(asked, rows, listings, writer)
     artifact = writer.commit(
         stage=STAGE,
         fingerprint=name,
@@ -97,21 +114,12 @@ def _search(asked: Sweep, listings: Listings, folder: Folder, name: str, quiet: 
         seconds=time.monotonic() - began,
     )
     if not metrics["num_failed"]:
-        state.clear()  # needed to go on only
+        records.clear()
     return artifact
 
 
-def state_folder(folder: Folder) -> Folder:
-    """Where Tune keeps what it needs to go on: beside the sweep's table, or in this machine's cache where the output is
-    remote, since Tune would write the credentials of remote storage down. Another machine then goes on with the same
-    trials, of which it finds those that are finished; only what a search had learnt is lost."""
-    if folder.local_path is not None:
-        return folder / STATE_FOLDER
-    return Folder.at(cache_folder() / STAGE / folder.path.rpartition("/")[2] / STATE_FOLDER)
-
-
-def _make_shared(asked: Sweep, trials: list[Parameters], listings: Listings, quiet: bool) -> dict[str, str]:
-    """Make the stages that trials share, each once. Returns why it is impossible, for the trials for which it is.
+def _make_shared(asked: Sweep, trials: list[dict[str, Any]], listings: Listings, quiet: bool) -> dict[str, str]:
+    """Make the stages that trials share, each once. Returns why that is impossible, for the trials for which it is.
 
     Raises:
         UserError, WorkerError: it is impossible for all.
@@ -131,33 +139,56 @@ def _make_shared(asked: Sweep, trials: list[Parameters], listings: Listings, qui
 
 
 def _check(asked: Sweep) -> None:
-    """Refuse what can be known to fail before the work starts."""
-    base = asked.base_config
-    if base.embeddings.uri is None:
-        from icce_ray.embed.backbone_plan import check_backbones
+    """Refuse what is known to fail before the work starts."""
+    from icce_ray.runtime.cluster_resources import STAGES_WITH_WORKERS, check_resources, largest_machine_cpus
+    from icce_ray.runtime.ray_cluster import connect
+    from icce_ray.sweeps.job import make_searcher
 
-        check_backbones(base.embed)
-    if base.evaluate.labels is not None:
-        from icce_ray.evaluate.labels import check_labels
-
-        check_labels(base.evaluate)
-    if asked.config.searcher is not None:
-        make_searcher(asked.config.searcher, asked.config.seed)
-    if asked.config.metric == "silhouette_umap" and "umap" not in spaces():
+    base, config = asked.base_config, asked.config
+    for stage in stages_of(base):
+        if stage.check is not None:
+            stage.check(stage.config_of(base))
+    if config.searcher is not None:
+        make_searcher(config.searcher, config.seed, [])
+    if config.metric == "silhouette_umap" and "umap" not in spaces():
         raise ResourceError(
             "metric silhouette_umap needs the package umap-learn: pip install 'icce_ray[umap]', or take silhouette_pca"
         )
     check_resources(base, STAGES_WITH_WORKERS)
-
-
-def _check_cpus(asked: Sweep) -> None:
-    wanted, there = asked.config.cpus_per_run, largest_machine_cpus()
+    connect(base.resources)
+    wanted, there = config.cpus_per_run, largest_machine_cpus()
     if asked.is_in_one_process and wanted > there:
         raise ResourceError(
             f"cpus_per_run: {wanted:g} CPUs asked for, but the largest machine has {there:g}; set it to at most that"
         )
 
 
-def _read_config(artifact: Artifact) -> dict[str, Any]:
-    settings: dict[str, Any] = yaml.safe_load(artifact.read_bytes(ENSEMBLE_NAME))
-    return settings
+def _result(artifact: Artifact, ensemble: Result | None) -> SweepResult:
+    place = artifact.folder.file_uri
+    return SweepResult(
+        **artifact.metrics,
+        table=place(TABLE_NAME),
+        report=place(PAGE_NAME),
+        best_config=place(BEST_NAME),
+        ensemble_config=place(ENSEMBLE_NAME) if artifact.part_names(ENSEMBLE_NAME) else None,
+        ensemble=ensemble,
+    )
+
+
+def _summary(artifact: Artifact, total_s: float) -> str:
+    """The closing lines of a sweep."""
+    result = _result(artifact, None)
+    best = f"{result.metric} {result.best_value:.4f}: {parameters_text(result.best_parameters)}"
+    lines = [
+        "",
+        artifact.read_bytes(TEXT_NAME).decode(),
+        "",
+        f"{result.num_trials} trials, {result.num_failed} failed; {format_seconds(total_s)}",
+        f"best         trial {result.best_trial}, {best}",
+        f"table        {result.table}",
+        f"report       {result.report}",
+        f"best config  {result.best_config}",
+    ]
+    if result.ensemble_config is not None:
+        lines.append(f"ensemble     {result.ensemble_config}")
+    return "\n".join(lines)

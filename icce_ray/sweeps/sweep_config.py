@@ -1,4 +1,4 @@
-"""Every setting of a sweep, declared once, with its meaning under it.
+"""All settings of a sweep, each declared once with its meaning under it.
 
 base: run.yaml
 space:
@@ -9,8 +9,6 @@ num_samples: 4
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,62 +21,54 @@ from icce_ray.errors import ConfigError
 from icce_ray.sweeps.search_space import GRID, Dimension, check_space, parse_space, settings_of
 
 Metric = Literal["anmi", "generalization", "silhouette_pca", "silhouette_umap", "stability"]
-Searcher = Literal["optuna", "hyperopt", "bayesopt", "hebo", "ax", "bohb", "nevergrad", "zoopt"]
-NOT_IN_FINGERPRINT = {"max_concurrent", "cpus_per_run", "base"}
+Searcher = Literal["optuna", "hyperopt", "bayesopt", "hebo", "ax"]
+NOT_IN_FINGERPRINT = {"cpus_per_run", "base"}
 
 
 class EnsembleConfig(Section):
-    top: PositiveInt | None = 5
-    """Pool the heads of this many of the best trials. On real features five were above the best alone where trials were
+    top: PositiveInt = 5
+    """Pool this many of the best trials. On real features, five were better than the best one alone when trials were
     chosen by `stability`; three were not always."""
     quantile: Annotated[float, Field(ge=0.0, lt=1.0)] | None = None
-    """Instead: those whose metric is at or above this quantile of all finished trials. 0.8: the best fifth."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _either(cls, data: Any) -> Any:
-        if isinstance(data, dict) and data.get("quantile") is not None and "top" not in data:
-            return {**data, "top": None}
-        return data
+    """Instead of `top`: pool the trials whose metric is at or above this quantile of all finished trials. 0.8: the best
+    fifth."""
 
     @model_validator(mode="after")
     def _check(self) -> EnsembleConfig:
-        if (self.top is None) == (self.quantile is None):
+        if self.quantile is not None and "top" in self.model_fields_set:
             raise ValueError("give either top or quantile")
         return self
 
 
 class SweepConfig(Section):
     base: str | dict[str, Any]
-    """The config that all trials start from: a YAML file (its place is relative to the sweep's), or its settings."""
+    """The config that all trials start from: a YAML file, relative to the sweep's, or its settings."""
     space: dict[str, Any]
-    """What is varied, by dotted name. A list is tried whole, crossed with the other lists. `{choice: [...]}`,
-    `{uniform: [low, high]}`, `{loguniform: [low, high]}`, `{randint: [low, high]}` and `{lograndint: [low, high]}`
-    are drawn."""
+    """The settings that vary, by dotted name. Every value of a list is tried, crossed with the other lists. Values of
+    `{choice: [...]}`, `{uniform: [low, high]}`, `{loguniform: [low, high]}`, `{randint: [low, high]}` and
+    `{lograndint: [low, high]}` are drawn at random."""
     num_samples: PositiveInt = 10
-    """Draws, at each point of the grid; with a searcher: trials. Without anything that is drawn: not used."""
+    """Number of draws at each point of the grid; with a searcher, number of trials. Not used if nothing is drawn."""
     searcher: Searcher | None = None
-    """A search algorithm of Ray Tune that learns from the trials so far; its own package must be installed, such as
-    `pip install optuna`. Not set: grid and random."""
+    """A search algorithm of Ray Tune that learns from the trials so far. Its package must be installed, for example by
+    `pip install optuna`. Not set: grid and random search."""
     seeds: tuple[Annotated[int, Field(ge=0, lt=2**31)], ...] | None = None
-    """Each trial is run with each of these; its metrics are their means. Not set: the base's seed alone."""
+    """Each trial is run with each of these seeds; its metrics are the means. Not set: the base's seed alone."""
     metric: Metric = "silhouette_pca"
-    """What the best trial has most of, judged without labels. `anmi`: how well the heads agree with their consensus.
-    `generalization`: how well a linear classifier learns the clusters. `silhouette_pca`, `silhouette_umap`: how far the
-    clusters lie apart in that space (UMAP needs umap-learn). `stability`: how alike the clusters of two seeds are.
-    Where it was measured, `stability` ranked trials best, and `silhouette_pca` best of those that need one seed only:
-    not set, it is `stability` where there are several `seeds`, else `silhouette_pca`. All but `anmi` and
-    `stability` look at the features, so they compare trials over the same features only."""
+    """The best trial has the highest value. None of these looks at true labels. `anmi`: how well the clusterings agree
+    with their consensus. `generalization`: how well a linear classifier learns the clusters. `silhouette_pca`,
+    `silhouette_umap`: how far the clusters are apart in that space (UMAP needs umap-learn). `stability`: how alike the
+    clusters of two seeds are. Where it was measured, `stability` ranked trials best, and `silhouette_pca` was the best
+    of those that need only one seed; so not set means `stability` with several `seeds`, else `silhouette_pca`. All but
+    `anmi` and `stability` depend on the features, so they compare trials over the same features only."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
-    """Of what is drawn from the space."""
+    """Seed of the draws from the space."""
     ensemble: EnsembleConfig | None = EnsembleConfig()
-    """The job after the sweep: one consensus of the best trials' heads, then classifier, assignments and report.
-    `null`: none."""
-    max_concurrent: PositiveInt | None = None
-    """Trials at a time. Not set: as many as have CPUs; one where trials are trained through Ray Train."""
+    """The job after the sweep: one consensus of the best trials, then classifier, assignments and report. `null`: no
+    such job."""
     cpus_per_run: PositiveFloat = 1.0
-    """CPUs of a trial that is trained in one process, for each of its seeds. More than one worker or a GPU in the
-    base's `resources.method`: trials are trained through Ray Train instead, with those."""
+    """CPUs for each run, that is for each seed of a trial. As many trials run at a time as there are CPUs for. Not used
+    if the base's `resources.method` asks for several workers or for GPUs: then one trial at a time runs on those."""
 
     @model_validator(mode="before")
     @classmethod
@@ -96,20 +86,20 @@ class SweepConfig(Section):
         if self.seeds is not None and "seed" in self.space:
             raise ValueError("the seed is in the space and in seeds; choose one: seeds makes means, space makes trials")
         if self.metric == "stability" and len(self.seeds or ()) < 2:
-            raise ValueError("metric is stability, which compares seeds: give at least two, such as seeds: [0, 1]")
+            raise ValueError("metric is stability, which compares seeds; give at least two, such as seeds: [0, 1]")
         return self
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """A sweep as it was asked for, checked."""
+    """A sweep, validated."""
 
     config: SweepConfig
     base: Mapping[str, Any]
-    """Settings of the base as they were given."""
+    """The base's settings, as given."""
     dimensions: tuple[Dimension, ...]
     source: str
-    """Its file, for messages."""
+    """Its file, for error messages."""
 
     @property
     def base_config(self) -> Config:
@@ -117,14 +107,14 @@ class Sweep:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of the settings that vary."""
+        """Names of the settings that vary."""
         return tuple(dimension.name for dimension in self.dimensions)
 
     @property
     def is_in_one_process(self) -> bool:
-        """Whether trials are trained in one process each, without Ray Train."""
-        heads = self.base_config.resources.method
-        return heads.gpus_per_worker == 0 and heads.num_workers == 1
+        """Whether each run is made in one process, instead of by the workers of `resources.method`."""
+        workers = self.base_config.resources.method
+        return workers.gpus_per_worker == 0 and workers.num_workers == 1
 
     def runs(self, parameters: Mapping[str, Any]) -> list[Config]:
         """The config of each run of a trial: one for each seed.
@@ -136,18 +126,18 @@ class Sweep:
         return [settings_of(self.base, parameters, "this trial", seed) for seed in seeds]
 
     def settings(self) -> dict[str, Any]:
-        """All that determines which trials there are and which is best, JSON-able."""
+        """Everything that determines which trials there are and which is best, JSON-able."""
         return {
-            "base": _digest(self.base_config.model_dump(mode="json", exclude={"resources", "storage"})),
+            "base": self.base_config.model_dump(mode="json", exclude={"resources", "storage"}),
             "sweep": self.config.model_dump(mode="json", exclude=NOT_IN_FINGERPRINT),
         }
 
 
 def load_sweep(path: str | Path, overrides: list[str] | None = None) -> Sweep:
-    """Read a sweep's YAML, apply ``a.b=c`` overrides (``base.heads.num_epochs=20`` changes the base) and check it.
+    """Read a sweep's YAML, apply ``a.b=c`` overrides (``base.heads.num_epochs=20`` changes the base) and validate it.
 
     Raises:
-        ConfigError: file, key, value and what is allowed, for the first kind of problem found.
+        ConfigError: names the file, the key, the value and what is allowed, for the first kind of problem found.
     """
     path = Path(path)
     data = read_yaml(path)
@@ -160,7 +150,7 @@ def load_sweep(path: str | Path, overrides: list[str] | None = None) -> Sweep:
 
 
 def build_sweep(data: dict[str, Any], source: str) -> Sweep:
-    """Check a sweep from `source` (named in the message)."""
+    """Validate a sweep from `source`, which messages name."""
     config = validate(SweepConfig, data, source)
     if isinstance(config.base, str):
         raise ConfigError(f"{source}: base is {config.base!r}; give the settings, or load the sweep from a file")
@@ -170,10 +160,6 @@ def build_sweep(data: dict[str, Any], source: str) -> Sweep:
     if config.searcher is not None and any(dimension.kind == GRID for dimension in dimensions):
         name = next(dimension.name for dimension in dimensions if dimension.kind == GRID)
         raise ConfigError(
-            f"{source}: space.{name}: searcher {config.searcher} takes no grid; write {{choice: [...]}} instead"
+            f"{source}: space.{name}: searcher {config.searcher} takes no list; write {{choice: [...]}} instead"
         )
     return sweep
-
-
-def _digest(settings: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]

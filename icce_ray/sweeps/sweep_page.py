@@ -1,4 +1,4 @@
-"""A sweep's page: its table, its diagrams, its best config. It opens without a network."""
+"""The page of a sweep: its trials, a diagram for each setting, the best config. It opens without a network."""
 
 from __future__ import annotations
 
@@ -10,15 +10,17 @@ import yaml
 
 from icce_ray.sweeps.sweep_config import Sweep
 from icce_ray.sweeps.sweep_plots import metric_by_setting
-from icce_ray.sweeps.trial_table import FAILED, Row, metric_names, ranked, setting_text, shown
+from icce_ray.sweeps.trial_table import Row, metric_names, ranked, score_names, setting_text, shown
 
 
-def render(sweep: Sweep, rows: Sequence[Row], pooled: Sequence[Row], best_yaml: str) -> str:
+def render(sweep: Sweep, rows: Sequence[Row], pooled: Sequence[int], best_yaml: str) -> str:
     """The page as HTML.
 
     Args:
+        sweep: its search space and settings.
         rows: all trials; at least one finished.
-        pooled: those whose heads make the final consensus.
+        pooled: the trials whose clusterings make the final consensus.
+        best_yaml: the config of the best trial.
     """
     metric = sweep.config.metric
     order = ranked(rows, metric)
@@ -36,12 +38,11 @@ def render(sweep: Sweep, rows: Sequence[Row], pooled: Sequence[Row], best_yaml: 
         trials=[*order, *others],
         best=order[0],
         best_value=shown(order[0].value(metric)),
-        num_pooled=len(pooled),
-        pooled={row.trial for row in pooled},
-        failed=[row for row in rows if row.status == FAILED],
+        pooled=set(pooled),
+        failed=[row for row in rows if row.error is not None],
         names=sweep.names,
         metrics=metric_names(rows),
-        scores=list(dict.fromkeys(name for row in rows for name in row.scores)),
+        scores=score_names(rows),
         plots=[svg for svg in plots if svg is not None],
         best_yaml=best_yaml,
         sweep_yaml=yaml.safe_dump(

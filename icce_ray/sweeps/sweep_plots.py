@@ -1,4 +1,4 @@
-"""A sweep's diagrams as inline SVG: the metric against each setting."""
+"""The diagrams of a sweep as inline SVG: the metric against each setting."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from icce_ray.sweeps.trial_table import Row, ranked, setting_text
 
 
 def metric_by_setting(rows: Sequence[Row], dimension: Dimension, metric: str) -> str | None:
-    """The metric of each finished trial against one setting, and the mean where a value occurs several times; None
-    without a finished trial."""
+    """The metric of each finished trial against one setting, and a line through the means if values repeat; None if no
+    trial finished."""
     finished = ranked(rows, metric)
     if not finished:
         return None
@@ -39,7 +39,8 @@ def metric_by_setting(rows: Sequence[Row], dimension: Dimension, metric: str) ->
 
 
 def _positions(values: Sequence[Any]) -> tuple[Any, list[str] | None]:
-    """Where values lie on an axis: themselves where all are numbers, else 0, 1, ... in the order of `ticks`."""
+    """Positions of values on an axis, and its ticks: the values themselves and None if all are numbers, else 0, 1, ...
+    in the order of the ticks."""
     if all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values):
         return np.array(values, dtype=float), None
     numbers = sorted({value for value in values if isinstance(value, (int, float)) and not isinstance(value, bool)})

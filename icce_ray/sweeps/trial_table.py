@@ -1,4 +1,4 @@
-"""What a sweep found: a row per trial, the best, the table as Parquet and as text, and configs that run."""
+"""The trials of a sweep as rows: their ranking, and the table as Parquet and as text."""
 
 from __future__ import annotations
 
@@ -9,16 +9,12 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import yaml
 
-from icce_ray.config import Config
 from icce_ray.errors import WorkerError
 from icce_ray.sweeps.sweep_config import EnsembleConfig
 
-FINISHED, FAILED = "finished", "failed"
 MAX_PRINTED = 40
 MAX_REASON = 100
-SECRETS = ("access_key", "secret_key", "session_token")
 
 
 @dataclass(frozen=True)
@@ -27,37 +23,39 @@ class Row:
 
     trial: int
     """In the order in which trials were made, from 0."""
-    status: str
-    """`finished` or `failed`."""
     parameters: dict[str, Any]
-    """What it was given, by dotted name."""
+    """Its settings, by dotted name."""
     metrics: dict[str, float | None] = field(default_factory=dict)
     num_clusters_used: float | None = None
     """Mean over its runs."""
     seconds: float | None = None
-    """Of its heads, consensus and metrics."""
+    """Time spent on its method, consensus and scores."""
     seeds: tuple[int, ...] = ()
     runs: tuple[str, ...] = ()
     """Names of its runs, as in `<output>/runs`."""
     scores: dict[str, float] = field(default_factory=dict)
-    """Against true labels, where the base names some. Nothing is chosen by them."""
+    """Against true labels, if the base names some. Nothing is chosen by them."""
     error: str | None = None
-    """Why it failed."""
+    """Why it failed; None if it finished."""
+
+    @property
+    def status(self) -> str:
+        return "finished" if self.error is None else "failed"
 
     def value(self, metric: str) -> float:
-        """Of a finished trial; minus infinity where there is none."""
-        value = self.metrics.get(metric) if self.status == FINISHED else None
+        """The metric of a finished trial; minus infinity if it has none."""
+        value = self.metrics.get(metric) if self.error is None else None
         return -np.inf if value is None or not np.isfinite(value) else float(value)
 
 
 def ranked(rows: Iterable[Row], metric: str) -> list[Row]:
-    """Finished trials that have the metric, best first; equals in their order."""
+    """Finished trials that have the metric, best first, ties in their order."""
     usable = [row for row in rows if row.value(metric) > -np.inf]
     return sorted(usable, key=lambda row: (-row.value(metric), row.trial))
 
 
 def choose_best(rows: Sequence[Row], metric: str) -> Row:
-    """The finished trial with most of the metric.
+    """The finished trial with the highest metric.
 
     Raises:
         WorkerError: no trial finished, or none has the metric.
@@ -66,14 +64,12 @@ def choose_best(rows: Sequence[Row], metric: str) -> Row:
     if best:
         return best[0]
     what = f"sweep: no trial of {len(rows)} has the metric {metric}"
-    failed = [row for row in rows if row.status == FAILED]
-    if failed:
-        raise WorkerError(f"{what}; trial {failed[0].trial}: {failed[0].error}")
-    raise WorkerError(f"{what}; choose another metric")
+    failed = next((row for row in rows if row.error is not None), None)
+    raise WorkerError(f"{what}; trial {failed.trial}: {failed.error}" if failed else f"{what}; choose another metric")
 
 
 def choose_pool(rows: Sequence[Row], metric: str, ensemble: EnsembleConfig) -> list[Row]:
-    """The trials whose heads make the final consensus, best first: the best is always among them."""
+    """The trials whose clusterings make the final consensus, best first; the best is always among them."""
     best = ranked(rows, metric)
     if ensemble.quantile is None:
         return best[: ensemble.top]
@@ -82,16 +78,20 @@ def choose_pool(rows: Sequence[Row], metric: str, ensemble: EnsembleConfig) -> l
 
 
 def metric_names(rows: Iterable[Row]) -> list[str]:
-    """Of all metrics that any trial has, deviations left out."""
-    names = dict.fromkeys(name for row in rows for name in row.metrics)
-    return [name for name in names if not name.endswith("_std")]
+    """All metrics that any trial has, without standard deviations."""
+    return [name for name in _names(row.metrics for row in rows) if not name.endswith("_std")]
+
+
+def score_names(rows: Iterable[Row]) -> list[str]:
+    """All scores against true labels that any trial has."""
+    return _names(row.scores for row in rows)
 
 
 def to_table(
     rows: Sequence[Row], names: Sequence[str], pooled: Iterable[int] = (), best: int | None = None
 ) -> pa.Table:
-    """A row per trial: trial, status, one column per setting of `names`, metrics, scores, num_clusters_used,
-    seconds, seeds, runs, error, is_best, is_pooled. Settings whose values are of several types are written as JSON."""
+    """A row per trial: trial, status, one column per setting of `names`, metrics, scores, num_clusters_used, seconds,
+    seeds, runs, error, is_best, is_pooled. Settings whose values have several types are written as JSON."""
     chosen = set(pooled)
     columns: dict[str, Any] = {
         "trial": pa.array([row.trial for row in rows], pa.int32()),
@@ -99,9 +99,8 @@ def to_table(
     }
     for name in names:
         columns[name] = _column([row.parameters.get(name) for row in rows])
-    for name in dict.fromkeys(name for row in rows for name in (*row.metrics, *row.scores)):
-        values = [row.metrics.get(name, row.scores.get(name)) for row in rows]
-        columns[name] = pa.array(values, pa.float64())
+    for name in _names({**row.metrics, **row.scores} for row in rows):
+        columns[name] = pa.array([row.metrics.get(name, row.scores.get(name)) for row in rows], pa.float64())
     columns |= {
         "num_clusters_used": pa.array([row.num_clusters_used for row in rows], pa.float64()),
         "seconds": pa.array([row.seconds for row in rows], pa.float64()),
@@ -115,25 +114,23 @@ def to_table(
 
 
 def to_text(rows: Sequence[Row], names: Sequence[str], metric: str) -> str:
-    """The table for a terminal, best first; what failed comes last, with its reason."""
+    """The table for a terminal: the best trials first, failed ones last with their reason."""
     metrics = sorted(metric_names(rows), key=lambda name: name != metric)
-    scores = list(dict.fromkeys(name for row in rows for name in row.scores))
+    scores = score_names(rows)
     order = ranked(rows, metric)
-    order += [row for row in rows if row not in order and row.status != FAILED]
+    order += [row for row in rows if row not in order and row.error is None]
     lines = [["trial", *names, *metrics, *scores, ""]]
     for row in order[:MAX_PRINTED]:
         values = [setting_text(row.parameters.get(name)) for name in names]
         figures = [shown(row.metrics.get(name)) for name in metrics] + [shown(row.scores.get(name)) for name in scores]
-        note = "best" if row is order[0] and row.status == FINISHED else "" if row.status == FINISHED else row.status
-        lines.append([str(row.trial), *values, *figures, note])
+        lines.append([str(row.trial), *values, *figures, "best" if row is order[0] else ""])
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     text = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
     if len(order) > MAX_PRINTED:
         text.append(f"and {len(order) - MAX_PRINTED} more")
     for row in rows:
-        if row.status == FAILED:
-            given = ", ".join(f"{name}={setting_text(value)}" for name, value in row.parameters.items())
-            text.append(f"trial {row.trial} failed ({given}): {(row.error or '')[:MAX_REASON]}")
+        if row.error is not None:
+            text.append(f"trial {row.trial} failed ({parameters_text(row.parameters)}): {row.error[:MAX_REASON]}")
     return "\n".join(text)
 
 
@@ -145,26 +142,19 @@ def shown(value: Any) -> str:
 
 
 def setting_text(value: Any) -> str:
-    """A setting as YAML says it, floats shortened."""
+    """A setting as in YAML, floats shortened."""
     if isinstance(value, bool):
         return str(value).lower()
     return "null" if value is None else shown(value)
 
 
-def config_yaml(config: Config, comment: str) -> bytes:
-    """A config that runs as it is: what was given, without secrets, which come from the environment."""
-    data: dict[str, Any] = config.model_dump(mode="json", exclude_unset=True)
-    storage = {key: value for key, value in data.pop("storage", {}).items() if key not in SECRETS}
-    data |= {"storage": storage} if storage else {}
-    return f"# {comment}\n{yaml.safe_dump(data, sort_keys=False, allow_unicode=True)}".encode()
+def parameters_text(parameters: Mapping[str, Any]) -> str:
+    """``heads.num_heads=8, num_clusters=5``."""
+    return ", ".join(f"{name}={setting_text(value)}" for name, value in parameters.items())
 
 
-def with_extra_runs(config: Config, runs: Sequence[str]) -> Config:
-    """The config whose consensus takes in the heads of other runs."""
-    extra = tuple(dict.fromkeys((*config.consensus.extra_runs, *runs)))
-    given = config.consensus.model_dump(exclude_unset=True) | {"extra_runs": extra}
-    consensus = type(config.consensus).model_validate(given)
-    return config.model_copy(update={"consensus": consensus})
+def _names(figures: Iterable[Mapping[str, Any]]) -> list[str]:
+    return list(dict.fromkeys(name for each in figures for name in each))
 
 
 def _column(values: list[Any]) -> pa.Array:
@@ -174,8 +164,3 @@ def _column(values: list[Any]) -> pa.Array:
     if len(kinds) <= 1 and kinds <= {int, float, str, bool}:
         return pa.array(values)
     return pa.array([None if value is None else json.dumps(value) for value in values], pa.string())
-
-
-def from_parameters(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Plain Python values of what a search drew."""
-    return {name: value.item() if isinstance(value, np.generic) else value for name, value in given.items()}

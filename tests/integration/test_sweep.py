@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import itertools
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,22 +15,23 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import pytest
 import ray
 import yaml
 
-from icce_ray import ICCE
+from icce_ray import ICCE, cli
 from icce_ray.config import build_config
 from icce_ray.errors import ResourceError
+from icce_ray.metrics.true_label_scores import normalized_mutual_info
 from icce_ray.pipeline import run as pipeline
 from icce_ray.store import Artifact, Folder
 from icce_ray.sweeps.job import draw, make_searcher
-from icce_ray.sweeps.sweep import run_sweep, state_folder
+from icce_ray.sweeps.sweep import SweepResult, run_sweep
 from icce_ray.sweeps.sweep_config import Sweep, build_sweep, load_sweep
 
 NUM_IMAGES, NUM_CLUSTERS = 160, 4
+SHARED = ("images", "embed", "sample", "neighbors", "silhouette_spaces")
 HEADS = {"num_heads": 2, "num_epochs": 4, "hidden_dim": 16, "bottleneck_dim": 8, "batch_size": 32, "warmup_epochs": 1}
 
 
@@ -61,31 +66,48 @@ def finished(output: Path, stage: str) -> list[Artifact]:
     return [artifact for artifact in found if artifact is not None]
 
 
+@pytest.fixture(scope="module")
+def first(ray_cluster: None, data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[SweepResult, str, Path]:
+    """A sweep with trials that finish, that fail by themselves, and that fail before they start; what it printed; and
+    its output."""
+    out = tmp_path_factory.mktemp("first") / "out"
+    space = {"consensus.refine": [True, False], "heads.learning_rate": [3e-3, 1e30], "num_clusters": [4, 500]}
+    printed = io.StringIO()
+    with contextlib.redirect_stderr(printed):
+        result = run_sweep(build_sweep(sweep_of(data, out, space, ensemble={"top": 2}), "sweep.yaml"))
+    return result, printed.getvalue(), out
+
+
+def with_shared_stages(first: tuple[SweepResult, str, Path], output: Path) -> Path:
+    """An output where the stages that trials share are finished."""
+    for stage in SHARED:
+        shutil.copytree(first[2] / stage, output / stage)
+    return output
+
+
 @pytest.mark.slow
 def test_shared_stages_are_made_once_failures_stay_their_own_and_the_best_are_pooled(
-    ray_cluster: None, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    first: tuple[SweepResult, str, Path],
 ) -> None:
-    space = {"consensus.refine": [True, False], "num_clusters": [4, 500]}
-    asked = build_sweep(sweep_of(data, tmp_path / "out", space, ensemble={"top": 2}), "sweep.yaml")
-    result = run_sweep(asked)
-    said = capsys.readouterr().err
-    out = tmp_path / "out"
-
+    result, printed, out = first
     rows = pq.read_table(result.table).to_pylist()
-    assert (result.num_trials, result.num_failed) == (4, 2)
+    assert (result.num_trials, result.num_failed) == (8, 6)
     for row in rows:
         if row["num_clusters"] == 500:
-            assert row["status"] == "failed"
             assert "500 clusters asked for, but there are only 160" in row["error"]
+        elif row["heads.learning_rate"] == 1e30:
+            assert "is not finite" in row["error"]
         else:
             assert (row["status"], row["error"]) == ("finished", None)
-            assert 0 < row["anmi"] <= 1
-            assert 0 < row["acc"] <= 1
-    # Both finished trials differ in their consensus only: one training between them, one graph, one embedding.
-    counts = {stage: len(finished(out, stage)) for stage in ("images", "embed", "neighbors", "projection", "method")}
-    assert set(counts.values()) == {1}, counts
-    assert len(finished(out, "proxies")) == 2
-    assert said.count("neighbors: done") == 1
+            assert row["acc"] > 0.5
+    finished_rows = [row for row in rows if row["status"] == "finished"]
+    assert len(finished_rows) == 2
+    assert result.best_value == max(row["anmi"] for row in finished_rows)
+    # The finished trials differ in their consensus only: one training between them, one graph, one embedding.
+    once = (*SHARED, "method")
+    assert {stage: len(finished(out, stage)) for stage in once} == dict.fromkeys(once, 1)
+    assert len(finished(out, "trial_scores")) == 2
+    assert printed.count("neighbors: done") == 1
 
     assert result.ensemble is not None
     assert result.ensemble.metrics["acc"] > 0.5
@@ -100,15 +122,10 @@ def test_more_cpus_than_a_machine_has_are_refused(ray_cluster: None, data: Path,
 
 
 @pytest.mark.slow
-def test_a_trial_gives_what_the_estimator_gives_in_one_process_or_on_ray_train(
-    ray_cluster: None, data: Path, tmp_path: Path
+def test_a_trial_has_the_labels_of_the_estimator_in_one_process_or_on_workers(
+    first: tuple[SweepResult, str, Path], data: Path, tmp_path: Path
 ) -> None:
-    small, large = tmp_path / "small", tmp_path / "large"
-    result = run_sweep(build_sweep(sweep_of(data, small, {"heads.num_heads": [3]}), "s"), quiet=True)
-    workers = {"resources": {"method": {"num_workers": 2, "cpus_per_worker": 1}}}
-    asked = build_sweep(sweep_of(data, large, {"heads.num_heads": [3]}, base=workers), "s")
-    assert run_sweep(asked, quiet=True).num_failed == 0
-
+    result, _, out = first
     settings = yaml.safe_load(Path(result.best_config).read_text())
     heads = settings["heads"]
     estimator = ICCE(
@@ -121,56 +138,56 @@ def test_a_trial_gives_what_the_estimator_gives_in_one_process_or_on_ray_train(
         classifier=settings["classifier"],
         random_state=settings.get("seed", 0),
     ).fit(np.load(data / "x.npy"))
-    (here,), (there,) = finished(small, "method"), finished(large, "method")
-    assert (here.metrics["num_workers"], there.metrics["num_workers"]) == (1, 2)
-    assert here.fingerprint == there.fingerprint
-    np.testing.assert_array_equal(here.read_array("label_matrix.npy"), estimator.head_labels_)
-    assert (there.read_array("label_matrix.npy") == estimator.head_labels_).mean() > 0.98
-    (consensus,) = finished(small, "consensus")
+    name = next(row["runs"][0] for row in pq.read_table(result.table).to_pylist() if row["is_best"])
+    stages = json.loads((out / "runs" / f"{name}.json").read_text())["stages"]
+    method, consensus = (Artifact.find(Folder.at(out / stage / stages[stage])) for stage in ("method", "consensus"))
+    assert method is not None
+    assert consensus is not None
+    np.testing.assert_array_equal(method.read_array("label_matrix.npy"), estimator.head_labels_)
     np.testing.assert_array_equal(consensus.read_array("labels.npy"), estimator.labels_)
-
-    name = pq.read_table(result.table)["runs"].to_pylist()[0][0]
-    assert json.loads((small / "runs" / f"{name}.json").read_text())["stages"]["method"] == here.fingerprint
     config = build_config(yaml.safe_load(Path(result.best_config).read_text()), "best")
     assert pipeline.run_name(pipeline.plan(config)) == name
 
-
-def test_the_state_of_a_search_does_not_go_to_remote_storage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tune writes down how it reaches its storage, credentials included."""
-    monkeypatch.setenv("ICCE_CACHE", str(tmp_path / "cache"))
-    local = Folder.at(tmp_path / "out" / "sweep" / "abc")
-    assert state_folder(local).local_path == tmp_path / "out" / "sweep" / "abc" / "tune"
-    remote = Folder(pafs.SubTreeFileSystem("/bucket", pafs.LocalFileSystem()), "sweep/abc", "s3://bucket/sweep/abc")
-    assert state_folder(remote).local_path == tmp_path / "cache" / "sweep" / "abc" / "tune"
+    workers = {"resources": {"method": {"num_workers": 2, "cpus_per_worker": 1}}}
+    output = with_shared_stages(first, tmp_path / "out")
+    asked = build_sweep(sweep_of(data, output, {"heads.learning_rate": [3e-3]}, base=workers), "s")
+    assert run_sweep(asked, quiet=True).num_failed == 0
+    (on_workers,) = finished(output, "method")
+    assert (method.metrics["num_workers"], on_workers.metrics["num_workers"]) == (1, 2)
+    assert on_workers.fingerprint == method.fingerprint
+    assert (on_workers.read_array("label_matrix.npy") == estimator.head_labels_).mean() > 0.98
 
 
 @pytest.mark.slow
 def test_a_killed_sweep_goes_on_by_the_same_command_and_leaves_what_was_finished(
-    ray_cluster: None, data: Path, tmp_path: Path
+    first: tuple[SweepResult, str, Path], data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out = tmp_path / "out"
-    space = {"heads.learning_rate": [1e-3, 3e-3]}
+    out = with_shared_stages(first, tmp_path / "out")
     address = ray.get_runtime_context().gcs_address
     base = {"heads": HEADS | {"num_epochs": 30}, "resources": {"ray_address": address}}
-    swept = sweep_of(data, out, space, base=base, seeds=[0, 1], max_concurrent=1)
+    # With two CPUs for each run, one trial runs at a time.
+    swept = sweep_of(data, out, {"heads.learning_rate": [1e-3, 3e-3]}, base=base, seeds=[0, 1], cpus_per_run=2)
     (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(swept))
-    command = [sys.executable, "-m", "icce_ray.cli", "sweep", str(tmp_path / "sweep.yaml"), "--json"]
-    with subprocess.Popen(command, start_new_session=True, stderr=subprocess.DEVNULL) as process:
-        while process.poll() is None and len(list(out.glob("proxies/*/manifest.json"))) < 2:
+    command = ["sweep", str(tmp_path / "sweep.yaml"), "--json"]
+    with subprocess.Popen(
+        [sys.executable, "-m", "icce_ray.cli", *command], start_new_session=True, stderr=subprocess.DEVNULL
+    ) as process:
+        while process.poll() is None and not list(out.glob("trial_scores/*/manifest.json")):
             time.sleep(0.02)
         process.kill()
     assert process.returncode == -signal.SIGKILL
     before = {path: path.stat().st_mtime_ns for path in out.glob("*/*/manifest.json")}
-    assert 2 <= len([path for path in before if path.parts[-3] == "proxies"]) < 4
+    assert 1 <= len([path for path in before if path.parts[-3] == "trial_scores"]) < 4
 
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout.splitlines()[-1])
+    assert cli.main(command) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert (result["num_trials"], result["num_failed"]) == (2, 0)
     assert {path: path.stat().st_mtime_ns for path in before} == before
-    assert {stage: len(finished(out, stage)) for stage in ("method", "proxies")} == {"method": 4, "proxies": 4}
-    rows = pq.read_table(result["table"]).to_pylist()
-    assert all(row["status"] == "finished" and 0 <= row["stability"] <= 1 for row in rows)
+    assert [len(finished(out, stage)) for stage in ("method", "trial_scores")] == [4, 4]
+    labels = [artifact.read_array("labels.npy") for artifact in finished(out, "consensus")]
+    pairs = [normalized_mutual_info(one, other) for one, other in itertools.combinations(labels, 2)]
+    stability = pq.read_table(result["table"])["stability"].to_pylist()
+    assert all(min(abs(value - pair) for pair in pairs) < 1e-12 for value in stability)
 
     assert run_sweep(load_sweep(tmp_path / "sweep.yaml"), quiet=True).to_json() == result
     assert {path: path.stat().st_mtime_ns for path in before} == before
@@ -207,4 +224,4 @@ def test_grids_are_crossed_and_draws_are_within_their_range_and_repeat() -> None
 
 def test_a_searcher_without_its_package_is_refused_with_what_to_install() -> None:
     with pytest.raises(ResourceError, match=r"searcher: hebo cannot be used: .*Install its package"):
-        make_searcher("hebo", 0)
+        make_searcher("hebo", 0, [])

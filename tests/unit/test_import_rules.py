@@ -30,7 +30,6 @@ COMMANDS = {
     "estimator",
     "export",
     "run",
-    "sizing",
     "sweeps",
 }
 """Commands build on all rooms, and no room imports them."""
@@ -89,7 +88,7 @@ def test_there_is_no_import_circle() -> None:
 
 
 def may_import_ray(name: str) -> bool:
-    return name.startswith("runtime.") or name.endswith(".job") or name == "sweeps.sweep"
+    return name.startswith("runtime.") or name.endswith(".job")
 
 
 def imported_after(statements: str, wanted: set[str]) -> set[str]:

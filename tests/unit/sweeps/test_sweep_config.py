@@ -24,14 +24,14 @@ def sweep_of(space: dict[str, Any], **settings: Any) -> Sweep:
         ({"heads.num_head": [1]}, {}, r"space: heads.num_head: unknown setting; did you mean num_heads"),
         ({"heads.num_heads": [8, -1]}, {}, r"space: heads.num_heads: -1 is not usable"),
         ({"heads.beta": {"uniform": [0.5, 1.5]}}, {}, "heads.beta: 1.5 is not usable"),
-        ({"heads.num_heads": 8}, {}, "space.heads.num_heads: 8 is no search space; give a list"),
-        ({"heads.num_heads": {"normal": [1, 2]}}, {}, "is no search space.*loguniform"),
+        ({"heads.num_heads": 8}, {}, "space.heads.num_heads: 8 is not a search space; give a list"),
+        ({"heads.num_heads": {"normal": [1, 2]}}, {}, "is not a search space.*loguniform"),
         ({"heads.num_heads": []}, {}, "needs a list of at least one value"),
         ({"heads.num_heads": {"randint": [4, 4]}}, {}, "the first must be below the second"),
         ({"heads.num_heads": {"randint": [1.5, "a"]}}, {}, "needs two whole numbers"),
-        ({"heads.learning_rate": {"loguniform": [0, 1]}}, {}, "starts above 0"),
-        ({"output": ["a", "b"]}, {}, "space.output: a sweep does not vary this: all trials share one output"),
-        ({"resources.method.num_workers": [1, 2]}, {}, "does not vary this: it changes no result"),
+        ({"heads.learning_rate": {"loguniform": [0, 1]}}, {}, "must start above 0"),
+        ({"output": ["a", "b"]}, {}, "space.output: a sweep cannot vary this: all trials share one output"),
+        ({"resources.method.num_workers": [1, 2]}, {}, "cannot vary this: it changes no result"),
         ({"classifier.momentum": [0.5]}, {}, "no metric of a sweep depends on it"),
         ({"seed": [0, 1]}, {"seeds": [0, 1]}, "the seed is in the space and in seeds"),
         ({"seed": [0, 1]}, {"seeds": [2, 2]}, "name at least one, and each once"),
@@ -39,11 +39,17 @@ def sweep_of(space: dict[str, Any], **settings: Any) -> Sweep:
         ({"num_clusters": [3]}, {"asha": {}}, "asha: unknown setting"),
         ({"num_clusters": [3]}, {"metric": "acc"}, "metric: 'acc' is not usable"),
         ({"num_clusters": [3]}, {"num_sample": 3}, "num_sample: unknown setting; did you mean num_samples"),
-        ({"num_clusters": [3]}, {"searcher": "optuna"}, r"takes no grid; write \{choice"),
-        ({"num_clusters": [3]}, {"ensemble": {"top": None}}, "give either top or quantile"),
+        ({"num_clusters": [3]}, {"searcher": "optuna"}, r"takes no list; write \{choice"),
+        ({"num_clusters": [3]}, {"ensemble": {"top": 5, "quantile": 0.8}}, "give either top or quantile"),
+        ({"num_clusters": [3]}, {"searcher": "bohb"}, "searcher: 'bohb' is not usable"),
+        ({"method": ["icce", "magic"]}, {}, "space: method: 'magic' is unknown"),
         ({"num_clusters": [3]}, {"base": {"preset": "other"}}, "sweep.yaml: base: preset"),
-        ({"num_clusters": [3]}, {"base": {"num_clusters": "auto"}}, "base: num_clusters: a sweep compares clusterings"),
-        ({"num_clusters": ["auto", 3]}, {}, "space: num_clusters: a sweep compares clusterings.*give a number"),
+        (
+            {"num_clusters": [3]},
+            {"base": {"num_clusters": "auto"}},
+            "base: num_clusters: a sweep cannot compare",
+        ),
+        ({"num_clusters": ["auto", 3]}, {}, "space: num_clusters: a sweep cannot compare 'auto'.*give a number"),
     ],
 )
 def test_a_mistake_is_said_before_anything_starts(space: Any, settings: Any, message: str) -> None:
@@ -100,7 +106,7 @@ def test_what_changes_no_trial_changes_no_identity() -> None:
     def identity(**settings: Any) -> Any:
         return sweep_of({"num_clusters": [3, 4]}, **settings).settings()
 
-    same = identity(max_concurrent=3, cpus_per_run=0.5, base={"resources": {"num_cpus": 2}})
+    same = identity(cpus_per_run=0.5, base={"resources": {"num_cpus": 2}})
     assert same == identity()
     others = [identity(base={"heads": {"num_heads": 3}}), identity(seeds=[1]), identity(metric="anmi")]
     assert all(other != identity() for other in others)

@@ -6,7 +6,6 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from icce_ray.sweeps.search_space import parse_space
 from icce_ray.sweeps.sweep_config import Sweep, build_sweep
 from icce_ray.sweeps.sweep_page import render
 from icce_ray.sweeps.sweep_plots import metric_by_setting
@@ -18,6 +17,7 @@ SPACE = {
     "heads.sinkhorn": [True, False],
     "num_clusters": {"randint": [3, 9]},
 }
+ANMI = (0.31, 0.87, 0.42, 0.55, 0.63, 0.29, 0.44)
 
 
 @pytest.fixture
@@ -33,33 +33,34 @@ def rows() -> list[Row]:
     finished = [
         Row(
             trial,
-            "finished",
             {
                 "neighbors.similarity_threshold": thresholds[trial % 3],
                 "heads.learning_rate": float(10 ** generator.uniform(-4, -2)),
                 "heads.sinkhorn": bool(trial % 2),
                 "num_clusters": int(generator.integers(3, 10)),
             },
-            {"anmi": float(generator.random()), "anmi_std": 0.01, "generalization": None},
+            {"anmi": anmi, "anmi_std": 0.01, "generalization": None},
             seconds=1.0,
             scores={"acc": 0.5},
         )
-        for trial in range(7)
+        for trial, anmi in enumerate(ANMI)
     ]
-    failed = Row(7, "failed", dict.fromkeys(SPACE, 1), error="it <failed> & ended")
+    failed = Row(len(ANMI), dict.fromkeys(SPACE, 1), error="it <failed> & ended")
     return [*finished, failed]
 
 
 def test_the_page_shows_every_trial_and_links_to_nothing(asked: Sweep, rows: list[Row]) -> None:
-    best = max(rows, key=lambda row: row.value("anmi"))
-    page = render(asked, rows, [best], "best: yaml")
+    page = render(asked, rows, [1, 4], "best: yaml")
     HTMLParser().feed(page)
     assert "it &lt;failed&gt; &amp; ended" in page
     assert "a &lt;b&gt; sweep.yaml" in page
-    assert "best: yaml" in page
-    assert len(re.findall(r"<tr[ >]", page)) == 1 + len(rows) + 2
+    assert "<pre>best: yaml</pre>" in page
+    table = page[page.index("<h2>Trials") : page.index("<h2>Failed")]
+    assert re.findall(r"<tr[^>]*><td>(\d)</td>", table) == ["1", "4", "3", "6", "2", "0", "5", "7"], "best first"
+    assert re.findall(r'<tr class="best"><td>(\d)', table) == ["1"]
+    assert re.findall(r"<td>(0\.\d+) ± 0.01</td>", table) == [f"{value:g}" for value in sorted(ANMI, reverse=True)]
+    assert table.count("finished, pooled") == 2
     assert page.count("<svg") == len(SPACE)
-    assert page.count("finished, pooled") == 1
     assert not re.findall(r"""(?:src|href)=["'](?!#)""", page)
 
 
@@ -67,19 +68,9 @@ def test_every_kind_of_setting_has_its_diagram(asked: Sweep, rows: list[Row]) ->
     for dimension in asked.dimensions:
         svg = metric_by_setting(rows, dimension, "anmi")
         assert svg is not None
-        assert dimension.name in svg
+        assert f">{dimension.name}<" in svg
+        assert ">best: trial 1<" in svg
     threshold = metric_by_setting(rows, asked.dimensions[0], "anmi")
     assert threshold is not None
     assert all(f">{text}<" in threshold for text in ("auto", "null", "0.4"))
-
-
-def test_without_trials_to_compare_there_is_no_diagram(asked: Sweep, rows: list[Row]) -> None:
-    assert metric_by_setting(rows[7:], asked.dimensions[0], "anmi") is None
-
-
-def test_one_value_and_equal_metrics_can_be_drawn(rows: list[Row]) -> None:
-    dimensions = parse_space({"num_clusters": [5], "heads.learning_rate": {"loguniform": [1e-3, 1e-2]}}, "s")
-    same = [
-        Row(trial, "finished", {"num_clusters": 5, "heads.learning_rate": 1e-3}, {"anmi": 0.5}) for trial in range(3)
-    ]
-    assert metric_by_setting(same, dimensions[0], "anmi") is not None
+    assert metric_by_setting(rows[7:], asked.dimensions[0], "anmi") is None, "no trial finished"

@@ -1,4 +1,4 @@
-"""The parts of a trial without Ray: toy stages, planted labels."""
+"""Trials without Ray: toy stages, planted labels."""
 
 from __future__ import annotations
 
@@ -15,12 +15,10 @@ import pytest
 
 from icce_ray.config import Config, build_config
 from icce_ray.metrics.true_label_scores import normalized_mutual_info
-from icce_ray.pipeline.stages import stages_of
+from icce_ray.pipeline.plan import plan
 from icce_ray.stage import Stage, StageContext
 from icce_ray.store import Artifact, ArtifactWriter, Folder
-from icce_ray.sweeps import silhouette_spaces as projection
-from icce_ray.sweeps import trial
-from icce_ray.sweeps import trial_scores as proxies
+from icce_ray.sweeps import silhouette_spaces, trial, trial_scores
 from icce_ray.sweeps.trial import Listings, RunOutcome
 
 
@@ -78,28 +76,25 @@ def test_images_are_listed_once_for_each_place(tmp_path: Path, monkeypatch: pyte
         listings(config_for(tmp_path, embeddings={"uri": str(tmp_path / "y.npy")}))
 
 
-def test_a_trial_in_one_process_has_the_fingerprints_of_the_distributed_one(tmp_path: Path) -> None:
+def test_a_trials_stages_have_the_fingerprints_of_a_run(tmp_path: Path) -> None:
+    np.save(tmp_path / "x.npy", np.zeros((4, 2), dtype=np.float32))
     config = config_for(tmp_path)
-
-    def identities(in_one_process: bool) -> list[tuple[str, int, tuple[str, ...]]]:
-        return [(s.name, s.version, s.inputs) for s in trial.stages_of_trial(config, Listings(), in_one_process)]
-
-    assert identities(True) == identities(False)
-    in_process = {stage.name: stage.module for stage in trial.stages_of_trial(config, Listings(), True)}
-    assert (in_process["method"], in_process["consensus"]) == (
-        "icce_ray.methods.heads.heads_artifact",
-        "icce_ray.consensus.consensus_artifact",
-    )
-    whole = {stage.name: (stage.version, stage.inputs) for stage in stages_of(config)}
-    assert all(whole[name] == (version, inputs) for name, version, inputs in identities(True) if name in whole)
+    whole = {step.name: step.fingerprint for step in plan(config)}
+    found = {step.name: step.fingerprint for step in plan(config, trial.trial_stages(config, Listings()))}
+    assert found.keys() - whole.keys() == {"silhouette_spaces", "trial_scores"}
+    shared = ("images", "embed", "sample", "neighbors", "method", "consensus")
+    assert {name: found.get(name) for name in shared} == {name: whole[name] for name in shared}
 
 
 def outcome(folder: Path, seed: int, labels: Any, ids: Any = None, **metrics: float | None) -> RunOutcome:
-    embed = {"embed": commit(folder / f"embed-{seed}", errors=pa.table({"image_id": pa.array([], pa.int64())}))}
+    artifacts = {
+        "embed": commit(folder / f"embed-{seed}", errors=pa.table({"image_id": pa.array([], pa.int64())})),
+        "consensus": commit(folder / f"labels-{seed}", labels=np.array(labels)),
+    }
     if ids is not None:
         drawn = {"part-00000": pa.table({"image_id": pa.array(ids, pa.int64())})}
-        embed["sample"] = commit(folder / f"sample-{seed}", **drawn)
-    return RunOutcome(seed, metrics, 2, 1.0, commit(folder / f"labels-{seed}", labels=np.array(labels)), embed)
+        artifacts["sample"] = commit(folder / f"sample-{seed}", **drawn)
+    return RunOutcome(seed, metrics, 2, 1.0, artifacts)
 
 
 def test_metrics_of_a_trial_are_means_over_its_seeds(tmp_path: Path) -> None:
@@ -122,35 +117,35 @@ def test_metrics_of_a_trial_are_means_over_its_seeds(tmp_path: Path) -> None:
 def test_seeds_with_samples_of_their_own_are_compared_where_both_look(tmp_path: Path) -> None:
     one = outcome(tmp_path, 0, [0, 0, 1, 1, 5], ids=[1, 3, 4, 6, 7])
     other = outcome(tmp_path, 1, [9, 0, 0, 1, 1], ids=[0, 1, 3, 4, 6])
-    assert trial.stabilities([one, other]) == [pytest.approx(1.0)]
+    assert trial.combine([one, other])["stability"] == pytest.approx(1.0)
 
 
 def test_metrics_tell_good_clusters_from_bad_and_say_none_where_they_cannot() -> None:
     generator = np.random.default_rng(0)
     labels = np.repeat(np.arange(3), 60)
     features = (np.eye(3)[labels] * 6 + generator.normal(size=(180, 3))).astype(np.float32)
-    points = {"pca": projection.project(features, "pca")}
-    good = proxies.measure_arrays(features, points, labels)
-    bad = proxies.measure_arrays(features, points, generator.permutation(labels))
+    points = {"pca": silhouette_spaces.project(features, "pca")}
+    good = trial_scores.score(features, points, labels)
+    bad = trial_scores.score(features, points, generator.permutation(labels))
     assert good.keys() == {"generalization", "silhouette_pca"}
     for name in good:
         assert good[name] is not None
         assert bad[name] is not None
         assert good[name] > bad[name] + 0.3  # type: ignore[operator]
-    assert proxies.measure_arrays(features, points, np.zeros(180, dtype=int)) == dict.fromkeys(good)
+    assert trial_scores.score(features, points, np.zeros(180, dtype=int)) == dict.fromkeys(good)
 
 
 def test_the_same_sample_is_judged_in_every_trial() -> None:
-    assert np.array_equal(projection.sample(100), np.arange(100))
-    rows = projection.sample(projection.MAX_IMAGES + 500)
-    assert len(rows) == projection.MAX_IMAGES
+    assert np.array_equal(silhouette_spaces.sample(100), np.arange(100))
+    rows = silhouette_spaces.sample(silhouette_spaces.MAX_IMAGES + 500)
+    assert len(rows) == silhouette_spaces.MAX_IMAGES
     assert (np.diff(rows) > 0).all()
-    assert np.array_equal(rows, projection.sample(projection.MAX_IMAGES + 500))
+    assert np.array_equal(rows, silhouette_spaces.sample(silhouette_spaces.MAX_IMAGES + 500))
 
 
 def test_spaces_have_at_most_fifty_dimensions() -> None:
     features = np.random.default_rng(0).normal(size=(80, 60)).astype(np.float32)
-    assert projection.project(features, "pca").shape == (80, 50)
-    assert projection.project(features[:20], "pca").shape == (20, 20)
-    if "umap" in projection.spaces():
-        assert projection.project(features, "umap").shape == (80, 50)
+    assert silhouette_spaces.project(features, "pca").shape == (80, 50)
+    assert silhouette_spaces.project(features[:20], "pca").shape == (20, 20)
+    if "umap" in silhouette_spaces.spaces():
+        assert silhouette_spaces.project(features, "umap").shape == (80, 50)

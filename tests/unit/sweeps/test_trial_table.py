@@ -1,36 +1,32 @@
 from __future__ import annotations
 
 import pytest
-import yaml
 
-from icce_ray.config import build_config
-from icce_ray.errors import ConfigError, WorkerError
+from icce_ray.errors import WorkerError
 from icce_ray.sweeps.sweep_config import EnsembleConfig
 from icce_ray.sweeps.trial_table import (
     Row,
     choose_best,
     choose_pool,
-    config_yaml,
     ranked,
     to_table,
     to_text,
-    with_extra_runs,
 )
 
 NAMES = ("neighbors.similarity_threshold", "heads.num_heads")
 
 
-def row(trial: int, value: float | None, status: str = "finished", **changes: object) -> Row:
+def row(trial: int, value: float | None, **changes: object) -> Row:
     parameters = {NAMES[0]: "auto" if trial % 2 else 0.4, NAMES[1]: 8 + trial}
     given = {"metrics": {"anmi": value, "anmi_std": 0.1}, "seconds": 1.5} | changes
-    return Row(trial, status, parameters, **given)  # type: ignore[arg-type]
+    return Row(trial, parameters, **given)  # type: ignore[arg-type]
 
 
 ROWS = [
     row(0, 0.5, scores={"acc": 0.3}),
-    row(1, 0.9, status="failed", error="killed"),
+    row(1, 0.9, error="killed"),
     row(2, 0.8),
-    row(3, None, status="failed", metrics={}, error="the loss of heads 0 is not finite"),
+    row(3, None, metrics={}, error="the loss of heads 0 is not finite"),
     row(4, 0.8),
     row(5, float("nan")),
     row(6, None),
@@ -51,7 +47,13 @@ def test_without_a_finished_trial_the_first_reason_is_said() -> None:
 
 @pytest.mark.parametrize(
     ("settings", "trials"),
-    [({"top": 2}, [2, 4]), ({"top": 9}, [2, 4, 0]), ({"quantile": 0.5}, [2, 4]), ({"quantile": 0.0}, [2, 4, 0])],
+    [
+        ({}, [2, 4, 0]),
+        ({"top": 1}, [2]),
+        ({"top": 2}, [2, 4]),
+        ({"quantile": 0.5}, [2, 4]),
+        ({"quantile": 0.0}, [2, 4, 0]),
+    ],
 )
 def test_the_pool_is_the_top_or_what_is_above_a_quantile(settings: dict[str, float], trials: list[int]) -> None:
     pooled = choose_pool(ROWS, "anmi", EnsembleConfig.model_validate(settings))
@@ -62,6 +64,7 @@ def test_the_table_has_a_row_for_every_trial_and_a_column_for_every_setting() ->
     table = to_table(ROWS, NAMES, pooled=[2, 4], best=2)
     data = table.to_pydict()
     assert data["trial"] == list(range(7))
+    assert data["status"] == ["failed" if trial in (1, 3) else "finished" for trial in range(7)]
     assert data[NAMES[0]][:2] == ["0.4", '"auto"'], "numbers and words together are JSON"
     assert data[NAMES[1]] == [8 + trial for trial in range(7)]
     assert data["anmi"][:5] == [0.5, 0.9, 0.8, None, 0.8]
@@ -77,28 +80,3 @@ def test_the_printed_table_is_best_first_and_ends_with_what_failed() -> None:
     assert [line.split()[0] for line in lines[1:4]] == ["2", "4", "0"]
     assert lines[1].endswith("best")
     assert lines[-1].startswith("trial 3 failed (neighbors.similarity_threshold=auto, heads.num_heads=11): the loss")
-
-
-def test_a_config_is_written_as_it_was_given_and_without_secrets() -> None:
-    given = {
-        "images": {"uri": "s3://photos"},
-        "num_clusters": 5,
-        "output": "s3://results",
-        "method": "temi",
-        "heads": {"num_heads": 4},
-        "storage": {"endpoint": "http://store", "access_key": "the key", "secret_key": "the secret"},
-    }
-    config = build_config(given, "test")
-    written = config_yaml(with_extra_runs(config, ["b", "a", "b"]), "why").decode()
-    assert written.startswith("# why\n")
-    assert "the key" not in written
-    assert "**" not in written
-    read = yaml.safe_load(written)
-    assert read["consensus"]["extra_runs"] == ["b", "a"]
-    assert read["storage"] == {"endpoint": "http://store"}
-    again = build_config(read, "again")
-    assert again.heads == config.heads
-    assert again.neighbors == config.neighbors
-    assert again.consensus.methods == config.consensus.methods == ("best_head",)
-    with pytest.raises(ConfigError):
-        build_config(read | {"unknown": 1}, "again")

@@ -1,0 +1,44 @@
+"""Sweeps on Ray Tune, without starting it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from icce_ray.runtime.progress import Progress
+from icce_ray.store import Folder
+from icce_ray.store.part_records import PartRecords
+from icce_ray.sweeps import job
+from icce_ray.sweeps.sweep_config import build_sweep
+from icce_ray.sweeps.trial import Listings
+
+
+def test_a_searcher_is_told_the_trials_of_an_earlier_attempt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = [{"heads.learning_rate": 1e-3}, {"heads.learning_rate": 2e-3}]
+    told: list[Any] = []
+
+    class Tuner:
+        """Starts two trials, and is then as if killed."""
+
+        def __init__(self, trainable: Any, *, run_config: Any, **others: Any) -> None:
+            (self.log,) = run_config.callbacks
+
+        def fit(self) -> list[Any]:
+            for number, parameters in enumerate(chosen):
+                self.log.on_trial_start(number, [], SimpleNamespace(config=parameters))
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(job, "create_searcher", lambda name, **given: told.append(given["points_to_evaluate"]))
+    monkeypatch.setattr(job.tune, "Tuner", Tuner)
+    monkeypatch.setattr(job, "available_cpus", lambda: 2)
+    base = {"embeddings": {"uri": "x.npy"}, "num_clusters": 5, "output": "out"}
+    space = {"heads.learning_rate": {"loguniform": [1e-4, 1e-2]}}
+    asked = build_sweep({"base": base, "space": space, "searcher": "optuna"}, "sweep.yaml")
+    records, progress = PartRecords(Folder.at(tmp_path), "abc"), Progress("sweep", "trials", quiet=True)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            job.run_trials(asked, None, Listings(), {}, records, progress)
+    assert told == [None, chosen]
