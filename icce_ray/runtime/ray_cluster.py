@@ -27,6 +27,9 @@ MAX_OBJECT_STORE_BYTES = 2_000_000_000
 MIN_OBJECT_STORE_BYTES = 100_000_000
 OBJECT_STORE_MEMORY_FRACTION = 0.3
 
+_threads_here: int | None = None
+"""Set inside :func:`run_here`."""
+
 # Settings that make Ray quiet and quick. They are set when we connect, unless the user has set them, because Ray reads
 # them in this process and hands them to its workers.
 QUIET_ENVIRONMENT = {
@@ -47,9 +50,28 @@ _started_here = False
 
 
 def runs_here(resources: ResourcesConfig, num_images: int) -> bool:
-    """Whether a stage runs in this process, without Ray: there are at most MAX_IMAGES_HERE images, `resources` asks for
-    nothing, and there is no Ray to join. The result is the same."""
+    """Whether a stage runs in this process, without Ray: inside :func:`run_here`, or if there are at most
+    MAX_IMAGES_HERE images, `resources` asks for nothing, and there is no Ray to join. The result is the same."""
+    if _threads_here is not None:
+        return True
     return num_images <= MAX_IMAGES_HERE and resources == ResourcesConfig() and not joins_ray(resources)
+
+
+@contextmanager
+def run_here(num_threads: int) -> Iterator[None]:
+    """While the block runs, stages run in this process, with this many threads. For a process that Ray started to run
+    them, such as one of several trials of a sweep."""
+    global _threads_here
+    _threads_here = num_threads
+    try:
+        yield
+    finally:
+        _threads_here = None
+
+
+def threads_here() -> int:
+    """Threads of a stage that runs in this process."""
+    return _threads_here or usable_cpus()
 
 
 def joins_ray(resources: ResourcesConfig) -> bool:

@@ -15,9 +15,8 @@ from typing import Any, NoReturn
 from icce_ray.config import ResourcesConfig, WorkerResources
 from icce_ray.errors import DamagedArtifactError, UserError, WorkerError, describe_cause, find_cause
 from icce_ray.runtime.cluster_resources import available_cpus, wait_for_machines, worker_cpus, worker_threads
-from icce_ray.runtime.machine import usable_cpus
 from icce_ray.runtime.progress import BoardProgress, Progress, ProgressBoard
-from icce_ray.runtime.ray_cluster import connect, runs_here
+from icce_ray.runtime.ray_cluster import connect, runs_here, threads_here
 from icce_ray.runtime.worker_process import MAX_RESTARTS, Work, attempt, relayed_progress
 
 TASKS_PER_CPU = 2
@@ -279,7 +278,7 @@ def _work_in_actor(stage: str, work: Work, workers: WorkerResources, progress: P
 
 
 def _work_here(stage: str, work: Work, progress: Progress) -> Any:
-    work = partial(work, num_threads=usable_cpus())
+    work = partial(work, num_threads=threads_here())
     restarts = 0
     while True:
         try:

@@ -46,6 +46,16 @@ def test_a_run_is_here_if_it_is_small_asks_for_nothing_and_joins_no_ray(monkeypa
     assert runs_here(RESOURCES, 1)
 
 
+def test_inside_run_here_everything_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_cluster, "is_connected", lambda: True)
+    asked = ResourcesConfig.model_validate({"method": {"num_workers": 2}})
+    with ray_cluster.run_here(3):
+        assert runs_here(asked, MAX_IMAGES_HERE + 1)
+        assert ray_cluster.threads_here() == 3
+    assert not runs_here(asked, 1)
+    assert ray_cluster.threads_here() == usable_cpus()
+
+
 class Seen(Progress):
     def __init__(self) -> None:
         super().__init__("method", quiet=True)
