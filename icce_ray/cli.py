@@ -64,14 +64,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add_debug_argument(cut)
     cut.set_defaults(function=_cut)
 
-    estimate = commands.add_parser(
-        "estimate", help="say what a run will take, by embedding a sample or by counted work"
-    )
-    what = estimate.add_mutually_exclusive_group(required=True)
-    what.add_argument("config", nargs="?", metavar="CONFIG", help="a YAML file")
-    what.add_argument(
-        "--images", type=int, metavar="N", help="run nothing: what to start for N images, by counted work"
-    )
+    estimate = commands.add_parser("estimate", help="embed a sample, and say what the whole run will take")
+    estimate.add_argument("config", metavar="CONFIG", help="a YAML file")
     estimate.add_argument("--set", action="append", default=[], metavar="A.B=C", dest="overrides")
     estimate.add_argument("--samples", type=int, default=256, metavar="N", help="images to embed (256)")
     estimate.add_argument("--json", action="store_true", help="print the figures as JSON on the last line of stdout")
@@ -126,25 +120,11 @@ def _cut(arguments: argparse.Namespace) -> None:
 
 
 def _estimate(arguments: argparse.Namespace) -> None:
-    if arguments.images is not None:
-        _estimate_counted(arguments)
-        return
     from icce_ray.pipeline.estimate import estimate
 
     if arguments.samples < 1:
         raise InputError(f"--samples {arguments.samples}: needed is at least 1")
     found = estimate(load_config(arguments.config, arguments.overrides), num_samples=arguments.samples)
-    print("\n".join(found.lines()))
-    if arguments.json:
-        print(json.dumps(asdict(found)), flush=True)
-
-
-def _estimate_counted(arguments: argparse.Namespace) -> None:
-    from icce_ray.sizing import size
-
-    if arguments.images < 1:
-        raise InputError(f"--images {arguments.images}: needed is at least 1")
-    found = size(arguments.images)
     print("\n".join(found.lines()))
     if arguments.json:
         print(json.dumps(asdict(found)), flush=True)

@@ -19,11 +19,11 @@ import pytest
 import yaml
 
 from icce_ray.config import Config, load_config
-from icce_ray.sizing import DIM, MEAN_NEIGHBORS, PLANS
 
+from . import sizing_page
 from .kuberay_schema import RESOURCES_BY_KIND
 
-ROOT = Path(__file__).parents[3]
+ROOT = sizing_page.ROOT
 DEPLOY = ROOT / "deploy"
 KUBERAY = ("rayjob-cpu.yaml", "rayjob-gpu.yaml", "raycluster-autoscaling.yaml")
 GOES_WITH = {
@@ -34,6 +34,7 @@ GOES_WITH = {
 }
 CONFIGS = (*GOES_WITH, "laptop.yaml")
 STAGES = ("embed", "neighbors", "method", "classifier", "assign")
+sizing = sizing_page.load()
 UNITS = {"Gi": 2**30, "Mi": 2**20}
 ACTION_OF = {
     "list_objects_v2": "s3:ListBucket",
@@ -260,14 +261,16 @@ def test_only_machines_with_much_memory_can_hold_the_search() -> None:
     assert {name for name, kind in kinds.items() if kind.cpus >= (search.cpus_per_worker or 0)} == {"high-memory"}
     assert search.num_workers == kinds["high-memory"].at_most
     images = 400_000_000  # as docs/sizing.md says
-    needed = needed_bytes(shard_bytes(images, DIM), worker_bytes(DIM, MEAN_NEIGHBORS), 1, search.num_workers)
+    needed = needed_bytes(
+        shard_bytes(images, sizing.DIM), worker_bytes(sizing.DIM, sizing.MEAN_NEIGHBORS), 1, search.num_workers
+    )
     assert 0.7 * kinds["high-memory"].memory_bytes < needed < kinds["high-memory"].memory_bytes
     assert kinds["high-memory"].memory_bytes > max(
         kind.memory_bytes for name, kind in kinds.items() if name != "high-memory"
     )
 
 
-@pytest.mark.parametrize("plan", PLANS, ids=lambda plan: plan.config)
+@pytest.mark.parametrize("plan", sizing.PLANS, ids=lambda plan: plan.config)
 def test_the_sizing_pages_plans_are_these_machines(plan: Any) -> None:
     assert GOES_WITH[plan.config] == plan.manifest
     there, resources = machines(plan.manifest), load_config(DEPLOY / "configs" / plan.config).resources

@@ -1,4 +1,4 @@
-"""The sizing page: its tables are the code's, its measured rates are those of the results, its sums the stages' own."""
+"""The page of large sizes: printed by the script, from rates that were measured and sums that the stages check."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ import itertools
 import json
 import re
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from icce_ray import cli, sizing
 from icce_ray.config import HeadsConfig, SampleConfig
-from icce_ray.sizing import DIM, NUM_CLUSTERS, PLANS, RATES, size, tables
 
-ROOT = Path(__file__).parents[2]
-RESULTS = ROOT / "benchmarks" / "results"
+from . import sizing_page
+
+RESULTS = sizing_page.ROOT / "benchmarks" / "results"
+sizing = sizing_page.load()
+DIM, NUM_CLUSTERS, PLANS, RATES, size = sizing.DIM, sizing.NUM_CLUSTERS, sizing.PLANS, sizing.RATES, sizing.size
 
 
 def results(name: str, case: str) -> dict[str, Any]:
@@ -25,10 +25,9 @@ def results(name: str, case: str) -> dict[str, Any]:
     return next(result for result in found if result["case"] == case)
 
 
-@pytest.mark.parametrize("name", list(tables()))
-def test_the_pages_tables_are_the_codes(name: str) -> None:
-    page = (ROOT / "docs" / "sizing.md").read_text(encoding="utf-8")
-    assert f"<!-- {name} -->\n\n{tables()[name]}\n\n" in page
+def test_the_page_is_what_the_script_prints() -> None:
+    page = (sizing_page.ROOT / "docs" / "sizing.md").read_text(encoding="utf-8")
+    assert page == sizing.page(), "run: python benchmarks/sizing.py > docs/sizing.md"
 
 
 def test_measured_rates_are_those_of_the_results() -> None:
@@ -84,7 +83,7 @@ def test_the_memory_of_heads_is_what_training_checks_less_a_step(monkeypatch: py
     from icce_ray.methods.heads.training_memory import training_bytes
 
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (80e9, 80e9))
-    stated = sizing.memory_bytes(2_000_000, PLANS[0])["heads, the GPU"]
+    stated = sizing.memory_bytes(2_000_000, PLANS[0])["method, the GPU"]
     needed = training_bytes(
         HeadsConfig(), num_images=2_000_000, dim=DIM, num_clusters=NUM_CLUSTERS, batch_size=sizing.BATCH_PAIRS,
         device=torch.device("cuda"),
@@ -95,7 +94,7 @@ def test_the_memory_of_heads_is_what_training_checks_less_a_step(monkeypatch: py
 def test_what_is_trained_on_stops_growing_and_the_rest_is_linear() -> None:
     assert SampleConfig().max_images == 2_000_000  # as the page says
     small, large = size(100_000_000), size(1_000_000_000)
-    assert small.seconds["heads"] == large.seconds["heads"]
+    assert small.seconds["method"] == large.seconds["method"]
     for stage in ("images", "embed", "assign"):
         assert large.seconds[stage] == pytest.approx(10 * small.seconds[stage])
     assert size(1000).plan is PLANS[0]
@@ -108,13 +107,3 @@ def test_the_slowest_of_three_sets_the_pace_of_embedding() -> None:
     assert seconds["GPUs"] == pytest.approx(1e6 * 1.617e11 / (989e12 * 0.4), rel=1e-3)
     assert size(1_000_000).embed_bound == "CPUs"
     assert max(sizing.embed_seconds(1, replace(PLANS[0], cpus=1000)).values()) == seconds["GPUs"] / 1e6
-
-
-def test_the_command_counts_without_a_config(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["estimate", "--images", "10000000", "--json"]) == 0
-    printed = capsys.readouterr().out.splitlines()
-    assert "deploy/configs/eight-gpus.yaml" in printed[1]
-    assert json.loads(printed[-1])["storage_bytes"]["assignments"] == 860_000_000
-    assert cli.main(["estimate", "--images", "0"]) == 2
-    with pytest.raises(SystemExit):
-        cli.main(["estimate", "--images", "5", "run.yaml"])

@@ -1,0 +1,445 @@
+"""The page docs/sizing.md: what to start for 1 million to 1 billion images. Prints it:
+
+    python benchmarks/sizing.py > docs/sizing.md
+
+The work is counted and divided by rates, each of which says where it comes from. Nothing is run: `icce-ray estimate`
+measures the machines at hand.
+
+The settings are the defaults. N images, D features of the default backbone, H heads, K clusters, n = min(N,
+`sample.max_images`) images that are trained on, B pairs per step, P parameters of all heads.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from icce_ray.classifier.outliers import MAX_DIRECTIONS
+from icce_ray.classifier.self_training import MAX_STEPS
+from icce_ray.config import BackboneConfig, ClassifierConfig, ConsensusConfig, HeadsConfig, SampleConfig
+from icce_ray.consensus.consensus_memory import coordinator_bytes
+from icce_ray.neighbors.search_memory import needed_bytes, shard_bytes, worker_bytes
+from icce_ray.runtime.progress import format_bytes
+
+NUM_CLUSTERS = 1000
+"""K for a large collection."""
+BATCH_PAIRS = 1024
+"""B: `heads.batch_size: auto` for large collections."""
+BACKBONE = "vit_large_patch14_dinov2.lvd142m"
+DEPTH, WIDTH, NUM_TOKENS = 24, 1024, 257
+"""The backbone's layers, width and tokens at 224 pixels: 16 x 16 patches and the class token."""
+DIM = 2 * WIDTH
+"""D: the class token and the mean of the patches."""
+MEAN_NEIGHBORS = 200
+URI_BYTES = 60
+
+
+@dataclass(frozen=True)
+class Rate:
+    """A rate that times are computed from."""
+
+    value: float
+    unit: str
+    kind: Literal["measured", "data sheet", "assumed"]
+    """`measured` in this repository: the source names the result."""
+    source: str
+
+
+RATES = {
+    "job": Rate(
+        513.1,
+        "images/s per CPU: listing, reading, hashing, embedding by `pixels`, writing",
+        "measured",
+        "`embed-memory`, 2026-11-21-embed-storage.txt: the larger run has 18,000 images of 64 pixels more, 2 CPUs",
+    ),
+    "consensus": Rate(
+        780338.0,
+        "labels/s: images times heads",
+        "measured",
+        "`consensus`, 2026-11-21-consensus.txt: 2 CPUs, shared with other work; used for any number of CPUs",
+    ),
+    "decode": Rate(125.0, "photos/s per CPU", "assumed", "8 ms to decode and resize a JPEG of some hundred kB"),
+    "image": Rate(1e5, "bytes per image", "assumed", ""),
+    "gpu": Rate(989e12, "FLOP/s in bfloat16", "data sheet", "H100 SXM, without sparsity"),
+    "gpu_share": Rate(0.4, "of that", "assumed", "of products on GPUs that were not measured"),
+    "heads_share": Rate(
+        0.237,
+        "of `gpu`: products of a training step, without the update",
+        "measured",
+        "`heads`, 2026-11-27-gpu.txt: one H200, every head sees all dimensions",
+    ),
+    "search_share": Rate(
+        0.164,
+        "of `gpu`: products of the search",
+        "measured",
+        "`neighbors-gpu`, 2026-11-27-gpu.txt: one H200 and 16 CPUs, 1,024 dimensions, merge included",
+    ),
+    "gpu_memory": Rate(3.35e12, "bytes/s", "data sheet", "H100 SXM"),
+    "link": Rate(450e9, "bytes/s between GPUs, each way", "data sheet", "NVLink 4"),
+    "cpu": Rate(48e9, "FLOP/s in float32 per CPU", "data sheet", "AVX2: 3 GHz x 2 x 16 FLOP, two CPUs per core"),
+    "cpu_share": Rate(0.5, "of that", "assumed", "of all products on CPUs"),
+    "network": Rate(12.5e9, "bytes/s per machine", "data sheet", "100 Gbit/s"),
+    "network_share": Rate(0.5, "of that", "assumed", ""),
+    "list": Rate(1e4, "objects/s", "assumed", "sequential, pages of 1,000 in 0.1 s"),
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The machines that a config and a manifest under deploy/ describe."""
+
+    config: str
+    manifest: str
+    max_images: int
+    """The largest collection it is meant for."""
+    machines: str
+    num_machines: int
+    gpus: int
+    cpus: int
+    """CPUs of all machines but the head."""
+    embed_cpus: int
+    """CPUs of the embedding workers; the others read and decode."""
+    search_gpus: int
+    """GPUs that search neighbours; 0 if CPUs do."""
+    search_workers: int
+    search_machines: int
+    search_cpus: int
+    assign_cpus: int
+
+
+PLANS = (
+    Plan(
+        "one-gpu.yaml", "kubernetes/rayjob-gpu.yaml", 2_000_000, "1 with 1 GPU",
+        num_machines=1, gpus=1, cpus=16, embed_cpus=2,
+        search_gpus=1, search_workers=1, search_machines=1, search_cpus=8, assign_cpus=12,
+    ),
+    Plan(
+        "eight-gpus.yaml", "aws/cluster.yaml", 30_000_000, "1 with 8 GPUs",
+        num_machines=1, gpus=8, cpus=192, embed_cpus=16,
+        search_gpus=8, search_workers=8, search_machines=1, search_cpus=128, assign_cpus=160,
+    ),
+    Plan(
+        "sixty-four-gpus.yaml", "kubernetes/raycluster-autoscaling.yaml", 1_000_000_000,
+        "8 with 8 GPUs, 64 that decode, 4 with much memory",
+        num_machines=76, gpus=64, cpus=2208, embed_cpus=128,
+        search_gpus=0, search_workers=4, search_machines=4, search_cpus=440, assign_cpus=512,
+    ),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Size:
+    """Seconds and bytes for N images."""
+
+    num_images: int
+    plan: Plan
+    seconds: dict[str, float]
+    """By stage; the images are listed as single objects."""
+    embed_bound: str
+    """The bottleneck of the embedding: CPUs, GPUs or network."""
+    storage_bytes: dict[str, int]
+    memory_bytes: dict[str, int]
+
+
+def size(num_images: int) -> Size:
+    """The machines for `num_images`, and what they need."""
+    plan = next((plan for plan in PLANS if num_images <= plan.max_images), PLANS[-1])
+    trained = min(num_images, SampleConfig().max_images or num_images)
+    embed = embed_seconds(num_images, plan)
+    bound = max(embed, key=lambda name: embed[name])
+    return Size(
+        num_images,
+        plan,
+        {
+            "images": num_images / _rate("list"),
+            "embed": embed[bound],
+            "neighbors": neighbors_seconds(trained, plan),
+            "method": heads_seconds(trained),
+            "consensus": trained * HeadsConfig().num_heads / _rate("consensus"),
+            "classifier": classifier_seconds(),
+            "assign": assign_seconds(num_images, plan),
+        },
+        bound,
+        storage_bytes(num_images, trained),
+        memory_bytes(trained, plan),
+    )
+
+
+def backbone_flop() -> float:
+    """FLOP to embed an image: ``depth (24 w^2 T + 4 T^2 w)``, with width w and T tokens."""
+    assert BackboneConfig().backbone == BACKBONE
+    return DEPTH * (24.0 * WIDTH**2 * NUM_TOKENS + 4.0 * NUM_TOKENS**2 * WIDTH)
+
+
+def embed_seconds(num_images: int, plan: Plan) -> dict[str, float]:
+    """Seconds of CPUs, GPUs and network, which work at the same time: the longest counts."""
+    cpu_s = 1 / _rate("job") + 1 / _rate("decode")
+    return {
+        "CPUs": num_images * cpu_s / (plan.cpus - plan.embed_cpus),
+        "GPUs": num_images * backbone_flop() / (plan.gpus * _gpu()),
+        "network": num_images * _rate("image") / (plan.num_machines * _network()),
+    }
+
+
+def neighbors_seconds(trained: int, plan: Plan) -> float:
+    """Upper bound, all pairs: ``2 n^2 D`` FLOP. The audit is not counted."""
+    flop = 2.0 * trained**2 * DIM
+    return flop / (plan.search_gpus * _rate("gpu") * _rate("search_share") or plan.search_cpus * _cpu())
+
+
+def head_parameters() -> int:
+    """P = H (S M + M p + p K), with S input dimensions per head and widths M and p."""
+    heads = HeadsConfig()
+    hidden, bottleneck = heads.hidden_dim, heads.bottleneck_dim
+    return heads.num_heads * (heads.num_inputs(DIM) * hidden + hidden * bottleneck + bottleneck * NUM_CLUSTERS)
+
+
+def flop_per_pair() -> float:
+    """``4 H (3 S M + 4 (M p + p K))``: two views, each forward through the teacher, and forward and backward through
+    the student; the features themselves get no gradient."""
+    heads = HeadsConfig()
+    first = heads.num_inputs(DIM) * heads.hidden_dim * heads.num_heads
+    return 4.0 * (3 * first + 4 * (head_parameters() - first))
+
+
+def step_seconds(num_gpus: int = 1) -> float:
+    """A training step: the products, then 40 P bytes read and written (student, teacher, gradient, two moments), then
+    the gradient's exchange between GPUs."""
+    products = BATCH_PAIRS * flop_per_pair() / (num_gpus * _rate("gpu") * _rate("heads_share"))
+    update = 2 * 20.0 * head_parameters() / _rate("gpu_memory")
+    exchange = 2 * (num_gpus - 1) / num_gpus * 4.0 * head_parameters() / _rate("link")
+    return products + update + exchange
+
+
+def heads_seconds(trained: int) -> float:
+    """``epochs n / B`` steps on one GPU."""
+    return HeadsConfig().num_epochs * math.ceil(trained / BATCH_PAIRS) * step_seconds()
+
+
+def classifier_seconds() -> float:
+    """On one GPU: ``4 g b D K`` FLOP per step for g learning rates and b images, and 24 g D K bytes of weights,
+    gradients and momentum, read and written."""
+    config = ClassifierConfig()
+    weights = len(config.learning_rates) * DIM * NUM_CLUSTERS
+    step = 4.0 * config.batch_size * weights / _gpu() + 24.0 * weights / _rate("gpu_memory")
+    return MAX_STEPS * step
+
+
+def assign_seconds(num_images: int, plan: Plan) -> float:
+    """``2 N D (K + r)`` FLOP on CPUs for r directions of the outlier score, or the transfer of 2 N D bytes, whichever
+    takes longer."""
+    flop = 2.0 * num_images * DIM * (NUM_CLUSTERS + MAX_DIRECTIONS)
+    return max(flop / (plan.assign_cpus * _cpu()), 2.0 * num_images * DIM / (plan.num_machines * _network()))
+
+
+def storage_bytes(num_images: int, trained: int) -> dict[str, int]:
+    """Before compression. An embedding is D float16 values with its id and hash."""
+    row = 2 * DIM + 8 + 64
+    sample = trained * row if trained < num_images else 0
+    return {
+        "listing": num_images * (8 + URI_BYTES + 8 + 32),
+        "embeddings": num_images * row + sample,
+        "graph, at most": trained * (4 * 1000 + 8),
+        "labels of heads": 4 * HeadsConfig().num_heads * trained,
+        "assignments": num_images * (8 + URI_BYTES + 4 + 4 + 4 + 4 + 1 + 1),
+    }
+
+
+def memory_bytes(trained: int, plan: Plan) -> dict[str, int]:
+    """What the stages check before they start, by their own functions where these need no machine, and the features on
+    each disk."""
+    here = plan.search_workers // plan.search_machines
+    heads = HeadsConfig()
+    head_clusters = np.full(heads.num_heads, NUM_CLUSTERS)
+    figures = {
+        "neighbors, a machine": needed_bytes(
+            shard_bytes(trained, DIM), worker_bytes(DIM, MEAN_NEIGHBORS), here, plan.search_workers
+        ),
+        "neighbors, a GPU": 6 * trained * DIM // plan.search_gpus if plan.search_gpus else 0,
+        "method, the GPU": 4 * trained * DIM + 8 * heads.num_heads * trained + 20 * head_parameters(),
+        "consensus, the head": coordinator_bytes(trained, head_clusters, NUM_CLUSTERS, ConsensusConfig().methods),
+        "features on disk": 2 * trained * DIM,
+    }
+    return {name: value for name, value in figures.items() if value}
+
+
+def _rate(name: str) -> float:
+    return RATES[name].value
+
+
+def _gpu() -> float:
+    return _rate("gpu") * _rate("gpu_share")
+
+
+def _cpu() -> float:
+    return _rate("cpu") * _rate("cpu_share")
+
+
+def _network() -> float:
+    return _rate("network") * _rate("network_share")
+
+
+def _about(seconds: float) -> str:
+    """Two digits: the rates are no better."""
+    for unit, length in (("h", 3600), ("min", 60), ("s", 1)):
+        if seconds >= 2 * length or unit == "s":
+            break
+    value = seconds / length
+    return f"{float(f'{value:.2g}'):g} {unit}"
+
+
+def _number(value: float) -> str:
+    for exponent in (12, 9):
+        if value >= 10**exponent:
+            return f"{value / 10**exponent:g}e{exponent}"
+    return f"{value:,.0f}" if value >= 1000 else f"{value:g}"
+
+
+def _size(num_bytes: float) -> str:
+    return format_bytes(num_bytes, digits=2)
+
+
+PAGE_IMAGES = {"1M": 10**6, "10M": 10**7, "100M": 10**8, "1B": 10**9}
+PAGE = """\
+# How much to start
+
+What to start for 1 million to 1 billion images with the default settings: DINOv2 ViT-L/14 at 224 pixels (D = 2048), 50
+heads, 1,000 clusters, 50 epochs, at most 2 million images to train on (`sample.max_images`).
+
+**None of this has been run at these sizes.** The work is counted by the formulas below. The rates are listed at the
+end, each with its source: four were measured in this repository, two of them on two shared CPUs and two on one H200
+GPU; the others come from data sheets or are assumed. Take the times as orders of magnitude. `icce-ray estimate
+run.yaml` embeds a sample on your own machines and tells you images/s, time, storage and memory. On a GPU,
+`benchmarks/run.py embed`, `heads` and `neighbors-scale` measure the rates that are assumed here.
+
+`python benchmarks/sizing.py` prints this page.
+
+{start}
+
+All machines with GPUs have H100s. The configs and manifests are in [`deploy`](../deploy).
+
+## Time
+
+N images, of which n = min(N, 2 million) are trained on; H heads, K clusters, B = 1024 pairs per step. A name in `code`
+is a rate.
+
+| stage | counted work | divided by |
+| --- | --- | --- |
+| images | N objects listed | `list` |
+| embed, GPUs | N x depth x (24 w² T + 4 T² w) FLOP, with w = 1024, T = 257, depth 24 | GPUs x `gpu` x `gpu_share` |
+| embed, CPUs | N x (1 / `job` + 1 / `decode`) seconds | CPUs not held by embedding workers |
+| embed, network | N x `image` bytes | machines x `network` x `network_share` |
+| neighbors | at most 2 n² D FLOP: all pairs | GPUs that search x `gpu` x `search_share`, or CPUs |
+| method | epochs x n / B steps of B x 4 H (3 S M + 4 (M p + p K)) FLOP and 40 P bytes | one GPU x `heads_share`, `gpu_memory` |
+| consensus | H n labels | `consensus` |
+| classifier | 12,500 steps of 4 g b D K FLOP and 24 g D K bytes, with g = 13 rates and b = 128 images | one GPU |
+| assign | 2 N D (K + 128) FLOP, or 2 N D bytes if they take longer | CPUs, or the network |
+
+S = D / 2 is the number of input dimensions per head, M = 512 and p = 256 are a head's widths, and P = H (S M + M p +
+p K) is the number of parameters of all heads. The three parts of `embed` work at the same time, so the longest counts.
+
+{times}
+
+Consequences:
+
+- **A billion single objects take a day to list.** One process lists them page by page. Put images into tar shards of
+  about ten thousand each: this needs a ten-thousandth of the requests, and files are read sequentially. 64 GPUs take
+  150,000 images per second, while S3 answers about 5,500 requests per second for each prefix. Reading the shards'
+  tables of contents is not counted here.
+- **Decoding needs about 25 CPUs for each H100.** Machines with fewer CPUs wait for them, hence the machines that only
+  decode.
+- **Training takes the same time from 2 million images on**, and one GPU is enough. With more GPUs, at 1,024 pairs per
+  step, most of the time is spent waiting for each other:
+
+{gpus}
+
+- **The config for 64 GPUs searches on CPUs**, so that the GPUs can be released in the meantime. With
+  `resources.neighbors: {{num_workers: 8, gpus_per_worker: 1, cpus_per_worker: 16}}` the search takes a quarter of a
+  minute instead.
+- Not counted: starting machines, Ray's own work for each part, the audit of the neighbours, the report.
+
+## Storage
+
+Before compression, with URIs of 60 characters. An embedding takes 2 D bytes and 72 for its id and hash. Above 2 million
+images the sample is stored a second time. The graph has at most 1,000 neighbours of 4 bytes for each image that is
+trained on.
+
+{storage}
+
+The images themselves take N x `image` bytes.
+
+## Memory
+
+The sums that the stages check before they start.
+
+{memory}
+
+- **neighbors**: 4 (D + 1) n x 13/12 bytes divided among the workers, and the buffers of each worker; on GPUs 6 D n
+  divided among the GPUs. Four machines with 1,000 GiB hold about 400 million images: that is what they are for, when
+  `sample.max_images` is raised.
+- **method**: 4 D n bytes of features, if that is at most half of the GPU's free memory, else they are read from disk;
+  8 H n bytes of labels; 20 P bytes of parameters, gradients and moments. A step needs some GB on top, which is checked
+  before training starts.
+- **embed** holds a few parts for any N: the whole job peaked at 1.5 GB with 2,000 and with 20,000 images
+  (**measured**, `embed-memory`). A GPU's batch size is found by trying.
+- **On disk**: each machine that trains or searches holds the features in one file (2 D n bytes, under `ICCE_CACHE`).
+  The index of contents is an SQLite file in one machine's temporary folder: about 100 bytes per image (counted from
+  its columns), so 100 GB for a billion; the driver keeps a second one. Whether a single index keeps up with 150,000
+  images per second has not been tried.
+
+## Rates
+
+{rates}
+
+The results named by file are in [`benchmarks/results`](../benchmarks/results).
+"""  # noqa: E501
+
+
+def page() -> str:
+    """docs/sizing.md."""
+    sizes = [size(num_images) for num_images in PAGE_IMAGES.values()]
+    start = [
+        ["start", *(found.plan.machines for found in sizes)],
+        ["config", *(f"`{found.plan.config}`" for found in sizes)],
+        ["GPUs", *(str(found.plan.gpus) for found in sizes)],
+        ["CPUs", *(f"{found.plan.cpus:,}" for found in sizes)],
+        ["time, all stages", *(_about(sum(found.seconds.values())) for found in sizes)],
+        ["without the listing", *(_about(sum(found.seconds.values()) - found.seconds["images"]) for found in sizes)],
+        ["storage", *(_size(sum(found.storage_bytes.values())) for found in sizes)],
+    ]
+    times = [[stage, *(_about(found.seconds[stage]) for found in sizes)] for stage in sizes[0].seconds]
+    times.append(["the embedding waits for", *(found.embed_bound for found in sizes)])
+    gpus = [1, 2, 4, 8]
+    steps = [["ms per step", *(f"{1000 * step_seconds(number):.1f}" for number in gpus)]]
+    rates = [
+        [f"`{name}`", f"{_number(rate.value)} {rate.unit}", _kind(rate), rate.source] for name, rate in RATES.items()
+    ]
+    return PAGE.format(
+        start=_markdown(["images", *PAGE_IMAGES], start),
+        times=_markdown(["stage", *PAGE_IMAGES], times),
+        gpus=_markdown(["GPUs that train", *map(str, gpus)], steps),
+        storage=_markdown(["artifact", *PAGE_IMAGES], _bytes_rows([found.storage_bytes for found in sizes])),
+        memory=_markdown(["memory or disk", *PAGE_IMAGES], _bytes_rows([found.memory_bytes for found in sizes])),
+        rates=_markdown(["", "rate", "", "source"], rates),
+    )
+
+
+def _kind(rate: Rate) -> str:
+    return "**measured**" if rate.kind == "measured" else rate.kind
+
+
+def _bytes_rows(columns: list[dict[str, int]]) -> list[list[str]]:
+    names = list(dict.fromkeys(name for column in columns for name in column))
+    return [[name, *(_size(column[name]) if name in column else "" for column in columns)] for name in names]
+
+
+def _markdown(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+if __name__ == "__main__":
+    print(page(), end="")
