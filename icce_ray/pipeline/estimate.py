@@ -1,4 +1,4 @@
-"""What a run will cost, told beforehand: a sample is embedded on the cluster that the run would use."""
+"""Estimate what a run will take, by embedding a sample of the images on the cluster that the run would use."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from icce_ray.config import Config
+from icce_ray.config import Config, EmbedConfig
 from icce_ray.embed.backbone_plan import check_backbones, plan_embedding
 from icce_ray.embed.decode_and_embed import decode_part
 from icce_ray.embed.embedding_parts import PartRange
@@ -22,7 +22,7 @@ from icce_ray.stage import StageContext
 from icce_ray.store import Artifact, ArtifactWriter, Folder
 
 MAX_DECODED = 64
-"""Images of the sample that are read and decoded here, to time that by itself."""
+"""Images of the sample that are read and decoded here, to time only that."""
 
 
 @dataclass(frozen=True)
@@ -36,20 +36,20 @@ class Estimate:
     gpus: float
     images_per_s: float
     startup_s: float
-    """Until the workers had their model."""
+    """Seconds until the workers have their model."""
     embed_s: float
     embeddings_bytes: int
-    """On storage."""
+    """Size on storage."""
     matrix_bytes: int
-    """The features as one matrix: on the disk of each machine that trains, and in memory in each worker that searches
-    neighbours."""
+    """Size of the features as one matrix: on the disk of each machine that trains, and in the memory of the workers
+    that search neighbours."""
     graph_bytes: int
-    """The neighbour lists, at most."""
+    """Upper bound of the size of the neighbour lists."""
     labels_bytes: int
-    """The heads' labels, which the consensus works on."""
+    """Size of the label matrix, which the consensus works on."""
 
     def lines(self) -> list[str]:
-        """The estimate for people."""
+        """The estimate as text."""
         return [
             f"{self.num_images:,} images; {self.num_sampled:,} of them embedded, {self.sampled_errors:,} failed",
             f"cluster           {self.cpus:g} CPUs, {self.gpus:g} GPUs",
@@ -59,18 +59,18 @@ class Estimate:
             f"feature matrix    {format_bytes(self.matrix_bytes)} on each machine's disk, memory-mapped; the neighbour "
             "search holds it in memory",
             f"neighbour graph   at most {format_bytes(self.graph_bytes)}",
-            f"labels of heads   {format_bytes(self.labels_bytes)} for the consensus",
+            f"label matrix      {format_bytes(self.labels_bytes)} for the consensus",
         ]
 
 
 def estimate(config: Config, *, num_samples: int = 256, quiet: bool = False) -> Estimate:
-    """List the images (the run uses that listing), and embed a uniform sample of them; its embeddings are not kept.
+    """List the images, and embed a uniform sample of them. A later run uses the listing; the embeddings are not kept.
 
     Raises:
         UserError: as :func:`icce_ray.pipeline.run.run_pipeline`.
     """
     if config.embeddings.uri is not None:
-        raise ConfigError("embeddings.uri: there is nothing to embed, so nothing to estimate")
+        raise ConfigError("embeddings.uri: these embeddings are ready-made, so there is nothing to estimate")
     from icce_ray.embed.job import run
     from icce_ray.runtime.cluster_resources import available_cpus, available_gpus, check_resources
     from icce_ray.runtime.ray_cluster import connect
@@ -85,18 +85,18 @@ def estimate(config: Config, *, num_samples: int = 256, quiet: bool = False) -> 
     with tempfile.TemporaryDirectory(prefix="icce_ray-estimate-") as folder:
         images = _sample(listing, rows.tolist(), Folder.at(f"{folder}/images"))
         writer, clock = ArtifactWriter(Folder.at(f"{folder}/embed")), _Clock(quiet)
+        # An output of its own: embeddings that are found instead of made would make the sample look fast.
         embed = config.embed.model_copy(update={"max_error_rate": 1.0})
-        # Without the cache of earlier runs: it would make the sample look fast.
         sampled = config.model_copy(update={"embed": embed, "output": folder})
         metrics = run(sampled, StageContext(writer, {"images": images}, clock))
         stored = sum(part.num_bytes for name, part in writer.parts.items() if name.startswith("part-"))
     good, num_images = max(1, metrics["num_images"]), len(listing)
     startup_s, embedded_per_s = clock.figures()
-    decode_s = _decode_s(config, listing, rows[:MAX_DECODED].tolist())
-    # The sample was decoded while the workers started, so their rate is that of embedding alone.
+    decode_s = _decode_s(config.embed, listing, rows[:MAX_DECODED].tolist())
+    # The sample was decoded while the workers started, so their rate is the rate of embedding alone.
     if config.resources.embed.gpus_per_worker:
         images_per_s = min(embedded_per_s, available_cpus() / decode_s)
-    else:  # both take the same CPUs
+    else:  # both use the same CPUs
         images_per_s = 1 / (1 / embedded_per_s + decode_s / available_cpus())
     max_neighbors = config.neighbors.max_neighbors or num_images
     return Estimate(
@@ -115,21 +115,17 @@ def estimate(config: Config, *, num_samples: int = 256, quiet: bool = False) -> 
     )
 
 
-def _decode_s(config: Config, listing: Listing, rows: list[int]) -> float:
-    """CPU seconds, or seconds of waiting for storage, to read and decode an image."""
+def _decode_s(embed: EmbedConfig, listing: Listing, rows: list[int]) -> float:
+    """Seconds to read and decode an image: CPU time, or waiting for storage."""
     images = [listing.rows(row, row + 1)[0] for row in rows]
+    part, preprocessing = PartRange(0, 0, len(images)), plan_embedding(embed).preprocessing
     began = time.monotonic()
-    decode_part(
-        PartRange(0, 0, len(images)),
-        images,
-        plan_embedding(config.embed).preprocessing,
-        max_pixels=config.embed.max_image_pixels,
-    )
+    decode_part(part, images, preprocessing, max_pixels=embed.max_image_pixels)
     return (time.monotonic() - began) / len(images)
 
 
 def _sample(listing: Listing, rows: list[int], folder: Folder) -> Artifact:
-    """A listing of some rows of another, numbered from 0."""
+    """A listing of some rows of another listing, numbered from 0."""
     import pyarrow as pa
 
     table = pa.concat_tables([listing.table(row, row + 1) for row in rows])
@@ -140,7 +136,7 @@ def _sample(listing: Listing, rows: list[int], folder: Folder) -> Artifact:
 
 
 class _Clock(Progress):
-    """Notes when how many images were done."""
+    """Records how many images were done at which time."""
 
     def __init__(self, quiet: bool) -> None:
         super().__init__("estimate", quiet=quiet)
@@ -152,9 +148,9 @@ class _Clock(Progress):
         self.seen.append((time.monotonic(), done))
 
     def figures(self) -> tuple[float, float]:
-        """(seconds until the first part, images per second from then on)."""
+        """Seconds until the workers had started, and images per second from then on."""
         (first, done_first), (last, done_last) = self.seen[0], self.seen[-1]
-        if done_last == done_first or last <= first:  # a single part: start-up and work cannot be told apart
+        if done_last == done_first or last <= first:  # a single part: start-up and work cannot be separated
             return 0.0, done_last / max(last - self.began, 1e-9)
         rate = (done_last - done_first) / (last - first)
         return max(0.0, first - self.began - done_first / rate), rate
