@@ -1,8 +1,8 @@
-"""The one benchmark runner: ``python benchmarks/run.py CASE [--set key=value ...]``.
+"""Run a benchmark case: ``python benchmarks/run.py CASE [--set key=value ...]``.
 
-Prints a table as it goes; the last line on standard output is one JSON object with the case, its settings, figures,
-bounds and the machine. Exit code 1 when a bound fails. Ratios measured side by side in one run can be believed:
-absolute seconds belong to the machine and what else it was doing.
+It prints a table as it goes. The last line of standard output is one JSON object with the case, its settings, figures,
+bounds and the machine. The exit code is 1 if a bound fails. Trust ratios that were measured side by side in one run:
+absolute seconds depend on the machine and on what else it was doing.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 CASES = {
     "accuracy": "ICCE's consensus against TEMI and k-means, real features, several seeds",
     "assign": "rows/s of `icce-ray assign --embeddings` against a bare torch matmul over the same Parquet",
-    "cluster-count": "the number of clusters that `auto` chooses: planted 7, 20 and 60, and real features",
+    "cluster-count": "the number of clusters that `auto` chooses, for 7, 20 and 60 planted ones and for real features",
     "consensus": "the consensus at ImageNet's size and a tenth of it: seconds, memory, NMI to planted labels",
-    "consensus-scale": "the growth of the consensus's time from N to 4N images",
-    "defaults": "the trainer's settings one at a time around their defaults, and the ablation, on real features",
+    "consensus-scale": "how the time of the consensus grows from N to 4N images",
+    "defaults": "the trainer's settings varied one at a time around their defaults, and the ablation, on real features",
     "demo": "the demo: seconds by stage, and its accuracy against k-means, Ward and spectral clustering",
     "embed": "the embed stage against a plain PyTorch loop over the same files; on a GPU, a ViT-L against its peak",
-    "embed-faults": "embedding from an S3 server with faults against the same without",
+    "embed-faults": "embedding from an S3 server with and without faults",
     "embed-memory": "peak memory of the whole embedding job, driver and Ray included, at 2,000 and at 20,000 images",
-    "heads": "the trainer against a plain loop over heads in float32",
+    "heads": "the trainer against a plain PyTorch loop over heads",
     "neighbors": "the neighbors stage on two shards against faiss's own knn with two threads",
     "neighbors-gpu": "the exact graph of 1.28 million images on a GPU: seconds by step, equality with FAISS",
     "neighbors-scale": "counted operations, bytes and predicted time of the graph for 10M to 1B images",
     "small-run": "CPU seconds of a run over 40 images, all processes together; `other`: a checkout to compare with",
-    "sweep-metrics": "how well metrics without labels rank the trials of a sweep by ACC; the pooled heads of the best",
+    "sweep-metrics": "how well metrics without labels rank a sweep's trials by ACC, and the consensus of the best",
     "thresholds": "neighbour precision and accuracy at the automatic threshold against fixed ones",
 }
 
@@ -71,7 +71,7 @@ def main() -> int:
 
 
 def environment() -> dict[str, Any]:
-    """The machine and the libraries that figures belong to."""
+    """The machine and the versions of the libraries."""
     import os
 
     import numpy

@@ -1,7 +1,7 @@
 """ICCE's consensus against TEMI and k-means on the same features, in the same run.
 
-TEMI is given the same heads, epochs, batches and learning rate; only its tricks differ. k-means is scikit-learn's, ten
-starts, on L2-normalised features.
+TEMI gets the same number of heads, epochs, batch size and learning rate. K-means is scikit-learn's with ten starts, on
+L2-normalised features.
 """
 
 from __future__ import annotations

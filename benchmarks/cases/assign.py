@@ -1,9 +1,9 @@
-"""``icce-ray assign --embeddings`` against a bare torch matmul over the same Parquet, at ImageNet's size.
+"""``icce-ray assign --embeddings`` against a bare torch matmul over the same Parquet files, at ImageNet's size.
 
-The bare loop reads every file in batches, casts them to float32 and multiplies them by a D x K matrix on all cores. The
-command does that and everything else: calibrated confidence, second choice, outlier score, exemplars, drift, checksums
-and the Parquet parts. Both sides read the same file under several names, which is as good as several files: it is in
-the page cache from the first reading on.
+The bare loop reads each file in batches, casts them to float32 and multiplies them by a D x K matrix on all cores. The
+command does this and everything else: calibrated confidence, second choice, outlier score, exemplars, drift, checksums
+and the Parquet parts. Both read the same file under several names, which costs as much as several files: after the
+first reading, files are in the page cache.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def run(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, bool]]:
 
 
 def bare_matmul(files: list[Path], weights_DK: torch.Tensor) -> int:
-    """Rows read, each multiplied by the weights; the most probable cluster is looked up, nothing is kept."""
+    """Read all rows, multiply them by the weights and take the most probable cluster. Returns the number of rows."""
     num_rows = 0
     torch.set_num_threads(usable_cpus())
     with torch.inference_mode():
@@ -102,7 +102,7 @@ def write_embeddings(folder: Path, settings: dict[str, Any]) -> list[Path]:
 
 
 def random_classifier(dim: int, num_clusters: int) -> LinearClassifier:
-    """As large as one that was trained, and as much work."""
+    """A classifier of the size of a trained one, which takes as much work."""
     rng = np.random.default_rng(1)
     num_directions = 128
     directions, _ = np.linalg.qr(rng.normal(size=(dim, num_directions)))

@@ -1,8 +1,8 @@
-"""The consensus at ImageNet's size and at a tenth of it, planted labels with noise.
+"""The consensus at ImageNet's size and at a tenth of it, for planted labels with noise.
 
-The stage runs on Ray with as many CPUs as there are here (two on the reference machine), and the same matrix goes
-through `cluster_ensemble` in one process: the labels must be equal. Memory is that of all processes, shared pages
-counted once (PSS); what the stage itself states it needs comes on top of an idle Ray's.
+The stage runs on Ray with all CPUs of the machine (two on the reference machine), and `cluster_ensemble` gets the same
+matrix in one process: the labels must be equal. Memory is that of all processes, shared pages counted once (PSS). The
+memory that the stage says it needs is compared with what it uses beyond an idle Ray.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from cases.planted import planted_heads
+from cases.process_memory import tree_bytes
 from icce_ray.config import Config, ConsensusConfig
 from icce_ray.consensus.consensus_memory import coordinator_bytes, worker_bytes
 from icce_ray.consensus.ensemble import cluster_ensemble
@@ -84,7 +85,7 @@ def run(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, bool]]:
 
 
 def run_stage(heads_HN: Any, num_clusters: int) -> tuple[dict[str, Any], Any]:
-    """Seconds and bytes of the stage on Ray; and its labels."""
+    """Seconds and bytes of the stage on Ray, and its labels."""
     import ray
 
     from icce_ray.consensus import job
@@ -99,12 +100,12 @@ def run_stage(heads_HN: Any, num_clusters: int) -> tuple[dict[str, Any], Any]:
         config = Config(output=folder, num_clusters=num_clusters, embeddings={"uri": "unused.npy"})
         connect(config.resources)
         output = ArtifactWriter(Folder.at(Path(folder) / "consensus"))
-        before, peak, finished = used_bytes(), 0, threading.Event()
+        before, peak, finished = tree_bytes(os.getpid()), 0, threading.Event()
 
         def watch() -> None:
             nonlocal peak
             while not finished.wait(SAMPLE_INTERVAL_S):
-                peak = max(peak, used_bytes())
+                peak = max(peak, tree_bytes(os.getpid()))
 
         watcher = threading.Thread(target=watch, daemon=True)
         watcher.start()
@@ -119,26 +120,3 @@ def run_stage(heads_HN: Any, num_clusters: int) -> tuple[dict[str, Any], Any]:
     stated = coordinator_bytes(num_images, num_clusters_H, num_clusters, ConsensusConfig().methods)
     stated += len(os.sched_getaffinity(0)) * worker_bytes(num_images, num_clusters_H, num_clusters)
     return {"seconds": seconds, "bytes": peak, "idle_bytes": before, "stated_bytes": stated}, labels_N
-
-
-def used_bytes() -> int:
-    """Memory of this process and all below it, pages that several share counted once."""
-    parents = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-            except (OSError, IndexError):
-                continue
-    total = 0
-    for process in parents:
-        above = process
-        while above in parents and above != os.getpid():
-            above = parents[above]
-        if above == os.getpid():
-            try:
-                lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
-                total += 1024 * next(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
-            except (OSError, StopIteration):
-                continue
-    return total

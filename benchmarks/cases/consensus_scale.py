@@ -1,4 +1,4 @@
-"""How the time of a consensus grows with the images: four times the images in at most 4.4 times the time."""
+"""How the time of a consensus grows with the number of images: four times the images in at most 4.4 times the time."""
 
 from __future__ import annotations
 

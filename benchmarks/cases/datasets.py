@@ -1,4 +1,4 @@
-"""Real feature sets with labels: scikit-learn's digits, and those in a folder outside the project (ICCE_TEST_DATA)."""
+"""Real feature sets with labels: scikit-learn's digits, and those of a folder elsewhere (ICCE_TEST_DATA)."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ NAMES = ("digits", *FILES)
 
 
 def data_folder() -> Path:
-    """ICCE_TEST_DATA, else ``shared/data`` beside the project."""
+    """ICCE_TEST_DATA, else ``shared/data`` beside the repository."""
     given = os.environ.get("ICCE_TEST_DATA")
     return Path(given) if given else Path(__file__).resolve().parents[3] / "shared" / "data"
 
 
 def load(name: str) -> tuple[Floats, Labels] | None:
-    """(features (N, D) float16, labels (N,)), or None where the files are not there."""
+    """Features (N, D) float16 and labels (N,), or None if the files do not exist."""
     if name == "digits":
         from sklearn.datasets import load_digits
 
         digits = load_digits()
-        # As the demo's PNG files give them: 8 bits a pixel, then 0 to 1.
+        # As read from the demo's PNG files: 8 bits per pixel, scaled to 0..1.
         return (np.round(digits.data * (255 / 16)) / 255).astype(np.float16), digits.target.astype(np.int64)
     features, labels = (data_folder() / file for file in FILES[name])
     if not features.exists() or not labels.exists():

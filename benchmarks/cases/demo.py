@@ -1,7 +1,7 @@
-"""The demo as a user meets it: seconds by stage, and its accuracy against scikit-learn's on the same pixels.
+"""The demo as a user runs it: seconds by stage, and its accuracy against scikit-learn's methods on the same pixels.
 
-Each seed is a whole run of the job (Ray Data, FAISS, Ray Train, consensus, classifier, assignment, report) on the
-folder of digits; images are embedded once, as for any user who changes the seed.
+Each seed is a whole run of the job on the folder of digits. The images are embedded once, as for any user who changes
+the seed.
 """
 
 from __future__ import annotations

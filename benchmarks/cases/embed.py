@@ -1,12 +1,12 @@
 """The embed stage against a plain PyTorch loop over the same files: same model, threads, batch size and precision.
 
-Each run is a process of its own, timed from its start until its result is on disk: imports, the building of the model,
-reading, decoding, embedding, writing; for the stage also Ray's start, listing, hashing, Parquet and manifests. What
-that costs besides the images is measured with a handful of them. Rates are of the images beyond those; the stage's
-fixed overhead is what its handful takes longer than the loop's. Two things are shown by themselves: the first run on a
-machine, which has to find out what the network is like, and ending Ray, which a run does once, after its last stage.
+Each run is its own process, timed from its start until its result is on disk: imports, building the model, reading,
+decoding, embedding and writing, and for the stage also Ray's start, listing, hashing, Parquet and manifests. A run over
+a few images measures the fixed costs; rates are those of the images beyond these. The stage's fixed overhead is how
+much longer than the loop it takes for the few images. Two costs are shown separately: the first run on a machine, which
+has to inspect the network, and stopping Ray, which a run does once, after its last stage.
 
-On a GPU, where there is one, the network runs alone instead, against the matmul peak measured beside it.
+On a machine with a GPU, the network runs alone instead, against the matmul peak that is measured beside it.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def run(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, bool]]:
 
 
 def write_photos(folder: Path, count: int) -> None:
-    """JPEGs of a photo's size and weight: 500 x 375 pixels, some 50 kB."""
+    """JPEGs as large as photos: 500 x 375 pixels, about 50 kB."""
     folder.mkdir()
     generator = np.random.default_rng(0)
     for number in range(count):
@@ -98,7 +98,7 @@ def write_photos(folder: Path, count: int) -> None:
 
 
 def _measured(kind: str, folder: str, settings: dict[str, Any]) -> tuple[float, float]:
-    """Seconds of one run in a process of its own: until its result is on disk, and until its end."""
+    """Seconds of one run in its own process: until its result is on disk, and until its end."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     started = time.time()
     command = [sys.executable, __file__, kind, folder, json.dumps(settings)]
@@ -168,7 +168,7 @@ def _plain(folder: str, settings: dict[str, Any]) -> None:
 
 def _run_on_gpu() -> tuple[dict[str, Any], dict[str, bool]]:
     """DINOv2's ViT-L/14 at 224 pixels in bfloat16: images/s of the network alone by batch size, plain and compiled, and
-    from pixels in memory to features in memory at the batch size that the stage would find."""
+    images/s from pixels to features in memory at the batch size that the stage would choose."""
     import timm
     import torch
 

@@ -1,8 +1,8 @@
-"""The embedding stage on an S3 server over HTTP, undisturbed and behind a proxy that fails: seconds, side by side.
+"""Seconds of the embedding stage on an S3 server over HTTP, with and without faults, side by side.
 
-The server and the proxy are those of the tests (moto is needed: the `test` extra). One read in ten is answered with
-503, one in a hundred never, one in fifty is cut off, one in fifty is short with a length to match; one object always
-fails.
+The server and the faulty proxy are those of the tests, which need moto (the `test` extra). One read in ten is answered
+with 503, one in a hundred never; one in fifty is cut off, and one in fifty is too short with a matching length. One
+object always fails.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def run(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, bool]]:
             for kind in seconds:
                 shares = (0.1, 0.01, 0.02, 0.02) if kind == "faults" else ()
                 failing = "/all/000007.png" if kind == "faults" else ""
-                # Behind the proxy both times: what it costs itself is not the faults'.
+                # Behind the proxy in both cases, since the proxy costs time, too.
                 with faulty_proxy(endpoint, Faults("/photos/all/", *shares, always_failing=failing)) as url:
                     took, errors[kind] = _embed(url, f"s3://results/{kind}-{repeat}")
                 seconds[kind].append(took)
@@ -47,7 +47,7 @@ def run(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, bool]]:
     ratio = float(np.median(seconds["faults"]) / np.median(seconds["undisturbed"]))
     bounds = {
         f"with faults below {settings['max_ratio']:g} times the undisturbed seconds": ratio < settings["max_ratio"],
-        "all images but the bad one are embedded": errors == {"undisturbed": 0, "faults": 1},
+        "all images but the one that always fails are embedded": errors == {"undisturbed": 0, "faults": 1},
     }
     return {"seconds": seconds, "ratio": ratio, "errors": errors}, bounds
 

@@ -1,13 +1,12 @@
-"""Memory of the whole embedding job (driver, Ray's own processes, workers) at a small and at ten times as many images.
+"""Memory of the whole embedding job (driver, Ray's own processes, workers) for few images and for ten times as many.
 
-Summed is the proportional set size of the process tree: a page that several processes share, such as of Ray's object
-store, counts once. The images and results lie on the local disk, whose cache belongs to no process.
+It is the proportional set size of the process tree: a page that several processes share, such as one of Ray's object
+store, counts once. Images and results are on the local disk, whose cache belongs to no process.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -17,6 +16,8 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+
+from cases.process_memory import tree_bytes
 
 SETTINGS: dict[str, Any] = {"num_images": [2000, 20_000], "image_size": 64, "max_ratio": 1.2, "repeats": 1}
 SAMPLE_S = 0.2
@@ -62,7 +63,7 @@ def write_images(folder: Path, count: int) -> None:
 
 
 def run_job(folder: Path, count: int, image_size: int, repeat: int) -> float:
-    """Peak of the job's memory in bytes."""
+    """Peak memory of the job in bytes."""
     config = folder / f"{count}-{repeat}.yaml"
     settings = {
         "images": {"uri": str(folder / str(count))},
@@ -79,25 +80,3 @@ def run_job(folder: Path, count: int, image_size: int, repeat: int) -> float:
             time.sleep(SAMPLE_S)
     assert job.returncode == 0
     return peak
-
-
-def tree_bytes(root: int) -> float:
-    """Proportional set size of a process and all below it."""
-    children: dict[int, list[int]] = {}
-    for entry in os.listdir("/proc"):
-        if entry.isdigit():
-            try:
-                parent = int(Path(f"/proc/{entry}/stat").read_text().rpartition(")")[2].split()[1])
-            except (OSError, IndexError):
-                continue
-            children.setdefault(parent, []).append(int(entry))
-    total, pending = 0.0, [root]
-    while pending:
-        pid = pending.pop()
-        pending += children.get(pid, [])
-        try:
-            lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-        except OSError:
-            continue
-        total += sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
-    return total

@@ -1,4 +1,4 @@
-"""The job as its user runs it: a process of its own."""
+"""The job as its users run it: in its own process."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 
 def run_job(folder: Path, *arguments: str) -> dict[str, Any]:
-    """Run it in `folder`; what it says with --json."""
+    """Run it in `folder`. Returns its JSON result."""
     command = [sys.executable, "-m", "icce_ray.run", *arguments, "--json"]
     done = subprocess.run(command, cwd=folder, stdout=subprocess.PIPE, text=True, check=True)
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])

@@ -1,4 +1,4 @@
-"""What a processor can do at most."""
+"""The peak of a processor."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 
 def matmul_peak(device: str, dtype: torch.dtype, size: int) -> float:
-    """FLOP/s of large square products, with all threads on a CPU: the best of several."""
+    """FLOP/s of large square matrix products, on a CPU with all threads: the best of several rounds."""
     a = torch.randn(size, size, device=device).to(dtype)
     best = 0.0
     for _ in range(5):

@@ -8,8 +8,8 @@ import numpy as np
 
 
 def planted_heads(num_images: int, num_heads: int, num_clusters: int, noise: float, seed: int = 0) -> tuple[Any, Any]:
-    """True labels (N,) and heads (H, N) int32: each names the clusters in its own order and gives a share `noise` of
-    the images a random one."""
+    """True labels (N,) and heads (H, N) int32. Each head permutes the clusters and gives a share `noise` of the images
+    a random one."""
     rng = np.random.default_rng(seed)
     labels_N = rng.integers(0, num_clusters, num_images, dtype=np.int32)
     heads_HN = np.empty((num_heads, num_images), dtype=np.int32)

@@ -1,9 +1,9 @@
-"""How well each metric without labels ranks the trials of a sweep by their true ACC, and what pooling brings.
+"""How well each metric without labels ranks the trials of a sweep by their true ACC, and what pooling gains.
 
-One sweep per feature set, over settings good and bad, each trial with every seed. The table shows Spearman's rank
-correlation of each metric (mean over seeds) with the ACC of the trial's consensus (mean over seeds). Then, seed by
-seed, the consensus of the heads of the best trials by each metric, against the best trial's own. `output` names a
-folder to keep everything in: a second call finds what is finished.
+There is one sweep per feature set, over good and bad settings, and each trial has every seed. The table shows
+Spearman's rank correlation of each metric (mean over seeds) with the ACC of the trial's consensus (mean over seeds).
+Then, for each seed, the consensus of the best trials by each metric is compared with that of the best trial alone. If
+`output` names a folder, everything is kept there, and a second call finds what is finished.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ SETTINGS: dict[str, Any] = {
     },
 }
 TOLERANCE = 0.05
-"""In rank correlation: ten trials tell no finer."""
+"""In rank correlation: ten trials cannot show smaller differences."""
 
 
 def run(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, bool]]:
@@ -83,7 +83,7 @@ def measure(
     default: str,
     folder: Path,
 ) -> dict[str, Any]:
-    """Rank correlations, and percent: ACC of the best trial and of the pool, by seed and over the seeds."""
+    """Rank correlations, and the ACC in percent of the best trial and of the pools, by seed and in the mean."""
     np.save(folder / "features.npy", features)
     np.save(folder / "labels.npy", labels)
     epochs = settings["num_epochs"]

@@ -1,8 +1,7 @@
-"""The automatic threshold against fixed ones: the share of neighbours with the image's label, and the consensus' ACC.
+"""The automatic threshold against fixed ones: the share of neighbours with the image's label, and the consensus's ACC.
 
-Labels are used to judge only. Fixed thresholds that put most images into every list are slow and useless; lists are cut
-at `max_neighbors` as always. Thresholds above which every list is the `min_neighbors` most similar give the same graph:
-it is trained on once.
+Labels are only used to score. With a low fixed threshold, lists hold most images and are cut at `max_neighbors`. High
+thresholds all give the `min_neighbors` most similar images, hence the same graph, which is trained on once.
 """
 
 from __future__ import annotations
@@ -62,8 +61,8 @@ def measure(
     settings: dict[str, Any],
     known: dict[str, float],
 ) -> dict[str, float]:
-    """Of the graph's rows: their mean length, and the mean share of neighbours with the image's label; ACC, kept in
-    `known` by the graph's digest."""
+    """The mean length of the graph's rows, the mean share of neighbours with the image's label, and the ACC, which
+    `known` keeps by the graph's digest."""
     num_clusters = len(np.unique(labels))
     config = NeighborsConfig(similarity_threshold=threshold)
     graph, audit = build_graph(features, config, num_clusters=num_clusters, seed=settings["seeds"][0])
@@ -89,7 +88,7 @@ def measure(
 
 
 def accuracy(features: datasets.Floats, labels: datasets.Labels, threshold: Any, settings: dict[str, Any]) -> float:
-    """ACC of the consensus, mean over seeds."""
+    """Mean ACC of the consensus over the seeds."""
     found = []
     for seed in settings["seeds"]:
         model = ICCE(
