@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import io
 import re
-import tarfile
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
@@ -20,10 +19,11 @@ import pyarrow.parquet as pq
 
 from icce_ray.config import ImagesConfig
 from icce_ray.errors import InputError
+from icce_ray.images import tar_shards
 from icce_ray.images.image_files import IMAGE_ENDINGS, PARQUET_ENDINGS, File
 from icce_ray.images.listing import Entry
 from icce_ray.images.parquet_columns import image_column
-from icce_ray.images.uris import local_path_or_uri
+from icce_ray.images.uris import is_remote, local_path_or_uri
 from icce_ray.store.filesystem import open_uri
 
 TAR_MEMBER = re.compile(r"^(?P<file>.*\.tar)#(?P<offset>\d+)\+(?P<size>\d+)/(?P<name>.*)$", re.DOTALL | re.IGNORECASE)
@@ -32,6 +32,9 @@ TAR_BUFFER_BYTES = 4 * 2**20
 """Tar headers are read through a buffer: seeks within it need no request."""
 MAX_OPEN_GROUPS = 2
 LABEL_ENDING = ".cls"
+MAX_LABEL_BYTES = 65_536
+DAMAGED_NAME = "(damaged)"
+"""Stands for the name of the member in the URI of damaged bytes."""
 
 
 class Span(NamedTuple):
@@ -68,8 +71,10 @@ def file_of(uri: str) -> str:
 def members(container: File, images: ImagesConfig) -> Iterator[Entry]:
     """The images in a container, in its order. Only headers are read.
 
+    What cannot be read is an entry with a problem. Links of a tar come last.
+
     Raises:
-        InputError: the container cannot be read.
+        InputError: the column of images is not known, or remote storage does not answer.
     """
     uri = container.uri
     if uri.lower().endswith(PARQUET_ENDINGS):
@@ -79,9 +84,35 @@ def members(container: File, images: ImagesConfig) -> Iterator[Entry]:
             for row in range(file.metadata.num_rows):
                 yield Entry(f"{uri}#{row}/{column}", None, container.etag)
         return
-    for member, _ in _walk_tar(uri, _is_image, read=False):
-        place = f"{uri}#{member.offset_data}+{member.size}/{member.name.removeprefix('./')}"
-        yield Entry(place, member.size, container.etag)
+    yield from _tar_members(container)
+
+
+def _tar_members(container: File) -> Iterator[Entry]:
+    uri, etag = container.uri, container.etag
+    links: list[tar_shards.Link] = []
+    for found in _walk_tar(uri):
+        if isinstance(found, tar_shards.Damage):
+            place = f"{uri}#{found.start}+{found.num_bytes}/{DAMAGED_NAME}"
+            yield Entry(place, found.num_bytes, etag, f"damaged shard: {found.reason}")
+        elif not _is_image(PurePosixPath(found.name)):
+            continue
+        elif isinstance(found, tar_shards.Link):
+            links.append(found)
+        else:
+            yield Entry(f"{uri}#{found.start}+{found.num_bytes}/{found.name}", found.num_bytes, etag)
+    if not links:
+        return
+    # A second walk, since keeping the place of every member would take memory for the sake of a few links.
+    targets = {link.target for link in links}
+    places = {
+        found.name: found for found in _walk_tar(uri) if isinstance(found, tar_shards.Member) and found.name in targets
+    }
+    for link in links:
+        target = places.get(link.target)
+        if target is None:
+            yield Entry(f"{uri}#0+0/{link.name}", None, etag, "missing: a link to a file that is not in the shard")
+        else:
+            yield Entry(f"{uri}#{target.start}+{target.num_bytes}/{link.name}", target.num_bytes, etag)
 
 
 def labels_beside(uris: Sequence[str]) -> list[str | None]:
@@ -93,9 +124,18 @@ def labels_beside(uris: Sequence[str]) -> list[str | None]:
             keys_by_tar[match["file"]][_key(match["name"])].append(number)
     labels: list[str | None] = [None] * len(uris)
     for file, numbers_by_key in keys_by_tar.items():
-        for member, data in _walk_tar(file, lambda name: name.suffix.lower() == LABEL_ENDING):
-            for number in numbers_by_key.get(_key(member.name), ()):
-                labels[number] = data.decode("utf-8", "replace").strip()
+        try:
+            with _open(file) as opened:
+                for found in tar_shards.walk(io.BufferedReader(opened, TAR_BUFFER_BYTES), opened.size()):
+                    if not isinstance(found, tar_shards.Member) or not found.name.lower().endswith(LABEL_ENDING):
+                        continue
+                    numbers = numbers_by_key.get(_key(found.name), ())
+                    if numbers and found.num_bytes <= MAX_LABEL_BYTES:
+                        text = opened.read_at(found.num_bytes, found.start).decode("utf-8", "replace").strip()
+                        for number in numbers:
+                            labels[number] = text
+        except OSError as error:
+            raise InputError(f"evaluate.labels: the tar {file} cannot be read: {_one_line(error)}") from None
     return labels
 
 
@@ -108,23 +148,24 @@ def _is_image(name: PurePosixPath) -> bool:
     return name.suffix.lower() in IMAGE_ENDINGS and not name.name.startswith(".")
 
 
-def _walk_tar(
-    uri: str, wanted: Callable[[PurePosixPath], bool], *, read: bool = True
-) -> Iterator[tuple[tarfile.TarInfo, bytes]]:
-    """The wanted files of a tar, in order, with their bytes if `read`."""
+def _walk_tar(uri: str) -> Iterator[tar_shards.Member | tar_shards.Link | tar_shards.Damage]:
+    """The members of a tar. A local file that cannot be read is damage; storage that does not answer ends the job."""
+    position = 0
     try:
-        with (
-            _open(uri) as file,
-            io.BufferedReader(file, TAR_BUFFER_BYTES) as buffered,
-            tarfile.open(fileobj=buffered, mode="r:") as tar,
-        ):
-            for member in tar:
-                tar.members = []  # type: ignore[attr-defined]  # otherwise it keeps every header
-                if member.isfile() and wanted(PurePosixPath(member.name)):
-                    opened = tar.extractfile(member) if read else None
-                    yield member, b"" if opened is None else opened.read()
-    except (tarfile.TarError, OSError, EOFError) as error:
-        raise InputError(f"images.uri: the tar {uri} cannot be read: {' '.join(str(error).split())[:200]}") from None
+        with _open(uri) as file, io.BufferedReader(file, TAR_BUFFER_BYTES) as buffered:
+            for found in tar_shards.walk(buffered, file.size()):
+                position = found.start if isinstance(found, tar_shards.Member) else position
+                yield found
+    except FileNotFoundError:
+        yield tar_shards.Damage(0, 0, "missing")
+    except OSError as error:
+        if is_remote(uri):
+            raise InputError(f"images.uri: the tar {uri} cannot be read: {_one_line(error)}") from None
+        yield tar_shards.Damage(position, 0, f"unreadable: {_one_line(error)}")
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
 
 
 def _open(file: str) -> Any:

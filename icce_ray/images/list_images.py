@@ -108,8 +108,11 @@ class Refresh:
                 file = find_again(file_of(row.uri), row.etag, is_member)
                 if file is None:
                     yield Entry(row.uri, problem=REMOVED)
+                elif is_member:
+                    problem = None if row.problem == REMOVED else row.problem
+                    yield Entry(row.uri, row.size_bytes, file.etag, problem)
                 else:
-                    yield Entry(row.uri, row.size_bytes if is_member else file.size_bytes, file.etag)
+                    yield Entry(row.uri, file.size_bytes, file.etag)
         yield from _entries(self.files.unknown(), images)
 
 

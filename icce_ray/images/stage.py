@@ -18,7 +18,7 @@ def settings_for(config: Config, source_digest: str) -> Settings:
     return {"images": config.images.model_dump(), "embeddings": config.embeddings.model_dump(), "source": source_digest}
 
 
-IMAGES = Stage("images", "icce_ray.images.list_images", 3, (), _settings)
+IMAGES = Stage("images", "icce_ray.images.list_images", 4, (), _settings)
 
 
 def num_listed(images: Artifact) -> int:

@@ -10,11 +10,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from icce_ray.config import Config, EvaluateConfig, ImagesConfig
+from icce_ray.config import Config, EvaluateConfig
 from icce_ray.errors import InputError
 from icce_ray.evaluate.labels import load_labels
-from icce_ray.images.containers import Cell, Span, file_of, labels_beside, locate, members
-from icce_ray.images.image_files import File
+from icce_ray.images.containers import Cell, Span, file_of, labels_beside, locate
 from icce_ray.images.read_images import read_image
 
 Listed = Callable[[Config], pa.Table]
@@ -91,12 +90,6 @@ def test_several_sources_are_one_collection_without_repeats(listed: Listed, tmp_
     (tmp_path / "list.txt").write_text("one/b.png\ntwo/a.png\n")
     uris = listed(config_for(tmp_path / "two", tmp_path / "one", tmp_path / "list.txt"))["uri"].to_pylist()
     assert uris == [f"{tmp_path}/one/b.png", f"{tmp_path}/two/a.png"]
-
-
-def test_a_tar_that_is_none_is_named(tmp_path: Path) -> None:
-    (tmp_path / "0.tar").write_bytes(b"no tar at all" * 100)
-    with pytest.raises(InputError, match=r"the tar .*0\.tar cannot be read"):
-        list(members(File(f"{tmp_path}/0.tar", 1, None, True), ImagesConfig()))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,161 @@
+"""Walk the headers of a tar shard, past damage, links and concatenated archives.
+
+:mod:`tarfile` parses each header here, but its own walk stops without an error at a damaged header and at the end mark
+of the first of several archives, follows a negative size backwards, and reads extended headers of any size.
+"""
+
+from __future__ import annotations
+
+import posixpath
+import tarfile
+from collections.abc import Iterator
+from typing import BinaryIO, NamedTuple
+from urllib.parse import quote
+
+BLOCK_BYTES = tarfile.BLOCKSIZE
+MAX_EXTENSION_BYTES = 2**20
+"""Largest extended header (a long name, pax records). Names take a few hundred bytes."""
+EXTENSIONS = (
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+    tarfile.XHDTYPE,
+    tarfile.XGLTYPE,
+    tarfile.SOLARIS_XHDTYPE,
+)
+"""Types of headers that describe the next member."""
+NO_DATA = (tarfile.DIRTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE)
+COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+
+
+class Member(NamedTuple):
+    """A regular file in the tar."""
+
+    name: str
+    start: int
+    """Offset of its bytes."""
+    num_bytes: int
+
+
+class Link(NamedTuple):
+    """A hard or symbolic link to another member."""
+
+    name: str
+    target: str
+
+
+class Damage(NamedTuple):
+    """Bytes that belong to no readable member."""
+
+    start: int
+    num_bytes: int
+    reason: str
+
+
+def walk(file: BinaryIO, file_bytes: int) -> Iterator[Member | Link | Damage]:
+    """All members in order. Behind a damaged header, the next valid one is searched block by block.
+
+    A complete shard ends with an end mark (a block of zeros). If the file does not, the last item is a Damage.
+
+    Args:
+        file: seekable.
+        file_bytes: its size. A member that reaches beyond it is damage.
+    """
+    if file_bytes == 0:
+        yield Damage(0, 0, "empty file")
+        return
+    position, bad, reason, at_end_mark = 0, -1, "", False
+    extended: dict[str, str] = {}
+    while position < file_bytes:
+        file.seek(position)
+        block = file.read(BLOCK_BYTES)
+        if position == 0 and (method := _compression(block)):
+            yield Damage(0, file_bytes, f"compressed with {method}: unpack it to a plain .tar")
+            return
+        if bad < 0 and len(block) == BLOCK_BYTES and not any(block):
+            at_end_mark, position = True, position + BLOCK_BYTES
+            continue
+        try:
+            header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+            if header.type in EXTENSIONS:
+                extended |= _read_extension(file, header, file_bytes - position - BLOCK_BYTES)
+                num_bytes = header.size
+            else:
+                is_link = header.type in (tarfile.LNKTYPE, tarfile.SYMTYPE)
+                num_bytes = 0 if is_link or header.type in NO_DATA else int(extended.get("size", header.size))
+            if num_bytes < 0:
+                raise ValueError("negative size")
+            if num_bytes > file_bytes - position - BLOCK_BYTES:
+                raise ValueError("cut off")
+        except (tarfile.HeaderError, ValueError) as error:
+            if bad < 0:
+                bad, reason = position, _reason(error, block)
+            extended = {}
+            position += BLOCK_BYTES
+            continue
+        if bad >= 0:
+            yield Damage(bad, position - bad, reason)
+            bad = -1
+        at_end_mark = False
+        start = position + BLOCK_BYTES
+        position = start + -(-num_bytes // BLOCK_BYTES) * BLOCK_BYTES
+        if header.type in EXTENSIONS:
+            continue
+        name = extended.get("path", header.name)
+        if is_link:
+            target = extended.get("linkpath", header.linkname)
+            if header.type == tarfile.SYMTYPE:
+                target = posixpath.normpath(posixpath.join(posixpath.dirname(name), target))
+            yield Link(_utf8(name), _utf8(target))
+        elif header.type == tarfile.GNUTYPE_SPARSE or any(key.startswith("GNU.sparse.") for key in extended):
+            yield Damage(start, num_bytes, "sparse member: not supported")
+        elif header.type not in NO_DATA:
+            yield Member(_utf8(name), start, num_bytes)
+        extended = {}
+    if bad >= 0:
+        yield Damage(bad, file_bytes - bad, reason)
+    elif not at_end_mark:
+        yield Damage(file_bytes, 0, "no end mark: it was cut off or not closed")
+
+
+def _read_extension(file: BinaryIO, header: tarfile.TarInfo, num_left: int) -> dict[str, str]:
+    """The names and sizes that an extended header states for the next member."""
+    if not 0 <= header.size <= MAX_EXTENSION_BYTES:
+        raise ValueError("extended header of absurd size")
+    if header.size > num_left:
+        raise ValueError("cut off")
+    data = file.read(header.size)
+    if header.type in (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK):
+        meaning = "path" if header.type == tarfile.GNUTYPE_LONGNAME else "linkpath"
+        return {meaning: data.partition(b"\0")[0].decode("utf-8", "surrogateescape")}
+    if header.type == tarfile.XGLTYPE:  # defaults for all members: none that matters here
+        return {}
+    records: dict[str, str] = {}
+    while data.strip(b"\0"):
+        length = int(data.partition(b" ")[0])
+        key, equals, value = data[:length].partition(b" ")[2].partition(b"=")
+        if length <= 0 or not equals:
+            raise ValueError("bad extended header")
+        records[key.decode("utf-8", "replace")] = value[:-1].decode("utf-8", "surrogateescape")
+        data = data[length:]
+    return records
+
+
+def _reason(error: Exception, block: bytes) -> str:
+    if len(block) < BLOCK_BYTES:
+        return "cut off"
+    known = ("cut off", "negative size", "extended header of absurd size")
+    return str(error) if str(error) in known else "bad header"
+
+
+def _compression(block: bytes) -> str | None:
+    return next((method for magic, method in COMPRESSED.items() if block.startswith(magic)), None)
+
+
+def _utf8(name: str) -> str:
+    """The name without a leading ``./``, percent-encoded if it is not valid UTF-8."""
+    name = name.removeprefix("./")
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return quote(name.encode("utf-8", "surrogateescape"))
+    return name
