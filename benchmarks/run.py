@@ -32,6 +32,7 @@ CASES = {
     "embed-faults": "embedding from an S3 server with and without faults",
     "embed-memory": "peak memory of the whole embedding job, driver and Ray included, at 2,000 and at 20,000 images",
     "heads": "the trainer against a plain PyTorch loop over heads",
+    "heads-scale": "training on 1, 2 and 4 workers: bytes, collectives, step time against the work divided, memory",
     "neighbors": "the neighbors stage on two shards against faiss's own knn with two threads",
     "neighbors-gpu": "the exact graph of 1.28 million images on a GPU: seconds by step, equality with FAISS",
     "neighbors-scale": "counted operations, bytes and predicted time of the graph for 10M to 1B images",
