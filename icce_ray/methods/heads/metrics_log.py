@@ -1,5 +1,5 @@
-"""The training's figures while it runs: ``metrics.jsonl``, one JSON object an epoch, beside the parts of the artifact;
-and, where TensorBoard is installed and the folder is local, event files for it."""
+"""Figures of the training while it runs: ``metrics.jsonl``, one JSON object for each epoch, in the artifact's folder.
+Where TensorBoard is installed and the folder is local, event files for it, too."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ SCALARS = ("loss", "best_head_loss", "learning_rate", "ce_weight", "empty_cluste
 
 
 class MetricsLog:
-    """Writes the history as it grows, at most every ten seconds, whole each time: object stores cannot append."""
+    """Writes the history as it grows, at most every ten seconds. Object stores cannot append, so it writes all of it
+    each time."""
 
     def __init__(self, folder: Folder) -> None:
         self.folder = folder

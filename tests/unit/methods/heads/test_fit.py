@@ -10,6 +10,7 @@ import torch
 from icce_ray.methods.clusterings import Clusterings
 from icce_ray.methods.heads.checkpoint import CheckpointFolder
 from icce_ray.methods.heads.fit import find_collapsed_heads, fit, stage_metrics
+from icce_ray.methods.heads.model import HeadParameters, head_cosines
 from icce_ray.metrics.true_label_scores import clustering_accuracy
 from icce_ray.store import Folder
 
@@ -39,7 +40,11 @@ def test_the_teachers_weights_are_saved_and_give_the_labels(planted) -> None:
     for name, tensor in weights.items():
         assert torch.equal(tensor, teacher[name]), name
         assert not torch.equal(tensor, student[name]), name
-    assert np.array_equal(clusterings.labels_HN, trainer.label_matrix())
+    inputs = trainer.norm.normalise(trainer.norm.gather(np.arange(200)))
+    labels = {name: head_cosines(HeadParameters(**tensors), inputs).argmax(dim=-1).numpy() for name, tensors in
+              (("teacher", teacher), ("student", student))}  # fmt: skip
+    assert np.array_equal(clusterings.labels_HN, labels["teacher"])
+    assert not np.array_equal(clusterings.labels_HN, labels["student"])
 
 
 class Stopped(Exception):
