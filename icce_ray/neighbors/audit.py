@@ -1,7 +1,7 @@
-"""What the features look like to a neighbour search, before the graph is built (METHOD section 9); needs no labels.
+"""Audit of the features before the graph is built, without labels (docs/METHOD.md, "Automatic threshold").
 
-Similarities mean something else in every feature space: 0.3 is a good threshold for one backbone and everybody's
-neighbourhood for another. The audit measures what a threshold would do here and, where it is `auto`, chooses it.
+A similarity means something different in every feature space: 0.3 is a good threshold for one backbone and makes all
+images neighbours for another. The audit measures what each threshold would do, and chooses one if it is `auto`.
 
 Legend: N images, D feature dimension, Q sampled query images, T thresholds, R k-means runs, P pairs, k list length.
 """
@@ -25,7 +25,7 @@ from icce_ray.neighbors.threshold_curves import FINEST_STEP, Curves, count_pairs
 from icce_ray.sample.unit_features import Floats, UnitFeatures
 
 STREAM = 2
-"""Of the seed: keeps the audit's draws apart from those of other stages."""
+"""Second part of the seed, which makes the audit's draws independent of those of other stages."""
 NUM_RANDOM_PAIRS = 1_000_000
 NUM_HISTOGRAM_BINS = 200
 MAX_QUERIES = 2000
@@ -33,36 +33,36 @@ MIN_QUERIES = 256
 MAX_PAIRS = 500_000_000
 MIN_THRESHOLDS = 150
 MAX_CLASS_SHARE = 0.7
-"""An automatic list is at most this share of N / K long: beyond, it runs into other classes [ours]."""
+"""Mean length of automatic lists, at most, as a share of N / K. Longer lists reach into other classes [ours]."""
 MIN_KEPT_PRECISION = 0.99
-"""An automatic list keeps this share of the precision, counted from chance (1/K), of the `min_neighbors` most similar.
-Longer ones made single heads no better and their consensus worse: digits 85.8% at 45 neighbours, 83.1% at 92, 81% at
-126; two classes of Fashion-MNIST 98.0% at 150 and 97.2% at 600 [ours].
-A share, because how precise the nearest are is the features' doing, and the estimate's errors cancel."""
+"""Share of the precision above chance (1/K) of the `min_neighbors` most similar that automatic lists keep. Longer lists
+made single heads no better and the consensus worse: digits 85.8% at 45 neighbours, 83.1% at 92, 81% at 126; two classes
+of Fashion-MNIST 98.0% at 150 and 97.2% at 600 [ours]. It is a share because the precision of the nearest depends on the
+features, and because errors of the estimate cancel."""
 SHORT_CLASS_SHARE = 0.1
 MIN_KEPT_PRECISION_OF_SHORT = 0.85
-"""Lists of up to `SHORT_CLASS_SHARE` of N / K may lose more: a few neighbours show too little of a large class. On
-two sets of CIFAR-10 features, N / K = 1,000, lists of 100 instead of 30 left 92% and 90% of the precision above chance
-and made single heads, each of which saw half of the dimensions, better by 1.0 and 1.9 points, their consensus by 0.1
-and 2.8 [ours]."""
+"""The same for lists of up to `SHORT_CLASS_SHARE` of N / K, which may lose more precision because a few neighbours show
+too little of a large class. On two sets of CIFAR-10 features (N / K = 1,000), lists of 100 instead of 30 kept 92% and
+90% of the precision above chance. Single heads, each on half of the dimensions, gained 1.0 and 1.9 points and the
+consensus 0.1 and 2.8 [ours]."""
 
 
 @dataclass(frozen=True)
 class Audit:
-    """Result of the audit. JSON-able by `to_json`.
+    """Result of the audit.
 
     num_images, dim: N, D.
-    similarity_threshold: the one to build the graph with; None: none, `min_neighbors` each.
-    is_automatic: whether the audit chose it; reason: how, in words.
-    mean_neighbors: expected mean length of the graph's rows; estimated_precision: expected share of them that belong
-        to the image's cluster.
-    num_queries: images that the expectations were measured on, each against all others.
+    similarity_threshold: threshold to build the graph with; None for exactly `min_neighbors` per image.
+    is_automatic: whether the audit chose the threshold; reason: why this one, in words.
+    mean_neighbors: expected mean length of the graph's rows; estimated_precision: expected share of neighbours that
+        belong to the image's cluster.
+    num_queries: number of images that were compared with all others to get these expectations.
     bin_edges, random_pairs, nearest_pairs: histograms of the cosine of random pairs and of the `min_neighbors` most
         similar pairs.
-    thresholds: for each threshold: mean_neighbors (of the graph it gives), share_at_min (rows with fewer than
-        `min_neighbors` above it), estimated_precision.
-    base_bytes, worker_bytes, graph_bytes: memory for the features (all shards together), of each worker besides, and
-        of the graph on storage. predicted_s: seconds of one process for the search, from the audit's own speed.
+    thresholds: for each threshold mean_neighbors, share_at_min (rows with fewer than `min_neighbors` above the
+        threshold) and estimated_precision.
+    base_bytes, worker_bytes, graph_bytes: memory for the features of all shards together, further memory per worker,
+        and size of the graph on storage. predicted_s: seconds of the search in one process, from the audit's speed.
     """
 
     num_images: int
@@ -83,7 +83,7 @@ class Audit:
     predicted_s: float
 
     def rule(self, config: NeighborsConfig, seed: int) -> Rule:
-        """The adaptive rule to build the graph by; `seed` draws the subsets of long lists."""
+        """The adaptive rule for the graph; `seed` draws the subsets of long lists."""
         min_neighbors = min(config.min_neighbors, self.num_images - 1)
         return Rule(self.similarity_threshold, min_neighbors, config.max_neighbors, seed)
 
@@ -96,13 +96,13 @@ class Audit:
 
 
 def audit_features(unit: UnitFeatures, config: NeighborsConfig, *, num_clusters: int, seed: int) -> Audit:
-    """Similarity histograms, what each threshold would give, and the threshold to use.
+    """Measure similarities and what each threshold would do, and choose the threshold.
 
     Args:
         unit: the features of N images.
-        config: threshold (`auto`: chosen here) and limits.
+        config: the threshold, which is chosen here if it is `auto`, and the limits of a list.
         num_clusters: K.
-        seed: of samples and k-means starts.
+        seed: seed of the samples and of the k-means starts.
     """
     num_images, dim = unit.shape
     rng = np.random.default_rng([seed, STREAM])
@@ -162,8 +162,8 @@ def audit_features(unit: UnitFeatures, config: NeighborsConfig, *, num_clusters:
 def choose_threshold(
     curves: Curves, floor: int, max_neighbors: int | None, num_images: float, num_clusters: int
 ) -> tuple[float, str]:
-    """The lowest threshold, so the most neighbours, whose lists are neither too long nor too impure: what is too impure
-    depends on how long they are.
+    """The lowest threshold, which gives the most neighbours, whose lists are neither too long nor too impure. How much
+    impurity is allowed depends on their length.
 
     Args:
         curves: measured on the features.
@@ -172,7 +172,7 @@ def choose_threshold(
         num_images, num_clusters: N, K.
 
     Returns:
-        The threshold, and in words what set it.
+        The threshold, and the limit that determined it, in words.
     """
     class_size = num_images / num_clusters
     long = max(float(floor), MAX_CLASS_SHARE * class_size)

@@ -1,11 +1,11 @@
-"""How precise the neighbours are, sensed without labels [ours].
+"""Precision of the neighbours, estimated without labels [ours] (docs/METHOD.md, "Automatic threshold").
 
-Two images that k-means puts into one cluster, and puts into one cluster again when it starts elsewhere, are taken to
-be of one class. The share of neighbours for which that holds follows the share with the same label: for lists of 60 to
-N/K neighbours within 5 points on CIFAR-10 and Fashion-MNIST features, centred or not, and up to 8 below on digits. One
-run alone is too sure of itself where classes overlap (10 points on CIFAR-10): its borders run where neighbours are few.
-Where two runs disagree is where it guesses. It cannot know which clusters are meant: raw pixels of photos cluster well
-by something that is no label.
+Two images are taken to be of one class if k-means puts them into one cluster from two different starts. The share of
+neighbours for which that holds follows the share with the same label: for lists of 60 to N/K neighbours within 5 points
+on CIFAR-10 and Fashion-MNIST features, centred or not, and up to 8 points below on digits. A single run overestimates
+the precision if classes overlap (by 10 points on CIFAR-10), because its borders lie where neighbours are few; two runs
+disagree there. The estimate cannot know which clusters are meant: raw pixels of photos cluster well by something other
+than their labels.
 
 Legend: N images, D feature dimension, K clusters, R k-means runs, P pairs.
 """
@@ -26,18 +26,18 @@ TRAINING_IMAGES_PER_CLUSTER = 64
 LABEL_BLOCK = 4096
 
 AGREEMENT_WEIGHTS = np.array([c * (c - 1) / (NUM_RUNS * (NUM_RUNS - 1)) for c in range(NUM_RUNS + 1)])
-"""By the number of runs that put a pair into one cluster: the share of pairs of runs in which both do."""
+"""Share of pairs of runs that both put two images into one cluster, by the number of runs that do."""
 
 
 def cluster_labels(unit: UnitFeatures, num_clusters: int, rng: np.random.Generator) -> npt.NDArray[np.int32]:
-    """Labels of `NUM_RUNS` independent spherical k-means: (R, N) int32.
+    """Labels from `NUM_RUNS` independent spherical k-means runs, (R, N) int32.
 
     Each run learns its centroids from a random sample of the images, which bounds the time at any N.
 
     Args:
         unit: the features of N images.
-        num_clusters: K; less where the images are fewer.
-        rng: of samples and starts.
+        num_clusters: K; capped at N.
+        rng: draws the samples and starts.
     """
     num_images = len(unit)
     num_clusters = min(num_clusters, num_images)
@@ -51,7 +51,7 @@ def cluster_labels(unit: UnitFeatures, num_clusters: int, rng: np.random.Generat
         sample, seed = draw
         return spherical_kmeans(unit[sample], num_clusters, seed, NUM_ITERATIONS)
 
-    # Each run keeps to one thread, so that its sums do not depend on the machine: the runs share the cores instead.
+    # Each run uses one thread, so that its sums do not depend on the machine. The runs share the cores instead.
     dim = unit.shape[1]
     centroids_RKD = in_threads(centroids_of, draws, threads_within(4 * num_training * dim))
     labels_RN = np.empty((NUM_RUNS, num_images), np.int32)
@@ -66,7 +66,7 @@ def cluster_labels(unit: UnitFeatures, num_clusters: int, rng: np.random.Generat
 
 
 def times_together(labels_RA: npt.NDArray[np.int32], labels_RB: npt.NDArray[np.int32]) -> npt.NDArray[np.uint8]:
-    """In how many runs each image of A shares its cluster with each of B: (A, B) uint8."""
+    """Number of runs in which each image of A shares its cluster with each image of B, (A, B) uint8."""
     count_AB = np.zeros((labels_RA.shape[1], labels_RB.shape[1]), np.uint8)
     for labels_A, labels_B in zip(labels_RA, labels_RB, strict=True):
         count_AB += labels_A[:, None] == labels_B[None, :]
@@ -74,8 +74,8 @@ def times_together(labels_RA: npt.NDArray[np.int32], labels_RB: npt.NDArray[np.i
 
 
 def spherical_kmeans(points_MD: Floats, num_clusters: int, seed: int, num_iterations: int) -> Floats:
-    """Centroids of unit length, (K, D) float32; the same for any number of threads."""
-    # One thread: the sums, and so the threshold that comes of them, must not depend on the machine's load or size.
+    """Centroids of unit length, (K, D) float32. They do not depend on the number of threads."""
+    # One thread, since the sums, and with them the threshold, must not depend on the machine.
     num_threads = faiss.omp_get_max_threads()
     faiss.omp_set_num_threads(1)
     try:

@@ -1,4 +1,4 @@
-"""What each threshold would give: sampled images are compared with all others.
+"""Curves over thresholds: neighbours and precision, measured by comparing sampled images with all others.
 
 Legend: N images, D feature dimension, Q sampled queries, B columns at a time, T thresholds, R k-means runs, C = R + 1
 numbers of runs that agree, k list length.
@@ -17,18 +17,19 @@ from icce_ray.runtime.threads import in_threads, threads_within
 from icce_ray.sample.unit_features import Floats, Ids, UnitFeatures
 
 FINEST_STEP = 1e-5
-"""Between thresholds."""
+"""Smallest step between two thresholds."""
 BLOCK_CELL_BYTES = 32
-"""Of a pair that is being counted."""
+"""Memory per pair while it is counted."""
 
 
 @dataclass(frozen=True)
 class Curves:
-    """What each threshold would give, measured on sampled rows.
+    """Figures for each threshold, measured on sampled rows.
 
-    thresholds: (T,) ascending; mean_above: (T,) images above the threshold; mean_neighbors: (T,) with the limits of the
-    rule applied; share_at_min: (T,) rows with fewer than `min_neighbors` above; precision: (T,) estimated;
-    precision_at_min: of the `min_neighbors` most similar alone.
+    thresholds: (T,) ascending.
+    mean_above: (T,) mean number of images above the threshold; mean_neighbors: (T,) after the limits of the rule.
+    share_at_min: (T,) share of rows with fewer than `min_neighbors` images above the threshold.
+    precision: (T,) estimated precision; precision_at_min: that of the `min_neighbors` most similar.
     """
 
     thresholds: npt.NDArray[np.float64]
@@ -45,13 +46,13 @@ def count_pairs(
     labels_RN: npt.NDArray[np.int32],
     thresholds_T: npt.NDArray[np.float64],
 ) -> Ids:
-    """Compare the query images with all others: how many are between a threshold and the next, by the number of k-means
-    runs that put them into the query's cluster. (Q, T, R + 1)
+    """Compare the query images with all others and count the pairs between each threshold and the next, by the number
+    of k-means runs that put both images into one cluster: (Q, T, R + 1).
 
     Args:
         unit: the features of N images.
         queries_Q: the images whose rows are measured.
-        labels_RN: of the k-means runs.
+        labels_RN: labels from the k-means runs.
         thresholds_T: ascending multiples of `FINEST_STEP`.
     """
     shape = (len(queries_Q), len(thresholds_T) + 1, NUM_RUNS + 1)
@@ -88,17 +89,17 @@ def curves_of(
     together_Qk: npt.NDArray[np.uint8],
     max_neighbors: int | None,
 ) -> Curves:
-    """What each threshold would give, from counts of pairs.
+    """The figures for each threshold, from counts of pairs.
 
     Args:
         thresholds_T: ascending.
         counts_QTC: as `count_pairs` returns them.
-        together_Qk: in how many of the k-means runs each of a query's `min_neighbors` most similar shares its cluster.
+        together_Qk: number of k-means runs in which each of a query's `min_neighbors` most similar shares its cluster.
         max_neighbors: the rule's upper limit.
     """
     floor = together_Qk.shape[1]
     weight_Q = np.full(len(counts_QTC), 1.0 / len(counts_QTC))
-    # Above each threshold, summed from the last one down.
+    # Pairs above each threshold: cumulative sums from the last one down.
     above_QT, pure_QT = (
         np.ascontiguousarray(values_QT[:, ::-1].cumsum(axis=1)[:, ::-1], np.float64)
         for values_QT in (counts_QTC.sum(axis=2), counts_QTC @ AGREEMENT_WEIGHTS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -121,3 +122,14 @@ def test_the_entrance_is_light(module: str) -> None:
 def test_no_two_modules_have_the_same_name() -> None:
     stems = [path.stem for path in MODULES.values() if path.stem not in ("__init__", "job", "stage", "run")]
     assert sorted(stems) == sorted(set(stems))
+
+
+def test_every_reference_to_the_method_names_a_heading_of_its_page() -> None:
+    headings = set(re.findall(r"^#+ (.+)$", (ROOT / "docs/METHOD.md").read_text(), flags=re.MULTILINE))
+    cited = []
+    for path in MODULES.values():
+        text = re.sub(r"\s+(# )?", " ", path.read_text())
+        assert not re.search(r"METHOD(,? section|,? \d)", text), f"{path}: cite a heading of docs/METHOD.md"
+        cited += re.findall(r'METHOD\.md, "([^"]+)"', text)
+    assert len(cited) > 20
+    assert set(cited) <= headings, set(cited) - headings
