@@ -1,8 +1,8 @@
-"""One stage's finished result: part files, then ``manifest.json``, written last.
+"""Artifacts: the finished result of a stage, as part files and a ``manifest.json`` that is written last.
 
-No manifest, no artifact. The manifest names every part with its rows and checksum; a part whose bytes differ is never
-used. The fingerprint that names the folder is the hash of what determines the content: the stage, its version, the
-settings it depends on, and the fingerprints of its inputs.
+Without a manifest there is no artifact. The manifest lists every part with its rows and checksum; a part whose bytes
+differ is never used. The folder is named by the fingerprint, a hash of everything that determines the content: the
+stage, its version, the settings it depends on, and the fingerprints of its inputs.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import json
 import os
 import tempfile
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 from icce_ray.errors import DamagedArtifactError, WorkerError
 from icce_ray.store.filesystem import Folder, open_uri
@@ -33,11 +33,11 @@ RECORDED_LIBRARIES = ("icce_ray", "numpy", "torch", "faiss-cpu", "ray", "timm", 
 
 
 def fingerprint(stage: str, version: int, settings: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
-    """Name of the artifact that `stage` makes of `settings` and `inputs`: 16 hex digits.
+    """Name of the artifact that `stage` makes from `settings` and `inputs`: 16 hex digits.
 
     Args:
         stage: name of the stage.
-        version: raised by hand when the stage's code would make something else of the same settings.
+        version: raised by hand when the code would make something else of the same settings.
         settings: JSON-able settings that determine the content.
         inputs: fingerprints of the input artifacts by stage.
     """
@@ -50,6 +50,15 @@ class Part(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    @field_validator("name")
+    @classmethod
+    def _lies_in_the_folder(cls, name: str) -> str:
+        """A manifest on storage may come from anywhere: its names must not lead out of the artifact's folder."""
+        path = PurePosixPath(name)
+        if path.is_absolute() or ".." in path.parts or "\0" in name or "\\" in name or not path.parts:
+            raise ValueError(f"{name!r} is no name of a part")
+        return name
+
     name: str
     num_bytes: int
     sha256: str
@@ -59,7 +68,7 @@ class Part(BaseModel):
 
 
 class Manifest(BaseModel):
-    """What an artifact holds and how it came to be."""
+    """The parts of an artifact and how it was made."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -73,11 +82,11 @@ class Manifest(BaseModel):
     libraries: dict[str, str]
     seconds: float
     revision: int = 0
-    """How often a finished artifact was amended in place."""
+    """Number of times that the finished artifact was amended in place."""
 
 
 class Artifact:
-    """A finished artifact: its manifest, and its parts, checked against their checksums when read."""
+    """A finished artifact: its manifest and its parts, which are checked against their checksums when read."""
 
     def __init__(self, folder: Folder, manifest: Manifest) -> None:
         self.folder = folder
@@ -87,7 +96,7 @@ class Artifact:
 
     @classmethod
     def find(cls, folder: Folder) -> Artifact | None:
-        """The artifact in `folder`, or None where there is no manifest or a part is missing or of the wrong size."""
+        """The artifact in `folder`, or None if there is no manifest, or a part is missing or of the wrong size."""
         try:
             manifest = Manifest.model_validate_json(folder.read_bytes(MANIFEST_NAME))
         except (FileNotFoundError, ValidationError):
@@ -101,11 +110,11 @@ class Artifact:
 
     @staticmethod
     def discard_damage(folder: Folder) -> list[str]:
-        """Make an artifact unfinished again whose manifest and parts disagree: the manifest goes, and the parts that
-        are not what it promises. Sound parts stay, so a stage that resumes uses them.
+        """If the manifest and the parts of an artifact disagree, remove the manifest and the damaged parts. Sound
+        parts stay, so that the stage can resume with them.
 
         Returns:
-            Names of the missing or damaged parts; empty where all is sound, and then nothing is removed.
+            Names of the missing or damaged parts. If it is empty, nothing was removed.
         """
         try:
             manifest = Manifest.model_validate_json(folder.read_bytes(MANIFEST_NAME))
@@ -131,7 +140,7 @@ class Artifact:
 
     @property
     def identity(self) -> str:
-        """What later stages depend on: the fingerprint, and where the artifact was amended since, the revision."""
+        """What later stages depend on: the fingerprint and, if the artifact was amended, its revision."""
         revision = self.manifest.revision
         return self.fingerprint if revision == 0 else f"{self.fingerprint}.r{revision}"
 
@@ -142,10 +151,10 @@ class Artifact:
         return self._parts[name]
 
     def read_bytes(self, name: str) -> bytes:
-        """A part's bytes.
+        """Content of a part.
 
         Raises:
-            DamagedArtifactError: they are gone or not those that the manifest promises.
+            DamagedArtifactError: the part is missing, or its bytes do not match the manifest.
         """
         try:
             data = self.folder.read_bytes(name, self._parts[name].num_bytes)
@@ -167,10 +176,10 @@ class Artifact:
         return array
 
     def local_file(self, name: str) -> Path:
-        """A part as a file of this machine, checked. Remote parts are first copied to the machine's cache folder.
+        """A part as a local file, checked. Remote parts are first copied to this machine's cache folder.
 
         Raises:
-            DamagedArtifactError: it is gone or not what the manifest promises.
+            DamagedArtifactError: the part is missing, or its bytes do not match the manifest.
         """
         if self.folder.local_path is not None:
             path = self.folder.local_path / name
@@ -182,11 +191,11 @@ class Artifact:
                     raise DamagedArtifactError(f"{path}: the part is missing") from None
                 self._verified.add(name)
             return path
-        # By its checksum, too: what an amended artifact holds under the same name is another file.
+        # The checksum is in the name, since an amended artifact may hold another file under the same name.
         copy = f"{self._parts[name].sha256[:12]}-{name.replace('/', '-')}"
         cache = Folder.at(cache_folder() / self.manifest.stage / self.fingerprint)
         assert cache.local_path is not None
-        # Whoever sent us this artifact may have checked the copy on a machine of its own.
+        # The artifact may have been checked on another machine, whose cache is not this one's.
         if copy not in self._verified or not (cache.local_path / copy).exists():
             try:
                 self._check(name, hashlib.sha256(cache.read_bytes(copy)).hexdigest())
@@ -201,7 +210,7 @@ class Artifact:
 
 
 class ArtifactWriter:
-    """Collects the parts of one artifact, then commits it. Pickles: workers write parts and hand them back to the
+    """Collects the parts of an artifact and commits it. It can be pickled: workers write parts and return them to the
     driver, which calls :meth:`add` and, at the end, :meth:`commit`."""
 
     def __init__(self, folder: Folder) -> None:
@@ -220,7 +229,7 @@ class ArtifactWriter:
         dtype: str | None = None,
         shape: tuple[int, ...] | None = None,
     ) -> Part:
-        """Write a part atomically and note it for the manifest."""
+        """Write a part atomically and add it to the manifest."""
         self.folder.write_bytes(name, data)
         digest = hashlib.sha256(data).hexdigest()
         part = Part(name=name, num_bytes=len(data), sha256=digest, rows=rows, dtype=dtype, shape=shape)
@@ -243,8 +252,8 @@ class ArtifactWriter:
         return self.write_bytes(name, sink.getbuffer(), rows=rows, dtype=str(array.dtype), shape=array.shape)
 
     def copy_file(self, name: str, uri: str) -> Part:
-        """Copy the file at `uri` here as a part, without holding it in memory. Only the manifest makes it count: a copy
-        that was cut off is made again."""
+        """Copy the file at `uri` as a part, without holding it in memory. A copy that was interrupted is in no manifest
+        and is made again."""
         filesystem, path = open_uri(uri)
         with filesystem.open_input_file(path) as file:
             digest, num_bytes = hashlib.file_digest(file, "sha256").hexdigest(), file.size()
@@ -267,14 +276,14 @@ class ArtifactWriter:
         revision: int = 0,
         exclusive: bool = False,
     ) -> Artifact:
-        """Write the manifest: from here on the artifact exists.
+        """Write the manifest. From then on the artifact exists.
 
         Args:
-            revision: above 0 where it amends a finished artifact.
-            exclusive: write it only where there is none.
+            revision: above 0 if this amends a finished artifact.
+            exclusive: fail if there is a manifest already.
 
         Raises:
-            WorkerError: `exclusive`, and another job finished the artifact meanwhile, with other parts.
+            WorkerError: with `exclusive`, if another job finished the artifact in the meantime with other parts.
         """
         manifest = Manifest(
             stage=stage,
@@ -304,7 +313,7 @@ class ArtifactWriter:
 
 
 def cache_folder() -> Path:
-    """This machine's folder for copies of remote parts: ICCE_CACHE, else one below the temporary folder."""
+    """This machine's folder for copies of remote parts: ICCE_CACHE, or one below the temporary folder."""
     configured = os.environ.get("ICCE_CACHE")
     return Path(configured) if configured else Path(tempfile.gettempdir()) / f"icce_ray-{os.getuid()}"
 

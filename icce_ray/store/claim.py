@@ -1,12 +1,13 @@
-"""One job at a time writes an artifact: the second is told, and a job that was killed leaves nothing to clean up.
+"""Claims: only one job at a time writes an artifact. A second job gets an error; a killed job leaves nothing behind.
 
-On local disks the claim is a lock that the kernel lets go of when its holder dies. On S3 it is an object, put only
-where there is none, that its holder renews; one that is not renewed any more is taken over, by a put on condition that
-nobody else was faster. Storage that knows neither (gs://) is not guarded.
+On local disks a claim is a file lock, which the kernel releases when its holder dies. On S3 it is an object that is
+created by a conditional put and renewed by its holder. A claim that is no longer renewed is taken over, by another
+conditional put. Storage that supports neither (gs://) is not guarded.
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -25,7 +26,7 @@ from icce_ray.store.filesystem import Folder
 CLAIM_NAME = ".writer.json"
 RENEW_S = 5.0
 LEASE_S = 20.0
-"""Not renewed for this long: the holder is dead."""
+"""A claim that is not renewed for this long belongs to a dead job."""
 POLL_S = 0.5
 
 
@@ -38,7 +39,8 @@ class Claim:
             ...
 
     Raises:
-        BusyError: on entry: another job is writing the artifact.
+        BusyError: on entry, if another job is writing the artifact.
+        InputError: on entry, if the claim file is a link.
     """
 
     def __init__(self, folder: Folder) -> None:
@@ -72,7 +74,14 @@ class Claim:
 
     def _lock(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self._file = (folder / CLAIM_NAME).open("a+")
+        try:
+            # A link would let the claim overwrite whatever it points to.
+            descriptor = os.open(folder / CLAIM_NAME, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        except OSError as error:
+            if error.errno != errno.ELOOP:
+                raise
+            raise InputError(f"{folder / CLAIM_NAME} is a link; remove it") from None
+        self._file = os.fdopen(descriptor, "r+")
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -106,13 +115,13 @@ class Claim:
                 client = s3.client(self._folder.s3_options)
                 answer = client.put_object(Bucket=bucket, Key=key, Body=self._text().encode(), **condition)
         except (FileExistsError, FileNotFoundError):
-            # A put that was sent again after its answer got lost meets itself.
+            # If the answer to our own put got lost, the retry finds our content.
             return self._content() == self._text()
         self._etag = answer["ETag"]
         return True
 
     def _content(self) -> str:
-        """Of the claim that is there, "" where there is none; notes its etag."""
+        """Content of the present claim, "" if there is none. Stores its etag."""
         assert self._folder.s3_options is not None
         uri = self._folder.file_uri(CLAIM_NAME)
         bucket, key = s3.split_uri(uri)
@@ -133,7 +142,7 @@ class Claim:
             self._renewals += 1
             try:
                 if not self._put(IfMatch=self._etag):
-                    return  # taken over: the manifest's conditional put decides
+                    return  # taken over; the conditional put of the manifest decides who finishes
             except (OSError, InputError):
                 self._renewals -= 1
 
@@ -141,13 +150,13 @@ class Claim:
         holder = _parse(content)
         who = f"process {holder['pid']} on {holder['host']}" if holder else "another job"
         return BusyError(
-            f"{self._folder.uri}: {who} is writing this artifact now. Wait for it (the same command then uses its "
+            f"{self._folder.uri}: {who} is writing this artifact. Wait for it (the same command then uses its "
             "result), stop it, or choose another output"
         )
 
 
 def _process(pid: int) -> dict[str, Any]:
-    """A process, told from a later one of the same id by when it started."""
+    """A process; its start time distinguishes it from a later process with the same id."""
     try:
         started = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
     except (OSError, IndexError):

@@ -1,7 +1,7 @@
-"""Folders on anything ``pyarrow.fs`` opens: local disks, S3 and what speaks it, Google Cloud Storage.
+"""Folders on any storage that ``pyarrow.fs`` opens: local disks, S3 and compatible stores, Google Cloud Storage.
 
-A write is seen whole or not at all: local files are written beside their place and renamed, object stores put whole
-objects. On S3 every call has time limits and is retried, and a file can be created only where there is none.
+Writes are atomic: local files are written under a temporary name and renamed, and object stores put whole objects. On
+S3 every call has time limits and is retried.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from icce_ray.store import s3
 
 
 def open_uri(uri: str) -> tuple[pafs.FileSystem, str]:
-    """The filesystem that `uri` names and the path in it. Local paths may be relative and start with ``~``.
+    """The filesystem of `uri` and the path in it. Local paths may be relative.
 
     Raises:
-        InputError: the scheme is not one that pyarrow opens.
+        InputError: pyarrow cannot open this scheme.
         ConfigError: an S3 URI that holds credentials or options.
     """
     if "://" not in uri:
-        return pafs.LocalFileSystem(), str(Path(uri).expanduser().absolute())
+        return pafs.LocalFileSystem(), str(Path(uri).absolute())
     if s3.is_s3(uri):
         bucket, key = s3.split_uri(uri)
         return s3.filesystem(s3.current_options()), f"{bucket}/{key}".rstrip("/")
@@ -41,13 +41,13 @@ def open_uri(uri: str) -> tuple[pafs.FileSystem, str]:
 
 @dataclass(frozen=True)
 class Folder:
-    """One folder of a filesystem. It need not exist: writing a file makes it. Pickles, so workers can be handed one."""
+    """A folder of a filesystem. It need not exist; writing a file creates it. It can be pickled and sent to workers."""
 
     filesystem: pafs.FileSystem
     path: str
     uri: str
     s3_options: StorageConfig | None = None
-    """Set where the folder lies on S3."""
+    """Set if the folder is on S3."""
 
     @classmethod
     def at(cls, uri: str | Path) -> Folder:
@@ -61,14 +61,14 @@ class Folder:
 
     @property
     def local_path(self) -> Path | None:
-        """The folder as a path of this machine, or None where it lies on remote storage."""
+        """The folder as a local path, or None if it is on remote storage."""
         return Path(self.path) if isinstance(self.filesystem, pafs.LocalFileSystem) else None
 
     def file_uri(self, name: str) -> str:
         return f"{self.uri}/{name}"
 
     def size(self, name: str) -> int | None:
-        """Bytes of the file `name`, or None where there is no such file."""
+        """Size of the file `name` in bytes, or None if there is no such file."""
         if self.s3_options is not None:
             bucket, key = s3.split_uri(self.file_uri(name))
             try:
@@ -83,7 +83,7 @@ class Folder:
         return self.size(name) is not None
 
     def names(self) -> list[str]:
-        """Names of the files in the folder, sorted; unfinished writes are left out."""
+        """Names of the files in the folder, sorted, without unfinished writes."""
         return sorted(name for name in self._sizes(recursive=False) if not name.startswith("."))
 
     def folder_names(self) -> list[str]:
@@ -102,7 +102,7 @@ class Folder:
         return sorted(info.base_name for info in infos if info.type == pafs.FileType.Directory)
 
     def sizes(self) -> dict[str, int]:
-        """Bytes of each file in the folder and below it, by name: one listing, however many files there are."""
+        """Size in bytes of each file in the folder and below it, by name, from a single listing."""
         return self._sizes(recursive=True)
 
     def _sizes(self, *, recursive: bool) -> dict[str, int]:
@@ -115,10 +115,11 @@ class Folder:
         return {info.path[start:]: info.size for info in infos if info.type == pafs.FileType.File}
 
     def read_bytes(self, name: str, num_bytes: int | None = None) -> bytes:
-        """Whole content of a file. Raises FileNotFoundError where there is none.
+        """Content of a file. Raises FileNotFoundError if there is none.
 
         Args:
-            num_bytes: what it should have: on S3, an answer of another length is asked for again.
+            name: name of the file.
+            num_bytes: its expected size. On S3, an answer of another length is requested again.
         """
         if self.s3_options is not None:
             return s3.get_object(self.file_uri(name), self.s3_options, num_bytes)
@@ -126,7 +127,7 @@ class Folder:
             return bytes(file.read())
 
     def write_bytes(self, name: str, data: bytes | memoryview) -> None:
-        """Write a file, atomically: readers see the old content or the new. `name` may lie in a folder below."""
+        """Write a file atomically: readers see the old content or the new. `name` may contain folders."""
         if self.s3_options is not None:
             self._put(name, data)
             return
@@ -137,12 +138,12 @@ class Folder:
         self._write_beside(self.local_path / name, data, lambda temporary, target: temporary.replace(target))
 
     def create_bytes(self, name: str, data: bytes | memoryview) -> None:
-        """Write a file where there is none. Of several that try at once, one succeeds.
+        """Create a file. If several processes try at once, one succeeds.
 
-        On storage that knows no conditional put (neither local nor S3) this is a look, then a write.
+        Storage other than local disks and S3 has no conditional put; there this is a check followed by a write.
 
         Raises:
-            FileExistsError: the file is there.
+            FileExistsError: the file exists.
         """
         if self.s3_options is not None:
             self._put(name, data, IfNoneMatch="*")
@@ -152,10 +153,10 @@ class Folder:
                 raise FileExistsError(self.file_uri(name))
             self.write_bytes(name, data)
             return
-        self._write_beside(self.local_path / name, data, lambda temporary, target: os.link(temporary, target))
+        self._write_beside(self.local_path / name, data, _link_or_move)
 
     def remove(self, name: str) -> None:
-        """Remove a file if it is there."""
+        """Remove a file if it exists."""
         if self.s3_options is not None:
             bucket, key = s3.split_uri(self.file_uri(name))
             with s3.translated(self.file_uri(name)):
@@ -189,3 +190,19 @@ class Folder:
             finish(temporary, target)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def _link_or_move(temporary: Path, target: Path) -> None:
+    """Give a finished file its name, if no file has it.
+
+    Raises:
+        FileExistsError: the name is taken.
+    """
+    try:
+        os.link(temporary, target)
+    except FileExistsError:
+        raise
+    except OSError:
+        # A filesystem without hard links. An empty file that is created exclusively reserves the name.
+        os.close(os.open(target, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+        temporary.replace(target)

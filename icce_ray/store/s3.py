@@ -1,9 +1,9 @@
-"""S3 and what speaks it, through boto3: what pyarrow has no call for (conditional put, listing in pages, one request a
-read), with time limits and retries.
+"""S3 and compatible stores through boto3, for what pyarrow lacks: conditional puts, listings in pages, one request per
+read, time limits and retries.
 
-How S3 is reached is a setting of the process (:func:`use_s3`): the config's `storage` section, and the environment for
-what that leaves open. A :class:`~icce_ray.store.Folder` keeps the options it was made with, so that a worker can use it
-as it comes. Secrets are in no ``repr`` and in no message.
+Access to S3 is a setting of the process (:func:`use_s3`): the `storage` section of the config, and the environment for
+everything that it leaves open. A :class:`~icce_ray.store.Folder` keeps the options it was created with, so that a
+worker needs no setup. Secrets appear in no ``repr`` and in no message.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from icce_ray.errors import ConfigError, InputError
 
 CONNECT_TIMEOUT_S = 5.0
 READ_TIMEOUT_S = 20.0
-"""Without a byte, then the request is sent again."""
+"""Time without a byte after which a request is sent again."""
 MAX_ATTEMPTS = 8
 BODY_ATTEMPTS = 4
-"""Of a body that breaks off, which boto3 does not retry."""
+"""Attempts to read a body that breaks off, which boto3 does not retry."""
 MISSING = ("NoSuchKey", "404", "NotFound")
 REFUSED = ("403", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken", "401")
 CONDITION_FAILED = ("PreconditionFailed", "412", "ConditionalRequestConflict", "409")
@@ -36,7 +36,7 @@ _current = StorageConfig()
 
 
 def use_s3(options: StorageConfig) -> None:
-    """Reach S3 by `options` in this process from here on."""
+    """Use `options` for S3 in this process from now on."""
     global _current
     _current = options
 
@@ -65,19 +65,19 @@ def is_s3(uri: str) -> bool:
 
 
 def split_uri(uri: str) -> tuple[str, str]:
-    """(bucket, key) of ``s3://bucket/key``. A key may hold any character, ``?`` and ``#`` too.
+    """(bucket, key) of ``s3://bucket/key``. A key may hold any character, including ``?`` and ``#``.
 
     Raises:
-        ConfigError: credentials in the URI, which would end up in manifests; no bucket.
+        ConfigError: the URI holds credentials, which would end up in manifests, or no bucket.
     """
     bucket, _, key = uri.removeprefix("s3://").partition("/")
     if "@" in bucket:
         raise ConfigError(
-            f"s3://...@{bucket.rpartition('@')[2]}: credentials do not belong into a URI, which manifests repeat; set "
+            f"s3://...@{bucket.rpartition('@')[2]}: credentials do not belong in a URI, which manifests repeat; set "
             "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, a profile, or storage.access_key and storage.secret_key"
         )
     if not bucket or "?" in bucket:
-        raise ConfigError(f"{uri}: write it as s3://bucket/prefix; endpoint and region belong into the storage section")
+        raise ConfigError(f"{uri}: write it as s3://bucket/prefix; endpoint and region belong in the storage section")
     return bucket, key
 
 
@@ -95,7 +95,7 @@ def _client_of(process: int, options: StorageConfig, url: str | None, read_timeo
         s3={"addressing_style": "path"} if url else None,
         **({"signature_version": UNSIGNED} if options.anonymous else {}),
     )
-    with _making:  # boto3's default session is not made for threads
+    with _making:  # boto3's default session is not thread-safe
         return boto3.client(
             "s3",
             endpoint_url=url,
@@ -111,12 +111,12 @@ _making = threading.Lock()
 
 
 def client(options: StorageConfig, *, read_timeout_s: float = READ_TIMEOUT_S, attempts: int = MAX_ATTEMPTS) -> Any:
-    """A boto3 client, one per process and kind. Threads may share it."""
+    """A boto3 client, one per process and kind, which threads may share."""
     return _client_of(os.getpid(), options, endpoint_url(options), read_timeout_s, attempts)
 
 
 def filesystem(options: StorageConfig) -> Any:
-    """The same place as a pyarrow filesystem, for what reads files through pyarrow."""
+    """The same store as a pyarrow filesystem."""
     import pyarrow.fs as pafs
 
     url = endpoint_url(options)
@@ -137,10 +137,10 @@ def filesystem(options: StorageConfig) -> Any:
 
 
 def check_bucket(uri: str, options: StorageConfig, setting: str) -> None:
-    """Refuse a place that cannot be reached, within seconds.
+    """Fail within seconds if a bucket cannot be reached.
 
     Raises:
-        InputError: no such bucket, credentials refused or missing, nothing answers.
+        InputError: there is no such bucket, credentials are refused or missing, or nothing answers.
     """
     bucket, _ = split_uri(uri)
     try:
@@ -153,7 +153,7 @@ def check_bucket(uri: str, options: StorageConfig, setting: str) -> None:
 
 
 def list_objects(uri: str, options: StorageConfig, *, recursive: bool = True) -> Iterator[tuple[str, int, str]]:
-    """(key, bytes, etag) of each object under the prefix, in the order of the keys' UTF-8 bytes, a page at a time."""
+    """(key, size, etag) of each object under the prefix, in the order of the keys' UTF-8 bytes, page by page."""
     bucket, prefix = split_uri(uri)
     extra = {} if recursive else {"Delimiter": "/"}
     with translated(uri):
@@ -164,10 +164,12 @@ def list_objects(uri: str, options: StorageConfig, *, recursive: bool = True) ->
 
 
 def get_object(uri: str, options: StorageConfig, num_bytes: int | None = None) -> bytes:
-    """An object's bytes. Raises FileNotFoundError where there is none.
+    """Content of an object. Raises FileNotFoundError if there is none.
 
     Args:
-        num_bytes: what it should have. Another length is believed only when it comes again and again.
+        uri: the object.
+        options: access to S3.
+        num_bytes: its expected size. Another length is accepted only if it comes repeatedly.
     """
     for last in [False] * (BODY_ATTEMPTS - 1) + [True]:
         try:
@@ -184,19 +186,19 @@ def get_object(uri: str, options: StorageConfig, num_bytes: int | None = None) -
 
 
 def get_once(uri: str, client: Any, start: int = 0, num_bytes: int | None = None) -> bytes:
-    """An object's bytes, or `num_bytes` of them from `start` on, in one request; for within :func:`translated`."""
+    """Content of an object, or `num_bytes` of it from `start` on, in one request. Call it within :func:`translated`."""
     bucket, key = split_uri(uri)
     span = {} if num_bytes is None else {"Range": f"bytes={start}-{start + num_bytes - 1}"}
     answer = client.get_object(Bucket=bucket, Key=key, **span)
     data: bytes = answer["Body"].read()
     if num_bytes is not None and len(data) != num_bytes:
-        raise OSError(f"{uri}: {len(data)} bytes came of {num_bytes}")
+        raise OSError(f"{uri}: {len(data)} of {num_bytes} bytes arrived")
     return data
 
 
 @contextmanager
 def translated(uri: str) -> Iterator[None]:
-    """Within it, boto3's errors become FileNotFoundError, InputError (bucket, credentials) or OSError (the rest)."""
+    """Turn boto3's errors into FileNotFoundError, InputError (bucket, credentials) or OSError (all others)."""
     try:
         yield
     except Exception as error:
@@ -204,7 +206,7 @@ def translated(uri: str) -> Iterator[None]:
 
 
 def raise_translated(error: BaseException, uri: str) -> NoReturn:
-    """Raise our error for boto3's; anything else as it is."""
+    """Raise our error for one of boto3's, and any other error unchanged."""
     from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, PartialCredentialsError
 
     if isinstance(error, ClientError):
@@ -220,7 +222,7 @@ def raise_translated(error: BaseException, uri: str) -> NoReturn:
                 "AWS_SECRET_ACCESS_KEY, AWS_PROFILE, or the storage section) and what they may do"
             ) from None
         if code in CONDITION_FAILED:
-            raise FileExistsError(f"{uri}: exists already, or was changed by another") from None
+            raise FileExistsError(f"{uri}: exists already, or was changed by another job") from None
         raise OSError(f"{uri}: the storage answered {code}") from None
     if isinstance(error, (NoCredentialsError, PartialCredentialsError)):
         raise InputError(

@@ -143,3 +143,15 @@ def test_a_file_is_copied_as_a_part_and_found_again(tmp_path: Path) -> None:
     (tmp_path / "artifact" / "copy.bin").write_bytes(b"x" * 256 * 5000)
     with pytest.raises(DamagedArtifactError, match=r"copy\.bin"):
         Artifact(artifact.folder, artifact.manifest).local_file("copy.bin")
+
+
+@pytest.mark.parametrize("name", ["../../victim", "/etc/passwd", "a/../../victim", "a\\\\b", ""])
+def test_a_manifest_whose_names_lead_out_of_its_folder_is_no_artifact(tmp_path: Path, name: str) -> None:
+    (tmp_path / "victim").write_text("precious")
+    folder = Folder.at(tmp_path / "stage" / "artifact")
+    write_artifact(folder)
+    manifest = folder.read_bytes(MANIFEST_NAME).replace(b'"summary.json"', f'"{name}"'.encode())
+    folder.write_bytes(MANIFEST_NAME, manifest)
+    assert Artifact.find(folder) is None
+    assert Artifact.discard_damage(folder) == [MANIFEST_NAME]
+    assert (tmp_path / "victim").read_text() == "precious"
