@@ -94,7 +94,7 @@ def test_shared_stages_are_made_once_failures_stay_their_own_and_the_best_are_po
     assert (result.num_trials, result.num_failed) == (8, 6)
     for row in rows:
         if row["num_clusters"] == 500:
-            assert "500 clusters asked for, but there are only 160" in row["error"]
+            assert "500 clusters asked for, but only 160 images" in row["error"]
         elif row["heads.learning_rate"] == 1e30:
             assert "is not finite" in row["error"]
         else:
