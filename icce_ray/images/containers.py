@@ -20,7 +20,8 @@ import pyarrow.parquet as pq
 from icce_ray.config import ImagesConfig
 from icce_ray.errors import InputError
 from icce_ray.images import tar_shards
-from icce_ray.images.image_files import IMAGE_ENDINGS, PARQUET_ENDINGS, File
+from icce_ray.images.file_table import File
+from icce_ray.images.image_files import IMAGE_ENDINGS, PARQUET_ENDINGS
 from icce_ray.images.listing import Entry
 from icce_ray.images.parquet_columns import image_column
 from icce_ray.images.uris import is_remote, local_path_or_uri

@@ -5,33 +5,58 @@ from __future__ import annotations
 import hashlib
 import sqlite3
 import tempfile
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-
-from icce_ray.images.image_files import File
+from typing import Any, NamedTuple
 
 FETCH_ROWS = 10_000
-COLUMNS = "uri, size_bytes, etag, is_container"
+OTHER_NAME = "other name of a file that is listed already"
+COLUMNS = "uri, size_bytes, etag, is_container, problem, identity, is_linked"
+
+
+class File(NamedTuple):
+    """A file, and what tells whether it changed."""
+
+    uri: str
+    size_bytes: int | None
+    etag: str | None
+    """Object stores: the ETag or modification time. Local files: the modification time in ns. None: unknown."""
+    is_container: bool = False
+    problem: str | None = None
+    """Why it cannot be used, if that is known already."""
+    identity: str | None = None
+    """Equal for names of the same local file: device, inode, size and time."""
+    is_linked: bool = False
+    """Whether a symbolic link leads to it."""
 
 
 class FileTable:
-    """Files by URI. Of several with the same URI, the first is kept.
+    """Files by URI. Of several with the same URI, the first is kept; of several names of the same local file, the first
+    in order, one that no symbolic link leads to before others.
 
     Args:
         files: in any order.
-        excluded_prefix: files whose URI starts with it are left out.
+        skipped: what the source holds besides, by kind. Counted while `files` is read.
     """
 
-    def __init__(self, files: Iterable[File], excluded_prefix: str) -> None:
+    def __init__(self, files: Iterable[File], skipped: Counter[str] | None = None) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="icce_ray-files-")
         self._database = sqlite3.connect(Path(self._folder.name) / "files.sqlite", check_same_thread=False)
         self._database.executescript(
             "PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF;"
             "CREATE TABLE files (uri TEXT PRIMARY KEY, size_bytes INTEGER, etag TEXT, is_container INTEGER,"
-            " is_known INTEGER DEFAULT 0) WITHOUT ROWID"
+            " problem TEXT, identity TEXT, is_linked INTEGER, is_known INTEGER DEFAULT 0) WITHOUT ROWID"
         )
-        kept = (file for file in files if not file.uri.startswith(excluded_prefix))
-        self._database.executemany(f"INSERT OR IGNORE INTO files ({COLUMNS}) VALUES (?, ?, ?, ?)", kept)
+        self._database.executemany(f"INSERT OR IGNORE INTO files ({COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?)", files)
+        self._database.execute("CREATE INDEX identities ON files (identity, is_linked, uri)")
+        other_names = self._database.execute(
+            "DELETE FROM files WHERE EXISTS (SELECT 1 FROM files AS other WHERE other.identity = files.identity"
+            " AND (other.is_linked, other.uri) < (files.is_linked, files.uri))"
+        )
+        self.skipped = Counter[str]() if skipped is None else skipped
+        if other_names.rowcount:
+            self.skipped[OTHER_NAME] += other_names.rowcount
         self._database.commit()
 
     def __iter__(self) -> Iterator[File]:
@@ -55,7 +80,12 @@ class FileTable:
         """64 hex digits that change when a file is added, removed or changed."""
         digest = hashlib.sha256()
         for file in self:
-            fields = (file.uri, "" if file.size_bytes is None else str(file.size_bytes), file.etag or "")
+            fields = (
+                file.uri,
+                "" if file.size_bytes is None else str(file.size_bytes),
+                file.etag or "",
+                file.problem or "",
+            )
             digest.update("\0".join(fields).encode() + b"\n")
         return digest.hexdigest()
 
@@ -65,5 +95,6 @@ class FileTable:
             yield from map(_file, rows)
 
 
-def _file(row: tuple[str, int | None, str | None, int]) -> File:
-    return File(*row[:3], is_container=bool(row[3]))
+def _file(row: tuple[Any, ...]) -> File:
+    uri, size_bytes, etag, is_container, problem, identity, is_linked = row
+    return File(uri, size_bytes, etag, bool(is_container), problem, identity, bool(is_linked))

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from contextlib import suppress
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.fs as pafs
@@ -19,38 +20,55 @@ import pyarrow.parquet as pq
 
 from icce_ray.config import ImagesConfig
 from icce_ray.errors import InputError
+from icce_ray.images.file_table import File
+from icce_ray.images.folder_walk import UNREADABLE_FOLDER, identity_of, local_file, walk_folder
 from icce_ray.images.parquet_columns import image_column
+from icce_ray.images.skipped_files import describe, ending
 from icce_ray.images.uri_lists import read_parquet_list, read_text_list
-from icce_ray.images.uris import is_remote, local_path, local_path_or_uri, local_uri, resolve
+from icce_ray.images.uris import is_remote, local_path_or_uri, local_uri, resolve
 from icce_ray.store import s3
-from icce_ray.store.filesystem import open_uri
+from icce_ray.store.filesystem import OBJECT_STORES, open_uri, redacted
 
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 TAR_ENDING = ".tar"
 PARQUET_ENDINGS = (".parquet", ".pq")
+RESULT_FOLDERS = (
+    "images",
+    "embed",
+    "sample",
+    "cluster_count",
+    "neighbors",
+    "method",
+    "consensus",
+    "classifier",
+    "assign",
+    "evaluate",
+    "report",
+    "silhouette_spaces",
+    "trial_scores",
+    "sweep",
+)
+"""Folders of an output whose subfolders hold artifacts."""
+RESULT = re.compile(rf"/(?:runs|(?:{'|'.join(RESULT_FOLDERS)})/[0-9a-f]{{16}})/")
 
 
-class File(NamedTuple):
-    """A file, and what tells whether it changed."""
-
-    uri: str
-    size_bytes: int | None
-    etag: str | None
-    """Object stores: the ETag or modification time. Local files: the modification time in ns. None: unknown."""
-    is_container: bool = False
-
-
-def iter_files(images: ImagesConfig) -> Iterator[File]:
+def iter_files(images: ImagesConfig, output: str, skipped: Counter[str]) -> Iterator[File]:
     """The files of all of `images.uris`, in no particular order; a file that two sources name appears twice.
+
+    What this engine wrote below `output` is left out, unless a list names it.
+
+    Args:
+        output: the output folder.
+        skipped: counts what lies there besides, by ending or kind.
 
     Raises:
         InputError: nothing there, no images, or a list that cannot be read.
     """
     for uri in images.uris:
-        yield from _source_files(uri, images)
+        yield from _source_files(uri, images, output, skipped)
 
 
-def _source_files(uri: str, images: ImagesConfig) -> Iterator[File]:
+def _source_files(uri: str, images: ImagesConfig, output: str, skipped: Counter[str]) -> Iterator[File]:
     filesystem, path = open_uri(uri)
     try:
         info = filesystem.get_file_info(path)
@@ -59,12 +77,14 @@ def _source_files(uri: str, images: ImagesConfig) -> Iterator[File]:
     is_prefix = s3.is_s3(uri) and uri.endswith("/")
     is_parquet = path.lower().endswith(PARQUET_ENDINGS)
     if info.type == pafs.FileType.Directory or (info.type == pafs.FileType.NotFound and is_prefix):
-        files = _files_below(filesystem, path, uri)
+        files = _files_below(filesystem, path, uri, output, skipped)
         if is_parquet:
             return _parquet_files([file for file in files if file.uri.lower().endswith(PARQUET_ENDINGS)], images)
-        return _folder(files, uri, images)
+        return _folder(files, uri, images, skipped)
     if info.type == pafs.FileType.NotFound:
         raise InputError(f"images.uri: {uri} does not exist{_close_sibling(filesystem, path)}")
+    if info.type != pafs.FileType.File:
+        raise InputError(f"images.uri: {uri} is neither a file nor a folder")
     file = File(uri if is_remote(uri) else local_uri(path), info.size, _mtime(info))
     if is_parquet:
         return _parquet_files([file], images)
@@ -78,24 +98,30 @@ def _source_files(uri: str, images: ImagesConfig) -> Iterator[File]:
     )
 
 
-def _folder(files: Iterator[File], uri: str, images: ImagesConfig) -> Iterator[File]:
+def _folder(files: Iterator[File], uri: str, images: ImagesConfig, skipped: Counter[str]) -> Iterator[File]:
     """Images and tar shards; if there are neither, Parquet files."""
     others: Counter[str] = Counter()
     tables: list[File] = []
     found = False
     for file in files:
-        ending = PurePosixPath(file.uri).suffix.lower()
-        if ending in IMAGE_ENDINGS or ending == TAR_ENDING:
+        kind = ending(file.uri)
+        if file.problem is not None:
+            # A broken link without an ending may have led to a folder of images.
+            if kind in (*IMAGE_ENDINGS, TAR_ENDING, "") or file.problem.startswith(UNREADABLE_FOLDER):
+                yield file
+            others[file.problem] += 1
+        elif kind in IMAGE_ENDINGS or kind == TAR_ENDING:
             found = True
-            yield file._replace(is_container=ending == TAR_ENDING)
-            continue
-        others[ending or "none"] += 1
-        if ending in PARQUET_ENDINGS and not found:
+            yield file._replace(is_container=kind == TAR_ENDING)
+        elif kind in PARQUET_ENDINGS and not found:
             tables.append(file)
+        else:
+            others[kind or "no ending"] += 1
     if not found and tables:
         yield from _parquet_files(tables, images)
     elif not found:
         raise _no_images(uri, others)
+    skipped.update(others)
 
 
 def _parquet_files(files: list[File], images: ImagesConfig) -> Iterator[File]:
@@ -115,70 +141,63 @@ def _parquet_files(files: list[File], images: ImagesConfig) -> Iterator[File]:
 
 
 def _listed_files(entries: Iterator[str], list_uri: str) -> Iterator[File]:
-    """The files that a list names. Remote ones and local ones that do not exist are not checked here."""
+    """The files that a list names. Remote ones are not checked here; an entry that cannot be used has a problem."""
     path = list_uri.partition("?")[0] if is_remote(list_uri) else local_path_or_uri(list_uri)
     folder = path.rpartition("/")[0] or "/"
     for entry in entries:
         uri = resolve(entry, folder)
         is_container = uri.lower().endswith(TAR_ENDING)
-        if is_remote(uri):
+        scheme = uri.partition("://")[0]
+        if not is_remote(uri):
+            file = local_file(uri)
+            yield file._replace(is_container=is_container and file.problem is None)
+        elif scheme not in OBJECT_STORES:
+            problem = f"{scheme[:20]}:// is not supported; copy the image to a folder or a bucket"
+            yield File(redacted(uri), None, None, problem=problem)
+        elif redacted(uri) != uri:
+            yield File(redacted(uri), None, None, problem="credentials in the entry; give them in the environment")
+        else:
             yield File(uri, None, None, is_container)
-            continue
-        try:
-            status = os.stat(local_path(uri))
-        except (OSError, ValueError):  # ValueError: a NUL in the name
-            yield File(uri, None, None)
-            continue
-        yield File(uri, status.st_size, str(status.st_mtime_ns), is_container)
 
 
-def _files_below(filesystem: pafs.FileSystem, path: str, uri: str) -> Iterator[File]:
-    """All visible files of a folder and its subfolders."""
+def _files_below(
+    filesystem: pafs.FileSystem, path: str, uri: str, output: str, skipped: Counter[str]
+) -> Iterator[File]:
+    """All visible files of a folder and its subfolders, but no results."""
     if not is_remote(uri):
-        return _local_files(path)
-    return _s3_files(uri) if s3.is_s3(uri) else _remote_files(filesystem, path, uri)
+        return walk_folder(path, _result_folders(output), skipped)
+    results = output.rstrip("/")
+    files = _s3_files(uri, skipped) if s3.is_s3(uri) else _remote_files(filesystem, path, uri, skipped)
+    return (file for file in files if not (file.uri.startswith(results) and RESULT.match(file.uri, len(results))))
 
 
-def _local_files(folder: str) -> Iterator[File]:
-    for entry in _walk(folder, frozenset()):
-        try:
-            status = entry.stat()
-        except OSError:  # a broken link: the embed stage reports it
-            yield File(local_uri(entry.path), None, None)
-            continue
-        yield File(local_uri(entry.path), status.st_size, str(status.st_mtime_ns))
+def _result_folders(output: str) -> frozenset[tuple[int, int]]:
+    """What the engine wrote: (device, inode) of each folder of an artifact and of that of the run records."""
+    if is_remote(output):
+        return frozenset()
+    root = Path(output).expanduser()
+    folders = [root / "runs"]
+    for stage in RESULT_FOLDERS:
+        with suppress(OSError):
+            folders += [folder for folder in (root / stage).iterdir() if RESULT.match(f"/{stage}/{folder.name}/")]
+    identities = (identity_of(str(folder)) for folder in folders)
+    return frozenset(identity for identity in identities if identity is not None)
 
 
-def _walk(folder: str, above: frozenset[tuple[int, int]]) -> Iterator[os.DirEntry[str]]:
-    """All visible files below `folder`. Links are followed, but not into a folder that is being walked already."""
-    try:
-        status = os.stat(folder)
-        with os.scandir(folder) as entries:
-            visible = [entry for entry in entries if not entry.name.startswith(".")]
-    except OSError as error:
-        raise InputError(f"images.uri: the folder {folder} cannot be read: {error.strerror}") from None
-    identity = (status.st_dev, status.st_ino)
-    if identity in above:
-        return
-    for entry in visible:
-        if entry.is_dir():
-            yield from _walk(entry.path, above | {identity})
-        elif entry.is_file() or entry.is_symlink():
-            yield entry
-
-
-def _s3_files(uri: str) -> Iterator[File]:
+def _s3_files(uri: str, skipped: Counter[str]) -> Iterator[File]:
     bucket, prefix = s3.split_uri(uri)
     prefix = f"{prefix.rstrip('/')}/" if prefix else ""
     try:
         for key, size, etag in s3.list_objects(f"s3://{bucket}/{prefix}", s3.current_options()):
-            if not key.endswith("/") and not _is_hidden(key[len(prefix) :]):
+            if _is_hidden(key[len(prefix) :]):
+                skipped["hidden"] += 1
+            elif not key.endswith("/"):
                 yield File(f"s3://{bucket}/{key}", size, etag)
     except OSError as error:
         raise InputError(f"images.uri: {uri} cannot be listed: {error}") from None
 
 
-def _remote_files(filesystem: pafs.FileSystem, path: str, uri: str) -> Iterator[File]:
+def _remote_files(filesystem: pafs.FileSystem, path: str, uri: str, skipped: Counter[str]) -> Iterator[File]:
     """Lists folder by folder: pyarrow returns everything below a folder at once."""
     base, _, query = uri.partition("?")
     pending = [path]
@@ -191,6 +210,7 @@ def _remote_files(filesystem: pafs.FileSystem, path: str, uri: str) -> Iterator[
         for info in infos:
             below = info.path[len(path) :].strip("/")
             if _is_hidden(below):
+                skipped["hidden"] += 1
                 continue
             if info.type == pafs.FileType.Directory:
                 pending.append(info.path)
@@ -211,10 +231,9 @@ def _no_images(uri: str, others: Counter[str]) -> InputError:
     wanted = ", ".join(ending[1:] for ending in (*IMAGE_ENDINGS, TAR_ENDING))
     if not others:
         return InputError(f"images.uri: the folder {uri} holds no files; looked for {wanted}, in subfolders too")
-    seen = ", ".join(f"{count} x {ending}" for ending, count in others.most_common(5))
     return InputError(
         f"images.uri: no images in {uri}. Looked for {wanted}, in subfolders too; "
-        f"saw {others.total()} other files by ending: {seen}"
+        f"saw {others.total()} other files: {describe(others)}"
     )
 
 

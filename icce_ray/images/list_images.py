@@ -14,6 +14,7 @@ from __future__ import annotations
 import datetime
 import hashlib
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -24,13 +25,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from icce_ray.config import Config, EmbeddingsConfig, ImagesConfig
-from icce_ray.errors import InputError
 from icce_ray.images.containers import file_of, locate, members
 from icce_ray.images.embedding_files import open_embeddings
-from icce_ray.images.file_table import FileTable
-from icce_ray.images.image_files import File, iter_files
+from icce_ray.images.file_table import File, FileTable
+from icce_ray.images.image_files import iter_files
 from icce_ray.images.listing import LISTING_PREFIX, REMOVED, Entry, Listing, number_entries
-from icce_ray.images.uris import is_remote, local_uri
+from icce_ray.images.skipped_files import describe
+from icce_ray.images.uris import is_remote
 from icce_ray.stage import StageContext
 from icce_ray.store import Artifact, Folder
 
@@ -41,8 +42,8 @@ def run(config: Config, context: StageContext) -> dict[str, Any]:
     """Write the parts ``images-*.parquet``.
 
     Returns:
-        Metrics: num_images, num_removed, size_bytes (None if unknown), list_s; digest, files_digest and listed_at,
-        which identify the snapshot.
+        Metrics: num_images, num_removed, skipped (what lies there and is not taken, by ending or kind), size_bytes
+        (None if unknown), list_s; digest, files_digest and listed_at, which identify the snapshot.
 
     Raises:
         InputError: nothing there, no images, or a list or container that cannot be read.
@@ -51,10 +52,10 @@ def run(config: Config, context: StageContext) -> dict[str, Any]:
     if embeddings.uri is not None:
         uris = open_embeddings(embeddings).uris(images.uri_column)
         digest = _embeddings_digest(embeddings, images)
-        return _write((Entry(uri.as_py()) for uri in uris), context, digest, digest)
+        return _write((Entry(uri.as_py()) for uri in uris), context, digest, digest, Counter())
     planned = _planned.pop(_key(images, output), None)
     digest, files = planned or (source_digest(images, embeddings, output), _list_files(images, output))
-    return _write(_entries(files, images), context, digest, files.digest())
+    return _write(_entries(files, images), context, digest, files.digest(), files.skipped)
 
 
 def source_digest(images: ImagesConfig, embeddings: EmbeddingsConfig, output: str) -> str:
@@ -97,7 +98,7 @@ class Refresh:
     def run(self, config: Config, context: StageContext) -> dict[str, Any]:
         """Write the new listing. Metrics as :func:`run`."""
         entries = self._entries(config.images)
-        return _write(entries, context, self.digest, self.files.digest())
+        return _write(entries, context, self.digest, self.files.digest(), self.files.skipped)
 
     def _entries(self, images: ImagesConfig) -> Iterator[Entry]:
         base = Listing(self.base)
@@ -112,7 +113,7 @@ class Refresh:
                     problem = None if row.problem == REMOVED else row.problem
                     yield Entry(row.uri, row.size_bytes, file.etag, problem)
                 else:
-                    yield Entry(row.uri, file.size_bytes, file.etag)
+                    yield Entry(row.uri, file.size_bytes, file.etag, file.problem)
         yield from _entries(self.files.unknown(), images)
 
 
@@ -133,7 +134,9 @@ def find_changes(images: ImagesConfig, output: str) -> Refresh | None:
     return Refresh(last, files, digest)
 
 
-def _write(entries: Iterator[Entry], context: StageContext, digest: str, files_digest: str) -> dict[str, Any]:
+def _write(
+    entries: Iterator[Entry], context: StageContext, digest: str, files_digest: str, skipped: Counter[str]
+) -> dict[str, Any]:
     started = time.monotonic()
     num_images, size_bytes, num_removed = 0, 0, 0
     for index, part in enumerate(_parts(entries)):
@@ -142,9 +145,12 @@ def _write(entries: Iterator[Entry], context: StageContext, digest: str, files_d
         size_bytes += pc.sum(part["size_bytes"]).as_py() or 0
         num_removed += pc.sum(pc.equal(part["problem"], REMOVED)).as_py() or 0
         context.progress.update(num_images, num_images)
+    if skipped:
+        context.progress.note(f"not taken: {describe(skipped)}")
     return {
         "num_images": num_images,
         "num_removed": num_removed,
+        "skipped": dict(skipped),
         "size_bytes": size_bytes or None,
         "list_s": round(time.monotonic() - started, 3),
         "digest": digest,
@@ -159,7 +165,7 @@ def _entries(files: Iterable[File], images: ImagesConfig) -> Iterator[Entry]:
         if file.is_container:
             yield from members(file, images)
         else:
-            yield Entry(file.uri, file.size_bytes, file.etag)
+            yield Entry(file.uri, file.size_bytes, file.etag, file.problem)
 
 
 def _parts(entries: Iterator[Entry]) -> Iterator[pa.Table]:
@@ -201,17 +207,5 @@ def _embeddings_digest(embeddings: EmbeddingsConfig, images: ImagesConfig) -> st
 
 
 def _list_files(images: ImagesConfig, output: str) -> FileTable:
-    """The files of the sources, without those below `output`: the report's pictures are not images of the collection.
-
-    Raises:
-        InputError: the output is the folder of the images itself.
-    """
-    results = _normalised(output)
-    for uri in images.uris:
-        if _normalised(uri) == results:
-            raise InputError(f"output: {output} is the folder of the images; name another, for example {uri}-clusters")
-    return FileTable(iter_files(images), excluded_prefix=local_uri(results) + "/")
-
-
-def _normalised(uri: str) -> str:
-    return uri.rstrip("/") if is_remote(uri) else Folder.at(uri).uri
+    skipped: Counter[str] = Counter()
+    return FileTable(iter_files(images, output, skipped), skipped)

@@ -5,7 +5,9 @@ The bytes are checked against the size in the listing, so a truncated answer is 
 
 from __future__ import annotations
 
+import os
 import random
+import stat
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -26,6 +28,8 @@ MAX_BACKOFF_S = 1.0
 """The backoff doubles up to this. A store that throttles slows down one of NUM_THREADS reads, not the job."""
 NUM_THREADS = 16
 """Concurrent reads in one process, to hide the latency of remote storage."""
+MAX_FILE_BYTES = 2**30
+"""An uncompressed image of 100 million pixels takes 400 MB."""
 MAX_AHEAD = 32
 """Files requested but not handed on yet."""
 
@@ -40,6 +44,8 @@ def read_image(uri: str, size_bytes: int | None = None) -> bytes | str:
     Raises:
         InputError: the bucket does not exist, or refuses the credentials.
     """
+    if size_bytes is not None and size_bytes > MAX_FILE_BYTES:
+        return f"unreadable: over the limit of {MAX_FILE_BYTES} bytes"
     for attempt, timeout_s in enumerate(READ_TIMEOUTS_S):
         try:
             data = _read_once(uri, timeout_s)
@@ -50,7 +56,8 @@ def read_image(uri: str, size_bytes: int | None = None) -> bytes | str:
             return "missing"
         except InputError as error:
             # A single object may be forbidden. If the whole bucket is, no image can be read and the job must say so.
-            s3.check_bucket(uri, s3.current_options(), "images.uri")
+            if s3.is_s3(uri):
+                s3.check_bucket(uri, s3.current_options(), "images.uri")
             return f"unreadable: {error}"
         except Exception as error:
             problem = f"unreadable: {' '.join(f'{type(error).__name__}: {error}'.split())[:200]}"
@@ -82,6 +89,16 @@ def _read_row(row: ListedImage) -> bytes | str:
     return row.problem or read_image(row.uri, row.size_bytes)
 
 
+def _open_at_once(path: str, flags: int) -> int:
+    """Opens a named pipe without waiting for its other end."""
+    return os.open(path, flags | os.O_NONBLOCK)
+
+
+def _check_size(num_bytes: int) -> None:
+    if num_bytes > MAX_FILE_BYTES:
+        raise ValueError(f"over the limit of {MAX_FILE_BYTES} bytes")
+
+
 def _read_once(uri: str, timeout_s: float) -> bytes:
     place = locate(uri)
     if isinstance(place, Cell):
@@ -89,7 +106,11 @@ def _read_once(uri: str, timeout_s: float) -> bytes:
             return _cells.read(place) or b""
     file = uri if place is None else place.file
     if not is_remote(file):
-        with open(local_path(file), "rb") as opened:
+        with open(local_path(file), "rb", opener=_open_at_once) as opened:
+            status = os.fstat(opened.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise OSError("not a file")
+            _check_size(status.st_size if place is None else place.num_bytes)
             if place is None:
                 return opened.read()
             opened.seek(place.start)

@@ -19,6 +19,9 @@ from icce_ray.config import StorageConfig
 from icce_ray.errors import InputError
 from icce_ray.store import s3
 
+OBJECT_STORES = ("s3", "gs", "gcs", "abfs", "abfss", "hdfs", "viewfs")
+"""Schemes that :func:`open_uri` takes, besides local paths and ``file``."""
+
 
 def open_uri(uri: str) -> tuple[pafs.FileSystem, str]:
     """The filesystem of `uri` and the path in it. Local paths may be relative.
@@ -35,8 +38,25 @@ def open_uri(uri: str) -> tuple[pafs.FileSystem, str]:
     try:
         filesystem, path = pafs.FileSystem.from_uri(uri)
     except (pa.ArrowInvalid, OSError, ValueError) as error:
-        raise InputError(f"{uri}: cannot be opened as a storage location: {error}") from None
+        reason = "the location holds credentials; give them in the environment" if redacted(uri) != uri else error
+        raise InputError(f"{redacted(uri)}: cannot be opened as a storage location: {reason}") from None
     return filesystem, path
+
+
+def redacted(uri: str) -> str:
+    """`uri` without user, password, and the query of a web address, which may hold a signature."""
+    scheme, separator, rest = uri.partition("://")
+    if not separator or scheme == "file":
+        return uri
+    path = ""
+    if scheme in OBJECT_STORES:  # elsewhere a password may hold a slash
+        rest, slash, after = rest.partition("/")
+        path = slash + after
+    else:
+        rest, question, _ = rest.partition("?")
+        path = f"{question}..." if question else ""
+    user, at, host = rest.rpartition("@")
+    return f"{scheme}://...@{host}{path}" if at and user != "anonymous" else f"{scheme}://{rest}{path}"
 
 
 @dataclass(frozen=True)
