@@ -20,7 +20,7 @@ def _check(config: Config) -> None:
         check_backbones(config.embed)
 
 
-EMBED = Stage("embed", "icce_ray.embed.job", 4, ("images",), _settings, check=_check)
+EMBED = Stage("embed", "icce_ray.embed.job", 5, ("images",), _settings, check=_check)
 
 
 def num_failed(embed: Artifact) -> int:

@@ -16,10 +16,22 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError, features
+
+from icce_ray.images.skipped_files import HEIC_REMEDY, RAW_REMEDY
 
 ENDINGS = {b"\xff\xd8\xff": b"\xff\xd9", b"\x89PNG": b"IEND\xaeB`\x82", b"GIF8": b";"}
 """The last bytes of a complete file, by its first bytes."""
+HEIC_BRANDS = (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1")
+UNSUPPORTED = {
+    b"%!PS": "EPS: not supported; render to PNG",
+    b"%PDF": "PDF: not supported; render to PNG",
+    b"FUJIFILMCCD-RAW": RAW_REMEDY,
+    b"IIRO": RAW_REMEDY,
+    b"IIU\0": RAW_REMEDY,
+    b"8BPS": "PSD: not supported; convert to PNG or TIFF",
+}
+"""Reasons by the first bytes."""
 OTHER_SIGNATURES = (b"RIFF", b"BM", b"II*\0", b"MM\0*")
 DRAFT_FORMATS = ("JPEG", "MPO")
 """MPO: several JPEGs in one file, as some cameras write."""
@@ -29,6 +41,14 @@ DRAFT_FACTOR = 2
 MAX_ASPECT = 16
 """Longest side over shortest. Only the middle of a longer strip is scaled: a whole line of a million pixels would need
 an enormous image."""
+
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "JPEG2000", "PPM") + (
+    ("AVIF",) if features.check("avif") else ()
+)
+"""Only these of Pillow's decoders are used. EPS, for one, would run Ghostscript."""
+STRIP_ROWS = 256
+"""Rows converted at a time, so that intermediate results take little memory."""
+PNG_TEXT = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
 
 Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
 Pixels = npt.NDArray[np.uint8]
@@ -106,7 +126,12 @@ def decode_image(
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            pictures = _decode_views(data, preprocessing.views, max_pixels)
+            try:
+                pictures = _decode_views(data, preprocessing.views, max_pixels)
+            except ValueError:  # Pillow limits the metadata of a PNG, not only its pixels
+                if (bare := _without_png_text(data)) is None:
+                    raise
+                pictures = _decode_views(bare, preprocessing.views, max_pixels)
     except Image.DecompressionBombError:
         return "decompression bomb"
     except UnidentifiedImageError:
@@ -120,6 +145,8 @@ def decode_image(
 
 def convert_image(image: Image.Image, preprocessing: Preprocessing, *, max_pixels: int = 100_000_000) -> Pixels | str:
     """Like :func:`decode_image`, for an image that Pillow has opened. The image is not changed."""
+    if image.format not in (None, "MPO", *FORMATS):
+        return f"{image.format}: not supported"
     if image.width * image.height > max_pixels:
         return f"over the limit of {max_pixels} pixels"
     try:
@@ -134,7 +161,7 @@ def _decode_views(data: bytes, views: tuple[Preprocessing, ...], max_pixels: int
     upright: dict[tuple[int, int], Image.Image] = {}
     pictures = []
     for view in views:
-        with Image.open(io.BytesIO(data)) as image:  # reads the header only
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:  # reads the header only
             if image.width * image.height > max_pixels:
                 return f"over the limit of {max_pixels} pixels"
             if image.format in DRAFT_FORMATS:
@@ -178,35 +205,58 @@ def _turn_upright(image: Image.Image) -> Image.Image:
 def _convert(image: Image.Image, mode: str) -> Image.Image:
     """Convert to `mode` (RGB or L), 8 bits, transparency on white."""
     if image.mode.startswith(("I", "F")):
-        image = Image.fromarray(_to_8_bits(np.asarray(image), is_16_bit=image.mode.startswith("I")))
+        image = Image.fromarray(_to_8_bits(np.asarray(image)))
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-        layer = image.convert("RGBA")
-        white = Image.new("RGBA", layer.size, "white")
-        image = Image.alpha_composite(white, layer).convert("RGB")
+        on_white = Image.new("RGB", image.size)
+        for top in range(0, image.height, STRIP_ROWS):
+            layer = image.crop((0, top, image.width, min(image.height, top + STRIP_ROWS))).convert("RGBA")
+            white = Image.new("RGBA", layer.size, "white")
+            on_white.paste(Image.alpha_composite(white, layer).convert("RGB"), (0, top))
+        image = on_white
     if image.mode == mode:
         return image
     # Some versions of Pillow refuse some conversions to grey, such as from CMYK. All work by way of RGB.
     return image.convert(mode) if image.mode in ("L", "RGB", "1") else image.convert("RGB").convert(mode)
 
 
-def _to_8_bits(values: npt.NDArray[Any], *, is_16_bit: bool) -> Pixels:
-    """Grey values of a 16-bit, 32-bit or float image as 0..255.
+def _to_8_bits(values: npt.NDArray[Any]) -> Pixels:
+    """Grey values of a 16-bit, 32-bit or float image as 0..255: its minimum becomes 0, its maximum 255.
 
-    Integers up to 65,535 count as 16-bit. Floats within 0..1 are scaled by 255; within 0..255 they are kept. Any other
-    range is stretched from its minimum to its maximum.
+    The type does not tell the range: 12 bits of a camera lie in 16, floats mean 0..1 or anything. A value that is not
+    finite counts as the nearest finite one, a NaN as the minimum.
     """
-    finite = np.nan_to_num(values.astype(np.float64), posinf=0.0, neginf=0.0)
-    low, high = float(finite.min()), float(finite.max())
-    if low >= 0.0 and is_16_bit and high <= 65535.0:
-        scaled = finite / 257.0
-    elif low >= 0.0 and not is_16_bit and high <= 255.0:
-        scaled = finite * (255.0 if high <= 1.0 else 1.0)
-    else:
-        scaled = (finite - low) * (255.0 / max(high - low, 1e-300))
-    return np.rint(scaled).astype(np.uint8)
+    finite = values[np.isfinite(values)] if values.dtype.kind == "f" else values
+    low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)
+    scale = 255.0 / (high - low) if high > low else 0.0
+    result = np.empty(values.shape, dtype=np.uint8)
+    for top in range(0, len(values), STRIP_ROWS):
+        strip = np.nan_to_num(values[top : top + STRIP_ROWS].astype(np.float64), nan=low, posinf=high, neginf=low)
+        result[top : top + STRIP_ROWS] = np.rint((strip - low) * scale)
+    return result
+
+
+def _without_png_text(data: bytes) -> bytes | None:
+    """A PNG without its texts and colour profile, or None if there are none."""
+    if not data.startswith(b"\x89PNG"):
+        return None
+    kept, position = [data[:8]], 8
+    while position + 8 <= len(data):
+        end = position + 12 + int.from_bytes(data[position : position + 4], "big")
+        if data[position + 4 : position + 8] not in PNG_TEXT:
+            kept.append(data[position:end])
+        position = end
+    bare = b"".join(kept)
+    return bare if len(bare) < len(data) else None
 
 
 def _why_unidentified(data: bytes) -> str:
+    if data[4:8] == b"ftyp" and data[8:12] in HEIC_BRANDS:
+        return HEIC_REMEDY
+    if data[4:12] == b"ftypcrx ":
+        return RAW_REMEDY
+    for signature, reason in UNSUPPORTED.items():
+        if data.startswith(signature):
+            return reason
     for signature, ending in ENDINGS.items():
         if data.startswith(signature):
             return "unreadable: damaged header" if data.rstrip(b"\0").endswith(ending) else "truncated"

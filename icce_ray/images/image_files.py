@@ -17,6 +17,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
+from PIL import features
 
 from icce_ray.config import ImagesConfig
 from icce_ray.errors import InputError
@@ -29,7 +30,11 @@ from icce_ray.images.uris import is_remote, local_path_or_uri, local_uri, resolv
 from icce_ray.store import s3
 from icce_ray.store.filesystem import OBJECT_STORES, open_uri, redacted
 
-IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+IMAGE_ENDINGS = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".bmp", ".dib", ".gif", ".tif", ".tiff"),
+    *(".jp2", ".j2k", ".jpx", ".jpf", ".pbm", ".pgm", ".ppm", ".pnm"),
+    *((".avif",) if features.check("avif") else ()),
+)
 TAR_ENDING = ".tar"
 PARQUET_ENDINGS = (".parquet", ".pq")
 RESULT_FOLDERS = (
@@ -228,7 +233,7 @@ def _mtime(info: pafs.FileInfo) -> str | None:
 
 
 def _no_images(uri: str, others: Counter[str]) -> InputError:
-    wanted = ", ".join(ending[1:] for ending in (*IMAGE_ENDINGS, TAR_ENDING))
+    wanted = ", ".join(known[1:] for known in (*IMAGE_ENDINGS, TAR_ENDING))
     if not others:
         return InputError(f"images.uri: the folder {uri} holds no files; looked for {wanted}, in subfolders too")
     return InputError(

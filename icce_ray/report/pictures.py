@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import PurePosixPath
@@ -22,6 +23,8 @@ Pixels = npt.NDArray[np.uint8]
 THUMBNAIL_PIXELS = 96
 JPEG_QUALITY = 78
 MAX_IMAGE_PIXELS = 100_000_000
+MAX_PARALLEL_PIXELS = 10_000_000
+"""Larger images are decoded one at a time: 100 million pixels take up to 700 MB."""
 NUM_THREADS = 8
 MAX_SHEET_ROWS = 50
 MARGIN_PIXELS = 4
@@ -79,5 +82,11 @@ def _load(uri: str) -> Pixels | None:
     if isinstance(data, str):
         return None
     preprocessing = Preprocessing(size=THUMBNAIL_PIXELS, scale_size=THUMBNAIL_PIXELS)
-    picture = decode_image(data, preprocessing, max_pixels=MAX_IMAGE_PIXELS)
+    picture = decode_image(data, preprocessing, max_pixels=MAX_PARALLEL_PIXELS)
+    if isinstance(picture, str) and picture.startswith("over the limit"):
+        with _large:
+            picture = decode_image(data, preprocessing, max_pixels=MAX_IMAGE_PIXELS)
     return None if isinstance(picture, str) else picture
+
+
+_large = threading.Lock()

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from icce_ray.images import decoding as images
 from icce_ray.images.decoding import Preprocessing, SeveralViews, decode_image
@@ -146,6 +147,59 @@ def test_16_bits_are_scaled_not_clipped() -> None:
     values = np.linspace(0, 65535, 256).reshape(16, 16).astype(np.uint16)
     pixels = decoded(encode(Image.fromarray(values), "PNG"))
     assert np.array_equal(pixels[:, :, 0], np.rint(values / 257).astype(np.uint8))
+
+
+@pytest.mark.parametrize("high", [1.0, 1.1, 4095, 65535])
+def test_grey_of_more_than_8_bits_is_stretched_whatever_its_range(high: float) -> None:
+    values = np.linspace(0, 1, 256).reshape(16, 16) * high
+    kind = np.float32 if high < 2 else np.uint16
+    pixels = decoded(encode(Image.fromarray(values.astype(kind)), "TIFF"))
+    assert np.abs(pixels[:, :, 0].astype(int) - np.arange(256).reshape(16, 16)).max() <= 1
+
+
+def test_values_that_are_not_finite_do_not_change_the_others() -> None:
+    values = np.linspace(2, 3, 256, dtype=np.float32).reshape(16, 16)
+    expected = decoded(encode(Image.fromarray(values), "TIFF")).copy()
+    values[3, :3] = np.nan, np.inf, -np.inf
+    expected[3, :3] = np.array([[0], [255], [0]])
+    assert np.array_equal(decoded(encode(Image.fromarray(values), "TIFF")), expected)
+
+
+@pytest.mark.parametrize("kind", ["text", "compressed text", "profile"])
+def test_large_metadata_does_not_cost_the_image(kind: str) -> None:
+    info = PngInfo()
+    if kind != "profile":
+        info.add_text("comment", "x" * 2_000_000, zip=kind == "compressed text")
+    profile = {"icc_profile": bytes(2_000_000)} if kind == "profile" else {}
+    image = noise(16, 16)
+    assert np.array_equal(decoded(encode(image, "PNG", pnginfo=info, **profile)), np.asarray(image))
+
+
+def test_only_the_promised_formats_are_opened() -> None:
+    eps = encode(two_halves(), "EPS")
+    assert decode_image(eps, WHOLE) == "EPS: not supported; render to PNG"
+    assert images.convert_image(Image.open(io.BytesIO(eps)), WHOLE) == "EPS: not supported"
+    assert decode_image(encode(two_halves(), "ICO"), WHOLE) == "not an image"
+    for kind in ("JPEG2000", "PPM", "AVIF"):
+        assert decode_image(encode(two_halves(), kind), WHOLE).shape == (16, 16, 3)
+
+
+def test_what_pillow_cannot_decode_says_so() -> None:
+    assert str(decode_image(b"\0\0\0\x18ftypheic" + bytes(100), WHOLE)).startswith("HEIC: not supported; convert")
+    assert str(decode_image(b"\0\0\0\x18ftypcrx " + bytes(100), WHOLE)).startswith("RAW: not supported; convert")
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_transparency_is_the_same_above_and_below_the_edge_of_a_strip(mode: str) -> None:
+    alpha = noise(600, 20).convert("L")
+    image = noise(600, 20).convert("RGB")
+    image.putalpha(alpha)
+    image = image.convert("RGB").convert("P") if mode == "P" else image.convert(mode)
+    if mode == "P":
+        image.info["transparency"] = bytes(range(256))
+    layer = image.convert("RGBA")
+    whole = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
+    assert np.array_equal(np.asarray(images._convert(image, "RGB")), np.asarray(whole))
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])

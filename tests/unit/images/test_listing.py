@@ -18,6 +18,7 @@ from icce_ray.images import image_files, list_images
 from icce_ray.images.listing import SCHEMA, Listing
 from icce_ray.images.read_images import read_image
 from icce_ray.pipeline import run as pipeline
+from icce_ray.runtime.progress import Progress
 from icce_ray.store import Artifact
 
 Listed = Callable[[Config], pa.Table]
@@ -38,9 +39,35 @@ def write_files(folder: Path, *names: str) -> None:
 
 
 def test_a_folder_is_searched_recursively_for_the_known_endings_in_any_case(listed: Listed, tmp_path: Path) -> None:
-    wanted = ["b.JPG", "a.jpeg", "x/c.PNG", "x/y/d.webp", "e.bmp", "f.gif", "g.tif", "h.Tiff"]
+    wanted = [
+        "i.jfif",
+        "j.JPE",
+        "k.avif",
+        "l.jp2",
+        "m.pgm",
+        "b.JPG",
+        "a.jpeg",
+        "x/c.PNG",
+        "x/y/d.webp",
+        "e.bmp",
+        "f.gif",
+        "g.tif",
+        "h.Tiff",
+    ]
     write_files(tmp_path, *wanted, "notes.txt", "x/table.csv", "no_ending", ".hidden.jpg", ".cache/z.jpg", "x/._a.jpg")
     assert listed(config_for(tmp_path))["uri"].to_pylist() == sorted(str(tmp_path / name) for name in wanted)
+
+
+def test_what_is_not_taken_is_counted_and_said_with_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_files(tmp_path / "photos", "a.png", "b.heic", "c.HEIC", "d.tar.gz", "e.nef", "f.csv", "LICENSE", ".x.png")
+    said: list[str] = []
+    monkeypatch.setattr(Progress, "note", lambda self, text: said.append(text))
+    skipped = run_stage(local(tmp_path)).metrics["skipped"]
+    assert skipped == {".heic": 2, ".tar.gz": 1, ".nef": 1, ".csv": 1, "no ending": 1, "hidden": 1}
+    (line,) = [text for text in said if text.startswith("not taken: ")]
+    assert line.startswith("not taken: 2 x .heic (HEIC: not supported; convert to JPEG or PNG")
+    assert "1 x .tar.gz (unpack it, or repack it as a plain .tar)" in line
+    assert "1 x .nef (RAW: not supported; convert" in line
 
 
 def test_ids_follow_the_sorted_uris_and_sizes_and_times_are_kept(listed: Listed, tmp_path: Path) -> None:
@@ -109,8 +136,8 @@ def test_a_remote_folder_is_listed_under_its_own_uri(
 
 MESSAGES = {
     "nothing there": ("photoz", ["does not exist", "did you mean", "photos"]),
-    "empty folder": ("empty", ["holds no files", "jpg, jpeg, png"]),
-    "no images": ("docs", ["no images", "jpg, jpeg, png", "2 x .md", "1 x no ending"]),
+    "empty folder": ("empty", ["holds no files", "jpg, jpeg, jpe, jfif, png"]),
+    "no images": ("docs", ["no images", "jpg, jpeg, jpe, jfif, png", "2 x .md", "1 x no ending"]),
     "one image": ("photos/a.png", ["is one file", ".txt or .parquet"]),
     "empty list": ("empty.txt", ["names no images"]),
     "binary list": ("binary.txt", ["cannot be read as UTF-8"]),
