@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sqlite3
 import tempfile
+import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -35,17 +36,19 @@ Vector = npt.NDArray[Any]
 
 
 class Index(Protocol):
-    """What :func:`gather` needs of a :class:`ContentIndex`, here or in another process."""
+    """The methods of a :class:`ContentIndex` that embedding needs, in this or in another process."""
 
     def claim(self, part: str, hashes: list[str], *, force: bool = False) -> list[Any]: ...
 
     def publish(self, part: str, outcomes: dict[str, Outcome]) -> None: ...
 
+    def finish(self, part: str, hashes: list[str]) -> None: ...
+
     def forget(self, place: int, part: str) -> None: ...
 
 
 class ContentIndex:
-    """The index. Creating it reads the hashes of all parts in `folders`.
+    """The index. Creating it reads the hashes of all parts in `folders`. Any thread may call :meth:`known`.
 
     Args:
         folders: ``embed`` artifacts of one model, finished or not; the first is the one being written.
@@ -58,6 +61,7 @@ class ContentIndex:
             "PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF;"
             "CREATE TABLE content (hash BLOB PRIMARY KEY, place INTEGER, part TEXT) WITHOUT ROWID"
         )
+        self._lock = threading.Lock()
         self._claims: dict[str, str] = {}
         self._published: dict[str, dict[str, Outcome]] = {}
         for place, folder in enumerate(folders):
@@ -108,15 +112,18 @@ class ContentIndex:
 
     def forget(self, place: int, part: str) -> None:
         """A part can no longer be read."""
-        self._database.execute("DELETE FROM content WHERE place = ? AND part = ?", (place, part))
+        with self._lock:
+            self._database.execute("DELETE FROM content WHERE place = ? AND part = ?", (place, part))
 
     def _insert(self, place: int, part: str, hashes: Iterable[str]) -> None:
         rows = ((bytes.fromhex(value), place, part) for value in hashes)
-        self._database.executemany("INSERT OR IGNORE INTO content VALUES (?, ?, ?)", rows)
+        with self._lock:
+            self._database.executemany("INSERT OR IGNORE INTO content VALUES (?, ?, ?)", rows)
 
     def _find(self, value: str) -> tuple[int, str] | None:
         query = "SELECT place, part FROM content WHERE hash = ?"
-        found: tuple[int, str] | None = self._database.execute(query, (bytes.fromhex(value),)).fetchone()
+        with self._lock:
+            found: tuple[int, str] | None = self._database.execute(query, (bytes.fromhex(value),)).fetchone()
         return found
 
 

@@ -78,6 +78,7 @@ def decode_part(
     max_pixels: int,
     known: Callable[[list[str]], set[str]] | None = None,
     attempt: Attempt | UnrecordedAttempt | None = None,
+    decode: Callable[..., Pixels | str] = decode_image,
 ) -> DecodedPart:
     """Read, hash and decode the images of a part; those that fail become errors.
 
@@ -88,6 +89,7 @@ def decode_part(
         max_pixels: as in :func:`decode_image`.
         known: returns those of the given contents that need not be decoded.
         attempt: records what the worker is doing, in case it dies.
+        decode: :func:`decode_image`, or the same in another process.
     """
     assert len(images) == part.num_images
     attempt = attempt or UnrecordedAttempt()
@@ -107,7 +109,7 @@ def decode_part(
                 errors.append((image.image_id, data))
                 continue
             if content not in outcomes:
-                decoded = decode_image(data, preprocessing, max_pixels=max_pixels)
+                decoded = decode(data, preprocessing, max_pixels=max_pixels)
                 if isinstance(decoded, str):
                     outcomes[content] = decoded
                 else:

@@ -1,40 +1,32 @@
 """The ``embed`` stage on Ray Data: read and decode in tasks, embed and write in actors, one row per part.
 
 An actor writes its part and the part's record to storage itself and returns a few numbers, so each part is there once
-and whole, or not at all, whoever dies. A resumed run uses the recorded parts; parts of other finished artifacts with
-the same images are copied; contents that were embedded before are not embedded again.
+and whole, or not at all, whoever dies. Small runs do without Ray.
+
+A resumed run uses the recorded parts; parts of other finished artifacts with the same images are copied; contents that
+were embedded before are not embedded again.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import uuid
 import warnings
 from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import replace
 from typing import Any, cast
 
 import pyarrow as pa
-import ray
-import ray.data
 
 from icce_ray import errors
 from icce_ray.config import PIXELS, Config
-from icce_ray.embed.backbone_plan import EmbeddingPlan, embed_settings, model_key, plan_embedding
-from icce_ray.embed.build_backbone import build_backbone
-from icce_ray.embed.content_index import ContentIndex, VectorReader, gather, siblings
+from icce_ray.embed.backbone_plan import EmbeddingPlan
+from icce_ray.embed.content_index import ContentIndex
 from icce_ray.embed.decode_and_embed import (
-    DecodedPart,
-    Outcome,
-    assemble_part,
-    decode_part,
     decoded_from_table,
     decoded_to_table,
-    embed_contents,
 )
 from icce_ray.embed.embedding_parts import (
     FinishedPart,
@@ -42,13 +34,10 @@ from icce_ray.embed.embedding_parts import (
     images_per_part,
     plan_parts,
     read_finished,
-    read_part,
     revision_of,
-    source_digest,
-    write_part,
 )
 from icce_ray.embed.finished_parts import Tally
-from icce_ray.embed.networks import Backbone
+from icce_ray.embed.part_embedder import EmbedTask, PartEmbedder, embed_here
 from icce_ray.embed.ready_made import rewrite_embeddings
 from icce_ray.embed.reuse_parts import ReusableParts, copy_parts
 from icce_ray.images.listing import REMOVED, Listing
@@ -60,11 +49,11 @@ from icce_ray.runtime.cluster_resources import (
     wait_for_machines,
     worker_cpus,
 )
-from icce_ray.runtime.ray_cluster import connect
+from icce_ray.runtime.progress import Progress
+from icce_ray.runtime.ray_cluster import connect, runs_here
 from icce_ray.stage import StageContext
-from icce_ray.store import Artifact, Folder
-from icce_ray.store.attempts import Attempt
-from icce_ray.store.part_records import PartRecord, PartRecords
+from icce_ray.store import Artifact
+from icce_ray.store.part_records import PartRecord
 from icce_ray.store.s3 import use_s3
 
 NO_PROGRESS_TIMEOUT_S = 1800.0
@@ -85,19 +74,19 @@ def run(config: Config, context: StageContext) -> dict[str, Any]:
     """
     if config.embeddings.uri is not None:
         return rewrite_embeddings(config.embeddings, context)
-    job = _Job.of(config, context)
-    listing = Listing(job.images)
+    listing = Listing(context.inputs["images"])
+    task = _task(config, context, len(listing))
     tally = Tally(context, listing, config.embed.max_error_rate)
-    size = images_per_part(len(listing), job.plan.preprocessing)
-    missing, pending = tally.resume(plan_parts(len(listing), size), job.records), []
-    for part, copied in copy_parts(missing, listing, job.reusable(), job.records):
+    size = images_per_part(len(listing), task.plan.preprocessing)
+    missing, pending = tally.resume(plan_parts(len(listing), size), task.records), []
+    for part, copied in copy_parts(missing, listing, task.reusable(), task.records):
         if copied is None:
             pending.append(part)
         else:
             tally.add_earlier(copied)
-    _embed_all(config, job, pending, tally, context)
-    job.records.clear()
-    return tally.finish(job.plan.names[0]) | _layout(job.plan, size)
+    _embed_all(task, pending, tally, context.progress, len(listing))
+    task.records.clear()
+    return tally.finish(task.plan.names[0]) | _layout(task.plan, size)
 
 
 def retry(config: Config, context: StageContext, artifact: Artifact) -> dict[str, Any] | None:
@@ -110,8 +99,8 @@ def retry(config: Config, context: StageContext, artifact: Artifact) -> dict[str
     Raises:
         DamagedArtifactError: a part of the artifact is damaged. Otherwise as :func:`run`.
     """
-    job = _Job.of(config, context)
-    listing = Listing(job.images)
+    listing = Listing(context.inputs["images"])
+    task = _task(config, context, len(listing))
     tally = Tally(context, listing, config.embed.max_error_rate)
     earlier = ReusableParts(artifact, listing)
     amended = []
@@ -126,9 +115,9 @@ def retry(config: Config, context: StageContext, artifact: Artifact) -> dict[str
         if finished is None:
             raise errors.DamagedArtifactError(f"{artifact.folder.file_uri(file.name)}: missing or damaged")
         tally.add_earlier(finished)
-    _embed_all(config, job, tally.resume(amended, job.records), tally, context)
-    job.records.clear()
-    metrics = tally.finish(job.plan.names[0]) | _layout(job.plan, artifact.metrics["images_per_part"])
+    _embed_all(task, tally.resume(amended, task.records), tally, context.progress, len(listing))
+    task.records.clear()
+    metrics = tally.finish(task.plan.names[0]) | _layout(task.plan, artifact.metrics["images_per_part"])
     if metrics["num_errors"] < artifact.metrics["num_errors"]:
         return metrics
     for part in amended:
@@ -141,102 +130,33 @@ def _layout(plan: EmbeddingPlan, images_per_part: int) -> dict[str, Any]:
     return sets | {"images_per_part": images_per_part}
 
 
-@dataclass(frozen=True)
-class _Job:
-    """What every worker is told."""
-
-    config: Config
-    images: Artifact
-    folders: list[Folder]
-    """Where embeddings of the same model lie; the first is this artifact's."""
-    plan: EmbeddingPlan
-    model: str
-    run_id: str
-
-    @classmethod
-    def of(cls, config: Config, context: StageContext) -> _Job:
-        # Both can take seconds: one imports timm if the plan is not known yet, the other waits for Ray's processes.
-        with ThreadPoolExecutor(1) as threads:
-            planned = threads.submit(plan_embedding, config.embed)
-            connect(config.resources)
-            plan = planned.result()
-        model = model_key(embed_settings(config.embed, config.embeddings, config.seed), plan)
-        folder = context.output.folder
-        folders = [folder, *siblings(Folder.at(config.output) / "embed", folder, model)]
-        return cls(config, context.inputs["images"], folders, plan, model, uuid.uuid4().hex)
-
-    @property
-    def records(self) -> PartRecords:
-        return PartRecords(self.folders[0], source_digest(self.images, self.model))
-
-    def reusable(self) -> list[ReusableParts]:
-        """Finished artifacts of the same model with another listing."""
-        found = []
-        for artifact in filter(None, map(Artifact.find, self.folders[1:])):
-            images = Artifact.find(Folder.at(self.config.output) / "images" / artifact.manifest.inputs["images"])
-            if images is not None:
-                found.append(ReusableParts(artifact, Listing(images)))
-        return found
-
-    def attempt(self, part: PartRange, step: str) -> Attempt:
-        what = f"embed: images {part.start} to {part.stop - 1}"
-        remedy = "use a smaller embed.batch_size, fewer workers on each machine, or machines with more memory"
-        return Attempt(self.folders[0], f".{part.name}.{step}", self.run_id, what, remedy)
-
-    def decode(self, part: PartRange, **options: Any) -> DecodedPart:
-        images = _listing(self.images).rows(part.start, part.stop)
-        max_pixels = self.config.embed.max_image_pixels
-        return decode_part(part, images, self.plan.preprocessing, max_pixels=max_pixels, **options)
-
-
 class Embedder:
-    """The actor: holds the backbone, embeds decoded parts and writes them. It can be restarted from its arguments."""
+    """The actor. It can be restarted from its arguments."""
 
-    def __init__(self, job: _Job, index: Any, num_threads: int, device: str) -> None:
-        use_s3(job.config.storage)
-        self.job = job
-        self.index = _RemoteIndex(index)
-        self.reader = VectorReader(job.folders)
-        self.num_threads = num_threads
-        self.device = device
-        if any(backbone.backbone != PIXELS for backbone in job.config.embed.backbones):
-            import timm  # noqa: F401  # takes seconds, in which the first part is being decoded
-
-    @cached_property
-    def backbone(self) -> Backbone:
-        config = self.job.config
-        return build_backbone(
-            config.embed, config.seed, device=self.device, num_threads=self.num_threads, plan=self.job.plan
+    def __init__(self, task: EmbedTask, index: Any, num_threads: int, device: str) -> None:
+        use_s3(task.config.storage)
+        self.task = task
+        listing = Listing(task.images)
+        self.embedder = PartEmbedder(
+            task,
+            _RemoteIndex(index),
+            num_threads=num_threads,
+            device=device,
+            decode=lambda part: task.decode(part, listing),
         )
+        if any(backbone.backbone != PIXELS for backbone in task.config.embed.backbones):
+            import timm  # noqa: F401  # takes seconds, in which the first part is being decoded
 
     def __call__(self, batch: Any) -> Any:
         part, decoded = decoded_from_table(batch)
         try:
-            finished = self._embed(part, decoded)
+            attempt = self.task.attempt(part, "embed")
+            finished = self.embedder.embed(part, decoded, attempt)
+            attempt.end()
         except (errors.UserError, errors.WorkerError) as error:
             # As a row: raised here, it would come back inside Ray's own traceback.
             return _to_row(error=json.dumps([type(error).__name__, str(error)]))
         return _to_row(finished.record.model_dump_json(), finished.image_ids, finished.hashes)
-
-    def _embed(self, part: PartRange, decoded: DecodedPart) -> FinishedPart:
-        attempt = self.job.attempt(part, "embed")
-
-        def embed(hashes: list[str]) -> dict[str, Outcome]:
-            nonlocal decoded
-            skipped = {content for content, row in zip(decoded.hashes, decoded.rows, strict=True) if row < 0}
-            if not skipped.isdisjoint(hashes):  # on storage when decoding was skipped, but no longer
-                decoded = self.job.decode(part)
-            return embed_contents(part, decoded, hashes, self.backbone, self.backbone.batch_size, attempt)
-
-        contents = list(dict.fromkeys(decoded.hashes))
-        outcomes, embedded = gather(part.file_name, contents, self.index, self.reader, embed)
-        previous = read_part(self.job.folders[0], part.previous) if part.previous else None
-        dims, model = self.job.plan.dims, self.job.model
-        table, failed = assemble_part(decoded, outcomes, dims, model=model, previous=previous)
-        finished = write_part(self.job.records, part, table, failed, len(embedded))
-        self.index.finish(part.file_name, [value for value in embedded if not isinstance(outcomes[value], str)])
-        attempt.end()
-        return finished
 
 
 class _RemoteIndex:
@@ -246,15 +166,17 @@ class _RemoteIndex:
         self._handle = handle
 
     def __getattr__(self, name: str) -> Any:
+        import ray
+
         return lambda *values, **options: ray.get(getattr(self._handle, name).remote(*values, **options))
 
 
-def decode(batch: Any, job: _Job, index: Any) -> Any:
+def decode(batch: Any, task: EmbedTask, index: Any) -> Any:
     """The task: one row that names a part -> one row that holds the pixels of its new contents."""
-    use_s3(job.config.storage)
+    use_s3(task.config.storage)
     part = PartRange.from_json(batch["part"][0].as_py())
-    attempt = job.attempt(part, "decode")
-    decoded = job.decode(part, known=_RemoteIndex(index).known, attempt=attempt)
+    attempt = task.attempt(part, "decode")
+    decoded = task.decode(part, _listing(task.images), known=_RemoteIndex(index).known, attempt=attempt)
     attempt.end()
     return decoded_to_table(part, decoded)
 
@@ -271,17 +193,38 @@ def _listing(images: Artifact) -> Listing:
     return _listings[key]
 
 
-def _embed_all(config: Config, job: _Job, pending: list[PartRange], tally: Tally, context: StageContext) -> None:
-    if pending:
-        wait_for_machines(config.resources, "embed", context.progress.note)
-        # Closed, so that a run that stops because of its errors doesn't leave its workers working.
-        with closing(_embed(config, job, pending)) as finished:
-            for part in finished:
-                tally.add(part)
+def _task(config: Config, context: StageContext, num_images: int) -> EmbedTask:
+    images, folder = context.inputs["images"], context.output.folder
+    if runs_here(config.resources, num_images):
+        return EmbedTask.of(config, images, folder)
+    # Both can take seconds: one imports timm if the plan is not known yet, the other waits for Ray's processes.
+    with ThreadPoolExecutor(1) as threads:
+        task = threads.submit(EmbedTask.of, config, images, folder)
+        connect(config.resources)
+        return task.result()
 
 
-def _embed(config: Config, job: _Job, pending: list[PartRange]) -> Generator[FinishedPart, None, None]:
+def _embed_all(task: EmbedTask, pending: list[PartRange], tally: Tally, progress: Progress, num_images: int) -> None:
+    if not pending:
+        return
+    resources = task.config.resources
+    if runs_here(resources, num_images):
+        parts = embed_here(task, pending)
+    else:
+        wait_for_machines(resources, "embed", progress.note)
+        parts = _embed_on_ray(task, pending)
+    # Closed, so that a run that stops because of its errors doesn't leave its workers working.
+    with closing(parts) as finished:
+        for part in finished:
+            tally.add(part)
+
+
+def _embed_on_ray(task: EmbedTask, pending: list[PartRange]) -> Generator[FinishedPart, None, None]:
     """Embed the `pending` parts; yields each as it is finished, in any order."""
+    import ray
+    import ray.data
+
+    config = task.config
     worker = config.resources.embed
     num_workers = min(worker.num_workers, len(pending))
     decoding_cpus = min(1.0, largest_machine_cpus() / 2)
@@ -294,7 +237,7 @@ def _embed(config: Config, job: _Job, pending: list[PartRange]) -> Generator[Fin
         actor_cpus -= 0.001
     # If decoding is the faster step, it would fill Ray's object store, the more the more images there are.
     ahead = math.ceil(available_cpus() / decode_cpus) + PARTS_PER_ACTOR * num_workers
-    part_bytes = max(part.num_images for part in pending) * math.prod(job.plan.preprocessing.shape)
+    part_bytes = max(part.num_images for part in pending) * math.prod(task.plan.preprocessing.shape)
     data_context = ray.data.DataContext.get_current().copy()
     data_context.enable_progress_bars = False
     data_context.execution_no_progress_timeout_s = NO_PROGRESS_TIMEOUT_S
@@ -302,7 +245,7 @@ def _embed(config: Config, job: _Job, pending: list[PartRange]) -> Generator[Fin
         object_store_memory=ahead * part_bytes
     )
     index: Any = (
-        ray.remote(ContentIndex).options(num_cpus=0, max_restarts=-1, max_task_retries=-1).remote(job.folders)  # type: ignore[attr-defined]
+        ray.remote(ContentIndex).options(num_cpus=0, max_restarts=-1, max_task_retries=-1).remote(task.folders)  # type: ignore[attr-defined]
     )
     try:
         with ray.data.DataContext.current(data_context), warnings.catch_warnings():
@@ -313,7 +256,7 @@ def _embed(config: Config, job: _Job, pending: list[PartRange]) -> Generator[Fin
                     cast(Any, decode),
                     batch_size=1,
                     batch_format="pyarrow",
-                    fn_kwargs={"job": job, "index": index},
+                    fn_kwargs={"task": task, "index": index},
                     num_cpus=decode_cpus,
                     max_retries=-1,  # `Attempt` decides when to give up
                 )
@@ -323,7 +266,7 @@ def _embed(config: Config, job: _Job, pending: list[PartRange]) -> Generator[Fin
                     batch_format="pyarrow",
                     compute=ray.data.ActorPoolStrategy(size=num_workers),
                     fn_constructor_kwargs={
-                        "job": job,
+                        "task": task,
                         "index": index,
                         "num_threads": max(1, int(worker_cpus(worker))),
                         "device": "cuda" if worker.gpus_per_worker else "cpu",
@@ -348,6 +291,8 @@ def _embed(config: Config, job: _Job, pending: list[PartRange]) -> Generator[Fin
 
 def _one_block_per_part(parts: list[PartRange], free_cpus: float) -> Any:
     """A dataset with a block for each part. `free_cpus` CPUs must be enough to make it."""
+    import ray.data
+
     rows = [{"part": part.to_json()} for part in parts]  # a task would first look at an Arrow table
     if free_cpus < 1:
         # Ray's repartition needs a whole CPU, which a machine with one CPU doesn't have beside an actor.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from icce_ray.config import Config
+from icce_ray.config import Config, ResourcesConfig
 from icce_ray.embed import embedding_parts, job
 from icce_ray.embed.backbone_plan import plan_backbone
 from icce_ray.embed.build_backbone import build_backbone
@@ -46,9 +47,12 @@ def photos(tmp_path: Path) -> Path:
     return tmp_path / "photos"
 
 
-@pytest.fixture(autouse=True)
-def _small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(embedding_parts, "MIN_IMAGES_PER_PART", 8)
+@pytest.fixture(scope="module", autouse=True)
+def _small_parts() -> Iterator[None]:
+    """Of the module, or fixtures of the module would make larger parts."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(embedding_parts, "MIN_IMAGES_PER_PART", 8)
+        yield
 
 
 def write_photos(folder: Path) -> None:
@@ -220,7 +224,7 @@ def test_killing_a_worker_changes_nothing(
     photos, undisturbed = undisturbed_photos
     config = config_for(photos, tmp_path, **SLOW_VIT)
     folder = tmp_path / "run" / "embed"
-    begun = {"Embedder": "part-*.parquet", "decode": ".part-0000[12].parquet.decode"}[victim]
+    begun = {"Embedder": "part-*.parquet", "decode": ".part-0000[12].decode"}[victim]
     killed: list[int] = []
     with killing(victim, lambda: any(folder.glob(begun)), limit=1, killed=killed):
         artifact = run_stage(config, tmp_path / "run")
@@ -263,30 +267,41 @@ config = load_config(sys.argv[1])
 artifacts = {}
 for step in pipeline.plan(config)[:2]:
     artifacts[step.name] = pipeline.run_stage(config, step, artifacts, True)
-open(sys.argv[2], "w").write(artifacts["embed"].folder.uri)  # Ray itself writes to stdout
+open(sys.argv[2], "w").write(f"{artifacts['embed'].folder.uri} {'ray' in sys.modules}")
 """
 
 
 @pytest.mark.slow
-def test_images_that_kill_their_workers_are_isolated_and_the_others_embedded(photos: Path, tmp_path: Path) -> None:
-    """One file kills (-9) the process that decodes it, the pixels of another the actor that embeds them: really, by
-    code that every Python process of this run loads."""
+@pytest.mark.parametrize("on_ray", [True, False])
+def test_images_that_kill_their_workers_are_isolated_and_the_others_embedded(
+    photos: Path, tmp_path: Path, on_ray: bool
+) -> None:
+    """One file kills (-9) the process that decodes it. On Ray, the pixels of another kill the actor that embeds them.
+    The code that does it is loaded by every Python process of this run. Without Ray, the script has no guard for
+    processes that would run it again."""
+    deadly = ["012a.png", "020a.png"] if on_ray else ["012a.png"]
     (photos / "012a.png").write_bytes(b"DEADLY to decoders")
-    Image.new("RGB", (9, 9), (255, 0, 255)).save(photos / "020a.png")
+    if on_ray:
+        Image.new("RGB", (9, 9), (255, 0, 255)).save(photos / "020a.png")
     (tmp_path / "deadly").mkdir()
     (tmp_path / "deadly" / "sitecustomize.py").write_text(DEADLY)
+    (tmp_path / "script.py").write_text(RUN)
     config = config_for(photos, tmp_path, **PIXELS)
+    if not on_ray:
+        config = config.model_copy(update={"resources": ResourcesConfig()})
     (tmp_path / "run.yaml").write_text(config.model_dump_json(exclude={"storage"}))
-    paths = os.pathsep.join([str(tmp_path / "deadly"), str(Path(__file__).parents[2])])
+    paths = os.pathsep.join([str(tmp_path / "deadly"), str(REPOSITORY)])
     done = subprocess.run(
-        [sys.executable, "-c", RUN, str(tmp_path / "run.yaml"), str(tmp_path / "place")],
+        [sys.executable, str(tmp_path / "script.py"), str(tmp_path / "run.yaml"), str(tmp_path / "place")],
         env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True, check=False, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    artifact = Artifact.find(Folder.at((tmp_path / "place").read_text()))
+    place, used_ray = (tmp_path / "place").read_text().split()
+    assert used_ray == str(on_ray)
+    artifact = Artifact.find(Folder.at(place))
     assert artifact is not None
     errors = {Path(row["uri"]).name: row["reason"] for row in artifact.read_table("errors.parquet").to_pylist()}
-    assert errors == {"012a.png": "killed its worker", "020a.png": "killed its worker"}
+    assert errors == dict.fromkeys(deadly, "killed its worker")
     features = load_features(artifact)
     preprocessing, backbone = plan_backbone(config.embed).preprocessing, build(config)
     good = [path for path in sorted(photos.iterdir()) if path.name not in errors]

@@ -1,0 +1,149 @@
+"""Embed decoded parts and write them: by an actor of Ray Data, or, in small runs, by the calling process."""
+
+from __future__ import annotations
+
+import uuid
+from collections import deque
+from collections.abc import Callable, Generator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import cycle
+from typing import Any
+
+from icce_ray.config import Config
+from icce_ray.embed.backbone_plan import EmbeddingPlan, embed_settings, model_key, plan_embedding
+from icce_ray.embed.build_backbone import build_backbone
+from icce_ray.embed.content_index import ContentIndex, Index, VectorReader, gather, siblings
+from icce_ray.embed.decode_and_embed import DecodedPart, Outcome, assemble_part, decode_part, embed_contents
+from icce_ray.embed.embedding_parts import FinishedPart, PartRange, read_part, source_digest, write_part
+from icce_ray.embed.networks import Backbone
+from icce_ray.embed.reuse_parts import ReusableParts
+from icce_ray.images.decoding_process import DecodingProcess
+from icce_ray.images.listing import Listing
+from icce_ray.runtime.machine import usable_cpus
+from icce_ray.store import Artifact, Folder
+from icce_ray.store.attempts import Attempt
+from icce_ray.store.part_records import PartRecords
+
+
+@dataclass(frozen=True)
+class EmbedTask:
+    """What the work on every part needs to know."""
+
+    config: Config
+    images: Artifact
+    folders: list[Folder]
+    """Where embeddings of the same model lie; the first is this artifact's."""
+    plan: EmbeddingPlan
+    model: str
+    run_id: str
+
+    @classmethod
+    def of(cls, config: Config, images: Artifact, folder: Folder) -> EmbedTask:
+        plan = plan_embedding(config.embed)
+        model = model_key(embed_settings(config.embed, config.embeddings, config.seed), plan)
+        folders = [folder, *siblings(Folder.at(config.output) / "embed", folder, model)]
+        return cls(config, images, folders, plan, model, uuid.uuid4().hex)
+
+    @property
+    def records(self) -> PartRecords:
+        return PartRecords(self.folders[0], source_digest(self.images, self.model))
+
+    def reusable(self) -> list[ReusableParts]:
+        """Finished artifacts of the same model with another listing."""
+        found = []
+        for artifact in filter(None, map(Artifact.find, self.folders[1:])):
+            images = Artifact.find(Folder.at(self.config.output) / "images" / artifact.manifest.inputs["images"])
+            if images is not None:
+                found.append(ReusableParts(artifact, Listing(images)))
+        return found
+
+    def attempt(self, part: PartRange, step: str) -> Attempt:
+        what = f"embed: images {part.start} to {part.stop - 1}"
+        remedy = "use a smaller embed.batch_size, fewer workers on each machine, or machines with more memory"
+        return Attempt(self.folders[0], f".{part.name}.{step}", self.run_id, what, remedy)
+
+    def decode(self, part: PartRange, listing: Listing, **options: Any) -> DecodedPart:
+        images = listing.rows(part.start, part.stop)
+        max_pixels = self.config.embed.max_image_pixels
+        return decode_part(part, images, self.plan.preprocessing, max_pixels=max_pixels, **options)
+
+
+class PartEmbedder:
+    """Holds the backbone, embeds decoded parts and writes them.
+
+    Args:
+        task: the stage's.
+        index: of the contents that have embeddings.
+        num_threads: of the backbone.
+        device: of the backbone.
+        decode: decodes all images of a part, also those that the index knows.
+    """
+
+    def __init__(
+        self,
+        task: EmbedTask,
+        index: Index,
+        *,
+        num_threads: int,
+        device: str,
+        decode: Callable[[PartRange], DecodedPart],
+    ) -> None:
+        self._task = task
+        self._index = index
+        self._reader = VectorReader(task.folders)
+        self._num_threads = num_threads
+        self._device = device
+        self._decode = decode
+
+    @cached_property
+    def _backbone(self) -> Backbone:
+        config = self._task.config
+        return build_backbone(
+            config.embed, config.seed, device=self._device, num_threads=self._num_threads, plan=self._task.plan
+        )
+
+    def embed(self, part: PartRange, decoded: DecodedPart, attempt: Attempt | None = None) -> FinishedPart:
+        def embed(hashes: list[str]) -> dict[str, Outcome]:
+            nonlocal decoded
+            skipped = {content for content, row in zip(decoded.hashes, decoded.rows, strict=True) if row < 0}
+            if not skipped.isdisjoint(hashes):  # on storage when decoding was skipped, but no longer
+                decoded = self._decode(part)
+            return embed_contents(part, decoded, hashes, self._backbone, self._backbone.batch_size, attempt)
+
+        contents = list(dict.fromkeys(decoded.hashes))
+        outcomes, embedded = gather(part.file_name, contents, self._index, self._reader, embed)
+        previous = read_part(self._task.folders[0], part.previous) if part.previous else None
+        dims, model = self._task.plan.dims, self._task.model
+        table, failed = assemble_part(decoded, outcomes, dims, model=model, previous=previous)
+        finished = write_part(self._task.records, part, table, failed, len(embedded))
+        self._index.finish(part.file_name, [value for value in embedded if not isinstance(outcomes[value], str)])
+        return finished
+
+
+def embed_here(task: EmbedTask, pending: list[PartRange]) -> Generator[FinishedPart, None, None]:
+    """Embed the `pending` parts in this process; yields each as it is finished, in order. Other processes decode."""
+    index, listing = ContentIndex(task.folders), Listing(task.images)
+    num_processes = min(usable_cpus(), len(pending))
+    with ExitStack() as stack:
+        # A thread for each process: closing a process lets its thread end.
+        threads = [stack.enter_context(ThreadPoolExecutor(1)) for _ in range(num_processes)]
+        processes = [stack.enter_context(closing(DecodingProcess())) for _ in range(num_processes)]
+        turns = cycle(zip(threads, processes, strict=True))
+
+        def start(part: PartRange, **options: Any) -> Future[DecodedPart]:
+            thread, process = next(turns)
+            return thread.submit(task.decode, part, listing, decode=process.decode, **options)
+
+        embedder = PartEmbedder(
+            task, index, num_threads=usable_cpus(), device="cpu", decode=lambda part: start(part).result()
+        )
+        waiting, decoding = deque(pending), deque[tuple[PartRange, Future[DecodedPart]]]()
+        while waiting or decoding:
+            while waiting and len(decoding) <= num_processes:
+                part = waiting.popleft()
+                decoding.append((part, start(part, known=index.known)))
+            part, decoded = decoding.popleft()
+            yield embedder.embed(part, decoded.result())

@@ -1,0 +1,113 @@
+"""Decode images in another process, so that an image that kills its decoder costs only itself.
+
+Not by :mod:`multiprocessing`, whose new processes run the main script of the user again.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from contextlib import suppress
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from typing import Any
+
+from icce_ray.errors import WorkerError
+from icce_ray.images.decoding import Pixels, Preprocessing, SeveralViews, decode_image
+
+MAX_ATTEMPTS = 2
+"""A process may also die of something else than its image."""
+TIMEOUT_S = 600.0
+"""Longest wait for an image. Then its process counts as dead."""
+
+
+class DecodingProcess:
+    """The process. It starts with the first image. At most one thread may use it at a time."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+        self._connection: Connection[Any, Any] | None = None
+        self._is_closed = False
+
+    def decode(self, data: bytes, preprocessing: Preprocessing | SeveralViews, *, max_pixels: int) -> Pixels | str:
+        """What :func:`decode_image` returns, or KILLER if the process died at it MAX_ATTEMPTS times.
+
+        Raises:
+            WorkerError: the process cannot be started, or :meth:`close` was called.
+        """
+        for _ in range(MAX_ATTEMPTS):
+            connection = self._connection or self._start()
+            try:
+                connection.send((data, preprocessing, max_pixels))
+                answer: Pixels | str = _receive(connection)
+                return answer
+            except (EOFError, OSError):
+                self._stop()
+        from icce_ray.store.attempts import KILLER  # not above: the process itself needs only the decoder
+
+        return KILLER
+
+    def close(self) -> None:
+        """End the process. Another thread may be waiting for it."""
+        self._is_closed = True
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+
+    def _start(self) -> Connection[Any, Any]:
+        if self._is_closed:
+            raise WorkerError("decode: stopped")
+        connection, other_end = Pipe()
+        search_path = os.pathsep.join(folder or os.getcwd() for folder in sys.path)
+        with tempfile.TemporaryFile() as messages:
+            self._process = subprocess.Popen(
+                # -P: otherwise modules in the working folder come first.
+                [sys.executable, "-P", "-m", "icce_ray.images.decoding_process", str(other_end.fileno())],
+                env=os.environ | {"PYTHONPATH": search_path},
+                pass_fds=[other_end.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=messages,
+                stderr=messages,
+            )
+            other_end.close()
+            try:
+                _receive(connection)
+            except (EOFError, OSError):
+                self._stop()
+                messages.seek(0)
+                said = messages.read().decode(errors="replace").split()
+                raise WorkerError(f"cannot start a process that decodes images: {' '.join(said)[-500:]}") from None
+        self._connection = connection
+        return connection
+
+    def _stop(self) -> None:
+        assert self._process is not None
+        self._process.kill()
+        self._process.wait()
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+
+
+def _receive(connection: Connection[Any, Any]) -> Any:
+    if not connection.poll(TIMEOUT_S):
+        raise TimeoutError
+    return connection.recv()
+
+
+def main(file_descriptor: int) -> None:
+    """Decode what comes until the other process ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the other process decides
+    connection: Connection[Any, Any] = Connection(file_descriptor)
+    with suppress(EOFError, OSError):
+        connection.send("started")
+        while True:
+            data, preprocessing, max_pixels = connection.recv()
+            connection.send(decode_image(data, preprocessing, max_pixels=max_pixels))
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))
