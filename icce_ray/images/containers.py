@@ -23,7 +23,7 @@ from icce_ray.images import tar_shards
 from icce_ray.images.file_table import File
 from icce_ray.images.image_files import IMAGE_ENDINGS, PARQUET_ENDINGS
 from icce_ray.images.listing import Entry
-from icce_ray.images.parquet_columns import image_column
+from icce_ray.images.parquet_columns import check_expansion, image_column
 from icce_ray.images.uris import is_remote, local_path_or_uri
 from icce_ray.store.filesystem import open_uri
 
@@ -32,6 +32,8 @@ PARQUET_MEMBER = re.compile(r"^(?P<file>.*\.(?:parquet|pq))#(?P<row>\d+)/(?P<col
 TAR_BUFFER_BYTES = 4 * 2**20
 """Tar headers are read through a buffer: seeks within it need no request."""
 MAX_OPEN_GROUPS = 2
+MAX_ROWS_PER_BYTE = 1000
+"""A file that states more is damaged: even repeated images take more."""
 LABEL_ENDING = ".cls"
 MAX_LABEL_BYTES = 65_536
 DAMAGED_NAME = "(damaged)"
@@ -79,11 +81,34 @@ def members(container: File, images: ImagesConfig) -> Iterator[Entry]:
     """
     uri = container.uri
     if uri.lower().endswith(PARQUET_ENDINGS):
-        with _open(uri) as opened:
-            file = pq.ParquetFile(opened)
-            column = image_column(file.schema_arrow, images, uri)
-            for row in range(file.metadata.num_rows):
-                yield Entry(f"{uri}#{row}/{column}", None, container.etag)
+        try:
+            with _open(uri) as opened:
+                file = pq.ParquetFile(opened)
+                column, num_rows, max_rows = (
+                    image_column(file.schema_arrow, images, uri),
+                    file.metadata.num_rows,
+                    opened.size(),
+                )
+        except (pa.ArrowException, OSError) as error:
+            if is_remote(uri) and not isinstance(error, pa.ArrowException):
+                raise InputError(f"images.uri: {uri} cannot be read: {_one_line(error)}") from None
+            yield Entry(
+                f"{uri}#0/{DAMAGED_NAME}",
+                container.size_bytes,
+                container.etag,
+                f"damaged Parquet file: {_one_line(error)}",
+            )
+            return
+        if not 0 <= num_rows <= max_rows:
+            yield Entry(
+                f"{uri}#0/{DAMAGED_NAME}",
+                container.size_bytes,
+                container.etag,
+                "damaged Parquet file: absurd number of rows",
+            )
+            return
+        for row in range(num_rows):
+            yield Entry(f"{uri}#{row}/{column}", None, container.etag)
         return
     yield from _tar_members(container)
 
@@ -181,12 +206,13 @@ class ParquetCells:
         self._groups: OrderedDict[tuple[str, int, str], pa.ChunkedArray] = OrderedDict()
         self._starts: dict[str, list[int]] = {}
 
-    def read(self, cell: Cell) -> bytes | None:
-        """The cell's bytes, or None if it is null.
+    def read(self, cell: Cell) -> bytes | str | None:
+        """The cell's bytes; a string if it has the path of a file instead (``{bytes: null, path: ...}``); None if null.
 
         Raises:
             IndexError: the file has fewer rows.
             OSError, pa.ArrowInvalid: it cannot be read.
+            ValueError: its row group would unpack to an absurd size.
         """
         starts = self._starts.get(cell.file)
         if starts is None:
@@ -200,14 +226,20 @@ class ParquetCells:
             raise IndexError(f"{cell.file} has {starts[-1]} rows")
         group = max(index for index, start in enumerate(starts[:-1]) if start <= cell.row)
         value: Any = self._group(cell, group)[cell.row - starts[group]].as_py()
-        data: bytes | None = value.get("bytes") if isinstance(value, dict) else value
-        return data
+        path = None
+        if isinstance(value, dict):
+            value, path = value.get("bytes"), value.get("path")
+        if value is None:
+            return str(path) if path else None
+        return bytes(value)  # a list of numbers too
 
     def _group(self, cell: Cell, group: int) -> pa.ChunkedArray:
         key = (cell.file, group, cell.column)
         if key not in self._groups:
             with _open(cell.file) as opened:
-                self._groups[key] = pq.ParquetFile(opened).read_row_group(group, columns=[cell.column])[cell.column]
+                file = pq.ParquetFile(opened)
+                check_expansion(file.metadata.row_group(group), cell.column)
+                self._groups[key] = file.read_row_group(group, columns=[cell.column])[cell.column]
             while len(self._groups) > MAX_OPEN_GROUPS:
                 self._groups.popitem(last=False)
         return self._groups[key]

@@ -104,7 +104,7 @@ def _source_files(uri: str, images: ImagesConfig, output: str, skipped: Counter[
 
 
 def _folder(files: Iterator[File], uri: str, images: ImagesConfig, skipped: Counter[str]) -> Iterator[File]:
-    """Images and tar shards; if there are neither, Parquet files."""
+    """Images, tar shards and Parquet files of images. Other Parquet files count only if there is nothing else."""
     others: Counter[str] = Counter()
     tables: list[File] = []
     found = False
@@ -118,15 +118,31 @@ def _folder(files: Iterator[File], uri: str, images: ImagesConfig, skipped: Coun
         elif kind in IMAGE_ENDINGS or kind == TAR_ENDING:
             found = True
             yield file._replace(is_container=kind == TAR_ENDING)
-        elif kind in PARQUET_ENDINGS and not found:
+        elif kind in PARQUET_ENDINGS:
             tables.append(file)
         else:
             others[kind or "no ending"] += 1
     if not found and tables:
         yield from _parquet_files(tables, images)
+    elif tables:
+        for table in tables:
+            if _holds_images(table, images):
+                yield table._replace(is_container=True)
+            else:
+                others[".parquet without images"] += 1
     elif not found:
         raise _no_images(uri, others)
     skipped.update(others)
+
+
+def _holds_images(table: File, images: ImagesConfig) -> bool:
+    filesystem, path = open_uri(local_path_or_uri(table.uri))
+    try:
+        return image_column(pq.read_schema(path, filesystem=filesystem), images, table.uri) is not None
+    except (pa.ArrowException, OSError):
+        return True  # listed as a damaged container
+    except InputError:
+        return False
 
 
 def _parquet_files(files: list[File], images: ImagesConfig) -> Iterator[File]:

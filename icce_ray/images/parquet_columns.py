@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import difflib
+from typing import Any
 
 import pyarrow as pa
 
 from icce_ray.config import ImagesConfig
 from icce_ray.errors import InputError
+
+MAX_EXPANSION = 100
+MIN_BOMB_BYTES = 2**28
+"""A row group that unpacks to more bytes than this, and to more than MAX_EXPANSION times its own, is not read."""
 
 
 def find_field(schema: pa.Schema, column: str, uri: str, setting: str) -> pa.Field:
@@ -37,7 +42,7 @@ def image_column(schema: pa.Schema, images: ImagesConfig, uri: str) -> str | Non
     """
     if images.bytes_column is not None:
         field = find_field(schema, images.bytes_column, uri, "images.bytes_column")
-        if not _holds_bytes(field.type):
+        if not _holds_bytes(field.type, is_named=True):
             raise InputError(f"images.bytes_column: {field.name!r} in {uri} is {field.type}, not binary")
         return images.bytes_column
     if images.uri_column in schema.names:
@@ -46,11 +51,36 @@ def image_column(schema: pa.Schema, images: ImagesConfig, uri: str) -> str | Non
     if len(found) > 1:
         raise InputError(f"images.uri: {uri} has the binary columns {', '.join(found)}: name images.bytes_column")
     if not found:
+        lists = [f"{field.name!r} is {field.type}" for field in schema if pa.types.is_nested(field.type)]
+        if lists:
+            raise InputError(
+                f"images.uri: {uri} has neither a column {images.uri_column!r} nor one of type binary; "
+                f"{', '.join(lists)}. Name images.bytes_column if one of them holds the bytes of an image file as uint8"
+            )
         find_field(schema, images.uri_column, uri, "images.uri_column")
     return found[0]
 
 
-def _holds_bytes(kind: pa.DataType) -> bool:
+def _holds_bytes(kind: pa.DataType, *, is_named: bool = False) -> bool:
+    """Whether a column holds files. Lists of uint8 may hold anything, so only if the config names the column."""
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
     if pa.types.is_struct(kind):
-        return bool(kind.get_field_index("bytes") >= 0 and _holds_bytes(kind.field("bytes").type))
-    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+        return bool(kind.get_field_index("bytes") >= 0 and _holds_bytes(kind.field("bytes").type, is_named=True))
+    if is_named and (pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)):
+        return bool(pa.types.is_uint8(kind.value_type))
+    tests = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view, pa.types.is_fixed_size_binary)
+    return any(test(kind) for test in tests)
+
+
+def check_expansion(group: Any, column: str) -> None:
+    """Refuse a row group (its metadata) whose column would unpack to an absurd size.
+
+    Raises:
+        ValueError: says the sizes.
+    """
+    chunks = [group.column(index) for index in range(group.num_columns)]
+    chunks = [chunk for chunk in chunks if chunk.path_in_schema.partition(".")[0] == column.partition(".")[0]]
+    unpacked = sum(chunk.total_uncompressed_size for chunk in chunks)
+    packed = sum(chunk.total_compressed_size for chunk in chunks)
+    if unpacked > max(MIN_BOMB_BYTES, MAX_EXPANSION * packed):
+        raise ValueError(f"decompression bomb: {packed} bytes would become {unpacked}")

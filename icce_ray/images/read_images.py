@@ -15,9 +15,9 @@ from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from itertools import islice
 
 from icce_ray.errors import InputError
-from icce_ray.images.containers import Cell, ParquetCells, locate
+from icce_ray.images.containers import Cell, ParquetCells, file_of, locate
 from icce_ray.images.listing import ListedImage
-from icce_ray.images.uris import is_remote, local_path
+from icce_ray.images.uris import is_remote, local_path, resolve
 from icce_ray.store import s3
 from icce_ray.store.filesystem import open_uri
 
@@ -32,6 +32,10 @@ MAX_FILE_BYTES = 2**30
 """An uncompressed image of 100 million pixels takes 400 MB."""
 MAX_AHEAD = 32
 """Files requested but not handed on yet."""
+
+
+class NoImageError(Exception):
+    """The place is there, but holds no image; reading it again would not help."""
 
 
 def read_image(uri: str, size_bytes: int | None = None) -> bytes | str:
@@ -54,6 +58,8 @@ def read_image(uri: str, size_bytes: int | None = None) -> bytes | str:
             problem = f"unreadable: {len(data)} bytes came of {size_bytes}"
         except FileNotFoundError:
             return "missing"
+        except NoImageError as error:
+            return str(error)
         except InputError as error:
             # A single object may be forbidden. If the whole bucket is, no image can be read and the job must say so.
             if s3.is_s3(uri):
@@ -103,7 +109,15 @@ def _read_once(uri: str, timeout_s: float) -> bytes:
     place = locate(uri)
     if isinstance(place, Cell):
         with _cells_lock:
-            return _cells.read(place) or b""
+            value = _cells.read(place)
+        if isinstance(value, bytes):
+            return value
+        if value is None:
+            raise NoImageError("null: the row has no image")
+        file = resolve(value, file_of(uri).rpartition("/")[0])
+        if locate(file) is not None:
+            raise NoImageError("unreadable: the row's path leads to a row of a container")
+        return _read_once(file, timeout_s)
     file = uri if place is None else place.file
     if not is_remote(file):
         with open(local_path(file), "rb", opener=_open_at_once) as opened:

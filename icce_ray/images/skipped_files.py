@@ -20,6 +20,7 @@ REMEDIES = (
     (ARCHIVES, "unpack it, or repack it as a plain .tar"),
     (OTHER_IMAGES, "not supported; convert to PNG or TIFF"),
     ((".avif",), "this Pillow cannot decode AVIF; install a newer one"),
+    ((".parquet without images",), "name it in images.uri if it is a list, or images.bytes_column"),
     (DRAWINGS, "not supported; render to PNG"),
     (VIDEOS, "not supported; extract frames"),
 )

@@ -10,7 +10,7 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from icce_ray.errors import InputError
-from icce_ray.images.parquet_columns import find_field, is_string
+from icce_ray.images.parquet_columns import check_expansion, find_field, is_string
 
 BATCH_ROWS = 65_536
 
@@ -48,6 +48,11 @@ def read_parquet_list(filesystem: pafs.FileSystem, path: str, uri: str, column: 
             raise InputError(f"images.uri_column: {column!r} in {uri} is {field.type}, not text")
         if file.metadata.num_rows == 0:
             raise InputError(f"images.uri: the list {uri} has no rows")
+        try:
+            for group in range(file.metadata.num_row_groups):
+                check_expansion(file.metadata.row_group(group), column)
+        except ValueError as error:
+            raise InputError(f"images.uri: the list {uri} is not read: {error}") from None
         row = 0
         for batch in file.iter_batches(BATCH_ROWS, columns=[column]):
             for entry in batch.column(0).cast(pa.string()).to_pylist():

@@ -58,7 +58,7 @@ def test_every_image_of_a_parquet_file_is_listed_and_read_by_its_row(listed: Lis
     assert [row["uri"] for row in rows] == [f"{tmp_path}/t.parquet#{number}/picture" for number in range(26)]
     for number in (0, 24, 6, 7, 13, 14):
         assert read_image(rows[number]["uri"]) == values[number]
-    assert read_image(rows[25]["uri"]) == b""
+    assert read_image(rows[25]["uri"]) == ("missing" if kind == "struct" else "null: the row has no image")
     assert str(read_image(f"{tmp_path}/t.parquet#26/picture")).startswith("unreadable: IndexError")
 
 
@@ -81,6 +81,70 @@ def test_a_table_beside_images_is_no_source(listed: Listed, tmp_path: Path) -> N
         (tmp_path / name).write_bytes(b"x")
     pq.write_table(pa.table({"label": [1, 2]}), tmp_path / "labels.parquet")
     assert len(listed(config_for(tmp_path))) == 2
+
+
+def test_a_parquet_file_of_images_beside_images_is_taken_and_a_damaged_one_is_a_row(
+    listed: Listed, tmp_path: Path
+) -> None:
+    (tmp_path / "readme.png").write_bytes(b"x")
+    pq.write_table(pa.table({"image": [b"1", b"2"]}), tmp_path / "data.parquet")
+    pq.write_table(pa.table({"uri": ["/elsewhere.png"]}), tmp_path / "list.parquet")
+    (tmp_path / "zz.parquet").write_bytes(b"PAR1 no PAR1")
+    rows = listed(config_for(tmp_path)).to_pylist()
+    assert [Path(row["uri"].partition("#")[0]).name for row in rows] == ["data.parquet"] * 2 + [
+        "readme.png",
+        "zz.parquet",
+    ]
+    assert [row["problem"] is None for row in rows] == [True, True, True, False]
+    assert rows[3]["problem"].startswith("damaged Parquet file: ")
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pa.list_(pa.uint8()),
+        pa.large_list(pa.uint8()),
+        pa.binary_view(),
+        pa.binary(3),
+        pa.dictionary(pa.int8(), pa.binary()),
+    ],
+    ids=str,
+)
+def test_bytes_are_read_from_every_type_that_holds_them(listed: Listed, tmp_path: Path, kind: pa.DataType) -> None:
+    values = [b"abc", b"def"]
+    is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind)
+    column = pa.array([list(value) for value in values], kind) if is_list else pa.array(values).cast(kind)
+    pq.write_table(pa.table({"picture": column}), tmp_path / "t.parquet")
+    rows = listed(config_for(tmp_path / "t.parquet", bytes_column="picture")).to_pylist()
+    assert [read_image(row["uri"]) for row in rows] == values
+    if is_list:
+        with pytest.raises(InputError, match=r"'picture' is (large_)?list<.*uint8.*Name images\.bytes_column"):
+            listed(config_for(tmp_path / "t.parquet"))
+
+
+def test_a_row_with_a_path_instead_of_bytes_is_read_from_there(listed: Listed, tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(b"picture")
+    paths = ["a.png", f"{tmp_path}/a.png", "gone.png", "t.parquet#0/image", None, "http://user:secret@host/x"]
+    column = pa.array([{"bytes": None, "path": path} for path in paths])
+    column = column.cast(pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
+    pq.write_table(pa.table({"image": column}), tmp_path / "t.parquet")
+    found = [read_image(row["uri"]) for row in listed(config_for(tmp_path / "t.parquet")).to_pylist()]
+    assert found[:3] == [b"picture", b"picture", "missing"]
+    assert found[3] == "unreadable: the row's path leads to a row of a container"
+    assert found[4] == "null: the row has no image"
+    assert str(found[5]).startswith("unreadable: http://...@host/x")
+    assert "secret" not in str(found[5])
+
+
+def test_a_cell_that_unpacks_to_an_absurd_size_is_not_read(listed: Listed, tmp_path: Path) -> None:
+    path = tmp_path / "t.parquet"
+    pq.write_table(pa.table({"image": [bytes(2**28 + 1)]}), path, compression="zstd", use_dictionary=False)
+    assert path.stat().st_size < 100_000
+    assert str(read_image(f"{path}#0/image")).startswith("unreadable: ValueError: decompression bomb: ")
+    table = pa.table({"uri": ["x" * (2**28 + 1)]})
+    pq.write_table(table, path, compression="zstd", use_dictionary=False, write_statistics=False)
+    with pytest.raises(InputError, match="is not read: decompression bomb"):
+        listed(config_for(path))
 
 
 def test_several_sources_are_one_collection_without_repeats(listed: Listed, tmp_path: Path) -> None:
