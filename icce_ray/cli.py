@@ -89,15 +89,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return guarded(parsed.function, parsed)
 
 
-def _sweep(arguments: argparse.Namespace) -> None:
+def _sweep(arguments: argparse.Namespace) -> str:
     from icce_ray.sweeps.sweep import sweep
 
     result = sweep(arguments.sweep, arguments.overrides, quiet=arguments.quiet)
-    if arguments.json:
-        print(json.dumps(result.to_json()), flush=True)
+    return json.dumps(result.to_json()) if arguments.json else ""
 
 
-def _assign(arguments: argparse.Namespace) -> None:
+def _assign(arguments: argparse.Namespace) -> str:
     from icce_ray.assign.new_images import assign_images
 
     result = assign_images(
@@ -108,35 +107,32 @@ def _assign(arguments: argparse.Namespace) -> None:
         overrides=arguments.overrides,
         quiet=arguments.quiet,
     )
-    if arguments.json:
-        print(json.dumps(result.to_json()), flush=True)
+    return json.dumps(result.to_json()) if arguments.json else ""
 
 
-def _cut(arguments: argparse.Namespace) -> None:
+def _cut(arguments: argparse.Namespace) -> str:
     from icce_ray.export.cut import write_cut
 
     num_images = write_cut(arguments.run, arguments.clusters, arguments.output)
-    print(f"{num_images:,} images in {arguments.clusters} groups: {arguments.output}")
+    return f"{num_images:,} images in {arguments.clusters} groups: {arguments.output}"
 
 
-def _estimate(arguments: argparse.Namespace) -> None:
+def _estimate(arguments: argparse.Namespace) -> str:
     from icce_ray.pipeline.estimate import estimate
 
     if arguments.samples < 1:
         raise InputError(f"--samples {arguments.samples}: needed is at least 1")
     found = estimate(load_config(arguments.config, arguments.overrides), num_samples=arguments.samples)
-    print("\n".join(found.lines()))
-    if arguments.json:
-        print(json.dumps(asdict(found)), flush=True)
+    return "\n".join([*found.lines(), *([json.dumps(asdict(found))] if arguments.json else [])])
 
 
-def _status(arguments: argparse.Namespace) -> None:
+def _status(arguments: argparse.Namespace) -> str:
     root, runs = _find_runs(arguments)
     found = [find_status(root, name, folders) for name, folders in runs.items()]
-    for status in found:
-        print("\n".join(status.lines()), flush=True)
+    lines = [line for status in found for line in status.lines()]
     if arguments.json:
-        print(json.dumps([status.to_json() for status in found]), flush=True)
+        lines.append(json.dumps([status.to_json() for status in found]))
+    return "\n".join(lines)
 
 
 def _find_runs(arguments: argparse.Namespace) -> tuple[Folder, dict[str, dict[str, Folder]]]:
@@ -157,11 +153,11 @@ def _find_runs(arguments: argparse.Namespace) -> tuple[Folder, dict[str, dict[st
     }
 
 
-def _evaluate(arguments: argparse.Namespace) -> None:
+def _evaluate(arguments: argparse.Namespace) -> str:
     from icce_ray.metrics.true_label_scores import evaluate_clustering
 
     predicted, true = _load_labels(arguments.predicted), _load_labels(arguments.true)
-    print(json.dumps(evaluate_clustering(true, predicted)))
+    return json.dumps(evaluate_clustering(true, predicted))
 
 
 def _load_labels(path: str) -> Any:

@@ -10,8 +10,8 @@ import argparse
 import json
 import sys
 import traceback
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
 
 from icce_ray.config import Config, load_config
 from icce_ray.errors import UserError, describe_cause, find_cause
@@ -64,8 +64,8 @@ def add_debug_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--debug", action="store_true", help="print the traceback of an error")
 
 
-def run_command(arguments: argparse.Namespace) -> None:
-    """Load the config, run it and print the result."""
+def run_command(arguments: argparse.Namespace) -> str:
+    """Load the config and run it; returns the result as JSON if that is asked for."""
     from icce_ray.pipeline.run import run_pipeline
 
     if arguments.config is None:
@@ -73,15 +73,15 @@ def run_command(arguments: argparse.Namespace) -> None:
     else:
         config = load_config(arguments.config, arguments.overrides)
     result = run_pipeline(config, refresh=arguments.refresh, retry_errors=arguments.retry_errors, quiet=arguments.quiet)
-    if arguments.json:
-        print(json.dumps(result.to_json()), flush=True)
+    return json.dumps(result.to_json()) if arguments.json else ""
 
 
-def guarded(command: Any, arguments: argparse.Namespace) -> int:
-    """Call `command(arguments)` and turn an exception into a message and an exit code."""
-    uses_ray_already = _uses_ray()
+def guarded(command: Callable[[argparse.Namespace], str], arguments: argparse.Namespace) -> int:
+    """Print what `command` returns on stdout, or turn its exception into a message and an exit code."""
     try:
-        command(arguments)
+        # Ray tells drivers of lost machines, and the like, on stdout.
+        with redirect_stdout(sys.stderr):
+            output = _call(command, arguments)
     except KeyboardInterrupt:
         print("\ninterrupted; finished work is kept, and the same command resumes", file=sys.stderr)
         return EXIT_INTERRUPTED
@@ -91,10 +91,19 @@ def guarded(command: Any, arguments: argparse.Namespace) -> int:
         mistake = find_cause(error, UserError)
         print(f"error: {mistake or describe_cause(error)}", file=sys.stderr, flush=True)
         return EXIT_USER_ERROR if mistake else EXIT_FAILED
+    if output:
+        print(output, flush=True)
+    return 0
+
+
+def _call(command: Callable[[argparse.Namespace], str], arguments: argparse.Namespace) -> str:
+    """Call the command, and leave the Ray that it has connected to."""
+    uses_ray_already = _uses_ray()
+    try:
+        return command(arguments)
     finally:
         if _uses_ray() and not uses_ray_already:
             sys.modules["icce_ray.runtime.ray_cluster"].disconnect()
-    return 0
 
 
 def _uses_ray() -> bool:

@@ -115,7 +115,6 @@ def connect(resources: ResourcesConfig) -> None:
             "include_dashboard": False,
             "object_store_memory": resources.object_store_bytes or _object_store_bytes(),
         }
-    _keep_off_standard_output()
     try:
         if address is not None:
             _check_listens(address)
@@ -143,22 +142,6 @@ def _check_listens(address: str) -> None:
     host, separator, port = address.rpartition("://")[2].rstrip("/").rpartition(":")
     if separator and port.isdigit():
         socket.create_connection((host, int(port)), timeout=CONNECT_TIMEOUT_S).close()
-
-
-def _keep_off_standard_output() -> None:
-    """Ray tells drivers of lost machines, and the like, on standard output, also after the last line, which is JSON for
-    whoever asked for that. It has no setting for this."""
-    import ray._private.worker as worker
-
-    original = getattr(worker, "print_to_stdstream", None)
-    if original is None or getattr(original, "is_ours", False):
-        return
-
-    def print_to_stderr(data: dict[str, Any], *arguments: Any, **options: Any) -> None:
-        original(data | {"is_err": True}, *arguments, **options)
-
-    print_to_stderr.is_ours = True  # type: ignore[attr-defined]
-    worker.print_to_stdstream = print_to_stderr
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import ray
 from icce_ray.config import ResourcesConfig, WorkerResources, build_config
 from icce_ray.errors import ResourceError
 from icce_ray.runtime.cluster_resources import available_cpus, check_resources, worker_cpus
-from icce_ray.runtime.ray_cluster import _keep_off_standard_output, connect
+from icce_ray.runtime.ray_cluster import connect
 
 
 def test_connecting_joins_the_ray_that_is_there(ray_cluster: None) -> None:
@@ -62,14 +62,40 @@ def test_a_ray_that_was_joined_is_left_running_without_a_word(ray_cluster: None)
     assert available_cpus() == 4
 
 
-def test_what_ray_tells_of_lost_machines_stays_off_standard_output(
-    ray_cluster: None, capsys: pytest.CaptureFixture[str]
-) -> None:
-    import ray._private.worker as worker
+TELLING = """
+import argparse, io, os, sys, time
+from icce_ray.config import ResourcesConfig
+from icce_ray.run import guarded
+from icce_ray.runtime.ray_cluster import connect
 
-    _keep_off_standard_output()
-    _keep_off_standard_output()
-    told = {"lines": ["The node has been marked dead"], "pid": "raylet", "is_err": False}
-    worker.print_to_stdstream(told, ignore_prefix=False)
-    said = capsys.readouterr()
-    assert (said.out, said.err.count("The node has been marked dead")) == ("", 1)
+def die():
+    os.kill(os.getpid(), 9)
+
+class Watched(io.TextIOWrapper):
+    said = ""
+    def write(self, text):
+        Watched.said += text
+        return super().write(text)
+
+def command(arguments):
+    connect(ResourcesConfig(num_cpus=1))
+    import ray
+    try:
+        ray.get(ray.remote(die).options(max_retries=0).remote())
+    except ray.exceptions.WorkerCrashedError:
+        pass
+    deadline = time.monotonic() + 60
+    while "worker died" not in Watched.said and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return "the result"
+
+sys.stdout, sys.stderr = (Watched(stream.buffer, write_through=True) for stream in (sys.stdout, sys.stderr))
+guarded(command, argparse.Namespace(debug=False))
+"""
+
+
+@pytest.mark.slow
+def test_what_ray_tells_of_dead_workers_stays_off_the_standard_output_of_a_command() -> None:
+    done = subprocess.run([sys.executable, "-c", TELLING], capture_output=True, text=True, check=False, timeout=120)
+    assert done.stdout == "the result\n"
+    assert done.stderr.count("worker died") == 1
