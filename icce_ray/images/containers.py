@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections import OrderedDict, defaultdict
+from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple
@@ -24,6 +24,7 @@ from icce_ray.images.file_table import File
 from icce_ray.images.image_files import IMAGE_ENDINGS, PARQUET_ENDINGS
 from icce_ray.images.listing import Entry
 from icce_ray.images.parquet_columns import check_expansion, image_column
+from icce_ray.images.skipped_files import ending
 from icce_ray.images.uris import is_remote, local_path_or_uri
 from icce_ray.store.filesystem import open_uri
 
@@ -71,10 +72,11 @@ def file_of(uri: str) -> str:
     return uri if place is None else place.file
 
 
-def members(container: File, images: ImagesConfig) -> Iterator[Entry]:
+def members(container: File, images: ImagesConfig, skipped: Counter[str]) -> Iterator[Entry]:
     """The images in a container, in its order. Only headers are read.
 
-    What cannot be read is an entry with a problem. Links of a tar come last.
+    What cannot be read is an entry with a problem. Links of a tar come last. What a tar holds besides images and labels
+    is counted in `skipped`, by ending.
 
     Raises:
         InputError: the column of images is not known, or remote storage does not answer.
@@ -110,10 +112,10 @@ def members(container: File, images: ImagesConfig) -> Iterator[Entry]:
         for row in range(num_rows):
             yield Entry(f"{uri}#{row}/{column}", None, container.etag)
         return
-    yield from _tar_members(container)
+    yield from _tar_members(container, skipped)
 
 
-def _tar_members(container: File) -> Iterator[Entry]:
+def _tar_members(container: File, skipped: Counter[str]) -> Iterator[Entry]:
     uri, etag = container.uri, container.etag
     links: list[tar_shards.Link] = []
     for found in _walk_tar(uri):
@@ -121,7 +123,8 @@ def _tar_members(container: File) -> Iterator[Entry]:
             place = f"{uri}#{found.start}+{found.num_bytes}/{DAMAGED_NAME}"
             yield Entry(place, found.num_bytes, etag, f"damaged shard: {found.reason}")
         elif not _is_image(PurePosixPath(found.name)):
-            continue
+            if (kind := ending(found.name)) != LABEL_ENDING:
+                skipped[kind or "no ending"] += 1
         elif isinstance(found, tar_shards.Link):
             links.append(found)
         else:

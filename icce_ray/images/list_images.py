@@ -55,7 +55,7 @@ def run(config: Config, context: StageContext) -> dict[str, Any]:
         return _write((Entry(uri.as_py()) for uri in uris), context, digest, digest, Counter())
     planned = _planned.pop(_key(images, output), None)
     digest, files = planned or (source_digest(images, embeddings, output), _list_files(images, output))
-    return _write(_entries(files, images), context, digest, files.digest(), files.skipped)
+    return _write(_entries(files, images, files.skipped), context, digest, files.digest(), files.skipped)
 
 
 def source_digest(images: ImagesConfig, embeddings: EmbeddingsConfig, output: str) -> str:
@@ -114,7 +114,7 @@ class Refresh:
                     yield Entry(row.uri, row.size_bytes, file.etag, problem)
                 else:
                     yield Entry(row.uri, file.size_bytes, file.etag, file.problem)
-        yield from _entries(self.files.unknown(), images)
+        yield from _entries(self.files.unknown(), images, self.files.skipped)
 
 
 def find_changes(images: ImagesConfig, output: str) -> Refresh | None:
@@ -159,11 +159,11 @@ def _write(
     }
 
 
-def _entries(files: Iterable[File], images: ImagesConfig) -> Iterator[Entry]:
+def _entries(files: Iterable[File], images: ImagesConfig, skipped: Counter[str]) -> Iterator[Entry]:
     """The images of `files`: each file that is one, each member of a container."""
     for file in files:
         if file.is_container:
-            yield from members(file, images)
+            yield from members(file, images, skipped)
         else:
             yield Entry(file.uri, file.size_bytes, file.etag, file.problem)
 

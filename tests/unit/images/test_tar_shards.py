@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import tarfile
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -168,10 +169,19 @@ def test_a_shard_that_cannot_be_opened_is_a_row(tmp_path: Path) -> None:
     problems = [
         entry.problem
         for name in ("gone.tar", "folder.tar")
-        for entry in members(File(f"{tmp_path}/{name}", None, None, True), ImagesConfig())
+        for entry in members(File(f"{tmp_path}/{name}", None, None, True), ImagesConfig(), Counter())
     ]
     assert problems[0] == "damaged shard: missing"
     assert str(problems[1]).startswith("damaged shard: unreadable: ")
+
+
+def test_what_a_shard_holds_besides_images_and_labels_is_counted(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        for name in ("a.png", "a.cls", "a.json", "b.HEIC", "c"):
+            add(tar, name, b"x")
+    skipped: Counter[str] = Counter()
+    assert len(list(members(File(f"{tmp_path}/0.tar", None, None, True), ImagesConfig(), skipped))) == 1
+    assert skipped == {".json": 1, ".heic": 1, "no ending": 1}
 
 
 def test_a_label_of_absurd_size_is_not_read(list_shard: ListShard, tmp_path: Path) -> None:
