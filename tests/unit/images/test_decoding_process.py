@@ -31,8 +31,9 @@ def hang(*_):
     pathlib.Path({log!r}).touch()
     time.sleep(60)
 
-Image.register_open("KILL", kill, lambda prefix: prefix.startswith(b"KILL"))
-Image.register_open("HANG", hang, lambda prefix: prefix.startswith(b"HANG"))
+Image.preinit()  # only the promised formats are opened, so two of them are taken over
+Image.register_open("PPM", kill, lambda prefix: prefix.startswith(b"KILL"))
+Image.register_open("GIF", hang, lambda prefix: prefix.startswith(b"HANG"))
 """
 
 
