@@ -49,24 +49,20 @@ def refuse_unused(config: Config, given: Mapping[str, Any], source: str) -> None
     """
     problems = []
     for names, applies, reason in RULES:
-        if applies(config):
-            problems += [
-                f"{name}: {value!r} has no effect: {reason}; leave it out" for name, value in _set_in_vain(names, given)
-            ]
+        for name, value in _set_in_vain(names, config, given) if applies(config) else ():
+            problems.append(f"{name}: {value!r} has no effect: {reason}; leave it out")
     if problems:
         raise ConfigError(f"{source}: " + (problems[0] if len(problems) == 1 else "\n  ".join(["", *problems])))
 
 
-def _set_in_vain(names: tuple[str, ...], given: Mapping[str, Any]) -> list[tuple[str, Any]]:
+def _set_in_vain(names: tuple[str, ...], config: Config, given: Mapping[str, Any]) -> list[tuple[str, Any]]:
     """The settings among `names` that are given and differ from the default."""
     found = []
     for name in names:
         section, _, setting = name.partition(".")
-        values = given.get(section)
-        if not isinstance(values, Mapping):
-            continue
-        fields = Config.model_fields[section].annotation.model_fields  # type: ignore[union-attr]
-        for key in [setting] if setting else list(values):
-            if key in values and values[key] != fields[key].default:
-                found.append((f"{section}.{key}", values[key]))
+        written, values = given.get(section), getattr(config, section)
+        for key in [setting] if setting else list(type(values).model_fields):
+            default = type(values).model_fields[key].default
+            if isinstance(written, Mapping) and key in written and getattr(values, key) != default:
+                found.append((f"{section}.{key}", getattr(values, key)))
     return found

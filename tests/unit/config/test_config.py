@@ -3,6 +3,7 @@ import itertools
 from pathlib import Path
 
 import pytest
+import yaml
 
 import icce_ray.config
 from icce_ray.config import Config, build_config, load_config
@@ -164,7 +165,7 @@ def is_section(annotation: str) -> bool:
     [
         ("embed={backbone: pixels, compile: true}", r"embed\.compile: True has no effect: the backbone is pixels"),
         ("embed.grayscale=true", r"embed\.grayscale: True has no effect: only the backbone pixels has it"),
-        ("heads.scan_entropy_weight=2", r"heads\.scan_entropy_weight: 2 has no effect: only SCAN's loss uses it"),
+        ("heads.scan_entropy_weight=2", r"heads\.scan_entropy_weight: 2\.0 has no effect: only SCAN's loss uses it"),
         ("evaluate={labels: folder, label_column: kind}", r"evaluate\.label_column: 'kind' has no effect"),
         ("embeddings.column=vector", r"embeddings\.column: 'vector' has no effect: no embeddings are given"),
     ],
@@ -208,3 +209,11 @@ def test_a_value_that_cannot_be_meant_is_refused(config_file: Path, override: st
         load_config(config_file, [override])
     assert "password" not in str(caught.value)
     assert "secret@" not in str(caught.value)
+
+
+@pytest.mark.parametrize("method", ["icce", "temi", "scan"])
+def test_a_config_that_is_written_out_whole_can_be_loaded_again(tmp_path: Path, method: str) -> None:
+    config = load_config(None, base={"embeddings": "x.npy", "num_clusters": 3, "output": "out", "method": method})
+    path = tmp_path / "whole.yaml"
+    path.write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    assert load_config(path) == config
