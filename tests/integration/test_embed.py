@@ -245,13 +245,13 @@ def undisturbed_photos(ray_cluster: None, tmp_path_factory: pytest.TempPathFacto
 
 DEADLY = """
 import os, signal
-from PIL import Image
+from PIL import Image, PpmImagePlugin  # which registers itself when it is imported
 from icce_ray.embed.networks import PixelsBackbone
 
 def die(*_):
     os.kill(os.getpid(), signal.SIGKILL)
 
-Image.register_open("DEADLY", die, lambda prefix: prefix.startswith(b"DEADLY"))
+Image.register_open("PPM", die, lambda prefix: prefix.startswith(b"DEADLY"))
 embed = PixelsBackbone.embed
 
 def deadly_embed(self, images):
