@@ -128,7 +128,7 @@ def run_job(checkout: Path, config: Path) -> Cost:
 
 
 _marks: dict[tuple[int, str], str | None] = {}
-"""Of the processes that were looked at, by id and time of start."""
+"""Mark in the environment of each process, by its id and start time."""
 
 
 def measure(cost: Cost, mark: str) -> int:

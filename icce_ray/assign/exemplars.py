@@ -1,9 +1,9 @@
 """Exemplars: a few images that stand for each cluster (docs/METHOD.md, "Exemplars") [ours].
 
 The images are seen once, in any order and in any parts. Each gets a priority, a hash of its id and the seed, so the
-lowest priorities of a cluster are a uniform sample of it, however the images are divided. Whoever labels a part keeps
-the images that may be in the samples as candidates. At the end, the best half of each cluster's sample is thinned out
-to images that are unlike each other. Outliers are never exemplars.
+lowest priorities of a cluster are a uniform sample of it, however the images are divided. While a part is labelled,
+the images that may be in the samples are kept as candidates. At the end, the best half of each cluster's sample is
+thinned out to images that are unlike each other. Outliers are never exemplars.
 
 Shapes: n images, D dimensions, K clusters, p projected dimensions.
 """

@@ -28,7 +28,8 @@ SCHEMA = pa.schema(
         ("is_outlier", pa.bool_()),
     ]
 )
-"""Of a run's images and of new ones. `agreement` is null for images that took no part in the consensus."""
+"""Columns of the assignments, for a run's images and for new ones. `agreement` is null for images that took no part in
+the consensus."""
 
 
 def assignments_table(

@@ -42,7 +42,7 @@ class Edges(NamedTuple):
 
 @dataclass(frozen=True)
 class HeadPairs:
-    """What the counts of all pairs of heads say."""
+    """Result of comparing all pairs of heads."""
 
     nmi_HH: npt.NDArray[np.float64]
     """NMI (geometric) of every pair of heads."""

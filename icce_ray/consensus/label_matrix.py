@@ -140,7 +140,7 @@ def count_labels(labels_N: npt.NDArray[Any], num_clusters: int) -> Counts:
 
 
 class Survey(NamedTuple):
-    """What the labels of a part of the images are."""
+    """Summary of the labels of a part of the images."""
 
     values: tuple[npt.NDArray[np.int64], ...]
     """Labels that each head uses, ascending."""

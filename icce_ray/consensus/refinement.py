@@ -85,7 +85,7 @@ def _leave_no_cluster_empty(
 
 
 class _Weights(NamedTuple):
-    """What the gain of a move depends on besides the counts."""
+    """Terms of a move's gain that the counts do not hold."""
 
     cell_weight_H: npt.NDArray[np.float64]
     """For each head, weight of the increase of a cell's x log x."""

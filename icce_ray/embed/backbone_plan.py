@@ -30,7 +30,7 @@ RANDOM_WEIGHTS = "random"
 
 @dataclass(frozen=True)
 class BackbonePlan:
-    """What is known of a backbone without its weights."""
+    """Description of a backbone, without its weights."""
 
     preprocessing: Preprocessing
     features: str

@@ -28,7 +28,7 @@ from icce_ray.store.part_records import PartRecord, PartRecords
 
 MIN_IMAGES_PER_PART = 16
 MAX_IMAGES_PER_PART = 512
-"""What is lost at most when a worker dies."""
+"""Largest number of images that are lost when a worker dies."""
 PARTS_WANTED = 16
 """Small collections are cut into about this many parts, so that several workers can share them."""
 MAX_DECODED_PART_BYTES = 128 * 2**20
@@ -111,7 +111,7 @@ def plan_parts(num_images: int, images_per_part: int) -> list[PartRange]:
 
 
 def source_digest(images: Artifact, model: str = "") -> str:
-    """What the parts are made from: the listing, and the model with this key."""
+    """Digest of what determines the parts: the listing, and the model with this key."""
     checksums = [images.part(name).sha256 for name in images.part_names()]
     return hashlib.sha256("\0".join([model, *checksums]).encode()).hexdigest()[:32]
 

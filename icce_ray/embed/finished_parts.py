@@ -1,4 +1,4 @@
-"""What the ``embed`` stage has finished so far: parts, images that failed and why, and images with the same content."""
+"""Progress of the ``embed`` stage: finished parts, images that failed and why, and images with the same content."""
 
 from __future__ import annotations
 

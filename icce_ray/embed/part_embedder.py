@@ -30,7 +30,7 @@ from icce_ray.store.part_records import PartRecords
 
 @dataclass(frozen=True)
 class EmbedTask:
-    """What the work on every part needs to know."""
+    """Settings and inputs that the work on all parts shares."""
 
     config: Config
     images: Artifact

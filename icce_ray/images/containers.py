@@ -33,8 +33,6 @@ PARQUET_MEMBER = re.compile(r"^(?P<file>.*\.(?:parquet|pq))#(?P<row>\d+)/(?P<col
 TAR_BUFFER_BYTES = 4 * 2**20
 """Tar headers are read through a buffer: seeks within it need no request."""
 MAX_OPEN_GROUPS = 2
-MAX_ROWS_PER_BYTE = 1000
-"""A file that states more is damaged: even repeated images take more."""
 LABEL_ENDING = ".cls"
 MAX_LABEL_BYTES = 65_536
 DAMAGED_NAME = "(damaged)"
