@@ -1,31 +1,28 @@
 """Every setting of a run: what it means (schema), where its values come from (loading), and what presets fill in."""
 
-from icce_ray.config.loading import apply_override, build_config, load_config, put, read_yaml, validate
-from icce_ray.config.presets import PRESETS
-from icce_ray.config.schema import (
-    CONSENSUS_METHODS,
+from icce_ray.config.data_settings import (
     PIXELS,
     BackboneConfig,
-    ClassifierConfig,
-    ClusterCountConfig,
-    ClusteringConfig,
-    Config,
-    ConsensusConfig,
-    ConsensusMethod,
     EmbedConfig,
     EmbeddingsConfig,
     EvaluateConfig,
-    HeadsConfig,
     ImagesConfig,
-    NeighborsConfig,
-    PositiveFloat,
-    PositiveInt,
-    ResourcesConfig,
     SampleConfig,
-    Section,
-    StorageConfig,
-    WorkerResources,
 )
+from icce_ray.config.loading import apply_override, build_config, load_config, put, read_yaml, validate
+from icce_ray.config.machine_settings import ResourcesConfig, StorageConfig, WorkerResources
+from icce_ray.config.method_settings import (
+    CONSENSUS_METHODS,
+    ClassifierConfig,
+    ClusterCountConfig,
+    ConsensusConfig,
+    ConsensusMethod,
+    HeadsConfig,
+    NeighborsConfig,
+)
+from icce_ray.config.presets import PRESETS
+from icce_ray.config.schema import ClusteringConfig, Config
+from icce_ray.config.section import PositiveFloat, PositiveInt, Section
 
 __all__ = [
     "CONSENSUS_METHODS",

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from icce_ray.config.schema import PIXELS, Config
+from icce_ray.config.data_settings import PIXELS
+from icce_ray.config.schema import Config
 from icce_ray.errors import ConfigError
 
 _NETWORK = ("embed.weights", "embed.features", "embed.precision", "embed.compile")
