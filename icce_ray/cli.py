@@ -1,4 +1,4 @@
-"""The command ``icce-ray``: run, sweep, estimate, assign, cut, status, evaluate."""
+"""The command ``icce-ray``: run, sweep, compare, estimate, assign, cut, status, evaluate."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import numpy as np
 
 from icce_ray.config import load_config
 from icce_ray.errors import InputError
+from icce_ray.methods import METHODS
 from icce_ray.pipeline.status import find_status
 from icce_ray.run import add_arguments, add_debug_argument, add_run_options, guarded, run_command
 from icce_ray.store import Folder
@@ -37,6 +38,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     add_run_options(sweep)
     sweep.set_defaults(function=_sweep)
+
+    compare = commands.add_parser("compare", help="run several methods on the same images, and compare their clusters")
+    compare.add_argument("config", metavar="CONFIG", help="a YAML file")
+    compare.add_argument("--methods", required=True, metavar="A,B,...", help=f"of {', '.join(METHODS)}")
+    compare.add_argument("--combine", action="store_true", help="also make one consensus of all methods")
+    add_run_options(compare)
+    compare.set_defaults(function=_compare)
 
     assign = commands.add_parser("assign", help="label new images with a finished run's model")
     assign.add_argument(
@@ -93,6 +101,15 @@ def _sweep(arguments: argparse.Namespace) -> str:
     from icce_ray.sweeps.sweep import sweep
 
     result = sweep(arguments.sweep, arguments.overrides, quiet=arguments.quiet)
+    return json.dumps(result.to_json()) if arguments.json else ""
+
+
+def _compare(arguments: argparse.Namespace) -> str:
+    from icce_ray.sweeps.method_comparison import compare_methods
+
+    config = load_config(arguments.config, arguments.overrides)
+    methods = [name.strip() for name in arguments.methods.split(",")]
+    result = compare_methods(config, methods, combine=arguments.combine, quiet=arguments.quiet)
     return json.dumps(result.to_json()) if arguments.json else ""
 
 

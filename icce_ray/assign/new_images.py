@@ -17,6 +17,7 @@ from icce_ray.assign.drift import drift_lines
 from icce_ray.assign.load_model import check_weights, embed_config, find_model
 from icce_ray.assign.stage import ASSIGN
 from icce_ray.classifier.linear import DESCRIPTION_NAME
+from icce_ray.classifier.stage import CLASSIFIER
 from icce_ray.config import Config, load_config
 from icce_ray.embed.stage import EMBED, num_failed
 from icce_ray.errors import InputError
@@ -24,7 +25,7 @@ from icce_ray.images.embedding_files import open_embeddings
 from icce_ray.images.list_images import source_digest
 from icce_ray.images.stage import IMAGES
 from icce_ray.pipeline.find_run import find_stage
-from icce_ray.pipeline.plan import plan
+from icce_ray.pipeline.plan import PlannedStage, plan
 from icce_ray.pipeline.run import check_stages, run_stages
 from icce_ray.runtime.progress import format_seconds
 from icce_ray.stage import Settings, Stage
@@ -112,7 +113,8 @@ def assign_images(
     for section, uri in (("images", images), ("embeddings", embeddings)):
         settings[section] = settings.get(section, {}) | {"uri": None if uri is None else str(uri)}
     config = _config_for(model, settings | {"output": place}, list(overrides))
-    planned = plan(config, IMAGE_STAGES if images is not None else EMBEDDING_STAGES, {"classifier": model})
+    trained = PlannedStage(CLASSIFIER, model.fingerprint, {}, model.folder, model)
+    planned = plan(config, IMAGE_STAGES if images is not None else EMBEDDING_STAGES, [trained])
     artifacts = {"classifier": model} | {step.name: step.artifact for step in planned if step.artifact is not None}
     check_stages(config, [step.stage for step in planned if step.artifact is None])
     seconds = run_stages(config, planned, artifacts, quiet)

@@ -14,6 +14,7 @@ in settings that the file leaves open; a setting that is given always wins. ``re
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -58,9 +59,11 @@ class ClusteringConfig(Section):
     """Number of clusters (K). `auto`: chosen without labels, as set by `cluster_count`."""
     cluster_count: ClusterCountConfig = ClusterCountConfig()
     """Used if `num_clusters` is `auto`."""
-    method: str = "icce"
+    method: str | tuple[str, ...] = "icce"
     """How the images are clustered: `icce` (arXiv 2511.16213), `temi` (arXiv 2303.17896), or `scan`, the loss of arXiv
-    2005.12320 on frozen features. It fills in the settings that it needs and the config leaves open."""
+    2005.12320 on frozen features. It fills in the settings that it needs and the config leaves open. A list, such as
+    `[icce, scan]`, runs each over the same sample and makes one consensus of all, in which every method has the same
+    weight."""
     preset: Literal["paper"] | None = None
     """`paper`: every constant as the ICCE paper has it, where the config leaves it open. Not set: our defaults, which
     were measured to be better; docs/METHOD.md lists where they differ."""
@@ -103,6 +106,26 @@ class ClusteringConfig(Section):
         """The same with this K."""
         return self.model_copy(update={"given_num_clusters": num_clusters})
 
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """`method` as a tuple."""
+        return (self.method,) if isinstance(self.method, str) else self.method
+
+    def with_methods(self, methods: Iterable[str]) -> Self:
+        """The same with several methods, see `method`."""
+        return type(self).model_validate(self.model_dump(exclude_unset=True) | {"method": tuple(methods)})
+
+    def of_method(self, method: str) -> Self:
+        """The same with one method, which fills in what the config leaves open, over the same sample."""
+        given = self.model_dump(exclude_unset=True)
+        return type(self).model_validate(given | {"method": method, "sample": self.sample})
+
+    def with_extra_runs(self, runs: Iterable[str]) -> Self:
+        """The same with the clusterings of other runs in the consensus."""
+        extra = tuple(dict.fromkeys((*self.consensus.extra_runs, *runs)))
+        given = self.consensus.model_dump(exclude_unset=True) | {"extra_runs": extra}
+        return self.model_copy(update={"consensus": ConsensusConfig.model_validate(given)})
+
     @field_validator("given_num_clusters", mode="wrap")
     @classmethod
     def _number_or_auto(cls, value: Any, handler: Any) -> int | Literal["auto"]:
@@ -120,8 +143,18 @@ class ClusteringConfig(Section):
         if preset in METHODS:
             remedy = "leave preset out" if preset == "icce" else f"write method: {preset}"
             raise ValueError(f"preset: {preset!r} is a method, not a preset; {remedy}")
-        if method not in METHODS:
-            raise ValueError(f"method: {method!r} is unknown; the methods are {', '.join(METHODS)}")
+        methods = method if isinstance(method, (list, tuple)) else [method]
+        unknown = [name for name in methods if name not in METHODS]
+        if unknown or not methods:
+            problem = f"{unknown[0]!r} is unknown" if unknown else "the list is empty"
+            raise ValueError(f"method: {problem}; the methods are {', '.join(METHODS)}")
+        if len(set(methods)) < len(methods):
+            raise ValueError(f"method: {', '.join(methods)}: each method can be named once")
+        if len(methods) > 1:
+            if preset is not None:
+                raise ValueError(f"preset: {preset!r} belongs to a single method, icce; leave one of them out")
+            return filled  # each method fills in its own settings when it is run, see `of_method`
+        method = filled["method"] = methods[0]
         if preset is not None and method != "icce":
             raise ValueError(f"preset: {preset!r} belongs to method: icce, not to {method!r}; leave one of them out")
         for section, settings in {**METHODS[method].settings, **PRESETS.get(preset or "", {})}.items():

@@ -37,8 +37,9 @@ def cluster_ensemble(
 
     Args:
         labels: (H, N) integers: H clusterings ("heads") of the same N images, labels from 0, -1 where a label is
-            missing. Or a list of such matrices, of several runs over the same images, each with any number of heads and
-            clusters.
+            missing. Or a list of such matrices, of several runs or methods over the same images, each with any number
+            of heads and clusters. Every matrix has the same weight: the rows of one with fewer than another are taken
+            several times.
         n_clusters: number of clusters of the consensus (K). None: that of the head with the most.
         methods: consensus functions to try: `mcla`, `hbgf`, `cspa`, `vote` (heads aligned one to one, majority),
             `best_head` (the head with the lowest loss, or else with the highest ANMI). None: the first four. Functions
@@ -46,7 +47,7 @@ def cluster_ensemble(
         random_state: int, RandomState or None. The same int gives the same result.
         refine: whether images are reassigned as long as that raises the ANMI.
         imbalance: weight of METIS's heaviest part allowed, relative to the average.
-        head_losses: (H,) losses of the heads, for `best_head`.
+        head_losses: (H,) losses of the heads of a single matrix, for `best_head`.
 
     Returns:
         The labels, 0..K-1, and what is known about them. Each of the K clusters has an image, unless fewer than K
@@ -77,7 +78,8 @@ def _stack(labels: npt.ArrayLike | Sequence[npt.NDArray[Any]]) -> npt.ArrayLike:
     if len({one.shape[1] for one in matrices}) > 1:
         shapes = ", ".join(str(one.shape) for one in matrices)
         raise InputError(f"the label matrices have the shapes {shapes}; all must have the same images (columns)")
-    return np.concatenate(matrices)
+    most = max(len(one) for one in matrices)
+    return np.concatenate([np.resize(one, (most, one.shape[1])) for one in matrices])
 
 
 def _check_num_clusters(n_clusters: int | None, heads: Heads) -> int:

@@ -31,6 +31,8 @@ class StoredHeads(Heads):
     """The heads of `runs`, the clusterings of one run each. Pickles: workers open the files themselves."""
 
     runs: tuple[Artifact, ...]
+    order: tuple[tuple[int, int], ...]
+    """(run, row) of each head."""
     values: tuple[npt.NDArray[np.int64], ...]
 
     @property
@@ -45,20 +47,15 @@ class StoredHeads(Heads):
 
     def rows(self, start: int, stop: int, first: int, end: int) -> list[npt.NDArray[Any]]:
         """The labels as they are stored, of the images start..stop-1 by the heads first..end-1."""
-        rows: list[npt.NDArray[Any]] = []
-        below = 0
-        for run in self.runs:
-            num_heads = _shape(run)[0]
-            wanted = range(max(first - below, 0), min(end - below, num_heads))
-            if wanted:
-                matrix = run.read_array(LABELS_NAME)
-                rows += [matrix[head, start:stop] for head in wanted]
-            below += num_heads
-        return rows
+        wanted = self.order[first:end]
+        matrices = {run: self.runs[run].read_array(LABELS_NAME) for run, _ in wanted}
+        return [matrices[run][row, start:stop] for run, row in wanted]
 
 
 def open_heads(runs: list[Artifact], heads_type: Callable[..., StoredHeads] = StoredHeads) -> StoredHeads:
     """The heads of `runs`, made by `heads_type`. Their `map` reads the labels once to check and number them.
+
+    Every run has the same weight: the rows of a run with fewer than another are taken several times.
 
     Raises:
         InputError: a label matrix that cannot be used, or runs with different numbers of images.
@@ -71,8 +68,10 @@ def open_heads(runs: list[Artifact], heads_type: Callable[..., StoredHeads] = St
         raise InputError(f"consensus.extra_runs: the runs have {counts} images; they must have the same images")
     for run in runs:
         run.read_array(LABELS_NAME)  # checks the checksum here, so that no worker has to
-    unknown = (np.empty(0, dtype=np.int64),) * sum(shape[0] for shape in shapes)
-    heads = heads_type(tuple(runs), unknown)
+    most = max(shape[0] for shape in shapes)
+    order = tuple((run, row % shape[0]) for run, shape in enumerate(shapes) for row in range(most))
+    unknown = (np.empty(0, dtype=np.int64),) * len(order)
+    heads = heads_type(tuple(runs), order, unknown)
     return replace(heads, values=check_surveys(list(heads.map(_survey_part, heads.image_parts()))))
 
 

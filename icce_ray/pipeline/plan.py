@@ -5,16 +5,20 @@ Planning starts nothing and imports neither Ray nor torch, so a run that finds e
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from icce_ray.config import Config
+from icce_ray.consensus.stage import CONSENSUS
 from icce_ray.count.stage import CLUSTER_COUNT
 from icce_ray.errors import InputError
-from icce_ray.pipeline.stages import stages_of
+from icce_ray.pipeline.stages import clustering_stages, stages_of
 from icce_ray.stage import Stage
 from icce_ray.store import Artifact, Folder, fingerprint
 from icce_ray.store.s3 import check_bucket, is_s3, split_uri, use_s3
+
+SHARED_BY_METHODS = ("images", "embed", "sample")
+"""Stages that the methods of a run have in common."""
 
 
 @dataclass(frozen=True)
@@ -33,9 +37,14 @@ class PlannedStage:
     def name(self) -> str:
         return self.stage.name
 
+    @property
+    def identity(self) -> str:
+        """What the fingerprints of later stages see of it."""
+        return self.fingerprint if self.artifact is None else self.artifact.identity
+
 
 def plan(
-    config: Config, stages: tuple[Stage, ...] | None = None, given: Mapping[str, Artifact] | None = None
+    config: Config, stages: tuple[Stage, ...] | None = None, before: Sequence[PlannedStage] = ()
 ) -> list[PlannedStage]:
     """Plan the stages of a run in order. Only manifests are read.
 
@@ -44,16 +53,24 @@ def plan(
     Args:
         config: the run's settings.
         stages: the stages to plan; all those of the run when None.
-        given: finished artifacts that the stages build on, by stage name.
+        before: stages planned before, which these build on.
 
     Raises:
         InputError: the input does not exist or cannot be listed, or the output cannot be read.
     """
     connect_storage(config)
-    identities = {name: artifact.identity for name, artifact in (given or {}).items()}
+    return _plan(config, stages_of(config) if stages is None else stages, before)
+
+
+def _plan(config: Config, stages: tuple[Stage, ...], before: Sequence[PlannedStage]) -> list[PlannedStage]:
+    """Plan stages that build on each other and on those planned before."""
+    asked, config = config, of_first_method(config)
+    planned = list(before)
+    identities = {step.name: step.identity for step in before}
     root = Folder.at(config.output)
-    planned: list[PlannedStage] = []
-    for stage in stages_of(config) if stages is None else stages:
+    for stage in stages:
+        if stage.name == CONSENSUS.name:
+            config = combine_methods(asked, planned)
         inputs = {name: identities[name] for name in stage.inputs}
         settings = stage.settings(stage.config_of(config))
         own = fingerprint(stage.name, stage.version, settings, inputs)
@@ -62,13 +79,44 @@ def plan(
             artifact = Artifact.find(folder)
         except OSError as error:
             raise InputError(f"output: {config.output!r} cannot be read: {error}") from None
-        identities[stage.name] = own if artifact is None else artifact.identity
         planned.append(PlannedStage(stage, own, inputs, folder, artifact))
+        identities[stage.name] = planned[-1].identity
         if stage.name == CLUSTER_COUNT.name:
             if artifact is None:
                 break
-            config = with_chosen_number(config, artifact)
-    return planned
+            asked, config = (with_chosen_number(each, artifact) for each in (asked, config))
+    return planned[len(before) :]
+
+
+def plan_other_methods(config: Config, planned: list[PlannedStage]) -> list[tuple[Config, list[PlannedStage]]]:
+    """The runs of all methods but the first, up to `method`: their configs and plans.
+
+    Args:
+        config: with a number of clusters that is known.
+        planned: stages of the run itself, of which the others share those before the neighbours.
+    """
+    shared = [step for step in planned if step.name in SHARED_BY_METHODS]
+    runs = []
+    for method in config.methods[1:]:
+        other = config.of_method(method)
+        stages = tuple(stage for stage in clustering_stages(other) if stage.name not in SHARED_BY_METHODS)
+        runs.append((other, shared + _plan(other, stages, shared)))
+    return runs
+
+
+def of_first_method(config: Config) -> Config:
+    """A config of several methods with the first alone; the consensus is the config's own."""
+    if len(config.methods) == 1:
+        return config
+    return config.of_method(config.methods[0]).model_copy(update={"consensus": config.consensus})
+
+
+def combine_methods(config: Config, planned: list[PlannedStage]) -> Config:
+    """A config of several methods as the run that combines them: the first method, and in its consensus the clusterings
+    of the others as extra runs."""
+    if len(config.methods) == 1:
+        return config
+    return of_first_method(config).with_extra_runs(run_name(steps) for _, steps in plan_other_methods(config, planned))
 
 
 def is_complete(planned: list[PlannedStage]) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
@@ -14,17 +15,21 @@ from icce_ray.embed.stage import EMBED, num_failed
 from icce_ray.errors import DamagedArtifactError, InputError, find_cause
 from icce_ray.images.stage import IMAGES, num_listed, settings_for
 from icce_ray.pipeline.plan import (
+    SHARED_BY_METHODS,
     PlannedStage,
+    combine_methods,
     connect_storage,
     fingerprints_of,
     finished_artifacts,
     is_complete,
+    of_first_method,
     plan,
+    plan_other_methods,
     run_name,
     with_chosen_number,
 )
 from icce_ray.pipeline.result import Result, sum_up, summary
-from icce_ray.pipeline.stages import stages_of
+from icce_ray.pipeline.stages import clustering_stages, stages_of
 from icce_ray.pipeline.status import RunProgress
 from icce_ray.runtime.progress import Progress
 from icce_ray.stage import Stage, StageContext
@@ -57,21 +62,27 @@ def run_pipeline(config: Config, *, refresh: bool = False, retry_errors: bool = 
     unplanned = () if is_complete(planned) else stages_of(config)[len(planned) :]
     artifacts = finished_artifacts(planned)
     finished_before = tuple(artifacts)
-    check_stages(config, [*(step.stage for step in planned if step.name not in artifacts), *unplanned])
-    counting_s: dict[str, float] = {}
+    first = of_first_method(config)
+    check_stages(first, [*(step.stage for step in planned if step.name not in artifacts), *unplanned])
+    for method in config.methods[1:]:
+        check_stages(config.of_method(method), clustering_stages(config.of_method(method))[-1:])
+    spent: Counter[str] = Counter()
     if unplanned:
-        counting_s = _choose_number(config, planned, artifacts, quiet)
-        rest = plan(with_chosen_number(config, artifacts[CLUSTER_COUNT.name]), unplanned, artifacts)
+        spent.update(_choose_number(first, planned, artifacts, quiet))
+        rest = plan(with_chosen_number(config, artifacts[CLUSTER_COUNT.name]), unplanned, planned)
         planned += rest
         artifacts |= finished_artifacts(rest)
         finished_before += tuple(finished_artifacts(rest))
     resolved = with_chosen_number(config, artifacts[CLUSTER_COUNT.name]) if config.is_auto else config
+    for other, steps in plan_other_methods(resolved, planned):
+        spent.update(_make_clusterings(other, steps, artifacts, quiet))
+    resolved = combine_methods(resolved, planned)
     name = run_name(planned)
-    record = config.model_dump(mode="json")
+    record = resolved.model_copy(update={"given_num_clusters": config.given_num_clusters}).model_dump(mode="json")
     write_record(config.output, name, fingerprints_of(planned), record)
     with RunProgress(config.output, name) as told:
         seconds = run_stages(resolved, planned, artifacts, quiet, told)
-    seconds |= {stage: seconds[stage] + spent for stage, spent in counting_s.items()}
+    seconds = {stage: round(of_stage + spent[stage], 3) for stage, of_stage in seconds.items()}
     result = sum_up(resolved, name, artifacts, seconds, finished_before)
     if len(finished_before) < len(planned):
         write_record(config.output, name, fingerprints_of(planned), record, result.to_json())
@@ -90,6 +101,20 @@ def _choose_number(
     with RunProgress(config.output, name) as told:
         seconds = run_stages(config, planned, artifacts, quiet, told)
     remove_record(config.output, name)
+    return seconds
+
+
+def _make_clusterings(
+    config: Config, planned: list[PlannedStage], artifacts: dict[str, Artifact], quiet: bool
+) -> dict[str, float]:
+    """Run one of several methods up to its clusterings, and record it, so that a consensus finds it by its name. Adds
+    what it shares with the others to `artifacts`."""
+    name = run_name(planned)
+    write_record(config.output, name, fingerprints_of(planned), config.model_dump(mode="json"))
+    made = finished_artifacts(planned) | {name: artifacts[name] for name in SHARED_BY_METHODS if name in artifacts}
+    with RunProgress(config.output, name) as told:
+        seconds = run_stages(config, planned, made, quiet, told)
+    artifacts |= {name: made[name] for name in SHARED_BY_METHODS}
     return seconds
 
 

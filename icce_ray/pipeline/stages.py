@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from icce_ray.assign.stage import ASSIGN
@@ -25,19 +26,33 @@ def stages_of(config: Config) -> tuple[Stage, ...]:
 
     With ``num_clusters: auto``, `cluster_count` chooses the number; the stages after it are those of a run that was
     given that number, except for the report, which shows how it was chosen.
+    With several methods, these are the stages of the first; the others are runs up to `method`, whose clusterings the
+    consensus takes in.
     """
+    method = config.methods[0]
     stages = [
         IMAGES,
         EMBED,
         SAMPLE,
         *([CLUSTER_COUNT] if config.is_auto else []),
-        *([NEIGHBORS] if METHODS[config.method].needs_graph else []),
-        method_stage(config.method),
+        *([NEIGHBORS] if METHODS[method].needs_graph else []),
+        method_stage(method),
         CONSENSUS,
         CLASSIFIER,
         ASSIGN,
         EVALUATE,
         REPORT,
     ]
+    return _with_own_inputs(stages)
+
+
+def clustering_stages(config: Config) -> tuple[Stage, ...]:
+    """The stages up to `method`, with a number of clusters that is known."""
+    stages = stages_of(config)
+    return stages[: [stage.name for stage in stages].index("method") + 1]
+
+
+def _with_own_inputs(stages: Sequence[Stage]) -> tuple[Stage, ...]:
+    """The stages without the inputs that their run does not have."""
     names = {stage.name for stage in stages}
     return tuple(replace(stage, inputs=tuple(name for name in stage.inputs if name in names)) for stage in stages)

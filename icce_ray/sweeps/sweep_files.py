@@ -88,14 +88,6 @@ def config_yaml(config: Config, comment: str) -> bytes:
     return f"# {comment}\n{yaml.safe_dump(data, sort_keys=False, allow_unicode=True)}".encode()
 
 
-def with_extra_runs(config: Config, runs: Sequence[str]) -> Config:
-    """The config whose consensus includes the clusterings of other runs."""
-    extra = tuple(dict.fromkeys((*config.consensus.extra_runs, *runs)))
-    given = config.consensus.model_dump(exclude_unset=True) | {"extra_runs": extra}
-    consensus = type(config.consensus).model_validate(given)
-    return config.model_copy(update={"consensus": consensus})
-
-
 def _pool(runs: dict[int, list[TrialRun]]) -> tuple[Config, list[int]]:
     """The config of the first run with the clusterings of the others in its consensus, and the trials of these runs.
     Runs over other images, such as those of another sample, are left out."""
@@ -109,7 +101,7 @@ def _pool(runs: dict[int, list[TrialRun]]) -> tuple[Config, list[int]]:
         else:
             Progress("sweep").note(f"trial {trial} was trained on other images; it is not pooled")
         names += [name for name in same if name != first.name]
-    return with_extra_runs(first.config, names), trials
+    return first.config.with_extra_runs(names), trials
 
 
 def _record_runs(sweep: Sweep, row: Row, listings: Listings) -> list[TrialRun]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.resources
 from collections.abc import Sequence
+from typing import Any
 
 import jinja2
 import yaml
@@ -26,12 +26,8 @@ def render(sweep: Sweep, rows: Sequence[Row], pooled: Sequence[int], best_yaml: 
     order = ranked(rows, metric)
     others = [row for row in rows if row not in order]
     plots = [metric_by_setting(rows, dimension, metric) for dimension in sweep.dimensions]
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters |= {"shown": shown, "setting": setting_text}
-    template = importlib.resources.files("icce_ray.sweeps").joinpath("sweep_page.html").read_text(encoding="utf-8")
-    return environment.from_string(template).render(
+    return render_page(
+        "sweep_page.html",
         title=f"Sweep over {', '.join(sweep.names)}",
         source=sweep.source,
         metric=metric,
@@ -49,3 +45,16 @@ def render(sweep: Sweep, rows: Sequence[Row], pooled: Sequence[int], best_yaml: 
             sweep.config.model_dump(mode="json", exclude={"base"}, exclude_unset=True), sort_keys=False
         ),
     )
+
+
+def render_page(name: str, **values: Any) -> str:
+    """A page of this folder with its values filled in."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("icce_ray", "sweeps"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"shown": shown, "setting": setting_text}
+    return environment.get_template(name).render(**values)

@@ -123,10 +123,11 @@ def test_the_heads_of_other_runs_take_part(tmp_path, matrix):
     elsewhere = str(tmp_path / "elsewhere" / "runs" / "fine.json")
     heads = write_run(tmp_path, "own", matrix)
     metrics, artifact = run_job(tmp_path, heads, methods=["mcla"], extra_runs=["coarse", elsewhere])
-    expected = cluster_ensemble([matrix, coarse, fine], 3, methods="mcla", random_state=5)
+    same_weight = np.concatenate([matrix, np.tile(coarse, (3, 1)), np.tile(fine, (2, 1))])
+    expected = cluster_ensemble(same_weight, 3, methods="mcla", random_state=5)
     for name in ARRAYS:
         np.testing.assert_array_equal(artifact.read_array(f"{name}.npy"), getattr(expected, name))
-    assert metrics["num_heads"] == 11
+    assert metrics["num_heads"] == 18
 
 
 def test_extra_runs_that_are_not_there_or_have_other_images_are_refused(tmp_path, matrix):

@@ -5,7 +5,7 @@ import yaml
 
 from icce_ray.config import build_config
 from icce_ray.errors import ConfigError
-from icce_ray.sweeps.sweep_files import config_yaml, with_extra_runs
+from icce_ray.sweeps.sweep_files import config_yaml
 
 
 def test_a_config_is_written_as_it_was_given_and_without_secrets() -> None:
@@ -18,7 +18,7 @@ def test_a_config_is_written_as_it_was_given_and_without_secrets() -> None:
         "storage": {"endpoint": "http://store", "access_key": "the key", "secret_key": "the secret"},
     }
     config = build_config(given, "test")
-    written = config_yaml(with_extra_runs(config, ["b", "a", "b"]), "why").decode()
+    written = config_yaml(config.with_extra_runs(["b", "a", "b"]), "why").decode()
     assert written.startswith("# why\n")
     assert "the key" not in written
     assert "**" not in written
