@@ -1,11 +1,12 @@
 """Load a run's model from its folder and label new images in one process, without Ray.
 
     import icce_ray
-    model = icce_ray.load("clusters/classifier/0123456789abcdef")
+    model = icce_ray.load("clusters")  # the output of a run
     found = model.predict(["new/1.jpg", "new/2.jpg"])
     print(found.cluster, found.confidence, found.is_outlier)
 
-The folder is the artifact of the classifier stage, or a copy of it on any machine.
+The folder is a run's output, which means its newest model; or a model itself: the artifact of the classifier stage,
+``latest/model``, or a copy of either on any machine.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from icce_ray.errors import InputError
 from icce_ray.images.decoding import Pixels, Preprocessing, convert_image, decode_image
 from icce_ray.images.read_images import read_image
 from icce_ray.store import Artifact, Folder
+from icce_ray.store.run_records import read_latest
 
 
 @dataclass(frozen=True)
@@ -41,10 +43,11 @@ class ImagePrediction(Prediction):
 
 
 def load(path: str | Path, *, device: str = "cpu") -> Model:
-    """Load the model of a finished run from its folder, `<output>/classifier/<fingerprint>` or a copy of it.
+    """Load the model of a finished run.
 
     Args:
-        path: a folder, local or on object storage.
+        path: the output of a run, whose newest model is loaded; or the folder of a model, `<output>/latest/model`,
+            `<output>/classifier/<fingerprint>`, or a copy of it. Local or on object storage.
         device: torch device of the backbone.
 
     Raises:
@@ -55,16 +58,19 @@ def load(path: str | Path, *, device: str = "cpu") -> Model:
 
 
 def find_model(path: str) -> Artifact:
-    """The classifier artifact in the folder `path`.
+    """The classifier artifact in the folder `path`, or that of the newest run whose output `path` is.
 
     Raises:
         InputError: there is none.
     """
-    artifact = Artifact.find(Folder.at(path))
+    folder = Folder.at(path)
+    artifact = Artifact.find(folder)
+    if artifact is None and (latest := read_latest(path)) is not None:
+        artifact = Artifact.find(folder / "classifier" / latest["stages"].get("classifier", "none"))
     if artifact is None or artifact.manifest.stage != "classifier":
         raise InputError(
-            f"{path}: no model there; give the whole folder `classifier/...` of a finished run (the run's last lines "
-            "and `icce-ray status` say where it is)"
+            f"{path}: no model there; give the output of a finished run, or its whole folder `latest/model` or "
+            "`classifier/...` (the run's last lines and `icce-ray status` say where it is)"
         )
     return artifact
 

@@ -8,7 +8,7 @@ from icce_ray.config import load_config
 from icce_ray.errors import InputError
 from icce_ray.pipeline.plan import plan
 from icce_ray.store import Artifact, Folder
-from icce_ray.store.run_records import RUNS_FOLDER, read_records
+from icce_ray.store.run_records import RUNS_FOLDER, read_latest, read_records
 
 
 def find_stage(
@@ -17,8 +17,8 @@ def find_stage(
     """The finished artifact of one stage of a run, and the run's settings; None if no such run is recorded.
 
     Args:
-        run: a YAML config, an output folder, or a record (``runs/*.json``). All finished runs in a folder must have the
-            artifact in common.
+        run: a YAML config, a record (``runs/*.json``), or an output folder, which means its newest run. If the folder
+            does not say which that is, all its finished runs must have the artifact in common.
         stage: name of the stage.
         what: the name of the artifact in messages; that of the stage if empty.
         several: the plural of the same.
@@ -37,6 +37,8 @@ def find_stage(
     if run.endswith(".json"):
         before, _, wanted = run.rpartition(f"{RUNS_FOLDER}/")
         output = before.rstrip("/") or "."
+    elif (latest := read_latest(output)) is not None:
+        wanted = f"{latest['run']}.json"
     root = Folder.at(output)
     records = [record for record in read_records(output) if wanted in (None, f"{record['run']}.json")]
     found = [(record, Artifact.find(root / stage / record["stages"].get(stage, "none"))) for record in records]

@@ -10,6 +10,7 @@ from icce_ray.config import Config
 from icce_ray.count.stage import CLUSTER_COUNT
 from icce_ray.embed.stage import num_failed
 from icce_ray.images.stage import num_listed
+from icce_ray.pipeline.latest import ASSIGNMENTS_NAME
 from icce_ray.runtime.progress import format_seconds
 from icce_ray.store import Artifact
 
@@ -83,8 +84,8 @@ def _range(artifacts: Mapping[str, Artifact]) -> tuple[int, int] | None:
     return low, high
 
 
-def summary(result: Result, artifacts: Mapping[str, Artifact], total_s: float) -> str:
-    """The closing lines of a run."""
+def summary(result: Result, artifacts: Mapping[str, Artifact], places: Mapping[str, str], total_s: float) -> str:
+    """The closing lines of a run. `places` are those in ``latest``, by name."""
     scores = f"ANMI {result.anmi:.3f}"
     for key in HEADLINE_METRICS:
         if key in result.metrics:
@@ -105,9 +106,10 @@ def summary(result: Result, artifacts: Mapping[str, Artifact], total_s: float) -
     if num_duplicates := artifacts["embed"].metrics.get("num_duplicates"):
         place = artifacts["embed"].folder.file_uri("duplicates.parquet")
         lines.append(f"duplicates   {place} ({num_duplicates:,} images with the bytes of another)")
+    report = f"{places['report']}/report.html" if "report" in places else result.report
     lines += [
-        f"assignments  {result.assignments}",
-        f"model        {result.model}",
-        f"report       {result.report}",
+        f"assignments  {places.get(ASSIGNMENTS_NAME, result.assignments)}",
+        f"model        {places.get('model', result.model)}",
+        f"report       {report}",
     ]
     return "\n".join(lines)

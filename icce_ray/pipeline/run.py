@@ -12,8 +12,9 @@ from typing import Any
 from icce_ray.config import Config
 from icce_ray.count.stage import CLUSTER_COUNT
 from icce_ray.embed.stage import EMBED, num_failed
-from icce_ray.errors import DamagedArtifactError, InputError, find_cause
+from icce_ray.errors import BusyError, DamagedArtifactError, InputError, find_cause
 from icce_ray.images.stage import IMAGES, num_listed, settings_for
+from icce_ray.pipeline.latest import publish
 from icce_ray.pipeline.plan import (
     SHARED_BY_METHODS,
     PlannedStage,
@@ -84,10 +85,16 @@ def run_pipeline(config: Config, *, refresh: bool = False, retry_errors: bool = 
         seconds = run_stages(resolved, planned, artifacts, quiet, told)
     seconds = {stage: round(of_stage + spent[stage], 3) for stage, of_stage in seconds.items()}
     result = sum_up(resolved, name, artifacts, seconds, finished_before)
-    if len(finished_before) < len(planned):
+    is_new = len(finished_before) < len(planned)
+    if is_new:
         write_record(config.output, name, fingerprints_of(planned), record, result.to_json())
+    try:
+        places = publish(config.output, name, artifacts, result.to_json(), is_new=is_new)
+    except (OSError, BusyError) as error:
+        places = {}
+        print(f"latest: could not be written, the run itself is finished: {error}", file=sys.stderr, flush=True)
     if not quiet:
-        print(summary(result, artifacts, time.monotonic() - started), file=sys.stderr, flush=True)
+        print(summary(result, artifacts, places, time.monotonic() - started), file=sys.stderr, flush=True)
     return result
 
 

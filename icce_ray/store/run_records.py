@@ -10,6 +10,9 @@ from icce_ray.errors import InputError
 from icce_ray.store.filesystem import Folder
 
 RUNS_FOLDER = "runs"
+LATEST_FOLDER = "latest"
+SUMMARY_NAME = "summary.json"
+"""In ``<output>/latest``: the newest finished run, see :mod:`icce_ray.pipeline.latest`."""
 
 
 def write_record(
@@ -50,3 +53,13 @@ def read_records(output: str) -> list[dict[str, Any]]:
     """The records of all runs under an output folder."""
     folder = Folder.at(output) / RUNS_FOLDER
     return [json.loads(folder.read_bytes(name)) for name in folder.names() if name.endswith(".json")]
+
+
+def read_latest(output: str) -> dict[str, Any] | None:
+    """The summary of the newest finished run under an output folder: its result, and `stages`, the fingerprints of its
+    artifacts. None if there is none."""
+    try:
+        summary = json.loads((Folder.at(output) / LATEST_FOLDER).read_bytes(SUMMARY_NAME))
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return None
+    return summary if isinstance(summary, dict) and {"run", "stages"} <= summary.keys() else None

@@ -421,7 +421,11 @@ def test_the_summary_says_what_came_out_and_where_it_lies(tmp_path: Path, capsys
     result = pipeline.run_pipeline(config_for(tmp_path, evaluate={"labels": "folder"}))
     said = capsys.readouterr().err
     assert "6 images, 1 errors, 2 clusters; ANMI 0.750, ACC 1.000" in said
-    assert all(text in said for text in (result.assignments, result.report, result.errors))
+    latest = tmp_path / "out" / "latest"
+    assert f"assignments  {latest}/assignments.parquet\n" in said
+    assert f"report       {latest}/report/report.html\n" in said
+    assert result.errors in said
+    assert (latest / "report").resolve() == Path(result.report).parent
     pipeline.run_pipeline(config_for(tmp_path, evaluate={"labels": "folder"}))
     assert capsys.readouterr().err.count("finished before") == len(ALL)
 

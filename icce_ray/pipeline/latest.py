@@ -1,0 +1,174 @@
+"""``<output>/latest``: the newest finished run under names that a person can guess.
+
+    latest/assignments.parquet    a row per image: a file, or a folder of parts
+    latest/report/                report.html and what belongs to it
+    latest/model/                 the folder that `icce_ray.load` reads
+    latest/summary.json           the run's name and figures
+
+On a local disk these are links: ``latest`` leads to ``runs/<run>``, and one rename moves it to the next run. Elsewhere
+they are copies; ``summary.json`` is removed before they are made and written after them, so without it there is no
+latest run. Either way the run that finishes last wins.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from icce_ray.errors import BusyError
+from icce_ray.store import Artifact, Claim, Folder
+from icce_ray.store.artifact import MANIFEST_NAME
+from icce_ray.store.claim import CLAIM_NAME
+from icce_ray.store.run_records import LATEST_FOLDER, RUNS_FOLDER, SUMMARY_NAME, read_latest
+
+ASSIGNMENTS_NAME = "assignments.parquet"
+FOLDERS = {"report": "report", "classifier": "model"}
+"""The stages whose folders are in ``latest``, and their names there."""
+MAX_COPIED_BYTES = 2**30
+"""An entry that is larger is not copied; the run's closing lines say where it lies."""
+MAX_WAIT_S = 600.0
+"""How long a job waits for another that is writing copies."""
+NUM_THREADS = 16
+
+
+def publish(
+    output: str, run: str, artifacts: Mapping[str, Artifact], result: Mapping[str, Any], *, is_new: bool
+) -> dict[str, str]:
+    """Make `run` the latest one.
+
+    Args:
+        output: the run's output.
+        run: its name.
+        artifacts: its finished artifacts by stage.
+        result: its figures, JSON-able.
+        is_new: whether the run made anything; if not, what is there for it is kept.
+
+    Returns:
+        Where the entries lie (`assignments.parquet`, `report`, `model`): in ``latest``, or in their artifacts if they
+        are too large to copy.
+
+    Raises:
+        OSError: the output cannot be written to.
+        BusyError: another job has been writing copies for MAX_WAIT_S.
+    """
+    root = Folder.at(output)
+    summary = {**result, "run": run, "stages": {name: artifact.fingerprint for name, artifact in artifacts.items()}}
+    entries = {ASSIGNMENTS_NAME: artifacts["assign"].folder / "assignments"}
+    entries |= {name: artifacts[stage].folder for stage, name in FOLDERS.items() if stage in artifacts}
+    latest = root / LATEST_FOLDER
+    if root.local_path is not None and _link(root.local_path, entries, summary, is_new):
+        return {name: latest.file_uri(name) for name in entries}
+    left_out = _copy(root, artifacts, summary, is_new)
+    return {name: folder.uri if name in left_out else latest.file_uri(name) for name, folder in entries.items()}
+
+
+def _link(root: Path, entries: Mapping[str, Folder], summary: Mapping[str, Any], is_new: bool) -> bool:
+    """Link the entries. Returns False if the disk has no links, or ``latest`` is not one: then it holds copies."""
+    latest, run = root / LATEST_FOLDER, root / RUNS_FOLDER / summary["run"]
+    if latest.exists() and not latest.is_symlink():
+        return False
+    run.mkdir(parents=True, exist_ok=True)
+    try:
+        for name, folder in entries.items():
+            parts = sorted(Path(folder.path).glob("*.parquet"))
+            # A single part is an ordinary file, which every program opens.
+            target = parts[0] if name == ASSIGNMENTS_NAME and len(parts) == 1 else Path(folder.path)
+            _replace_link(run / name, os.path.relpath(target, run))
+        if is_new or not (run / SUMMARY_NAME).exists():
+            Folder.at(run).write_bytes(SUMMARY_NAME, _to_json(summary))
+        _replace_link(latest, os.path.relpath(run, root))
+    except (NotImplementedError, PermissionError):  # of disks without links
+        shutil.rmtree(run)
+        return False
+    return True
+
+
+def _replace_link(path: Path, target: str) -> None:
+    if path.is_symlink() and os.readlink(path) == target:
+        return
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        temporary.symlink_to(target)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _copy(root: Folder, artifacts: Mapping[str, Artifact], summary: dict[str, Any], is_new: bool) -> list[str]:
+    """Copy the entries. Returns the names of those that are too large."""
+    deadline = time.monotonic() + MAX_WAIT_S
+    latest = root / LATEST_FOLDER
+    while True:
+        there = read_latest(root.uri)
+        if there is not None and there["run"] == summary["run"] and not is_new:
+            return list(there["left_out"])
+        try:
+            with Claim(latest):
+                return _copy_all(latest, artifacts, summary)
+        except BusyError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(1)
+
+
+def _copy_all(latest: Folder, artifacts: Mapping[str, Artifact], summary: dict[str, Any]) -> list[str]:
+    latest.remove(SUMMARY_NAME)
+    left_out = []
+    copies: dict[str, str] = {}
+    for stage, name in FOLDERS.items():
+        artifact = artifacts.get(stage)
+        if artifact is None:
+            continue
+        if sum(part.num_bytes for part in artifact.manifest.parts) > MAX_COPIED_BYTES:
+            left_out.append(name)
+            continue
+        for part in [*artifact.part_names(), MANIFEST_NAME]:
+            copies[f"{name}/{part}"] = f"{artifact.folder.path}/{part}"
+    parts = artifacts["assign"].part_names("assignments/")
+    if sum(artifacts["assign"].part(part).num_bytes for part in parts) > MAX_COPIED_BYTES:
+        left_out.append(ASSIGNMENTS_NAME)
+    else:
+        _join(latest, artifacts["assign"], parts)
+    for name in latest.sizes().keys() - copies.keys() - {ASSIGNMENTS_NAME, CLAIM_NAME} | set(left_out):
+        latest.remove(name)
+    filesystem = latest.filesystem
+
+    def copy(name: str) -> None:
+        _make_parent(latest, name)
+        filesystem.copy_file(copies[name], f"{latest.path}/{name}")
+
+    with ThreadPoolExecutor(NUM_THREADS) as threads:
+        list(threads.map(copy, copies))
+    latest.write_bytes(SUMMARY_NAME, _to_json(summary | {"left_out": left_out}))
+    return left_out
+
+
+def _join(latest: Folder, assign: Artifact, parts: list[str]) -> None:
+    """Write the parts of the assignments as one file, a part at a time."""
+    _make_parent(latest, ASSIGNMENTS_NAME)
+    first = assign.read_table(parts[0])
+    with (
+        latest.filesystem.open_output_stream(f"{latest.path}/{ASSIGNMENTS_NAME}") as file,
+        pq.ParquetWriter(file, first.schema, compression="zstd") as writer,
+    ):
+        writer.write_table(first)
+        for part in parts[1:]:
+            writer.write_table(assign.read_table(part))
+
+
+def _make_parent(latest: Folder, name: str) -> None:
+    if latest.s3_options is None:  # S3 has no folders
+        latest.filesystem.create_dir(f"{latest.path}/{name}".rpartition("/")[0])
+
+
+def _to_json(summary: Mapping[str, Any]) -> bytes:
+    return json.dumps(summary, indent=1).encode()
