@@ -9,8 +9,11 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import pytest
+
 from icce_ray.config import Config
 from icce_ray.pipeline import run as pipeline
+from icce_ray.runtime import ray_cluster
 from icce_ray.store import Artifact
 
 from .hosts import descendants, process_table, title
@@ -30,6 +33,14 @@ def run_until(last: str, config: Config) -> dict[str, Artifact]:
         if step.name == last:
             break
     return artifacts
+
+
+@contextmanager
+def without_ray() -> Iterator[None]:
+    """Runs in this block use no Ray unless they ask for it, although the tests of this process share one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ray_cluster, "is_connected", lambda: False)
+        yield
 
 
 def wait_for(condition: Callable[[], bool], timeout_s: float = 120.0) -> None:

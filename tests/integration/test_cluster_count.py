@@ -1,8 +1,10 @@
-"""`num_clusters: auto` on a real Ray: the choice, what it is made of, and that the run is that of the number chosen."""
+"""`num_clusters: auto`: the choice, what it is made of, and that the run is that of the number chosen; and the same
+measurements by tasks of a real Ray."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from icce_ray.pipeline.stages import stages_of
 from icce_ray.runtime.progress import Progress
 from icce_ray.stage import StageContext
 from icce_ray.store import Artifact, ArtifactWriter, Folder
-from tests.integration.stages import run_until
+from tests.integration.stages import run_until, without_ray
 
 pytestmark = pytest.mark.slow
 
@@ -50,6 +52,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory, features: np.ndarray) -> Pa
     return folder
 
 
+@pytest.fixture
+def _without_ray() -> Iterator[None]:
+    with without_ray():
+        yield
+
+
 def config_for(folder: Path, **changes: Any) -> Config:
     base = {"embeddings": {"uri": str(folder / "x.npy")}, "output": str(folder / "out"), "num_clusters": "auto"}
     return build_config(base | SECTIONS | changes, "test")
@@ -61,8 +69,9 @@ def stage_of(config: Config, name: str) -> Artifact:
     return artifact
 
 
+@pytest.mark.usefixtures("_without_ray")
 def test_a_run_chooses_and_is_then_the_run_of_that_number(
-    ray_cluster: None, folder: Path, features: np.ndarray, capsys: pytest.CaptureFixture[str]
+    folder: Path, features: np.ndarray, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = config_for(folder)
     assert not is_complete(plan(config))
@@ -97,7 +106,7 @@ def test_a_run_chooses_and_is_then_the_run_of_that_number(
     assert main(["status", str(folder / "run.yaml")]) == 0
     assert f"run {result.run} in" in capsys.readouterr().out
 
-    # Without Ray: the same table, the same choice, the same labels.
+    # The estimator: the same table, the same choice, the same labels.
     sections = {name: dict(settings) for name, settings in SECTIONS.items()}
     heads = sections.pop("heads")
     sizes = {"n_heads": heads.pop("num_heads"), "epochs": heads.pop("num_epochs")}
@@ -175,6 +184,11 @@ def test_what_a_killed_run_had_clustered_is_not_done_again(
     table = pq.read_table(tmp_path / "count" / "by_count.parquet")
     assert table["num_clusters"].to_pylist() == sorted(table["num_clusters"].to_pylist())
     assert table.filter(table["chosen"])["num_clusters"].to_pylist() == [metrics["num_clusters"]]
+
+    context = StageContext(ArtifactWriter(Folder.at(tmp_path / "here")), inputs, Recorded())
+    with without_ray():
+        assert job.run(config, context) == metrics
+    assert pq.read_table(tmp_path / "here" / "by_count.parquet").equals(table)
 
 
 def test_more_clusters_than_images_are_refused_when_the_images_are_listed(ray_cluster: None, folder: Path) -> None:

@@ -16,6 +16,7 @@ from icce_ray.config import Config
 
 from .hosts import can_isolate, in_namespaces
 from .many_nodes import AT_WORK, KILLED_IN, NUM_CLUSTERS, NUM_IMAGES, SETTINGS, images, is_at_work, made_by
+from .stages import without_ray
 
 pytestmark = pytest.mark.slow
 
@@ -36,15 +37,16 @@ def disturbed() -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """The same images and settings, on one machine and its disk, with as many workers."""
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The same images and settings in this process, without Ray."""
     folder = tmp_path_factory.mktemp("undisturbed")
     (folder / "photos").mkdir()
     for name, content in images():
         (folder / "photos" / name).write_bytes(content)
     places = {"images": {"uri": str(folder / "photos")}, "output": str(folder / "out")}
-    config = Config.model_validate(SETTINGS | places)
-    return made_by(config, run_pipeline(config, quiet=True).to_json())
+    config = Config.model_validate(SETTINGS | places | {"resources": {}})
+    with without_ray():
+        return made_by(config, run_pipeline(config, quiet=True).to_json())
 
 
 def test_the_work_lands_on_all_hosts(disturbed: dict[str, Any]) -> None:

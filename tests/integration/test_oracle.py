@@ -1,4 +1,4 @@
-"""The distributed result equals the local one: the pipeline on Ray against the estimator in this process."""
+"""The distributed result equals the local one: the pipeline, on Ray and without, against the estimator."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from icce_ray.config import Config, SampleConfig
 from icce_ray.methods.clusterings import read_losses
 from icce_ray.sample.training_set import choose_rows
 from icce_ray.store import Artifact, Folder
+
+from .stages import without_ray
 
 pytestmark = pytest.mark.slow
 
@@ -56,12 +58,11 @@ def fit_estimator(features: np.ndarray, **sample: object) -> ICCE:
     ).fit(features)
 
 
-def distributed(
-    features: np.ndarray, folder: Path, num_workers: int, **sample: object
+def run(
+    features: np.ndarray, folder: Path, resources: dict[str, Any] | None = None, **sample: object
 ) -> tuple[dict[str, Artifact], list[int]]:
     """Artifacts by stage, and the clusters that the assignments give."""
     np.save(folder / "features.npy", features)
-    workers = {"num_workers": num_workers, "cpus_per_worker": 1}
     config = Config.model_validate(
         SECTIONS
         | {
@@ -70,7 +71,7 @@ def distributed(
             "output": str(folder / "out"),
             "seed": 3,
             "sample": sample,
-            "resources": {"neighbors": workers, "method": workers},
+            "resources": resources or {},
         }
     )
     result = run_pipeline(config, quiet=True)
@@ -83,8 +84,9 @@ def distributed(
     return artifacts, pq.read_table(result.assignments).sort_by("image_id")["cluster"].to_pylist()
 
 
-def test_the_pipeline_gives_the_labels_of_the_estimator(ray_cluster, features, tmp_path: Path) -> None:
-    artifacts, clusters = distributed(features, tmp_path, num_workers=1)
+def test_the_pipeline_gives_the_labels_of_the_estimator_without_ray(features, tmp_path: Path) -> None:
+    with without_ray():
+        artifacts, clusters = run(features, tmp_path)
     estimator = fit_estimator(features)
     assert artifacts["neighbors"].metrics["similarity_threshold"] == estimator.similarity_threshold_
     assert np.array_equal(artifacts["method"].read_array("label_matrix.npy"), estimator.head_labels_[:, :670])
@@ -96,7 +98,8 @@ def test_the_pipeline_gives_the_labels_of_the_estimator(ray_cluster, features, t
 
 def test_two_workers_and_a_sample_give_the_labels_of_the_estimator(ray_cluster, features, tmp_path: Path) -> None:
     """With `max_images` both draw the same sample, train on it, and label the others by the classifier."""
-    artifacts, clusters = distributed(features, tmp_path, num_workers=2, max_images=400)
+    workers = {"num_workers": 2, "cpus_per_worker": 1}
+    artifacts, clusters = run(features, tmp_path, {"neighbors": workers, "method": workers}, max_images=400)
     estimator = fit_estimator(features, max_images=400)
     assert artifacts["neighbors"].metrics["similarity_threshold"] == estimator.similarity_threshold_
     training = choose_rows(features, SampleConfig(max_images=400), seed=3)
