@@ -34,6 +34,9 @@ class Stage:
     """What its progress counts."""
     check: Callable[[Config], None] | None = None
     """Raises a UserError, before any work starts, if the stage cannot succeed with this config."""
+    chooses_number: bool = False
+    """Whether it chooses the number of clusters: its metrics then have `num_clusters`, and later stages are planned
+    once it is finished."""
     sees_labels: bool = False
     """Whether `run`, `settings` and `check` may know where the true labels are. Only evaluation may."""
 

@@ -3,7 +3,7 @@
 The images are seen once, in any order and in any parts. Each gets a priority, a hash of its id and the seed, so the
 lowest priorities of a cluster are a uniform sample of it, however the images are divided. While a part is labelled,
 the images that may be in the samples are kept as candidates. At the end, the best half of each cluster's sample is
-thinned out to images that are unlike each other. Outliers are never exemplars.
+thinned out to images that are unlike each other. Outliers and noise are never exemplars.
 
 Shapes: n images, D dimensions, K clusters, p projected dimensions.
 """
@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from icce_ray.classifier.linear import LinearClassifier, Prediction, center_and_scale
+from icce_ray.classifier.linear import NOISE, LinearClassifier, Prediction, center_and_scale
 from icce_ray.random_numbers import splitmix64
 
 SAMPLE_PER_EXEMPLAR = 16
@@ -73,7 +73,8 @@ def candidates_table(
     """
     priority_n = priorities(assignments["image_id"].to_numpy(), seed)
     limit_K = _priority_limits(classifier, num_images, num_exemplars)
-    rows = np.flatnonzero((priority_n <= limit_K[prediction.cluster]) & ~prediction.is_outlier)
+    may_be = (prediction.cluster != NOISE) & ~prediction.is_outlier
+    rows = np.flatnonzero(may_be & (priority_n <= limit_K[prediction.cluster]))
     x_nD = center_and_scale(features_nD[rows], classifier.mean, classifier.scale)
     projected = classifier.outliers.project(x_nD, NUM_PROJECTED_DIMS)
     projection_np = np.zeros((len(rows), NUM_PROJECTED_DIMS), dtype=np.float32)

@@ -1,7 +1,7 @@
 """The cluster of each image, its confidence, and the table that holds them.
 
 Images that took part in the consensus keep its label, so the assignments equal ``ICCE.labels_``; all others get the
-classifier's (docs/METHOD.md, "Self-training").
+classifier's (docs/METHOD.md, "Self-training"). Noise stays noise.
 
 Shapes: n images, D dimensions.
 """
@@ -28,8 +28,9 @@ SCHEMA = pa.schema(
         ("is_outlier", pa.bool_()),
     ]
 )
-"""Columns of the assignments, for a run's images and for new ones. `agreement` is null for images that took no part in
-the consensus."""
+"""Columns of the assignments, for a run's images and for new ones. `cluster` is -1 for noise, images that the method
+left without a cluster; their `confidence` is 0 and their `second_choice` the cluster that the classifier would give.
+`agreement` is null for noise and for images that took no part in the consensus."""
 
 
 def assignments_table(

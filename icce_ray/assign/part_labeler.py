@@ -17,7 +17,7 @@ from icce_ray.assign.embeddings_to_label import AssignPart, Source
 from icce_ray.assign.exemplars import CANDIDATES_SCHEMA, candidates_table
 from icce_ray.assign.labeling import SCHEMA, assignments_table
 from icce_ray.assign.totals import Totals
-from icce_ray.classifier.linear import MODEL_NAME, LinearClassifier
+from icce_ray.classifier.linear import MODEL_NAME, UNKNOWN, LinearClassifier
 from icce_ray.sample.training_set import TrainingRows, training_rows
 from icce_ray.store import Artifact, ArtifactWriter, Folder, Part
 
@@ -73,7 +73,7 @@ class PartLabeler:
                     seed=self._seed,
                 )
             )
-            num_in_consensus = int((consensus_n >= 0).sum())
+            num_in_consensus = int((consensus_n != UNKNOWN).sum())
             totals.append(Totals.of(prediction, self.classifier.num_clusters, num_in_consensus=num_in_consensus))
             row += len(image_ids)
         writer = ArtifactWriter(self.folder)
@@ -96,13 +96,13 @@ class PartLabeler:
     def _consensus_of(
         self, image_ids: npt.NDArray[np.int64], first_row: int
     ) -> tuple[npt.NDArray[np.integer], npt.NDArray[np.floating]]:
-        """Consensus label and agreement of some consecutive images: a near-duplicate has those of its leader; -1 and
-        NaN for images outside the sample."""
+        """Consensus label and agreement of some consecutive images: a near-duplicate has those of its leader; UNKNOWN
+        and NaN for images outside the sample."""
         if "consensus" not in self._inputs:
-            return np.full(len(image_ids), -1), np.full(len(image_ids), np.nan, dtype=np.float32)
+            return np.full(len(image_ids), UNKNOWN), np.full(len(image_ids), np.nan, dtype=np.float32)
         labels_N, agreement_N, training = self._consensus
         rows_n = np.arange(first_row, first_row + len(image_ids))
         if training is not None:
             rows_n = training.rows_of(image_ids)
-        labels_n = np.where(rows_n >= 0, labels_N[rows_n], -1)
+        labels_n = np.where(rows_n >= 0, labels_N[rows_n], UNKNOWN)
         return labels_n, np.where(labels_n >= 0, agreement_N[rows_n], np.nan).astype(np.float32)

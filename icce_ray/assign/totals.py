@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from icce_ray.classifier.linear import Prediction, confidence_histogram
+from icce_ray.classifier.linear import NOISE, Prediction, confidence_histogram
 
 
 @dataclass(frozen=True)
@@ -18,6 +18,8 @@ class Totals:
 
     num_in_consensus: int
     """Images that took part in the consensus."""
+    num_noise: int
+    """Images without a cluster. They have no confidence, so the figures below leave them out."""
     num_outliers: int
     sum_confidence: float
     confidence_counts: npt.NDArray[np.int64]
@@ -27,12 +29,15 @@ class Totals:
 
     @classmethod
     def of(cls, prediction: Prediction, num_clusters: int, *, num_in_consensus: int = 0) -> Totals:
+        has_cluster = prediction.cluster != NOISE
+        confidence_n = prediction.confidence[has_cluster]
         return cls(
             num_in_consensus=num_in_consensus,
+            num_noise=int((~has_cluster).sum()),
             num_outliers=int(prediction.is_outlier.sum()),
-            sum_confidence=float(prediction.confidence.sum(dtype=np.float64)),
-            confidence_counts=confidence_histogram(prediction.confidence),
-            cluster_sizes=np.bincount(prediction.cluster, minlength=num_clusters),
+            sum_confidence=float(confidence_n.sum(dtype=np.float64)),
+            confidence_counts=confidence_histogram(confidence_n),
+            cluster_sizes=np.bincount(prediction.cluster[has_cluster], minlength=num_clusters),
         )
 
     @classmethod
@@ -43,16 +48,17 @@ class Totals:
 
     @property
     def num_images(self) -> int:
-        return int(self.cluster_sizes.sum())
+        return int(self.cluster_sizes.sum()) + self.num_noise
 
     @property
     def mean_confidence(self) -> float:
-        return self.sum_confidence / max(self.num_images, 1)
+        return self.sum_confidence / max(int(self.cluster_sizes.sum()), 1)
 
     def metrics(self) -> dict[str, Any]:
         return {
             "num_images": self.num_images,
             "num_in_consensus": self.num_in_consensus,
+            "num_noise": self.num_noise,
             "num_outliers": self.num_outliers,
             "mean_confidence": self.mean_confidence,
             "num_clusters_used": int((self.cluster_sizes > 0).sum()),

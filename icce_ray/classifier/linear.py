@@ -29,6 +29,8 @@ IntArray = npt.NDArray[np.integer]
 CHUNK_ROWS = 256
 """Rows scored at a time, few enough for their intermediate results to stay in the processor's cache."""
 NUM_CONFIDENCE_BINS = 20
+NOISE, UNKNOWN = -1, -2
+"""In place of an image's cluster: it is known to have none; it is for the classifier to find."""
 MODEL_NAME = "classifier.safetensors"
 DESCRIPTION_NAME = "classifier.json"
 """Parts of the classifier artifact."""
@@ -40,11 +42,11 @@ class Prediction:
     """Predictions for n images."""
 
     cluster: npt.NDArray[np.int32]
-    """(n,) 0..K-1."""
+    """(n,) 0..K-1, or NOISE."""
     confidence: Float32Array
-    """(n,) calibrated probability of `cluster`, 0 to 1."""
+    """(n,) calibrated probability of `cluster`, 0 to 1; 0 for noise."""
     second_choice: npt.NDArray[np.int32]
-    """(n,) the most probable other cluster."""
+    """(n,) the most probable other cluster; for noise the most probable of all."""
     outlier_score: Float32Array
     """(n,) distance from the training images, at least 0, about 1 for an ordinary image (see outliers.py)."""
     is_outlier: npt.NDArray[np.bool_]
@@ -117,7 +119,7 @@ class LinearClassifier:
 
         Args:
             features: (n, D), the same kind of features as in training.
-            given: (n,) clusters that are already known and are kept; -1 for images without one.
+            given: (n,) clusters that are already known and are kept, NOISE among them, or UNKNOWN.
 
         Raises:
             InputError: wrong number of dimensions.
@@ -130,18 +132,20 @@ class LinearClassifier:
             logits_nK += self.bias
             predicted = logits_nK.argmax(axis=1)
             score[rows] = self.outliers.score(x_nD, predicted)
-            cluster[rows] = predicted if given is None else np.where(given[rows] >= 0, given[rows], predicted)
-            own = np.arange(len(x_nD)), cluster[rows]
+            cluster[rows] = predicted if given is None else np.where(given[rows] != UNKNOWN, given[rows], predicted)
+            is_noise = cluster[rows] == NOISE
+            own = np.arange(len(x_nD)), np.where(is_noise, predicted, cluster[rows])
             # The calibrated softmax, for one cluster of each row.
             top_n, own_n = logits_nK[own[0], predicted], logits_nK[own]
             logits_nK[own] = -np.inf
-            second_choice[rows] = logits_nK.argmax(axis=1)
+            second_choice[rows] = np.where(is_noise, predicted, logits_nK.argmax(axis=1))
             logits_nK[own] = own_n
             logits_nK -= top_n[:, None]
             logits_nK /= np.float32(self.temperature)
             sums_n = np.exp(logits_nK, out=logits_nK).sum(axis=1)
             p_n = logits_nK[own] / sums_n
-            confidence[rows] = p_n * (1 - self.confidence_floor) + self.confidence_floor / self.num_clusters
+            p_n = p_n * (1 - self.confidence_floor) + self.confidence_floor / self.num_clusters
+            confidence[rows] = np.where(is_noise, 0.0, p_n)
         return Prediction(cluster, confidence, second_choice, score, np.asarray(score > self.outlier_threshold))
 
     def to_bytes(self) -> bytes:

@@ -1,5 +1,6 @@
 """Every setting of a run: what it means (schema), where its values come from (loading), and what presets fill in."""
 
+from icce_ray.config.conventional_settings import ConventionalConfig
 from icce_ray.config.data_settings import (
     PIXELS,
     BackboneConfig,
@@ -21,10 +22,11 @@ from icce_ray.config.method_settings import (
     NeighborsConfig,
 )
 from icce_ray.config.presets import PRESETS
-from icce_ray.config.schema import ClusteringConfig, Config
+from icce_ray.config.schema import AUTO, ClusteringConfig, Config
 from icce_ray.config.section import PositiveFloat, PositiveInt, Section
 
 __all__ = [
+    "AUTO",
     "CONSENSUS_METHODS",
     "PIXELS",
     "PRESETS",
@@ -35,6 +37,7 @@ __all__ = [
     "Config",
     "ConsensusConfig",
     "ConsensusMethod",
+    "ConventionalConfig",
     "EmbedConfig",
     "EmbeddingsConfig",
     "EvaluateConfig",

@@ -25,6 +25,7 @@ from pydantic import (
     model_validator,
 )
 
+from icce_ray.config.conventional_settings import ConventionalConfig
 from icce_ray.config.data_settings import (
     EmbedConfig,
     EmbeddingsConfig,
@@ -56,14 +57,16 @@ class ClusteringConfig(Section):
     model_config = ConfigDict(serialize_by_alias=True)
 
     given_num_clusters: int | Literal["auto"] = Field(alias="num_clusters")
-    """Number of clusters (K). `auto`: chosen without labels, as set by `cluster_count`."""
+    """Number of clusters (K). `auto`: found by the method if it can (`affinity_propagation`, `hdbscan`, `agglomerative`
+    with a distance threshold), else chosen without labels, as set by `cluster_count`."""
     cluster_count: ClusterCountConfig = ClusterCountConfig()
     """Used if `num_clusters` is `auto`."""
     method: str | tuple[str, ...] = "icce"
     """How the images are clustered: `icce` (arXiv 2511.16213), `temi` (arXiv 2303.17896), or `scan`, the loss of arXiv
-    2005.12320 on frozen features. It fills in the settings that it needs and the config leaves open. A list, such as
-    `[icce, scan]`, runs each over the same sample and makes one consensus of all, in which every method has the same
-    weight."""
+    2005.12320 on frozen features; or one of scikit-learn's clusterers, set by `conventional`: `agglomerative`,
+    `spectral`, `affinity_propagation`, `hdbscan`, `gmm`. It fills in the settings that it needs and the config leaves
+    open. A list, such as `[icce, scan]`, runs each over the same sample and makes one consensus of all, in which every
+    method has the same weight."""
     preset: Literal["paper"] | None = None
     """`paper`: every constant as the ICCE paper has it, where the config leaves it open. Not set: our defaults, which
     were measured to be better; docs/METHOD.md lists where they differ."""
@@ -72,6 +75,7 @@ class ClusteringConfig(Section):
     sample: SampleConfig = SampleConfig()
     neighbors: NeighborsConfig = NeighborsConfig()
     heads: HeadsConfig = HeadsConfig()
+    conventional: ConventionalConfig = ConventionalConfig()
     consensus: ConsensusConfig = ConsensusConfig()
     classifier: ClassifierConfig = ClassifierConfig()
     assign: AssignConfig = AssignConfig()
@@ -93,10 +97,20 @@ class ClusteringConfig(Section):
         return self.given_num_clusters == AUTO
 
     @property
+    def finds_num_clusters(self) -> bool:
+        """Whether the method finds the number of clusters itself. Of several methods none does so for the others."""
+        return isinstance(self.method, str) and self._finds_num_clusters(self.method)
+
+    def _finds_num_clusters(self, method: str) -> bool:
+        return METHODS[method].finds_num_clusters(getattr(self, METHODS[method].section))
+
+    @property
     def needed_images(self) -> tuple[int, str]:
         """Smallest number of images that the clusters can be made of, and the setting that asks for it."""
         if not self.is_auto:
             return self.num_clusters, "num_clusters"
+        if self.finds_num_clusters:
+            return 2, "num_clusters"
         asked = self.cluster_count
         if asked.max_clusters is None:
             return asked.min_clusters, "cluster_count.min_clusters"
@@ -117,8 +131,10 @@ class ClusteringConfig(Section):
 
     def of_method(self, method: str) -> Self:
         """The same with one method, which fills in what the config leaves open, over the same sample."""
-        given = self.model_dump(exclude_unset=True)
-        return type(self).model_validate(given | {"method": method, "sample": self.sample})
+        given = self.model_dump(exclude_unset=True) | {"method": method, "sample": self.sample}
+        if self._finds_num_clusters(method):
+            given["num_clusters"] = AUTO
+        return type(self).model_validate(given)
 
     def with_extra_runs(self, runs: Iterable[str]) -> Self:
         """The same with the clusterings of other runs in the consensus."""
@@ -131,6 +147,21 @@ class ClusteringConfig(Section):
     def _number_or_auto(cls, value: Any, handler: Any) -> int | Literal["auto"]:
         # The union's own messages would name "num_clusters.int" and "num_clusters.literal['auto']".
         return AUTO if value == AUTO else TypeAdapter(NumClusters).validate_python(value)
+
+    @model_validator(mode="after")
+    def _check_number(self) -> Self:
+        if self.finds_num_clusters and not self.is_auto:
+            given, threshold = self.num_clusters, self.conventional.distance_threshold
+            if self.method == "agglomerative":
+                raise ValueError(
+                    f"num_clusters is {given}, but with conventional.distance_threshold: {threshold} the method finds "
+                    "the number itself; write num_clusters: auto, or leave the threshold out"
+                )
+            raise ValueError(
+                f"num_clusters is {given}, but method: {self.method} finds the number itself; write num_clusters: "
+                "auto, or take a method that is given the number, such as agglomerative or spectral"
+            )
+        return self
 
     @model_validator(mode="before")
     @classmethod

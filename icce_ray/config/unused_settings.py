@@ -8,13 +8,20 @@ from typing import Any
 from icce_ray.config.data_settings import PIXELS
 from icce_ray.config.schema import Config
 from icce_ray.errors import ConfigError
+from icce_ray.methods import METHODS
 
 _NETWORK = ("embed.weights", "embed.features", "embed.precision", "embed.compile")
 _TEACHER = (
     "heads.sinkhorn", "heads.sinkhorn_iterations", "heads.teacher_temperature", "heads.beta", "heads.max_ce_weight",
     "heads.prior_momentum",
 )  # fmt: skip
+CONVENTIONAL = tuple(name for name, method in METHODS.items() if method.section == "conventional")
+_AGGLOMERATIVE = ("conventional.linkage", "conventional.distance_threshold")
 _LABEL_COLUMNS = ("evaluate.label_column", "evaluate.uri_column")
+
+
+def _is_not(*methods: str) -> Callable[[Config], bool]:
+    return lambda config: not set(methods) & set(config.methods)
 
 
 def _has_no_label_table(config: Config) -> bool:
@@ -31,6 +38,12 @@ RULES: tuple[tuple[tuple[str, ...], Callable[[Config], bool], str], ...] = (
     (_TEACHER, lambda c: c.heads.loss == "scan", "SCAN's loss does not use it"),
     (("heads.scan_entropy_weight",), lambda c: c.heads.loss != "scan", "only SCAN's loss uses it"),
     (("heads.sinkhorn_iterations",), lambda c: not c.heads.sinkhorn, "heads.sinkhorn is false"),
+    (("conventional",), _is_not(*CONVENTIONAL), f"only the methods {', '.join(CONVENTIONAL)} use it"),
+    (_AGGLOMERATIVE, _is_not("agglomerative"), "only agglomerative uses it"),
+    (("conventional.preference",), _is_not("affinity_propagation"), "only affinity_propagation uses it"),
+    (("conventional.min_cluster_size",), _is_not("hdbscan"), "only hdbscan uses it"),
+    (("conventional.num_neighbors",), _is_not("spectral"), "only spectral uses it"),
+    (("conventional.covariance",), _is_not("gmm"), "only gmm uses it"),
     (_LABEL_COLUMNS, _has_no_label_table, "evaluate.labels is no .csv or .parquet file"),
 )
 """Settings or sections, when they have no effect, and why. `cluster_count` is not here: a config may keep it while

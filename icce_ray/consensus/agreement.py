@@ -60,7 +60,9 @@ def describe_clusters(
     """Each cluster, JSON-able: `cluster`, `size` in images, `mean_agreement` (None if it is empty), and
     `confused_with`: the clusters that are most often the second choice of its images, with the share of its images."""
     sizes_K = count_labels(labels_N, num_clusters)
-    agreement_K = np.bincount(labels_N, weights=agreement_N, minlength=num_clusters) / np.maximum(sizes_K, 1)
+    labelled = labels_N >= 0
+    sums_K = np.bincount(labels_N[labelled], weights=agreement_N[labelled], minlength=num_clusters)
+    agreement_K = sums_K / np.maximum(sizes_K, 1)
     seconds = sp.csr_array(count_table(labels_N, second_choice_N, num_clusters, num_clusters))
     described = []
     for cluster, (size, agreement) in enumerate(zip(sizes_K.tolist(), agreement_K.tolist(), strict=True)):

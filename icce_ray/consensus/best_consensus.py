@@ -24,7 +24,7 @@ from icce_ray.consensus.empty_clusters import fill_empty_clusters
 from icce_ray.consensus.hbgf import hbgf
 from icce_ray.consensus.head_overlaps import HeadPairs, compare_heads
 from icce_ray.consensus.hierarchy import Hierarchy, build_hierarchy
-from icce_ray.consensus.label_matrix import Heads, Labels
+from icce_ray.consensus.label_matrix import MISSING, Heads, Labels
 from icce_ray.consensus.mcla import mcla
 from icce_ray.consensus.partition import PartitionError
 from icce_ray.consensus.refinement import refine
@@ -47,7 +47,7 @@ class EnsembleResult:
     """
 
     labels: Labels
-    """(N,) int32, 0..K-1."""
+    """(N,) int32, 0..K-1; -1 for noise, the images that no head labels."""
     method: str
     """The consensus function that these labels are from: the one with the highest ANMI."""
     anmi: dict[str, float]
@@ -57,7 +57,7 @@ class EnsembleResult:
     consensus_anmi: float
     """ANMI of `labels`."""
     agreement: npt.NDArray[np.float32]
-    """(N,), 0 to 1: share of the heads whose aligned label is the consensus."""
+    """(N,), 0 to 1: share of the heads whose aligned label is the consensus; NaN for noise."""
     vote_entropy: npt.NDArray[np.float32]
     """(N,), nats: entropy of the aligned labels of the heads."""
     second_choice: Labels
@@ -71,7 +71,8 @@ class EnsembleResult:
 
     def summary(self) -> dict[str, Any]:
         """JSON-able figures: what was chosen, how well it agrees with the heads, how large the clusters are."""
-        sizes = np.bincount(self.labels)
+        has_cluster = self.labels >= 0
+        sizes = np.bincount(self.labels[has_cluster])
         sizes = sizes[sizes > 0]
         return {
             "method": self.method,
@@ -80,7 +81,8 @@ class EnsembleResult:
             "start_anmi_by_method": self.start_anmi,
             "skipped": self.skipped,
             "repaired": self.repaired,
-            "mean_agreement": float(self.agreement.mean(dtype=np.float64)),
+            "mean_agreement": float(self.agreement[has_cluster].mean(dtype=np.float64)),
+            "num_noise": int((~has_cluster).sum()),
             "num_clusters": len(sizes),
             "smallest_cluster": int(sizes.min()),
             "median_cluster": float(np.median(sizes)),
@@ -104,12 +106,15 @@ def find_consensus(
     head_losses: npt.NDArray[np.float64] | None = None,
     report: Callable[[int, int, str], None] = lambda done, total, note: None,
 ) -> EnsembleResult:
-    """Make the consensus of `heads`, with the clusters 0..num_clusters-1.
+    """Make the consensus of `heads`, with the clusters 0..num_clusters-1. A single head is taken as it is, if it has no
+    more clusters.
 
     Args:
         head_losses: (H,) losses of the heads, for `best_head`.
         report: called with the number of finished steps, of all steps, and the name of the next one.
     """
+    if heads.num_heads == 1:  # there is nothing to combine
+        config = config.model_copy(update={"methods": ("best_head",), "refine": False})
     seeds = derive_seeds(seed)
     total = len(config.methods) + 1
 
@@ -141,14 +146,14 @@ def find_consensus(
     counts_KC = count_consensus(labels_N, heads, num_clusters)
     agreement = measure_agreement(labels_N, heads, counts_KC, seed=seeds[0])
     return EnsembleResult(
-        labels=labels_N,
+        labels=heads.spread(labels_N, MISSING),
         method=chosen,
         anmi={method: best.anmi for method, best in best_tries.items()},
         start_anmi=start_anmi,
         consensus_anmi=best_tries[chosen].anmi,
-        agreement=agreement.agreement_N,
-        vote_entropy=agreement.vote_entropy_N,
-        second_choice=agreement.second_choice_N,
+        agreement=heads.spread(agreement.agreement_N, np.nan),
+        vote_entropy=heads.spread(agreement.vote_entropy_N, 0.0),
+        second_choice=heads.spread(agreement.second_choice_N, MISSING),
         hierarchy=build_hierarchy(counts_KC, heads.offsets),
         skipped=skipped,
         repaired={method: best.num_empty for method, best in best_tries.items() if best.num_empty},

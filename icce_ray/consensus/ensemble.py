@@ -37,9 +37,9 @@ def cluster_ensemble(
 
     Args:
         labels: (H, N) integers: H clusterings ("heads") of the same N images, labels from 0, -1 where a label is
-            missing. Or a list of such matrices, of several runs or methods over the same images, each with any number
-            of heads and clusters. Every matrix has the same weight: the rows of one with fewer than another are taken
-            several times.
+            missing. An image without any label is noise, and stays without one. Or a list of such matrices, of several
+            runs or methods over the same images, each with any number of heads and clusters. Every matrix has the same
+            weight: the rows of one with fewer than another are taken several times.
         n_clusters: number of clusters of the consensus (K). None: that of the head with the most.
         methods: consensus functions to try: `mcla`, `hbgf`, `cspa`, `vote` (heads aligned one to one, majority),
             `best_head` (the head with the lowest loss, or else with the highest ANMI). None: the first four. Functions
@@ -55,7 +55,7 @@ def cluster_ensemble(
 
     Raises:
         InputError: (a ValueError) `labels` is not a matrix of integers, or several with the same images; it has a label
-            below -1, or a head or image without any label; a parameter is out of its range.
+            below -1, or a head without any label; a parameter is out of its range.
         ResourceError: (a ValueError) this machine lacks the memory; the message says what is needed.
     """
     heads = encode_heads(_stack(labels))
@@ -95,7 +95,7 @@ def _check_num_clusters(n_clusters: int | None, heads: Heads) -> int:
         raise InputError(f"n_clusters is {n_clusters!r}; it must be an integer of at least 2") from None
     if not 2 <= num_clusters <= heads.num_images:
         raise InputError(
-            f"n_clusters is {num_clusters}; it must lie between 2 and the number of images, {heads.num_images}"
+            f"n_clusters is {num_clusters}; it must lie between 2 and the number of labelled images, {heads.num_images}"
         )
     return num_clusters
 

@@ -26,7 +26,8 @@ class RayHeads(StoredHeads):
     resources: ResourcesConfig
 
     def map(self, function: Callable[..., Any], parts: Iterable[tuple[int, ...]], *shared: Any) -> Iterator[Any]:
-        arguments = (function, StoredHeads(self.runs, self.order, self.values), shared)
+        stored = StoredHeads(self.runs, self.order, self.values, self.unlabelled)
+        arguments = (function, stored, shared)
         results = run_tasks(
             "consensus", _work_on_part, parts, arguments, resources=self.resources, num_images=self.num_images,
             name=function.__name__.strip("_"), in_order=True,

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,6 +22,7 @@ from icce_ray.errors import InputError
 
 Labels = npt.NDArray[np.int32]
 Counts = npt.NDArray[np.int64]
+Images = npt.NDArray[np.int64]
 
 MISSING = -1
 PART_LABELS = 1 << 21
@@ -36,6 +37,9 @@ class Heads(ABC):
     """
 
     values: tuple[npt.NDArray[np.int64], ...]
+    unlabelled: Images
+    """(U,) ascending: the images of the matrix that no head labels, noise. They are left out of everything here, and
+    the others are numbered without gaps."""
 
     @property
     @abstractmethod
@@ -44,6 +48,10 @@ class Heads(ABC):
     @abstractmethod
     def read(self, start: int, stop: int, heads: slice = slice(None)) -> HeadLabels:
         """The labels of the images start..stop-1 by some of the heads."""
+
+    def spread(self, values_n: npt.NDArray[Any], fill: float) -> npt.NDArray[Any]:
+        """A value for each image of the matrix, from those of its labelled images: `fill` where there is none."""
+        return np.insert(values_n, self.unlabelled - np.arange(len(self.unlabelled)), fill)
 
     def map(self, function: Callable[..., Any], parts: Iterable[tuple[int, ...]], *shared: Any) -> Iterator[Any]:
         """``function(self, *part, *shared)`` for each part, in order. On a cluster, several parts run at a time."""
@@ -99,6 +107,7 @@ class HeadLabels(Heads):
 
     codes: Labels
     values: tuple[npt.NDArray[np.int64], ...]
+    unlabelled: Images = field(default_factory=lambda: np.empty(0, dtype=np.int64))
 
     @property
     def num_images(self) -> int:
@@ -145,24 +154,23 @@ class Survey(NamedTuple):
     values: tuple[npt.NDArray[np.int64], ...]
     """Labels that each head uses, ascending."""
     lowest: int
-    num_unlabelled: int
-    """Images without a label from any head."""
-    first_unlabelled: int
+    unlabelled: Images
+    """Images without a label from any head, ascending."""
 
 
 def survey(matrix_Hn: npt.NDArray[Any], start: int = 0) -> Survey:
     """Survey the labels of the images from `start` on."""
-    unlabelled = np.flatnonzero((matrix_Hn < 0).all(axis=0))
+    unlabelled = start + np.flatnonzero((matrix_Hn < 0).all(axis=0))
     used = [np.sort(pc.unique(pa.array(labels_n)).to_numpy()).astype(np.int64) for labels_n in matrix_Hn]
-    first = start + int(unlabelled[0]) if len(unlabelled) else -1
-    return Survey(tuple(values[values >= 0] for values in used), int(matrix_Hn.min()), len(unlabelled), first)
+    return Survey(tuple(values[values >= 0] for values in used), int(matrix_Hn.min()), unlabelled)
 
 
-def check_surveys(surveys: Sequence[Survey]) -> tuple[npt.NDArray[np.int64], ...]:
-    """The labels that each head uses, ascending, from the surveys of all parts in order.
+def check_surveys(surveys: Sequence[Survey]) -> tuple[tuple[npt.NDArray[np.int64], ...], Images]:
+    """The labels that each head uses, and the images that none labels, ascending, from the surveys of all parts in
+    order.
 
     Raises:
-        InputError: a label below -1, or a head or an image without any label.
+        InputError: a label below -1, or a head without any label.
     """
     lowest = min(part.lowest for part in surveys)
     if lowest < MISSING:
@@ -171,13 +179,7 @@ def check_surveys(surveys: Sequence[Survey]) -> tuple[npt.NDArray[np.int64], ...
     for head, head_values in enumerate(values):
         if not len(head_values):
             raise InputError(f"head {head} has no label for any image (all are -1); leave it out")
-    num_unlabelled = sum(part.num_unlabelled for part in surveys)
-    if num_unlabelled:
-        first = next(part.first_unlabelled for part in surveys if part.num_unlabelled)
-        raise InputError(
-            f"{num_unlabelled} images have no label from any head (the first is image {first}); leave them out"
-        )
-    return values
+    return values, np.concatenate([part.unlabelled for part in surveys])
 
 
 def check_matrix(shape: tuple[int, ...], dtype: npt.DTypeLike) -> None:
@@ -201,13 +203,14 @@ def encode_heads(labels_HN: npt.ArrayLike) -> HeadLabels:
         labels_HN: (H, N) integers, -1 where a label is missing.
 
     Raises:
-        InputError: not two-dimensional, empty, not integers, a label below -1, or a head or an image without any label.
+        InputError: not two-dimensional, empty, not integers, a label below -1, or a head without any label.
     """
     matrix = np.asarray(labels_HN)
     check_matrix(matrix.shape, matrix.dtype)
-    values = check_surveys([survey(matrix)])
+    values, unlabelled = check_surveys([survey(matrix)])
+    matrix = np.delete(matrix, unlabelled, axis=1)
     codes = [encode_labels(labels_N, head_values) for labels_N, head_values in zip(matrix, values, strict=True)]
-    return HeadLabels(np.stack(codes), values)
+    return HeadLabels(np.stack(codes), values, unlabelled)
 
 
 def encode_labels(labels_n: npt.NDArray[Any], values: npt.NDArray[np.int64]) -> Labels:

@@ -15,6 +15,7 @@ import numpy.typing as npt
 from icce_ray.consensus.label_matrix import (
     HeadLabels,
     Heads,
+    Images,
     Survey,
     check_matrix,
     check_surveys,
@@ -34,16 +35,21 @@ class StoredHeads(Heads):
     order: tuple[tuple[int, int], ...]
     """(run, row) of each head."""
     values: tuple[npt.NDArray[np.int64], ...]
+    unlabelled: Images
 
     @property
     def num_images(self) -> int:
-        return _shape(self.runs[0])[1]
+        return _shape(self.runs[0])[1] - len(self.unlabelled)
 
     def read(self, start: int, stop: int, heads: slice = slice(None)) -> HeadLabels:
         first, end, _ = heads.indices(self.num_heads)
         values = self.values[first:end]
-        rows = self.rows(start, stop, first, end)
-        return HeadLabels(np.stack([encode_labels(row, used) for row, used in zip(rows, values, strict=True)]), values)
+        # Where these images are in the matrix.
+        before = np.searchsorted(self.unlabelled - np.arange(len(self.unlabelled)), [start, stop - 1], side="right")
+        left_out = self.unlabelled[slice(*before)] - start - before[0]
+        rows = self.rows(start + int(before[0]), stop + int(before[1]), first, end)
+        codes = [encode_labels(np.delete(row, left_out), used) for row, used in zip(rows, values, strict=True)]
+        return HeadLabels(np.stack(codes), values)
 
     def rows(self, start: int, stop: int, first: int, end: int) -> list[npt.NDArray[Any]]:
         """The labels as they are stored, of the images start..stop-1 by the heads first..end-1."""
@@ -71,8 +77,9 @@ def open_heads(runs: list[Artifact], heads_type: Callable[..., StoredHeads] = St
     most = max(shape[0] for shape in shapes)
     order = tuple((run, row % shape[0]) for run, shape in enumerate(shapes) for row in range(most))
     unknown = (np.empty(0, dtype=np.int64),) * len(order)
-    heads = heads_type(tuple(runs), order, unknown)
-    return replace(heads, values=check_surveys(list(heads.map(_survey_part, heads.image_parts()))))
+    heads = heads_type(tuple(runs), order, unknown, unknown[0])
+    values, unlabelled = check_surveys(list(heads.map(_survey_part, heads.image_parts())))
+    return replace(heads, values=values, unlabelled=unlabelled)
 
 
 def _survey_part(heads: StoredHeads, start: int, stop: int) -> Survey:

@@ -12,4 +12,12 @@ def _settings(config: Config) -> Settings:
     return settings_of(config)
 
 
-CLUSTER_COUNT = Stage("cluster_count", "icce_ray.count.job", 1, ("embed", "sample"), _settings, "clusterings")
+CLUSTER_COUNT = Stage(
+    "cluster_count",
+    "icce_ray.count.job",
+    1,
+    ("embed", "sample"),
+    _settings,
+    "clusterings",
+    chooses_number=True,
+)

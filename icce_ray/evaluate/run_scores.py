@@ -15,8 +15,8 @@ from icce_ray.methods.clusterings import read_losses
 from icce_ray.metrics.true_label_scores import (
     clustering_accuracy,
     contingency_table,
+    evaluate_with_noise,
     match_clusters,
-    metrics_from_counts,
 )
 from icce_ray.runtime.progress import Progress
 from icce_ray.sample.training_set import training_rows
@@ -31,8 +31,9 @@ def run(config: Config, context: StageContext) -> dict[str, Any]:
 
     Returns:
         Nothing without labels. Otherwise acc, nmi (geometric), nmi_arithmetic, ari, many_to_one over all embedded
-        images; head_acc_mean, head_acc_best (by the true labels), head_acc_lowest_loss over the images of the
-        consensus; acc_high_agreement and acc_low_agreement, over the halves of these by agreement; num_classes.
+        images, and if some of them are noise num_noise and acc_without_noise; head_acc_mean, head_acc_best (by the true
+        labels), head_acc_lowest_loss over the images of the consensus; acc_high_agreement and acc_low_agreement, over
+        the halves of these by agreement; num_classes.
 
     Raises:
         InputError: labels that cannot be used.
@@ -72,13 +73,12 @@ def evaluate(
     """The metrics of :func:`run`.
 
     Args:
-        clusters_N: assigned clusters of the labelled images.
+        clusters_N: assigned clusters of the labelled images, -1 for noise.
         agreement_N: NaN for images that took no part in the consensus.
         heads_HN: labels of the heads, -1 where a head gave none.
         losses_H: losses of the heads, None if there are none.
     """
-    table = contingency_table(labels.classes, clusters_N)
-    metrics: dict[str, Any] = {**metrics_from_counts(table), "num_classes": len(labels.names)}
+    metrics: dict[str, Any] = {**evaluate_with_noise(labels.classes, clusters_N), "num_classes": len(labels.names)}
     accuracy_H = np.full(len(heads_HN), np.nan)  # NaN for a head without labels
     for head, head_N in enumerate(heads_HN):
         given = head_N >= 0
@@ -94,8 +94,10 @@ def evaluate(
             metrics["head_acc_lowest_loss"] = float(accuracy_H[best])
     voted = np.isfinite(agreement_N)
     if voted.sum() >= 2:
-        class_of_cluster = np.unique(labels.classes)[match_clusters(table)]
-        cluster_index_n = np.searchsorted(np.unique(clusters_N), clusters_N[voted])
+        has_cluster = clusters_N >= 0
+        table = contingency_table(labels.classes[has_cluster], clusters_N[has_cluster])
+        class_of_cluster = np.unique(labels.classes[has_cluster])[match_clusters(table)]
+        cluster_index_n = np.searchsorted(np.unique(clusters_N[has_cluster]), clusters_N[voted])
         is_right = class_of_cluster[cluster_index_n] == labels.classes[voted]
         falling = np.argsort(-agreement_N[voted], kind="stable")
         half = len(falling) // 2

@@ -40,7 +40,7 @@ def cut_hierarchy(run: str | Path | Result, num_clusters: int) -> npt.NDArray[np
 
 
 def write_cut(run: str | Path | Result, num_clusters: int, output: str | Path) -> int:
-    """Write the group of every image to a Parquet file: image_id, uri, cluster, group.
+    """Write the group of every image to a Parquet file: image_id, uri, cluster, group (both -1 for noise).
 
     Returns:
         Number of images.
@@ -56,7 +56,8 @@ def write_cut(run: str | Path | Result, num_clusters: int, output: str | Path) -
         with filesystem.open_output_stream(path) as file, pq.ParquetWriter(file, SCHEMA, compression="zstd") as writer:
             for name in assign.part_names("assignments/"):
                 table = assign.read_table(name).select(SCHEMA.names[:-1])
-                groups = pa.array(group_of_K[table["cluster"].to_numpy()])
+                cluster_n = table["cluster"].to_numpy()
+                groups = pa.array(np.where(cluster_n >= 0, group_of_K[cluster_n], -1))
                 writer.write_table(table.append_column(SCHEMA.field("group"), groups).cast(SCHEMA))
                 num_images += len(table)
     except OSError as error:

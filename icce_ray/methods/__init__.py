@@ -10,7 +10,7 @@ This module imports nothing, since the config is checked against it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -33,6 +33,13 @@ class Method:
     """Settings by section that it fills in where the config leaves them open."""
     free_settings: frozenset[str] = frozenset()
     """Settings of its section that do not change its result."""
+    knows_its_name: bool = False
+    """Whether its job does something else for another method of the same section."""
+    finds_num_clusters: Callable[[Any], bool] = lambda section: False
+    """Whether it finds the number of clusters itself, given its section of the config. Then `num_clusters` is `auto`,
+    and its metrics have the number."""
+    has_check: bool = False
+    """Whether its job has ``check(config)``, which raises a UserError before any work starts."""
 
 
 _ICCE = Method(
@@ -49,6 +56,25 @@ def _fixed_neighbors(number: int) -> dict[str, Any]:
     """Exactly `number` neighbours for each image."""
     limits = {"min_neighbors": number, "max_neighbors": number}
     return {"similarity_threshold": None} | limits
+
+
+def _conventional(
+    max_images: int,
+    settings: Mapping[str, Mapping[str, Any]] = {},
+    finds_num_clusters: Callable[[Any], bool] = lambda section: False,
+) -> Method:
+    """A clusterer of scikit-learn's, by default on at most `max_images`."""
+    return Method(
+        job="icce_ray.methods.conventional.job",
+        section="conventional",
+        version=1,
+        needs_graph=False,
+        unit="steps",
+        settings={"sample": {"max_images": max_images}, **settings},
+        knows_its_name=True,
+        finds_num_clusters=finds_num_clusters,
+        has_check=True,
+    )
 
 
 METHODS: dict[str, Method] = {
@@ -80,4 +106,10 @@ METHODS: dict[str, Method] = {
             "consensus": {"methods": ("best_head",), "refine": False},
         },
     ),
+    # arXiv 2406.02465 compares these on frozen features.
+    "agglomerative": _conventional(20_000, finds_num_clusters=lambda section: section.distance_threshold is not None),
+    "spectral": _conventional(10_000, {"conventional": {"representation": "raw"}}),
+    "affinity_propagation": _conventional(5_000, finds_num_clusters=lambda section: True),
+    "hdbscan": _conventional(50_000, finds_num_clusters=lambda section: True),
+    "gmm": _conventional(100_000),
 }

@@ -2,18 +2,33 @@
 
 from __future__ import annotations
 
-from icce_ray.config import Config
+from importlib import import_module
+
+from icce_ray.config import AUTO, Config
 from icce_ray.methods import METHODS
-from icce_ray.stage import Settings, Stage, num_clusters_and_seed
+from icce_ray.stage import Settings, Stage
 
 
-def method_stage(name: str) -> Stage:
-    """The stage that runs the method `name`. Methods that share a section and its settings share their artifacts."""
+def method_stage(name: str, *, chooses_number: bool = False) -> Stage:
+    """The stage that runs the method `name`. Methods that share a section and its settings share their artifacts,
+    unless they know their names.
+
+    Args:
+        chooses_number: whether the method finds the number of clusters of the run.
+    """
     method = METHODS[name]
 
     def settings(config: Config) -> Settings:
         own = getattr(config, method.section).model_dump(exclude=set(method.free_settings))
-        return num_clusters_and_seed(config) | {method.section: own}
+        found = method.finds_num_clusters(getattr(config, method.section))
+        asked = {"num_clusters": AUTO if found else config.num_clusters, "seed": config.seed, method.section: own}
+        return asked | ({"method": name} if method.knows_its_name else {})
+
+    def check(config: Config) -> None:
+        if method.has_check:
+            import_module(method.job).check(config)
 
     inputs = ("embed", "sample", "neighbors") if method.needs_graph else ("embed", "sample")
-    return Stage("method", method.job, method.version, inputs, settings, method.unit)
+    return Stage(
+        "method", method.job, method.version, inputs, settings, method.unit, check, chooses_number=chooses_number
+    )

@@ -25,16 +25,19 @@ def generalization_score(
 ) -> float | None:
     """10-fold cross-validated accuracy of a linear classifier on the clusters, 0 to 1 (TURTLE, arXiv 2406.07236).
 
-    It is high if the clusters are linearly separable in the features and do not follow noise.
+    It is high if the clusters are linearly separable in the features and do not follow noise. Images without a cluster
+    count as wrong.
 
     Args:
         features_ND: (N, D) floating point, finite.
-        labels_N: (N,) clusters. Clusters with fewer images than folds are left out.
+        labels_N: (N,) clusters, -1 for none. Clusters with fewer images than folds are left out.
         random_state: seed of the folds.
 
     Returns:
         None if fewer than two clusters are left.
     """
+    has_cluster = labels_N >= 0
+    features_ND, labels_N = features_ND[has_cluster], labels_N[has_cluster]
     _, codes_N, sizes = np.unique(labels_N, return_inverse=True, return_counts=True)
     if np.count_nonzero(sizes >= NUM_FOLDS) < 2:
         return None
@@ -42,24 +45,27 @@ def generalization_score(
     classifier = make_pipeline(StandardScaler(with_std=False), LogisticRegression(max_iter=200))
     folds = StratifiedKFold(NUM_FOLDS, shuffle=True, random_state=random_state)
     features_nD = np.asarray(features_ND[kept], dtype=np.float32)
-    return float(cross_val_score(classifier, features_nD, codes_N[kept], cv=folds).mean())
+    return float(has_cluster.mean() * cross_val_score(classifier, features_nD, codes_N[kept], cv=folds).mean())
 
 
 def silhouette(features_ND: npt.NDArray[np.floating], labels_N: npt.NDArray[np.integer]) -> float | None:
     """Mean silhouette (Euclidean), -1 to 1: how much nearer images are to their own cluster than to the next.
 
-    It compares all pairs of images: pass a sample of a large set.
+    It compares all pairs of images: pass a sample of a large set. An image without a cluster counts 0, like one that is
+    a cluster of its own.
 
     Args:
         features_ND: (N, D) floating point, finite.
-        labels_N: (N,) clusters.
+        labels_N: (N,) clusters, -1 for none.
 
     Returns:
         None if there is one cluster only, or as many as images.
     """
-    if not 2 <= len(np.unique(labels_N)) < len(labels_N):
+    has_cluster = labels_N >= 0
+    points_nD, labels_n = np.asarray(features_ND[has_cluster], dtype=np.float32), labels_N[has_cluster]
+    if not 2 <= len(np.unique(labels_n)) < len(labels_n):
         return None
-    return float(silhouette_score(np.asarray(features_ND, dtype=np.float32), labels_N))
+    return float(has_cluster.mean() * silhouette_score(points_nD, labels_n))
 
 
 def project_pca(points_nD: npt.NDArray[np.float32], random_state: int) -> npt.NDArray[np.float32]:

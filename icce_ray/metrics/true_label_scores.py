@@ -87,6 +87,23 @@ def evaluate_clustering(y_true: npt.ArrayLike, y_pred: npt.ArrayLike) -> dict[st
     return metrics_from_counts(contingency_table(y_true, y_pred))
 
 
+def evaluate_with_noise(y_true: npt.NDArray[Any], clusters_N: npt.NDArray[np.integer]) -> dict[str, float]:
+    """The scores of :func:`evaluate_clustering` for clusters of which -1 means noise, images without a cluster
+    (docs/METHOD.md, "Noise").
+
+    Noise is wrong in `acc` and `many_to_one`, and one more cluster in `nmi`, `nmi_arithmetic` and `ari`. If there is
+    some, there are also `num_noise` and `acc_without_noise`, the accuracy over the other images.
+    """
+    scores = evaluate_clustering(y_true, clusters_N)
+    is_noise = clusters_N < 0
+    if is_noise.any():
+        rest = evaluate_clustering(y_true[~is_noise], clusters_N[~is_noise]) if not is_noise.all() else {}
+        share = float((~is_noise).mean())
+        scores |= {name: share * rest.get(name, 0.0) for name in ("acc", "many_to_one")}
+        scores |= {"num_noise": int(is_noise.sum()), "acc_without_noise": rest.get("acc", 0.0)}
+    return scores
+
+
 def metrics_from_counts(table: sp.csr_array) -> dict[str, float]:
     """The scores of :func:`evaluate_clustering` from a contingency table (classes, clusters)."""
     return {

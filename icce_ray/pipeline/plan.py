@@ -5,12 +5,11 @@ Planning starts nothing and imports neither Ray nor torch, so a run that finds e
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from icce_ray.config import Config
 from icce_ray.consensus.stage import CONSENSUS
-from icce_ray.count.stage import CLUSTER_COUNT
 from icce_ray.errors import InputError
 from icce_ray.pipeline.stages import clustering_stages, stages_of
 from icce_ray.stage import Stage
@@ -81,10 +80,11 @@ def _plan(config: Config, stages: tuple[Stage, ...], before: Sequence[PlannedSta
             raise InputError(f"output: {config.output!r} cannot be read: {error}") from None
         planned.append(PlannedStage(stage, own, inputs, folder, artifact))
         identities[stage.name] = planned[-1].identity
-        if stage.name == CLUSTER_COUNT.name:
+        if stage.chooses_number:
             if artifact is None:
                 break
-            asked, config = (with_chosen_number(each, artifact) for each in (asked, config))
+            found = artifact.metrics["num_clusters"]
+            asked, config = asked.with_num_clusters(found), config.with_num_clusters(found)
     return planned[len(before) :]
 
 
@@ -108,7 +108,8 @@ def of_first_method(config: Config) -> Config:
     """A config of several methods with the first alone; the consensus is the config's own."""
     if len(config.methods) == 1:
         return config
-    return config.of_method(config.methods[0]).model_copy(update={"consensus": config.consensus})
+    kept = {"consensus": config.consensus, "given_num_clusters": config.given_num_clusters}
+    return config.of_method(config.methods[0]).model_copy(update=kept)
 
 
 def combine_methods(config: Config, planned: list[PlannedStage]) -> Config:
@@ -121,12 +122,15 @@ def combine_methods(config: Config, planned: list[PlannedStage]) -> Config:
 
 def is_complete(planned: list[PlannedStage]) -> bool:
     """Whether all stages of the run are planned, because the number of clusters is known."""
-    return planned[-1].name != CLUSTER_COUNT.name
+    return not planned[-1].stage.chooses_number
 
 
-def with_chosen_number(config: Config, counted: Artifact) -> Config:
-    """`config` with the number of clusters that `counted`, a finished `cluster_count`, chose."""
-    return config.with_num_clusters(counted.metrics["num_clusters"])
+def with_chosen_number(config: Config, planned: Sequence[PlannedStage], artifacts: Mapping[str, Artifact]) -> Config:
+    """`config` with the number of clusters that a finished stage of `planned` chose; as it is if none did."""
+    for step in planned:
+        if step.stage.chooses_number and step.name in artifacts:
+            return config.with_num_clusters(artifacts[step.name].metrics["num_clusters"])
+    return config
 
 
 def finished_artifacts(planned: list[PlannedStage]) -> dict[str, Artifact]:

@@ -45,6 +45,8 @@ class Result:
     """Stages that an earlier run had finished."""
     model: str = ""
     """Folder of the model that labels new images, see `icce_ray.load`."""
+    num_noise: int = 0
+    """Number of images that the method left without a cluster (cluster -1)."""
     num_clusters_range: tuple[int, int] | None = None
     """With ``num_clusters: auto``: the smallest and the largest number that are as good as the chosen one."""
 
@@ -69,6 +71,7 @@ def sum_up(
         assignments=artifacts["assign"].folder.file_uri("assignments"),
         report=artifacts["report"].folder.file_uri("report.html"),
         errors=artifacts["embed"].folder.file_uri("errors.parquet"),
+        num_noise=artifacts["assign"].metrics.get("num_noise", 0),
         num_clusters_range=_range(artifacts),
         model=artifacts["classifier"].folder.uri if "classifier" in artifacts else "",
         metrics=artifacts["evaluate"].metrics,
@@ -101,6 +104,8 @@ def summary(result: Result, artifacts: Mapping[str, Artifact], places: Mapping[s
         took = f"finished before (took {artifacts[stage].manifest.seconds:.1f} s)"
         spent = took if stage in result.finished_before and not seconds else f"{seconds:.1f} s"
         lines.append(f"  {stage:<13} {spent}")
+    if result.num_noise:
+        lines.append(f"noise        {result.num_noise:,} images without a cluster (cluster -1)")
     if result.num_errors:
         lines.append(f"errors       {result.errors}")
     if num_duplicates := artifacts["embed"].metrics.get("num_duplicates"):

@@ -10,7 +10,6 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from icce_ray.config import Config
-from icce_ray.count.stage import CLUSTER_COUNT
 from icce_ray.embed.stage import EMBED, num_failed
 from icce_ray.errors import BusyError, DamagedArtifactError, InputError, find_cause
 from icce_ray.images.stage import IMAGES, num_listed, settings_for
@@ -70,11 +69,11 @@ def run_pipeline(config: Config, *, refresh: bool = False, retry_errors: bool = 
     spent: Counter[str] = Counter()
     if unplanned:
         spent.update(_choose_number(first, planned, artifacts, quiet))
-        rest = plan(with_chosen_number(config, artifacts[CLUSTER_COUNT.name]), unplanned, planned)
+        rest = plan(with_chosen_number(config, planned, artifacts), unplanned, planned)
         planned += rest
         artifacts |= finished_artifacts(rest)
         finished_before += tuple(finished_artifacts(rest))
-    resolved = with_chosen_number(config, artifacts[CLUSTER_COUNT.name]) if config.is_auto else config
+    resolved = with_chosen_number(config, planned, artifacts)
     for other, steps in plan_other_methods(resolved, planned):
         spent.update(_make_clusterings(other, steps, artifacts, quiet))
     resolved = combine_methods(resolved, planned)

@@ -24,8 +24,9 @@ from icce_ray.stage import Stage
 def stages_of(config: Config) -> tuple[Stage, ...]:
     """The stages of a run with this config, in order.
 
-    With ``num_clusters: auto``, `cluster_count` chooses the number; the stages after it are those of a run that was
-    given that number, except for the report, which shows how it was chosen.
+    With ``num_clusters: auto``, the method finds the number if it can; else `cluster_count` chooses it, and the stages
+    after that are those of a run that was given the number, except for the report, which shows how it was chosen.
+
     With several methods, these are the stages of the first; the others are runs up to `method`, whose clusterings the
     consensus takes in.
     """
@@ -34,9 +35,9 @@ def stages_of(config: Config) -> tuple[Stage, ...]:
         IMAGES,
         EMBED,
         SAMPLE,
-        *([CLUSTER_COUNT] if config.is_auto else []),
+        *([CLUSTER_COUNT] if config.is_auto and not config.finds_num_clusters else []),
         *([NEIGHBORS] if METHODS[method].needs_graph else []),
-        method_stage(method),
+        method_stage(method, chooses_number=config.is_auto and config.finds_num_clusters),
         CONSENSUS,
         CLASSIFIER,
         ASSIGN,

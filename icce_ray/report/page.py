@@ -112,14 +112,14 @@ def render(
     errors = inputs["embed"].read_table("errors.parquet")
     history = read_history(inputs["method"])
     metrics = inputs["evaluate"].metrics
-    audit = inputs["neighbors"].read_json("audit.json")
+    audit = inputs["neighbors"].read_json("audit.json") if "neighbors" in inputs else None
     source = ", ".join(config.images.uris) or config.embeddings.uri or ""
     tree = Hierarchy.from_table(inputs["consensus"].read_table(HIERARCHY_NAME))
     plots = [
         ("Cluster sizes", size_chart(content.sizes)),
         ("Confidence and agreement", certainty_histogram(content.confidence_bins, content.agreement_bins)),
-        ("Similarity of images", similarity_histogram(audit)),
-        ("Neighbours by threshold", neighbors_by_threshold(audit)),
+        ("Similarity of images", audit and similarity_histogram(audit)),
+        ("Neighbours by threshold", audit and neighbors_by_threshold(audit)),
         ("Training", training_curve(history)),
         ("Hierarchy of clusters", merge_tree(tree)),
     ]
@@ -146,6 +146,7 @@ def render(
         choice=choice,
         count_plots=count_plots,
         num_outliers=int(content.num_outliers.sum()),
+        num_noise=content.num_noise,
         summary=summary,
         mean_agreement=content.mean_agreement(),
         mean_confidence=content.mean_confidence(),
@@ -157,7 +158,7 @@ def render(
         least_certain=content.least_certain,
         outliers=content.outliers,
         pictures={uri: data_uri(picture) for uri, picture in pictures.items()},
-        plots=[(heading, svg) for heading, svg in plots if svg is not None],
+        plots=[(heading, svg) for heading, svg in plots if svg],
         seconds=[(name, format_seconds(artifact.manifest.seconds)) for name, artifact in inputs.items()],
         total=format_seconds(sum(artifact.manifest.seconds for artifact in inputs.values())),
         settings=yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True),

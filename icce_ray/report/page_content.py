@@ -44,6 +44,8 @@ class PageContent:
     ) -> None:
         self.sizes = np.zeros(num_clusters, dtype=np.int64)
         self.num_outliers = np.zeros(num_clusters, dtype=np.int64)
+        self.num_noise = 0
+        """Images without a cluster, which are left out of everything else."""
         self.confidence_bins = np.zeros(NUM_BINS, dtype=np.int64)
         self.agreement_bins = np.zeros(NUM_BINS, dtype=np.int64)
         self.least_certain: list[ShownImage] = []
@@ -54,6 +56,9 @@ class PageContent:
         self._agreement_sums = np.zeros(num_clusters)
         self._num_agreements = np.zeros(num_clusters, dtype=np.int64)
         for table in tables:
+            num_images = len(table)
+            table = table.filter(pc.greater_equal(table["cluster"], 0))
+            self.num_noise += num_images - len(table)
             self._count(table)
             certainty = pc.min_element_wise(table["confidence"], table["agreement"])
             table = table.append_column("certainty", certainty)

@@ -81,10 +81,10 @@ def settings_of(base: Mapping[str, Any], parameters: Mapping[str, Any], source: 
     if seed is not None:
         data["seed"] = seed
     config = build_config(data, source)
-    if config.is_auto:
+    if config.is_auto and not config.finds_num_clusters:
         raise ConfigError(
-            f"{source}: num_clusters: a sweep cannot compare 'auto', which is chosen by a run; give a number, or "
-            "several in the space"
+            f"{source}: num_clusters: a sweep cannot compare 'auto', which is chosen by a run, unless the method finds "
+            "it; give a number, or several in the space"
         )
     return config
 

@@ -123,12 +123,12 @@ def _with_scores(row: Row, runs: Sequence[TrialRun]) -> Row:
 def score(run: TrialRun) -> dict[str, float]:
     """ACC, NMI and ARI of the consensus against the true labels; empty without labels."""
     from icce_ray.evaluate.labels import load_labels
-    from icce_ray.metrics.true_label_scores import evaluate_clustering
+    from icce_ray.metrics.true_label_scores import evaluate_with_noise
 
     if run.config.evaluate.labels is None:
         return {}
     listing = Listing(run.artifacts["images"])
     image_ids = load_features(training_set(run.artifacts)).image_ids
     labels = load_labels(run.config.evaluate, listing.table(0, len(listing))["uri"].to_pylist(), image_ids)
-    found = evaluate_clustering(labels.classes, run.artifacts["consensus"].read_array("labels.npy"))
+    found = evaluate_with_noise(labels.classes, run.artifacts["consensus"].read_array("labels.npy"))
     return {name: float(found[name]) for name in ("acc", "nmi", "ari")}

@@ -20,7 +20,7 @@ from icce_ray.config import Config
 from icce_ray.embed.feature_matrix import load_features
 from icce_ray.errors import BusyError, UserError, describe_cause, find_cause
 from icce_ray.images.stage import IMAGES
-from icce_ray.pipeline.plan import finished_artifacts, plan
+from icce_ray.pipeline.plan import finished_artifacts, is_complete, plan, with_chosen_number
 from icce_ray.pipeline.run import run_stages
 from icce_ray.pipeline.stages import stages_of
 from icce_ray.sample.training_set import training_rows
@@ -103,11 +103,12 @@ def make(config: Config, stages: tuple[Stage, ...], *, quiet: bool = True) -> di
         planned = plan(config, stages)
         artifacts = finished_artifacts(planned)
         try:
-            run_stages(config, planned, artifacts, quiet)
+            run_stages(with_chosen_number(config, planned, artifacts), planned, artifacts, quiet)
         except BusyError:
             time.sleep(POLL_S)
         else:
-            return artifacts
+            if is_complete(planned):
+                return artifacts
 
 
 def run(config: Config, listings: Listings) -> RunOutcome:

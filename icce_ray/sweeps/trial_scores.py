@@ -29,7 +29,7 @@ def run(config: Config, context: StageContext) -> dict[str, Any]:
     rows = sample(len(matrix_ND))
     points = {space: context.inputs["silhouette_spaces"].read_array(f"{space}.npy") for space in spaces()}
     metrics = score(np.array(matrix_ND[rows], dtype=np.float32), points, labels_N[rows])
-    return {"anmi": consensus.metrics["anmi"], **metrics, "num_clusters_used": len(np.unique(labels_N))}
+    return {"anmi": consensus.metrics["anmi"], **metrics, "num_clusters_used": len(np.unique(labels_N[labels_N >= 0]))}
 
 
 def score(

@@ -177,9 +177,10 @@ def test_assignments_and_exemplars_are_the_same_for_any_number_of_parts_and_work
         agreement = [float(value) if label >= 0 else None for value, label in zip(AGREEMENT, CONSENSUS, strict=True)]
         assert table["agreement"].to_pylist() == agreement
         assert metrics["num_images"] == len(GOOD)
-        assert metrics["num_in_consensus"] == (CONSENSUS >= 0).sum()
+        assert metrics["num_in_consensus"] == len(GOOD)
+        assert metrics["num_noise"] == (CONSENSUS < 0).sum() > 0
         assert metrics["num_exemplars"] == 12
-        assert metrics["cluster_sizes"] == np.bincount(expected.cluster, minlength=4).tolist()
+        assert metrics["cluster_sizes"] == np.bincount(expected.cluster[expected.cluster >= 0], minlength=4).tolist()
         exemplars.append(pq.read_table(tmp_path / name / "exemplars.parquet"))
         assert sorted(path.name for path in (tmp_path / name).iterdir()) == ["assignments", "exemplars.parquet"]
     assert exemplars[0] == exemplars[1]

@@ -69,21 +69,25 @@ def label(tmp_path: Path, inputs: dict[str, Artifact]) -> tuple[pa.Table, Any]:
     return table, totals
 
 
-def test_images_of_the_consensus_keep_its_label_and_others_get_the_classifiers(
+def test_images_of_the_consensus_keep_its_label_and_noise_stays_noise(
     tmp_path: Path, inputs: dict[str, Artifact], classifier: LinearClassifier
 ) -> None:
     table, totals = label(tmp_path, inputs)
     alone = classifier.label(FEATURES)
     voted = CONSENSUS >= 0
-    assert (table["cluster"].to_numpy() == np.where(voted, CONSENSUS, alone.cluster)).all()
+    assert (table["cluster"].to_numpy() == CONSENSUS).all()
     assert table["agreement"].to_pylist() == [float(AGREEMENT[i]) if voted[i] else None for i in range(300)]
-    confidence = classifier.predict_proba(FEATURES)[np.arange(300), table["cluster"].to_numpy()]
+    confidence = np.where(voted, classifier.predict_proba(FEATURES)[np.arange(300), CONSENSUS], 0.0)
     np.testing.assert_allclose(table["confidence"].to_numpy(), confidence, atol=1e-6)
+    assert (table["second_choice"].to_numpy() == alone.cluster)[~voted].all()
     np.testing.assert_array_equal(table["outlier_score"].to_numpy(), alone.outlier_score)
-    assert totals.num_in_consensus == 200
-    assert totals.cluster_sizes.tolist() == np.bincount(table["cluster"].to_numpy()).tolist()
+    assert (totals.num_images, totals.num_in_consensus, totals.num_noise) == (300, 300, 100)
+    assert totals.cluster_sizes.tolist() == np.bincount(CONSENSUS[voted]).tolist()
+    assert totals.confidence_counts.sum() == 200
     assert totals.num_outliers == alone.is_outlier.sum() > 5
-    assert totals.mean_confidence == pytest.approx(table["confidence"].to_numpy().mean())
+    assert totals.mean_confidence == pytest.approx(confidence[voted].mean())
+    candidates = pq.read_table(tmp_path / "out" / "candidates" / "part-00000.parquet")["cluster"].to_numpy()
+    assert set(candidates) == {0, 1, 2}
 
 
 def test_of_a_sample_only_the_sampled_images_have_a_consensus_label(

@@ -10,7 +10,7 @@ import torch
 from sklearn.datasets import load_digits
 
 from icce_ray.classifier.calibration import expected_calibration_error
-from icce_ray.classifier.linear import LinearClassifier
+from icce_ray.classifier.linear import NOISE, UNKNOWN, LinearClassifier
 from icce_ray.classifier.self_training import fit_classifier
 from icce_ray.config import ClassifierConfig
 from icce_ray.errors import InputError
@@ -132,11 +132,15 @@ def test_one_pass_says_what_the_plain_probabilities_say(
     assert (found.cluster == p.argmax(1)).all()
     np.testing.assert_allclose(found.confidence, p.max(1), atol=1e-6)
     assert (found.second_choice == np.argsort(-p, axis=1, kind="stable")[:, 1]).mean() > 0.999
-    given = np.where(np.arange(len(x)) % 3 == 0, (found.cluster + 4) % 10, -1)
+    given = np.where(np.arange(len(x)) % 3 == 0, (found.cluster + 4) % 10, UNKNOWN)
     kept = classifier.label(x, given)
     assert (kept.cluster == np.where(given >= 0, given, found.cluster)).all()
     np.testing.assert_allclose(kept.confidence, p[np.arange(len(x)), kept.cluster], atol=1e-6)
     assert (kept.second_choice[given >= 0] == found.cluster[given >= 0]).all()
+    noise = classifier.label(x[:9], np.full(9, NOISE))
+    assert (noise.cluster == NOISE).all()
+    assert (noise.second_choice == found.cluster[:9]).all()
+    assert (noise.confidence == 0).all()
     np.testing.assert_array_equal(kept.outlier_score, found.outlier_score)
     np.testing.assert_array_equal(found.is_outlier, found.outlier_score > classifier.outlier_threshold)
 

@@ -237,3 +237,27 @@ def test_agreement_tells_accurate_images_of_real_features_from_others(name, real
     order = np.argsort(result.agreement, kind="stable")
     half = len(order) // 2
     assert is_right[order[half:]].mean() >= is_right[order[:half]].mean() + 0.10
+
+
+def test_noise_that_no_head_labels_stays_noise_and_changes_nothing_for_the_others(noisy):
+    _, matrix = noisy
+    noise = np.array([0, 7, 8, 100, 239])
+    with_noise = matrix.copy()
+    with_noise[:, noise] = -1
+    result = cluster_ensemble(with_noise, 4, random_state=0)
+    rest = cluster_ensemble(np.delete(matrix, noise, axis=1), 4, random_state=0)
+    for name, fill in (("labels", -1), ("agreement", np.nan), ("vote_entropy", 0.0), ("second_choice", -1)):
+        values = getattr(result, name)
+        assert values.dtype == getattr(rest, name).dtype
+        np.testing.assert_array_equal(values[noise], fill)
+        np.testing.assert_array_equal(np.delete(values, noise), getattr(rest, name))
+    assert result.summary() == rest.summary() | {"num_noise": 5}
+
+
+def test_a_single_clustering_is_its_own_consensus_noise_included():
+    row = np.array([3, 0, -1, 2, 2, 1, -1, 0], dtype=np.int32)
+    result = cluster_ensemble(row[None], random_state=0)
+    np.testing.assert_array_equal(result.labels, row)
+    np.testing.assert_array_equal(result.agreement, np.where(row >= 0, 1.0, np.nan))
+    assert (result.method, result.consensus_anmi) == ("best_head", 1.0)
+    assert len(np.unique(cluster_ensemble(row[None], 3, random_state=0).labels)) == 4, "three clusters, and noise"

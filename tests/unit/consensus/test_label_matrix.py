@@ -38,12 +38,18 @@ def test_encoding_numbers_clusters_without_gaps_and_keeps_the_values(matrix):
         (np.zeros((3, 0), dtype=int), "at least one head"),
         ([[0, -2]], "-2"),
         ([[0, 1], [-1, -1]], "head 1 has no label"),
-        ([[0, -1], [1, -1]], "image 1"),
     ],
 )
 def test_a_label_matrix_that_cannot_be_used_is_refused_with_its_fault(matrix, message):
     with pytest.raises(InputError, match=message):
         encode_heads(matrix)
+
+
+def test_images_that_no_head_labels_are_left_out_and_put_back():
+    heads = encode_heads([[-1, 0, -1, 5, -1], [-1, -1, -1, 2, 3]])
+    np.testing.assert_array_equal(heads.codes, [[0, 1, -1], [-1, 0, 1]])
+    np.testing.assert_array_equal(heads.unlabelled, [0, 2])
+    np.testing.assert_array_equal(heads.spread(np.array([7, 8, 9]), -1), [-1, 7, -1, 8, 9])
 
 
 def test_unsigned_labels_are_accepted():

@@ -97,3 +97,15 @@ def test_without_labels_there_are_no_metrics(tmp_path: Path) -> None:
     config, context = planted(tmp_path, None)
     assert run(config, context) == {}
     assert context.output.folder.read_bytes("metrics.json") == b"{}"
+
+
+def test_noise_is_wrong_in_the_accuracy_and_one_more_cluster_in_the_index() -> None:
+    clusters = CLUSTERS.copy()
+    clusters[::6] = -1
+    metrics = evaluate(LABELS, clusters, np.where(clusters >= 0, 1.0, np.nan), clusters[None], None)
+    assert metrics["acc"] == metrics["many_to_one"] == pytest.approx(50 / 60)
+    assert (metrics["num_noise"], metrics["acc_without_noise"]) == (10, 1.0)
+    assert metrics["ari"] == pytest.approx(adjusted_rand_score(TRUE, clusters))
+    assert metrics["acc_high_agreement"] == metrics["acc_low_agreement"] == 1.0
+    nothing = evaluate(LABELS, np.full(60, -1), np.full(60, np.nan), np.full((1, 60), -1), None)
+    assert (nothing["acc"], nothing["num_noise"]) == (0.0, 60)

@@ -14,7 +14,7 @@ from icce_ray.errors import InputError
 from icce_ray.export.cut import SCHEMA, write_cut
 from icce_ray.store import ArtifactWriter, Folder
 
-CLUSTERS = np.array([0, 1, 2, 3, 3, 1], dtype=np.int32)
+CLUSTERS = np.array([0, 1, 2, 3, -1, 1], dtype=np.int32)
 
 
 @pytest.fixture
@@ -23,7 +23,7 @@ def output(tmp_path: Path) -> Path:
     together = np.eye(4)
     together[0, 2] = together[2, 0] = 0.5
     together[1, 3] = together[3, 1] = 0.3
-    tree = merge_clusters(together, np.bincount(CLUSTERS))
+    tree = merge_clusters(together, np.array([1, 2, 1, 1]))
     assignments = pa.table({"image_id": range(6), "uri": list("abcdef"), "cluster": CLUSTERS, "confidence": [1.0] * 6})
     for stage, tables in {
         "consensus": {HIERARCHY_NAME: tree.to_table()},
@@ -52,7 +52,7 @@ def test_every_image_is_written_with_its_group(output: Path) -> None:
     assert table.schema == SCHEMA
     assert table["uri"].to_pylist() == list("abcdef")
     assert table["cluster"].to_pylist() == CLUSTERS.tolist()
-    assert table["group"].to_pylist() == [0, 1, 0, 1, 1, 1]
+    assert table["group"].to_pylist() == [0, 1, 0, 1, -1, 1]
 
 
 def test_a_place_that_cannot_be_written_and_a_run_that_is_not_there_are_named(output: Path) -> None:

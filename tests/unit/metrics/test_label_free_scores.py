@@ -69,3 +69,14 @@ def test_umap_gets_the_published_settings_capped_for_small_samples(monkeypatch, 
     settings, points = project_umap(points_nD, 4)
     assert settings == {"n_neighbors": neighbors, "n_components": dims, "min_dist": 0.0, "random_state": 4}
     assert points is points_nD
+
+
+def test_images_without_a_cluster_lower_both_scores(blobs):
+    features_ND, labels_N = blobs
+    noisy_N = labels_N.copy()
+    noisy_N[::4] = -1
+    rest = noisy_N >= 0
+    assert silhouette(features_ND, noisy_N) == pytest.approx(0.75 * silhouette(features_ND[rest], labels_N[rest]))
+    expected = 0.75 * generalization_score(features_ND[rest], labels_N[rest], random_state=0)
+    assert generalization_score(features_ND, noisy_N, random_state=0) == pytest.approx(expected)
+    assert silhouette(features_ND, np.full(180, -1)) is None

@@ -187,7 +187,7 @@ def chosen(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     install(monkeypatch, "cluster_count", cluster_count)
     install(monkeypatch, "consensus", consensus_of_three)
-    count = Stage("cluster_count", "toy_cluster_count", 1, ("embed",), lambda config: {})
+    count = Stage("cluster_count", "toy_cluster_count", 1, ("embed",), lambda config: {}, chooses_number=True)
     drawn = replace(TOYS[2], settings=lambda config: {"seed": config.seed, "num_clusters": config.num_clusters})
     stages = (*TOYS[:2], drawn, *TOYS[3:])
     last = replace(stages[-1], inputs=(*stages[-1].inputs, "cluster_count"))

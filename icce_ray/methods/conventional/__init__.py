@@ -1,0 +1,1 @@
+"""Scikit-learn's clusterers on frozen features (docs/METHOD.md, "Conventional clusterers")."""
