@@ -29,6 +29,8 @@ PLENTIFUL_IMAGES_PER_DIM = 20
 """With at least as many, the images can be scored by the model that was fitted on them."""
 MIN_VARIANCE = 1e-4
 """Smallest variance of a direction, as a share of the mean: constant dimensions must not make scores infinite."""
+MIN_SCALED_VARIANCE = 1e-8
+"""The same for features that vary by about 1, if the images of each cluster are all alike."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,7 @@ def fit_outlier_model(x_ND: Float32Array, labels_N: npt.NDArray[np.integer], num
     within_ND = x_ND - means_KD[labels_N].astype(np.float32)
     num_directions = max(1, min(MAX_DIRECTIONS, num_dims // 2, num_images // MIN_IMAGES_PER_DIRECTION))
     variances_r, directions_Dr, total = _principal_directions(within_ND, num_directions)
-    smallest = max(MIN_VARIANCE * total / num_dims, np.finfo(np.float32).tiny)
+    smallest = max(MIN_VARIANCE * total / num_dims, MIN_SCALED_VARIANCE)
     variances_r = np.maximum(variances_r, smallest)
     # Divided by all remaining dimensions, even where a few images hardly vary in most of them.
     noise_variance = max((total - float(variances_r.sum())) / max(num_dims - num_directions, 1), smallest)

@@ -44,7 +44,7 @@ from icce_ray.config.method_settings import (
     NeighborsConfig,
 )
 from icce_ray.config.presets import PRESETS
-from icce_ray.config.section import NumClusters, Place, Section
+from icce_ray.config.section import Place, PositiveInt, Section
 from icce_ray.errors import ConfigError
 from icce_ray.methods import METHODS
 
@@ -146,7 +146,7 @@ class ClusteringConfig(Section):
     @classmethod
     def _number_or_auto(cls, value: Any, handler: Any) -> int | Literal["auto"]:
         # The union's own messages would name "num_clusters.int" and "num_clusters.literal['auto']".
-        return AUTO if value == AUTO else TypeAdapter(NumClusters).validate_python(value)
+        return AUTO if value == AUTO else TypeAdapter(PositiveInt).validate_python(value)
 
     @model_validator(mode="after")
     def _check_number(self) -> Self:
@@ -218,6 +218,8 @@ class Config(ClusteringConfig):
 
     @model_validator(mode="after")
     def _check(self) -> Config:
+        if self.given_num_clusters == 1:
+            raise ValueError("num_clusters: 1 puts all images into one cluster, which needs no run; ask for at least 2")
         if (self.images.uri is None) == (self.embeddings.uri is None):
             given = "neither is" if self.images.uri is None else "both are"
             raise ValueError(f"{given} given: name the input with either images.uri or embeddings.uri")

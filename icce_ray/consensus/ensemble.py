@@ -92,10 +92,10 @@ def _check_num_clusters(n_clusters: int | None, heads: Heads) -> int:
     try:
         num_clusters = operator.index(n_clusters)
     except TypeError:
-        raise InputError(f"n_clusters is {n_clusters!r}; it must be an integer of at least 2") from None
-    if not 2 <= num_clusters <= heads.num_images:
+        raise InputError(f"n_clusters is {n_clusters!r}; it must be a positive integer") from None
+    if not 1 <= num_clusters <= heads.num_images:
         raise InputError(
-            f"n_clusters is {num_clusters}; it must lie between 2 and the number of labelled images, {heads.num_images}"
+            f"n_clusters is {num_clusters}; it must lie between 1 and the number of labelled images, {heads.num_images}"
         )
     return num_clusters
 

@@ -8,14 +8,12 @@ if two parts have the same bytes, one waits for the other's result.
 from __future__ import annotations
 
 import sqlite3
-import tempfile
 import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy.typing as npt
@@ -25,6 +23,7 @@ from icce_ray.embed.embedding_parts import is_part_file, read_hashes, read_model
 from icce_ray.embed.feature_matrix import joined_columns
 from icce_ray.errors import DamagedArtifactError
 from icce_ray.store import Folder
+from icce_ray.store.local_files import TEMPORARY
 
 LOAD_THREADS = 16
 MAX_HELD_PARTS = 32
@@ -55,8 +54,7 @@ class ContentIndex:
     """
 
     def __init__(self, folders: Sequence[Folder]) -> None:
-        self._disk = tempfile.TemporaryDirectory(prefix="icce_ray-content-")
-        self._database = sqlite3.connect(Path(self._disk.name) / "content.sqlite", check_same_thread=False)
+        self._database = sqlite3.connect(TEMPORARY, check_same_thread=False)
         self._database.executescript(
             "PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF;"
             "CREATE TABLE content (hash BLOB PRIMARY KEY, place INTEGER, part TEXT) WITHOUT ROWID"
@@ -198,8 +196,7 @@ class Duplicates:
     """Finds images with the same content, on this machine's disk."""
 
     def __init__(self) -> None:
-        self._disk = tempfile.TemporaryDirectory(prefix="icce_ray-duplicates-")
-        self._database = sqlite3.connect(Path(self._disk.name) / "images.sqlite")
+        self._database = sqlite3.connect(TEMPORARY)
         self._database.executescript(
             "PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF;"
             "CREATE TABLE images (hash BLOB, image_id INTEGER, PRIMARY KEY (hash, image_id)) WITHOUT ROWID"

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import sqlite3
-import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
+
+from icce_ray.store.local_files import TEMPORARY
 
 FETCH_ROWS = 10_000
 OTHER_NAME = "other name of a file that is listed already"
@@ -41,8 +41,7 @@ class FileTable:
     """
 
     def __init__(self, files: Iterable[File], skipped: Counter[str] | None = None) -> None:
-        self._folder = tempfile.TemporaryDirectory(prefix="icce_ray-files-")
-        self._database = sqlite3.connect(Path(self._folder.name) / "files.sqlite", check_same_thread=False)
+        self._database = sqlite3.connect(TEMPORARY, check_same_thread=False)
         self._database.executescript(
             "PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF;"
             "CREATE TABLE files (uri TEXT PRIMARY KEY, size_bytes INTEGER, etag TEXT, is_container INTEGER,"

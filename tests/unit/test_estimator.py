@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 from sklearn.base import clone
 from sklearn.exceptions import NotFittedError
+from sklearn.utils.estimator_checks import check_estimator
 
 from icce_ray import ICCE, clustering_accuracy
+from icce_ray.classifier.linear import LinearClassifier
 from icce_ray.errors import ConfigError, InputError
 
 QUICK = {"hidden_dim": 32, "bottleneck_dim": 16, "learning_rate": 5e-3, "warmup_epochs": 2}
@@ -24,7 +26,7 @@ def quick(**changes: object) -> ICCE:
         "n_heads": 4, "epochs": 25, "batch_size": 64, "random_state": 0, "heads": QUICK,
         "neighbors": {"min_neighbors": 20}, "classifier": {"num_iterations": 300},
     }  # fmt: skip
-    return ICCE(5, **(parameters | changes))
+    return ICCE(**({"n_clusters": 5} | parameters | changes))
 
 
 @pytest.fixture(scope="module")
@@ -141,3 +143,38 @@ def test_bad_data_is_refused(blobs) -> None:
 def test_other_dimensions_are_refused_when_predicting(fitted: ICCE) -> None:
     with pytest.raises(ValueError, match="20 features"):
         fitted.predict(np.zeros((2, 19), dtype=np.float32))
+
+
+def points(num_rows: int, num_different: int) -> np.ndarray:
+    different = np.random.default_rng(0).normal(size=(num_different, 8)).astype(np.float32)
+    return np.resize(different, (num_rows, 8))
+
+
+@pytest.mark.parametrize(
+    ("features", "num_clusters"),
+    [
+        (points(2, 2), 2),
+        (points(3, 3), 3),
+        (points(20, 1), 2),
+        (np.zeros((20, 8), dtype=np.float32), 2),
+        (points(20, 4), 5),
+        (points(20, 20), 1),
+    ],
+    ids=["two rows", "as many clusters as rows", "all alike", "all zero", "fewer different rows than clusters", "one"],
+)
+def test_degenerate_data_have_a_result(features: np.ndarray, num_clusters: int) -> None:
+    short = {"epochs": 2, "batch_size": 8, "classifier": {"num_iterations": 5}, "consensus": {"methods": ["mcla"]}}
+    estimator = quick(n_clusters=num_clusters, **short).fit(features)
+    assert estimator.labels_.shape == (len(features),)
+    assert set(estimator.labels_) <= set(range(num_clusters))
+    assert np.isfinite(estimator.agreement_).all()
+    assert np.isfinite(estimator.predict_proba(features)).all()
+    read = LinearClassifier.from_bytes(estimator.classifier_.to_bytes())
+    assert np.isfinite(read.label(features).outlier_score).all()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_the_checks_of_scikit_learn_pass() -> None:
+    short = {"epochs": 5, "batch_size": 16, "classifier": {"num_iterations": 20}, "consensus": {"methods": ["vote"]}}
+    check_estimator(quick(n_clusters=2, neighbors=None, **short))

@@ -190,7 +190,7 @@ def test_the_summary_is_json_and_counts_the_clusters():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"n_clusters": 1}, "n_clusters is 1"),
+        ({"n_clusters": 0}, "n_clusters is 0"),
         ({"n_clusters": 7}, "n_clusters is 7.*6"),
         ({"n_clusters": 2.5}, r"n_clusters is 2\.5"),
         ({"methods": ["kmeans"]}, "'kmeans'.*mcla, hbgf, cspa, vote, best_head"),
