@@ -43,8 +43,11 @@ class DecodedPart:
     errors: list[Error]
 
 
-def decoded_to_table(part: PartRange, decoded: DecodedPart) -> pa.Table:
-    """Pack a decoded part into one row; the pixels are not copied."""
+NOTHING_DECODED = DecodedPart(np.empty(0, np.int64), np.empty(0, np.int32), np.empty(0, np.uint8), [], [])
+
+
+def decoded_to_table(part: PartRange, decoded: DecodedPart, problem: str = "") -> pa.Table:
+    """Pack a decoded part, or a problem that ends the job, into one row; the pixels are not copied."""
     offsets = np.array([0, decoded.pixels.nbytes], dtype=np.int64)
     pixels = pa.LargeBinaryArray.from_buffers(
         pa.large_binary(), 1, [None, pa.py_buffer(offsets), pa.py_buffer(np.ascontiguousarray(decoded.pixels))]
@@ -56,6 +59,7 @@ def decoded_to_table(part: PartRange, decoded: DecodedPart) -> pa.Table:
         "hashes": pa.array([decoded.hashes], pa.list_(pa.string())),
         "errors": [json.dumps(decoded.errors)],
         "shape": [list(decoded.pixels.shape)],
+        "problem": [problem],
         "pixels": pixels,
     }
     return pa.table(columns)

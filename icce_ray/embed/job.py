@@ -24,10 +24,7 @@ from icce_ray import errors
 from icce_ray.config import PIXELS, Config
 from icce_ray.embed.backbone_plan import EmbeddingPlan
 from icce_ray.embed.content_index import ContentIndex
-from icce_ray.embed.decode_and_embed import (
-    decoded_from_table,
-    decoded_to_table,
-)
+from icce_ray.embed.decode_and_embed import NOTHING_DECODED, decoded_from_table, decoded_to_table
 from icce_ray.embed.embedding_parts import (
     FinishedPart,
     PartRange,
@@ -148,14 +145,15 @@ class Embedder:
             import timm  # noqa: F401  # takes seconds, in which the first part is being decoded
 
     def __call__(self, batch: Any) -> Any:
+        if problem := batch["problem"][0].as_py():
+            return _to_row(error=problem)
         part, decoded = decoded_from_table(batch)
         try:
             attempt = self.task.attempt(part, "embed")
             finished = self.embedder.embed(part, decoded, attempt)
             attempt.end()
         except (errors.UserError, errors.WorkerError) as error:
-            # As a row: raised here, it would come back inside Ray's own traceback.
-            return _to_row(error=json.dumps([type(error).__name__, str(error)]))
+            return _to_row(error=_to_text(error))
         return _to_row(finished.record.model_dump_json(), finished.image_ids, finished.hashes)
 
 
@@ -176,7 +174,10 @@ def decode(batch: Any, task: EmbedTask, index: Any) -> Any:
     use_s3(task.config.storage)
     part = PartRange.from_json(batch["part"][0].as_py())
     attempt = task.attempt(part, "decode")
-    decoded = task.decode(part, _listing(task.images), known=_RemoteIndex(index).known, attempt=attempt)
+    try:
+        decoded = task.decode(part, _listing(task.images), known=_RemoteIndex(index).known, attempt=attempt)
+    except (errors.UserError, errors.WorkerError) as error:
+        return decoded_to_table(part, NOTHING_DECODED, _to_text(error))
     attempt.end()
     return decoded_to_table(part, decoded)
 
@@ -299,6 +300,11 @@ def _one_block_per_part(parts: list[PartRange], free_cpus: float) -> Any:
         return ray.data.from_items(rows, override_num_blocks=len(rows))
     # Saves milliseconds and kilobytes for each part, of which there may be a million.
     return ray.data.from_items(rows, override_num_blocks=1).repartition(target_num_rows_per_block=1)
+
+
+def _to_text(error: Exception) -> str:
+    """For a row: raised in a worker, an error would come back inside Ray's own traceback."""
+    return json.dumps([type(error).__name__, str(error)])
 
 
 def _to_row(

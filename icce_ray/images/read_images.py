@@ -23,6 +23,8 @@ from icce_ray.store.filesystem import open_uri
 
 READ_TIMEOUTS_S = (1.5, 3.0, 6.0, 6.0, 12.0, 12.0, 24.0, 24.0)
 """Longest wait for a byte, by attempt."""
+MIN_TRYING_S = 15.0
+"""An object is given up after this time and after as many attempts, if its store answered meanwhile."""
 BACKOFF_S = 0.1
 MAX_BACKOFF_S = 1.0
 """The backoff doubles up to this. A store that throttles slows down one of NUM_THREADS reads, not the job."""
@@ -41,19 +43,27 @@ class NoImageError(Exception):
 def read_image(uri: str, size_bytes: int | None = None) -> bytes | str:
     """The bytes of an image, or why they cannot be read: ``missing``, ``unreadable: ...``.
 
+    While the store is away, this waits for it. An object is given up only if its store answers meanwhile.
+
     Args:
         uri: a file or a place in a container, as in the listing.
         size_bytes: expected size; None if unknown.
 
     Raises:
         InputError: the bucket does not exist, or refuses the credentials.
+        WorkerError: the store is away for too long.
     """
     if size_bytes is not None and size_bytes > MAX_FILE_BYTES:
         return f"unreadable: over the limit of {MAX_FILE_BYTES} bytes"
-    for attempt, timeout_s in enumerate(READ_TIMEOUTS_S):
+    began = last_answer = time.monotonic()
+    attempt = 0
+    while True:
+        is_lasting = True
         try:
-            data = _read_once(uri, timeout_s)
+            data = _read_once(uri, READ_TIMEOUTS_S[min(attempt, len(READ_TIMEOUTS_S) - 1)])
             if size_bytes is None or len(data) == size_bytes or not is_remote(uri):
+                if s3.is_s3(uri):
+                    _readable[s3.split_uri(uri)[0]] = file_of(uri)
                 return data
             problem = f"unreadable: {len(data)} bytes came of {size_bytes}"
         except FileNotFoundError:
@@ -69,9 +79,17 @@ def read_image(uri: str, size_bytes: int | None = None) -> bytes | str:
             problem = f"unreadable: {' '.join(f'{type(error).__name__}: {error}'.split())[:200]}"
             if not is_remote(uri):
                 return problem
-        if attempt < len(READ_TIMEOUTS_S) - 1:
-            time.sleep(random.uniform(0.5, 1.0) * min(MAX_BACKOFF_S, BACKOFF_S * 2**attempt))
-    return problem
+            is_lasting = False
+        now = time.monotonic()
+        if is_lasting or not s3.is_s3(uri) or _store_answers(uri):
+            attempt, last_answer = attempt + 1, now
+        elif now - last_answer > s3.OUTAGE_S:
+            raise s3.given_up(uri, problem)
+        else:
+            attempt, began = 0, now
+        if attempt >= len(READ_TIMEOUTS_S) and (is_lasting or now - began > MIN_TRYING_S):
+            return problem
+        time.sleep(random.uniform(0.5, 1.0) * min(MAX_BACKOFF_S, BACKOFF_S * 2**attempt))
 
 
 def read_images(rows: Sequence[ListedImage]) -> Iterator[tuple[ListedImage, bytes | str]]:
@@ -81,7 +99,8 @@ def read_images(rows: Sequence[ListedImage]) -> Iterator[tuple[ListedImage, byte
         yield from ((row, _read_row(row)) for row in rows)
         return
     waiting = iter(rows)
-    with ThreadPoolExecutor(NUM_THREADS) as threads:
+    threads = ThreadPoolExecutor(NUM_THREADS)
+    try:
         running = {threads.submit(_read_row, row): row for row in islice(waiting, MAX_AHEAD)}
         while running:
             done, _ = wait(running, return_when=FIRST_COMPLETED)
@@ -89,6 +108,8 @@ def read_images(rows: Sequence[ListedImage]) -> Iterator[tuple[ListedImage, byte
                 yield running.pop(result), result.result()
                 for row in islice(waiting, 1):
                     running[threads.submit(_read_row, row)] = row
+    finally:
+        threads.shutdown(cancel_futures=True)
 
 
 def _read_row(row: ListedImage) -> bytes | str:
@@ -132,11 +153,20 @@ def _read_once(uri: str, timeout_s: float) -> bytes:
     if s3.is_s3(file):
         client = s3.client(s3.current_options(), read_timeout_s=timeout_s, attempts=1)
         with s3.translated(file):
-            return s3.get_once(file, client, *(() if place is None else (place.start, place.num_bytes)))
+            span = () if place is None else (place.start, place.num_bytes)
+            return s3.get_once(file, client, *span, max_slow_s=2 * timeout_s)
     filesystem, path = open_uri(file)
     with filesystem.open_input_file(path) as remote:
         return bytes(remote.read() if place is None else remote.read_at(place.num_bytes, place.start))
 
 
+def _store_answers(uri: str) -> bool:
+    """Whether the store of `uri` answers, judged by an object that could be read before."""
+    bucket = s3.split_uri(uri)[0]
+    return s3.answers(_readable.get(bucket, f"s3://{bucket}"), s3.current_options())
+
+
+_readable: dict[str, str] = {}
+"""By bucket, the object that was read last."""
 _cells = ParquetCells()
 _cells_lock = threading.Lock()

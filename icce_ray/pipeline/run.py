@@ -32,6 +32,7 @@ from icce_ray.pipeline.result import Result, sum_up, summary
 from icce_ray.pipeline.stages import clustering_stages, stages_of
 from icce_ray.pipeline.status import RunProgress
 from icce_ray.runtime.progress import Progress
+from icce_ray.runtime.storage_watch import outages_told
 from icce_ray.stage import Stage, StageContext
 from icce_ray.store import Artifact, ArtifactWriter, Claim, Folder, fingerprint
 from icce_ray.store.run_records import remove_record, write_record
@@ -190,7 +191,8 @@ def run_stage(
             told.watch(progress)
         began = time.monotonic()
         run = run or importlib.import_module(step.stage.module).run
-        metrics = run(config, StageContext(writer, inputs, progress))
+        with outages_told([config.output, *config.images.uris], config.storage, progress):
+            metrics = run(config, StageContext(writer, inputs, progress))
         seconds = time.monotonic() - began
         artifact = writer.commit(
             stage=step.name,

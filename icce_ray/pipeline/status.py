@@ -92,7 +92,7 @@ class RunProgress:
                 error=error,
             )
             try:
-                self._folder.write_bytes(f"{self._run}.json", json.dumps(asdict(said)).encode())
+                self._folder.write_bytes(f"{self._run}.json", json.dumps(asdict(said)).encode(), wait=False)
             except Exception:
                 return
 

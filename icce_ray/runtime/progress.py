@@ -40,7 +40,7 @@ class Reading:
     def text(self) -> str:
         """``12,000/50,000 images, 350/s, 1 min 49 s left, 3 errors``."""
         if self.done is None:
-            return "nothing counted yet"
+            return ", ".join(filter(None, ["nothing counted yet", self.note]))
         said = [f"{self.done:,}/{self.total:,} {self.unit}"]
         if self.rate is not None and self.seconds_left is not None:
             said.append(f"{self.rate:,.3g}/s, {format_seconds(self.seconds_left)} left")
@@ -70,6 +70,7 @@ class Progress:
         self._total: int | None = None
         self._num_errors = 0
         self._note = ""
+        self._waiting = ""
         self._last_shown = clock()
         self._on_terminal = sys.stderr.isatty()
 
@@ -90,13 +91,18 @@ class Progress:
     def read(self) -> Reading:
         """How far it is now. May be called by another thread."""
         recent = list(self._recent)
+        note = ", ".join(filter(None, [self._note, self._waiting]))
         if not recent:
-            return Reading(self.stage, self.unit, None, None, None, 0, "")
+            return Reading(self.stage, self.unit, None, None, None, 0, note)
         (then, before), (_, done) = recent[0], recent[-1]
         rate = (done - before) / max(self._clock() - then, 1e-9)
-        return Reading(
-            self.stage, self.unit, done, self._total, rate if rate > 0 else None, self._num_errors, self._note
-        )
+        return Reading(self.stage, self.unit, done, self._total, rate if rate > 0 else None, self._num_errors, note)
+
+    def waits(self, text: str) -> None:
+        """Say at once what the stage waits for; "" if for nothing any more."""
+        self._waiting = text
+        if text and not self.quiet:
+            self._print(f"{self.stage}: {self.read().text()}")
 
     def note(self, text: str) -> None:
         """One lasting line: something worth knowing, or the end of the stage."""

@@ -91,9 +91,9 @@ class Folder:
         """Size of the file `name` in bytes, or None if there is no such file."""
         if self.s3_options is not None:
             bucket, key = s3.split_uri(self.file_uri(name))
+            head = s3.client(self.s3_options).head_object
             try:
-                with s3.translated(self.file_uri(name)):
-                    return int(s3.client(self.s3_options).head_object(Bucket=bucket, Key=key)["ContentLength"])
+                return int(s3.patiently(self.file_uri(name), lambda: head(Bucket=bucket, Key=key))["ContentLength"])
             except FileNotFoundError:
                 return None
         info = self.filesystem.get_file_info(f"{self.path}/{name}")
@@ -109,15 +109,10 @@ class Folder:
     def folder_names(self) -> list[str]:
         """Names of the folders in the folder, sorted."""
         if self.s3_options is not None:
-            bucket, prefix = s3.split_uri(f"{self.uri}/")
-            with s3.translated(self.uri):
-                pages = s3.client(self.s3_options).get_paginator("list_objects_v2")
-                found = [
-                    entry["Prefix"][len(prefix) :].rstrip("/")
-                    for page in pages.paginate(Bucket=bucket, Prefix=prefix, Delimiter="/")
-                    for entry in page.get("CommonPrefixes", ())
-                ]
-            return sorted(found)
+            start = len(s3.split_uri(f"{self.uri}/")[1])
+            pages = s3.list_pages(f"{self.uri}/", self.s3_options, Delimiter="/")
+            found = [entry["Prefix"] for page in pages for entry in page.get("CommonPrefixes", ())]
+            return sorted(prefix[start:].rstrip("/") for prefix in found)
         infos = self.filesystem.get_file_info(pafs.FileSelector(self.path, allow_not_found=True))
         return sorted(info.base_name for info in infos if info.type == pafs.FileType.Directory)
 
@@ -127,9 +122,9 @@ class Folder:
 
     def _sizes(self, *, recursive: bool) -> dict[str, int]:
         if self.s3_options is not None:
-            prefix = s3.split_uri(f"{self.uri}/")[1]
-            listed = s3.list_objects(f"{self.uri}/", self.s3_options, recursive=recursive)
-            return {key[len(prefix) :]: size for key, size, _ in listed}
+            start = len(s3.split_uri(f"{self.uri}/")[1])
+            pages = s3.list_pages(f"{self.uri}/", self.s3_options, **({} if recursive else {"Delimiter": "/"}))
+            return {entry["Key"][start:]: entry["Size"] for page in pages for entry in page.get("Contents", ())}
         infos = self.filesystem.get_file_info(pafs.FileSelector(self.path, allow_not_found=True, recursive=recursive))
         start = len(self.path.rstrip("/")) + 1
         return {info.path[start:]: info.size for info in infos if info.type == pafs.FileType.File}
@@ -146,10 +141,16 @@ class Folder:
         with self.filesystem.open_input_file(f"{self.path}/{name}") as file:
             return bytes(file.read())
 
-    def write_bytes(self, name: str, data: bytes | memoryview) -> None:
-        """Write a file atomically: readers see the old content or the new. `name` may contain folders."""
+    def write_bytes(self, name: str, data: bytes | memoryview, *, wait: bool = True) -> None:
+        """Write a file atomically: readers see the old content or the new. `name` may contain folders.
+
+        Args:
+            name: name of the file.
+            data: its content.
+            wait: while the store is away, wait for it.
+        """
         if self.s3_options is not None:
-            self._put(name, data)
+            self._put(name, data, wait=wait)
             return
         if self.local_path is None:
             with self.filesystem.open_output_stream(f"{self.path}/{name}") as file:
@@ -179,8 +180,8 @@ class Folder:
         """Remove a file if it exists."""
         if self.s3_options is not None:
             bucket, key = s3.split_uri(self.file_uri(name))
-            with s3.translated(self.file_uri(name)):
-                s3.client(self.s3_options).delete_object(Bucket=bucket, Key=key)
+            delete = s3.client(self.s3_options).delete_object
+            s3.patiently(self.file_uri(name), lambda: delete(Bucket=bucket, Key=key))
         elif self.exists(name):
             self.filesystem.delete_file(f"{self.path}/{name}")
 
@@ -192,11 +193,15 @@ class Folder:
         elif self.filesystem.get_file_info(self.path).type == pafs.FileType.Directory:
             self.filesystem.delete_dir(self.path)
 
-    def _put(self, name: str, data: bytes | memoryview, **condition: str) -> None:
+    def _put(self, name: str, data: bytes | memoryview, *, wait: bool = True, **condition: str) -> None:
         assert self.s3_options is not None
         bucket, key = s3.split_uri(self.file_uri(name))
-        with s3.translated(self.file_uri(name)):
-            s3.client(self.s3_options).put_object(Bucket=bucket, Key=key, Body=bytes(data), **condition)
+        put = s3.client(self.s3_options).put_object
+        s3.patiently(
+            self.file_uri(name),
+            lambda: put(Bucket=bucket, Key=key, Body=bytes(data), **condition),
+            max_wait_s=None if wait else 0.0,
+        )
 
     @staticmethod
     def _write_beside(target: Path, data: bytes | memoryview, finish: Callable[[Path, Path], object]) -> None:

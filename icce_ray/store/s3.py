@@ -1,5 +1,5 @@
 """S3 and compatible stores through boto3, for what pyarrow lacks: conditional puts, listings in pages, one request per
-read, time limits and retries.
+read, time limits and retries. While a store is away, calls wait for it, at most OUTAGE_S.
 
 Access to S3 is a setting of the process (:func:`use_s3`): the `storage` section of the config, and the environment for
 everything that it leaves open. A :class:`~icce_ray.store.Folder` keeps the options it was created with, so that a
@@ -11,25 +11,39 @@ from __future__ import annotations
 import functools
 import os
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 from urllib.parse import urlsplit
 
 from pydantic import SecretStr
 
 from icce_ray.config import StorageConfig
-from icce_ray.errors import ConfigError, InputError
+from icce_ray.errors import ConfigError, InputError, WorkerError
 
 CONNECT_TIMEOUT_S = 5.0
 READ_TIMEOUT_S = 20.0
 """Time without a byte after which a request is sent again."""
 MAX_ATTEMPTS = 8
+OUTAGE_S = 600.0
+"""Longest wait for a store that is away."""
+OUTAGE_POLL_S = 2.0
+MIN_BYTES_PER_S = 20_000
+"""A body that arrives more slowly is given up after a while."""
+CHUNK_BYTES = 2**20
 BODY_ATTEMPTS = 4
-"""Attempts to read a body that breaks off, which boto3 does not retry."""
+"""Attempts to read a body that has another length than expected."""
 MISSING = ("NoSuchKey", "404", "NotFound")
 REFUSED = ("403", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken", "401")
 CONDITION_FAILED = ("PreconditionFailed", "412", "ConditionalRequestConflict", "409")
+THROTTLED = ("SlowDown", "RequestTimeout", "Throttling", "ThrottlingException", "RequestLimitExceeded")
+
+T = TypeVar("T")
+
+
+class AwayError(OSError):
+    """The store does not answer, or is too busy: this says nothing about the object."""
 
 
 _current = StorageConfig()
@@ -152,15 +166,74 @@ def check_bucket(uri: str, options: StorageConfig, setting: str) -> None:
         raise InputError(f"{setting}: s3://{bucket} cannot be reached: {error}") from None
 
 
-def list_objects(uri: str, options: StorageConfig, *, recursive: bool = True) -> Iterator[tuple[str, int, str]]:
+def answers(uri: str, options: StorageConfig) -> bool:
+    """Whether the store answers now, whatever it answers, to a request for one byte of the object `uri`; for a bucket,
+    to a listing."""
+    bucket, key = split_uri(uri)
+    store = client(options, read_timeout_s=CONNECT_TIMEOUT_S, attempts=1)
+    try:
+        with translated(uri):
+            if key:
+                get_once(uri, store, 0, 1)
+            else:
+                store.list_objects_v2(Bucket=bucket, MaxKeys=1)
+    except AwayError:
+        return False
+    except (OSError, InputError):
+        pass
+    return True
+
+
+def patiently(uri: str, call: Callable[[], T], max_wait_s: float | None = None) -> T:
+    """`call()`, again and again while the store is away. Raises what :func:`translated` raises.
+
+    Args:
+        uri: for messages.
+        call: sends the request.
+        max_wait_s: OUTAGE_S if None.
+
+    Raises:
+        WorkerError: the store has been away for as long.
+    """
+    max_wait_s = OUTAGE_S if max_wait_s is None else max_wait_s
+    began = time.monotonic()
+    while True:
+        try:
+            with translated(uri):
+                return call()
+        except AwayError as error:
+            if time.monotonic() - began >= max_wait_s:
+                raise given_up(uri, error) from None
+        time.sleep(OUTAGE_POLL_S)
+
+
+def given_up(uri: str, error: object) -> WorkerError:
+    """The end of the wait for a store."""
+    return WorkerError(
+        f"the storage has been away for {OUTAGE_S / 60:.0f} min ({error}). What is finished is kept: run the same "
+        f"command again when s3://{split_uri(uri)[0]} can be reached"
+    )
+
+
+def list_objects(uri: str, options: StorageConfig) -> Iterator[tuple[str, int, str]]:
     """(key, size, etag) of each object under the prefix, in the order of the keys' UTF-8 bytes, page by page."""
+    for page in list_pages(uri, options):
+        for entry in page.get("Contents", ()):
+            yield entry["Key"], entry["Size"], entry["ETag"].strip('"')
+
+
+def list_pages(uri: str, options: StorageConfig, **settings: str) -> Iterator[dict[str, Any]]:
+    """The pages of a listing. `settings` are those of boto3's ``list_objects_v2``."""
     bucket, prefix = split_uri(uri)
-    extra = {} if recursive else {"Delimiter": "/"}
-    with translated(uri):
-        pages = client(options).get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix, **extra)
-        for page in pages:
-            for entry in page.get("Contents", ()):
-                yield entry["Key"], entry["Size"], entry["ETag"].strip('"')
+    while True:
+        page = patiently(
+            uri,
+            lambda: client(options).list_objects_v2(Bucket=bucket, Prefix=prefix, **settings),
+        )
+        yield page
+        if not page.get("IsTruncated"):
+            return
+        settings["ContinuationToken"] = page["NextContinuationToken"]
 
 
 def get_object(uri: str, options: StorageConfig, num_bytes: int | None = None) -> bytes:
@@ -171,34 +244,45 @@ def get_object(uri: str, options: StorageConfig, num_bytes: int | None = None) -
         options: access to S3.
         num_bytes: its expected size. Another length is accepted only if it comes repeatedly.
     """
-    for last in [False] * (BODY_ATTEMPTS - 1) + [True]:
-        try:
-            with translated(uri):
-                data = get_once(uri, client(options))
-            if last or num_bytes in (None, len(data)):
-                return data
-        except FileNotFoundError:
-            raise
-        except OSError:
-            if last:
-                raise
-    raise AssertionError
+    for _ in range(BODY_ATTEMPTS):
+        data = patiently(uri, lambda: get_once(uri, client(options)))
+        if num_bytes in (None, len(data)):
+            break
+    return data
 
 
-def get_once(uri: str, client: Any, start: int = 0, num_bytes: int | None = None) -> bytes:
-    """Content of an object, or `num_bytes` of it from `start` on, in one request. Call it within :func:`translated`."""
+def get_once(
+    uri: str, client: Any, start: int = 0, num_bytes: int | None = None, *, max_slow_s: float = READ_TIMEOUT_S
+) -> bytes:
+    """Content of an object, or `num_bytes` of it from `start` on, in one request. Call it within :func:`translated`.
+
+    Args:
+        max_slow_s: the body may take this long, and a second for each MIN_BYTES_PER_S.
+
+    Raises:
+        AwayError: the body broke off, or came too slowly.
+    """
     bucket, key = split_uri(uri)
     span = {} if num_bytes is None else {"Range": f"bytes={start}-{start + num_bytes - 1}"}
     answer = client.get_object(Bucket=bucket, Key=key, **span)
-    data: bytes = answer["Body"].read()
-    if num_bytes is not None and len(data) != num_bytes:
-        raise OSError(f"{uri}: {len(data)} of {num_bytes} bytes arrived")
-    return data
+    wanted = int(answer["ContentLength"])
+    data, began = bytearray(), time.monotonic()
+    # The only read that returns what has arrived: with all others, a byte a second keeps a timeout from ever coming.
+    read = answer["Body"]._raw_stream.read1
+    with answer["Body"]:
+        while chunk := read(CHUNK_BYTES):
+            data += chunk
+            seconds = time.monotonic() - began
+            if len(data) < wanted and seconds > max_slow_s + len(data) / MIN_BYTES_PER_S:
+                raise AwayError(f"{uri}: only {len(data)} of {wanted} bytes arrived in {seconds:.0f} s")
+    if len(data) != wanted or num_bytes not in (None, wanted):
+        raise AwayError(f"{uri}: {len(data)} of {num_bytes or wanted} bytes arrived")
+    return bytes(data)
 
 
 @contextmanager
 def translated(uri: str) -> Iterator[None]:
-    """Turn boto3's errors into FileNotFoundError, InputError (bucket, credentials) or OSError (all others)."""
+    """Turn boto3's errors into FileNotFoundError, InputError (bucket, credentials), AwayError, or OSError (others)."""
     try:
         yield
     except Exception as error:
@@ -207,7 +291,13 @@ def translated(uri: str) -> Iterator[None]:
 
 def raise_translated(error: BaseException, uri: str) -> NoReturn:
     """Raise our error for one of boto3's, and any other error unchanged."""
-    from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, PartialCredentialsError
+    from botocore.exceptions import (
+        BotoCoreError,
+        ClientError,
+        HTTPClientError,
+        NoCredentialsError,
+        PartialCredentialsError,
+    )
 
     if isinstance(error, ClientError):
         code = str(error.response.get("Error", {}).get("Code", "unknown"))
@@ -223,12 +313,17 @@ def raise_translated(error: BaseException, uri: str) -> NoReturn:
             ) from None
         if code in CONDITION_FAILED:
             raise FileExistsError(f"{uri}: exists already, or was changed by another job") from None
-        raise OSError(f"{uri}: the storage answered {code}") from None
+        is_away = code in THROTTLED or error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0) >= 500
+        raise (AwayError if is_away else OSError)(f"{uri}: the storage answered {code}") from None
     if isinstance(error, (NoCredentialsError, PartialCredentialsError)):
         raise InputError(
             f"{uri}: no credentials found; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE, or the "
             "storage section (storage.anonymous: true for a public bucket)"
         ) from None
-    if isinstance(error, BotoCoreError) or type(error).__module__.startswith(("urllib3", "botocore")):
-        raise OSError(f"{uri}: {type(error).__name__}: {' '.join(str(error).split())[:200]}") from None
+    is_connection = isinstance(error, (HTTPClientError, ConnectionError, TimeoutError)) or type(
+        error
+    ).__module__.startswith(("urllib3", "http"))
+    if isinstance(error, BotoCoreError) or is_connection:
+        kind = AwayError if is_connection else OSError
+        raise kind(f"{uri}: {type(error).__name__}: {' '.join(str(error).split())[:200]}") from None
     raise error

@@ -1,0 +1,45 @@
+"""Say in a stage's progress that it waits for a store that is away. The stage itself, wherever it runs, just waits."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+from icce_ray.config import StorageConfig
+from icce_ray.runtime.progress import Progress, format_seconds
+from icce_ray.store import s3
+
+POLL_S = 10.0
+
+
+@contextmanager
+def outages_told(uris: Iterable[str], options: StorageConfig, progress: Progress) -> Iterator[None]:
+    """While the block runs, ask the buckets of `uris` whether they answer, and tell `progress` of those that don't."""
+    buckets = sorted({f"s3://{s3.split_uri(uri)[0]}" for uri in uris if s3.is_s3(uri)})
+    ended = threading.Event()
+
+    def watch() -> None:
+        since: dict[str, float] = {}
+        while not ended.wait(POLL_S):
+            now = time.monotonic()
+            since = {bucket: since.get(bucket, now) for bucket in buckets if not s3.answers(bucket, options)}
+            progress.waits(
+                ", ".join(
+                    f"waits for {bucket}, which has not answered for {format_seconds(now - began)} (stops after "
+                    f"{format_seconds(s3.OUTAGE_S)})"
+                    for bucket, began in since.items()
+                )
+            )
+
+    if not buckets:
+        yield
+        return
+    thread = threading.Thread(target=watch, name="icce_ray-storage", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()

@@ -1,0 +1,136 @@
+"""Reading from a store that fails, over HTTP: a server that answers as each test says."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import pytest
+
+from icce_ray.config import StorageConfig
+from icce_ray.errors import InputError, WorkerError
+from icce_ray.images import read_images
+from icce_ray.images.listing import ListedImage
+from icce_ray.store import s3
+
+LISTING = b"<ListBucketResult><Name>photos</Name><KeyCount>0</KeyCount></ListBucketResult>"
+ERRORS = {
+    code: f"<Error><Code>{name}</Code></Error>".encode()
+    for code, name in ((403, "AccessDenied"), (500, "InternalError"), (503, "SlowDown"))
+}
+Answer = Callable[[str], Any]
+
+
+class Store:
+    """`answer` gets the key ("" for a listing) and returns a status, a body, or a handler that writes by itself."""
+
+    def __init__(self) -> None:
+        self.answer: Answer = lambda key: LISTING
+        self.seen: list[str] = []
+
+
+@pytest.fixture
+def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
+    told = Store()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            key = self.path.partition("?")[0].removeprefix("/photos").removeprefix("/")
+            told.seen.append(key)
+            found = told.answer(key)
+            if callable(found):
+                found(self)
+                return
+            status, data = (found, ERRORS[found]) if isinstance(found, int) else (200, found)
+            if status == 200 and self.headers["Range"]:
+                status, data = 206, data[:1]
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    s3.use_s3(StorageConfig(endpoint=f"http://127.0.0.1:{server.server_port}", access_key="a", secret_key="b"))
+    monkeypatch.setattr(read_images, "READ_TIMEOUTS_S", (0.2,) * 4)
+    monkeypatch.setattr(read_images, "MIN_TRYING_S", 0.0)
+    monkeypatch.setattr(read_images, "BACKOFF_S", 0.001)
+    monkeypatch.setattr(read_images, "_readable", {})
+    yield told
+    s3.use_s3(StorageConfig())
+    server.shutdown()
+    server.server_close()
+
+
+def read(*keys: str) -> list[bytes | str]:
+    rows = [ListedImage(number, f"s3://photos/{key}", None, None) for number, key in enumerate(keys)]
+    return [data for _, data in sorted(read_images.read_images(rows))]
+
+
+def test_a_good_image_is_read_however_long_the_store_is_away(store: Store) -> None:
+    store.answer = lambda key: 503 if len(store.seen) < 100 else (b"picture" if key else LISTING)
+    assert read("a.png", "b.png", "c.png") == [b"picture"] * 3
+
+
+def test_an_object_is_given_up_only_if_others_can_be_read_meanwhile(store: Store) -> None:
+    store.answer = lambda key: {"": LISTING, "bad.png": 500}.get(key, b"picture")
+    assert read("a.png") == [b"picture"]
+    assert str(read("bad.png")[0]).startswith("unreadable: AwayError: s3://photos/bad.png: the storage answered")
+    # Listings are answered, reads are not: the image is not to blame.
+    store.seen.clear()
+    store.answer = lambda key: LISTING if not key else (500 if len(store.seen) < 60 else b"picture")
+    assert read("bad.png") == [b"picture"]
+
+
+def test_a_store_that_stays_away_ends_the_job_with_one_line(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(s3, "OUTAGE_S", 0.1)
+    store.answer = lambda key: 503
+    with pytest.raises(WorkerError, match=r"storage has been away for .*run the same command again when s3://photos"):
+        read("a.png", "b.png")
+
+
+def test_credentials_that_are_refused_later_on_are_the_message(store: Store) -> None:
+    store.answer = lambda key: 403
+    with pytest.raises(InputError, match=r"access to s3://photos was refused .*check the credentials"):
+        read("a.png")
+    store.answer = lambda key: 403 if key else LISTING  # only this object is forbidden
+    assert str(read("a.png")[0]).startswith("unreadable: access to s3://photos was refused")
+
+
+def test_a_trickle_is_given_up(store: Store) -> None:
+    stop = threading.Event()
+
+    def trickle(handler: BaseHTTPRequestHandler) -> None:
+        handler.send_response(200)
+        handler.send_header("Content-Length", "1000")
+        handler.end_headers()
+        for _ in range(1000):
+            if stop.wait(0.05):
+                return
+            try:
+                handler.wfile.write(b"x")
+            except OSError:
+                return
+
+    store.answer = lambda key: trickle if key else LISTING
+    began = time.monotonic()
+    (reason,) = read("a.png")
+    stop.set()
+    assert "of 1000 bytes arrived in" in str(reason)
+    assert time.monotonic() - began < 20  # the whole body would take 50 s
+
+
+def test_results_are_read_and_written_when_the_store_is_back(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(s3, "OUTAGE_POLL_S", 0.01)
+    monkeypatch.setattr(s3, "client", partial(s3.client, attempts=1))
+    store.answer = lambda key: 503 if len(store.seen) < 20 else b"content"
+    assert s3.get_object("s3://photos/manifest.json", s3.current_options()) == b"content"
+    assert len(store.seen) >= 20
