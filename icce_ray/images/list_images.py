@@ -11,7 +11,6 @@ the collection.
 
 from __future__ import annotations
 
-import datetime
 import hashlib
 import time
 from collections import Counter
@@ -43,7 +42,7 @@ def run(config: Config, context: StageContext) -> dict[str, Any]:
 
     Returns:
         Metrics: num_images, num_removed, skipped (what lies there and is not taken, by ending or kind), size_bytes
-        (None if unknown), list_s; digest, files_digest and listed_at, which identify the snapshot.
+        (None if unknown), list_s; digest and files_digest, which identify the snapshot; generation, 1 more than that of the listing before.
 
     Raises:
         InputError: nothing there, no images, or a list or container that cannot be read.
@@ -52,10 +51,11 @@ def run(config: Config, context: StageContext) -> dict[str, Any]:
     if embeddings.uri is not None:
         uris = open_embeddings(embeddings).uris(images.uri_column)
         digest = _embeddings_digest(embeddings, images)
-        return _write((Entry(uri.as_py()) for uri in uris), context, digest, digest, Counter())
+        return _write((Entry(uri.as_py()) for uri in uris), context, digest, digest, Counter(), None)
     planned = _planned.pop(_key(images, output), None)
     digest, files = planned or (source_digest(images, embeddings, output), _list_files(images, output))
-    return _write(_entries(files, images, files.skipped), context, digest, files.digest(), files.skipped)
+    last = _last_listing(images, output)
+    return _write(_entries(files, images, files.skipped), context, digest, files.digest(), files.skipped, last)
 
 
 def source_digest(images: ImagesConfig, embeddings: EmbeddingsConfig, output: str) -> str:
@@ -98,7 +98,7 @@ class Refresh:
     def run(self, config: Config, context: StageContext) -> dict[str, Any]:
         """Write the new listing. Metrics as :func:`run`."""
         entries = self._entries(config.images)
-        return _write(entries, context, self.digest, self.files.digest(), self.files.skipped)
+        return _write(entries, context, self.digest, self.files.digest(), self.files.skipped, self.base)
 
     def _entries(self, images: ImagesConfig) -> Iterator[Entry]:
         base = Listing(self.base)
@@ -135,7 +135,12 @@ def find_changes(images: ImagesConfig, output: str) -> Refresh | None:
 
 
 def _write(
-    entries: Iterator[Entry], context: StageContext, digest: str, files_digest: str, skipped: Counter[str]
+    entries: Iterator[Entry],
+    context: StageContext,
+    digest: str,
+    files_digest: str,
+    skipped: Counter[str],
+    last: Artifact | None,
 ) -> dict[str, Any]:
     started = time.monotonic()
     num_images, size_bytes, num_removed = 0, 0, 0
@@ -155,7 +160,7 @@ def _write(
         "list_s": round(time.monotonic() - started, 3),
         "digest": digest,
         "files_digest": files_digest,
-        "listed_at": datetime.datetime.now(datetime.UTC).isoformat(),
+        "generation": 1 + (_generation(last) if last is not None else 0),
     }
 
 
@@ -185,7 +190,7 @@ def _key(images: ImagesConfig, output: str) -> str:
 
 
 def _last_listing(images: ImagesConfig, output: str) -> Artifact | None:
-    """The newest finished listing of the same sources under this output."""
+    """The newest finished listing of the same sources under this output. Not by time: the clocks of machines differ."""
     root = Folder.at(output) / "images"
     wanted = images.model_dump(mode="json")
     found = [
@@ -195,7 +200,11 @@ def _last_listing(images: ImagesConfig, output: str) -> Artifact | None:
         and artifact.manifest.config.get("images") == wanted
         and "files_digest" in artifact.metrics
     ]
-    return max(found, key=lambda artifact: str(artifact.metrics["listed_at"]), default=None)
+    return max(found, key=lambda artifact: (_generation(artifact), artifact.fingerprint), default=None)
+
+
+def _generation(listing: Artifact) -> int:
+    return int(listing.metrics.get("generation", 0))
 
 
 def _embeddings_digest(embeddings: EmbeddingsConfig, images: ImagesConfig) -> str:

@@ -183,7 +183,7 @@ def run_stage(
     progress = Progress(step.name, step.stage.unit, quiet)
     inputs = {name: artifacts[name] for name in step.stage.inputs}
     config = step.stage.config_of(config)
-    with Claim(step.folder):
+    with Claim(step.folder) as claim:
         finished = Artifact.find(step.folder)  # by another job, since this one was planned
         if finished is not None:
             return finished
@@ -194,6 +194,7 @@ def run_stage(
         with outages_told([config.output, *config.images.uris], config.storage, progress):
             metrics = run(config, StageContext(writer, inputs, progress))
         seconds = time.monotonic() - began
+        claim.confirm()
         artifact = writer.commit(
             stage=step.name,
             fingerprint=step.fingerprint,
@@ -229,7 +230,7 @@ def retry_failed_images(config: Config, planned: list[PlannedStage], quiet: bool
         return False
     writer, progress = ArtifactWriter(step.folder), Progress("retry", step.stage.unit, quiet)
     check_stages(config, [step.stage])
-    with Claim(step.folder):
+    with Claim(step.folder) as claim:
         began = time.monotonic()
         module = importlib.import_module(step.stage.module)
         metrics = module.retry(config, StageContext(writer, {"images": images}, progress), artifact)
@@ -237,6 +238,7 @@ def retry_failed_images(config: Config, planned: list[PlannedStage], quiet: bool
         if metrics is None:
             progress.note("the images of the errors table failed again")
             return False
+        claim.confirm()
         amended = writer.commit(
             stage=step.name,
             fingerprint=step.fingerprint,

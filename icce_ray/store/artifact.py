@@ -305,6 +305,7 @@ class ArtifactWriter:
         except FileExistsError:
             there = Artifact.find(self.folder)
             if there is None or there.manifest.parts != manifest.parts:
+                Artifact.discard_damage(self.folder)
                 raise WorkerError(
                     f"{self.folder.uri}: another job wrote this artifact at the same time; run the command again"
                 ) from None

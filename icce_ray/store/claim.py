@@ -2,11 +2,13 @@
 
 On local disks a claim is a file lock, which the kernel releases when its holder dies. On S3 it is an object that is
 created by a conditional put and renewed by its holder. A claim that is no longer renewed is taken over, by another
-conditional put. Storage that supports neither (gs://) is not guarded.
+conditional put; a holder that was only cut off finds out at its next renewal, and stops. Storage that supports neither
+(gs://) is not guarded.
 """
 
 from __future__ import annotations
 
+import _thread
 import errno
 import fcntl
 import json
@@ -15,17 +17,20 @@ import socket
 import threading
 import time
 import uuid
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
-from icce_ray.errors import BusyError, InputError
+from icce_ray.errors import BusyError, InputError, WorkerError
 from icce_ray.store import s3
 from icce_ray.store.filesystem import Folder
 
 CLAIM_NAME = ".writer.json"
 RENEW_S = 5.0
-LEASE_S = 20.0
+REQUEST_S = 5.0
+"""Time limit of a renewal: one request that hangs must not cost the claim."""
+LEASE_S = 40.0
 """A claim that is not renewed for this long belongs to a dead job."""
 POLL_S = 0.5
 
@@ -35,29 +40,36 @@ class Claim:
 
     Usage::
 
-        with Claim(folder):
+        with Claim(folder) as claim:
             ...
+            claim.confirm()
 
     Raises:
         BusyError: on entry, if another job is writing the artifact.
         InputError: on entry, if the claim file is a link.
+        WorkerError: on exit, if another job took the claim over meanwhile. The block is interrupted if it runs in the
+            main thread.
     """
 
     def __init__(self, folder: Folder) -> None:
         self._folder = folder
         self._file: IO[str] | None = None
-        self._me = json.dumps({"id": uuid.uuid4().hex, "host": socket.gethostname(), **_process(os.getpid())})
+        own = {"id": uuid.uuid4().hex, "host": socket.gethostname(), "machine": _machine(), **_process(os.getpid())}
+        self._me = json.dumps(own)
         self._renewals = 0
         self._etag = ""
+        self._putting = threading.Lock()
         self._done = threading.Event()
+        self._is_lost = False
         self._renewer: threading.Thread | None = None
 
     def __enter__(self) -> Claim:
         if self._folder.local_path is not None:
             self._lock(self._folder.local_path)
         elif self._folder.s3_options is not None:
-            self._put_or_take_over()
-            self._renewer = threading.Thread(target=self._renew, daemon=True)
+            s3.patiently(self._folder.uri, self._put_or_take_over)
+            is_main = threading.current_thread() is threading.main_thread()
+            self._renewer = threading.Thread(target=self._renew, args=(is_main,), daemon=True)
             self._renewer.start()
         return self
 
@@ -69,8 +81,20 @@ class Claim:
         if self._renewer is not None:
             self._done.set()
             self._renewer.join()
-            if self._content() == self._text():
-                self._folder.remove(CLAIM_NAME)
+            if self._is_lost and (kind is None or kind is KeyboardInterrupt):
+                raise self._lost() from None
+            with suppress(OSError, InputError, WorkerError):  # a claim that stays is taken over
+                if not self._is_lost and self._content() == self._text():
+                    self._folder.remove(CLAIM_NAME)
+
+    def confirm(self) -> None:
+        """Make sure that the claim still holds, before the last write.
+
+        Raises:
+            WorkerError: another job took it over.
+        """
+        if self._renewer is not None and (self._is_lost or not s3.patiently(self._folder.uri, self._put_again)):
+            raise self._lost()
 
     def _lock(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -98,8 +122,8 @@ class Claim:
             return
         content, etag = self._content(), self._etag
         deadline = time.monotonic() + LEASE_S
-        while content and not _is_dead(content) and time.monotonic() < deadline:
-            if _lives_here(content) or self._etag != etag:  # it is renewed
+        while content and (is_alive := _is_alive(content)) is not False and time.monotonic() < deadline:
+            if is_alive or self._etag != etag:  # it is renewed
                 raise self._busy(content)
             time.sleep(POLL_S)
             content = self._content()
@@ -112,7 +136,7 @@ class Claim:
         bucket, key = s3.split_uri(uri)
         try:
             with s3.translated(uri):
-                client = s3.client(self._folder.s3_options)
+                client = s3.client(self._folder.s3_options, read_timeout_s=REQUEST_S, attempts=2)
                 answer = client.put_object(Bucket=bucket, Key=key, Body=self._text().encode(), **condition)
         except (FileExistsError, FileNotFoundError):
             # If the answer to our own put got lost, the retry finds our content.
@@ -127,7 +151,8 @@ class Claim:
         bucket, key = s3.split_uri(uri)
         try:
             with s3.translated(uri):
-                answer = s3.client(self._folder.s3_options).get_object(Bucket=bucket, Key=key)
+                client = s3.client(self._folder.s3_options, read_timeout_s=REQUEST_S, attempts=2)
+                answer = client.get_object(Bucket=bucket, Key=key)
                 content: str = answer["Body"].read().decode()
         except FileNotFoundError:
             return ""
@@ -137,14 +162,32 @@ class Claim:
     def _text(self) -> str:
         return json.dumps({**json.loads(self._me), "renewals": self._renewals})
 
-    def _renew(self) -> None:
+    def _renew(self, interrupts: bool) -> None:
         while not self._done.wait(RENEW_S):
+            try:
+                self._is_lost = self._is_lost or not self._put_again()
+            except (OSError, InputError):
+                continue  # the store is away for others, too
+            if self._is_lost:
+                if interrupts and not self._done.is_set():
+                    _thread.interrupt_main()
+                return
+
+    def _put_again(self) -> bool:
+        """Renew the claim; False if it belongs to another job."""
+        with self._putting:
             self._renewals += 1
             try:
-                if not self._put(IfMatch=self._etag):
-                    return  # taken over; the conditional put of the manifest decides who finishes
-            except (OSError, InputError):
+                return self._put(IfMatch=self._etag)
+            except BaseException:
                 self._renewals -= 1
+                raise
+
+    def _lost(self) -> WorkerError:
+        return WorkerError(
+            f"{self._folder.uri}: another job took this artifact over while this one could not reach the storage, so "
+            "this one stops. Wait for the other (the same command then uses its result)"
+        )
 
     def _busy(self, content: str) -> BusyError:
         holder = _parse(content)
@@ -172,16 +215,17 @@ def _parse(content: str) -> dict[str, Any] | None:
         return None
 
 
-def _lives_here(content: str) -> bool:
-    holder = _parse(content)
-    return (
-        holder is not None
-        and holder["host"] == socket.gethostname()
-        and holder["started"] is not None
-        and _process(holder["pid"])["started"] == holder["started"]
-    )
+def _machine() -> str:
+    """Tells machines and containers apart, whose host names may be equal: only here is a process id of ours valid."""
+    try:
+        return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()}-{os.stat('/proc/self/ns/pid').st_ino}"
+    except OSError:
+        return uuid.uuid4().hex
 
 
-def _is_dead(content: str) -> bool:
+def _is_alive(content: str) -> bool | None:
+    """Whether the holder's process lives; None if that cannot be seen from here."""
     holder = _parse(content)
-    return holder is not None and holder["host"] == socket.gethostname() and not _lives_here(content)
+    if holder is None or holder.get("machine") != _machine():
+        return None
+    return holder["started"] is not None and _process(holder["pid"])["started"] == holder["started"]

@@ -22,7 +22,7 @@ from PIL import Image
 
 from icce_ray.config import Config
 from icce_ray.embed.feature_matrix import load_features
-from icce_ray.errors import InputError
+from icce_ray.errors import InputError, WorkerError
 from icce_ray.images.listing import Listing
 from icce_ray.pipeline import run as pipeline
 from icce_ray.pipeline.plan import plan
@@ -248,17 +248,25 @@ def test_a_dead_machines_claim_is_taken_over_and_a_renewed_one_is_not(
     monkeypatch.setattr(claim, "LEASE_S", 1.0)
     monkeypatch.setattr(claim, "POLL_S", 0.1)
     monkeypatch.setattr(claim, "RENEW_S", 0.2)
-    monkeypatch.setattr(claim.socket, "gethostname", lambda: "machine a")
+    # Two containers with the same host name, where process ids mean different processes.
+    monkeypatch.setattr(claim.socket, "gethostname", lambda: "worker")
+    monkeypatch.setattr(claim, "_machine", lambda: "container a")
     first = Claim(folder).__enter__()
-    monkeypatch.setattr(claim.socket, "gethostname", lambda: "machine b")
-    with pytest.raises(InputError, match=f"process {os.getpid()} on machine a is writing this artifact"):
+    monkeypatch.setattr(claim, "_machine", lambda: "container b")
+    with pytest.raises(InputError, match=f"process {os.getpid()} on worker is writing this artifact"):
         Claim(folder).__enter__()
-    first._done.set()  # the machine is gone: nothing renews the claim, nothing removes it
-    with Claim(folder):
-        with pytest.raises(InputError, match="on machine b is writing"):
+    first._done.set()  # the machine is cut off: nothing renews the claim, nothing removes it
+    with Claim(folder) as second:
+        with pytest.raises(InputError, match="on worker is writing"):
             Claim(folder).__enter__()
-        assert not first._put(IfMatch=first._etag)
+        with pytest.raises(WorkerError, match="another job took this artifact over"):
+            first.confirm()
+        second.confirm()
     assert folder.sizes() == {}
+    with pytest.raises(WorkerError, match="another job took this artifact over"), Claim(folder) as third:
+        folder.write_bytes(claim.CLAIM_NAME, b"{}")  # taken over
+        wait_for(lambda: third._is_lost)
+        time.sleep(60)  # is interrupted
     folder.create_bytes("manifest.json", b"first")
     with pytest.raises(FileExistsError):
         folder.create_bytes("manifest.json", b"second")

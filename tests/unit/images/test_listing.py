@@ -242,6 +242,17 @@ def test_a_refresh_keeps_ids_adds_what_is_new_and_marks_what_is_gone(tmp_path: P
     assert run_stage(config).metrics["num_removed"] == 0
 
 
+def test_the_last_of_many_listings_is_known_without_a_clock(tmp_path: Path) -> None:
+    write_files(tmp_path / "photos", "9.png")
+    expected = names(local(tmp_path))
+    for number in "876543":
+        write_files(tmp_path / "photos", f"{number}.png")
+        pipeline.refresh_listing(local(tmp_path), True)
+        expected.append(f"{number}.png")
+        assert names(local(tmp_path)) == expected
+    assert run_stage(local(tmp_path)).metrics["generation"] == 7
+
+
 def test_a_refresh_keeps_the_ids_of_the_images_in_a_shard_that_did_not_change(tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
     for shard in ("a", "b"):
