@@ -42,7 +42,8 @@ def run(config: Config, context: StageContext) -> dict[str, Any]:
 
     Returns:
         Metrics: num_images, num_removed, skipped (what lies there and is not taken, by ending or kind), size_bytes
-        (None if unknown), list_s; digest and files_digest, which identify the snapshot; generation, 1 more than that of the listing before.
+        (None if unknown), list_s; digest and files_digest, which identify the snapshot; generation, 1 more than that
+        of the listing before.
 
     Raises:
         InputError: nothing there, no images, or a list or container that cannot be read.

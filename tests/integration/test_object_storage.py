@@ -263,13 +263,18 @@ def test_a_dead_machines_claim_is_taken_over_and_a_renewed_one_is_not(
             first.confirm()
         second.confirm()
     assert folder.sizes() == {}
-    with pytest.raises(WorkerError, match="another job took this artifact over"), Claim(folder) as third:
-        folder.write_bytes(claim.CLAIM_NAME, b"{}")  # taken over
-        wait_for(lambda: third._is_lost)
-        time.sleep(60)  # is interrupted
+    with pytest.raises(WorkerError, match="another job took this artifact over"):
+        _work_while_another_takes_over(folder)
+    folder.remove(claim.CLAIM_NAME)
     folder.create_bytes("manifest.json", b"first")
     with pytest.raises(FileExistsError):
         folder.create_bytes("manifest.json", b"second")
+
+
+def _work_while_another_takes_over(folder: Folder) -> None:
+    with Claim(folder):
+        folder.write_bytes(claim.CLAIM_NAME, b"{}")
+        time.sleep(60)  # is interrupted
 
 
 @pytest.mark.slow
