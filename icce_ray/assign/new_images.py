@@ -112,6 +112,7 @@ def assign_images(
         raise InputError(f"{run} is a model folder without a run: give output (--output), the place for the results")
     for section, uri in (("images", images), ("embeddings", embeddings)):
         settings[section] = settings.get(section, {}) | {"uri": None if uri is None else str(uri)}
+    settings["embeddings"].pop("extra", None)  # the model takes the first feature set
     config = _config_for(model, settings | {"output": place}, list(overrides))
     trained = PlannedStage(CLASSIFIER, model.fingerprint, {}, model.folder, model)
     planned = plan(config, IMAGE_STAGES if images is not None else EMBEDDING_STAGES, [trained])

@@ -24,6 +24,7 @@ from icce_ray.config.method_settings import (
 from icce_ray.config.presets import PRESETS
 from icce_ray.config.schema import AUTO, ClusteringConfig, Config
 from icce_ray.config.section import PositiveFloat, PositiveInt, Section
+from icce_ray.config.turtle_settings import TurtleConfig
 
 __all__ = [
     "AUTO",
@@ -50,6 +51,7 @@ __all__ = [
     "SampleConfig",
     "Section",
     "StorageConfig",
+    "TurtleConfig",
     "WorkerResources",
     "apply_override",
     "build_config",

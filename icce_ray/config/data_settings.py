@@ -42,6 +42,15 @@ class EmbeddingsConfig(Section):
     list column. float16 is kept; everything else becomes float32."""
     column: str | None = None
     """Parquet list column with the embeddings. Not set: the only list column."""
+    extra: tuple[Place, ...] = ()
+    """More embeddings of the same images in the same order, by other backbones: more feature sets. Later stages use the
+    first feature set; the method `turtle` uses all."""
+
+    @model_validator(mode="after")
+    def _check(self) -> EmbeddingsConfig:
+        if self.extra and self.uri is None:
+            raise ValueError("extra is given, but uri is not; name the first embeddings with uri")
+        return self
 
 
 PIXELS = "pixels"
@@ -66,7 +75,8 @@ class BackboneConfig(Section):
 class EmbedConfig(BackboneConfig):
     extra: tuple[BackboneConfig, ...] = ()
     """More backbones, which make more feature sets in the same pass: each image is read and decoded once. Each takes
-    the settings above, such as `{backbone: resnet50.a1_in1k}`. Later stages use the first feature set."""
+    the settings above, such as `{backbone: resnet50.a1_in1k}`. Later stages use the first feature set; the method
+    `turtle` uses all."""
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Precision of the networks' matrix products. `auto`: bfloat16 if the worker's processor multiplies it natively,
     else float32. Set it if machines differ and every bit must agree. Embeddings are stored as float16 in any case."""
@@ -83,7 +93,7 @@ class EmbedConfig(BackboneConfig):
 
     @property
     def backbones(self) -> tuple[BackboneConfig, ...]:
-        """All backbones; later stages use the first."""
+        """All backbones."""
         return (self, *self.extra)
 
 

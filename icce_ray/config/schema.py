@@ -45,6 +45,7 @@ from icce_ray.config.method_settings import (
 )
 from icce_ray.config.presets import PRESETS
 from icce_ray.config.section import Place, PositiveInt, Section
+from icce_ray.config.turtle_settings import TurtleConfig
 from icce_ray.errors import ConfigError
 from icce_ray.methods import METHODS
 
@@ -63,10 +64,11 @@ class ClusteringConfig(Section):
     """Used if `num_clusters` is `auto`."""
     method: str | tuple[str, ...] = "icce"
     """How the images are clustered: `icce` (arXiv 2511.16213), `temi` (arXiv 2303.17896), or `scan`, the loss of arXiv
-    2005.12320 on frozen features; or one of scikit-learn's clusterers, set by `conventional`: `agglomerative`,
-    `spectral`, `affinity_propagation`, `hdbscan`, `gmm`. It fills in the settings that it needs and the config leaves
-    open. A list, such as `[icce, scan]`, runs each over the same sample and makes one consensus of all, in which every
-    method has the same weight."""
+    2005.12320 on frozen features; `turtle` (arXiv 2406.07236), which uses all feature sets, where the others use the
+    first; or one of scikit-learn's clusterers, set by `conventional`: `agglomerative`, `spectral`,
+    `affinity_propagation`, `hdbscan`, `gmm`. It fills in the settings that it needs and the config leaves open. A list,
+    such as `[icce, scan]`, runs each over the same sample and makes one consensus of all, in which every method has the
+    same weight."""
     preset: Literal["paper"] | None = None
     """`paper`: every constant as the ICCE paper has it, where the config leaves it open. Not set: our defaults, which
     were measured to be better; docs/METHOD.md lists where they differ."""
@@ -75,6 +77,7 @@ class ClusteringConfig(Section):
     sample: SampleConfig = SampleConfig()
     neighbors: NeighborsConfig = NeighborsConfig()
     heads: HeadsConfig = HeadsConfig()
+    turtle: TurtleConfig = TurtleConfig()
     conventional: ConventionalConfig = ConventionalConfig()
     consensus: ConsensusConfig = ConsensusConfig()
     classifier: ClassifierConfig = ClassifierConfig()

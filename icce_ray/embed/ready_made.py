@@ -19,7 +19,7 @@ from icce_ray.embed.embedding_parts import (
 )
 from icce_ray.embed.finished_parts import Tally
 from icce_ray.errors import InputError
-from icce_ray.images.embedding_files import Embeddings, open_embeddings
+from icce_ray.images.embedding_files import Embeddings, open_embedding_sets
 from icce_ray.images.listing import Listing
 from icce_ray.stage import StageContext
 from icce_ray.store.part_records import PartRecords
@@ -31,28 +31,33 @@ def rewrite_embeddings(config: EmbeddingsConfig, context: StageContext) -> dict[
     Raises:
         InputError: embeddings that cannot be used, or that have changed since they were listed.
     """
-    listing, embeddings = Listing(context.inputs["images"]), open_embeddings(config)
-    if embeddings.num_rows != len(listing):
+    listing, sets = Listing(context.inputs["images"]), open_embedding_sets(config)
+    if sets[0].num_rows != len(listing):
         raise InputError(f"embeddings.uri: {config.uri} changed while it was being read; run again")
     tally = Tally(context, listing, max_error_rate=0.0)
     records = PartRecords(context.output.folder, source_digest(context.inputs["images"]))
-    rows_per_part = ready_made_rows_per_part(embeddings.dim, embeddings.dtype.itemsize)
+    dims = tuple(found.dim for found in sets)
+    rows_per_part = ready_made_rows_per_part(sum(dims), max(found.dtype.itemsize for found in sets))
     pending = tally.resume(plan_parts(len(listing), rows_per_part), records)
-    for part in _write_parts(embeddings, pending, records):
+    for part in _write_parts(sets, dims, pending, records):
         tally.add(part)
     records.clear()
-    return tally.finish("ready-made")
+    names = ["ready-made", *(f"ready-made {number}" for number in range(2, len(sets) + 1))]
+    return tally.finish(names[0]) | ({"feature_sets": names, "dims": dims} if len(sets) > 1 else {})
 
 
-def _write_parts(embeddings: Embeddings, pending: list[PartRange], records: PartRecords) -> Iterator[FinishedPart]:
-    """The source is read once, in order, from the first of the `pending` parts on."""
+def _write_parts(
+    sets: list[Embeddings], dims: tuple[int, ...], pending: list[PartRange], records: PartRecords
+) -> Iterator[FinishedPart]:
+    """Each source is read once, in order, from the first of the `pending` parts on."""
     if not pending:
         return
     by_start = {part.start: part for part in pending}
     position = pending[0].start
-    for rows_nD in embeddings.blocks(pending[0].num_images, position):
+    for blocks in zip(*(found.blocks(pending[0].num_images, position) for found in sets), strict=True):
+        rows_nD = blocks[0] if len(blocks) == 1 else np.concatenate(blocks, axis=1)
         part = by_start.get(position)
         if part is not None:
             assert len(rows_nD) == part.num_images
-            yield write_part(records, part, part_table(np.arange(part.start, part.stop), rows_nD))
+            yield write_part(records, part, part_table(np.arange(part.start, part.stop), rows_nD, dims=dims))
         position += len(rows_nD)

@@ -78,6 +78,23 @@ def open_embeddings(config: EmbeddingsConfig) -> Embeddings:
     raise InputError(f"embeddings.uri: {config.uri} is not a .npy or .parquet file, nor a folder of .parquet files")
 
 
+def open_embedding_sets(config: EmbeddingsConfig) -> list[Embeddings]:
+    """Open `config.uri` and all of `config.extra`, as :func:`open_embeddings`.
+
+    Raises:
+        InputError: as there, or the numbers of rows differ.
+    """
+    places = (config.uri, *config.extra)
+    sets = [open_embeddings(config.model_copy(update={"uri": place})) for place in places]
+    for place, found in zip(places, sets, strict=True):
+        if found.num_rows != sets[0].num_rows:
+            raise InputError(
+                f"embeddings.extra: {place} has {found.num_rows:,} rows, {config.uri} has {sets[0].num_rows:,}; "
+                "all must have the same images in the same order"
+            )
+    return sets
+
+
 class NpyEmbeddings:
     """An (N, D) floating-point array. On remote storage it is read by byte ranges, never as a whole."""
 

@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import pyarrow as pa
@@ -25,7 +25,7 @@ import pyarrow.compute as pc
 
 from icce_ray.config import Config, EmbeddingsConfig, ImagesConfig
 from icce_ray.images.containers import file_of, locate, members
-from icce_ray.images.embedding_files import open_embeddings
+from icce_ray.images.embedding_files import open_embedding_sets, open_embeddings
 from icce_ray.images.file_table import File, FileTable
 from icce_ray.images.image_files import iter_files
 from icce_ray.images.listing import LISTING_PREFIX, REMOVED, Entry, Listing, number_entries
@@ -210,7 +210,7 @@ def _generation(listing: Artifact) -> int:
 
 def _embeddings_digest(embeddings: EmbeddingsConfig, images: ImagesConfig) -> str:
     digest = hashlib.sha256()
-    for file in open_embeddings(embeddings).files:
+    for file in chain.from_iterable(found.files for found in open_embedding_sets(embeddings)):
         digest.update(f"{file.uri}\0{file.size_bytes}\0{file.mtime_ns}\n".encode())
     digest.update(images.uri_column.encode())
     return digest.hexdigest()

@@ -106,6 +106,16 @@ METHODS: dict[str, Method] = {
             "consensus": {"methods": ("best_head",), "refine": False},
         },
     ),
+    # arXiv 2406.07236.
+    "turtle": Method(
+        job="icce_ray.methods.turtle.job",
+        section="turtle",
+        version=1,
+        needs_graph=False,
+        unit="steps",
+        settings={"consensus": {"methods": ("best_head",), "refine": False}},
+        free_settings=frozenset({"checkpoint_interval_s"}),
+    ),
     # arXiv 2406.02465 compares these on frozen features.
     "agglomerative": _conventional(20_000, finds_num_clusters=lambda section: section.distance_threshold is not None),
     "spectral": _conventional(10_000, {"conventional": {"representation": "raw"}}),

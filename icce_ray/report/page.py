@@ -112,6 +112,7 @@ def render(
     errors = inputs["embed"].read_table("errors.parquet")
     history = read_history(inputs["method"])
     metrics = inputs["evaluate"].metrics
+    # Not every method has a graph.
     audit = inputs["neighbors"].read_json("audit.json") if "neighbors" in inputs else None
     source = ", ".join(config.images.uris) or config.embeddings.uri or ""
     tree = Hierarchy.from_table(inputs["consensus"].read_table(HIERARCHY_NAME))

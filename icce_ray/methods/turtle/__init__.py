@@ -1,0 +1,1 @@
+"""TURTLE: labels that linear classifiers learn quickly (docs/METHOD.md, "TURTLE")."""

@@ -1,0 +1,136 @@
+"""One step of TURTLE: train linear classifiers on the present labels, then move the labels to where these classifiers
+predict them (docs/METHOD.md, "TURTLE").
+
+The gradients are written by hand: an inner step then takes one pass over the features, each chunk of rows by one
+thread.
+
+Shape letters: n rows of a chunk, D dimensions of a space, K clusters. Logits and labels are K x n, because a softmax
+over few contiguous numbers is slow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial, reduce
+
+import torch
+
+from icce_ray.methods.turtle.feature_batches import Chunk, FeatureBatch
+from icce_ray.methods.turtle.linear_layers import AdamParameters, Layers, TaskEncoder
+from icce_ray.runtime.threads import ThreadPool
+
+TINY = 1e-30
+"""Keeps the logarithm of the share of an empty cluster finite."""
+
+Gradients = list[tuple[torch.Tensor, torch.Tensor]]
+"""Of weights (D, K) and biases (K,) of each space."""
+
+
+@dataclass(frozen=True)
+class StepLosses:
+    """The parts of the loss of a step, before its update; tensors, so that a GPU doesn't wait for them."""
+
+    prediction_error: torch.Tensor
+    """Cross-entropy of the trained classifiers with the labels, summed over spaces."""
+    entropy: torch.Tensor
+    """Entropy of the mean label, summed over spaces, in nats."""
+
+
+def bilevel_step(
+    encoder: TaskEncoder,
+    inner: Sequence[AdamParameters],
+    batch: FeatureBatch,
+    *,
+    inner_steps: int,
+    entropy_weight: float,
+    pool: ThreadPool,
+) -> StepLosses:
+    """Train the inner classifiers on the labels of the encoder and update the encoder, both in place.
+
+    Args:
+        encoder: makes the labels.
+        inner: weights and biases of the classifier of each space.
+        batch: the rows of this step.
+        inner_steps: updates of the classifiers.
+        entropy_weight: gamma.
+        pool: threads for the chunks. Their number does not change a bit.
+    """
+    chunks, num_rows = batch.chunks, batch.num_rows
+    encoder_layers = pool.call(lambda: batch.cast(encoder.layers))
+
+    def make_labels(chunk: Chunk) -> tuple[list[torch.Tensor], torch.Tensor, list[torch.Tensor]]:
+        spaces = soft_labels(chunk, encoder_layers)
+        return spaces, mean_label(spaces), [label_Kn.sum(dim=1) for label_Kn in spaces]
+
+    labels, targets, sums = zip(*pool.map(make_labels, chunks), strict=True)
+
+    def inner_gradients(part: tuple[Chunk, torch.Tensor], layers: Layers) -> Gradients:
+        chunk, target_Kn = part
+        slopes = [(predicted_Kn - target_Kn).div_(num_rows) for predicted_Kn in soft_labels(chunk, layers)]
+        return _through_layers(chunk, slopes)
+
+    for _ in range(inner_steps):
+        compute = partial(inner_gradients, layers=batch.cast(_layers(inner)))
+        gradients = _sum_over_chunks(pool.map(compute, zip(chunks, targets, strict=True)))
+        for parameters, (weight_DK, bias_K) in zip(inner, gradients, strict=True):
+            parameters.update([weight_DK, bias_K])
+
+    shares = [reduce(torch.add, space) / num_rows for space in zip(*sums, strict=True)]
+    log_shares = [share_K.clamp_min(TINY).log() for share_K in shares]
+
+    inner_layers = batch.cast(_layers(inner))
+
+    def outer_gradients(part: tuple[Chunk, torch.Tensor, list[torch.Tensor]]) -> tuple[torch.Tensor, Gradients]:
+        chunk, target_Kn, spaces = part
+        logits = _logits(chunk, inner_layers)
+        surprise_Kn = -reduce(torch.add, [torch.log_softmax(logits_Kn, dim=0) for logits_Kn in logits])
+        slopes = []
+        for label_Kn, log_share_K in zip(spaces, log_shares, strict=True):
+            slope_Kn = surprise_Kn / len(spaces) + entropy_weight * log_share_K[:, None]
+            slopes.append((slope_Kn - (label_Kn * slope_Kn).sum(dim=0)) * label_Kn / num_rows)
+        return (surprise_Kn * target_Kn).sum(), _through_layers(chunk, slopes)
+
+    errors, found = zip(*pool.map(outer_gradients, zip(chunks, targets, labels, strict=True)), strict=True)
+    pool.call(lambda: encoder.update(_sum_over_chunks(found)))
+    entropies = [-(share_K * log_K).sum() for share_K, log_K in zip(shares, log_shares, strict=True)]
+    return StepLosses(reduce(torch.add, errors) / num_rows, reduce(torch.add, entropies))
+
+
+def soft_labels(chunk: Chunk, layers: Layers) -> list[torch.Tensor]:
+    """Softmax of the layer of each space, (K, n) float32."""
+    return [torch.softmax(logits_Kn, dim=0) for logits_Kn in _logits(chunk, layers)]
+
+
+def mean_label(spaces: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The label that the spaces make together, (K, n)."""
+    return spaces[0] if len(spaces) == 1 else reduce(torch.add, spaces) / len(spaces)
+
+
+def _logits(chunk: Chunk, layers: Layers) -> list[torch.Tensor]:
+    logits = []
+    for features_nD, (weight_DK, bias_K) in zip(chunk.features_nD, layers, strict=True):
+        logits_nK = (features_nD @ weight_DK).float()
+        logits.append(logits_nK.t().contiguous().add_(bias_K[:, None]))
+    return logits
+
+
+def _through_layers(chunk: Chunk, slopes: Sequence[torch.Tensor]) -> Gradients:
+    """Gradients of the layers, from those of their logits (K, n)."""
+    found = []
+    for features_Dn, slope_Kn in zip(chunk.features_Dn, slopes, strict=True):
+        slope_nK = slope_Kn.to(features_Dn.dtype).t().contiguous()
+        found.append(((features_Dn @ slope_nK).float(), slope_Kn.sum(dim=1)))
+    return found
+
+
+def _sum_over_chunks(found: Sequence[Gradients]) -> Gradients:
+    """Added in the order of the chunks."""
+    return [
+        (reduce(torch.add, [weight_DK for weight_DK, _ in space]), reduce(torch.add, [bias_K for _, bias_K in space]))
+        for space in zip(*found, strict=True)
+    ]
+
+
+def _layers(inner: Sequence[AdamParameters]) -> Layers:
+    return [(parameters.tensors[0], parameters.tensors[1]) for parameters in inner]

@@ -1,0 +1,56 @@
+"""The features of a batch, in chunks of rows that threads work on.
+
+Shape letters: n rows of a chunk, B rows of a batch, D dimensions of a space.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+
+from icce_ray.methods.turtle.linear_layers import Layers
+
+MAX_CHUNK_ROWS = 1280
+"""Rows that a CPU's thread works on at a time: their features in bfloat16 are of the size of a core's cache."""
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Some rows in every space, in both orders: a product with a matrix of few columns is two to three times as fast if
+    the inner dimension is contiguous."""
+
+    features_nD: list[torch.Tensor]
+    features_Dn: list[torch.Tensor]
+
+
+@dataclass(frozen=True)
+class FeatureBatch:
+    """The chunks of a batch. They depend on its size and the kind of device alone, and so do all sums over them."""
+
+    num_rows: int
+    chunks: list[Chunk]
+
+    @classmethod
+    def of(cls, features_BD: Sequence[torch.Tensor]) -> FeatureBatch:
+        """A batch of the features of each space."""
+        num_rows = len(features_BD[0])
+        chunks = []
+        for rows in chunk_slices(num_rows, features_BD[0].device):
+            parts = [space_BD[rows] for space_BD in features_BD]
+            chunks.append(Chunk(parts, [part.t().contiguous() for part in parts]))
+        return cls(num_rows, chunks)
+
+    def cast(self, layers: Layers) -> Layers:
+        """The layers with weights in the dtype of the features, once for all chunks."""
+        dtype = self.chunks[0].features_nD[0].dtype
+        return [(weight_DK.to(dtype), bias_K) for weight_DK, bias_K in layers]
+
+
+def chunk_slices(num_rows: int, device: torch.device) -> list[slice]:
+    """Chunks of nearly equal size; a GPU takes all rows at once."""
+    num_chunks = 1 if device.type == "cuda" else -(-num_rows // MAX_CHUNK_ROWS)
+    bounds = [chunk * num_rows // num_chunks for chunk in range(num_chunks + 1)]
+    return [slice(start, stop) for start, stop in pairwise(bounds)]

@@ -1,0 +1,72 @@
+"""The memory that TURTLE takes, computed before it starts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from icce_ray.config import TurtleConfig
+from icce_ray.errors import ResourceError
+from icce_ray.methods.turtle.feature_batches import chunk_slices
+from icce_ray.runtime.machine import available_memory_bytes
+
+WORK_ARRAYS = 6
+"""Largest number of K x n float32 arrays of a chunk of n rows at a time."""
+PARAMETER_COPIES = 12
+"""Float32 arrays of D x K: encoder and classifier with their gradients and Adam's two moments, and the normalised
+weights."""
+
+
+def training_bytes(
+    settings: TurtleConfig,
+    *,
+    num_images: int,
+    dims: Sequence[int],
+    num_clusters: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    num_threads: int = 1,
+) -> int:
+    """Memory of a worker, in bytes, for N images in S spaces of D dimensions, B of them in a batch, features of b
+    bytes: over all spaces ``b N D`` features, ``2 b B D`` a batch in both orders, ``4 D D`` the rotation,
+    ``48 D K`` parameters, ``(b + 4) D K`` the gradient of each chunk; ``4 B K (S + 1)`` labels, ``24 n K`` for each
+    chunk of n rows that is worked on, ``8 N`` labels of all images.
+    """
+    batch_size = min(num_images, settings.batch_size)
+    chunks = chunk_slices(batch_size, device)
+    chunk_rows: int = max(rows.stop - rows.start for rows in chunks)
+    at_once = min(len(chunks), num_threads)
+    total_dim, b, K = sum(dims), dtype.itemsize, num_clusters
+    features = b * total_dim * (num_images + 2 * batch_size) + 4 * max(dims) ** 2
+    parameters = total_dim * K * (4 * PARAMETER_COPIES + (b + 4) * len(chunks))
+    labels = 4 * batch_size * K * (len(dims) + 1) + 4 * WORK_ARRAYS * chunk_rows * K * at_once * len(dims)
+    return features + parameters + labels + 8 * num_images
+
+
+def check_memory(
+    settings: TurtleConfig,
+    *,
+    num_images: int,
+    dims: Sequence[int],
+    num_clusters: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    num_threads: int = 1,
+) -> None:
+    """Refuse before anything is allocated.
+
+    Raises:
+        ResourceError: how much is needed, how much there is, what to change.
+    """
+    needed = training_bytes(
+        settings, num_images=num_images, dims=dims, num_clusters=num_clusters, dtype=dtype, device=device,
+        num_threads=num_threads,
+    )  # fmt: skip
+    available = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory_bytes()
+    if needed > available:
+        raise ResourceError(
+            f"turtle: {num_images:,} images with {' + '.join(map(str, dims))} dimensions, {num_clusters:,} clusters "
+            f"and batches of {settings.batch_size:,} need about {needed / 1e9:.1f} GB on each worker; "
+            f"{available / 1e9:.1f} GB are free. Lower sample.max_images or turtle.batch_size, or use larger machines"
+        )
