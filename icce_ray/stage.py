@@ -37,6 +37,8 @@ class Stage:
     chooses_number: bool = False
     """Whether it chooses the number of clusters: its metrics then have `num_clusters`, and later stages are planned
     once it is finished."""
+    shortcut: Callable[[Config], str] | None = None
+    """What to set to be done much sooner, empty if nothing: said when the stage turns out to take hours."""
     sees_labels: bool = False
     """Whether `run`, `settings` and `check` may know where the true labels are. Only evaluation may."""
 

@@ -156,11 +156,12 @@ def embed_contents(
     backbone: Backbone,
     batch_size: int,
     attempt: Attempt | UnrecordedAttempt | None = None,
+    on_batch: Callable[[int], None] | None = None,
 ) -> dict[str, Outcome]:
     """Embed contents of a decoded part: a finite (D,) float16 by hash, or why there is none.
 
     All batches of a part have the same shape, filled up with repeats, so an image's embedding does not depend on which
-    others are embedded beside it.
+    others are embedded beside it. `on_batch` is told after each how many images were embedded so far.
     """
     attempt = attempt or UnrecordedAttempt()
     wanted = set(hashes)
@@ -178,6 +179,8 @@ def embed_contents(
         embeddings = backbone.embed(decoded.pixels[padded])[: len(rows)]
         for image_id, embedding in zip(ids, embeddings, strict=True):
             outcomes[hash_of[image_id]] = _checked(embedding)
+        if on_batch is not None:
+            on_batch(len(outcomes))
     return outcomes
 
 

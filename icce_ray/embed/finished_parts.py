@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -47,6 +48,10 @@ class Tally:
         self._num_embedded = 0
         self._kinds: set[tuple[int, str]] = set()
         self._started = time.monotonic()
+        self._finished: set[str] = set()
+        self._unfinished: dict[str, int] = {}
+        self._shown = 0
+        self._showing = threading.Lock()
 
     def resume(self, parts: Sequence[PartRange], records: PartRecords) -> list[PartRange]:
         """Take in the parts that an earlier run finished. Returns those that are left to do."""
@@ -84,13 +89,29 @@ class Tally:
         self._num_embedded += metrics["num_embedded"]
         self._duplicates.add(part.image_ids, part.hashes)
         num_listed = len(self._listing)
-        self._context.progress.update(self._num_done, num_listed, num_errors=len(self._errors))
+        self._finished.add(part.record.name)
+        self._show()
         if len(self._errors) - self._num_removed > self._max_error_rate * num_listed:
             raise InputError(
                 f"{len(self._errors):,} of {num_listed:,} images cannot be used so far, more than "
                 f"embed.max_error_rate ({self._max_error_rate:g}) allows: {self._reasons_with_examples()}. "
                 "Repair or remove them, or raise embed.max_error_rate; finished parts are kept"
             )
+
+    def add_batch(self, part: PartRange, num_embedded: int) -> None:
+        """Show how many images of an unfinished part are embedded. May be called by another thread, and too late."""
+        self._show({part.name: num_embedded})
+
+    def _show(self, batches: Mapping[str, int] | None = None) -> None:
+        with self._showing:
+            self._unfinished = {
+                name: number
+                for name, number in {**self._unfinished, **(batches or {})}.items()
+                if name not in self._finished
+            }
+            # Never backwards: a worker that died, or a part that is reported late, would give a negative rate.
+            self._shown = max(self._shown, self._num_done + sum(self._unfinished.values()))
+            self._context.progress.update(self._shown, len(self._listing), num_errors=len(self._errors))
 
     def finish(self, feature_set: str) -> dict[str, Any]:
         """Write the tables of errors and duplicates.

@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import json
 import math
+import threading
+import time
 import warnings
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from typing import Any, cast
 
@@ -54,6 +56,8 @@ from icce_ray.store.part_records import PartRecord
 from icce_ray.store.s3 import use_s3
 
 NO_PROGRESS_TIMEOUT_S = 1800.0
+POST_INTERVAL_S = 2.0
+"""How often workers say how far they are in a part."""
 PARTS_PER_ACTOR = 3
 """Decoded parts for each actor: the one it works on, and those that wait."""
 
@@ -140,7 +144,9 @@ class Embedder:
             num_threads=num_threads,
             device=device,
             decode=lambda part: task.decode(part, listing),
+            on_batch=self._post,
         )
+        self._index, self._posted_at = index, time.monotonic()
         if any(backbone.backbone != PIXELS for backbone in task.config.embed.backbones):
             import timm  # noqa: F401  # takes seconds, in which the first part is being decoded
 
@@ -155,6 +161,52 @@ class Embedder:
         except (errors.UserError, errors.WorkerError) as error:
             return _to_row(error=_to_text(error))
         return _to_row(finished.record.model_dump_json(), finished.image_ids, finished.hashes)
+
+    def _post(self, part: PartRange, num_embedded: int) -> None:
+        """Tell the driver about a part that takes long. Nothing waits for that."""
+        if time.monotonic() - self._posted_at >= POST_INTERVAL_S:
+            self._posted_at = time.monotonic()
+            self._index.post_batch.remote(part, num_embedded)
+
+
+class _IndexActor(ContentIndex):
+    """The content index, which also passes on how far the workers are in their parts."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._batches: dict[str, tuple[PartRange, int]] = {}
+
+    def post_batch(self, part: PartRange, num_embedded: int) -> None:
+        self._batches[part.name] = part, num_embedded
+
+    def take_batches(self) -> list[tuple[PartRange, int]]:
+        """What was posted since the last call, the latest for each part."""
+        taken, self._batches = list(self._batches.values()), {}
+        return taken
+
+
+@contextmanager
+def _batches_shown(index: Any, on_batch: Callable[[PartRange, int], None]) -> Iterator[None]:
+    """While the block runs, a thread asks the index how far the workers are."""
+    import ray
+
+    ended = threading.Event()
+
+    def show() -> None:
+        while not ended.wait(POST_INTERVAL_S):
+            try:
+                for part, num_embedded in ray.get(index.take_batches.remote(), timeout=POST_INTERVAL_S):
+                    on_batch(part, num_embedded)
+            except ray.exceptions.RayError:  # the index is starting again, or busy
+                continue
+
+    thread = threading.Thread(target=show, name="icce_ray-embed-progress", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 class _RemoteIndex:
@@ -210,17 +262,19 @@ def _embed_all(task: EmbedTask, pending: list[PartRange], tally: Tally, progress
         return
     resources = task.config.resources
     if runs_here(resources, num_images):
-        parts = embed_here(task, pending)
+        parts = embed_here(task, pending, tally.add_batch)
     else:
         wait_for_machines(resources, "embed", progress.note)
-        parts = _embed_on_ray(task, pending)
+        parts = _embed_on_ray(task, pending, tally.add_batch)
     # Closed, so that a run that stops because of its errors doesn't leave its workers working.
     with closing(parts) as finished:
         for part in finished:
             tally.add(part)
 
 
-def _embed_on_ray(task: EmbedTask, pending: list[PartRange]) -> Generator[FinishedPart, None, None]:
+def _embed_on_ray(
+    task: EmbedTask, pending: list[PartRange], on_batch: Callable[[PartRange, int], None]
+) -> Generator[FinishedPart, None, None]:
     """Embed the `pending` parts; yields each as it is finished, in any order."""
     import ray
     import ray.data
@@ -246,10 +300,14 @@ def _embed_on_ray(task: EmbedTask, pending: list[PartRange]) -> Generator[Finish
         object_store_memory=ahead * part_bytes
     )
     index: Any = (
-        ray.remote(ContentIndex).options(num_cpus=0, max_restarts=-1, max_task_retries=-1).remote(task.folders)  # type: ignore[attr-defined]
+        ray.remote(_IndexActor).options(num_cpus=0, max_restarts=-1, max_task_retries=-1).remote(task.folders)  # type: ignore[attr-defined]
     )
     try:
-        with ray.data.DataContext.current(data_context), warnings.catch_warnings():
+        with (
+            ray.data.DataContext.current(data_context),
+            warnings.catch_warnings(),
+            _batches_shown(index, on_batch),
+        ):
             warnings.simplefilter("ignore")  # Ray Data warns of max_retries, which it has no parameter for yet
             dataset = (
                 _one_block_per_part(pending, decoding_cpus)

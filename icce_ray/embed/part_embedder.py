@@ -8,7 +8,7 @@ from collections.abc import Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import cycle
 from typing import Any
 
@@ -80,6 +80,7 @@ class PartEmbedder:
         num_threads: of the backbone.
         device: of the backbone.
         decode: decodes all images of a part, also those that the index knows.
+        on_batch: told, after each batch, the part and how many of its images were embedded so far.
     """
 
     def __init__(
@@ -90,6 +91,7 @@ class PartEmbedder:
         num_threads: int,
         device: str,
         decode: Callable[[PartRange], DecodedPart],
+        on_batch: Callable[[PartRange, int], None],
     ) -> None:
         self._task = task
         self._index = index
@@ -97,6 +99,7 @@ class PartEmbedder:
         self._num_threads = num_threads
         self._device = device
         self._decode = decode
+        self._on_batch = on_batch
 
     @cached_property
     def _backbone(self) -> Backbone:
@@ -111,7 +114,8 @@ class PartEmbedder:
             skipped = {content for content, row in zip(decoded.hashes, decoded.rows, strict=True) if row < 0}
             if not skipped.isdisjoint(hashes):  # on storage when decoding was skipped, but no longer
                 decoded = self._decode(part)
-            return embed_contents(part, decoded, hashes, self._backbone, self._backbone.batch_size, attempt)
+            on_batch = partial(self._on_batch, part)
+            return embed_contents(part, decoded, hashes, self._backbone, self._backbone.batch_size, attempt, on_batch)
 
         contents = list(dict.fromkeys(decoded.hashes))
         outcomes, embedded = gather(part.file_name, contents, self._index, self._reader, embed)
@@ -123,7 +127,9 @@ class PartEmbedder:
         return finished
 
 
-def embed_here(task: EmbedTask, pending: list[PartRange]) -> Generator[FinishedPart, None, None]:
+def embed_here(
+    task: EmbedTask, pending: list[PartRange], on_batch: Callable[[PartRange, int], None]
+) -> Generator[FinishedPart, None, None]:
     """Embed the `pending` parts in this process; yields each as it is finished, in order. Other processes decode."""
     index, listing = ContentIndex(task.folders), Listing(task.images)
     num_processes = min(usable_cpus(), len(pending))
@@ -138,7 +144,12 @@ def embed_here(task: EmbedTask, pending: list[PartRange]) -> Generator[FinishedP
             return thread.submit(task.decode, part, listing, decode=process.decode, **options)
 
         embedder = PartEmbedder(
-            task, index, num_threads=usable_cpus(), device="cpu", decode=lambda part: start(part).result()
+            task,
+            index,
+            num_threads=usable_cpus(),
+            device="cpu",
+            decode=lambda part: start(part).result(),
+            on_batch=on_batch,
         )
         waiting, decoding = deque(pending), deque[tuple[PartRange, Future[DecodedPart]]]()
         while waiting or decoding:

@@ -6,6 +6,9 @@ from icce_ray.config import Config
 from icce_ray.stage import Settings, Stage
 from icce_ray.store import Artifact
 
+SMALL_BACKBONE = "vit_small_patch14_dinov2.lvd142m"
+"""On a CPU, some 14 times as fast as the default."""
+
 
 def _settings(config: Config) -> Settings:
     from icce_ray.embed.backbone_plan import embed_settings
@@ -20,7 +23,16 @@ def _check(config: Config) -> None:
         check_backbones(config.embed)
 
 
-EMBED = Stage("embed", "icce_ray.embed.job", 5, ("images",), _settings, check=_check)
+def _shortcut(config: Config) -> str:
+    hints = []
+    if config.embed.backbone != SMALL_BACKBONE:
+        hints.append(f"a small backbone (embed.backbone={SMALL_BACKBONE})")
+    if not config.resources.embed.gpus_per_worker:
+        hints.append("a GPU (resources.embed.gpus_per_worker=1)")
+    return ", ".join(hints) if config.embeddings.uri is None else ""
+
+
+EMBED = Stage("embed", "icce_ray.embed.job", 5, ("images",), _settings, check=_check, shortcut=_shortcut)
 
 
 def num_failed(embed: Artifact) -> int:

@@ -177,8 +177,8 @@ def check_hub(name: str) -> None:
 def no_hub(name: str, reason: str) -> ResourceError:
     return ResourceError(
         f"embed.weights: the weights of {name} could not be fetched from the model hub ({reason}). Without a "
-        "network, download them elsewhere and set embed.weights to the .safetensors or .pth file; "
-        "`embed.backbone=pixels` needs none"
+        "network, download them elsewhere and name the .safetensors or .pth file (--set embed.weights=FILE); "
+        "--set embed.backbone=pixels needs none"
     )
 
 

@@ -30,5 +30,23 @@ def method_stage(name: str, *, chooses_number: bool = False) -> Stage:
 
     inputs = ("embed", "sample", "neighbors") if method.needs_graph else ("embed", "sample")
     return Stage(
-        "method", method.job, method.version, inputs, settings, method.unit, check, chooses_number=chooses_number
+        "method",
+        method.job,
+        method.version,
+        inputs,
+        settings,
+        method.unit,
+        check,
+        chooses_number=chooses_number,
+        shortcut=_fewer_heads if method.section == "heads" else None,
     )
+
+
+def _fewer_heads(config: Config) -> str:
+    given = config.heads
+    hints = [
+        f"fewer heads (heads.num_heads, now {given.num_heads})",
+        f"fewer epochs (heads.num_epochs, now {given.num_epochs})",
+    ]
+    gpu = "a GPU (resources.method.gpus_per_worker=1)"
+    return ", ".join(hints if config.resources.method.gpus_per_worker else [*hints, gpu])

@@ -180,9 +180,10 @@ def run_stage(
     """Make the artifact of one stage of a plan; `artifacts` holds its inputs. `run` replaces the stage's own."""
     Artifact.discard_damage(step.folder)
     writer = ArtifactWriter(step.folder)
-    progress = Progress(step.name, step.stage.unit, quiet)
     inputs = {name: artifacts[name] for name in step.stage.inputs}
     config = step.stage.config_of(config)
+    shortcut = step.stage.shortcut(config) if step.stage.shortcut is not None else ""
+    progress = Progress(step.name, step.stage.unit, quiet, shortcut=shortcut)
     with Claim(step.folder) as claim:
         finished = Artifact.find(step.folder)  # by another job, since this one was planned
         if finished is not None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import fcntl
 import math
 import os
+import shutil
 import socket
 import struct
+import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -17,6 +19,7 @@ Precision = Literal["auto", "float32", "bfloat16", "float16"]
 
 CONTROL_GROUP = Path("/sys/fs/cgroup")
 """Limits of the container that this process runs in."""
+GPU_ANSWER_S = 20
 SIOCGIFADDR = 0x8915
 """The ioctl that asks for an interface's address."""
 
@@ -29,6 +32,17 @@ def usable_cpus() -> int:
     except (OSError, ValueError):
         return cpus
     return cpus if quota == "max" else max(1, min(cpus, math.ceil(int(quota) / int(period))))
+
+
+def num_gpus() -> int:
+    """Number of NVIDIA GPUs that this process may use, without importing torch."""
+    if os.environ.get("CUDA_VISIBLE_DEVICES", "-") == "" or shutil.which("nvidia-smi") is None:
+        return 0
+    try:
+        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=True, timeout=GPU_ANSWER_S)
+    except (OSError, subprocess.SubprocessError):
+        return 0
+    return sum(line.startswith("GPU ") for line in listed.stdout.splitlines())
 
 
 def total_memory_bytes() -> int:

@@ -11,6 +11,10 @@ from dataclasses import dataclass
 
 PLAIN_INTERVAL_S = 5.0
 TERMINAL_INTERVAL_S = 0.2
+LONG_S = 2 * 3600.0
+"""A stage with more than this left says what would make it shorter."""
+MEASURED_S = 30.0
+"""Time after which the rate is trusted for that."""
 RECENT_S = 60.0
 """The rate is that of the last minute: a slow start, or a machine more, shows in it soon."""
 
@@ -57,10 +61,16 @@ class Progress:
         unit: what is counted, in the plural.
         quiet: say nothing.
         clock: seconds from anywhere on.
+        shortcut: what to set to be done sooner, said once if it turns out to take longer than LONG_S.
     """
 
     def __init__(
-        self, stage: str, unit: str = "images", quiet: bool = False, clock: Callable[[], float] = time.monotonic
+        self,
+        stage: str,
+        unit: str = "images",
+        quiet: bool = False,
+        clock: Callable[[], float] = time.monotonic,
+        shortcut: str = "",
     ) -> None:
         self.stage = stage
         self.unit = unit
@@ -71,7 +81,8 @@ class Progress:
         self._num_errors = 0
         self._note = ""
         self._waiting = ""
-        self._last_shown = clock()
+        self._last_shown = self._began = clock()
+        self._shortcut = shortcut
         self._on_terminal = sys.stderr.isatty()
 
     def update(self, done: int, total: int, note: str = "", num_errors: int = 0) -> None:
@@ -82,6 +93,9 @@ class Progress:
         while len(self._recent) > 2 and self._recent[1][0] <= now - RECENT_S:
             self._recent.popleft()
         self._total, self._note, self._num_errors = total, note, num_errors
+        if self._shortcut and now - self._began >= MEASURED_S and (left_s := self.read().seconds_left or 0) > LONG_S:
+            self.note(f"this will take about {format_seconds(left_s)} here. Shorter: {self._shortcut}")
+            self._shortcut = ""
         interval = TERMINAL_INTERVAL_S if self._on_terminal else PLAIN_INTERVAL_S
         if self.quiet or now - self._last_shown < interval:
             return

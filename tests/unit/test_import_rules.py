@@ -30,6 +30,7 @@ COMMANDS = {
     "demo",
     "estimator",
     "export",
+    "photos",
     "run",
     "sweeps",
 }

@@ -318,7 +318,10 @@ def test_a_content_is_decoded_and_embedded_once_in_a_part(tmp_path: Path) -> Non
     assert decoded.rows.tolist() == [0, 1, -1, 1, 2, 0]
     assert len(decoded.pixels) == 3
     backbone = MeanBackbone()
-    outcomes = embed_contents(part, decoded, sorted({*decoded.hashes} - {known}), backbone, batch_size=8)
+    told: list[int] = []
+    new = sorted({*decoded.hashes} - {known})
+    outcomes = embed_contents(part, decoded, new, backbone, batch_size=8, on_batch=told.append)
+    assert told == [3]
     table, _ = assemble_part(decoded, outcomes | {known: np.array([77], np.float16)}, (1,))
     assert table["embedding"].to_pylist() == [[0], [1], [77], [1], [4], [0]]
     assert backbone.batches == [6]

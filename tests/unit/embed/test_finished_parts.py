@@ -1,0 +1,32 @@
+"""Progress of the stage: finished parts, and how far the others are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+from icce_ray.embed.embedding_parts import PartRange, part_table, write_part
+from icce_ray.embed.finished_parts import Tally
+from icce_ray.stage import StageContext
+from icce_ray.store import ArtifactWriter, Folder, PartRecords
+
+
+def test_images_count_while_their_part_is_unfinished_and_once_when_it_is(tmp_path: Path) -> None:
+    folder = Folder.at(tmp_path)
+    shown: list[int] = []
+    progress: Any = SimpleNamespace(update=lambda done, total, num_errors: shown.append(done))
+    listing: Any = range(20)
+    tally = Tally(StageContext(ArtifactWriter(folder), {}, progress), listing, max_error_rate=1.0)
+    parts = [PartRange(index, 10 * index, 10 * index + 10) for index in range(2)]
+    tally.add_batch(parts[0], 4)
+    tally.add_batch(parts[1], 3)
+    tally.add_batch(parts[0], 8)
+    table = part_table(np.arange(10), np.zeros((10, 2), dtype=np.float16))
+    tally.add(write_part(PartRecords(folder, "source"), parts[0], table))
+    tally.add_batch(parts[0], 9)  # was on its way when the part was finished
+    tally.add_batch(parts[1], 1)  # its worker died, and another began again
+    tally.add_batch(parts[1], 5)
+    assert shown == [4, 7, 11, 13, 13, 13, 15]
