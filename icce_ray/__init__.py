@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from icce_ray.consensus.ensemble import cluster_ensemble
     from icce_ray.estimator import ICCE
     from icce_ray.export.cut import cut_hierarchy
+    from icce_ray.export.export_run import export_run
     from icce_ray.metrics.true_label_scores import clustering_accuracy
     from icce_ray.pipeline.run import run_pipeline
 
@@ -25,6 +26,7 @@ __all__ = [
     "cluster_ensemble",
     "clustering_accuracy",
     "cut_hierarchy",
+    "export_run",
     "load",
     "run_pipeline",
 ]
@@ -36,6 +38,7 @@ _MODULES = {
     "cluster_ensemble": "icce_ray.consensus.ensemble",
     "clustering_accuracy": "icce_ray.metrics.true_label_scores",
     "cut_hierarchy": "icce_ray.export.cut",
+    "export_run": "icce_ray.export.export_run",
     "load": "icce_ray.assign.load_model",
     "run_pipeline": "icce_ray.pipeline.run",
 }

@@ -1,4 +1,4 @@
-"""The command ``icce-ray``: run, sweep, compare, estimate, assign, cut, status, evaluate."""
+"""The command ``icce-ray``: cluster, run, sweep, compare, estimate, assign, cut, status, evaluate."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import numpy as np
 
 from icce_ray.config import load_config
 from icce_ray.errors import InputError
+from icce_ray.export import FORMATS
 from icce_ray.methods import METHODS
 from icce_ray.pipeline.status import find_status
 from icce_ray.run import add_arguments, add_debug_argument, add_run_options, guarded, run_command
@@ -29,6 +30,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     run = commands.add_parser("run", help="cluster the images of a config, or of the built-in demo")
     add_arguments(run)
     run.set_defaults(function=run_command)
+
+    cluster = commands.add_parser("cluster", help="cluster a folder of photos, without a config")
+    cluster.add_argument("photos", metavar="PHOTOS", help="a folder, a bucket prefix, or a list of images")
+    cluster.add_argument("--clusters", default="auto", metavar="N", help="number of clusters, or auto (the default)")
+    cluster.add_argument(
+        "--output", metavar="URI", help="where the results go (default: PHOTOS-clusters, beside the photos)"
+    )
+    cluster.add_argument("--no-open", action="store_true", help="don't open the page in a browser")
+    add_run_options(cluster)
+    cluster.set_defaults(function=_cluster)
 
     sweep = commands.add_parser(
         "sweep", help="try settings of a config, judge the results without labels, pool the best"
@@ -72,6 +83,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add_debug_argument(cut)
     cut.set_defaults(function=_cut)
 
+    export = commands.add_parser("export", help="take a finished run's images and clusters into other tools")
+    export.add_argument(
+        "run", metavar="RUN", help="a run's YAML config, its output folder, or its record (runs/*.json)"
+    )
+    export.add_argument("--to", required=True, metavar="FORMAT", help=", ".join(FORMATS))
+    export.add_argument("--output", required=True, metavar="URI", help="an empty folder or prefix")
+    export.add_argument("--clusters", metavar="3,7-9", help="only these clusters")
+    export.add_argument("--min-agreement", type=float, metavar="X", help="only images at least this agreed on, 0 to 1")
+    export.add_argument(
+        "--copy", action="store_true", help="folders, fiftyone: copy image files on this machine instead of linking"
+    )
+    export.add_argument("--quiet", action="store_true", help="no progress on stderr")
+    add_debug_argument(export)
+    export.set_defaults(function=_export)
+
     estimate = commands.add_parser("estimate", help="embed a sample, and say what the whole run will take")
     estimate.add_argument("config", metavar="CONFIG", help="a YAML file")
     estimate.add_argument("--set", action="append", default=[], metavar="A.B=C", dest="overrides")
@@ -95,6 +121,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     parsed = parser.parse_args(arguments)
     return guarded(parsed.function, parsed)
+
+
+def _cluster(arguments: argparse.Namespace) -> str:
+    from icce_ray.photos import cluster_photos
+
+    result = cluster_photos(
+        arguments.photos,
+        num_clusters=arguments.clusters,
+        output=arguments.output,
+        overrides=arguments.overrides,
+        open_page=not arguments.no_open,
+        quiet=arguments.quiet,
+    )
+    return json.dumps(result.to_json()) if arguments.json else ""
 
 
 def _sweep(arguments: argparse.Namespace) -> str:
@@ -132,6 +172,21 @@ def _cut(arguments: argparse.Namespace) -> str:
 
     num_images = write_cut(arguments.run, arguments.clusters, arguments.output)
     return f"{num_images:,} images in {arguments.clusters} groups: {arguments.output}"
+
+
+def _export(arguments: argparse.Namespace) -> str:
+    from icce_ray.export.export_run import export_run
+
+    written = export_run(
+        arguments.run,
+        arguments.to,
+        arguments.output,
+        clusters=arguments.clusters,
+        min_agreement=arguments.min_agreement,
+        copy=arguments.copy,
+        quiet=arguments.quiet,
+    )
+    return written.sentence(arguments.output)
 
 
 def _estimate(arguments: argparse.Namespace) -> str:

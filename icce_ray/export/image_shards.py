@@ -1,0 +1,120 @@
+"""Shards of images with their clusters: tar files in WebDataset's layout, or Parquet as Hugging Face's datasets reads
+it.
+
+A shard is put together in memory and written at once, then recorded, so an export that was cut off goes on behind its
+last shard.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from collections.abc import Callable
+from itertools import islice
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from icce_ray.export.export_run import ExportTask, Written
+from icce_ray.export.selected_images import Row, SelectedImages, extension, in_threads
+from icce_ray.images.read_images import read_image
+from icce_ray.store import ArtifactWriter, PartRecords
+
+MAX_SHARD_IMAGES = 10_000
+MAX_SHARD_BYTES = 256 * 2**20
+VALUE_TYPES = {"double": "float64", "float": "float32"}
+"""Names of Arrow's types that datasets calls otherwise."""
+
+Encode = Callable[[list[tuple[Row, bytes]]], bytes]
+
+
+def write(source: SelectedImages, task: ExportTask) -> Written:
+    name_of, encode = {
+        "webdataset": ("images-{:06d}.tar", encode_tar),
+        "huggingface": ("data/train-{:06d}.parquet", parquet_encoder(source)),
+    }[task.to]
+    writer, records = ArtifactWriter(task.output), PartRecords(task.output, task.digest)
+    num_wanted, problems = source.count(), list[str]()
+    finished = [record.metrics for record in records.read_all().values()]
+    num_rows = sum(metrics["num_rows"] for metrics in finished)
+    num_images = sum(metrics["num_images"] for metrics in finished)
+    problems = [problem for metrics in finished for problem in metrics["problems"]]
+    shard = list[tuple[Row, bytes]]()
+    first_row, first_problem = num_rows, len(problems)
+
+    def end_shard() -> None:
+        nonlocal num_images, first_row, first_problem
+        index = len(finished)
+        part = writer.write_bytes(name_of.format(index), encode(shard))
+        num_images += len(shard)
+        metrics = {
+            "num_rows": num_rows - first_row,
+            "num_images": len(shard),
+            "problems": problems[first_problem:],
+        }
+        records.write(f"shard-{index:06d}", [part], metrics)
+        finished.append(metrics)
+        first_row, first_problem = num_rows, len(problems)
+        shard.clear()
+
+    num_bytes = 0
+    for row, data in in_threads(lambda row: read_image(row["uri"]), islice(source.rows(), num_rows, None)):
+        if isinstance(data, str):
+            problems.append(f"{row['uri']}: {data}")
+        else:
+            if shard and (len(shard) == MAX_SHARD_IMAGES or num_bytes + len(data) > MAX_SHARD_BYTES):
+                end_shard()
+                num_bytes = 0
+            shard.append((row, data))
+            num_bytes += len(data)
+        num_rows += 1
+        task.progress.update(num_rows, num_wanted, num_errors=len(problems))
+    if shard or num_rows > first_row:
+        end_shard()
+    records.clear()
+    return Written(num_images, len(problems), problems[0] if problems else "")
+
+
+def encode_tar(shard: list[tuple[Row, bytes]]) -> bytes:
+    """For each image three files: ``<image_id>.<ending>``, ``.cls`` with its cluster, ``.json`` with its row."""
+    sink = io.BytesIO()
+    with tarfile.open(fileobj=sink, mode="w") as tar:
+        for row, data in shard:
+            files = {
+                extension(row["uri"], data): data,
+                "cls": str(row["cluster"]).encode(),
+                "json": json.dumps(row).encode(),
+            }
+            for ending, content in files.items():
+                member = tarfile.TarInfo(f"{row['image_id']:010d}.{ending}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    return sink.getvalue()
+
+
+def parquet_encoder(source: SelectedImages) -> Encode:
+    """Encodes images as Parquet with the features that datasets reads from its metadata: `image`, `cluster` as a class
+    label, and the other columns of the assignments."""
+    image = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    columns = [field.with_type(pa.int64()) if field.name == "cluster" else field for field in source.schema]
+    features: dict[str, Any] = {"image": {"_type": "Image"}}
+    for field in columns:
+        kind = str(field.type)
+        features[field.name] = {"dtype": VALUE_TYPES.get(kind, kind), "_type": "Value"}
+    features["cluster"] = {"names": [str(cluster) for cluster in range(source.num_clusters)], "_type": "ClassLabel"}
+    metadata = {b"huggingface": json.dumps({"info": {"features": features}}).encode()}
+    schema = pa.schema([pa.field("image", image), *columns], metadata=metadata)
+
+    def encode(shard: list[tuple[Row, bytes]]) -> bytes:
+        rows = [
+            {"image": {"bytes": data, "path": f"{row['image_id']}.{extension(row['uri'], data)}"}, **row}
+            for row, data in shard
+        ]
+        sink = io.BytesIO()
+        # Small row groups, so that a viewer can show some images without reading them all.
+        pq.write_table(pa.Table.from_pylist(rows, schema), sink, row_group_size=100)
+        return sink.getvalue()
+
+    return encode
