@@ -19,6 +19,7 @@ from icce_ray.config.method_settings import (
     ConsensusConfig,
     ConsensusMethod,
     HeadsConfig,
+    KMeansConfig,
     NeighborsConfig,
 )
 from icce_ray.config.presets import PRESETS
@@ -44,6 +45,7 @@ __all__ = [
     "EvaluateConfig",
     "HeadsConfig",
     "ImagesConfig",
+    "KMeansConfig",
     "NeighborsConfig",
     "PositiveFloat",
     "PositiveInt",

@@ -144,6 +144,35 @@ class HeadsConfig(Section):
         return min(dim, max(MIN_INPUTS, round(self.input_share * dim)))
 
 
+class KMeansConfig(Section):
+    """`method: kmeans`."""
+
+    algorithm: Literal["lloyd", "mini_batch"] = "lloyd"
+    """`lloyd`: every iteration sees all images, and the workers share them. `mini_batch`: the centroids move after each
+    batch (arXiv 2008.10312), and the workers share the starts."""
+    num_starts: PositiveInt = 10
+    """Clusterings from different starts (k-means++): the rows of the label matrix."""
+    num_iterations: PositiveInt = 100
+    """Limit of the iterations of `lloyd`."""
+    tolerance: Annotated[float, Field(ge=0.0, lt=1.0)] = 1e-5
+    """`lloyd` ends when an iteration lowers the inertia by less than this share of it."""
+    num_epochs: PositiveInt = 60
+    """Passes over the shuffled images of `mini_batch`."""
+    batch_size: PositiveInt | Literal["auto"] = "auto"
+    """Images in a batch of `mini_batch`. `auto`: 2048, or the next power of two from `num_clusters` on if that is
+    more."""
+    spherical: bool = False
+    """Scale centred features, and centroids, to unit length."""
+    num_components: PositiveInt | None = None
+    """Principal components that are kept. Not set: all. PCA is then a rotation, which changes no distance, so the
+    features are only centred."""
+
+    def images_per_batch(self, num_clusters: int) -> int:
+        """`batch_size`, as a number."""
+        auto = max(2048, 1 << (num_clusters - 1).bit_length())
+        return auto if self.batch_size == "auto" else self.batch_size
+
+
 class ConsensusConfig(Section):
     methods: tuple[ConsensusMethod, ...] = ("mcla", "hbgf", "cspa", "vote")
     """Consensus functions to try; the result with the highest average NMI with the heads is kept. `hbgf` and `cspa`

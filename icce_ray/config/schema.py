@@ -41,6 +41,7 @@ from icce_ray.config.method_settings import (
     ClusterCountConfig,
     ConsensusConfig,
     HeadsConfig,
+    KMeansConfig,
     NeighborsConfig,
 )
 from icce_ray.config.presets import PRESETS
@@ -65,10 +66,10 @@ class ClusteringConfig(Section):
     method: str | tuple[str, ...] = "icce"
     """How the images are clustered: `icce` (arXiv 2511.16213), `temi` (arXiv 2303.17896), or `scan`, the loss of arXiv
     2005.12320 on frozen features; `turtle` (arXiv 2406.07236), which uses all feature sets, where the others use the
-    first; or one of scikit-learn's clusterers, set by `conventional`: `agglomerative`, `spectral`,
-    `affinity_propagation`, `hdbscan`, `gmm`. It fills in the settings that it needs and the config leaves open. A list,
-    such as `[icce, scan]`, runs each over the same sample and makes one consensus of all, in which every method has the
-    same weight."""
+    first; `kmeans` (arXiv 2008.10312); or one of scikit-learn's clusterers, set by `conventional`: `agglomerative`,
+    `spectral`, `affinity_propagation`, `hdbscan`, `gmm`. It fills in the settings that it needs and the config leaves
+    open. A list, such as `[icce, scan]`, runs each over the same sample and makes one consensus of all, in which every
+    method has the same weight."""
     preset: Literal["paper"] | None = None
     """`paper`: every constant as the ICCE paper has it, where the config leaves it open. Not set: our defaults, which
     were measured to be better; docs/METHOD.md lists where they differ."""
@@ -78,6 +79,7 @@ class ClusteringConfig(Section):
     neighbors: NeighborsConfig = NeighborsConfig()
     heads: HeadsConfig = HeadsConfig()
     turtle: TurtleConfig = TurtleConfig()
+    kmeans: KMeansConfig = KMeansConfig()
     conventional: ConventionalConfig = ConventionalConfig()
     consensus: ConsensusConfig = ConsensusConfig()
     classifier: ClassifierConfig = ClassifierConfig()

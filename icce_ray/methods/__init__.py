@@ -116,6 +116,18 @@ METHODS: dict[str, Method] = {
         settings={"consensus": {"methods": ("best_head",), "refine": False}},
         free_settings=frozenset({"checkpoint_interval_s"}),
     ),
+    # arXiv 2008.10312. The result is the start with the lowest inertia; the others say how stable it is.
+    "kmeans": Method(
+        job="icce_ray.methods.kmeans.job",
+        section="kmeans",
+        version=1,
+        needs_graph=False,
+        unit="iterations",
+        settings={
+            "sample": {"duplicate_threshold": None},
+            "consensus": {"methods": ("best_head",), "refine": False},
+        },
+    ),
     # arXiv 2406.02465 compares these on frozen features.
     "agglomerative": _conventional(20_000, finds_num_clusters=lambda section: section.distance_threshold is not None),
     "spectral": _conventional(10_000, {"conventional": {"representation": "raw"}}),

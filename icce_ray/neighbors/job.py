@@ -8,7 +8,6 @@ parts on storage.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from typing import Any
 
 from icce_ray.config import Config, ResourcesConfig, WorkerResources
@@ -19,8 +18,8 @@ from icce_ray.neighbors.graph_rows import Rows
 from icce_ray.neighbors.search_memory import needed_bytes
 from icce_ray.neighbors.shards import AUDIT, GraphPart, GraphTask, ShardWorker
 from icce_ray.neighbors.stage import NEIGHBORS
-from icce_ray.runtime.cluster_resources import wait_for_machines, worker_cpus, worker_threads
-from icce_ray.runtime.machine import available_memory_bytes, usable_cpus
+from icce_ray.runtime.cluster_resources import memory_of_machines, wait_for_machines, worker_cpus, worker_threads
+from icce_ray.runtime.machine import usable_cpus
 from icce_ray.runtime.progress import Progress
 from icce_ray.runtime.ray_cluster import connect, runs_here
 from icce_ray.sample.training_set import source_digest, training_set
@@ -165,23 +164,12 @@ class Shards:
 
 def _check_memory(actors: list[Any], audit: Audit) -> None:
     """Refuse before the search starts, with what each machine needs at worst for the workers on it."""
-    import ray
-
-    machines: dict[str, list[int]] = defaultdict(list)
-    for node, available in ray.get([actor.__ray_call__.remote(_machine_memory) for actor in actors]):
-        machines[node].append(available)
-    for available in machines.values():
-        needed = needed_bytes(audit.base_bytes, audit.worker_bytes, len(available), len(actors))
-        if needed > min(available):
+    for count, available in memory_of_machines(actors):
+        needed = needed_bytes(audit.base_bytes, audit.worker_bytes, count, len(actors))
+        if needed > available:
             raise ResourceError(
                 f"neighbors: {audit.num_images:,} images x {audit.dim} dimensions with {audit.mean_neighbors:,.0f} "
-                f"neighbours on average need {needed / 1e9:.1f} GB on a machine with {len(available)} of "
-                f"{len(actors)} workers; available: {min(available) / 1e9:.1f} GB. Use more machines, lower "
+                f"neighbours on average need {needed / 1e9:.1f} GB on a machine with {count} of "
+                f"{len(actors)} workers; available: {available / 1e9:.1f} GB. Use more machines, lower "
                 "resources.neighbors.num_workers or neighbors.max_neighbors"
             )
-
-
-def _machine_memory(_: ShardWorker) -> tuple[str, int]:
-    import ray
-
-    return ray.get_runtime_context().get_node_id(), available_memory_bytes()

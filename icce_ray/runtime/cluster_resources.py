@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Collection
+from collections import defaultdict
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from icce_ray.config import Config, ResourcesConfig, WorkerResources
 from icce_ray.errors import ResourceError
-from icce_ray.runtime.machine import usable_cpus
+from icce_ray.runtime.machine import available_memory_bytes, usable_cpus
 from icce_ray.runtime.placement import fitting_cpus, shortfall
 from icce_ray.runtime.ray_cluster import connect, is_connected, joins_ray
 
@@ -58,6 +59,22 @@ def cpus_beside(worker: WorkerResources, num_workers: int, beside: float) -> flo
 def worker_threads(worker: WorkerResources) -> int:
     """Threads of each of a stage's workers."""
     return max(1, int(worker_cpus(worker)))
+
+
+def memory_of_machines(actors: Sequence[Any]) -> list[tuple[int, int]]:
+    """For each machine that has some of the actors: their number, and the memory that is available there in bytes."""
+    import ray
+
+    machines: dict[str, list[int]] = defaultdict(list)
+    for node, available in ray.get([actor.__ray_call__.remote(_node_and_memory) for actor in actors]):
+        machines[node].append(available)
+    return [(len(found), min(found)) for found in machines.values()]
+
+
+def _node_and_memory(_: object) -> tuple[str, int]:
+    import ray
+
+    return ray.get_runtime_context().get_node_id(), available_memory_bytes()
 
 
 def check_resources(config: Config, stages: Collection[str]) -> None:

@@ -116,7 +116,7 @@ def run_tasks(
     references = [ray.put(value) for value in shared]
     limit = max(1, int(TASKS_PER_CPU * available_cpus()))
     waiting, running = iter(items), dict[Any, Any]()
-    with _translated_errors(stage):
+    with translated_errors(stage):
         while True:
             while len(running) < limit and (item := next(waiting, _END)) is not _END:
                 running[task.remote(item, *references)] = item
@@ -173,7 +173,7 @@ def run_on_actors(
     actors: list[Any] = []
     waiting, running = iter(items), dict[Any, tuple[Any, Any]]()
     try:
-        with _translated_errors(stage):
+        with translated_errors(stage):
             while True:
                 free = [each for each in actors if all(each is not busy for busy, _ in running.values())]
                 while (free or len(actors) < workers.num_workers) and (item := next(waiting, _END)) is not _END:
@@ -215,7 +215,7 @@ class CallingActor:
 
 
 @contextmanager
-def _translated_errors(stage: str) -> Iterator[None]:
+def translated_errors(stage: str) -> Iterator[None]:
     """Raise our own error for one of Ray's."""
     import ray
 

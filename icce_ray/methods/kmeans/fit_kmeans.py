@@ -1,0 +1,323 @@
+"""K-means from several starts over shards (docs/METHOD.md, "K-means"). This module only adds up what shards return, so
+it doesn't matter where they are.
+
+Legend: N images, n images of a shard, D feature dimension, d dimensions of the rows, K clusters, H starts.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from icce_ray.config import KMeansConfig
+from icce_ray.methods.clusterings import Clusterings
+from icce_ray.methods.kmeans.assignment import Labels, Sums
+from icce_ray.methods.kmeans.kmeans_memory import sample_size
+from icce_ray.methods.kmeans.kmeans_shard import Far, KMeansShard, Running, unit_length
+from icce_ray.methods.kmeans.projection import Doubles, Floats, Projection, make_projection
+from icce_ray.runtime.progress import Progress
+from icce_ray.store import ArtifactWriter
+from icce_ray.store.part_records import PartRecords
+
+MODEL_NAME = "kmeans.npz"
+CHECKPOINT_INTERVAL_S = 60.0
+PROJECTION = "projection"
+
+
+class Shards(Protocol):
+    """The shards of one collection, wherever they are."""
+
+    def all(self, method: str, *arguments: Any) -> list[Any]:
+        """What a method of `KMeansShard` returns in each shard, in their order."""
+
+    def each(self, method: str, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
+        """What it returns for each tuple of arguments, each in any shard."""
+
+
+@dataclass(frozen=True)
+class ShardsHere(Shards):
+    """One shard in this process."""
+
+    shard: KMeansShard
+
+    def all(self, method: str, *arguments: Any) -> list[Any]:
+        return [getattr(self.shard, method)(*arguments)]
+
+    def each(self, method: str, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
+        return [getattr(self.shard, method)(*each) for each in arguments]
+
+
+@dataclass(frozen=True)
+class Start:
+    """A clustering from one start, finished or under way."""
+
+    centroids_Kd: Doubles
+    counts_K: npt.NDArray[np.int64]
+    """With mini-batches: rows that each centroid is the mean of."""
+    step: int = 0
+    """Iterations or epochs so far."""
+    inertias: tuple[float, ...] = ()
+    """With Lloyd's algorithm: the inertia at the beginning of each iteration."""
+    is_converged: bool = False
+    labels_N: Labels | None = None
+    """With the final inertia, once it is finished."""
+    inertia: float = math.nan
+
+
+@dataclass(frozen=True)
+class FittedKMeans:
+    """The clusterings from all starts."""
+
+    projection: Projection
+    starts: tuple[Start, ...]
+
+    @property
+    def best(self) -> int:
+        """The start with the lowest inertia."""
+        return int(np.argmin([start.inertia for start in self.starts]))
+
+    def clusterings(self, num_images: int) -> Clusterings:
+        """As every method returns them. kmeans.npz has `centroids` (H, K, d), and the projection: `mean` (D,),
+        `components` (D, d), empty if all are kept, and `spherical`."""
+        best = self.starts[self.best]
+        centroids_HKd = np.stack([start.centroids_Kd for start in self.starts]).astype(np.float32)
+        return Clusterings(
+            np.stack([start.labels_N for start in self.starts if start.labels_N is not None]),
+            np.array([start.inertia for start in self.starts]),
+            files={MODEL_NAME: self.projection.to_bytes(centroids=centroids_HKd)},
+            history=[{"epoch": step + 1, "loss": inertia / num_images} for step, inertia in enumerate(best.inertias)],
+            notes={"steps": [start.step for start in self.starts]},
+        )
+
+    def metrics(self) -> dict[str, Any]:
+        """Figures for the manifest and the log."""
+        best = self.starts[self.best]
+        return {
+            "num_starts": len(self.starts),
+            "best_start": self.best,
+            "inertia": best.inertia,
+            "highest_inertia": max(start.inertia for start in self.starts),
+            "num_iterations": best.step,
+            "converged": best.is_converged,
+            "num_components": self.projection.dim,
+        }
+
+
+def fit_kmeans(
+    shards: Shards,
+    settings: KMeansConfig,
+    *,
+    num_images: int,
+    dim: int,
+    num_clusters: int,
+    seed: int,
+    progress: Progress | None = None,
+    records: PartRecords | None = None,
+) -> FittedKMeans:
+    """Cluster the images of the shards from `num_starts` starts. The number of shards doesn't change the result.
+
+    Args:
+        settings: the `kmeans` section.
+        num_images, dim: N and D.
+        num_clusters: K, at most N.
+        seed: of the starts and the order of mini-batches.
+        progress: told of every iteration or epoch.
+        records: where to keep finished starts and, every `CHECKPOINT_INTERVAL_S`, those under way; resumed from.
+
+    Raises:
+        InputError: features that are not finite, or fewer dimensions than components.
+    """
+    projection = _read_projection(records) or _project(shards, settings, num_images, dim, records)
+    squares = math.fsum(each for of_shard in shards.all("prepare", projection) for each in of_shard)
+    run = _Run(shards, settings, projection, squares, num_images, num_clusters, seed, progress, records)
+    fit = run.lloyd if settings.algorithm == "lloyd" else run.mini_batches
+    return FittedKMeans(projection, tuple(fit()))
+
+
+class _Run:
+    def __init__(
+        self, shards: Shards, settings: KMeansConfig, projection: Projection, squares: float, num_images: int,
+        num_clusters: int, seed: int, progress: Progress | None, records: PartRecords | None,
+    ) -> None:  # fmt: skip
+        self.shards = shards
+        self.settings = settings
+        self.projection = projection
+        self.squares = squares
+        self.num_images = num_images
+        self.num_clusters = num_clusters
+        self.seed = seed
+        self.progress = progress
+        self.records = records
+        self.last_saved = time.monotonic()
+
+    def lloyd(self) -> list[Start]:
+        """Full iterations, one start after the other."""
+        return [self._lloyd(number) for number in range(self.settings.num_starts)]
+
+    def mini_batches(self) -> list[Start]:
+        """Mini-batches, all starts side by side, epoch by epoch."""
+        states = [self._read(number) or self._begin(number) for number in range(self.settings.num_starts)]
+        batch_size = self.settings.images_per_batch(self.num_clusters)
+        for epoch in range(self.settings.num_epochs):
+            due = [number for number, state in enumerate(states) if state.step == epoch and state.labels_N is None]
+            if not due:
+                continue
+            runs = self.shards.each(
+                "mini_batch_epoch",
+                [
+                    (
+                        self.projection,
+                        Running(states[number].centroids_Kd, states[number].counts_K),
+                        _seed(self.seed, number, epoch + 1),
+                        batch_size,
+                    )
+                    for number in due
+                ],
+            )
+            for number, running in zip(due, runs, strict=True):
+                states[number] = Start(running.centroids_Kd, running.counts_K, epoch + 1)
+            self._say(len(states) * (epoch + 1), len(states) * self.settings.num_epochs)
+            if self._is_due():
+                for number in due:
+                    self._write(number, states[number])
+        return [
+            state if state.labels_N is not None else self._finish(number, state) for number, state in enumerate(states)
+        ]
+
+    def _lloyd(self, number: int) -> Start:
+        state = self._read(number) or self._begin(number)
+        limit = self.settings.num_iterations
+        while state.step < limit and not state.is_converged:
+            state = self._iterate(state)
+            self._say(
+                number * limit + state.step, self.settings.num_starts * limit,
+                f"start {number + 1}, inertia {state.inertias[-1] / self.num_images:.5g} per image",
+            )  # fmt: skip
+            if self._is_due():
+                self._write(number, state)
+        return state if state.labels_N is not None else self._finish(number, state)
+
+    def _iterate(self, state: Start) -> Start:
+        centroids_Kd = state.centroids_Kd.astype(np.float32)
+        sums = Sums.join(self.shards.all("sums", self.projection, centroids_Kd))
+        inertia = inertia_of(self.squares, sums, centroids_Kd)
+        moved_Kd = self._means(sums, centroids_Kd)
+        before = state.inertias[-1] if state.inertias else math.inf
+        has_empty = bool((sums.counts_K == 0).any())
+        is_converged = not has_empty and before - inertia <= self.settings.tolerance * inertia
+        is_converged |= np.array_equal(moved_Kd.astype(np.float32), centroids_Kd)
+        return Start(moved_Kd, sums.counts_K, state.step + 1, (*state.inertias, inertia), is_converged)
+
+    def _means(self, sums: Sums, centroids_Kd: Floats) -> Doubles:
+        """The new centroids. Empty clusters start again from the rows that are farthest from their centroids."""
+        counts_K1 = sums.counts_K[:, None]
+        moved_Kd = np.where(counts_K1 > 0, sums.rows_Kd / np.maximum(counts_K1, 1), centroids_Kd)
+        empty = np.flatnonzero(sums.counts_K == 0)
+        if len(empty):
+            of_shards: list[list[Far]] = self.shards.all("farthest", self.projection, centroids_Kd, len(empty))
+            found = sorted(chain.from_iterable(of_shards), key=lambda far: far[:2])
+            for cluster, far in zip(empty, found, strict=False):
+                moved_Kd[cluster] = far.row_d
+        return unit_length(moved_Kd) if self.projection.spherical else moved_Kd
+
+    def _begin(self, number: int) -> Start:
+        size = min(self.num_images, sample_size(self.num_clusters))
+        seed = _seed(self.seed, number, 0)
+        sample = np.random.default_rng(seed).choice(self.num_images, size, replace=False, shuffle=False)
+        rows_nd = np.concatenate(self.shards.all("pick", self.projection, np.sort(sample)))
+        (centroids_Kd,) = self.shards.each("seed", [(rows_nd, self.num_clusters, seed)])
+        return Start(centroids_Kd.astype(np.float64), np.zeros(self.num_clusters, np.int64))
+
+    def _finish(self, number: int, state: Start) -> Start:
+        centroids_Kd = state.centroids_Kd.astype(np.float32)
+        labels, sums = zip(*self.shards.all("label", self.projection, centroids_Kd), strict=True)
+        inertia = inertia_of(self.squares, Sums.join(sums), centroids_Kd)
+        finished = Start(
+            state.centroids_Kd, state.counts_K, state.step, state.inertias, state.is_converged, np.concatenate(labels),
+            inertia,
+        )  # fmt: skip
+        self._write(number, finished)
+        return finished
+
+    def _say(self, done: int, total: int, note: str = "") -> None:
+        if self.progress is not None:
+            self.progress.update(done, total, note)
+
+    def _is_due(self) -> bool:
+        is_due = time.monotonic() - self.last_saved >= CHECKPOINT_INTERVAL_S
+        if is_due:
+            self.last_saved = time.monotonic()
+        return is_due
+
+    def _write(self, number: int, state: Start) -> None:
+        if self.records is None:
+            return
+        writer, name = ArtifactWriter(self.records.folder), f"start-{number:04d}"
+        arrays: dict[str, npt.NDArray[Any]] = {"centroids": state.centroids_Kd, "counts": state.counts_K}
+        if state.labels_N is not None:
+            arrays["labels"] = state.labels_N
+        files = [writer.write_array(f"{name}-{state.step:05d}-{what}.npy", array) for what, array in arrays.items()]
+        self.records.write(
+            name, files,
+            {
+                "step": state.step,
+                "inertias": state.inertias,
+                "converged": state.is_converged,
+                "inertia": 0.0 if state.labels_N is None else state.inertia,
+            },
+        )  # fmt: skip
+
+    def _read(self, number: int) -> Start | None:
+        record = None if self.records is None else self.records.read(f"start-{number:04d}")
+        if record is None or self.records is None:
+            return None
+        folder, said = self.records.folder, record.metrics
+        arrays = [np.load(io.BytesIO(folder.read_bytes(file.name)), allow_pickle=False) for file in record.files]
+        return Start(
+            arrays[0], arrays[1], said["step"], tuple(said["inertias"]), said["converged"],
+            arrays[2] if len(arrays) > 2 else None, said["inertia"],
+        )  # fmt: skip
+
+
+def inertia_of(squares: float, sums: Sums, centroids_Kd: Floats) -> float:
+    """Sum of squared distances of the rows from their centroids, from exact sums: it doesn't depend on any order."""
+    double_Kd = centroids_Kd.astype(np.float64)
+    crossed_K = np.einsum("kd,kd->k", double_Kd, sums.rows_Kd)
+    squares_K = sums.counts_K * np.einsum("kd,kd->k", double_Kd, double_Kd)
+    return max(0.0, math.fsum([squares, *(-2 * crossed_K), *squares_K]))
+
+
+def _project(
+    shards: Shards, settings: KMeansConfig, num_images: int, dim: int, records: PartRecords | None
+) -> Projection:
+    found = shards.all("measure", settings.num_components is not None)
+    moments = dict(each for of_shard in found for each in of_shard)
+    (shift_D,) = shards.each("shift", [()])
+    projection = make_projection(
+        [moments[number] for number in range(len(moments))], shift_D, num_images, settings.num_components,
+        settings.spherical,
+    )  # fmt: skip
+    if records is not None:
+        # Written down, since another machine might round otherwise.
+        file = ArtifactWriter(records.folder).write_bytes(f"{PROJECTION}.npz", projection.to_bytes())
+        records.write(PROJECTION, [file], {})
+    return projection
+
+
+def _read_projection(records: PartRecords | None) -> Projection | None:
+    record = None if records is None else records.read(PROJECTION)
+    if record is None or records is None:
+        return None
+    return Projection.from_bytes(records.folder.read_bytes(record.files[0].name))
+
+
+def _seed(seed: int, start: int, step: int) -> int:
+    return int(np.random.SeedSequence([seed, start, step]).generate_state(1)[0])

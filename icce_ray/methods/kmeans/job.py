@@ -1,0 +1,139 @@
+"""K-means on Ray: the images are divided over shard actors, which stay for all iterations.
+
+In each iteration every shard gets the centroids and returns its sums: ``12 K d`` bytes a shard, whatever the number of
+images. An actor that dies is started again, prepares its rows again, and repeats what it was asked. A killed run
+resumes with the starts that are finished, and from the last checkpoint of those under way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+from icce_ray.config import Config, ResourcesConfig
+from icce_ray.embed.feature_matrix import load_features
+from icce_ray.errors import ResourceError
+from icce_ray.methods import METHODS
+from icce_ray.methods.kmeans.fit_kmeans import Shards, ShardsHere, fit_kmeans
+from icce_ray.methods.kmeans.kmeans_memory import driver_bytes, worker_bytes
+from icce_ray.methods.kmeans.kmeans_shard import KMeansShard
+from icce_ray.methods.kmeans.projection import Features
+from icce_ray.runtime.cluster_resources import memory_of_machines, wait_for_machines, worker_cpus, worker_threads
+from icce_ray.runtime.machine import available_memory_bytes
+from icce_ray.runtime.ray_cluster import connect, runs_here, threads_here
+from icce_ray.runtime.worker_process import MAX_RESTARTS
+from icce_ray.runtime.workers import translated_errors
+from icce_ray.sample.training_set import source_digest, training_set
+from icce_ray.stage import StageContext
+from icce_ray.store import Artifact
+from icce_ray.store.artifact import cache_folder
+from icce_ray.store.part_records import PartRecords
+
+STARTS_FOLDER = "starts"
+
+
+def run(config: Config, context: StageContext) -> dict[str, Any]:
+    """Cluster the images: label_matrix.npy (a row for each start), clusterings.json (inertias as losses) and kmeans.npz
+    (centroids and projection). The number of workers does not change the result.
+
+    Returns:
+        num_starts, best_start, inertia (of that start), highest_inertia, num_iterations, converged, num_components.
+
+    Raises:
+        InputError: features that are not finite.
+        ResourceError: a machine lacks the memory or the disk; the message says how much is needed.
+        WorkerError: a worker died more often than it is restarted.
+    """
+    embed = training_set(context.inputs)
+    features = load_features(embed)
+    num_images, dim = features.num_images, features.dim
+    folder = context.output.folder / STARTS_FOLDER
+    records = PartRecords(folder, source_digest(embed, METHODS["kmeans"].version))
+    load = partial(_matrix, embed)
+    shards: Shards
+    if runs_here(config.resources, num_images):
+        shards = ShardsHere(KMeansShard(load, num_threads=threads_here(), folder=cache_folder()))
+        _check_memory(config, num_images, dim, 1, [(1, available_memory_bytes())], threads_here())
+    else:
+        connect(config.resources)
+        wait_for_machines(config.resources, "method", context.progress.note)
+        shards = ShardActors(load, config.resources)
+    try:
+        if isinstance(shards, ShardActors):
+            num_threads = worker_threads(config.resources.method)
+            machines = memory_of_machines(shards.actors)
+            _check_memory(config, num_images, dim, len(shards.actors), machines, num_threads)
+        fitted = fit_kmeans(
+            shards, config.kmeans, num_images=num_images, dim=dim, num_clusters=config.num_clusters, seed=config.seed,
+            progress=context.progress, records=records,
+        )  # fmt: skip
+    finally:
+        if isinstance(shards, ShardActors):
+            shards.stop()
+    fitted.clusterings(num_images).write(context.output)
+    folder.clear()
+    return fitted.metrics()
+
+
+class ShardActors(Shards):
+    """The shards as actors."""
+
+    def __init__(self, load: Any, resources: ResourcesConfig) -> None:
+        import ray
+
+        workers = resources.method
+        actor: Any = ray.remote(KMeansShard).options(
+            num_cpus=worker_cpus(workers),
+            num_gpus=workers.gpus_per_worker,
+            max_restarts=MAX_RESTARTS,
+            max_task_retries=MAX_RESTARTS,
+        )
+        device = "cuda" if workers.gpus_per_worker else None
+        self.actors = [
+            actor.remote(load, shard, workers.num_workers, worker_threads(workers), device, cache_folder())
+            for shard in range(workers.num_workers)
+        ]
+
+    def all(self, method: str, *arguments: Any) -> list[Any]:
+        import ray
+
+        with translated_errors("kmeans"):
+            references = [ray.put(argument) for argument in arguments]
+            return ray.get([getattr(actor, method).remote(*references) for actor in self.actors])
+
+    def each(self, method: str, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
+        import ray
+
+        actors = [self.actors[number % len(self.actors)] for number in range(len(arguments))]
+        with translated_errors("kmeans"):
+            calls = zip(actors, arguments, strict=True)
+            return ray.get([getattr(actor, method).remote(*each) for actor, each in calls])
+
+    def stop(self) -> None:
+        import ray
+
+        for actor in self.actors:
+            ray.kill(actor)
+
+
+def _matrix(embed: Artifact) -> Features:
+    matrix: Features = load_features(embed).matrix
+    return matrix
+
+
+def _check_memory(
+    config: Config, num_images: int, dim: int, num_workers: int, machines: list[tuple[int, int]], num_threads: int
+) -> None:
+    """Refuse before the work starts, with what a machine needs. The driver may be on any of them."""
+    here = driver_bytes(config.kmeans, num_images, dim, config.num_clusters, num_workers)
+    each = worker_bytes(config.kmeans, num_images, dim, config.num_clusters, num_threads)
+    for count, available in machines:
+        needed = here + count * each
+        if needed > available:
+            raise ResourceError(
+                f"kmeans: {num_images:,} images x {dim} dimensions, {config.num_clusters:,} clusters and "
+                f"{config.kmeans.num_starts} starts need {needed / 1e9:.1f} GB on a machine with {count} of "
+                f"{num_workers} workers; available: {available / 1e9:.1f} GB. Lower kmeans.num_starts, "
+                "resources.method.num_workers or sample.max_images, or use machines with more memory"
+            )

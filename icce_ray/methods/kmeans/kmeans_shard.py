@@ -1,0 +1,278 @@
+"""One shard of the images: passes over its rows, without Ray.
+
+The rows are prepared once and held in a file that is memory-mapped and has no name, so it is gone with the process.
+Where memory is short, the operating system reads them from disk in each pass. Work goes in fixed blocks, each by one
+thread, so that a row's label doesn't depend on the number of shards and threads.
+
+Legend: N images, n images of the shard, D feature dimension, d dimensions of the rows, K clusters.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import tempfile
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+from sklearn.cluster import kmeans_plusplus
+from threadpoolctl import threadpool_limits
+
+from icce_ray.errors import ResourceError
+from icce_ray.methods.kmeans.assignment import Labels, Sums, nearest, squared_distances
+from icce_ray.methods.kmeans.projection import (
+    Doubles,
+    Features,
+    Floats,
+    Moments,
+    Projection,
+    measure,
+    part_bounds,
+    shift_of,
+)
+from icce_ray.runtime.threads import ThreadPool
+
+BLOCK_ELEMENTS = 2**21
+MIN_BLOCK_ROWS = 256
+BLOCKS_WANTED = 64
+"""A small collection has smaller blocks, so that several workers have something to do."""
+
+Ids = npt.NDArray[np.int64]
+R = TypeVar("R")
+
+
+class Running(NamedTuple):
+    """The state of mini-batch k-means."""
+
+    centroids_Kd: Doubles
+    counts_K: npt.NDArray[np.int64]
+    """Rows that each centroid is the mean of."""
+
+
+class Far(NamedTuple):
+    """A row that is far from its centroid. Sorts by distance, the farthest first, then by image."""
+
+    minus_distance: float
+    image: int
+    row_d: Floats
+
+
+class KMeansShard:
+    """Holds a share of the blocks. It can be made again from its arguments, and then does the same.
+
+    Args:
+        load: returns the features (N, D) of all images, memory-mapped or in memory.
+        shard, num_shards: number of the shard, and how many there are.
+        num_threads: CPU threads.
+        device: torch device of the assignment; None: numpy on the CPU.
+        folder: where the file of the rows is made; None: they are held in memory.
+    """
+
+    def __init__(
+        self,
+        load: Callable[[], Features],
+        shard: int = 0,
+        num_shards: int = 1,
+        num_threads: int = 1,
+        device: str | None = None,
+        folder: Path | None = None,
+    ) -> None:
+        self.load = load
+        self.shard = shard
+        self.num_shards = num_shards
+        self.num_threads = num_threads
+        self.device = device
+        self.folder = folder
+        self._rows_nd: Floats | None = None
+
+    def __repr__(self) -> str:
+        """The name in Ray's dashboard and in front of log lines."""
+        return f"k-means: shard {self.shard + 1} of {self.num_shards}"
+
+    # These are not made in the constructor: an error there reaches the driver as a dead actor, without its message.
+    @cached_property
+    def features(self) -> Features:
+        """(N, D)."""
+        return self.load()
+
+    @cached_property
+    def assigner(self) -> Any:
+        from icce_ray.methods.kmeans.torch_assignment import TorchAssigner
+
+        assert self.device is not None
+        return TorchAssigner(self.device)
+
+    def measure(self, with_products: bool) -> list[tuple[int, Moments]]:
+        """The moments of every `num_shards`-th part, with its number."""
+        num_images, dim = self.features.shape
+        parts = part_bounds(num_images, dim, with_products)
+        numbers = range(self.shard, len(parts), self.num_shards)
+
+        def of_part(number: int) -> Moments:
+            start, stop = parts[number]
+            return measure(self.features, start, stop, with_products)
+
+        moments = self._in_threads(of_part, numbers)
+        return list(zip(numbers, moments, strict=True))
+
+    def shift(self) -> Doubles:
+        """The point that the moments are about."""
+        return shift_of(self.features)
+
+    def prepare(self, projection: Projection) -> list[float]:
+        """Prepare the rows. Returns the sum of squares of each block."""
+        rows_nd, squares = self._rows(projection), list[float]()
+        for start, stop in self._blocks(projection):
+            block = rows_nd[start - self.start : stop - self.start].astype(np.float64)
+            squares.append(float(np.einsum("nd,nd->", block, block)))
+        return squares
+
+    def pick(self, projection: Projection, images: Ids) -> Floats:
+        """The rows of those of the images (ascending) that are in this shard."""
+        rows_nd = self._rows(projection)
+        mine = images[slice(*np.searchsorted(images, [self.start, self.start + len(rows_nd)]))]
+        return rows_nd[mine - self.start]
+
+    def seed(self, rows_nd: Floats, num_clusters: int, seed: int) -> Floats:
+        """Starts among the rows by greedy k-means++, (K, d)."""
+        with threadpool_limits(1):  # a product on several threads may be rounded otherwise
+            centroids_Kd, _ = kmeans_plusplus(rows_nd.astype(np.float64), num_clusters, random_state=seed)
+        return np.asarray(centroids_Kd, dtype=np.float32)
+
+    def sums(self, projection: Projection, centroids_Kd: Floats) -> Sums:
+        """Assign the rows to the nearest centroids, and add them up by cluster."""
+        return self._assign(projection, centroids_Kd)[1]
+
+    def label(self, projection: Projection, centroids_Kd: Floats) -> tuple[Labels, Sums]:
+        """The nearest centroid of each image (n,), and the sums."""
+        return self._assign(projection, centroids_Kd)
+
+    def farthest(self, projection: Projection, centroids_Kd: Floats, number: int) -> list[Far]:
+        """The rows farthest from their centroids, at most so many; none that is its centroid."""
+        labels_n, _ = self._assign(projection, centroids_Kd)
+        rows_nd = self._rows(projection)
+
+        def of_block(bounds: tuple[int, int]) -> list[Far]:
+            place = slice(bounds[0] - self.start, bounds[1] - self.start)
+            distances = squared_distances(rows_nd[place], centroids_Kd, labels_n[place])
+            order = np.argsort(-distances, kind="stable")[:number]
+            far = [(float(-distances[each]), bounds[0] + int(each)) for each in order if distances[each] > 0]
+            return [Far(minus, image, rows_nd[image - self.start].copy()) for minus, image in far]
+
+        found = self._in_threads(of_block, self._blocks(projection))
+        return sorted((far for block in found for far in block), key=lambda far: far[:2])[:number]
+
+    def mini_batch_epoch(self, projection: Projection, running: Running, seed: int, batch_size: int) -> Running:
+        """One pass over all images in random order, batch by batch; each batch moves the centroids to the mean of all
+        rows that they were ever assigned."""
+        centroids_Kd, counts_K = running.centroids_Kd.copy(), running.counts_K.copy()
+        order_N = np.random.default_rng(seed).permutation(len(self.features))
+        with threadpool_limits(1):
+            for start in range(0, len(order_N), batch_size):
+                images = np.sort(order_N[start : start + batch_size])
+                rows_nd = projection(self.features[images])
+                batch = Sums.zeros(*centroids_Kd.shape)
+                batch.add(rows_nd, nearest(rows_nd, centroids_Kd.astype(np.float32)))
+                used_U = np.flatnonzero(batch.counts_K)
+                before_U1 = counts_K[used_U, None]
+                counts_K[used_U] += batch.counts_K[used_U]
+                sums_Ud = centroids_Kd[used_U] * before_U1 + batch.rows_Kd[used_U]
+                centroids_Kd[used_U] = sums_Ud / counts_K[used_U, None]
+                if projection.spherical:
+                    centroids_Kd[used_U] = unit_length(centroids_Kd[used_U])
+            unused_U = np.flatnonzero(counts_K == 0)  # they start again from images of this epoch
+            again = np.sort(order_N[: len(unused_U)])
+            centroids_Kd[unused_U[: len(again)]] = projection(self.features[again])
+        return Running(centroids_Kd, counts_K)
+
+    @property
+    def start(self) -> int:
+        """The first image of the shard."""
+        return self._image(self.shard)
+
+    def _image(self, shard: int) -> int:
+        """The first image of a shard: it begins with a block."""
+        num_images = len(self.features)
+        num_blocks = -(-num_images // self._block_rows)
+        return min(num_images, num_blocks * shard // self.num_shards * self._block_rows)
+
+    @property
+    def _block_rows(self) -> int:
+        num_images, dim = (int(size) for size in self.features.shape)
+        return max(1, min(BLOCK_ELEMENTS // dim, max(MIN_BLOCK_ROWS, -(-num_images // BLOCKS_WANTED))))
+
+    def _blocks(self, projection: Projection) -> list[tuple[int, int]]:
+        """(first image, end) of each block of the shard."""
+        stop = self.start + len(self._rows(projection))
+        return [(first, min(first + self._block_rows, stop)) for first in range(self.start, stop, self._block_rows)]
+
+    def _rows(self, projection: Projection) -> Floats:
+        if self._rows_nd is None:
+            start, stop = self.start, self._image(self.shard + 1)
+            rows_nd = _allocate((stop - start, projection.dim), self.folder)
+
+            def fill(first: int) -> None:
+                end = min(first + self._block_rows, stop)
+                rows_nd[first - start : end - start] = projection(self.features[first:end])
+
+            self._in_threads(fill, range(start, stop, self._block_rows))
+            self._rows_nd = rows_nd
+        return self._rows_nd
+
+    def _assign(self, projection: Projection, centroids_Kd: Floats) -> tuple[Labels, Sums]:
+        rows_nd, start = self._rows(projection), self.start
+        blocks = self._blocks(projection)
+
+        def rows_of(bounds: tuple[int, int]) -> Floats:
+            return rows_nd[bounds[0] - start : bounds[1] - start]
+
+        if self.device is not None:
+            labels, sums = self.assigner.assign(((each[0], rows_of(each)) for each in blocks), centroids_Kd)
+            return np.concatenate([np.empty(0, np.int32), *labels]), sums
+        labels_n = np.empty(len(rows_nd), np.int32)
+
+        def some(each: range) -> Sums:
+            sums = Sums.zeros(*centroids_Kd.shape)
+            for number in each:
+                rows, first = rows_of(blocks[number]), blocks[number][0] - start
+                labels_n[first : first + len(rows)] = nearest(rows, centroids_Kd)
+                sums.add(rows, labels_n[first : first + len(rows)])
+            return sums
+
+        # Each thread adds up its own blocks: sums of all blocks at a time would not fit into memory.
+        threads = range(self.num_threads)
+        return labels_n, Sums.join(
+            self._in_threads(some, [range(each, len(blocks), self.num_threads) for each in threads])
+        )
+
+    def _in_threads(self, function: Callable[[Any], R], items: Any) -> list[R]:
+        with threadpool_limits(1), ThreadPool(self.num_threads) as pool:
+            return pool.map(function, items)
+
+
+def unit_length(vectors_Kd: Doubles) -> Doubles:
+    """The vectors at unit length; zero stays zero."""
+    length_K1 = np.linalg.norm(vectors_Kd, axis=1, keepdims=True)
+    return vectors_Kd / np.where(length_K1 == 0.0, 1.0, length_K1)
+
+
+def _allocate(shape: tuple[int, int], folder: Path | None) -> Floats:
+    """An array in memory or, with a folder, in an unnamed file there."""
+    num_bytes = 4 * shape[0] * shape[1]
+    if folder is None or num_bytes == 0:
+        return np.empty(shape, np.float32)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder) as file:
+        try:
+            os.posix_fallocate(file.fileno(), 0, num_bytes)
+        except OSError as error:
+            raise ResourceError(
+                f"kmeans: {shape[0]:,} images x {shape[1]} dimensions need {num_bytes / 1e9:.1f} GB in {folder}: "
+                f"{error.strerror}. Free space there, set ICCE_CACHE to another folder, use more machines, or set "
+                "kmeans.num_components"
+            ) from None
+        return np.frombuffer(mmap.mmap(file.fileno(), num_bytes), np.float32).reshape(shape)
