@@ -16,12 +16,14 @@ if TYPE_CHECKING:
     from icce_ray.estimator import ICCE
     from icce_ray.export.cut import cut_hierarchy
     from icce_ray.export.export_run import export_run
+    from icce_ray.kmeans_estimator import KMeans
     from icce_ray.metrics.true_label_scores import clustering_accuracy
     from icce_ray.pipeline.run import run_pipeline
 
 __all__ = [
     "ICCE",
     "Config",
+    "KMeans",
     "assign_images",
     "cluster_ensemble",
     "clustering_accuracy",
@@ -34,6 +36,7 @@ __all__ = [
 _MODULES = {
     "Config": "icce_ray.config",
     "ICCE": "icce_ray.estimator",
+    "KMeans": "icce_ray.kmeans_estimator",
     "assign_images": "icce_ray.assign.new_images",
     "cluster_ensemble": "icce_ray.consensus.ensemble",
     "clustering_accuracy": "icce_ray.metrics.true_label_scores",

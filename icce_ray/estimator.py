@@ -15,9 +15,6 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 import torch
-from sklearn.base import BaseEstimator, ClusterMixin
-from sklearn.utils import check_random_state
-from sklearn.utils.validation import check_is_fitted, validate_data
 
 from icce_ray.classifier.linear import LinearClassifier
 from icce_ray.classifier.self_training import fit_classifier
@@ -26,16 +23,13 @@ from icce_ray.consensus.ensemble import cluster_ensemble
 from icce_ray.count.choice import Choice
 from icce_ray.count.count_clusters import count_clusters
 from icce_ray.errors import ConfigError, InputError
+from icce_ray.estimator_base import FeatureClusterer
 from icce_ray.methods.heads.fit import fit as fit_heads
 from icce_ray.neighbors.graph import build_graph
-from icce_ray.runtime.progress import Progress
 from icce_ray.sample.training_set import TrainingRows, choose_rows
 
-MAX_SEED = 2**31 - 1
-FLOATS = [np.float32, np.float16]
 
-
-class ICCE(ClusterMixin, BaseEstimator):
+class ICCE(FeatureClusterer):
     """Image clustering with adaptive neighbours, many heads and a cluster ensemble (arXiv 2511.16213).
 
     Args:
@@ -125,9 +119,7 @@ class ICCE(ClusterMixin, BaseEstimator):
             InputError: fewer rows than clusters.
         """
         config = self._config()
-        features_ND = validate_data(self, X, dtype=FLOATS, ensure_min_samples=2)
-        if not config.is_auto and len(features_ND) < config.num_clusters:
-            raise InputError(f"X has {len(features_ND)} rows, fewer than n_clusters={config.num_clusters}")
+        features_ND = self._check_rows(X, None if config.is_auto else config.num_clusters)
         training = choose_rows(features_ND, config.sample, config.seed)
         trained_on_nD = features_ND if training is None else features_ND[training.image_ids_n]
         if not config.is_auto and len(trained_on_nD) < config.num_clusters:
@@ -221,11 +213,6 @@ class ICCE(ClusterMixin, BaseEstimator):
         self.agreement_ = np.where(stands_N, self.agreement_[rows_N], np.float32(np.nan))
         self.vote_entropy_ = np.where(stands_N, self.vote_entropy_[rows_N], np.float32(np.nan))
 
-    def _check_new(self, X: npt.ArrayLike) -> npt.NDArray[Any]:
-        check_is_fitted(self)
-        features: npt.NDArray[Any] = validate_data(self, X, dtype=FLOATS, reset=False)
-        return features
-
     def _config(self) -> ClusteringConfig:
         heads: dict[str, Any] = {"num_heads": self.n_heads}
         heads |= {"num_epochs": self.epochs} if self.epochs is not None else {}
@@ -233,14 +220,11 @@ class ICCE(ClusterMixin, BaseEstimator):
         neighbors: dict[str, Any] = {}
         if self.similarity_threshold != "auto":
             neighbors["similarity_threshold"] = self.similarity_threshold
-        seed = self.random_state
-        if not isinstance(seed, (int, np.integer)):
-            seed = check_random_state(seed).randint(MAX_SEED)
         settings = {
             "num_clusters": self.n_clusters,
             "method": self.method,
             "preset": self.preset,
-            "seed": int(seed),
+            "seed": self._seed(),
             "sample": dict(self.sample or {}),
             "neighbors": neighbors | dict(self.neighbors or {}),
             "heads": heads | dict(self.heads or {}),
@@ -255,6 +239,3 @@ class ICCE(ClusterMixin, BaseEstimator):
                 "give cluster_ensemble a list of label matrices instead"
             )
         return config
-
-    def _progress(self, stage: str, unit: str) -> Progress:
-        return Progress(stage, unit, quiet=not self.verbose)
