@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from icce_ray.config import HeadsConfig, schema
+from icce_ray.config import HeadsConfig, method_settings
 from icce_ray.methods import METHODS
 from icce_ray.methods.heads import compiled_step
 from icce_ray.methods.heads.compiled_step import HALF, PLAIN, choose_passes, compiled_passes
@@ -23,7 +23,7 @@ from .workers import make_trainer, small_settings
 
 @pytest.fixture(autouse=True)
 def _few_dimensions(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(schema, "MIN_INPUTS", 4)
+    monkeypatch.setattr(method_settings, "MIN_INPUTS", 4)
 
 
 def trainer_on_blocks(planted, settings: HeadsConfig, passes: Passes, monkeypatch: pytest.MonkeyPatch) -> HeadTrainer:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from icce_ray.config import schema
+from icce_ray.config import method_settings
 from icce_ray.methods import METHODS
 from icce_ray.methods.heads.pair_batches import epoch_batches
 from icce_ray.methods.heads.schedule import teacher_momentum
@@ -18,7 +18,7 @@ from .workers import make_trainer, small_settings
 def test_losses_per_head_are_those_of_the_plain_transcription(
     planted, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(schema, "MIN_INPUTS", 4)
+    monkeypatch.setattr(method_settings, "MIN_INPUTS", 4)
     graph = planted[1]
     settings = small_settings(**METHODS[method].settings.get("heads", {}))
     trainer = make_trainer(planted, settings)
