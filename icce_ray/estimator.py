@@ -166,6 +166,7 @@ class ICCE(FeatureClusterer):
             refine=config.consensus.refine,
             imbalance=config.consensus.imbalance,
             head_losses=trained.losses_H,
+            neighbors=graph.nearest_Nk if config.consensus.recombine else None,
         )
         self.classifier_: LinearClassifier = fit_classifier(
             trained_on_nD,

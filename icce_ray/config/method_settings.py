@@ -185,6 +185,9 @@ class ConsensusConfig(Section):
     """How much larger than the average a cluster may be when METIS partitions a graph."""
     refine: bool = True
     """Reassign images as long as that raises the average NMI. Paper: false."""
+    recombine: bool = True
+    """Recombine the clusterings and the consensus, and keep what fits the neighbour graph best, if the method has one.
+    Paper: false."""
 
     @model_validator(mode="after")
     def _check(self) -> ConsensusConfig:

@@ -25,6 +25,6 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "input_share": 1.0,
             "teacher_momentum": 0.996,
         },
-        "consensus": {"methods": ("mcla", "cspa"), "refine": False},
+        "consensus": {"methods": ("mcla", "cspa"), "refine": False, "recombine": False},
     },
 }

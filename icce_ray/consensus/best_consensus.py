@@ -26,7 +26,9 @@ from icce_ray.consensus.head_overlaps import HeadPairs, compare_heads
 from icce_ray.consensus.hierarchy import Hierarchy, build_hierarchy
 from icce_ray.consensus.label_matrix import MISSING, Heads, Labels
 from icce_ray.consensus.mcla import mcla
+from icce_ray.consensus.neighbor_score import Nearest, NeighborScore
 from icce_ray.consensus.partition import PartitionError
+from icce_ray.consensus.recombination import MAX_CLUSTERS, recombine
 from icce_ray.consensus.refinement import refine
 
 MAX_SEEDS, MAX_STARTS = 4, 16
@@ -35,6 +37,8 @@ TRIES_BUDGET = 2_000_000
 """Number of labels (heads x images) times tries, about: large inputs get fewer tries, but at least one."""
 SCREENING_PASSES = 5
 """Refinement passes of each try; only the best try of each function is refined to the end."""
+RECOMBINED = "recombined"
+"""Stands among the names of the functions for their result after the neighbour graph judged recombinations."""
 FALLBACK: ConsensusMethod = "vote"
 """Used if all functions asked for fail: it needs no partitioner."""
 
@@ -49,7 +53,8 @@ class EnsembleResult:
     labels: Labels
     """(N,) int32, 0..K-1; -1 for noise, the images that no head labels."""
     method: str
-    """The consensus function that these labels are from: the one with the highest ANMI."""
+    """The consensus function that these labels are from: the one with the highest ANMI; or `recombined`, if there was a
+    neighbour graph."""
     anmi: dict[str, float]
     """ANMI of each function that was tried, after refinement if that is on."""
     start_anmi: dict[str, float]
@@ -62,6 +67,8 @@ class EnsembleResult:
     """(N,), nats: entropy of the aligned labels of the heads."""
     second_choice: Labels
     """(N,) int32: the cluster with the most votes besides the consensus; -1 if no head votes for another."""
+    graph_scores: dict[str, float]
+    """Score on the neighbour graph of each function that was tried and of `recombined`; empty without a graph."""
     hierarchy: Hierarchy
     """The clusters merged step by step, those that the heads confuse most first; `hierarchy.cut(n)` leaves n groups."""
     skipped: dict[str, str] = field(default_factory=dict)
@@ -79,6 +86,7 @@ class EnsembleResult:
             "anmi": self.consensus_anmi,
             "anmi_by_method": self.anmi,
             "start_anmi_by_method": self.start_anmi,
+            "graph_score_by_method": self.graph_scores,
             "skipped": self.skipped,
             "repaired": self.repaired,
             "mean_agreement": float(self.agreement[has_cluster].mean(dtype=np.float64)),
@@ -104,6 +112,7 @@ def find_consensus(
     *,
     seed: int,
     head_losses: npt.NDArray[np.float64] | None = None,
+    nearest: Nearest | None = None,
     report: Callable[[int, int, str], None] = lambda done, total, note: None,
 ) -> EnsembleResult:
     """Make the consensus of `heads`, with the clusters 0..num_clusters-1. A single head is taken as it is, if it has no
@@ -111,12 +120,14 @@ def find_consensus(
 
     Args:
         head_losses: (H,) losses of the heads, for `best_head`.
+        nearest: the neighbour graph; None: the consensus with the highest ANMI is kept.
         report: called with the number of finished steps, of all steps, and the name of the next one.
     """
     if heads.num_heads == 1:  # there is nothing to combine
         config = config.model_copy(update={"methods": ("best_head",), "refine": False})
     seeds = derive_seeds(seed)
-    total = len(config.methods) + 1
+    recombines = config.recombine and nearest is not None
+    total = len(config.methods) + recombines + 1
 
     @cache
     def pairs() -> HeadPairs:
@@ -140,8 +151,22 @@ def find_consensus(
         tries = [_fill_and_score(labels_N, heads, num_clusters) for labels_N in labels]
         start_anmi[method] = max(one.anmi for one in tries)
         best_tries[method] = _best_refined(tries, heads, num_clusters) if config.refine else _best(tries)
-    report(len(config.methods), total, "agreement")
     chosen = max(best_tries, key=lambda method: best_tries[method].anmi)
+    graph_scores: dict[str, float] = {}
+    if recombines and len(heads.unlabelled):
+        skipped[RECOMBINED] = f"no clustering has a label for {len(heads.unlabelled):,} of the images"
+    elif recombines and num_clusters > MAX_CLUSTERS:
+        skipped[RECOMBINED] = f"{num_clusters:,} clusters are over the limit of {MAX_CLUSTERS:,}"
+    elif recombines and nearest is not None:
+        report(len(config.methods), total, "recombination")
+        score = NeighborScore(heads, nearest)
+        labels = [one.labels_N for one in best_tries.values()]
+        graph_scores = dict(zip(best_tries, score.scores(labels, num_clusters), strict=True))
+        best = recombine(score, [best_tries[chosen].labels_N, *labels], num_clusters, seed=seeds[0])
+        graph_scores[RECOMBINED] = best.score
+        best_tries[RECOMBINED] = _Try(anmi(best.labels_N, heads, num_clusters), best.labels_N, 0)
+        chosen = RECOMBINED
+    report(total - 1, total, "agreement")
     labels_N = best_tries[chosen].labels_N
     counts_KC = count_consensus(labels_N, heads, num_clusters)
     agreement = measure_agreement(labels_N, heads, counts_KC, seed=seeds[0])
@@ -154,6 +179,7 @@ def find_consensus(
         agreement=heads.spread(agreement.agreement_N, np.nan),
         vote_entropy=heads.spread(agreement.vote_entropy_N, 0.0),
         second_choice=heads.spread(agreement.second_choice_N, MISSING),
+        graph_scores=graph_scores,
         hierarchy=build_hierarchy(counts_KC, heads.offsets),
         skipped=skipped,
         repaired={method: best.num_empty for method, best in best_tries.items() if best.num_empty},

@@ -17,6 +17,7 @@ from icce_ray.consensus.extra_runs import find_heads
 from icce_ray.consensus.hierarchy import HIERARCHY_NAME
 from icce_ray.consensus.stored_label_matrix import StoredHeads, open_heads
 from icce_ray.methods.clusterings import read_losses
+from icce_ray.neighbors.graph import StoredNearest
 from icce_ray.stage import StageContext
 
 
@@ -32,7 +33,7 @@ def run(
 
     Returns:
         method, anmi (of the labels, 0 to 1), anmi_by_method and start_anmi_by_method (after and before refinement),
-        skipped (method: reason), repaired (method: clusters that it left empty), mean_agreement, num_clusters (used),
+        graph_score_by_method (on the neighbour graph; empty without one), skipped (method: reason), repaired (method: clusters that it left empty), mean_agreement, num_clusters (used),
         smallest_cluster, median_cluster, largest_cluster (images), num_heads (of all runs).
 
     Raises:
@@ -42,7 +43,10 @@ def run(
     own = context.inputs["method"]
     extra = find_heads(config.consensus.extra_runs, config.output, own)
     heads = open_heads([own, *extra], heads_type)
-    check_memory(heads, config.num_clusters, config.consensus.methods, num_workers)
+    graph = context.inputs.get("neighbors") if config.consensus.recombine else None
+    check_memory(heads, config.num_clusters, config.consensus.methods, num_workers, has_graph=graph is not None)
+    if config.consensus.recombine and graph is None:
+        context.progress.note("recombined left out: the method has no neighbour graph")
     result = find_consensus(
         heads,
         config.num_clusters,
@@ -50,6 +54,7 @@ def run(
         seed=config.seed,
         # Losses of runs with other settings cannot be compared.
         head_losses=None if extra else read_losses(own),
+        nearest=None if graph is None else StoredNearest(graph),
         report=context.progress.update,
     )
     for method, reason in result.skipped.items():

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from icce_ray.consensus import cspa, hbgf
+from icce_ray.consensus import cspa, hbgf, recombination
 from icce_ray.consensus.head_overlaps import tile_heads
 from icce_ray.consensus.label_matrix import PART_LABELS, Counts, Heads
 from icce_ray.errors import ResourceError
@@ -24,11 +24,16 @@ CELL_BYTES, NUM_TABLES = 4, 4
 EDGE_BYTES, PAIR_BYTES = 200, 50
 """For each edge of METIS's graph, and for each pair of images of CSPA, while the graph is built and cut."""
 VOTE_BYTES = 100
+GRAPH_IMAGE_BYTES, CELL_TABLE_BYTES = 250, 40
+"""For each image, if the graph judges: weights of its edges, and the clusterings that are recombined. For each two
+cells of an overlay."""
 
 
-def coordinator_bytes(num_images: int, num_clusters_H: Counts, num_clusters: int, methods: Sequence[str]) -> int:
+def coordinator_bytes(
+    num_images: int, num_clusters_H: Counts, num_clusters: int, methods: Sequence[str], has_graph: bool = False
+) -> int:
     """IMAGE_BYTES N + 16 K C, and the largest graph. MCLA's has about C H / 2 edges: from each head cluster, one to
-    every other head."""
+    every other head. `has_graph`: whether the neighbour graph judges the result."""
     num_heads, num_head_clusters = len(num_clusters_H), int(num_clusters_H.sum())
     num_labels = num_images * num_heads
     tables = NUM_TABLES * CELL_BYTES * num_clusters * num_head_clusters
@@ -37,7 +42,11 @@ def coordinator_bytes(num_images: int, num_clusters_H: Counts, num_clusters: int
         "hbgf": EDGE_BYTES * num_labels if num_labels <= hbgf.MAX_EDGES else 0,
         "cspa": PAIR_BYTES * num_images**2 if num_images <= cspa.MAX_IMAGES else 0,
     }
-    return IMAGE_BYTES * num_images + tables + max(graphs.get(method, 0) for method in methods)
+    largest = max(graphs.get(method, 0) for method in methods)
+    if has_graph:
+        num_cells = max(recombination.MAX_CELLS, 2 * num_clusters)
+        largest = max(largest, GRAPH_IMAGE_BYTES * num_images + CELL_TABLE_BYTES * num_cells**2)
+    return IMAGE_BYTES * num_images + tables + largest
 
 
 def worker_bytes(num_images: int, num_clusters_H: Counts, num_clusters: int) -> int:
@@ -50,13 +59,15 @@ def worker_bytes(num_images: int, num_clusters_H: Counts, num_clusters: int) -> 
     return 16 * PART_LABELS + max(VOTE_BYTES * PART_LABELS, tile, table)
 
 
-def check_memory(heads: Heads, num_clusters: int, methods: Sequence[str], num_workers: int = 1) -> None:
+def check_memory(
+    heads: Heads, num_clusters: int, methods: Sequence[str], num_workers: int = 1, has_graph: bool = False
+) -> None:
     """Check, before the work starts, that it fits. Other machines are assumed to have as much memory as this one.
 
     Raises:
         ResourceError: it does not; the message says what is needed, what is available, and what to change.
     """
-    needed = coordinator_bytes(heads.num_images, heads.num_clusters, num_clusters, methods)
+    needed = coordinator_bytes(heads.num_images, heads.num_clusters, num_clusters, methods, has_graph)
     needed += num_workers * worker_bytes(heads.num_images, heads.num_clusters, num_clusters)
     available = available_memory_bytes()
     if needed > available:

@@ -32,6 +32,7 @@ def cluster_ensemble(
     refine: bool = True,
     imbalance: float = 1.5,
     head_losses: npt.ArrayLike | None = None,
+    neighbors: npt.ArrayLike | None = None,
 ) -> EnsembleResult:
     """Make one clustering of several: the consensus with the highest average NMI with them (Strehl & Ghosh 2002).
 
@@ -48,6 +49,9 @@ def cluster_ensemble(
         refine: whether images are reassigned as long as that raises the ANMI.
         imbalance: weight of METIS's heaviest part allowed, relative to the average.
         head_losses: (H,) losses of the heads of a single matrix, for `best_head`.
+        neighbors: (N, k) integers, the images most similar to each image, -1 where there are fewer; 10 are a good
+            number. With them, the clusterings and the consensus are recombined, and the result that fits the neighbours
+            best is kept instead of the one with the highest ANMI.
 
     Returns:
         The labels, 0..K-1, and what is known about them. Each of the K clusters has an image, unless fewer than K
@@ -64,8 +68,10 @@ def cluster_ensemble(
         raise InputError(f"imbalance is {imbalance}; it must be at least 1 (1.5: parts up to 1.5 times the average)")
     config = ConsensusConfig(methods=_check_methods(methods), refine=refine, imbalance=imbalance)
     losses = _check_losses(head_losses, heads)
-    check_memory(heads, num_clusters, config.methods)
-    return find_consensus(heads, num_clusters, config, seed=_check_seed(random_state), head_losses=losses)
+    nearest = _check_neighbors(neighbors, heads)
+    check_memory(heads, num_clusters, config.methods, has_graph=nearest is not None)
+    seed = _check_seed(random_state)
+    return find_consensus(heads, num_clusters, config, seed=seed, head_losses=losses, nearest=nearest)
 
 
 def _stack(labels: npt.ArrayLike | Sequence[npt.NDArray[Any]]) -> npt.ArrayLike:
@@ -120,6 +126,22 @@ def _check_losses(head_losses: npt.ArrayLike | None, heads: Heads) -> npt.NDArra
             f"head_losses has shape {losses.shape}; it must hold one loss for each of {heads.num_heads} heads"
         )
     return losses
+
+
+def _check_neighbors(neighbors: npt.ArrayLike | None, heads: Heads) -> npt.NDArray[np.integer[Any]] | None:
+    if neighbors is None:
+        return None
+    nearest, num_images = np.asarray(neighbors), heads.num_images
+    if nearest.ndim != 2 or len(nearest) != num_images or not np.issubdtype(nearest.dtype, np.integer):
+        raise InputError(
+            f"neighbors is {nearest.dtype} of shape {nearest.shape}; it must be integers of shape ({num_images}, k)"
+        )
+    if nearest.size and not -1 <= nearest.min() <= nearest.max() < num_images:
+        raise InputError(
+            f"neighbors holds numbers from {nearest.min()} to {nearest.max()}; they are images, 0 to {num_images - 1}, "
+            "or -1 where there are fewer"
+        )
+    return nearest
 
 
 def _check_seed(random_state: int | np.random.RandomState | None) -> int:

@@ -49,6 +49,10 @@ class Heads(ABC):
     def read(self, start: int, stop: int, heads: slice = slice(None)) -> HeadLabels:
         """The labels of the images start..stop-1 by some of the heads."""
 
+    @abstractmethod
+    def labels_of(self, head: int) -> npt.NDArray[Any]:
+        """Labels (N,) of one head, -1 where missing: equal for images of the same cluster. May be memory-mapped."""
+
     def spread(self, values_n: npt.NDArray[Any], fill: float) -> npt.NDArray[Any]:
         """A value for each image of the matrix, from those of its labelled images: `fill` where there is none."""
         return np.insert(values_n, self.unlabelled - np.arange(len(self.unlabelled)), fill)
@@ -115,6 +119,10 @@ class HeadLabels(Heads):
 
     def read(self, start: int, stop: int, heads: slice = slice(None)) -> HeadLabels:
         return HeadLabels(self.codes[heads, start:stop], self.values[heads])
+
+    def labels_of(self, head: int) -> Labels:
+        codes_N: Labels = self.codes[head]
+        return codes_N
 
     def columns(self) -> npt.NDArray[np.int64]:
         """Head clusters (N, H) of the images, -1 where a label is missing."""

@@ -57,7 +57,7 @@ def refine(
         movers = movers[np.argsort(-gain_N[movers], kind="stable")]
         before = best
         for _ in range(MAX_HALVINGS):
-            movers = _leave_no_cluster_empty(movers, labels_N, num_clusters)
+            movers = leave_no_cluster_empty(movers, labels_N, num_clusters)
             if not len(movers):
                 break
             moved_N = labels_N.copy()
@@ -73,9 +73,7 @@ def refine(
     return labels_N, best
 
 
-def _leave_no_cluster_empty(
-    movers: npt.NDArray[np.int64], labels_N: Labels, num_clusters: int
-) -> npt.NDArray[np.int64]:
+def leave_no_cluster_empty(movers: npt.NDArray[np.int64], labels_N: Labels, num_clusters: int) -> npt.NDArray[np.int64]:
     """The movers without those of clusters that all images would leave."""
     sizes_K = np.bincount(labels_N, minlength=num_clusters)
     leaving_K = np.bincount(labels_N[movers], minlength=num_clusters)

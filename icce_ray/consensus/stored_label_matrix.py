@@ -51,6 +51,9 @@ class StoredHeads(Heads):
         codes = [encode_labels(np.delete(row, left_out), used) for row, used in zip(rows, values, strict=True)]
         return HeadLabels(np.stack(codes), values)
 
+    def labels_of(self, head: int) -> npt.NDArray[Any]:
+        return self.rows(0, self.num_images, head, head + 1)[0]
+
     def rows(self, start: int, stop: int, first: int, end: int) -> list[npt.NDArray[Any]]:
         """The labels as they are stored, of the images start..stop-1 by the heads first..end-1."""
         wanted = self.order[first:end]

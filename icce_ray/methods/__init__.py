@@ -93,7 +93,7 @@ METHODS: dict[str, Method] = {
                 "sinkhorn": False,
                 "max_ce_weight": 0.0,
             },
-            "consensus": {"methods": ("best_head",), "refine": False},
+            "consensus": {"methods": ("best_head",), "refine": False, "recombine": False},
         },
     ),
     # The loss of arXiv 2005.12320 on frozen features.
@@ -103,7 +103,7 @@ METHODS: dict[str, Method] = {
             "sample": {"duplicate_threshold": None},
             "neighbors": _fixed_neighbors(20),
             "heads": {"loss": "scan", "input_norm": "standardize", "rotate": False, "input_share": 1.0},
-            "consensus": {"methods": ("best_head",), "refine": False},
+            "consensus": {"methods": ("best_head",), "refine": False, "recombine": False},
         },
     ),
     # arXiv 2406.07236.

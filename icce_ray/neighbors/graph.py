@@ -11,13 +11,15 @@ import numpy.typing as npt
 
 from icce_ray.config import NeighborsConfig
 from icce_ray.neighbors.audit import Audit, audit_features
-from icce_ray.neighbors.graph_rows import Rows, merge_shards, part_ranges, search_shard
+from icce_ray.neighbors.graph_rows import NUM_NEAREST, Rows, merge_shards, part_ranges, search_shard
 from icce_ray.neighbors.search import make_engine
 from icce_ray.runtime.progress import Progress
 from icce_ray.sample.unit_features import prepare
 from icce_ray.store import Artifact
 from icce_ray.store.artifact import cache_folder
 from icce_ray.store.local_files import locked, replacing
+
+NEAREST_SUFFIX = "-nearest.npy"
 
 
 @dataclass(frozen=True)
@@ -26,10 +28,12 @@ class NeighborGraph:
 
     indptr: (N+1,) int64; the neighbours of image i are indices[indptr[i]:indptr[i+1]].
     indices: (E,) int32, or int64 above 2^31-1 images; ascending within a row, never i itself.
+    nearest_Nk: (N, NUM_NEAREST) the most similar of them, ascending, -1 where there are fewer; None if not loaded.
     """
 
     indptr: npt.NDArray[np.int64]
     indices: npt.NDArray[np.integer]
+    nearest_Nk: npt.NDArray[np.integer] | None = None
 
     @property
     def num_images(self) -> int:
@@ -87,7 +91,33 @@ def build_graph(
         if progress is not None:
             progress.update(stop, len(unit))
     rows = Rows.join(parts)
-    return NeighborGraph(rows.indptr, rows.indices), audit
+    return NeighborGraph(rows.indptr, rows.indices, rows.nearest), audit
+
+
+@dataclass(frozen=True)
+class StoredNearest:
+    """The most similar neighbours of each image in a finished `neighbors` artifact: (N, NUM_NEAREST), read by slices.
+    Pickles: workers open the files themselves."""
+
+    artifact: Artifact
+
+    @property
+    def _names(self) -> list[str]:
+        return [name for name in self.artifact.part_names("part-") if name.endswith(NEAREST_SUFFIX)]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return sum(self.artifact.part(name).rows or 0 for name in self._names), NUM_NEAREST
+
+    def __getitem__(self, rows: slice) -> npt.NDArray[np.integer]:
+        start, stop, _ = rows.indices(self.shape[0])
+        found, first = [], 0
+        for name in self._names:
+            num_rows = self.artifact.part(name).rows or 0
+            if first < stop and start < first + num_rows:
+                found.append(self.artifact.read_array(name)[max(start - first, 0) : stop - first])
+            first += num_rows
+        return np.concatenate(found)
 
 
 def load_graph(artifact: Artifact) -> NeighborGraph:

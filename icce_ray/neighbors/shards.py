@@ -1,6 +1,7 @@
 """A shard worker, without Ray: searches the images of its shard, and makes parts of the graph from all shards' answers.
 
-A part lies on storage as two arrays, ``<name>-indptr.npy`` and ``<name>-indices.npy``.
+A part lies on storage as three arrays: ``<name>-indptr.npy``, ``<name>-indices.npy``, and ``<name>-nearest.npy`` with
+the most similar neighbours of each image.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from icce_ray.embed.feature_matrix import load_features
 from icce_ray.neighbors.adaptive_rule import Rule
 from icce_ray.neighbors.audit import Audit, audit_features
 from icce_ray.neighbors.faiss_engine import Engine
+from icce_ray.neighbors.graph import NEAREST_SUFFIX
 from icce_ray.neighbors.graph_rows import merge_shards, part_ranges, search_shard, shard_ids
 from icce_ray.neighbors.search import Candidates, make_engine
 from icce_ray.runtime.threads import set_threads
@@ -126,5 +128,6 @@ class ShardWorker:
         files = [
             writer.write_array(f"{part.name}-indptr.npy", rows.indptr),
             writer.write_array(f"{part.name}-indices.npy", rows.indices),
+            writer.write_array(f"{part.name}{NEAREST_SUFFIX}", rows.nearest),
         ]
         return self.task.records.write(part.name, files, rows.summary(self.rule.min_neighbors))

@@ -10,4 +10,4 @@ def _settings(config: Config) -> Settings:
     return num_clusters_and_seed(config) | {"neighbors": config.neighbors.model_dump()}
 
 
-NEIGHBORS = Stage("neighbors", "icce_ray.neighbors.job", 6, ("embed", "sample"), _settings)
+NEIGHBORS = Stage("neighbors", "icce_ray.neighbors.job", 7, ("embed", "sample"), _settings)

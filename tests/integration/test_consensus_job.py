@@ -12,7 +12,7 @@ import pytest
 from ray import cloudpickle
 
 from icce_ray.config import Config, ResourcesConfig
-from icce_ray.consensus import best_consensus, consensus_artifact, cspa, job, label_matrix
+from icce_ray.consensus import best_consensus, consensus_artifact, cspa, job, label_matrix, neighbor_score
 from icce_ray.consensus.agreement import describe_clusters
 from icce_ray.consensus.ensemble import cluster_ensemble
 from icce_ray.consensus.extra_runs import find_heads
@@ -73,9 +73,12 @@ def config_of(root, **consensus):
     return Config(output=str(root), num_clusters=3, seed=5, embeddings={"uri": "unused.npy"}, consensus=consensus)
 
 
-def run_job(root, heads, run=job.run, **consensus):
+def run_job(root, heads, run=job.run, nearest=None, **consensus):
     output = ArtifactWriter(Folder.at(root / "consensus"))
-    context = StageContext(output, {"method": heads}, Progress("consensus"))
+    inputs = {"method": heads}
+    if nearest is not None:
+        inputs["neighbors"] = commit(root, "neighbors", "neighbors", {}, **nearest)
+    context = StageContext(output, inputs, Progress("consensus"))
     metrics = run(config_of(root, **consensus), context)
     return metrics, output.commit(
         stage="consensus", fingerprint="f", inputs={}, config={}, metrics=metrics, seconds=0.0
@@ -84,9 +87,13 @@ def run_job(root, heads, run=job.run, **consensus):
 
 @pytest.mark.parametrize("run", [job.run, consensus_artifact.run], ids=["on Ray", "in one process"])
 def test_the_stage_writes_the_consensus_of_the_matrix_whatever_its_parts(tmp_path, matrix, run, monkeypatch):
-    expected = cluster_ensemble(matrix, 3, random_state=5)
+    nearest_Nk = (np.arange(210)[:, None] + np.arange(1, 11)) % 210
+    expected = cluster_ensemble(matrix, 3, random_state=5, neighbors=nearest_Nk)
     monkeypatch.setattr(label_matrix, "PART_LABELS", 300)
-    metrics, artifact = run_job(tmp_path, write_run(tmp_path, "own", matrix), run)
+    monkeypatch.setattr(neighbor_score, "PART_LABELS", 700)
+    nearest = {"part-00000-nearest": nearest_Nk[:90], "part-00001-nearest": nearest_Nk[90:]}
+    metrics, artifact = run_job(tmp_path, write_run(tmp_path, "own", matrix), run, nearest)
+    assert metrics["method"] == "recombined"
     for name in ARRAYS:
         part = artifact.read_array(f"{name}.npy")
         np.testing.assert_array_equal(part, getattr(expected, name))
@@ -111,7 +118,9 @@ def test_the_settings_reach_the_ensemble_and_what_is_left_out_is_said(tmp_path, 
     metrics, artifact = run_job(tmp_path, heads, consensus_artifact.run, methods=["best_head", "cspa"], refine=False)
     assert metrics["method"] == "best_head"
     reason = "it compares all pairs of images, and 210 images are over the limit of 10"
-    assert capsys.readouterr().err == f"consensus: cspa left out: {reason}\n"
+    assert capsys.readouterr().err == (
+        f"consensus: recombined left out: the method has no neighbour graph\nconsensus: cspa left out: {reason}\n"
+    )
     np.testing.assert_array_equal(artifact.read_array("labels.npy"), matrix[1])
 
 

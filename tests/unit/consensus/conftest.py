@@ -31,6 +31,19 @@ def make_planted(sizes: list[int], num_heads: int, noise: float, seed: int = 0, 
     return labels_N, np.array(heads)
 
 
+def make_near(labels_N: npt.NDArray[Any], purity: float, num_neighbors: int = 10) -> npt.NDArray[np.int64]:
+    """Neighbours (N, k): each of the same cluster with probability `purity`, else any image."""
+    rng = np.random.default_rng(0)
+    same = [rng.choice(np.flatnonzero(labels_N == label), num_neighbors) for label in labels_N]
+    anyone = rng.integers(0, len(labels_N), (len(labels_N), num_neighbors))
+    return np.where(rng.random(anyone.shape) < purity, same, anyone)
+
+
+@pytest.fixture(scope="session")
+def near() -> Callable[..., Any]:
+    return make_near
+
+
 @pytest.fixture(scope="session")
 def planted() -> Callable[..., Any]:
     return make_planted

@@ -9,6 +9,7 @@ import pytest
 from icce_ray.consensus import head_overlaps
 from icce_ray.consensus.aligned_vote import align_and_vote
 from icce_ray.consensus.best_head import best_head
+from icce_ray.consensus.cluster_counts import anmi
 from icce_ray.consensus.cspa import co_association, cspa
 from icce_ray.consensus.empty_clusters import fill_empty_clusters
 from icce_ray.consensus.hbgf import hbgf
@@ -161,6 +162,47 @@ def test_an_empty_cluster_gets_the_largest_group_that_a_head_tells_apart():
     assert num_empty == 2
     np.testing.assert_array_equal(filled, [0, 0, 0, 0, 2, 2, 1, 1, 1])
     assert not labels_N.any()
+
+
+def test_an_empty_cluster_gets_a_group_that_the_heads_see_rather_than_what_one_odd_head_cuts_off(planted):
+    """The second largest cell of the odd head is the larger one by far."""
+    labels_N, matrix = planted([600, 60, 50, 40], 6, 0.1)
+    matrix[0] = np.where((labels_N == 0) & (np.arange(750) % 2 == 0), 4, matrix[0])
+    merged_N = np.where(labels_N == 3, 2, labels_N).astype(np.int32)
+    filled_N, num_empty = fill_empty_clusters(merged_N, encode_heads(matrix), 4)
+    assert num_empty == 1
+    assert (filled_N == 3).sum() < 60
+    assert clustering_accuracy(labels_N, filled_N) > 0.98
+
+
+@pytest.mark.parametrize("missing", [0.0, 0.3])
+def test_the_filled_cluster_is_the_split_with_the_highest_anmi_of_a_plain_search(planted, missing):
+    labels_N, matrix = planted([40, 30, 20, 10], 5, 0.4)
+    matrix[2] = 0
+    matrix[1:][np.random.default_rng(0).random((4, 100)) < missing] = -1
+    heads = encode_heads(matrix)
+    for start_N in (np.minimum(labels_N, 2), np.zeros(100)):
+        tried = []
+        for cluster in np.unique(start_N):
+            for codes_N in heads.codes:
+                counts = np.bincount(codes_N[(start_N == cluster) & (codes_N >= 0)], minlength=4)
+                for code in np.argsort(-counts, kind="stable")[1:4]:
+                    if counts[code]:
+                        tried.append(np.where((start_N == cluster) & (codes_N == code), 3, start_N).astype(int))
+        filled_N, _ = fill_empty_clusters(start_N.astype(np.int32), heads, 4 if start_N.any() else 2)
+        best = max(anmi(one, heads, 4) for one in tried)
+        assert anmi(filled_N, heads, 4) == pytest.approx(best, abs=1e-12)
+
+
+def test_few_promising_splits_are_nearly_as_good_as_all(planted, monkeypatch):
+    _, matrix = planted([60] * 8, 8, 0.2)
+    heads = encode_heads(matrix)
+    start_N = (matrix[0] // 2).astype(np.int32)
+    everything_N, num_empty = fill_empty_clusters(start_N, heads, 8)
+    monkeypatch.setattr("icce_ray.consensus.empty_clusters.MAX_COUNTED", 0)
+    few_N, _ = fill_empty_clusters(start_N, heads, 8)
+    assert num_empty == 4
+    assert anmi(few_N, heads, 8) > 0.95 * anmi(everything_N, heads, 8)
 
 
 def test_clusters_stay_empty_where_no_head_tells_images_apart():

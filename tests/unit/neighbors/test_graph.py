@@ -62,6 +62,27 @@ def test_the_graph_is_that_of_brute_force(
     assert reference.lists_of(graph) == expected
 
 
+@pytest.mark.parametrize(("threshold", "min_neighbors"), [(0.3, 12), (None, 20), (0.9, 4)])
+def test_the_nearest_are_the_most_similar_of_each_row_whatever_the_shards(
+    threshold: float | None, min_neighbors: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shrink_blocks(monkeypatch, 50, 70)
+    features = reference.awkward_features(331, 6)
+    graph = build(features, similarity_threshold=threshold, min_neighbors=min_neighbors, max_neighbors=40)
+    assert graph.nearest_Nk is not None
+    prepared = prepare(features, True)
+    for image in range(331):
+        row = graph.neighbors_of(image).astype(np.int64)
+        units = prepared_module.exact_similarity(prepared, np.full(len(row), image), prepared, row)
+        expected = np.sort(row[np.lexsort((row, -units))][: rows_module.NUM_NEAREST])
+        assert np.array_equal(graph.nearest_Nk[image, : len(expected)], expected)
+        assert (graph.nearest_Nk[image, len(expected) :] == -1).all()
+    rule = Rule(threshold, min_neighbors, 40, seed=3)
+    for num_shards in (1, 3):
+        rows = build_rows(prepared, 100, 200, rule, num_shards)
+        assert np.array_equal(rows.nearest, graph.nearest_Nk[100:200])
+
+
 def test_the_graph_is_the_same_on_a_torch_device_and_by_several_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     shrink_blocks(monkeypatch, 20, 70)
     features = reference.awkward_features(331, 6)

@@ -53,6 +53,8 @@ def test_shards_that_know_storage_only_make_the_graph_of_one_process(
         answers = [worker(shard).answer(part) for shard in range(num_shards)]
         record = worker(part.number % num_shards).make(part, *answers)
         assert records.read(part.name) == record
-        indptr, indices = (np.load(tmp_path / "out" / file.name) for file in record.files)
+        indptr, indices, nearest = (np.load(tmp_path / "out" / file.name) for file in record.files)
+        assert graph.nearest_Nk is not None
+        assert np.array_equal(nearest, graph.nearest_Nk[part.start : part.stop])
         lists += [row.tolist() for row in np.split(indices, indptr[1:-1])]
     assert lists == lists_of(graph)

@@ -1,0 +1,173 @@
+"""The score of a clustering on the neighbour graph, and the moves that raise it (docs/METHOD.md, "Recombination").
+
+An edge leads from an image to one of its most similar neighbours and weighs the number of heads that join the two. The
+weights are integers, so all sums are exact: they are the same for any parts of the images.
+
+Shape letters: N images, n images of a part, k neighbours, H heads, K clusters, P clusterings, X cells.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from icce_ray.consensus.label_matrix import PART_LABELS, Counts, Heads, Labels
+
+RESOLUTION = 0.6
+"""Weight of the clusters' volumes in the score: the lower, the more unequal the clusters may be."""
+
+
+class Nearest(Protocol):
+    """The most similar neighbours of each image: (N, k) integers, -1 where there are fewer. Rows are read by slices."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    def __getitem__(self, rows: slice, /) -> npt.NDArray[np.integer[Any]]: ...
+
+
+class Moves(NamedTuple):
+    """The best other cluster of each image, and by how much moving there alone raises the score."""
+
+    target_N: Labels
+    gain_N: npt.NDArray[np.float64]
+
+
+class NeighborScore:
+    """Scores clusterings on the graph of `nearest`, weighted by `heads`.
+
+    With edges in both directions, m the sum of all weights and vol_k that of the edges at the images of cluster k, the
+    score is the share of the weight within clusters less RESOLUTION times the sum of (vol_k / m)^2.
+    """
+
+    def __init__(self, heads: Heads, nearest: Nearest) -> None:
+        self.heads, self.nearest = heads, nearest
+        self.parts = edge_parts(*nearest.shape)
+        weights = list(heads.map(_weigh_part, self.parts, nearest))
+        self.weights_Nk = np.concatenate(weights)
+        self.degree_N = self.weights_Nk.sum(axis=1, dtype=np.int64)
+        for (start, stop), weights_nk in zip(self.parts, weights, strict=True):
+            np.add.at(self.degree_N, _ids(nearest, start, stop), weights_nk)
+        self.total = int(self.degree_N.sum())
+
+    def scores(self, clusterings: Sequence[Labels], num_clusters: int) -> list[float]:
+        """The score of each clustering, with labels 0..num_clusters-1."""
+        labels_PN = np.stack(clusterings)
+        parts = self.heads.map(_within_part, self.parts, labels_PN, self.nearest, self.weights_Nk)
+        within_P = np.sum(list(parts), axis=0)
+        return [
+            self._score(within, self._volumes(labels_N, num_clusters))
+            for within, labels_N in zip(within_P, labels_PN, strict=True)
+        ]
+
+    def measure(self, clusterings: Sequence[Labels], num_clusters: int) -> list[tuple[float, Moves]]:
+        """The score of each clustering, with labels 0..num_clusters-1, and its moves."""
+        labels_PN = np.stack(clusterings)
+        volumes_PK = np.stack([self._volumes(labels_N, num_clusters) for labels_N in labels_PN])
+        shared = labels_PN, volumes_PK, self.total, self.nearest, self.weights_Nk
+        parts = list(self.heads.map(_measure_part, self.parts, *shared))
+        within_P = np.sum([within_p for within_p, _, _ in parts], axis=0)
+        targets_PN, gains_PN = (np.concatenate([part[i] for part in parts], axis=1) for i in (1, 2))
+        scores = map(self._score, within_P, volumes_PK)
+        return [(score, Moves(*moves)) for score, *moves in zip(scores, targets_PN, gains_PN, strict=True)]
+
+    def _volumes(self, labels_N: Labels, num_clusters: int) -> npt.NDArray[np.float64]:
+        # Sums of integers below 2^53 are exact in float64.
+        return np.bincount(labels_N, weights=self.degree_N.astype(np.float64), minlength=num_clusters)
+
+    def _score(self, within: int, volumes_K: npt.NDArray[np.float64]) -> float:
+        """Sorted volumes, so that clusterings that differ in their numbers only have equal scores."""
+        total = max(self.total, 1)
+        return float(within / total - RESOLUTION * ((np.sort(volumes_K) / total) ** 2).sum())
+
+    def between(self, cells_N: Labels, num_cells: int) -> npt.NDArray[np.float64]:
+        """Weight of the edges from one cell of images to another: (X, X) whole numbers, symmetric. `cells_N`: the cell
+        of each image."""
+        parts = self.heads.map(_count_between, self.parts, cells_N, num_cells, self.nearest, self.weights_Nk)
+        weights_XX = sum(parts, start=np.zeros((num_cells, num_cells)))
+        return weights_XX + weights_XX.T
+
+
+def edge_parts(num_images: int, num_neighbors: int) -> list[tuple[int, int]]:
+    """(start, stop) of the images whose edges are worked on at a time."""
+    step = max(1, PART_LABELS // num_neighbors)
+    return [(start, min(start + step, num_images)) for start in range(0, num_images, step)]
+
+
+def _ids(nearest: Nearest, start: int, stop: int) -> npt.NDArray[np.int64]:
+    """Neighbours (n, k) of some images; where there is none, the image itself."""
+    ids_nk = nearest[start:stop].astype(np.int64)
+    return np.where(ids_nk >= 0, ids_nk, np.arange(start, stop)[:, None])
+
+
+def _weigh_part(heads: Heads, start: int, stop: int, nearest: Nearest) -> npt.NDArray[np.uint16]:
+    """Number of heads (n, k) that put an image and its neighbour into one cluster; 0 where there is no neighbour."""
+    ids_nk, own_n = _ids(nearest, start, stop), np.arange(start, stop)
+    weights_nk = np.zeros(ids_nk.shape, dtype=np.uint16)
+    for head in range(heads.num_heads):
+        labels_N = heads.labels_of(head)
+        labels_n1 = np.asarray(labels_N[start:stop])[:, None]
+        weights_nk += (labels_N[ids_nk] == labels_n1) & (labels_n1 >= 0)
+    weights_nk[ids_nk == own_n[:, None]] = 0
+    return weights_nk
+
+
+def _within_part(
+    heads: Heads, start: int, stop: int, labels_PN: Labels, nearest: Nearest, weights_Nk: npt.NDArray[np.uint16]
+) -> Counts:
+    """Weight within the clusters (P,) of the edges of some images, in both directions."""
+    ids_nk, weights_nk = _ids(nearest, start, stop), weights_Nk[start:stop]
+    within = [(weights_nk * (labels_N[ids_nk] == labels_N[start:stop, None])).sum() for labels_N in labels_PN]
+    return 2 * np.array(within, dtype=np.int64)
+
+
+def _measure_part(
+    heads: Heads,
+    start: int,
+    stop: int,
+    labels_PN: Labels,
+    volumes_PK: npt.NDArray[np.float64],
+    total: int,
+    nearest: Nearest,
+    weights_Nk: npt.NDArray[np.uint16],
+) -> tuple[Counts, Labels, npt.NDArray[np.float64]]:
+    """Weight within the clusters (P,), best other clusters (P, n) and what they gain (P, n), of some images."""
+    ids_nk, weights_nk = _ids(nearest, start, stop), weights_Nk[start:stop].astype(np.int32)
+    within_P = np.empty(len(labels_PN), dtype=np.int64)
+    targets_Pn = labels_PN[:, start:stop].copy()
+    gains_Pn = np.empty(targets_Pn.shape)
+    # An image's edges to its neighbours stand for those that lead to it too, which other parts hold.
+    degree_n = 2 * weights_nk.sum(axis=1)
+    for p, (labels_N, volumes_K) in enumerate(zip(labels_PN, volumes_PK, strict=True)):
+        own_n, labels_nk = labels_N[start:stop], labels_N[ids_nk]
+        to_own_n = (weights_nk * (labels_nk == own_n[:, None])).sum(axis=1)
+        within_P[p] = 2 * to_own_n.sum(dtype=np.int64)
+        to_nk = np.zeros_like(weights_nk)
+        for other in range(labels_nk.shape[1]):
+            to_nk += weights_nk[:, other : other + 1] * (labels_nk == labels_nk[:, other : other + 1])
+        share_nk = volumes_K[labels_nk] / max(total, 1)
+        value_nk = 2 * to_nk - RESOLUTION * degree_n[:, None] * share_nk
+        value_nk[labels_nk == own_n[:, None]] = -np.inf
+        best_n1 = value_nk.argmax(axis=1)[:, None]
+        share_n = (volumes_K[own_n] - degree_n) / max(total, 1)
+        staying_n = 2 * to_own_n - RESOLUTION * degree_n * share_n
+        gains_Pn[p] = np.take_along_axis(value_nk, best_n1, axis=1)[:, 0] - staying_n
+        targets_Pn[p] = np.take_along_axis(labels_nk, best_n1, axis=1)[:, 0]
+    return within_P, targets_Pn, gains_Pn
+
+
+def _count_between(
+    heads: Heads,
+    start: int,
+    stop: int,
+    cells_N: Labels,
+    num_cells: int,
+    nearest: Nearest,
+    weights_Nk: npt.NDArray[np.uint16],
+) -> npt.NDArray[np.float64]:
+    pairs_nk = cells_N[start:stop, None].astype(np.int64) * num_cells + cells_N[_ids(nearest, start, stop)]
+    weights = weights_Nk[start:stop].ravel().astype(np.float64)
+    return np.bincount(pairs_nk.ravel(), weights=weights, minlength=num_cells**2).reshape(num_cells, num_cells)
