@@ -1,4 +1,4 @@
-"""The consensus at ImageNet's size and at a tenth of it, for planted labels with noise.
+"""The consensus at ImageNet's size and at a tenth of it, for planted labels and neighbours with noise.
 
 The stage runs on Ray with all CPUs of the machine (two on the reference machine), and `cluster_ensemble` gets the same
 matrix in one process: the labels must be equal. Memory is that of all processes, shared pages counted once (PSS). The
@@ -16,12 +16,13 @@ from typing import Any
 
 import numpy as np
 
-from cases.planted import planted_heads
+from cases.planted import planted_heads, planted_neighbors
 from cases.process_memory import tree_bytes
 from icce_ray.config import Config, ConsensusConfig
 from icce_ray.consensus.consensus_memory import coordinator_bytes, worker_bytes
 from icce_ray.consensus.ensemble import cluster_ensemble
 from icce_ray.metrics.true_label_scores import evaluate_clustering, normalized_mutual_info
+from icce_ray.neighbors.graph_rows import NUM_NEAREST
 from icce_ray.runtime.progress import Progress
 from icce_ray.stage import StageContext
 from icce_ray.store import ArtifactWriter, Folder
@@ -33,17 +34,19 @@ SETTINGS: dict[str, Any] = {
     "small_num_images": 100_000,
     "small_num_clusters": 100,
     "noise": 0.3,
+    "purity": 0.7,
 }
-MAX_SECONDS, MAX_SMALL_SECONDS = 300.0, 20.0
-MAX_BYTES = 8_000_000_000
+MAX_SECONDS, MAX_SMALL_SECONDS = 180.0, 20.0
+MAX_BYTES = 4_000_000_000
 SAMPLE_INTERVAL_S = 0.5
 
 
 def run(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, bool]]:
     noise, num_heads = settings["noise"], settings["num_heads"]
     labels_N, heads_HN = planted_heads(settings["small_num_images"], num_heads, settings["small_num_clusters"], noise)
+    nearest_Nk = planted_neighbors(labels_N, NUM_NEAREST, settings["purity"])
     started = time.perf_counter()
-    small = cluster_ensemble(heads_HN, settings["small_num_clusters"], random_state=0)
+    small = cluster_ensemble(heads_HN, settings["small_num_clusters"], random_state=0, neighbors=nearest_Nk)
     small_s = time.perf_counter() - started
     print(f"{heads_HN.shape[1]:,} images, one process: {small_s:.1f} s, {small.method}", flush=True)
     for method, reason in small.skipped.items():
@@ -53,14 +56,15 @@ def run(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, bool]]:
 
     num_clusters = settings["num_clusters"]
     labels_N, heads_HN = planted_heads(settings["num_images"], num_heads, num_clusters, noise)
-    stage, consensus_N = run_stage(heads_HN, num_clusters)
+    nearest_Nk = planted_neighbors(labels_N, NUM_NEAREST, settings["purity"])
+    stage, consensus_N = run_stage(heads_HN, nearest_Nk, num_clusters)
     started = time.perf_counter()
     metrics = evaluate_clustering(labels_N, consensus_N)
     stage["metrics_s"] = time.perf_counter() - started
     seconds = stage["seconds"] + stage["metrics_s"]
     best_head = max(normalized_mutual_info(labels_N, head_N) for head_N in heads_HN)
     started = time.perf_counter()
-    local = cluster_ensemble(heads_HN, num_clusters, random_state=0)
+    local = cluster_ensemble(heads_HN, num_clusters, random_state=0, neighbors=nearest_Nk)
     figures |= {
         "stage": stage,
         "metrics": metrics,
@@ -84,7 +88,7 @@ def run(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, bool]]:
     return figures, bounds
 
 
-def run_stage(heads_HN: Any, num_clusters: int) -> tuple[dict[str, Any], Any]:
+def run_stage(heads_HN: Any, nearest_Nk: Any, num_clusters: int) -> tuple[dict[str, Any], Any]:
     """Seconds and bytes of the stage on Ray, and its labels."""
     import ray
 
@@ -97,6 +101,9 @@ def run_stage(heads_HN: Any, num_clusters: int) -> tuple[dict[str, Any], Any]:
         writer.write_array(LABELS_NAME, heads_HN)
         writer.write_json("clusterings.json", {"history": [], "losses": [0.0] * len(heads_HN)})
         heads = writer.commit(stage="heads", fingerprint="f", inputs={}, config={}, metrics={}, seconds=0.0)
+        writer = ArtifactWriter(Folder.at(Path(folder) / "neighbors"))
+        writer.write_array("part-00000-nearest.npy", nearest_Nk)
+        graph = writer.commit(stage="neighbors", fingerprint="g", inputs={}, config={}, metrics={}, seconds=0.0)
         config = Config(output=folder, num_clusters=num_clusters, embeddings={"uri": "unused.npy"})
         connect(config.resources)
         output = ArtifactWriter(Folder.at(Path(folder) / "consensus"))
@@ -110,13 +117,13 @@ def run_stage(heads_HN: Any, num_clusters: int) -> tuple[dict[str, Any], Any]:
         watcher = threading.Thread(target=watch, daemon=True)
         watcher.start()
         started = time.perf_counter()
-        job.run(config, StageContext(output, {"method": heads}, Progress("consensus")))
+        job.run(config, StageContext(output, {"method": heads, "neighbors": graph}, Progress("consensus")))
         seconds = time.perf_counter() - started
         finished.set()
         watcher.join()
         ray.shutdown()
         labels_N = np.load(Path(folder) / "consensus" / "labels.npy")
     num_images, num_clusters_H = heads_HN.shape[1], np.full(len(heads_HN), num_clusters)
-    stated = coordinator_bytes(num_images, num_clusters_H, num_clusters, ConsensusConfig().methods)
+    stated = coordinator_bytes(num_images, num_clusters_H, num_clusters, ConsensusConfig().methods, has_graph=True)
     stated += len(os.sched_getaffinity(0)) * worker_bytes(num_images, num_clusters_H, num_clusters)
     return {"seconds": seconds, "bytes": peak, "idle_bytes": before, "stated_bytes": stated}, labels_N

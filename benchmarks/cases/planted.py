@@ -18,3 +18,15 @@ def planted_heads(num_images: int, num_heads: int, num_clusters: int, noise: flo
         is_noise = rng.random(num_images) < noise
         head_N[is_noise] = rng.integers(0, num_clusters, int(is_noise.sum()))
     return labels_N, heads_HN
+
+
+def planted_neighbors(labels_N: Any, num_neighbors: int, purity: float, seed: int = 0) -> Any:
+    """Neighbours (N, k) int32: each of the same cluster with probability `purity`, else any image."""
+    rng = np.random.default_rng(seed)
+    order = np.argsort(labels_N, kind="stable")
+    sizes = np.bincount(labels_N)
+    first_N, size_N = (np.cumsum(sizes) - sizes)[labels_N], sizes[labels_N]
+    shape = len(labels_N), num_neighbors
+    same_Nk = order[first_N[:, None] + (rng.random(shape) * size_N[:, None]).astype(np.int64)]
+    anyone_Nk = rng.integers(0, len(labels_N), shape)
+    return np.where(rng.random(shape) < purity, same_Nk, anyone_Nk).astype(np.int32)
