@@ -33,8 +33,9 @@ def run(
 
     Returns:
         method, anmi (of the labels, 0 to 1), anmi_by_method and start_anmi_by_method (after and before refinement),
-        graph_score_by_method (on the neighbour graph; empty without one), skipped (method: reason), repaired (method: clusters that it left empty), mean_agreement, num_clusters (used),
-        smallest_cluster, median_cluster, largest_cluster (images), num_heads (of all runs).
+        graph_score_by_method (on the neighbour graph; empty without one), skipped (method: reason), repaired (method:
+        clusters that it left empty), mean_agreement, num_clusters (used), smallest_cluster, median_cluster,
+        largest_cluster (images), num_heads (of all runs).
 
     Raises:
         InputError: labels that cannot be used, or extra runs that don't exist or have other images.

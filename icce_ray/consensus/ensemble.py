@@ -131,7 +131,7 @@ def _check_losses(head_losses: npt.ArrayLike | None, heads: Heads) -> npt.NDArra
 def _check_neighbors(neighbors: npt.ArrayLike | None, heads: Heads) -> npt.NDArray[np.integer[Any]] | None:
     if neighbors is None:
         return None
-    nearest, num_images = np.asarray(neighbors), heads.num_images
+    nearest, num_images = np.asarray(neighbors), heads.num_images + len(heads.unlabelled)
     if nearest.ndim != 2 or len(nearest) != num_images or not np.issubdtype(nearest.dtype, np.integer):
         raise InputError(
             f"neighbors is {nearest.dtype} of shape {nearest.shape}; it must be integers of shape ({num_images}, k)"

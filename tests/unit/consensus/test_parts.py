@@ -97,7 +97,7 @@ def test_runs_of_different_numbers_of_images_are_refused(tmp_path):
 
 
 def test_several_runs_with_other_numbers_of_heads_and_clusters_make_one_consensus(planted):
-    labels_N, matrix = planted([50, 40, 30], 7, 0.25)
+    labels_N, matrix = planted([50, 40, 30], 7, 0.1)
     coarse, fine = np.minimum(matrix[:2], 1).astype(np.int16), matrix[2:]
     together = cluster_ensemble([coarse, fine], 3, methods="mcla", random_state=0)
     stacked = cluster_ensemble(np.concatenate([coarse[[0, 1, 0, 1, 0]], fine]), 3, methods="mcla", random_state=0)
