@@ -75,8 +75,7 @@ class NeighborScore:
         return [(score, Moves(*moves)) for score, *moves in zip(scores, targets_PN, gains_PN, strict=True)]
 
     def _volumes(self, labels_N: Labels, num_clusters: int) -> npt.NDArray[np.float64]:
-        # Sums of integers below 2^53 are exact in float64.
-        return np.bincount(labels_N, weights=self.degree_N.astype(np.float64), minlength=num_clusters)
+        return sum_weights(labels_N, self.degree_N, num_clusters)
 
     def _score(self, within: int, volumes_K: npt.NDArray[np.float64]) -> float:
         """Sorted volumes, so that clusterings that differ in their numbers only have equal scores."""
@@ -169,5 +168,11 @@ def _count_between(
     weights_Nk: npt.NDArray[np.uint16],
 ) -> npt.NDArray[np.float64]:
     pairs_nk = cells_N[start:stop, None].astype(np.int64) * num_cells + cells_N[_ids(nearest, start, stop)]
-    weights = weights_Nk[start:stop].ravel().astype(np.float64)
-    return np.bincount(pairs_nk.ravel(), weights=weights, minlength=num_cells**2).reshape(num_cells, num_cells)
+    weights = sum_weights(pairs_nk.ravel(), weights_Nk[start:stop].ravel(), num_cells**2)
+    return weights.reshape(num_cells, num_cells)
+
+
+def sum_weights(groups_N: npt.NDArray[Any], weights_N: npt.NDArray[Any], num_groups: int) -> npt.NDArray[np.float64]:
+    """Sum of the integers `weights_N` in each group (num_groups,); exact below 2^53."""
+    sums: npt.NDArray[Any] = np.bincount(groups_N, weights=weights_N, minlength=num_groups)
+    return sums

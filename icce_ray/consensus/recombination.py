@@ -20,7 +20,7 @@ import numpy.typing as npt
 from icce_ray.consensus.empty_clusters import fill_empty_clusters
 from icce_ray.consensus.label_hashes import hash_numbers
 from icce_ray.consensus.label_matrix import Labels
-from icce_ray.consensus.neighbor_score import RESOLUTION, Moves, NeighborScore
+from icce_ray.consensus.neighbor_score import RESOLUTION, Moves, NeighborScore, sum_weights
 from icce_ray.consensus.refinement import leave_no_cluster_empty
 
 MAX_POPULATION, MIN_POPULATION = 10, 4
@@ -158,7 +158,7 @@ def overlay(score: NeighborScore, one_N: Labels, other_N: Labels, num_clusters: 
     """The overlay of two clusterings, merged down to `num_clusters`."""
     keys_N = one_N.astype(np.int64) * num_clusters + other_N
     keys_X, cells_N = np.unique(keys_N, return_inverse=True)
-    volumes_X = np.bincount(cells_N, weights=score.degree_N.astype(np.float64))
+    volumes_X = sum_weights(cells_N, score.degree_N, len(keys_X))
     cell_X = _join_light_cells(keys_X, volumes_X, num_clusters)
     return merge_cells(score, cell_X[cells_N], int(cell_X.max()) + 1, num_clusters)
 
