@@ -6,7 +6,13 @@ Names are imported when they are first used: importing the package starts nothin
 from __future__ import annotations
 
 import importlib
+import sys
 from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if sys.platform == "win32":
+    raise ImportError("icce_ray runs on Linux and macOS; on Windows, use the Windows Subsystem for Linux")
 
 if TYPE_CHECKING:
     from icce_ray.assign.load_model import load

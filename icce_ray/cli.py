@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from icce_ray import __version__
 from icce_ray.config import load_config
 from icce_ray.errors import InputError
 from icce_ray.export import FORMATS
@@ -25,6 +26,7 @@ from icce_ray.store.run_records import read_records
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return the exit code."""
     parser = argparse.ArgumentParser(prog="icce-ray", description="Cluster image collections without labels.")
+    parser.add_argument("--version", action="version", version=f"icce_ray {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     run = commands.add_parser("run", help="cluster the images of a config, or of the built-in demo")

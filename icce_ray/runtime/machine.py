@@ -26,7 +26,8 @@ SIOCGIFADDR = 0x8915
 
 def usable_cpus() -> int:
     """Number of CPUs that this process may use: its affinity, within the quota of its container."""
-    cpus = len(os.sched_getaffinity(0))
+    # macOS has neither.
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
         quota, period = (CONTROL_GROUP / "cpu.max").read_text(encoding="ascii").split()
     except (OSError, ValueError):

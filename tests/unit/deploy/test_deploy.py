@@ -18,6 +18,7 @@ import jsonschema
 import pytest
 import yaml
 
+from icce_ray import __version__
 from icce_ray.config import Config, load_config
 
 from . import sizing_page
@@ -174,7 +175,7 @@ def test_the_launchers_file_passes_rays_own_check_and_installs_nothing() -> None
 
 @pytest.mark.parametrize("path", GOES_WITH.values())
 def test_images_name_the_pinned_versions_and_fit_the_machine(path: str) -> None:
-    ray, version = pinned("ray"), project()["project"]["version"]
+    ray, version = pinned("ray"), __version__
     tag = f"icce-ray:{version}-ray{ray}"
     for group in groups(path):
         assert group.image == f"{tag}-{'cuda' if group.gpus else 'cpu'}"
@@ -197,10 +198,9 @@ def test_the_dockerfile_builds_on_the_tested_python_with_the_pinned_versions() -
     for line in installs:
         assert "-c constraints.txt" in line
         assert "://" not in line
-    (extras,) = re.findall(r"'\.\[([\w,]+)\]'", installs[-1])
-    assert set(extras.split(",")) <= set(settings["project"]["optional-dependencies"])
+    assert installs[-1].split()[-1] == "."  # the package, without extras
     text = (DEPLOY / "Dockerfile").read_text(encoding="utf-8")
-    version = f"{settings['project']['version']}-ray{pinned('ray')}"
+    version = f"{__version__}-ray{pinned('ray')}"
     assert re.findall(r"-t icce-ray:(\S+)", text) == [f"{version}-cpu", f"{version}-cuda"]
 
 

@@ -19,6 +19,32 @@ def container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+def test_macos_has_no_affinity_and_no_control_groups(container: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(os, "sched_getaffinity")
+    monkeypatch.setattr(os, "cpu_count", lambda: 6)
+    monkeypatch.setattr(machine, "CONTROL_GROUP", Path("/nowhere"))
+    assert machine.usable_cpus() == 6
+
+
+@pytest.mark.parametrize(
+    ("listed", "hidden", "expected"),
+    [("GPU 0: A (UUID: x)\nGPU 1: A (UUID: y)", False, 2), ("GPU 0: A", True, 0), ("No devices were found", False, 0)],
+)
+def test_gpus_are_counted_without_torch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, listed: str, hidden: bool, expected: int
+) -> None:
+    command = tmp_path / "nvidia-smi"
+    command.write_text(f"#!/bin/sh\nprintf '{listed}'\n")
+    command.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if hidden:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert machine.num_gpus() == expected
+    monkeypatch.setenv("PATH", "")
+    assert machine.num_gpus() == 0
+
+
 @pytest.mark.parametrize(
     ("quota", "expected"),
     [
