@@ -36,6 +36,7 @@ CASES = {
     "neighbors": "the neighbors stage on two shards against faiss's own knn with two threads",
     "neighbors-gpu": "the exact graph of 1.28 million images on a GPU: seconds by step, equality with FAISS",
     "neighbors-scale": "counted operations, bytes and predicted time of the graph for 10M to 1B images",
+    "proxies": "how well scores without labels rank clusterings of all methods by their true AMI and ACC",
     "small-run": "CPU seconds of a run over 40 images, all processes together; `other`: a checkout to compare with",
     "sweep-metrics": "how well metrics without labels rank a sweep's trials by ACC, and the consensus of the best",
     "thresholds": "neighbour precision and accuracy at the automatic threshold against fixed ones",

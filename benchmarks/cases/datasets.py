@@ -15,9 +15,13 @@ Labels = npt.NDArray[np.int64]
 FILES = {
     "cifar10_mix": ("cifar10_test_mixpca256.npy", "cifar10_test_labels.npy"),
     "cifar10_v1": ("cifar10_test_v1.npy", "cifar10_test_labels.npy"),
+    "cifar10_lite2": ("cifar10_lite2_pca256.npy", "cifar10_lite2_labels.npy"),
+    "imagenette": ("imagenette_lite2_pca256.npy", "imagenette_labels.npy"),
+    "trashnet": ("trashnet_lite2_pca256.npy", "trashnet_labels.npy"),
     "fmnist_2000": ("fmnist_2000_v1.npy", "fmnist_2000_labels.npy"),
 }
-NAMES = ("digits", *FILES)
+NAMES = ("digits", "cifar10_mix", "cifar10_v1", "fmnist_2000")
+"""Sets that a case measures unless told otherwise."""
 
 
 def data_folder() -> Path:
