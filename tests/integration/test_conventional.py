@@ -18,6 +18,7 @@ from icce_ray.methods.conventional import scikit_clusterers
 from icce_ray.pipeline.plan import finished_artifacts, is_complete, plan
 from icce_ray.pipeline.result import Result
 from icce_ray.store.run_records import read_records
+from icce_ray.sweeps import trial
 
 pytestmark = pytest.mark.slow
 
@@ -142,6 +143,15 @@ def test_agglomerative_finds_the_number_by_its_threshold(folder: Path) -> None:
         config_for(folder, "agglomerative", num_clusters=4, conventional=settings)
     with pytest.raises(Exception, match=r"num_clusters is 4, but method: hdbscan finds the number itself"):
         config_for(folder, num_clusters=4)
+
+
+def test_a_trial_of_a_sweep_scores_the_clusters_that_were_found(folder: Path) -> None:
+    config = config_for(folder, "affinity_propagation", conventional=SETTINGS["conventional"] | {"preference": -3e3})
+    listings = trial.Listings()
+    artifacts = trial.make(config, trial.trial_stages(config, listings))
+    outcome = trial.run(config, listings)
+    assert outcome.num_clusters_used == artifacts["method"].metrics["num_clusters"] > 4
+    assert outcome.metrics["silhouette_pca"] > 0.5
 
 
 def test_memory_that_is_missing_is_said_before_the_clustering(

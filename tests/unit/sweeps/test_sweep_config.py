@@ -57,6 +57,11 @@ def test_a_mistake_is_said_before_anything_starts(space: Any, settings: Any, mes
         sweep_of(space, **settings)
 
 
+def test_a_number_that_the_method_finds_may_be_left_to_it() -> None:
+    base = {"method": "hdbscan", "num_clusters": "auto"}
+    assert sweep_of({"conventional.min_cluster_size": [5, 10]}, base=base).base_config.finds_num_clusters
+
+
 @pytest.mark.parametrize(
     ("settings", "metric"),
     [

@@ -7,10 +7,11 @@ import pytest
 from sklearn.cluster import HDBSCAN, AffinityPropagation, AgglomerativeClustering, SpectralClustering
 from sklearn.mixture import GaussianMixture
 
-from icce_ray.config import ConventionalConfig
+from icce_ray.config import ConventionalConfig, build_config
 from icce_ray.errors import InputError, ResourceError
 from icce_ray.methods.conventional import scikit_clusterers
 from icce_ray.methods.conventional.scikit_clusterers import CLUSTERERS, fit, represent
+from icce_ray.methods.stage import method_stage
 from icce_ray.metrics.true_label_scores import clustering_accuracy
 
 TRUE = np.arange(150) % 3
@@ -87,3 +88,24 @@ def test_memory_is_checked_before_the_work_with_numbers_and_a_remedy(
     monkeypatch.setattr(scikit_clusterers, "available_memory_bytes", lambda: 1_000)
     with pytest.raises(ResourceError, match=rf"{method}: 150 images of 6 dimensions .* GB are free.*max_images"):
         fit(features, settings(), method=method, num_clusters=3, seed=0)
+
+
+def test_methods_of_one_section_never_take_each_others_results() -> None:
+    asked = {"embeddings": "x.npy", "output": "out", "conventional": {"representation": "raw"}}
+    found = []
+    for method in CLUSTERERS:
+        number = "auto" if method in ("affinity_propagation", "hdbscan") else 3
+        config = build_config(asked | {"method": method, "num_clusters": number}, "test")
+        found.append(method_stage(method).settings(config))
+        assert found[-1]["num_clusters"] == number
+    assert all(one != other for row, one in enumerate(found) for other in found[:row])
+
+
+def test_umap_is_asked_for_before_the_work_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = {"embeddings": "x.npy", "output": "out", "method": "gmm", "num_clusters": 3}
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    check = method_stage("gmm").check
+    assert check is not None
+    check(build_config(asked, "test"))
+    with pytest.raises(ResourceError, match=r"umap needs the package umap-learn: pip install 'icce_ray\[umap\]'"):
+        check(build_config(asked | {"conventional": {"representation": "umap"}}, "test"))
