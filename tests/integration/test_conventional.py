@@ -15,7 +15,7 @@ from icce_ray import run_pipeline
 from icce_ray.cli import main
 from icce_ray.config import Config, build_config
 from icce_ray.methods.conventional import scikit_clusterers
-from icce_ray.pipeline.plan import finished_artifacts, is_complete, plan
+from icce_ray.pipeline.plan import finished_artifacts, is_complete, plan, plan_other_methods
 from icce_ray.pipeline.result import Result
 from icce_ray.store.run_records import read_records
 from icce_ray.sweeps import trial
@@ -42,7 +42,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def config_for(folder: Path, method: str = "hdbscan", **changes: Any) -> Config:
+def config_for(folder: Path, method: Any = "hdbscan", **changes: Any) -> Config:
     base = {
         "embeddings": {"uri": str(folder / "x.npy")},
         "evaluate": {"labels": str(folder / "y.npy")},
@@ -152,6 +152,15 @@ def test_a_trial_of_a_sweep_scores_the_clusters_that_were_found(folder: Path) ->
     outcome = trial.run(config, listings)
     assert outcome.num_clusters_used == artifacts["method"].metrics["num_clusters"] > 4
     assert outcome.metrics["silhouette_pca"] > 0.5
+
+
+def test_combined_with_others_a_method_still_finds_its_own_number_and_noise_is_what_none_labels(folder: Path) -> None:
+    config = config_for(folder, method=["hdbscan", "agglomerative"], num_clusters=6)
+    result = run_pipeline(config, quiet=True)
+    assert (result.num_clusters, result.num_noise) == (6, 0)
+    others = plan_other_methods(config, plan(config))
+    rows = [finished_artifacts(steps)["method"] for steps in (plan(config), *(steps for _, steps in others))]
+    assert [row.metrics["num_clusters"] for row in rows] == [4, 6]
 
 
 def test_memory_that_is_missing_is_said_before_the_clustering(
