@@ -10,6 +10,7 @@ import torch
 from timm.data.config import resolve_model_data_config
 
 from icce_ray.config import PIXELS
+from icce_ray.embed.foreign_names import timm_name
 from icce_ray.errors import ConfigError
 from icce_ray.images.decoding import Interpolation, Preprocessing
 
@@ -22,6 +23,8 @@ def create_model(name: str, size: int, **options: Any) -> Any:
     """
     architecture = name.partition(".")[0]
     if ":" not in name and not timm.is_model(architecture):
+        if renamed := timm_name(name):
+            raise ConfigError(f"embed.backbone: timm's name of {name!r} is {renamed}: write that")
         close = difflib.get_close_matches(name, [PIXELS, *timm.list_models(), *timm.list_pretrained()], n=5)
         hint = f"; close: {', '.join(close)}" if close else ""
         raise ConfigError(f"embed.backbone: timm has no model {name!r}{hint}. Any timm model name works, or {PIXELS!r}")

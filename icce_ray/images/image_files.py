@@ -24,7 +24,7 @@ from icce_ray.errors import InputError
 from icce_ray.images.file_table import File
 from icce_ray.images.folder_walk import UNREADABLE_FOLDER, identity_of, local_file, walk_folder
 from icce_ray.images.parquet_columns import image_column
-from icce_ray.images.skipped_files import describe, ending
+from icce_ray.images.skipped_files import describe, ending, remedy
 from icce_ray.images.uri_lists import read_parquet_list, read_text_list
 from icce_ray.images.uris import is_remote, local_path_or_uri, local_uri, resolve
 from icce_ray.store import s3
@@ -87,7 +87,9 @@ def _source_files(uri: str, images: ImagesConfig, output: str, skipped: Counter[
             return _parquet_files([file for file in files if file.uri.lower().endswith(PARQUET_ENDINGS)], images)
         return _folder(files, uri, images, skipped)
     if info.type == pafs.FileType.NotFound:
-        raise InputError(f"images.uri: {uri} does not exist{_close_sibling(filesystem, path)}")
+        is_pattern = any(character in path for character in "*?[")
+        hint = "; patterns are not expanded: name the folder, below which every image is taken, or a list of images"
+        raise InputError(f"images.uri: {uri} does not exist{hint if is_pattern else _close_sibling(filesystem, path)}")
     if info.type != pafs.FileType.File:
         raise InputError(f"images.uri: {uri} is neither a file nor a folder")
     file = File(uri if is_remote(uri) else local_uri(path), info.size, _mtime(info))
@@ -97,6 +99,8 @@ def _source_files(uri: str, images: ImagesConfig, output: str, skipped: Counter[
         return iter([file._replace(is_container=True)])
     if path.lower().endswith(".txt"):
         return _listed_files(read_text_list(filesystem, path, uri), file.uri)
+    if what_to_do := remedy(ending(path)):
+        raise InputError(f"images.uri: {uri} is a {ending(path)} file: {what_to_do}")
     raise InputError(
         f"images.uri: {uri} is one file; name a folder of images, a .tar or .parquet that holds them, or a list of "
         "them (.txt or .parquet)"
@@ -149,16 +153,23 @@ def _parquet_files(files: list[File], images: ImagesConfig) -> Iterator[File]:
     """Each file is a list of URIs or a container of images."""
     if not files:
         raise InputError(f"images.uri: {', '.join(images.uris)}: no .parquet files there")
+    damaged: list[File] = []
     for file in sorted(files):
         filesystem, path = open_uri(local_path_or_uri(file.uri))
         try:
             schema = pq.read_schema(path, filesystem=filesystem)
-        except (pa.ArrowInvalid, OSError) as error:
-            raise InputError(f"images.uri: the list {file.uri} cannot be read as Parquet: {error}") from None
-        if image_column(schema, images, file.uri) is not None:
-            yield file._replace(is_container=True)
-        else:
-            yield from _listed_files(read_parquet_list(filesystem, path, file.uri, images.uri_column), file.uri)
+            if image_column(schema, images, file.uri) is not None:
+                yield file._replace(is_container=True)
+            else:
+                yield from _listed_files(read_parquet_list(filesystem, path, file.uri, images.uri_column), file.uri)
+        except (pa.ArrowException, OSError) as error:
+            if is_remote(file.uri) and not isinstance(error, pa.ArrowException):
+                raise InputError(f"images.uri: the list {file.uri} cannot be read: {error}") from None
+            reason = " ".join(str(error).split())[:200]
+            damaged.append(file._replace(problem=f"damaged Parquet file: {reason}"))
+    if len(damaged) == len(files):
+        raise InputError(f"images.uri: {damaged[0].uri} cannot be read as Parquet: {damaged[0].problem}")
+    yield from damaged
 
 
 def _listed_files(entries: Iterator[str], list_uri: str) -> Iterator[File]:

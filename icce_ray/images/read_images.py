@@ -77,7 +77,7 @@ def read_image(uri: str, size_bytes: int | None = None) -> bytes | str:
             return f"unreadable: {error}"
         except Exception as error:
             problem = f"unreadable: {' '.join(f'{type(error).__name__}: {error}'.split())[:200]}"
-            if not is_remote(uri):
+            if not is_remote(uri) or isinstance(error, ValueError):  # too large, say
                 return problem
             is_lasting = False
         now = time.monotonic()
@@ -152,11 +152,12 @@ def _read_once(uri: str, timeout_s: float) -> bytes:
             return opened.read(place.num_bytes)
     if s3.is_s3(file):
         client = s3.client(s3.current_options(), read_timeout_s=timeout_s, attempts=1)
+        span = () if place is None else (place.start, place.num_bytes)
         with s3.translated(file):
-            span = () if place is None else (place.start, place.num_bytes)
-            return s3.get_once(file, client, *span, max_slow_s=2 * timeout_s)
+            return s3.get_once(file, client, *span, max_slow_s=2 * timeout_s, max_bytes=MAX_FILE_BYTES)
     filesystem, path = open_uri(file)
     with filesystem.open_input_file(path) as remote:
+        _check_size(remote.size() if place is None else place.num_bytes)
         return bytes(remote.read() if place is None else remote.read_at(place.num_bytes, place.start))
 
 

@@ -252,20 +252,31 @@ def get_object(uri: str, options: StorageConfig, num_bytes: int | None = None) -
 
 
 def get_once(
-    uri: str, client: Any, start: int = 0, num_bytes: int | None = None, *, max_slow_s: float = READ_TIMEOUT_S
+    uri: str,
+    client: Any,
+    start: int = 0,
+    num_bytes: int | None = None,
+    *,
+    max_slow_s: float = READ_TIMEOUT_S,
+    max_bytes: int | None = None,
 ) -> bytes:
     """Content of an object, or `num_bytes` of it from `start` on, in one request. Call it within :func:`translated`.
 
     Args:
         max_slow_s: the body may take this long, and a second for each MIN_BYTES_PER_S.
+        max_bytes: larger objects are not read.
 
     Raises:
         AwayError: the body broke off, or came too slowly.
+        ValueError: over `max_bytes`.
     """
     bucket, key = split_uri(uri)
     span = {} if num_bytes is None else {"Range": f"bytes={start}-{start + num_bytes - 1}"}
     answer = client.get_object(Bucket=bucket, Key=key, **span)
     wanted = int(answer["ContentLength"])
+    if max_bytes is not None and wanted > max_bytes:
+        answer["Body"].close()
+        raise ValueError(f"over the limit of {max_bytes} bytes")
     data, began = bytearray(), time.monotonic()
     # The only read that returns what has arrived: with all others, a byte a second keeps a timeout from ever coming.
     read = answer["Body"]._raw_stream.read1

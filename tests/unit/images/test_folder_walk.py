@@ -19,6 +19,7 @@ from icce_ray.images.read_images import read_image
 from icce_ray.pipeline.plan import stages_of
 from icce_ray.stage import Stage
 from icce_ray.store.filesystem import open_uri
+from icce_ray.sweeps.trial import SCORES, SPACES
 
 Listed = Callable[[Config], pa.Table]
 FINGERPRINT = "0123456789abcdef"
@@ -152,7 +153,7 @@ def test_every_stage_is_known_by_the_folder_of_its_results() -> None:
     configs = [Config(**base, num_clusters=2, evaluate={"labels": "folder"}), Config(**base, num_clusters="auto")]
     names = {stage.name for config in configs for stage in stages_of(config) if isinstance(stage, Stage)}
     assert names
-    assert names <= set(RESULT_FOLDERS)
+    assert names | {SPACES.name, SCORES.name, "sweep"} == set(RESULT_FOLDERS)
 
 
 def list_file(listed: Listed, tmp_path: Path, *entries: str) -> dict[str, str | None]:

@@ -125,6 +125,15 @@ def test_a_folder_of_parquet_files_is_one_list(listed: Listed, tmp_path: Path) -
     assert listed(config_for(tmp_path / "list.parquet"))["uri"].to_pylist() == ["/a.png", "/b.png"]
 
 
+def test_a_damaged_file_among_several_lists_is_a_row(listed: Listed, tmp_path: Path) -> None:
+    (tmp_path / "list.parquet").mkdir()
+    pq.write_table(pa.table({"uri": ["/a.png"]}), tmp_path / "list.parquet" / "1.parquet")
+    (tmp_path / "list.parquet" / "2.parquet").write_bytes(b"PAR1 no PAR1")
+    damaged, good = listed(config_for(tmp_path / "list.parquet")).to_pylist()[::-1]
+    assert (good["uri"], damaged["uri"]) == ("/a.png", f"{tmp_path}/list.parquet/2.parquet")
+    assert damaged["problem"].startswith("damaged Parquet file: ")
+
+
 def test_a_remote_folder_is_listed_under_its_own_uri(
     listed: Listed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -138,6 +147,8 @@ MESSAGES = {
     "nothing there": ("photoz", ["does not exist", "did you mean", "photos"]),
     "empty folder": ("empty", ["holds no files", "jpg, jpeg, jpe, jfif, png"]),
     "no images": ("docs", ["no images", "jpg, jpeg, jpe, jfif, png", "2 x .md", "1 x no ending"]),
+    "a pattern": ("photos/*.png", ["patterns are not expanded: name the folder"]),
+    "an archive": ("photos.zip", [".zip file: unpack it, or repack it as a plain .tar"]),
     "one image": ("photos/a.png", ["is one file", ".txt or .parquet"]),
     "empty list": ("empty.txt", ["names no images"]),
     "binary list": ("binary.txt", ["cannot be read as UTF-8"]),
@@ -152,6 +163,7 @@ MESSAGES = {
 def test_an_input_that_cannot_work_is_refused_with_what_is_wrong(listed: Listed, tmp_path: Path, case: str) -> None:
     write_files(tmp_path, "photos/a.png", "docs/a.md", "docs/x/b.md", "docs/LICENSE")
     (tmp_path / "empty").mkdir()
+    (tmp_path / "photos.zip").write_bytes(b"PK")
     (tmp_path / "empty.txt").write_text("# nothing\n", encoding="utf-8")
     (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")
     (tmp_path / "broken.parquet").write_bytes(b"PAR1 no PAR1")

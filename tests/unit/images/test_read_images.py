@@ -105,6 +105,13 @@ def test_credentials_that_are_refused_later_on_are_the_message(store: Store) -> 
     assert str(read("a.png")[0]).startswith("unreadable: access to s3://photos was refused")
 
 
+def test_an_object_of_unknown_size_is_not_read_beyond_the_limit(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(read_images, "MAX_FILE_BYTES", 10)
+    store.answer = lambda key: b"x" * 11 if key else LISTING
+    assert read("a.png") == ["unreadable: ValueError: over the limit of 10 bytes"]
+    assert store.seen == ["a.png"]
+
+
 def test_a_trickle_is_given_up(store: Store) -> None:
     stop = threading.Event()
 
