@@ -8,13 +8,19 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import re
+import signal
 import sys
+import threading
 import traceback
-from collections.abc import Callable, Sequence
-from contextlib import redirect_stdout
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
+from typing import Any, TextIO
 
 from icce_ray.config import Config, load_config
 from icce_ray.errors import UserError, describe_cause, find_cause
+from icce_ray.runtime.ray_cluster import exit_if_ray_dies, lost_ray
 
 EXIT_FAILED = 1
 EXIT_USER_ERROR = 2
@@ -78,9 +84,10 @@ def run_command(arguments: argparse.Namespace) -> str:
 
 def guarded(command: Callable[[argparse.Namespace], str], arguments: argparse.Namespace) -> int:
     """Print what `command` returns on stdout, or turn its exception into a message and an exit code."""
+    exit_if_ray_dies()
     try:
         # Ray tells drivers of lost machines, and the like, on stdout.
-        with redirect_stdout(sys.stderr):
+        with _interruptible(), redirect_stdout(_WithoutRay(sys.stderr)):
             output = _call(command, arguments)
     except KeyboardInterrupt:
         print("\ninterrupted; finished work is kept, and the same command resumes", file=sys.stderr)
@@ -90,10 +97,62 @@ def guarded(command: Callable[[argparse.Namespace], str], arguments: argparse.Na
             traceback.print_exc()
         mistake = find_cause(error, UserError)
         print(f"error: {mistake or describe_cause(error)}", file=sys.stderr, flush=True)
+        if lost_ray() is not None:  # its own exit would wait for what has died
+            os._exit(EXIT_FAILED)
         return EXIT_USER_ERROR if mistake else EXIT_FAILED
     if output:
-        print(output, flush=True)
+        try:
+            print(output, flush=True)
+        except BrokenPipeError:  # such as `icce-ray status ... | head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """SIGTERM interrupts like Ctrl-C. A second one ends the program at once, whatever it is waiting for."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def leave(*_: object) -> None:
+        os._exit(EXIT_INTERRUPTED)
+
+    def interrupt(*_: object) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, leave)
+        raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        if not isinstance(sys.exception(), KeyboardInterrupt):  # then the program ends, and may be told to hurry
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+class _WithoutRay:
+    """A stream without Ray's own messages, such as ``(raylet) A worker died``: what matters in them reaches us as an
+    exception."""
+
+    MESSAGE = re.compile(r"(\x1b\[\d+m)?\(raylet")
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._is_dropping = False
+
+    def write(self, text: str) -> int:
+        if self.MESSAGE.match(text):
+            self._is_dropping = True
+        elif not self._is_dropping:
+            self._stream.write(text)
+        elif text.endswith("\n"):  # the end of what a single print has written
+            self._is_dropping = False
+        return len(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 def _call(command: Callable[[argparse.Namespace], str], arguments: argparse.Namespace) -> str:

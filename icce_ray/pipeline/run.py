@@ -11,7 +11,7 @@ from typing import Any
 
 from icce_ray.config import Config
 from icce_ray.embed.stage import EMBED, num_failed
-from icce_ray.errors import BusyError, DamagedArtifactError, InputError, find_cause
+from icce_ray.errors import BusyError, DamagedArtifactError, InputError, WorkerError, find_cause
 from icce_ray.images.stage import IMAGES, num_listed, settings_for
 from icce_ray.pipeline.latest import publish
 from icce_ray.pipeline.plan import (
@@ -32,6 +32,7 @@ from icce_ray.pipeline.result import Result, sum_up, summary
 from icce_ray.pipeline.stages import clustering_stages, stages_of
 from icce_ray.pipeline.status import RunProgress
 from icce_ray.runtime.progress import Progress
+from icce_ray.runtime.ray_cluster import lost_ray
 from icce_ray.runtime.storage_watch import outages_told
 from icce_ray.stage import Stage, StageContext
 from icce_ray.store import Artifact, ArtifactWriter, Claim, Folder, fingerprint
@@ -154,7 +155,9 @@ def run_stages(
         try:
             _check_counts(config, artifacts)
             artifacts[step.name] = run_stage(config, step, artifacts, quiet, told)
-        except Exception as error:
+        except (Exception, KeyboardInterrupt) as error:
+            if (lost := lost_ray()) is not None:
+                raise WorkerError(f"{step.name}: {lost}") from None
             damage = _damage_of_inputs(error, step, {name: artifacts[name] for name in seconds if name in artifacts})
             if not damage or redone & set(damage):
                 raise
@@ -255,7 +258,9 @@ def retry_failed_images(config: Config, planned: list[PlannedStage], quiet: bool
     return True
 
 
-def _damage_of_inputs(error: Exception, step: PlannedStage, artifacts: Mapping[str, Artifact]) -> dict[str, list[str]]:
+def _damage_of_inputs(
+    error: BaseException, step: PlannedStage, artifacts: Mapping[str, Artifact]
+) -> dict[str, list[str]]:
     """The inputs of `step` that are damaged, if that is why it failed. They are unfinished from here on."""
     if find_cause(error, DamagedArtifactError) is None:
         return {}

@@ -9,9 +9,11 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import signal
 import socket
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -19,6 +21,7 @@ from typing import Any
 from icce_ray.config import ResourcesConfig
 from icce_ray.errors import ResourceError
 from icce_ray.runtime.machine import total_memory_bytes, usable_cpus
+from icce_ray.runtime.ray_watch import RayWatch
 
 MAX_IMAGES_HERE = 2_000
 """Starting Ray takes about as long as the work on so many small images."""
@@ -118,9 +121,14 @@ def connect(resources: ResourcesConfig) -> None:
     try:
         if address is not None:
             _check_listens(address)
+        on_sigterm = signal.getsignal(signal.SIGTERM)
         with _stderr_only_on_failure():
             ray.init(**options)
             _started_here = options.get("address") == "local"
+        if threading.current_thread() is threading.main_thread():
+            if callable(on_sigterm):  # Ray has put its own in its place
+                signal.signal(signal.SIGTERM, on_sigterm)
+            _watch_ray()
     except (ConnectionError, TimeoutError, socket.gaierror) as error:
         raise ResourceError(
             f"no Ray answers at {address!r}: {error}. Start one there (`ray start --head`), or unset "
@@ -131,10 +139,43 @@ def connect(resources: ResourcesConfig) -> None:
 def disconnect() -> None:
     """Leave the Ray that :func:`connect` joined, or end the one it started. Left to the interpreter's exit, Ray takes
     half a second longer for its log."""
-    if is_connected():
+    if _watch is not None:
+        _watch.end()
+    if is_connected() and lost_ray() is None:  # otherwise it would wait for what has died
         import ray
 
         ray.shutdown()
+
+
+def lost_ray() -> str | None:
+    """A message, if the Ray that this process is connected to has died."""
+    return None if _watch is None else _watch.lost
+
+
+def exit_if_ray_dies() -> None:
+    """For a program that has nothing else to do: Ray that has died may leave the main thread waiting."""
+    global _may_exit
+    _may_exit = True
+
+
+_watch: RayWatch | None = None
+_may_exit = False
+
+
+def _watch_ray() -> None:
+    import ray
+
+    global _watch
+    context = ray.get_runtime_context()
+    host, _, port = context.gcs_address.rpartition(":")
+    places = {"GCS": (host, int(port))}
+    nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+    for node in nodes:
+        if node["NodeID"] == context.get_node_id():
+            places["raylet"] = (node["NodeManagerAddress"], node["NodeManagerPort"])
+    _watch = RayWatch(places)
+    _watch.may_exit = _may_exit
+    _watch.start()
 
 
 def _check_listens(address: str) -> None:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +18,7 @@ from icce_ray import cli
 from icce_ray.demo import write_demo_images
 from icce_ray.errors import InputError, WorkerError
 from icce_ray.pipeline.result import Result
-from icce_ray.run import main
+from icce_ray.run import _WithoutRay, main
 
 RESULT = Result(
     run="abc",
@@ -94,6 +98,60 @@ def test_what_goes_wrong_is_the_last_line_and_sets_the_exit_code(
     said = capsys.readouterr().err
     assert said.splitlines()[-1] == last_line
     assert "Traceback" not in said
+
+
+@pytest.mark.parametrize("signals", [["SIGTERM"], ["SIGINT"], ["SIGINT", "SIGINT"], ["SIGTERM", "SIGTERM"]])
+def test_both_signals_interrupt_and_a_second_one_ends_the_program_at_once(signals: list[str]) -> None:
+    code = """
+import sys, time
+from icce_ray.run import guarded
+import argparse
+def work(arguments):
+    try:
+        print("ready", flush=True)
+        time.sleep(60)
+    finally:
+        if sys.argv[1] == "2":
+            print("cleans up", file=sys.stderr, flush=True)
+            time.sleep(60)
+sys.exit(guarded(work, argparse.Namespace(debug=False)))
+"""
+    command = [sys.executable, "-c", code, str(len(signals))]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as program:
+        assert program.stderr is not None
+        assert program.stderr.readline() == "ready\n"
+        program.send_signal(getattr(signal, signals[0]))
+        if len(signals) > 1:
+            assert program.stderr.readline() == "cleans up\n"
+            program.send_signal(getattr(signal, signals[1]))
+        said = program.stderr.read()
+    assert program.returncode == 130
+    assert "Traceback" not in said
+    assert len(signals) > 1 or said.splitlines()[-1].startswith("interrupted; finished work is kept")
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(tmp_path: Path) -> None:
+    code = "import sys, argparse; from icce_ray.run import guarded; sys.stdin.read(); "
+    code += "sys.exit(guarded(lambda arguments: 'much ' * 100_000, argparse.Namespace(debug=False)))"
+    command = [sys.executable, "-c", code]
+    program = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert program.stdout is not None
+    program.stdout.close()
+    program.stdout = None
+    assert program.communicate("")[1] == ""
+    assert program.returncode == 0
+
+
+def test_rays_own_messages_are_left_out() -> None:
+    sink = io.StringIO()
+    stream = _WithoutRay(sink)
+    print("embed: done", file=stream)
+    print("\x1b[33m(raylet)\x1b[0m A worker died\nfor these reasons:\n", file=stream)
+    print("(raylet, ip=10.0.0.1) The node is dead", file=stream)
+    print("sample: done", file=stream)
+    assert sink.getvalue() == "embed: done\nsample: done\n"
 
 
 def test_debug_shows_the_traceback_before_the_cause(
