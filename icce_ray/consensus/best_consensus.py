@@ -143,10 +143,10 @@ def find_consensus(
         report(done, total, method)
         try:
             labels = _run_method(method, heads, pairs, num_clusters, seeds, config.imbalance, head_losses)
-        except (PartitionError, MemoryError) as error:
+        except PartitionError as error:  # a fault, such as too little memory, ends the run: it must not change labels
             if is_fallback:
                 raise
-            skipped[method] = str(error) or "out of memory"
+            skipped[method] = str(error)
             continue
         tries = [_fill_and_score(labels_N, heads, num_clusters) for labels_N in labels]
         start_anmi[method] = max(one.anmi for one in tries)

@@ -15,15 +15,22 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from icce_ray.errors import WorkerError
+
 if TYPE_CHECKING:
     import scipy.sparse as sp
 
 TIMEOUT_S = 3600.0
+MAX_ATTEMPTS = 3
 COMMAND = [sys.executable, "-P", "-m", "icce_ray.consensus.partition"]
 
 
 class PartitionError(RuntimeError):
-    """A consensus function gave no result: its graph is too large, or METIS refused it, crashed or hung."""
+    """A consensus function is not applicable, now or another time: its graph is too large, or METIS refused it."""
+
+
+class _Fault(RuntimeError):
+    """METIS was killed, crashed or hung, which may not happen again."""
 
 
 def partition_graph(
@@ -48,7 +55,8 @@ def partition_graph(
         (len(seeds), V) int32 parts 0..num_parts-1. Parts may be empty.
 
     Raises:
-        PartitionError: METIS failed.
+        PartitionError: METIS refused the graph.
+        WorkerError: METIS was killed, crashed or hung MAX_ATTEMPTS times. To go on without it would give other labels.
     """
     num_vertices = graph.shape[0]
     if not 2 <= num_parts <= num_vertices:
@@ -64,22 +72,37 @@ def partition_graph(
         imbalance=np.array(imbalance),
         seeds=np.array(seeds, dtype=np.int64),
     )
+    for attempt in range(1, MAX_ATTEMPTS + 1):
+        try:
+            return _ask_metis(request.getbuffer(), (len(seeds), num_vertices), num_parts)
+        except _Fault as fault:
+            if attempt == MAX_ATTEMPTS:
+                raise WorkerError(
+                    f"consensus: METIS failed {MAX_ATTEMPTS} times: {fault}. Usually it is out of memory. The same "
+                    "command tries again; consensus.methods without mcla, hbgf and cspa does without METIS"
+                ) from None
+    raise AssertionError
+
+
+def _ask_metis(request: memoryview, shape: tuple[int, int], num_parts: int) -> npt.NDArray[np.int32]:
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     try:
         done = subprocess.run(
-            COMMAND, input=request.getbuffer(), capture_output=True, env=environment, timeout=TIMEOUT_S, check=False
+            COMMAND, input=request, capture_output=True, env=environment, timeout=TIMEOUT_S, check=False
         )
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise PartitionError(f"METIS gave no answer: {error}") from None
+        raise _Fault(f"no answer: {error}") from None
     if done.returncode != 0:
         lines = done.stderr.decode(errors="replace").strip().splitlines()
-        raise PartitionError(f"METIS ended with exit code {done.returncode}: {lines[-1] if lines else 'no message'}")
+        reason = f"METIS ended with exit code {done.returncode}: {lines[-1] if lines else 'no message'}"
+        is_fault = done.returncode < 0 or "MemoryError" in reason
+        raise (_Fault if is_fault else PartitionError)(reason)
     try:
         parts: npt.NDArray[np.int32] = np.load(io.BytesIO(done.stdout), allow_pickle=False)
     except (ValueError, EOFError, OSError):
-        raise PartitionError("METIS answered something other than parts") from None
-    if parts.shape != (len(seeds), num_vertices) or parts.min() < 0 or parts.max() >= num_parts:
-        raise PartitionError(f"METIS answered parts of shape {parts.shape}, {parts.min()} to {parts.max()}")
+        raise _Fault("METIS answered something other than parts") from None
+    if parts.shape != shape or parts.min() < 0 or parts.max() >= num_parts:
+        raise _Fault(f"METIS answered parts of shape {parts.shape}, {parts.min()} to {parts.max()}")
     return parts
 
 

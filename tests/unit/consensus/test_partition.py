@@ -9,6 +9,7 @@ import scipy.sparse as sp
 
 from icce_ray.consensus import partition
 from icce_ray.consensus.partition import PartitionError, partition_graph
+from icce_ray.errors import WorkerError
 
 
 @pytest.fixture
@@ -56,26 +57,43 @@ def test_impossible_numbers_of_parts_are_refused(two_cliques, num_parts):
         partition_graph(two_cliques, num_parts, seeds=[0])
 
 
+COUNTED = "open({path!r}, 'a').write('x'); "
+
+
 @pytest.mark.parametrize(
     ("program", "message"),
     [
         ("import os; os.abort()", "exit code -6"),
-        ("import sys; sys.exit('METIS: no room')", "METIS: no room"),
+        ("import os; os.kill(os.getpid(), 9)", "exit code -9"),
+        ("raise MemoryError('no room')", "MemoryError: no room"),
         ("print('nonsense')", "something other"),
+        ("import time; time.sleep(60)", "timed out"),
     ],
 )
-def test_a_partitioner_that_crashes_or_talks_nonsense_is_an_error_of_its_own(
-    two_cliques, monkeypatch, program, message
+def test_a_fault_of_the_partitioner_is_tried_again_and_then_ends_the_run(
+    two_cliques, monkeypatch, tmp_path, program, message
 ):
-    monkeypatch.setattr(partition, "COMMAND", [sys.executable, "-c", program])
-    with pytest.raises(PartitionError, match=message):
+    tries = tmp_path / "tries"
+    monkeypatch.setattr(partition, "COMMAND", [sys.executable, "-c", COUNTED.format(path=str(tries)) + program])
+    monkeypatch.setattr(partition, "TIMEOUT_S", 0.5 if "sleep" in program else 60)
+    with pytest.raises(WorkerError, match=f"consensus: METIS failed 3 times: .*{message}"):
         partition_graph(two_cliques, 2, seeds=[0])
+    assert tries.read_text() == "xxx"
 
 
-def test_a_partitioner_that_hangs_is_given_up(two_cliques, monkeypatch):
-    monkeypatch.setattr(partition, "COMMAND", [sys.executable, "-c", "import time; time.sleep(60)"])
-    monkeypatch.setattr(partition, "TIMEOUT_S", 0.2)
-    with pytest.raises(PartitionError, match="timed out"):
+def test_a_partitioner_that_is_killed_once_changes_nothing(two_cliques, monkeypatch, tmp_path):
+    expected = partition_graph(two_cliques, 2, seeds=[1, 2])
+    died = tmp_path / "died"
+    program = f"import os; os.path.exists({str(died)!r}) or (open({str(died)!r}, 'w'), os.kill(os.getpid(), 9)); "
+    program += "from icce_ray.consensus.partition import _main; _main()"
+    monkeypatch.setattr(partition, "COMMAND", [sys.executable, "-c", program])
+    np.testing.assert_array_equal(partition_graph(two_cliques, 2, seeds=[1, 2]), expected)
+    assert died.exists()
+
+
+def test_a_graph_that_the_partitioner_refuses_is_not_applicable(two_cliques, monkeypatch):
+    monkeypatch.setattr(partition, "COMMAND", [sys.executable, "-c", "import sys; sys.exit('METIS: no such graph')"])
+    with pytest.raises(PartitionError, match="METIS: no such graph"):
         partition_graph(two_cliques, 2, seeds=[0])
 
 
