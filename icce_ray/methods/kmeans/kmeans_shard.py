@@ -19,7 +19,6 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-from sklearn.cluster import kmeans_plusplus
 from threadpoolctl import threadpool_limits
 
 from icce_ray.errors import ResourceError
@@ -32,6 +31,7 @@ from icce_ray.methods.kmeans.projection import (
     Projection,
     measure,
     part_bounds,
+    read_rows,
     shift_of,
 )
 from icce_ray.runtime.threads import ThreadPool
@@ -139,6 +139,9 @@ class KMeansShard:
 
     def seed(self, rows_nd: Floats, num_clusters: int, seed: int) -> Floats:
         """Starts among the rows by greedy k-means++, (K, d)."""
+        # Imported here, because it takes 85 MB, and one shard needs it.
+        from sklearn.cluster import kmeans_plusplus
+
         with threadpool_limits(1):  # a product on several threads may be rounded otherwise
             centroids_Kd, _ = kmeans_plusplus(rows_nd.astype(np.float64), num_clusters, random_state=seed)
         return np.asarray(centroids_Kd, dtype=np.float32)
@@ -217,7 +220,7 @@ class KMeansShard:
 
             def fill(first: int) -> None:
                 end = min(first + self._block_rows, stop)
-                rows_nd[first - start : end - start] = projection(self.features[first:end])
+                rows_nd[first - start : end - start] = projection(read_rows(self.features, first, end))
 
             self._in_threads(fill, range(start, stop, self._block_rows))
             self._rows_nd = rows_nd

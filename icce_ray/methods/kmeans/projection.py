@@ -106,9 +106,20 @@ def part_bounds(num_images: int, dim: int, with_products: bool) -> list[tuple[in
     return list(pairwise(ends))
 
 
+def read_rows(features_ND: Features, start: int, stop: int) -> Features:
+    """The rows start..stop-1. Those of a memory map are read from its file: pages of the map that were touched would
+    count as this process's memory for as long as it lives."""
+    if not isinstance(features_ND, np.memmap) or features_ND.filename is None:
+        return features_ND[start:stop]
+    dim, stop = features_ND.shape[1], min(stop, len(features_ND))
+    offset = features_ND.offset + start * dim * features_ND.itemsize
+    rows_nD: Features = np.fromfile(features_ND.filename, features_ND.dtype, (stop - start) * dim, offset=offset)
+    return rows_nD.reshape(stop - start, dim)
+
+
 def shift_of(features_ND: Features) -> Doubles:
     """A point near the features, the mean of the first rows: moments about it lose no digits."""
-    shift_D = features_ND[:MIN_PART_ROWS].astype(np.float64).mean(axis=0)
+    shift_D = read_rows(features_ND, 0, MIN_PART_ROWS).astype(np.float64).mean(axis=0)
     return np.where(np.isfinite(shift_D), shift_D, 0.0)
 
 
@@ -123,7 +134,7 @@ def measure(features_ND: Features, start: int, stop: int, with_products: bool) -
     products_DD = np.zeros((dim, dim)) if with_products else None
     step = max(1, ELEMENTS_AT_A_TIME // dim)
     for first in range(start, stop, step):
-        rows_nD = features_ND[first : min(first + step, stop)].astype(np.float64)
+        rows_nD = read_rows(features_ND, first, min(first + step, stop)).astype(np.float64)
         rows_nD -= shift_D
         squares_n = np.einsum("nd,nd->n", rows_nD, rows_nD)
         if not np.isfinite(squares_n).all():

@@ -16,7 +16,7 @@ from icce_ray.methods.kmeans import kmeans_shard
 from icce_ray.methods.kmeans.assignment import Sums, nearest
 from icce_ray.methods.kmeans.fit_kmeans import FittedKMeans, Shards, fit_kmeans
 from icce_ray.methods.kmeans.kmeans_shard import KMeansShard, Running
-from icce_ray.methods.kmeans.projection import Projection, make_projection, measure, part_bounds, shift_of
+from icce_ray.methods.kmeans.projection import Projection, make_projection, measure, part_bounds, read_rows, shift_of
 from icce_ray.methods.kmeans.torch_assignment import TorchAssigner
 from icce_ray.runtime.progress import Progress
 from icce_ray.store import Folder
@@ -262,6 +262,18 @@ def test_the_auto_batch_is_the_papers() -> None:
     assert KMeansConfig().images_per_batch(1000) == 2048
     assert KMeansConfig().images_per_batch(2049) == 4096
     assert KMeansConfig(batch_size=100).images_per_batch(1000) == 100
+
+
+def test_rows_of_a_memory_map_are_read_without_mapping_them(tmp_path: Path) -> None:
+    features = blobs()
+    np.save(tmp_path / "features.npy", features)
+    mapped = np.load(tmp_path / "features.npy", mmap_mode="r")
+    for start, stop in ((0, 1500), (7, 300), (1400, 2000)):
+        rows = read_rows(mapped, start, stop)
+        assert np.array_equal(rows, features[start:stop])
+        assert not np.shares_memory(rows, mapped)
+    expected, found = fit(features), fit(mapped, 2)
+    assert np.array_equal(found.starts[1].labels_N, expected.starts[1].labels_N)
 
 
 def test_blocks_are_the_same_for_any_number_of_shards() -> None:
