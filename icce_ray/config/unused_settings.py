@@ -17,6 +17,8 @@ _TEACHER = (
 )  # fmt: skip
 CONVENTIONAL = tuple(name for name, method in METHODS.items() if method.section == "conventional")
 _AGGLOMERATIVE = ("conventional.linkage", "conventional.distance_threshold")
+_LLOYD = ("kmeans.num_iterations", "kmeans.tolerance")
+_MINI_BATCH = ("kmeans.num_epochs", "kmeans.batch_size")
 _LABEL_COLUMNS = ("evaluate.label_column", "evaluate.uri_column")
 
 
@@ -38,6 +40,9 @@ RULES: tuple[tuple[tuple[str, ...], Callable[[Config], bool], str], ...] = (
     (_TEACHER, lambda c: c.heads.loss == "scan", "SCAN's loss does not use it"),
     (("heads.scan_entropy_weight",), lambda c: c.heads.loss != "scan", "only SCAN's loss uses it"),
     (("heads.sinkhorn_iterations",), lambda c: not c.heads.sinkhorn, "heads.sinkhorn is false"),
+    (("kmeans",), _is_not("kmeans"), "only the method kmeans uses it"),
+    (_LLOYD, lambda c: c.kmeans.algorithm != "lloyd", "kmeans.algorithm is mini_batch"),
+    (_MINI_BATCH, lambda c: c.kmeans.algorithm != "mini_batch", "kmeans.algorithm is lloyd"),
     (("conventional",), _is_not(*CONVENTIONAL), f"only the methods {', '.join(CONVENTIONAL)} use it"),
     (_AGGLOMERATIVE, _is_not("agglomerative"), "only agglomerative uses it"),
     (("conventional.preference",), _is_not("affinity_propagation"), "only affinity_propagation uses it"),

@@ -135,6 +135,9 @@ def fit_kmeans(
     Raises:
         InputError: features that are not finite, or fewer dimensions than components.
     """
+    limit = settings.num_iterations if settings.algorithm == "lloyd" else settings.num_epochs
+    if progress is not None and (records is None or not records.read_all()):
+        progress.update(0, settings.num_starts * limit, "prepares the rows")
     projection = _read_projection(records) or _project(shards, settings, num_images, dim, records)
     squares = math.fsum(each for of_shard in shards.all("prepare", projection) for each in of_shard)
     run = _Run(shards, settings, projection, squares, num_images, num_clusters, seed, progress, records)

@@ -27,7 +27,6 @@ from icce_ray.runtime.workers import translated_errors
 from icce_ray.sample.training_set import source_digest, training_set
 from icce_ray.stage import StageContext
 from icce_ray.store import Artifact
-from icce_ray.store.artifact import cache_folder
 from icce_ray.store.part_records import PartRecords
 
 STARTS_FOLDER = "starts"
@@ -53,7 +52,7 @@ def run(config: Config, context: StageContext) -> dict[str, Any]:
     load = partial(_matrix, embed)
     shards: Shards
     if runs_here(config.resources, num_images):
-        shards = ShardsHere(KMeansShard(load, num_threads=threads_here(), folder=cache_folder()))
+        shards = ShardsHere(KMeansShard(load, num_threads=threads_here(), on_disk=True))
         _check_memory(config, num_images, dim, 1, [(1, available_memory_bytes())], threads_here())
     else:
         connect(config.resources)
@@ -91,7 +90,7 @@ class ShardActors(Shards):
         )
         device = "cuda" if workers.gpus_per_worker else None
         self.actors = [
-            actor.remote(load, shard, workers.num_workers, worker_threads(workers), device, cache_folder())
+            actor.remote(load, shard, workers.num_workers, worker_threads(workers), device, True)
             for shard in range(workers.num_workers)
         ]
 

@@ -14,7 +14,6 @@ import os
 import tempfile
 from collections.abc import Callable
 from functools import cached_property
-from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -35,6 +34,7 @@ from icce_ray.methods.kmeans.projection import (
     shift_of,
 )
 from icce_ray.runtime.threads import ThreadPool
+from icce_ray.store.artifact import cache_folder
 
 BLOCK_ELEMENTS = 2**21
 MIN_BLOCK_ROWS = 256
@@ -69,7 +69,7 @@ class KMeansShard:
         shard, num_shards: number of the shard, and how many there are.
         num_threads: CPU threads.
         device: torch device of the assignment; None: numpy on the CPU.
-        folder: where the file of the rows is made; None: they are held in memory.
+        on_disk: hold the rows in a file in this machine's cache folder, otherwise in memory.
     """
 
     def __init__(
@@ -79,14 +79,14 @@ class KMeansShard:
         num_shards: int = 1,
         num_threads: int = 1,
         device: str | None = None,
-        folder: Path | None = None,
+        on_disk: bool = False,
     ) -> None:
         self.load = load
         self.shard = shard
         self.num_shards = num_shards
         self.num_threads = num_threads
         self.device = device
-        self.folder = folder
+        self.on_disk = on_disk
         self._rows_nd: Floats | None = None
 
     def __repr__(self) -> str:
@@ -216,7 +216,7 @@ class KMeansShard:
     def _rows(self, projection: Projection) -> Floats:
         if self._rows_nd is None:
             start, stop = self.start, self._image(self.shard + 1)
-            rows_nd = _allocate((stop - start, projection.dim), self.folder)
+            rows_nd = _allocate((stop - start, projection.dim), self.on_disk)
 
             def fill(first: int) -> None:
                 end = min(first + self._block_rows, stop)
@@ -263,15 +263,19 @@ def unit_length(vectors_Kd: Doubles) -> Doubles:
     return vectors_Kd / np.where(length_K1 == 0.0, 1.0, length_K1)
 
 
-def _allocate(shape: tuple[int, int], folder: Path | None) -> Floats:
-    """An array in memory or, with a folder, in an unnamed file there."""
+def _allocate(shape: tuple[int, int], on_disk: bool) -> Floats:
+    """An array in memory or in an unnamed file."""
     num_bytes = 4 * shape[0] * shape[1]
-    if folder is None or num_bytes == 0:
+    if not on_disk or num_bytes == 0:
         return np.empty(shape, np.float32)
+    folder = cache_folder()
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=folder) as file:
         try:
-            os.posix_fallocate(file.fileno(), 0, num_bytes)
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, num_bytes)
+            else:  # macOS
+                file.truncate(num_bytes)
         except OSError as error:
             raise ResourceError(
                 f"kmeans: {shape[0]:,} images x {shape[1]} dimensions need {num_bytes / 1e9:.1f} GB in {folder}: "

@@ -168,6 +168,7 @@ def is_section(annotation: str) -> bool:
         ("embed.grayscale=true", r"embed\.grayscale: True has no effect: only the backbone pixels has it"),
         ("heads.scan_entropy_weight=2", r"heads\.scan_entropy_weight: 2\.0 has no effect: only SCAN's loss uses it"),
         ("evaluate={labels: folder, label_column: kind}", r"evaluate\.label_column: 'kind' has no effect"),
+        ("kmeans.num_starts=3", r"kmeans\.num_starts: 3 has no effect: only the method kmeans uses it"),
         ("embeddings.column=vector", r"embeddings\.column: 'vector' has no effect: no embeddings are given"),
     ],
 )

@@ -10,7 +10,7 @@ from sklearn.cluster import MiniBatchKMeans
 from sklearn.decomposition import PCA
 
 from icce_ray.config import KMeansConfig
-from icce_ray.errors import InputError
+from icce_ray.errors import InputError, ResourceError
 from icce_ray.methods.kmeans import fit_kmeans as module
 from icce_ray.methods.kmeans import kmeans_shard
 from icce_ray.methods.kmeans.assignment import Sums, nearest
@@ -48,7 +48,7 @@ def blobs(num_images: int = 1500, dim: int = 12, num_clusters: int = 6, noise: f
 
 
 def fit(features: np.ndarray, num_shards: int = 1, num_clusters: int = 6, **settings: Any) -> FittedKMeans:
-    options = {name: settings.pop(name) for name in ("num_threads", "folder") if name in settings}
+    options = {name: settings.pop(name) for name in ("num_threads", "on_disk") if name in settings}
     records, progress = settings.pop("records", None), settings.pop("progress", None)
     return fit_kmeans(
         InProcess(features, num_shards, **options), KMeansConfig(**{"num_starts": 2} | settings),
@@ -88,11 +88,14 @@ def test_iterations_are_those_of_plain_lloyd(spherical: bool, num_components: in
 @pytest.mark.parametrize(
     "settings", [{}, {"spherical": True, "num_components": 7}, {"algorithm": "mini_batch", "num_epochs": 2}]
 )
-def test_any_number_of_shards_and_threads_gives_the_same_bits(settings: dict[str, Any], tmp_path: Path) -> None:
+def test_any_number_of_shards_and_threads_gives_the_same_bits(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ICCE_CACHE", str(tmp_path))
     features = blobs()
     alone = fit(features, **settings)
     for num_shards in (2, 3, 7):
-        divided = fit(features, num_shards, num_threads=num_shards - 1, folder=tmp_path, **settings)
+        divided = fit(features, num_shards, num_threads=num_shards - 1, on_disk=True, **settings)
         assert divided.projection.to_bytes() == alone.projection.to_bytes()
         for one, other in zip(alone.starts, divided.starts, strict=True):
             assert np.array_equal(one.labels_N, other.labels_N)
@@ -222,7 +225,7 @@ class EndAfter(Progress):
         self.said: list[int] = []
 
     def update(self, done: int, total: int, note: str = "", num_errors: int = 0) -> None:
-        self.said.append(done)
+        self.said += [done] * (done > 0)
         if len(self.said) > self.steps:
             raise KeyboardInterrupt
 
@@ -247,6 +250,17 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(
         assert np.array_equal(one.labels_N, other.labels_N)
         assert one.centroids_Kd.tobytes() == other.centroids_Kd.tobytes()
         assert (one.inertia, one.inertias, one.step) == (other.inertia, other.inertias, other.step)
+
+
+def test_a_full_disk_is_refused_with_what_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.posix_fallocate", full)
+    with pytest.raises(
+        ResourceError, match=r"1,500 images x 12 dimensions need 0\.0 GB in .*: No space left.*ICCE_CACHE"
+    ):
+        fit(blobs(), on_disk=True)
 
 
 def test_features_that_are_not_finite_and_too_many_components_are_refused() -> None:
