@@ -1,10 +1,11 @@
-"""How new images differ from the training images: cluster shares, confidence, outlier rate (docs/METHOD.md, "Drift").
+"""How new images differ from the training images: cluster shares, probability, outlier rate (docs/METHOD.md,
+"Drift").
 
-Shares and confidences are compared by the population stability index, sum (p - q) ln(p / q) over bins: below 0.1 alike,
-above 0.25 a different population. A few images differ by chance alone, by about (bins - 1)(1/n + 1/m), which is
-reported beside the index.
+Cluster shares and consensus probabilities are compared by the population stability index, sum (p - q) ln(p / q) over
+bins: below 0.1 alike, above 0.25 a different population. A few images differ by chance alone, by about
+(bins - 1)(1/n + 1/m), which is reported beside the index.
 
-New images are compared with the cluster sizes of the consensus, and with the confidence and outlier rate of the images
+New images are compared with the cluster sizes of the consensus, and with the probability and outlier rate of the images
 held out in training.
 """
 
@@ -36,9 +37,9 @@ def stability_index(counts_a: npt.ArrayLike, counts_b: npt.ArrayLike) -> dict[st
 
 
 def summarize_drift(totals: Totals, classifier: LinearClassifier) -> dict[str, Any]:
-    """The summary, JSON-able: num_images, num_training_images; cluster_shares and confidence (stability indices);
-    mean_confidence and outlier_rate (training, new); most_changed_clusters; clusters (shares of each);
-    confidence_histograms."""
+    """The summary, JSON-able: num_images, num_training_images; cluster_shares and consensus_probability (stability
+    indices); mean_consensus_probability and outlier_rate (training, new); most_changed_clusters; clusters (shares of
+    each); probability_histograms."""
     before_K = classifier.cluster_sizes / max(int(classifier.cluster_sizes.sum()), 1)
     now_K = totals.cluster_sizes / max(totals.num_images, 1)
     changed = np.argsort(-np.abs(now_K - before_K), kind="stable")[:NUM_MOST_CHANGED]
@@ -46,10 +47,10 @@ def summarize_drift(totals: Totals, classifier: LinearClassifier) -> dict[str, A
         "num_images": totals.num_images,
         "num_training_images": int(classifier.cluster_sizes.sum()),
         "cluster_shares": stability_index(classifier.cluster_sizes, totals.cluster_sizes),
-        "confidence": stability_index(classifier.holdout_confidence, totals.confidence_counts),
-        "mean_confidence": {
-            "training": classifier.holdout_mean_confidence,
-            "new": totals.mean_confidence,
+        "consensus_probability": stability_index(classifier.holdout_probability, totals.probability_counts),
+        "mean_consensus_probability": {
+            "training": classifier.holdout_mean_probability,
+            "new": totals.mean_consensus_probability,
         },
         "outlier_rate": {
             "training": classifier.holdout_outlier_rate,
@@ -60,9 +61,9 @@ def summarize_drift(totals: Totals, classifier: LinearClassifier) -> dict[str, A
             {"cluster": cluster, "training_share": float(before), "new_share": float(now)}
             for cluster, (before, now) in enumerate(zip(before_K, now_K, strict=True))
         ],
-        "confidence_histograms": {
-            "training": classifier.holdout_confidence.tolist(),
-            "new": totals.confidence_counts.tolist(),
+        "probability_histograms": {
+            "training": classifier.holdout_probability.tolist(),
+            "new": totals.probability_counts.tolist(),
         },
     }
 
@@ -78,6 +79,6 @@ def drift_lines(drift: dict[str, Any]) -> list[str]:
 
     return [
         f"clusters     {index('cluster_shares')}",
-        f"confidence   mean {pair('mean_confidence', '.3f')}, {index('confidence')}",
+        f"probability  mean {pair('mean_consensus_probability', '.3f')}, {index('consensus_probability')}",
         f"outliers     {pair('outlier_rate', '.2%')}",
     ]

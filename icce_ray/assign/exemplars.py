@@ -32,7 +32,7 @@ CANDIDATES_SCHEMA = pa.schema(
         ("cluster", pa.int32()),
         ("image_id", pa.int64()),
         ("uri", pa.string()),
-        ("confidence", pa.float32()),
+        ("consensus_probability", pa.float32()),
         ("agreement", pa.float32()),
         ("outlier_score", pa.float32()),
         ("priority", pa.uint64()),
@@ -45,7 +45,8 @@ EXEMPLARS_SCHEMA = pa.schema(
         ("rank", pa.int32()),
         ("image_id", pa.int64()),
         ("uri", pa.string()),
-        ("confidence", pa.float32()),
+        ("agreement", pa.float32()),
+        ("consensus_probability", pa.float32()),
     ]
 )
 """Sorted by cluster and rank; rank 0 is the most central image."""

@@ -60,8 +60,8 @@ def run(config: Config, context: StageContext) -> dict[str, Any]:
     """Label every image: assignments/part-*.parquet and exemplars.parquet; for new images also drift.json.
 
     Returns:
-        num_images, num_in_consensus, num_noise, num_outliers, num_exemplars, mean_confidence, num_clusters_used,
-        cluster_sizes (images of each of the K).
+        num_images, num_in_consensus, num_noise, num_outliers, num_exemplars, mean_consensus_probability,
+        num_clusters_used, cluster_sizes (images of each of the K).
 
     Raises:
         InputError: ready-made embeddings that cannot be read.

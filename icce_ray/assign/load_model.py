@@ -3,7 +3,7 @@
     import icce_ray
     model = icce_ray.load("clusters")  # the output of a run
     found = model.predict(["new/1.jpg", "new/2.jpg"])
-    print(found.cluster, found.confidence, found.is_outlier)
+    print(found.cluster, found.consensus_probability, found.is_outlier)
 
 The folder is a run's output, which means its newest model; or a model itself: the artifact of the classifier stage,
 ``latest/model``, or a copy of either on any machine.
@@ -36,7 +36,7 @@ from icce_ray.store.run_records import read_latest
 
 @dataclass(frozen=True)
 class ImagePrediction(Prediction):
-    """Predictions for n images. An image that cannot be used has cluster and second choice -1 and confidence NaN."""
+    """Predictions for n images. An image that cannot be used has cluster and second choice -1 and probability NaN."""
 
     errors: dict[int, str]
     """Why images cannot be used, by their position in the input."""
@@ -108,7 +108,7 @@ class Model:
         found = self.classifier.label(np.concatenate(features))
         rows = list(errors)
         found.cluster[rows] = found.second_choice[rows] = -1
-        found.confidence[rows] = found.outlier_score[rows] = np.nan
+        found.consensus_probability[rows] = found.outlier_score[rows] = np.nan
         found.is_outlier[rows] = False
         return ImagePrediction(**vars(found), errors=errors)
 

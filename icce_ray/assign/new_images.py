@@ -62,11 +62,11 @@ class AssignResult:
     """Images that could not be used; the table `errors` says why."""
     num_outliers: int
     num_clusters_used: int
-    mean_confidence: float
+    mean_consensus_probability: float
     assignments: str
     """Folder of Parquet parts with a row per image."""
     exemplars: str
-    """A Parquet table: cluster, rank, image_id, uri, confidence."""
+    """A Parquet table: cluster, rank, image_id, uri, agreement, consensus_probability."""
     drift_file: str
     errors: str | None
     """A Parquet table: image_id, uri, reason; None for ready-made embeddings."""
@@ -170,7 +170,7 @@ def _sum_up(artifacts: dict[str, Artifact], seconds: dict[str, float]) -> Assign
         num_errors=num_failed(embed) if embed is not None else 0,
         num_outliers=made.metrics["num_outliers"],
         num_clusters_used=made.metrics["num_clusters_used"],
-        mean_confidence=made.metrics["mean_confidence"],
+        mean_consensus_probability=made.metrics["mean_consensus_probability"],
         assignments=made.folder.file_uri("assignments"),
         exemplars=made.folder.file_uri("exemplars.parquet"),
         drift_file=made.folder.file_uri("drift.json"),

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from icce_ray.classifier.linear import NOISE, Prediction, confidence_histogram
+from icce_ray.classifier.linear import NOISE, Prediction, probability_histogram
 
 
 @dataclass(frozen=True)
@@ -19,24 +19,24 @@ class Totals:
     num_in_consensus: int
     """Images that took part in the consensus."""
     num_noise: int
-    """Images without a cluster. They have no confidence, so the figures below leave them out."""
+    """Images without a cluster. They have no probability, so the figures below leave them out."""
     num_outliers: int
-    sum_confidence: float
-    confidence_counts: npt.NDArray[np.int64]
-    """Images by confidence: see :func:`confidence_histogram`."""
+    sum_probability: float
+    probability_counts: npt.NDArray[np.int64]
+    """Images by probability: see :func:`probability_histogram`."""
     cluster_sizes: npt.NDArray[np.int64]
     """(K,) images by cluster."""
 
     @classmethod
     def of(cls, prediction: Prediction, num_clusters: int, *, num_in_consensus: int = 0) -> Totals:
         has_cluster = prediction.cluster != NOISE
-        confidence_n = prediction.confidence[has_cluster]
+        probability_n = prediction.consensus_probability[has_cluster]
         return cls(
             num_in_consensus=num_in_consensus,
             num_noise=int((~has_cluster).sum()),
             num_outliers=int(prediction.is_outlier.sum()),
-            sum_confidence=float(confidence_n.sum(dtype=np.float64)),
-            confidence_counts=confidence_histogram(confidence_n),
+            sum_probability=float(probability_n.sum(dtype=np.float64)),
+            probability_counts=probability_histogram(probability_n),
             cluster_sizes=np.bincount(prediction.cluster[has_cluster], minlength=num_clusters),
         )
 
@@ -51,8 +51,8 @@ class Totals:
         return int(self.cluster_sizes.sum()) + self.num_noise
 
     @property
-    def mean_confidence(self) -> float:
-        return self.sum_confidence / max(int(self.cluster_sizes.sum()), 1)
+    def mean_consensus_probability(self) -> float:
+        return self.sum_probability / max(int(self.cluster_sizes.sum()), 1)
 
     def metrics(self) -> dict[str, Any]:
         return {
@@ -60,7 +60,7 @@ class Totals:
             "num_in_consensus": self.num_in_consensus,
             "num_noise": self.num_noise,
             "num_outliers": self.num_outliers,
-            "mean_confidence": self.mean_confidence,
+            "mean_consensus_probability": self.mean_consensus_probability,
             "num_clusters_used": int((self.cluster_sizes > 0).sum()),
             "cluster_sizes": self.cluster_sizes.tolist(),
         }

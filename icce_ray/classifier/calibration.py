@@ -1,4 +1,5 @@
-"""Calibrated confidence, fitted on held-out images (docs/METHOD.md, "Confidence and outliers").
+"""Calibrated probability of the consensus cluster, fitted on held-out images (docs/METHOD.md, "Consensus probability
+and outliers").
 
     p = (1 - floor) softmax(logits / T) + floor / K
 
@@ -37,8 +38,8 @@ def fit_calibration(logits_nK: FloatArray, labels_n: IntArray) -> tuple[float, f
     """Fit the temperature and the floor by minimising the cross-entropy of the calibrated probabilities.
 
     Targets are smoothed by 1 / (n + 2) (Platt, 1999): otherwise images that are all predicted correctly would push
-    every confidence to 1. log T has a standard normal prior [ours]: otherwise the same images would push T to 0, and an
-    image half-way between two clusters would be as certain as any other.
+    every probability to 1. log T has a standard normal prior [ours]: otherwise the same images would push T to 0, and
+    an image half-way between two clusters would be as certain as any other.
 
     Args:
         logits_nK: logits of held-out images.
@@ -67,19 +68,19 @@ def fit_calibration(logits_nK: FloatArray, labels_n: IntArray) -> tuple[float, f
     return float(temperature), float(floor)
 
 
-def expected_calibration_error(confidence_n: FloatArray, is_right_n: npt.NDArray[np.bool_]) -> float:
-    """Expected calibration error: mean gap between confidence and accuracy, over bins of equal size (0 is perfect).
+def expected_calibration_error(probability_n: FloatArray, is_right_n: npt.NDArray[np.bool_]) -> float:
+    """Expected calibration error: mean gap between probability and accuracy, over bins of equal size (0 is perfect).
 
     At most 15 bins of at least 25 images each: the noise of small bins would count as error.
 
     Args:
-        confidence_n: probability of the predicted cluster, 0 to 1.
+        probability_n: probability of the predicted cluster, 0 to 1.
         is_right_n: whether the prediction is right.
     """
-    num_images = len(confidence_n)
+    num_images = len(probability_n)
     if not num_images:
         return 0.0
-    order = np.argsort(confidence_n, kind="stable")
+    order = np.argsort(probability_n, kind="stable")
     bins = np.array_split(order, max(1, min(MAX_BINS, num_images // MIN_IMAGES_PER_BIN)))
-    gaps = [len(rows) * abs(float(confidence_n[rows].mean()) - float(is_right_n[rows].mean())) for rows in bins]
+    gaps = [len(rows) * abs(float(probability_n[rows].mean()) - float(is_right_n[rows].mean())) for rows in bins]
     return float(sum(gaps) / num_images)

@@ -28,13 +28,13 @@ IntArray = npt.NDArray[np.integer]
 
 CHUNK_ROWS = 256
 """Rows scored at a time, few enough for their intermediate results to stay in the processor's cache."""
-NUM_CONFIDENCE_BINS = 20
+NUM_PROBABILITY_BINS = 20
 NOISE, UNKNOWN = -1, -2
 """In place of an image's cluster: it is known to have none; it is for the classifier to find."""
 MODEL_NAME = "classifier.safetensors"
 DESCRIPTION_NAME = "classifier.json"
 """Parts of the classifier artifact."""
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,9 @@ class Prediction:
 
     cluster: npt.NDArray[np.int32]
     """(n,) 0..K-1, or NOISE."""
-    confidence: Float32Array
-    """(n,) calibrated probability of `cluster`, 0 to 1; 0 for noise."""
+    consensus_probability: Float32Array
+    """(n,) 0 to 1: calibrated probability that `cluster` is the image's cluster in the consensus; 0 for noise. It says
+    how sure the classifier is of the consensus, not how right the consensus is."""
     second_choice: npt.NDArray[np.int32]
     """(n,) the most probable other cluster; for noise the most probable of all."""
     outlier_score: Float32Array
@@ -65,7 +66,7 @@ class LinearClassifier:
     bias: Float32Array
     """(K,)."""
     temperature: float
-    confidence_floor: float
+    probability_floor: float
     """With `temperature`: the calibration, see calibration.py."""
     outliers: OutlierModel
     outlier_threshold: float
@@ -81,9 +82,9 @@ class LinearClassifier:
     """Share of the held-out images whose predicted cluster is their consensus cluster."""
     ece: float
     """Expected calibration error on the held-out images, against their consensus clusters."""
-    holdout_confidence: npt.NDArray[np.int64]
-    """Held-out images by confidence, in NUM_CONFIDENCE_BINS equal bins from 0 to 1."""
-    holdout_mean_confidence: float
+    holdout_probability: npt.NDArray[np.int64]
+    """Held-out images by probability, in NUM_PROBABILITY_BINS equal bins from 0 to 1."""
+    holdout_mean_probability: float
     holdout_outlier_rate: float
     """Share of the held-out images that are outliers."""
 
@@ -108,7 +109,7 @@ class LinearClassifier:
         Raises:
             InputError: wrong number of dimensions.
         """
-        return calibrate(self.logits(features), self.temperature, self.confidence_floor)
+        return calibrate(self.logits(features), self.temperature, self.probability_floor)
 
     def predict(self, features: FloatArray) -> npt.NDArray[np.int32]:
         """(n,) int32 most probable cluster of each row."""
@@ -126,7 +127,7 @@ class LinearClassifier:
         """
         num_images = len(features)
         cluster, second_choice = np.empty(num_images, dtype=np.int32), np.empty(num_images, dtype=np.int32)
-        confidence, score = np.empty(num_images, dtype=np.float32), np.empty(num_images, dtype=np.float32)
+        probability, score = np.empty(num_images, dtype=np.float32), np.empty(num_images, dtype=np.float32)
         for rows, x_nD in self._scaled_chunks(features):
             logits_nK = x_nD @ self.weights
             logits_nK += self.bias
@@ -144,9 +145,9 @@ class LinearClassifier:
             logits_nK /= np.float32(self.temperature)
             sums_n = np.exp(logits_nK, out=logits_nK).sum(axis=1)
             p_n = logits_nK[own] / sums_n
-            p_n = p_n * (1 - self.confidence_floor) + self.confidence_floor / self.num_clusters
-            confidence[rows] = np.where(is_noise, 0.0, p_n)
-        return Prediction(cluster, confidence, second_choice, score, np.asarray(score > self.outlier_threshold))
+            p_n = p_n * (1 - self.probability_floor) + self.probability_floor / self.num_clusters
+            probability[rows] = np.where(is_noise, 0.0, p_n)
+        return Prediction(cluster, probability, second_choice, score, np.asarray(score > self.outlier_threshold))
 
     def to_bytes(self) -> bytes:
         """The classifier as a safetensors file, with the scalars as JSON in its header."""
@@ -200,10 +201,10 @@ def center_and_scale(features_nD: FloatArray, mean_D: Float32Array, scale: float
     return x_nD
 
 
-def confidence_histogram(confidence_n: FloatArray) -> npt.NDArray[np.int64]:
-    """Number of images by confidence, in NUM_CONFIDENCE_BINS equal bins from 0 to 1."""
-    bins_n = np.minimum((confidence_n * NUM_CONFIDENCE_BINS).astype(np.int64), NUM_CONFIDENCE_BINS - 1)
-    return np.bincount(bins_n, minlength=NUM_CONFIDENCE_BINS).astype(np.int64)
+def probability_histogram(probability_n: FloatArray) -> npt.NDArray[np.int64]:
+    """Number of images by probability, in NUM_PROBABILITY_BINS equal bins from 0 to 1."""
+    bins_n = np.minimum((probability_n * NUM_PROBABILITY_BINS).astype(np.int64), NUM_PROBABILITY_BINS - 1)
+    return np.bincount(bins_n, minlength=NUM_PROBABILITY_BINS).astype(np.int64)
 
 
 def _own_fields(instance: Any) -> dict[str, Any]:

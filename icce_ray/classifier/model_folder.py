@@ -34,7 +34,7 @@ def write_model(
 
     Returns:
         learning_rate (chosen), num_diverged (learning rates), num_holdout, holdout_agreement, temperature,
-        confidence_floor, ece, outlier_threshold.
+        probability_floor, ece, outlier_threshold.
     """
     metrics = {
         "learning_rate": classifier.learning_rate,
@@ -42,7 +42,7 @@ def write_model(
         "num_holdout": classifier.num_holdout,
         "holdout_agreement": classifier.holdout_agreement,
         "temperature": classifier.temperature,
-        "confidence_floor": classifier.confidence_floor,
+        "probability_floor": classifier.probability_floor,
         "ece": classifier.ece,
         "outlier_threshold": classifier.outlier_threshold,
     }

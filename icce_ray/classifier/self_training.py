@@ -1,7 +1,7 @@
 """Self-training: a linear classifier on the frozen features, with the consensus labels as targets.
 
 The method is in docs/METHOD.md, "Self-training". Features are centred and divided by one number. A tenth of the images
-is held out: on them the learning rate is chosen by agreement with the consensus, and the confidence is calibrated. The
+is held out: on them the learning rate is chosen by agreement with the consensus, and the probability is calibrated. The
 chosen classifier is used as trained, without the held-out images: training it again on all would void the calibration.
 
 The classifiers of the grid are independent. So several processes divide the grid, not the batch: each trains some
@@ -21,7 +21,7 @@ import numpy.typing as npt
 from scipy.special import logsumexp
 
 from icce_ray.classifier.calibration import calibrate, expected_calibration_error, fit_calibration
-from icce_ray.classifier.linear import LinearClassifier, center_and_scale, confidence_histogram
+from icce_ray.classifier.linear import LinearClassifier, center_and_scale, probability_histogram
 from icce_ray.classifier.outliers import fit_outlier_rule
 from icce_ray.config import ClassifierConfig
 from icce_ray.errors import InputError
@@ -149,7 +149,7 @@ class SelfTraining:
         logits_nK = x_nD @ best.weights + best.bias
         temperature, floor = fit_calibration(logits_nK, self.holdout_labels)
         predicted_n = logits_nK.argmax(axis=1)
-        confidence_n = calibrate(logits_nK, temperature, floor).max(axis=1)
+        probability_n = calibrate(logits_nK, temperature, floor).max(axis=1)
 
         sample_nD = self._read(self.train_rows[_sample(len(self.train_rows), MAX_OUTLIER_IMAGES, self.sample_seed)])
         sample_labels_n = (sample_nD @ best.weights + best.bias).argmax(axis=1)
@@ -160,7 +160,7 @@ class SelfTraining:
             weights=best.weights,
             bias=best.bias,
             temperature=temperature,
-            confidence_floor=floor,
+            probability_floor=floor,
             outliers=outliers,
             outlier_threshold=threshold,
             cluster_sizes=self.cluster_sizes,
@@ -168,9 +168,9 @@ class SelfTraining:
             num_diverged=sum(candidate.num_diverged for candidate in candidates),
             num_holdout=len(self.holdout_rows),
             holdout_agreement=best.agreement,
-            ece=expected_calibration_error(confidence_n, predicted_n == self.holdout_labels),
-            holdout_confidence=confidence_histogram(confidence_n),
-            holdout_mean_confidence=float(confidence_n.mean(dtype=np.float64)),
+            ece=expected_calibration_error(probability_n, predicted_n == self.holdout_labels),
+            holdout_probability=probability_histogram(probability_n),
+            holdout_mean_probability=float(probability_n.mean(dtype=np.float64)),
             holdout_outlier_rate=float((outliers.score(x_nD, predicted_n) > threshold).mean()),
         )
 

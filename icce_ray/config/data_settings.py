@@ -129,7 +129,9 @@ class EvaluateConfig(Section):
 class ReportConfig(Section):
     title: str | None = None
     """Heading of the page."""
-    images_per_cluster: PositiveInt = 12
-    """Pictures shown per cluster."""
-    max_clusters: PositiveInt = 200
-    """Number of clusters shown with pictures; the table lists all."""
+    max_images: PositiveInt = 20_000
+    """Images on the page. If there are more, it shows a uniform random sample of each cluster and says so; small
+    clusters are shown whole."""
+    map: Literal["auto", "pca", "umap"] = "auto"
+    """How the images are laid out on the map. `auto`: UMAP if umap-learn is installed, else the first two principal
+    components."""

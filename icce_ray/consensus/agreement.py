@@ -1,4 +1,4 @@
-"""How far the heads agree with the consensus, image by image: the confidence (docs/METHOD.md, "Agreement").
+"""How far the heads agree with the consensus, image by image (docs/METHOD.md, "Agreement").
 
 Shape letters: N images, n images of a part, H heads, C head clusters, K clusters of the consensus.
 """

@@ -24,6 +24,8 @@ from icce_ray.stage import StageContext
 from icce_ray.store import Artifact
 
 METRICS_NAME = "metrics.json"
+LABELS_NAME = "labels.parquet"
+"""image_id, label: the true label of each image, if labels were given; the report shows it."""
 
 
 def run(config: Config, context: StageContext) -> dict[str, Any]:
@@ -44,6 +46,8 @@ def run(config: Config, context: StageContext) -> dict[str, Any]:
         image_ids = table["image_id"].to_numpy()
         listing = Listing(context.inputs["images"])
         labels = load_labels(config.evaluate, listing.table(0, len(listing))["uri"].to_pylist(), image_ids)
+        names = pa.array(labels.names, pa.string()).take(pa.array(labels.classes)).dictionary_encode()
+        context.output.write_table(LABELS_NAME, pa.table({"image_id": image_ids, "label": names}))
         heads = context.inputs["method"]
         heads_HN = heads.read_array("label_matrix.npy")
         training = training_rows(context.inputs)

@@ -29,7 +29,7 @@ def _check(config: Config) -> None:
 EVALUATE = Stage(
     "evaluate",
     "icce_ray.evaluate.run_scores",
-    1,
+    2,
     ("images", "embed", "sample", "method", "consensus", "assign"),
     _settings,
     check=_check,

@@ -41,7 +41,7 @@ LABEL_FIELDS = {
     "id": "ObjectIdField",
     "tags": "ListField",
     "label": "StringField",
-    "confidence": "FloatField",
+    "consensus_probability": "FloatField",
     "logits": "VectorField",
 }
 MAP_KEY, SIMILARITY_KEY = "icce_map", "icce_similarity"

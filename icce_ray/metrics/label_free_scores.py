@@ -75,15 +75,20 @@ def project_pca(points_nD: npt.NDArray[np.float32], random_state: int) -> npt.ND
     return projected.astype(np.float32)
 
 
-def project_umap(points_nD: npt.NDArray[np.float32], random_state: int) -> npt.NDArray[np.float32]:
+def project_umap(points_nD: npt.NDArray[np.float32], random_state: int, **changes: Any) -> npt.NDArray[np.float32]:
     """Coordinates in 50 UMAP dimensions (n_neighbors=30, min_dist=0), (n, at most 50). Silhouettes there separate good
-    clusterings from bad ones better than in feature space (arXiv 2406.02465). Needs the extra `[umap]`."""
+    clusterings from bad ones better than in feature space (arXiv 2406.02465). Needs the extra `[umap]`.
+
+    Args:
+        changes: other settings of UMAP, such as n_components=2 for a map.
+    """
     from umap import UMAP
 
     num_images = len(points_nD)
-    settings = UMAP_SETTINGS | {
-        "n_neighbors": min(UMAP_SETTINGS["n_neighbors"], num_images - 1),
-        "n_components": min(UMAP_SETTINGS["n_components"], num_images - 2),
+    settings = UMAP_SETTINGS | changes
+    settings |= {
+        "n_neighbors": min(settings["n_neighbors"], num_images - 1),
+        "n_components": min(settings["n_components"], num_images - 2),
     }
     embedded: npt.NDArray[np.float32] = UMAP(random_state=random_state, **settings).fit_transform(points_nD)
     return embedded

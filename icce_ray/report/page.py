@@ -1,40 +1,56 @@
-"""The report stage: one HTML page that needs no network, and a contact sheet of the clusters."""
+"""The report stage: a page to work in that needs no network and no server, and a contact sheet of the clusters.
+
+The page is ``report.html``; with many images it has a folder ``report_data`` beside it, whose files it loads when they
+are needed. Everything on it comes from the artifacts of the run. How it works is in ``web/*.js``.
+"""
 
 from __future__ import annotations
 
-import importlib.resources
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import PurePosixPath
 from typing import Any
 
-import jinja2
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
 import yaml
 
 from icce_ray.config import Config
 from icce_ray.consensus.hierarchy import HIERARCHY_NAME, Hierarchy
 from icce_ray.count.stage import CLUSTER_COUNT
+from icce_ray.evaluate.run_scores import LABELS_NAME
 from icce_ray.images.stage import num_listed
-from icce_ray.methods.clusterings import read_history
-from icce_ray.report.page_content import PageContent
-from icce_ray.report.pictures import Pixels, contact_sheet, data_uri, load_thumbnails
-from icce_ray.report.plots import (
-    certainty_histogram,
-    cluster_count_curve,
-    merge_tree,
-    neighbors_by_threshold,
-    similarity_histogram,
-    size_chart,
-    training_curve,
+from icce_ray.report.image_map import lay_out, read_features, similar_images
+from icce_ray.report.page_content import PageContent, images_per_cluster
+from icce_ray.report.page_files import PageFiles, packed
+from icce_ray.report.page_plots import draw_plots
+from icce_ray.report.pictures import (
+    SHEET_CELLS,
+    SHEET_COLUMNS,
+    THUMBNAIL_PIXELS,
+    Pixels,
+    contact_sheet,
+    load_thumbnails,
+    may_be_image,
+    sheet,
 )
 from icce_ray.runtime.progress import format_seconds
+from icce_ray.sample.training_set import GROUPS_NAME
 from icce_ray.stage import StageContext
 from icce_ray.store import Artifact
 
-PAGE_NAME = "report.html"
 SHEET_NAME = "clusters.png"
-NUM_LEAST_CERTAIN = 36
-MAX_OUTLIERS = 36
-MAX_ERRORS = 100
+EXEMPLARS_ON_SHEET = 12
+ROWS_PER_FILE = 1024
+"""Images whose paths and neighbours are in one data file."""
+MAX_ERRORS = 2_000
+MAX_GROUPS, MAX_GROUP_IMAGES = 200, 24
+"""Groups of near-duplicates on the page, and images of each."""
+CONFUSED_PAIRS = 2_000
+MAX_CLASSES = 1_000
+"""With more true classes, images are not coloured by them."""
+NO_SHARE = 255
+"""Stands for an unknown share; others are in 250ths."""
 SCORES = (
     ("acc", "ACC"),
     ("nmi", "NMI (geometric)"),
@@ -48,129 +64,246 @@ SCORES = (
     ("acc_low_agreement", "ACC, lower half by agreement"),
 )
 """Metrics of the evaluate stage and their labels."""
-COUNT_PLOTS = (
-    (("score", "score"), ("stability", "stability")),
-    (("silhouette", "silhouette"), ("generalization", "generalisation score")),
-)
-"""The two columns of by_count.parquet in each diagram, and their labels."""
 
 
 def run(config: Config, context: StageContext) -> dict[str, Any]:
-    """Write report.html, and clusters.png if there are pictures.
+    """Write report.html, report_data/ unless the page holds everything, and clusters.png if there are pictures.
 
     Returns:
-        num_pictures and num_bytes of the page.
+        num_shown (images on the page), num_pictures, num_bytes of the page itself.
     """
-    assign = context.inputs["assign"]
+    inputs, files = context.inputs, PageFiles(context.output)
+    assign = inputs["assign"]
+    exemplars = assign.read_table("exemplars.parquet")
+    groups = _duplicate_groups(inputs)
+    wanted = np.unique(np.concatenate([exemplars["image_id"].to_numpy(), *groups])).astype(np.int64)
     content = PageContent(
         (assign.read_table(name) for name in assign.part_names("assignments/")),
         config.num_clusters,
-        num_least_certain=NUM_LEAST_CERTAIN,
-        max_outliers=MAX_OUTLIERS,
+        images_per_cluster(np.array(assign.metrics["cluster_sizes"]), config.report.max_images),
+        wanted,
     )
-    exemplars: dict[int, list[str]] = {
-        row["cluster"]: [] for row in content.clusters()[: config.report.max_clusters] if row["size"]
+    shown = _in_order(content, exemplars)
+    position = dict(zip(shown["image_id"].to_pylist(), range(len(shown)), strict=True))
+    groups = [group[np.isin(group, shown["image_id"].to_numpy())] for group in groups]  # without noise
+    map_name = _write_images(config, inputs, shown, groups, position, files)
+
+    uris = shown["uri"].to_pylist()
+    kept = _exemplars_on_sheet(content, exemplars)
+    pictures: dict[str, Pixels] = {}
+    num_pictures, has_picture = 0, np.zeros(len(shown), dtype=np.uint8)
+    for number, loaded in enumerate(_thumbnails(uris)):
+        start = number * SHEET_CELLS
+        if (jpeg := sheet(loaded)) is not None:
+            files.add_sheet(f"sheet-{number:05d}", jpeg)
+        for place, picture in enumerate(loaded, start):
+            if picture is not None:
+                has_picture[place] = 1
+                if uris[place] in kept:
+                    pictures[uris[place]] = picture
+        num_pictures = int(has_picture.sum())
+        context.progress.update(start + len(loaded), len(uris), "pictures")
+
+    core = _core(config, inputs, content, shown, position)
+    core["images"] |= {"map": map_name, "has_picture": packed(has_picture)}
+    core["duplicates"] = [[position[image] for image in group.tolist()] for group in groups]
+    num_bytes = files.finish(core)
+    _write_contact_sheet(context, content, kept, pictures)
+    return {"num_shown": len(shown), "num_pictures": num_pictures, "num_bytes": num_bytes}
+
+
+def _duplicate_groups(inputs: Mapping[str, Artifact]) -> list[npt.NDArray[np.int64]]:
+    """Image ids of groups of near-duplicates, largest first."""
+    sample = inputs.get("sample")
+    if sample is None or GROUPS_NAME not in sample.part_names():
+        return []
+    table = sample.read_table(GROUPS_NAME)
+    ids, leaders = table["image_id"].to_numpy(), table["leader"].to_numpy()
+    starts = np.flatnonzero(np.diff(leaders, prepend=-1))
+    groups = np.split(ids, starts[1:]) if len(ids) else []
+    largest = sorted(groups, key=lambda group: (-len(group), group[0]))[:MAX_GROUPS]
+    return [group[:MAX_GROUP_IMAGES] for group in largest]
+
+
+def _in_order(content: PageContent, exemplars: pa.Table) -> pa.Table:
+    """The images to show with their `rank` among the exemplars: by cluster, largest first; exemplars before others,
+    then by falling agreement."""
+    shown = content.shown
+    rank_of = dict(zip(exemplars["image_id"].to_pylist(), exemplars["rank"].to_pylist(), strict=True))
+    rank_n = np.array([rank_of.get(image, len(rank_of)) for image in shown["image_id"].to_pylist()])
+    place_K = np.empty(len(content.sizes), dtype=np.int64)
+    place_K[[row["cluster"] for row in content.clusters()]] = np.arange(len(place_K))
+    order = np.lexsort((-shown["agreement"].to_numpy(), rank_n, place_K[shown["cluster"].to_numpy()]))
+    shown = shown.append_column("rank", pa.array(rank_n))
+    return shown.take(pa.array(order)).combine_chunks()
+
+
+def _write_images(
+    config: Config,
+    inputs: Mapping[str, Artifact],
+    shown: pa.Table,
+    groups: list[npt.NDArray[np.int64]],
+    position: Mapping[int, int],
+    files: PageFiles,
+) -> str:
+    """Write the columns of the images on the page, their paths and neighbours. Returns the name of the map."""
+    ids_n = shown["image_id"].to_numpy()
+    features_nD, known_n = read_features(inputs, ids_n)
+    known = np.flatnonzero(known_n)
+    places_n2 = np.zeros((len(ids_n), 2), dtype=np.uint16)
+    places_n2[known], components_nP, map_name = lay_out(features_nD[known], config.report.map)
+    similar, cosines = similar_images(components_nP)
+    similar_nM = np.full((len(ids_n), similar.shape[1]), -1, dtype=np.int32)
+    cosine_nM = np.zeros((len(ids_n), similar.shape[1]), dtype=np.uint8)
+    similar_nM[known], cosine_nM[known] = known[similar].astype(np.int32), cosines
+    group_n = np.full(len(ids_n), -1, dtype=np.int32)
+    for number, group in enumerate(groups):
+        group_n[[position[image] for image in group.tolist()]] = number
+    columns = {
+        "cluster": shown["cluster"].to_numpy(),
+        "second": shown["second_choice"].to_numpy(),
+        "agreement": _shares(shown["agreement"].to_numpy()),
+        "probability": _shares(shown["consensus_probability"].to_numpy()),
+        "distance": shown["outlier_score"].to_numpy().astype(np.float32),
+        "outlier": shown["is_outlier"].to_numpy().astype(np.uint8),
+        "on_map": known_n.astype(np.uint8),
+        "x": places_n2[:, 0],
+        "y": places_n2[:, 1],
+        "group": group_n,
     }
-    for row in assign.read_table("exemplars.parquet").to_pylist():
-        if row["cluster"] in exemplars and row["rank"] < config.report.images_per_cluster:
-            exemplars[row["cluster"]].append(row["uri"])
-    shown = [image.uri for image in (*content.least_certain, *content.outliers)]
-    pictures = load_thumbnails(
-        shown + [uri for uris in exemplars.values() for uri in uris],
-        lambda done, total: context.progress.update(done, total, "pictures"),
-    )
-    page = render(config, context.inputs, content, exemplars, pictures).encode("utf-8", errors="replace")
-    context.output.write_bytes(PAGE_NAME, page)
-    sheet = contact_sheet(
-        [
-            (
-                f"cluster {cluster}\n{content.sizes[cluster]:,} images",
-                [pictures[uri] for uri in uris if uri in pictures],
-            )
-            for cluster, uris in exemplars.items()
-        ]
-    )
-    if sheet is not None:
-        context.output.write_bytes(SHEET_NAME, sheet)
-    return {"num_pictures": len(pictures), "num_bytes": len(page)}
+    names, label_n = _true_labels(inputs, ids_n)
+    if names:
+        columns["label"] = label_n
+    files.add_json("columns", {name: [str(values.dtype), packed(values)] for name, values in columns.items()})
+    uris = shown["uri"].to_pylist()
+    for number, start in enumerate(range(0, len(ids_n), ROWS_PER_FILE)):
+        rows = slice(start, start + ROWS_PER_FILE)
+        value = {"ids": ids_n[rows].tolist(), "uris": uris[rows]}
+        value |= {"similar": packed(similar_nM[rows]), "cosine": packed(cosine_nM[rows])}
+        files.add_json(f"rows-{number:05d}", value)
+    return map_name
 
 
-def render(
+def _true_labels(
+    inputs: Mapping[str, Artifact], ids_n: npt.NDArray[np.int64]
+) -> tuple[list[str], npt.NDArray[np.int32]]:
+    """The names of the true classes and the class of each image, -1 if unknown; no names if no labels were given."""
+    evaluate = inputs["evaluate"]
+    label_n = np.full(len(ids_n), -1, dtype=np.int32)
+    if LABELS_NAME not in evaluate.part_names():
+        return [], label_n
+    table = evaluate.read_table(LABELS_NAME).combine_chunks()
+    column = table["label"].combine_chunks()
+    names = column.dictionary.to_pylist()
+    if len(names) > MAX_CLASSES:
+        return [], label_n
+    labelled = table["image_id"].to_numpy()
+    place_n = np.minimum(np.searchsorted(labelled, ids_n), len(labelled) - 1)
+    known = labelled[place_n] == ids_n
+    label_n[known] = column.indices.to_numpy()[place_n[known]]
+    return names, label_n
+
+
+def _shares(values: npt.NDArray[np.floating]) -> npt.NDArray[np.uint8]:
+    """Shares in 250ths; NO_SHARE for NaN."""
+    known = np.isfinite(values)
+    return np.where(known, np.rint(250 * np.where(known, values, 0)), NO_SHARE).astype(np.uint8)
+
+
+def _thumbnails(uris: list[str]) -> Iterator[list[Pixels | None]]:
+    """Sheets of thumbnails; none if no URI can be an image."""
+    return load_thumbnails(uris) if any(map(may_be_image, uris)) else iter(())
+
+
+def _exemplars_on_sheet(content: PageContent, exemplars: pa.Table) -> dict[str, int]:
+    """URIs of the exemplars for the contact sheet, in its order, and their clusters."""
+    place = {row["cluster"]: number for number, row in enumerate(content.clusters())}
+    rows = [row for row in exemplars.to_pylist() if row["rank"] < EXEMPLARS_ON_SHEET]
+    rows.sort(key=lambda row: (place[row["cluster"]], row["rank"]))
+    return {row["uri"]: row["cluster"] for row in rows}
+
+
+def _write_contact_sheet(
+    context: StageContext, content: PageContent, kept: Mapping[str, int], pictures: Mapping[str, Pixels]
+) -> None:
+    rows: dict[int, list[Pixels]] = {}
+    for uri, cluster in kept.items():
+        if uri in pictures:
+            rows.setdefault(cluster, []).append(pictures[uri])
+    png = contact_sheet(
+        [(f"cluster {cluster}\n{content.sizes[cluster]:,} images", row) for cluster, row in rows.items()]
+    )
+    if png is not None:
+        context.output.write_bytes(SHEET_NAME, png)
+
+
+def _core(
     config: Config,
     inputs: Mapping[str, Artifact],
     content: PageContent,
-    exemplars: dict[int, list[str]],
-    pictures: dict[str, Pixels],
-) -> str:
-    """The page as HTML.
-
-    Args:
-        exemplars: URIs to show by cluster.
-        pictures: by URI.
-    """
+    shown: pa.Table,
+    position: Mapping[int, int],
+) -> dict[str, Any]:
+    """What the page holds from the start."""
     summary = inputs["consensus"].read_json("summary.json")
     errors = inputs["embed"].read_table("errors.parquet")
-    history = read_history(inputs["method"])
     metrics = inputs["evaluate"].metrics
-    # Not every method has a graph.
-    audit = inputs["neighbors"].read_json("audit.json") if "neighbors" in inputs else None
     source = ", ".join(config.images.uris) or config.embeddings.uri or ""
     tree = Hierarchy.from_table(inputs["consensus"].read_table(HIERARCHY_NAME))
-    plots = [
-        ("Cluster sizes", size_chart(content.sizes)),
-        ("Confidence and agreement", certainty_histogram(content.confidence_bins, content.agreement_bins)),
-        ("Similarity of images", audit and similarity_histogram(audit)),
-        ("Neighbours by threshold", audit and neighbors_by_threshold(audit)),
-        ("Training", training_curve(history)),
-        ("Hierarchy of clusters", merge_tree(tree)),
-    ]
-    choice, count_plots = None, list[tuple[str, str]]()
-    if CLUSTER_COUNT.name in inputs:
-        choice = inputs[CLUSTER_COUNT.name].metrics["choice"]
-        rows = inputs[CLUSTER_COUNT.name].read_table("by_count.parquet").to_pylist()
-        count_plots = [
-            (f"{left[1].capitalize()} and {right[1]}", cluster_count_curve(rows, (left, right), f"count-{left[0]}"))
-            for left, right in COUNT_PLOTS
-        ]
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters |= {"number": _number, "name": _name}
-    template = importlib.resources.files("icce_ray.report").joinpath("page.html").read_text(encoding="utf-8")
-    return environment.from_string(template).render(
-        title=config.report.title or f"Clusters of {PurePosixPath(source).name or source}",
-        source=source,
-        num_listed=num_listed(inputs["images"]),
-        num_errors=errors.num_rows,
-        errors=errors.slice(0, MAX_ERRORS).to_pylist(),
-        num_clusters=config.num_clusters,
-        choice=choice,
-        count_plots=count_plots,
-        num_outliers=int(content.num_outliers.sum()),
-        num_noise=content.num_noise,
-        summary=summary,
-        mean_agreement=content.mean_agreement(),
-        mean_confidence=content.mean_confidence(),
-        scores=[(label, metrics[key]) for key, label in SCORES if key in metrics],
-        classifier=inputs["classifier"].metrics,
-        clusters=content.clusters(),
-        confused={row["cluster"]: row["confused_with"] for row in summary.get("clusters", [])},
-        exemplars=exemplars,
-        least_certain=content.least_certain,
-        outliers=content.outliers,
-        pictures={uri: data_uri(picture) for uri, picture in pictures.items()},
-        plots=[(heading, svg) for heading, svg in plots if svg],
-        seconds=[(name, format_seconds(artifact.manifest.seconds)) for name, artifact in inputs.items()],
-        total=format_seconds(sum(artifact.manifest.seconds for artifact in inputs.values())),
-        settings=yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True),
-        libraries=inputs["assign"].manifest.libraries,
-    )
-
-
-def _number(value: float | None, digits: int = 3) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"
-
-
-def _name(uri: str) -> str:
-    """The last folder and the file name of a URI."""
-    return "/".join(uri.rsplit("/", 2)[-2:])
+    cluster_n = shown["cluster"].to_numpy()
+    clusters = content.clusters()
+    for row in clusters:
+        places = np.flatnonzero(cluster_n == row["cluster"])
+        row |= {"first": int(places[0]) if len(places) else 0, "shown": len(places)}
+    return {
+        "title": config.report.title or f"Clusters of {PurePosixPath(source).name or source}",
+        "source": source,
+        "output": config.output,
+        "made_for": {
+            "consensus": inputs["consensus"].identity,
+            "assign": inputs["assign"].identity,
+            "num_clusters": config.num_clusters,
+        },
+        "counts": {
+            "listed": num_listed(inputs["images"]),
+            "assigned": int(content.sizes.sum()),
+            "errors": errors.num_rows,
+            "outliers": int(content.num_outliers.sum()),
+            "noise": content.num_noise,
+            "shown": len(shown),
+        },
+        "images": {
+            "rows_per_file": ROWS_PER_FILE,
+            "thumbnail": THUMBNAIL_PIXELS,
+            "sheet_columns": SHEET_COLUMNS,
+            "sheet_cells": SHEET_CELLS,
+            "labels": _true_labels(inputs, np.empty(0, dtype=np.int64))[0],
+        },
+        "scores": {
+            "anmi": summary["anmi"],
+            "agreement": content.mean_agreement(),
+            "probability": content.mean_consensus_probability(),
+            "true": [[label, metrics[key]] for key, label in SCORES if key in metrics],
+        },
+        "clusters": clusters,
+        "confusion": content.confusion(CONFUSED_PAIRS),
+        "tree": {name: getattr(tree, name).tolist() for name in ("left", "right", "similarity", "size")},
+        "least_certain": [position[image] for image in content.least_certain],
+        "outliers": [position[image] for image in content.outliers],
+        "errors": [[row["image_id"], row["uri"], row["reason"]] for row in errors.slice(0, MAX_ERRORS).to_pylist()],
+        "plots": draw_plots(content, inputs, tree),
+        "choice": inputs[CLUSTER_COUNT.name].metrics["choice"] if CLUSTER_COUNT.name in inputs else None,
+        "run": {
+            "consensus": [[name, anmi] for name, anmi in summary["anmi_by_method"].items()],
+            "chosen": summary["method"],
+            "skipped": list(summary.get("skipped", {}).items()),
+            "classifier": {
+                name: inputs["classifier"].metrics[name]
+                for name in ("learning_rate", "holdout_agreement", "num_holdout", "ece")
+            },
+            "seconds": [[name, format_seconds(artifact.manifest.seconds)] for name, artifact in inputs.items()],
+            "total": format_seconds(sum(artifact.manifest.seconds for artifact in inputs.values())),
+            "settings": yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True),
+            "libraries": list(inputs["assign"].manifest.libraries.items()),
+        },
+    }

@@ -165,15 +165,18 @@ def size_chart(sizes_K: npt.NDArray[np.int64]) -> str:
     return svg("sizes", draw)
 
 
-def certainty_histogram(confidence: npt.NDArray[np.int64], agreement: npt.NDArray[np.int64]) -> str:
-    """Images by confidence and by agreement; both are counts in equal bins from 0 to 1."""
+def certainty_histogram(probability: npt.NDArray[np.int64], agreement: npt.NDArray[np.int64]) -> str:
+    """Images by agreement and by consensus probability; both are counts in equal bins from 0 to 1."""
 
     def draw(axes: Any) -> None:
-        for counts, color, label in ((confidence, ACCENT, "confidence"), (agreement, SECOND, "agreement")):
+        for counts, color, label in (
+            (agreement, ACCENT, "agreement of the heads"),
+            (probability, SECOND, "consensus probability"),
+        ):
             if counts.sum():
                 edges = np.linspace(0, 1, len(counts) + 1)
                 axes.stairs(counts, edges, color=color, linewidth=1.5, label=label)
-        axes.set_xlabel("confidence, agreement")
+        axes.set_xlabel("agreement, probability")
         axes.set_ylabel("images")
         axes.legend(loc="upper left")
 

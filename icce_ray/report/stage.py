@@ -13,10 +13,11 @@ def _settings(config: Config) -> Settings:
 REPORT = Stage(
     "report",
     "icce_ray.report.page",
-    4,
+    5,
     (
         "images",
         "embed",
+        "sample",
         "neighbors",
         "method",
         "consensus",

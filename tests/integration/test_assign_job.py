@@ -173,7 +173,7 @@ def test_assignments_and_exemplars_are_the_same_for_any_number_of_parts_and_work
         assert table["uri"].to_pylist() == [f"/images/{number:03d}.png" for number in GOOD]
         for column in ("cluster", "second_choice", "is_outlier"):
             assert (table[column].to_numpy() == getattr(expected, column)).all()
-        np.testing.assert_allclose(table["confidence"].to_numpy(), expected.confidence, atol=1e-6)
+        np.testing.assert_allclose(table["consensus_probability"].to_numpy(), expected.consensus_probability, atol=1e-6)
         agreement = [float(value) if label >= 0 else None for value, label in zip(AGREEMENT, CONSENSUS, strict=True)]
         assert table["agreement"].to_pylist() == agreement
         assert metrics["num_images"] == len(GOOD)

@@ -87,11 +87,11 @@ def test_the_number_that_the_method_finds_is_the_runs(finished: tuple[Config, Re
 def test_noise_stays_without_a_cluster_and_is_counted(finished: tuple[Config, Result, str], tmp_path: Path) -> None:
     config, result, said = finished
     table = table_of(result)
-    cluster, confidence = table["cluster"].to_numpy(), table["confidence"].to_numpy()
+    cluster, probability = table["cluster"].to_numpy(), table["consensus_probability"].to_numpy()
     is_noise = np.isin(np.arange(240), NOISE)
     np.testing.assert_array_equal(cluster < 0, is_noise)
-    assert (confidence[is_noise] == 0).all()
-    assert (confidence[~is_noise] > 0.25).all()
+    assert (probability[is_noise] == 0).all()
+    assert (probability[~is_noise] > 0.25).all()
     assert np.isin(table["second_choice"].to_numpy()[is_noise], range(4)).all()
     assert table["agreement"].to_pylist() == [None if noise else 1.0 for noise in is_noise]
     artifacts = finished_artifacts(plan(config))

@@ -173,11 +173,11 @@ def test_the_model_alone_says_the_same_as_the_command(
     by_path = model.predict([*paths, model_folder / "nothing.png"])
     by_image = model.predict([Image.open(path) for path in paths])
     table = read(assigned)
-    for name in ("cluster", "confidence", "second_choice", "outlier_score", "is_outlier"):
+    for name in ("cluster", "consensus_probability", "second_choice", "outlier_score", "is_outlier"):
         np.testing.assert_allclose(getattr(by_path, name)[:-1], table[name].to_numpy(), atol=1e-5)
         np.testing.assert_allclose(getattr(by_image, name), getattr(by_path, name)[:-1], rtol=1e-5)
     assert by_path.errors == {120: "missing"}
-    assert (by_path.cluster[120], np.isnan(by_path.confidence[120])) == (-1, True)
+    assert (by_path.cluster[120], np.isnan(by_path.consensus_probability[120])) == (-1, True)
     features = np.array([np.asarray(Image.open(path)).ravel() / np.float32(255) for path in paths])
     assert (model.predict_features(features).cluster == by_path.cluster[:-1]).all()
 

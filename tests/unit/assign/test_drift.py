@@ -49,8 +49,8 @@ def test_images_like_those_of_the_run_show_no_drift_and_others_do(classifier: Li
     assert same["num_images"] == 300
     half_way = FEATURES[600:] + 2 * (np.eye(5)[(LABELS[600:] + 1) % 3] - np.eye(5)[LABELS[600:]])
     shifted = summary(classifier.label(half_way))
-    assert shifted["confidence"]["index"] > 0.25  # type: ignore[index]
-    assert shifted["mean_confidence"]["new"] < same["mean_confidence"]["new"] - 0.05  # type: ignore[index]
+    assert shifted["consensus_probability"]["index"] > 0.25  # type: ignore[index]
+    assert shifted["mean_consensus_probability"]["new"] < same["mean_consensus_probability"]["new"] - 0.05  # type: ignore[index]
     fewer = summary(classifier.label(FEATURES[600:][LABELS[600:] != 1]))
     assert fewer["cluster_shares"]["index"] > 0.25  # type: ignore[index]
     assert fewer["most_changed_clusters"][0] == 1  # type: ignore[index]
@@ -62,6 +62,6 @@ def test_totals_of_parts_add_up_to_those_of_all(classifier: LinearClassifier) ->
     stored = [Totals.from_json(json.loads(json.dumps(part.to_json()))) for part in parts]
     whole = Totals.of(classifier.label(FEATURES), 3, num_in_consensus=sum(range(0, 900, 70))).metrics()
     metrics = Totals.add(stored).metrics()
-    assert metrics == whole | {"mean_confidence": pytest.approx(whole["mean_confidence"])}
+    assert metrics == whole | {"mean_consensus_probability": pytest.approx(whole["mean_consensus_probability"])}
     assert metrics["num_images"] == 900
-    assert (Totals.add(stored).confidence_counts == sum(part.confidence_counts for part in parts)).all()
+    assert (Totals.add(stored).probability_counts == sum(part.probability_counts for part in parts)).all()

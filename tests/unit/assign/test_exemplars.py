@@ -115,7 +115,7 @@ def test_exemplars_are_unlike_each_other() -> None:
         "cluster": np.zeros(22, np.int32),
         "image_id": np.arange(22),
         "uri": ["x"] * 22,
-        "confidence": np.ones(22, np.float32),
+        "consensus_probability": np.ones(22, np.float32),
         "agreement": pa.nulls(22, pa.float32()),
         "outlier_score": np.array([1.0] * 20 + [0.5, 5.0], dtype=np.float32),
         "priority": np.arange(22, dtype=np.uint64),

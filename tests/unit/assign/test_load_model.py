@@ -86,7 +86,7 @@ def test_the_folder_is_all_that_another_machine_needs(tmp_path: Path, weights: P
     model = icce_ray.load(tmp_path / "model")
     found, expected = model.predict([Image.fromarray(image) for image in PIXELS]), model.predict_features(features)
     assert (found.cluster == expected.cluster).all()
-    np.testing.assert_allclose(found.confidence, expected.confidence, atol=1e-3)
+    np.testing.assert_allclose(found.consensus_probability, expected.consensus_probability, atol=1e-3)
     assert found.errors == {}
 
 

@@ -77,15 +77,15 @@ def test_images_of_the_consensus_keep_its_label_and_noise_stays_noise(
     voted = CONSENSUS >= 0
     assert (table["cluster"].to_numpy() == CONSENSUS).all()
     assert table["agreement"].to_pylist() == [float(AGREEMENT[i]) if voted[i] else None for i in range(300)]
-    confidence = np.where(voted, classifier.predict_proba(FEATURES)[np.arange(300), CONSENSUS], 0.0)
-    np.testing.assert_allclose(table["confidence"].to_numpy(), confidence, atol=1e-6)
+    probability = np.where(voted, classifier.predict_proba(FEATURES)[np.arange(300), CONSENSUS], 0.0)
+    np.testing.assert_allclose(table["consensus_probability"].to_numpy(), probability, atol=1e-6)
     assert (table["second_choice"].to_numpy() == alone.cluster)[~voted].all()
     np.testing.assert_array_equal(table["outlier_score"].to_numpy(), alone.outlier_score)
     assert (totals.num_images, totals.num_in_consensus, totals.num_noise) == (300, 300, 100)
     assert totals.cluster_sizes.tolist() == np.bincount(CONSENSUS[voted]).tolist()
-    assert totals.confidence_counts.sum() == 200
+    assert totals.probability_counts.sum() == 200
     assert totals.num_outliers == alone.is_outlier.sum() > 5
-    assert totals.mean_confidence == pytest.approx(confidence[voted].mean())
+    assert totals.mean_consensus_probability == pytest.approx(probability[voted].mean())
     candidates = pq.read_table(tmp_path / "out" / "candidates" / "part-00000.parquet")["cluster"].to_numpy()
     assert set(candidates) == {0, 1, 2}
 
@@ -110,7 +110,7 @@ def test_new_images_get_the_classifiers_labels_and_no_agreement(
 ) -> None:
     table, totals = label(tmp_path, {"classifier": inputs["classifier"]})
     alone = classifier.label(FEATURES)
-    for name in ("cluster", "confidence", "second_choice", "outlier_score", "is_outlier"):
+    for name in ("cluster", "consensus_probability", "second_choice", "outlier_score", "is_outlier"):
         assert (table[name].to_numpy() == getattr(alone, name)).all()
     assert table["agreement"].null_count == 300
     assert totals.num_in_consensus == 0

@@ -51,7 +51,7 @@ def test_an_image_between_two_clusters_is_uncertain_even_if_all_held_out_images_
 
 
 def test_calibration_error_is_that_of_a_plain_sum_over_bins() -> None:
-    confidence = np.repeat([0.6, 0.9], 30)
+    probability = np.repeat([0.6, 0.9], 30)
     is_right = np.concatenate([np.arange(30) < 12, np.arange(30) < 30])
-    assert expected_calibration_error(confidence, is_right) == pytest.approx((0.2 + 0.1) / 2)
+    assert expected_calibration_error(probability, is_right) == pytest.approx((0.2 + 0.1) / 2)
     assert expected_calibration_error(np.empty(0), np.empty(0, bool)) == 0.0

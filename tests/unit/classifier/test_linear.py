@@ -43,7 +43,7 @@ def test_noisy_labels_are_corrected(digits: tuple[npt.NDArray[np.float16], npt.N
     assert (predicted == true).mean() > 0.93
 
 
-def test_fresh_images_are_labelled_with_calibrated_confidence(
+def test_fresh_images_are_labelled_with_calibrated_probabilities(
     classifier: LinearClassifier, digits: tuple[npt.NDArray[np.float16], npt.NDArray[np.int64]]
 ) -> None:
     x, labels = digits[0][1400:], digits[1][1400:]
@@ -130,17 +130,17 @@ def test_one_pass_says_what_the_plain_probabilities_say(
     p = classifier.predict_proba(x)
     found = classifier.label(x)
     assert (found.cluster == p.argmax(1)).all()
-    np.testing.assert_allclose(found.confidence, p.max(1), atol=1e-6)
+    np.testing.assert_allclose(found.consensus_probability, p.max(1), atol=1e-6)
     assert (found.second_choice == np.argsort(-p, axis=1, kind="stable")[:, 1]).mean() > 0.999
     given = np.where(np.arange(len(x)) % 3 == 0, (found.cluster + 4) % 10, UNKNOWN)
     kept = classifier.label(x, given)
     assert (kept.cluster == np.where(given >= 0, given, found.cluster)).all()
-    np.testing.assert_allclose(kept.confidence, p[np.arange(len(x)), kept.cluster], atol=1e-6)
+    np.testing.assert_allclose(kept.consensus_probability, p[np.arange(len(x)), kept.cluster], atol=1e-6)
     assert (kept.second_choice[given >= 0] == found.cluster[given >= 0]).all()
     noise = classifier.label(x[:9], np.full(9, NOISE))
     assert (noise.cluster == NOISE).all()
     assert (noise.second_choice == found.cluster[:9]).all()
-    assert (noise.confidence == 0).all()
+    assert (noise.consensus_probability == 0).all()
     np.testing.assert_array_equal(kept.outlier_score, found.outlier_score)
     np.testing.assert_array_equal(found.is_outlier, found.outlier_score > classifier.outlier_threshold)
 
@@ -182,7 +182,7 @@ def test_a_handful_of_equal_images_works(num_images: int) -> None:
 
 
 @pytest.mark.slow
-def test_real_features_give_calibrated_confidences(real_data_dir: Path) -> None:
+def test_real_features_give_calibrated_probabilities(real_data_dir: Path) -> None:
     x = np.load(real_data_dir / "cifar10_test_mixpca256.npy")
     labels = np.load(real_data_dir / "cifar10_test_labels.npy").astype(np.int64)
     order = np.random.default_rng(0).permutation(len(x))  # the files are sorted by class

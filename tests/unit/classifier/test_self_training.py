@@ -125,7 +125,7 @@ def test_on_real_sets_the_classifier_is_as_right_as_its_consensus_and_knows_how_
             features, targets, config, num_clusters=num_clusters, seed=fold, outlier_quantile=0.999
         )
         found = classifier.label(features[is_fresh])
-        errors.append(expected_calibration_error(found.confidence, found.cluster == consensus[is_fresh]))
+        errors.append(expected_calibration_error(found.consensus_probability, found.cluster == consensus[is_fresh]))
         rights.append(
             ((class_of[found.cluster] == true[is_fresh]).mean(), (class_of[consensus] == true)[is_fresh].mean())
         )

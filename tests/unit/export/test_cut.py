@@ -24,7 +24,9 @@ def output(tmp_path: Path) -> Path:
     together[0, 2] = together[2, 0] = 0.5
     together[1, 3] = together[3, 1] = 0.3
     tree = merge_clusters(together, np.array([1, 2, 1, 1]))
-    assignments = pa.table({"image_id": range(6), "uri": list("abcdef"), "cluster": CLUSTERS, "confidence": [1.0] * 6})
+    assignments = pa.table(
+        {"image_id": range(6), "uri": list("abcdef"), "cluster": CLUSTERS, "consensus_probability": [1.0] * 6}
+    )
     for stage, tables in {
         "consensus": {HIERARCHY_NAME: tree.to_table()},
         "assign": {f"assignments/part-{i}.parquet": assignments.slice(4 * i, 4) for i in range(2)},
