@@ -28,7 +28,8 @@ from icce_ray.embed.build_backbone import build_backbone
 from icce_ray.embed.networks import Backbone
 from icce_ray.embed.weights import weights_digest
 from icce_ray.errors import InputError
-from icce_ray.images.decoding import Pixels, Preprocessing, convert_image, decode_image
+from icce_ray.images.decoding import Pixels, Preprocessing, convert_image
+from icce_ray.images.decoding_process import DecodingProcess
 from icce_ray.images.read_images import read_image
 from icce_ray.store import Artifact, Folder
 from icce_ray.store.run_records import read_latest
@@ -136,7 +137,7 @@ class Model:
         pixels = np.zeros((len(images), *preprocessing.shape), dtype=np.uint8)
         failed: dict[int, str] = {}
         for place, image in enumerate(images):
-            decoded = _decode(image, preprocessing, max_pixels)
+            decoded = self._decode(image, preprocessing, max_pixels)
             if isinstance(decoded, str):
                 failed[place] = decoded
             else:
@@ -146,6 +147,18 @@ class Model:
             failed.setdefault(int(row), "feature not finite")
         features_nD[list(failed)] = 0
         return features_nD, failed
+
+    def _decode(self, image: str | Path | Image.Image, preprocessing: Preprocessing, max_pixels: int) -> Pixels | str:
+        if isinstance(image, Image.Image):
+            return convert_image(image, preprocessing, max_pixels=max_pixels)
+        if not isinstance(image, (str, Path)):
+            raise InputError(f"an image is a path, a URI or a Pillow image, not {type(image).__name__}")
+        data = read_image(str(image))
+        return data if isinstance(data, str) else self._decoder.decode(data, preprocessing, max_pixels=max_pixels)
+
+    @cached_property
+    def _decoder(self) -> DecodingProcess:
+        return DecodingProcess()
 
     @cached_property
     def _embed_config(self) -> EmbedConfig:
@@ -196,12 +209,3 @@ def check_weights(embed: EmbedConfig, description: dict[str, Any]) -> None:
             f"embed.weights: {embed.weights} is not the file that the model was made with ({expected}); its features "
             "would have another meaning"
         )
-
-
-def _decode(image: str | Path | Image.Image, preprocessing: Preprocessing, max_pixels: int) -> Pixels | str:
-    if isinstance(image, Image.Image):
-        return convert_image(image, preprocessing, max_pixels=max_pixels)
-    if not isinstance(image, (str, Path)):
-        raise InputError(f"an image is a path, a URI or a Pillow image, not {type(image).__name__}")
-    data = read_image(str(image))
-    return data if isinstance(data, str) else decode_image(data, preprocessing, max_pixels=max_pixels)

@@ -24,6 +24,7 @@ from icce_ray.embed.feature_matrix import COLUMN, column_name
 from icce_ray.errors import DamagedArtifactError
 from icce_ray.images.decoding import Preprocessing, SeveralViews
 from icce_ray.store import Artifact, Folder, Part
+from icce_ray.store.artifact import is_sound
 from icce_ray.store.part_records import PartRecord, PartRecords
 
 MIN_IMAGES_PER_PART = 16
@@ -166,7 +167,10 @@ def write_part(
 def read_finished(folder: Folder, record: PartRecord) -> FinishedPart | None:
     """The part that an earlier run finished; None if its file is damaged."""
     try:
-        table = _read(folder, record.files[0].name, ["image_id", "content_hash"])
+        (file,) = record.files
+        if not is_sound(folder, file):
+            return None
+        table = _read(folder, file.name, ["image_id", "content_hash"])
     except DamagedArtifactError:
         return None
     return FinishedPart(record, table["image_id"].to_pylist(), table["content_hash"].to_pylist())

@@ -55,7 +55,7 @@ class Tally:
 
     def resume(self, parts: Sequence[PartRange], records: PartRecords) -> list[PartRange]:
         """Take in the parts that an earlier run finished. Returns those that are left to do."""
-        found = records.read_all()
+        found = records.read_all(check_files=False)  # `read_finished` reads them
         recorded = [found[part.name] for part in parts if part.name in found]
         with ThreadPoolExecutor(READ_THREADS) as threads:
             finished = list(threads.map(lambda record: read_finished(records.folder, record), recorded))

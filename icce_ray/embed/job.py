@@ -39,6 +39,7 @@ from icce_ray.embed.finished_parts import Tally
 from icce_ray.embed.part_embedder import EmbedTask, PartEmbedder, embed_here
 from icce_ray.embed.ready_made import rewrite_embeddings
 from icce_ray.embed.reuse_parts import ReusableParts, copy_parts
+from icce_ray.images.decoding_process import decode_or_die
 from icce_ray.images.listing import REMOVED, Listing
 from icce_ray.images.uris import is_remote
 from icce_ray.runtime.cluster_resources import (
@@ -227,7 +228,8 @@ def decode(batch: Any, task: EmbedTask, index: Any) -> Any:
     part = PartRange.from_json(batch["part"][0].as_py())
     attempt = task.attempt(part, "decode")
     try:
-        decoded = task.decode(part, _listing(task.images), known=_RemoteIndex(index).known, attempt=attempt)
+        known = _RemoteIndex(index).known
+        decoded = task.decode(part, _listing(task.images), known=known, attempt=attempt, decode=decode_or_die)
     except (errors.UserError, errors.WorkerError) as error:
         return decoded_to_table(part, NOTHING_DECODED, _to_text(error))
     attempt.end()

@@ -5,11 +5,13 @@ Not by :mod:`multiprocessing`, whose new processes run the main script of the us
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from contextlib import suppress
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
@@ -20,30 +22,39 @@ from icce_ray.images.decoding import Pixels, Preprocessing, SeveralViews, decode
 
 MAX_ATTEMPTS = 2
 """A process may also die of something else than its image."""
-TIMEOUT_S = 600.0
-"""Longest wait for an image. Then its process counts as dead."""
+TIMEOUT_S = 120.0
+"""Longest time that an image may take. One of 100 million pixels takes about 10 s."""
 
 
 class DecodingProcess:
-    """The process. It starts with the first image. At most one thread may use it at a time."""
+    """The process. It starts with the first image, and ends with this object. One thread at a time uses it."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
         self._connection: Connection[Any, Any] | None = None
         self._is_closed = False
+        self._using = threading.Lock()
 
     def decode(self, data: bytes, preprocessing: Preprocessing | SeveralViews, *, max_pixels: int) -> Pixels | str:
-        """What :func:`decode_image` returns, or KILLER if the process died at it MAX_ATTEMPTS times.
+        """What :func:`decode_image` returns, or KILLER if the process died at it MAX_ATTEMPTS times, or that the image
+        took too long.
 
         Raises:
             WorkerError: the process cannot be started, or :meth:`close` was called.
         """
+        with self._using:
+            return self._decode(data, preprocessing, max_pixels)
+
+    def _decode(self, data: bytes, preprocessing: Preprocessing | SeveralViews, max_pixels: int) -> Pixels | str:
         for _ in range(MAX_ATTEMPTS):
             connection = self._connection or self._start()
             try:
                 connection.send((data, preprocessing, max_pixels))
                 answer: Pixels | str = _receive(connection)
                 return answer
+            except TimeoutError:
+                self._stop()
+                return f"over the limit of {TIMEOUT_S:g} s"
             except (EOFError, OSError):
                 self._stop()
         from icce_ray.store.attempts import KILLER  # not above: the process itself needs only the decoder
@@ -96,6 +107,16 @@ def _receive(connection: Connection[Any, Any]) -> Any:
     if not connection.poll(TIMEOUT_S):
         raise TimeoutError
     return connection.recv()
+
+
+def decode_or_die(data: bytes, preprocessing: Preprocessing | SeveralViews, *, max_pixels: int) -> Pixels | str:
+    """:func:`decode_image`, for a process that is started again without the image that took too long."""
+    with open(os.devnull, "w") as nowhere:
+        faulthandler.dump_traceback_later(TIMEOUT_S, exit=True, file=nowhere)
+        try:
+            return decode_image(data, preprocessing, max_pixels=max_pixels)
+        finally:
+            faulthandler.cancel_dump_traceback_later()
 
 
 def main(file_descriptor: int) -> None:

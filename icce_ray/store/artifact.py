@@ -123,7 +123,7 @@ class Artifact:
         except ValidationError:
             folder.remove(MANIFEST_NAME)
             return [MANIFEST_NAME]
-        damaged = [part.name for part in manifest.parts if not _is_sound(folder, part)]
+        damaged = [part.name for part in manifest.parts if not is_sound(folder, part)]
         if damaged:
             folder.remove(MANIFEST_NAME)
         for name in damaged:
@@ -319,10 +319,15 @@ def cache_folder() -> Path:
     return Path(configured) if configured else Path(tempfile.gettempdir()) / f"icce_ray-{os.getuid()}"
 
 
-def _is_sound(folder: Folder, part: Part) -> bool:
+def is_sound(folder: Folder, part: Part) -> bool:
+    """Whether the part's file is there, with the bytes that were written."""
     if folder.size(part.name) != part.num_bytes:
         return False
-    return hashlib.sha256(folder.read_bytes(part.name, part.num_bytes)).hexdigest() == part.sha256
+    try:
+        data = folder.read_bytes(part.name, part.num_bytes)
+    except FileNotFoundError:
+        return False
+    return hashlib.sha256(data).hexdigest() == part.sha256
 
 
 def _library_versions() -> dict[str, str]:

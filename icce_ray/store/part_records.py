@@ -27,7 +27,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from icce_ray.store.artifact import Part
+from icce_ray.store.artifact import Part, is_sound
 from icce_ray.store.filesystem import Folder
 
 FOLDER_NAME = "records"
@@ -68,14 +68,16 @@ class PartRecords:
         return record
 
     def read(self, name: str) -> PartRecord | None:
-        """The part's record, or None if there is no valid one."""
+        """The part's record, or None if there is no valid one: its files must have the bytes that were written."""
         record = self._parse(name)
-        if record is None or any(self.folder.size(file.name) != file.num_bytes for file in record.files):
-            return None
-        return record
+        return record if record is not None and all(is_sound(self.folder, file) for file in record.files) else None
 
-    def read_all(self) -> dict[str, PartRecord]:
-        """All valid records by name, in the order of their names. The folder is listed once."""
+    def read_all(self, *, check_files: bool = True) -> dict[str, PartRecord]:
+        """All valid records by name, in the order of their names. The folder is listed once.
+
+        Args:
+            check_files: read the files and compare their checksums; otherwise only their sizes.
+        """
         sizes = self.folder.sizes()
         names = sorted(
             path.removeprefix(f"{FOLDER_NAME}/").removesuffix(".json")
@@ -83,12 +85,15 @@ class PartRecords:
             if path.startswith(f"{FOLDER_NAME}/") and path.endswith(".json")
         )
         with ThreadPoolExecutor(READ_THREADS) as threads:
-            records = list(threads.map(self._parse, names))
-        return {
-            record.name: record
-            for record in records
-            if record is not None and all(sizes.get(file.name) == file.num_bytes for file in record.files)
-        }
+            records = [record for record in threads.map(self._parse, names) if record is not None]
+
+            def is_valid(record: PartRecord) -> bool:
+                if any(sizes.get(file.name) != file.num_bytes for file in record.files):
+                    return False
+                return not check_files or all(is_sound(self.folder, file) for file in record.files)
+
+            valid = list(threads.map(is_valid, records))
+        return {record.name: record for record, is_kept in zip(records, valid, strict=True) if is_kept}
 
     def clear(self) -> None:
         """Remove all records, of any source: the stage is done."""

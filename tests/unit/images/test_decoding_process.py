@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import io
+import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -78,13 +81,32 @@ def test_an_image_that_kills_two_processes_is_to_blame_and_the_next_image_is_dec
     assert_decodes(process)
 
 
-def test_an_image_that_takes_for_ever_counts_as_one_that_kills(
-    process: DecodingProcess, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_image_that_takes_for_ever_is_given_up(process: DecodingProcess, monkeypatch: pytest.MonkeyPatch) -> None:
     assert_decodes(process)
-    monkeypatch.setattr(decoding_process, "MAX_ATTEMPTS", 1)
-    monkeypatch.setattr(decoding_process, "TIMEOUT_S", 0.1)
-    assert process.decode(b"HANG", SMALL, max_pixels=200) == "killed its worker"
+    with monkeypatch.context() as patch:
+        patch.setattr(decoding_process, "TIMEOUT_S", 0.1)
+        assert process.decode(b"HANG", SMALL, max_pixels=200) == "over the limit of 0.1 s"
+    assert_decodes(process)
+
+
+def test_a_worker_ends_at_an_image_that_takes_for_ever(log: Path) -> None:
+    code = """
+import sys
+from icce_ray.images import decoding_process
+from icce_ray.images.decoding import Preprocessing
+decoding_process.TIMEOUT_S = float(sys.argv[2])
+print(decoding_process.decode_or_die(sys.argv[1].encode(), Preprocessing(size=8, scale_size=8), max_pixels=200))
+"""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(log.parent), *filter(None, sys.path)])}
+    ran = {
+        what: subprocess.run(
+            [sys.executable, "-c", code, what, limit_s], env=environment, capture_output=True, text=True, check=False
+        )
+        for what, limit_s in (("HANG", "0.1"), ("picture", "60"))
+    }
+    assert log.exists()
+    assert (ran["HANG"].returncode, ran["HANG"].stdout) == (1, "")
+    assert (ran["picture"].returncode, ran["picture"].stdout) == (0, "not an image\n")
 
 
 def test_closing_stops_a_thread_that_waits_for_an_image(process: DecodingProcess, log: Path) -> None:

@@ -47,6 +47,15 @@ def test_a_part_without_a_record_is_not_finished(folder: Folder, records: PartRe
     assert records.read_all() == {}
 
 
+def test_a_part_whose_bytes_changed_is_not_finished(folder: Folder, records: PartRecords) -> None:
+    for name in ("part-0", "part-1"):
+        records.write(name, [write_file(folder, f"{name}.npy")], {})
+    folder.write_bytes("part-0.npy", b"rowz")
+    assert records.read("part-0") is None
+    assert list(records.read_all()) == ["part-1"]
+    assert list(records.read_all(check_files=False)) == ["part-0", "part-1"]
+
+
 def test_a_record_of_another_source_does_not_count(folder: Folder, records: PartRecords) -> None:
     records.write("part-0", [write_file(folder, "part-0.npy")], {})
     other = PartRecords(folder, "another source")
