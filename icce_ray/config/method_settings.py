@@ -114,6 +114,9 @@ class HeadsConfig(Section):
     """Make the teacher's targets by Sinkhorn-Knopp over the batch (ICCE) instead of a softmax (TEMI)."""
     sinkhorn_iterations: PositiveInt = 3
     """Sinkhorn-Knopp iterations."""
+    balance: Annotated[float, Field(ge=0.0, le=1.0)] | Literal["auto"] = "auto"
+    """How strongly Sinkhorn-Knopp makes the clusters equally large: 1, as far as it can; 0, not at all. `auto`: each
+    head lowers it for as long as few of its clusters are empty. Paper: 1."""
     teacher_temperature: PositiveFloat = 0.1
     """Temperature of the teacher's targets (T_sk with Sinkhorn-Knopp)."""
     student_temperature: PositiveFloat = 0.1
@@ -138,6 +141,11 @@ class HeadsConfig(Section):
     epochs."""
     checkpoint_interval_s: PositiveFloat = 60.0
     """Seconds between checkpoints, rounded up to whole epochs: what a killed run loses at most."""
+
+    @property
+    def finds_balance(self) -> bool:
+        """Whether each head finds its own balance."""
+        return self.balance == "auto" and self.sinkhorn and self.loss == "temi"
 
     def num_inputs(self, dim: int) -> int:
         """Number of input dimensions of a head (S), if the features have `dim`."""

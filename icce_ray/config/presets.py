@@ -23,6 +23,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "input_norm": "batch_norm",
             "rotate": False,
             "input_share": 1.0,
+            "balance": 1.0,
             "teacher_momentum": 0.996,
         },
         "consensus": {"methods": ("mcla", "cspa"), "refine": False, "recombine": False},

@@ -12,8 +12,8 @@ from icce_ray.methods import METHODS
 
 _NETWORK = ("embed.weights", "embed.features", "embed.precision", "embed.compile")
 _TEACHER = (
-    "heads.sinkhorn", "heads.sinkhorn_iterations", "heads.teacher_temperature", "heads.beta", "heads.max_ce_weight",
-    "heads.prior_momentum",
+    "heads.sinkhorn", "heads.sinkhorn_iterations", "heads.balance", "heads.teacher_temperature", "heads.beta",
+    "heads.max_ce_weight", "heads.prior_momentum",
 )  # fmt: skip
 CONVENTIONAL = tuple(name for name, method in METHODS.items() if method.section == "conventional")
 _AGGLOMERATIVE = ("conventional.linkage", "conventional.distance_threshold")
@@ -39,7 +39,7 @@ RULES: tuple[tuple[tuple[str, ...], Callable[[Config], bool], str], ...] = (
     (("embed.grayscale",), lambda c: c.embed.backbone != PIXELS, "only the backbone pixels has it"),
     (_TEACHER, lambda c: c.heads.loss == "scan", "SCAN's loss does not use it"),
     (("heads.scan_entropy_weight",), lambda c: c.heads.loss != "scan", "only SCAN's loss uses it"),
-    (("heads.sinkhorn_iterations",), lambda c: not c.heads.sinkhorn, "heads.sinkhorn is false"),
+    (("heads.sinkhorn_iterations", "heads.balance"), lambda c: not c.heads.sinkhorn, "heads.sinkhorn is false"),
     (("kmeans",), _is_not("kmeans"), "only the method kmeans uses it"),
     (_LLOYD, lambda c: c.kmeans.algorithm != "lloyd", "kmeans.algorithm is mini_batch"),
     (_MINI_BATCH, lambda c: c.kmeans.algorithm != "mini_batch", "kmeans.algorithm is lloyd"),

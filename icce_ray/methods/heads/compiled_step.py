@@ -69,7 +69,7 @@ def _try_out(passes: Passes, settings: HeadsConfig, state: HeadState, inputs: He
     targets, weight_B = None, None
     if settings.loss == "temi":
         targets, agreement_HB, _, _ = passes.teacher(
-            state.teacher, inputs.of(heads), num_views, state.prior_HK, settings, passes.dtypes
+            state.teacher, inputs.of(heads), num_views, state.prior_HK, state.balance_H, settings, passes.dtypes
         )
         weight_B = agreement_HB[0]
     passes.student(

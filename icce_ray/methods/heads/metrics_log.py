@@ -12,7 +12,9 @@ from icce_ray.store import Folder
 
 FILE_NAME = "metrics.jsonl"
 WRITE_INTERVAL_S = 10.0
-SCALARS = ("loss", "best_head_loss", "learning_rate", "ce_weight", "empty_clusters", "label_change", "head_nmi")
+SCALARS = (
+    "loss", "best_head_loss", "learning_rate", "ce_weight", "empty_clusters", "balance", "label_change", "head_nmi",
+)  # fmt: skip
 
 
 class MetricsLog:

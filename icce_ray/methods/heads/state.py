@@ -1,4 +1,4 @@
-"""What training changes: student, teacher, optimiser and prior of some heads."""
+"""What training changes: student, teacher, optimiser, prior and balance of some heads."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ class HeadState:
     teacher: HeadParameters
     moments: Moments
     prior_HK: torch.Tensor
+    balance_H: torch.Tensor
 
     @classmethod
     def initialise(
@@ -34,12 +35,15 @@ class HeadState:
             teacher=student.map(torch.clone),
             moments=Moments(student.map(torch.zeros_like), student.map(torch.zeros_like)),
             prior_HK=torch.full((len(heads), num_clusters), 1.0 / num_clusters, device=device),
+            balance_H=torch.full((len(heads),), 1.0 if settings.balance == "auto" else settings.balance, device=device),
         )
 
     def heads(self, heads: slice) -> HeadState:
         """Views of some of the heads."""
         moments = Moments(self.moments.mean.heads(heads), self.moments.square.heads(heads))
-        return HeadState(self.student.heads(heads), self.teacher.heads(heads), moments, self.prior_HK[heads])
+        return HeadState(
+            self.student.heads(heads), self.teacher.heads(heads), moments, self.prior_HK[heads], self.balance_H[heads]
+        )
 
     def named(self) -> dict[str, torch.Tensor]:
         """The tensors by their names in a checkpoint."""
@@ -48,4 +52,4 @@ class HeadState:
             "moments.square": self.moments.square,
         }  # fmt: skip
         named = {f"{owner}.{name}": tensor for owner, part in owners.items() for name, tensor in part.named().items()}
-        return named | {"prior_HK": self.prior_HK}
+        return named | {"prior_HK": self.prior_HK, "balance_H": self.balance_H}

@@ -13,11 +13,14 @@ from icce_ray.methods.heads.sinkhorn import sinkhorn_targets
 MIN_PRIOR = 1e-12
 
 
-def teacher_targets(cosines_VHBK: torch.Tensor, settings: HeadsConfig) -> tuple[torch.Tensor, torch.Tensor]:
+def teacher_targets(
+    cosines_VHBK: torch.Tensor, settings: HeadsConfig, balance_H: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The teacher's distribution over clusters for each view, head and image, and its logarithm: by Sinkhorn-Knopp over
-    each view's batch (ICCE), or a softmax (TEMI). Float32, shaped like `cosines_VHBK`."""
+    each view's batch (ICCE), with `balance_H` for each head (None: 1), or a softmax (TEMI). Float32, shaped like
+    `cosines_VHBK`."""
     if settings.sinkhorn:
-        return sinkhorn_targets(cosines_VHBK, settings.teacher_temperature, settings.sinkhorn_iterations)
+        return sinkhorn_targets(cosines_VHBK, settings.teacher_temperature, settings.sinkhorn_iterations, balance_H)
     log_q_VHBK = torch.log_softmax(cosines_VHBK / settings.teacher_temperature, dim=-1)
     return log_q_VHBK.exp(), log_q_VHBK
 

@@ -21,6 +21,7 @@ import numpy.typing as npt
 import torch
 
 from icce_ray.config import HeadsConfig
+from icce_ray.methods.heads.balance import LAST_RENEWAL, MAX_ROWS, has_too_many_empty, move_balance, renew_prototypes
 from icce_ray.methods.heads.communicator import Communicator
 from icce_ray.methods.heads.compiled_step import choose_passes
 from icce_ray.methods.heads.division import HeadDivision
@@ -109,6 +110,8 @@ class HeadTrainer:
         self.watch.start_epoch()
         rows = epoch_batches(self.graph, self.batch_size, self.settings.num_positives, self.seed, self.epoch)
         loss_sum_h, bad_step_h = self.train_steps(map(self.make_batch, rows))
+        if self.settings.finds_balance:
+            self._find_balance()
         self._finish_epoch(loss_sum_h, bad_step_h, time.perf_counter() - started)
 
     def make_batch(self, rows: npt.NDArray[np.int64]) -> Batch:
@@ -223,12 +226,32 @@ class HeadTrainer:
         agreement_HB = torch.zeros((0, 0), device=self.device) if next_batch is None else self._look(block, next_batch)
         return loss_H, agreement_HB
 
+    def _find_balance(self) -> None:
+        """Move the balance of each head, and give prototypes to those that have too many empty clusters."""
+        too_many_h = has_too_many_empty(self.watch.sizes_HK)
+        move_balance(self.state.balance_H, too_many_h, self.epoch, self.settings.num_epochs)
+        needs_new = too_many_h.tolist()
+        if not any(needs_new) or self.epoch + 1 > LAST_RENEWAL * self.settings.num_epochs:
+            return
+        generator = np.random.default_rng([self.seed, self.epoch])
+        rows = generator.choice(self.graph.anchors, min(MAX_ROWS, self.num_anchors), replace=False)
+        inputs = HeadInputs(self.norm.normalise(self.norm.gather(rows)).to(self.dtype), self.columns_hS)
+
+        def renew(block: HeadBlock) -> None:
+            heads = range(len(needs_new))[block.heads]
+            seeds = [[self.seed, self.epoch, self.heads[head]] if needs_new[head] else None for head in heads]
+            if any(seeds):
+                renew_prototypes(block.state, inputs.of(block.heads), self.watch.sizes_HK[block.heads], seeds)
+
+        self.pool.map(renew, self.blocks)
+
     def _finish_epoch(self, loss_sum_h: torch.Tensor, bad_step_h: torch.Tensor, seconds: float) -> None:
         """Share the figures of the epoch among the workers, and note them in the history."""
         changed_h, empty_h = self.watch.finish_epoch()
-        figures_h4 = torch.stack([loss_sum_h, bad_step_h.double(), changed_h.double(), empty_h.double()], dim=1)
-        figures_H4 = self.communicator.gather(figures_h4, self.division.num_heads).cpu().numpy()
-        loss_sum_H, bad_step_H, changed_H, empty_H = figures_H4.T
+        figures = (loss_sum_h, bad_step_h, changed_h, empty_h, self.state.balance_H)
+        figures_h5 = torch.stack([figure.double() for figure in figures], dim=1)
+        figures_H5 = self.communicator.gather(figures_h5, self.division.num_heads).cpu().numpy()
+        loss_sum_H, bad_step_H, changed_H, empty_H, balance_H = figures_H5.T
         losses_H = loss_sum_H / self.num_anchors
         last = self._values(self.steps_per_epoch - 1, self.num_anchors // self.steps_per_epoch)
         if not np.isfinite(losses_H).all():
@@ -244,6 +267,7 @@ class HeadTrainer:
                 "learning_rate": last.learning_rate,
                 "ce_weight": last.ce_weight,
                 "empty_clusters": float(empty_H.sum() / (len(losses_H) * self.state.prior_HK.shape[1])),
+                "balance": float(balance_H.mean()),
                 "label_change": None
                 if self.epoch == 1
                 else float(changed_H.sum() / (len(losses_H) * self.watch.previous_Hw.shape[1])),

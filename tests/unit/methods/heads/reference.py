@@ -28,14 +28,14 @@ class ReferenceHead(torch.nn.Module):
         return unit @ F.normalize(self.prototypes, dim=-1).T
 
 
-def sinkhorn(logits: torch.Tensor, temperature: float, num_iterations: int) -> torch.Tensor:
+def sinkhorn(logits: torch.Tensor, temperature: float, num_iterations: int, balance: float = 1.0) -> torch.Tensor:
     num_images, num_clusters = logits.shape
-    q = torch.exp(logits.double() / temperature)
-    q = q / q.sum()
+    kernel = torch.exp(logits.double() / temperature)
+    images, clusters = torch.ones(num_images, 1).double(), torch.ones(num_clusters).double()
     for _ in range(num_iterations):
-        q = q / q.sum(dim=0, keepdim=True) / num_clusters
-        q = q / q.sum(dim=1, keepdim=True) / num_images
-    return (q * num_images).float()
+        clusters = (num_clusters * (kernel * images).sum(dim=0)) ** -balance
+        images = 1 / (num_images * (kernel * clusters).sum(dim=1, keepdim=True))
+    return (kernel * images * clusters * num_images).float()
 
 
 class ReferenceTrainer:
@@ -66,13 +66,16 @@ class ReferenceTrainer:
 
     def targets(self, logits: torch.Tensor) -> torch.Tensor:
         if self.config.sinkhorn:
-            return sinkhorn(logits, self.config.teacher_temperature, self.config.sinkhorn_iterations)
+            return sinkhorn(logits, self.config.teacher_temperature, self.config.sinkhorn_iterations, self.balance)
         return F.softmax(logits / self.config.teacher_temperature, dim=-1)
 
     def step(self, view_a: torch.Tensor, view_b: torch.Tensor, step: int) -> list[float]:
         """One update; the loss of each head, mean over pairs."""
         config, num_pairs = self.config, len(view_a)
         position = step / self.steps_per_epoch
+        # That of a head with few empty clusters.
+        num_falls = max(1, round(0.2 * config.num_epochs))
+        self.balance = max(0.0, 1 - int(position) / num_falls) if config.balance == "auto" else config.balance
         warmup_steps = min(config.warmup_epochs, config.num_epochs) * self.steps_per_epoch
         learning_rate = config.learning_rate * num_pairs / 256
         if step < warmup_steps:

@@ -18,7 +18,7 @@ from icce_ray.store import Folder
 
 from .workers import ThreadWorker, _ThreadWorkers, fit_on_workers, make_trainer, small_settings
 
-PAPER = {"rotate": False, "input_share": 1.0, "teacher_momentum": 0.996}
+PAPER = {"rotate": False, "input_share": 1.0, "teacher_momentum": 0.996, "balance": 1.0}
 
 
 def assert_same(ours: Clusterings, alone: Clusterings) -> None:
@@ -52,6 +52,20 @@ def test_two_three_and_five_workers_give_the_bits_of_one(planted, method: str, p
         assert all(np.array_equal(other.losses_H, alone.losses_H) for other in others)
 
 
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_workers_find_the_balance_and_renew_prototypes_as_one_does(
+    planted, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("icce_ray.methods.heads.balance.MAX_NUM_EMPTY", 2)
+    features, graph, _ = planted
+    settings = small_settings(num_heads=5, num_epochs=16, balance="auto", precision=precision)
+    alone = fit(features, graph, settings, num_clusters=24, seed=0, num_threads=1)
+    assert max(epoch["empty_clusters"] for epoch in alone.history[:11]) > 2 / 24
+    assert len({epoch["balance"] for epoch in alone.history}) > 3
+    for num_workers in (2, 5):
+        assert_same(fit_on_workers(num_workers, features, graph, settings, num_clusters=24)[0], alone)
+
+
 def test_random_divisions_sizes_and_threads_give_the_bits_of_one(planted) -> None:
     features, graph, _ = planted
     generator = np.random.default_rng(8)
@@ -72,13 +86,13 @@ def test_a_step_moves_one_number_for_each_head_and_pair(planted) -> None:
     trainer = make_trainer(planted, settings, communicator=ThreadWorker(_ThreadWorkers(1), 0))
     trainer.train_epoch()
     per_step = [(5, 67), (5, 67), (5, 66)]
-    assert trainer.communicator.shapes == [*per_step, (5, 4), (5, 200)]  # then figures, and labels for the NMI
+    assert trainer.communicator.shapes == [*per_step, (5, 5), (5, 200)]  # then figures, and labels for the NMI
 
 
 @pytest.mark.parametrize(("before", "after"), [(1, 3), (3, 1), (2, 5)])
 def test_a_run_resumes_on_another_number_of_workers(planted, tmp_path: Path, before: int, after: int) -> None:
     features, graph, _ = planted
-    settings = small_settings(num_heads=5, num_epochs=6, checkpoint_interval_s=1e-9)
+    settings = small_settings(num_heads=5, num_epochs=6, checkpoint_interval_s=1e-9, balance="auto")
     alone = fit(features, graph, settings, num_clusters=4, seed=0, num_threads=1)
     stopped = fit_until(4, before, features, graph, settings, tmp_path)
     saved = CheckpointFolder(stopped).load(range(5))

@@ -59,7 +59,7 @@ class ThreadWorker:
 
 
 def fit_on_workers(
-    num_workers: int, features: Any, graph: Any, settings: HeadsConfig, **options: Any
+    num_workers: int, features: Any, graph: Any, settings: HeadsConfig, num_clusters: int = 4, **options: Any
 ) -> list[Clusterings]:
     """What each of several workers returns. With an error in one of them the others fail too."""
     group = _ThreadWorkers(num_workers)
@@ -68,7 +68,7 @@ def fit_on_workers(
     def work(rank: int) -> None:
         try:
             results[rank] = fit(
-                features, graph, settings, num_clusters=4, seed=0, communicator=ThreadWorker(group, rank),
+                features, graph, settings, num_clusters=num_clusters, seed=0, communicator=ThreadWorker(group, rank),
                 **{"num_threads": 1} | options,
             )  # fmt: skip
         except BaseException as error:
