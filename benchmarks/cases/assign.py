@@ -1,7 +1,7 @@
 """``icce-ray assign --embeddings`` against a bare torch matmul over the same Parquet files, at ImageNet's size.
 
 The bare loop reads each file in batches, casts them to float32 and multiplies them by a D x K matrix on all cores. The
-command does this and everything else: calibrated probability, second choice, outlier score, exemplars, drift, checksums
+command does this and everything else: calibrated confidence, second choice, outlier score, exemplars, drift, checksums
 and the Parquet parts. Both read the same file under several names, which costs as much as several files: after the
 first reading, files are in the page cache.
 """
@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 import torch
 
 from icce_ray import assign_images
-from icce_ray.classifier.linear import DESCRIPTION_NAME, MODEL_NAME, NUM_PROBABILITY_BINS, LinearClassifier
+from icce_ray.classifier.linear import DESCRIPTION_NAME, MODEL_NAME, NUM_CONFIDENCE_BINS, LinearClassifier
 from icce_ray.classifier.outliers import OutlierModel
 from icce_ray.config import Config
 from icce_ray.runtime.machine import usable_cpus
@@ -112,7 +112,7 @@ def random_classifier(dim: int, num_clusters: int) -> LinearClassifier:
         weights=(rng.standard_normal((dim, num_clusters)) / np.sqrt(dim)).astype(np.float32),
         bias=np.zeros(num_clusters, dtype=np.float32),
         temperature=0.5,
-        probability_floor=0.01,
+        confidence_floor=0.01,
         outliers=OutlierModel(
             directions=directions.astype(np.float32),
             deviations=np.ones(num_directions, dtype=np.float32),
@@ -126,8 +126,8 @@ def random_classifier(dim: int, num_clusters: int) -> LinearClassifier:
         num_holdout=1,
         holdout_agreement=1.0,
         ece=0.0,
-        holdout_probability=np.ones(NUM_PROBABILITY_BINS, dtype=np.int64),
-        holdout_mean_probability=0.5,
+        holdout_confidence=np.ones(NUM_CONFIDENCE_BINS, dtype=np.int64),
+        holdout_mean_confidence=0.5,
         holdout_outlier_rate=0.001,
     )
 
