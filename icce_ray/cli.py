@@ -6,7 +6,6 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add_debug_argument(export)
     export.set_defaults(function=_export)
 
-    estimate = commands.add_parser("estimate", help="embed a sample, and say what the whole run will take")
+    estimate = commands.add_parser("estimate", help="say what each stage of a run will take: time, memory, storage")
     estimate.add_argument("config", metavar="CONFIG", help="a YAML file")
     estimate.add_argument("--set", action="append", default=[], metavar="A.B=C", dest="overrides")
     estimate.add_argument("--samples", type=int, default=256, metavar="N", help="images to embed (256)")
@@ -197,7 +196,7 @@ def _estimate(arguments: argparse.Namespace) -> str:
     if arguments.samples < 1:
         raise InputError(f"--samples {arguments.samples}: needed is at least 1")
     found = estimate(load_config(arguments.config, arguments.overrides), num_samples=arguments.samples)
-    return "\n".join([*found.lines(), *([json.dumps(asdict(found))] if arguments.json else [])])
+    return "\n".join([*found.lines(), *([json.dumps(found.to_json())] if arguments.json else [])])
 
 
 def _status(arguments: argparse.Namespace) -> str:

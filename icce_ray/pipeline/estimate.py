@@ -1,118 +1,286 @@
-"""Estimate what a run will take, by embedding a sample of the images on the cluster that the run would use."""
+"""Estimate what every stage of a run will take: embed a sample of the images where the run would, and run the other
+stages on a pilot."""
 
 from __future__ import annotations
 
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
+import torch
 
 from icce_ray.config import Config, EmbedConfig
+from icce_ray.consensus.consensus_memory import coordinator_bytes
+from icce_ray.consensus.consensus_memory import worker_bytes as consensus_bytes
 from icce_ray.embed.backbone_plan import check_backbones, plan_embedding
 from icce_ray.embed.decode_and_embed import decode_part
-from icce_ray.embed.embedding_parts import PartRange
-from icce_ray.errors import ConfigError
+from icce_ray.embed.embedding_parts import PartRange, read_part
+from icce_ray.embed.feature_matrix import table_to_arrays
+from icce_ray.errors import InputError
+from icce_ray.images.embedding_files import open_embeddings
 from icce_ray.images.listing import Listing
 from icce_ray.images.stage import IMAGES
+from icce_ray.methods.heads.pair_batches import choose_batch_size
+from icce_ray.methods.heads.training_memory import training_bytes
+from icce_ray.neighbors.search_memory import shard_bytes
+from icce_ray.neighbors.search_memory import worker_bytes as search_bytes
+from icce_ray.pipeline.pilot import PilotRun, run_pilot, trains_heads
 from icce_ray.pipeline.plan import plan
 from icce_ray.pipeline.run import run_stage
-from icce_ray.runtime.progress import Progress, format_bytes, format_seconds
+from icce_ray.pipeline.stages import stages_of
+from icce_ray.runtime.machine import available_memory_bytes, num_gpus, peak_memory_bytes, usable_cpus
+from icce_ray.runtime.progress import LONG_S, Progress, format_bytes, format_seconds
+from icce_ray.runtime.ray_cluster import runs_here
 from icce_ray.stage import StageContext
 from icce_ray.store import Artifact, ArtifactWriter, Folder
 
+RAY_START_S, WORKER_START_S = 8.0, 2.0
+"""Of a run that uses Ray, on two cores."""
+MAX_READ_ROWS = 65_536
 MAX_DECODED = 64
 """Images of the sample that are read and decoded here, to time only that."""
 
 
 @dataclass(frozen=True)
+class StageEstimate:
+    """What one stage is expected to take."""
+
+    stage: str
+    seconds: float
+    memory_bytes: int
+    """At its peak, on the machine that needs most."""
+    disk_bytes: int
+    """On storage."""
+
+    def line(self) -> str:
+        memory, disk = format_bytes(self.memory_bytes), format_bytes(self.disk_bytes)
+        return f"{self.stage:<14} {format_seconds(self.seconds):>13} {memory:>10} {disk:>10}"
+
+
+@dataclass(frozen=True)
 class Estimate:
-    """What a run of the whole collection is expected to take."""
+    """What a run of the whole collection is expected to take on this machine, or on the cluster that it would use."""
 
     num_images: int
     num_sampled: int
     sampled_errors: int
     cpus: float
     gpus: float
-    images_per_s: float
-    startup_s: float
-    """Seconds until the workers have their model."""
-    embed_s: float
-    embeddings_bytes: int
-    """Size on storage."""
-    matrix_bytes: int
-    """Size of the features as one matrix: on the disk of each machine that trains, and in the memory of the workers
-    that search neighbours."""
-    graph_bytes: int
-    """Upper bound of the size of the neighbour lists."""
-    labels_bytes: int
-    """Size of the label matrix, which the consensus works on."""
+    images_per_s: float | None
+    """Rate of the embedding; None for ready-made embeddings."""
+    stages: tuple[StageEstimate, ...]
+    available_memory_bytes: int
+    shortcuts: tuple[str, ...]
+    """What would make the stages shorter that take hours."""
+
+    @property
+    def seconds(self) -> float:
+        return sum(stage.seconds for stage in self.stages)
+
+    @property
+    def disk_bytes(self) -> int:
+        return sum(stage.disk_bytes for stage in self.stages)
 
     def lines(self) -> list[str]:
         """The estimate as text."""
-        return [
-            f"{self.num_images:,} images; {self.num_sampled:,} of them embedded, {self.sampled_errors:,} failed",
-            f"cluster           {self.cpus:g} CPUs, {self.gpus:g} GPUs",
-            f"embedding         {self.images_per_s:,.3g} images/s after {self.startup_s:.0f} s of start-up: "
-            f"{format_seconds(self.embed_s)}",
-            f"embeddings        {format_bytes(self.embeddings_bytes)} on storage",
-            f"feature matrix    {format_bytes(self.matrix_bytes)} on each machine's disk, memory-mapped; the neighbour "
-            "search holds it in memory",
-            f"neighbour graph   at most {format_bytes(self.graph_bytes)}",
-            f"label matrix      {format_bytes(self.labels_bytes)} for the consensus",
+        rate = "" if self.images_per_s is None else f"; {self.images_per_s:,.3g} images/s"
+        said = f"{self.num_sampled:,} of {self.num_images:,} images embedded, {self.sampled_errors:,} failed{rate}"
+        rows = [
+            (
+                stage.stage,
+                format_seconds(stage.seconds),
+                format_bytes(stage.memory_bytes),
+                format_bytes(stage.disk_bytes),
+            )
+            for stage in self.stages
         ]
+        largest = max(stage.memory_bytes for stage in self.stages)
+        rows.append(("together", format_seconds(self.seconds), format_bytes(largest), format_bytes(self.disk_bytes)))
+        table = [f"{name:<14} {time:>13} {memory:>10} {disk:>10}" for name, time, memory, disk in rows]
+        memory = f"{self.cpus:g} CPUs, {self.gpus:g} GPUs, {format_bytes(self.available_memory_bytes)} of free memory"
+        return [said, memory, "", f"{'stage':<14} {'time':>13} {'memory':>10} {'storage':>10}", *table, *self.shortcuts]
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "seconds": self.seconds, "disk_bytes": self.disk_bytes}
 
 
 def estimate(config: Config, *, num_samples: int = 256, quiet: bool = False) -> Estimate:
-    """List the images, and embed a uniform sample of them. A later run uses the listing; the embeddings are not kept.
+    """List the images, embed a uniform sample of them, and run the other stages on a pilot. A later run uses the
+    listing; nothing else is kept.
+
+    Args:
+        config: the run's.
+        num_samples: images to embed.
+        quiet: no progress on standard error.
 
     Raises:
         UserError: as :func:`icce_ray.pipeline.run.run_pipeline`.
     """
-    if config.embeddings.uri is not None:
-        raise ConfigError("embeddings.uri: these embeddings are ready-made, so there is nothing to estimate")
+    with tempfile.TemporaryDirectory(prefix="icce_ray-estimate-") as place:
+        folder = Path(place)
+        began = time.monotonic()
+        step = plan(config, (IMAGES,))[0]
+        listed = step.artifact or run_stage(config, step, {}, quiet)
+        listing_s = listed.manifest.seconds if step.artifact is not None else time.monotonic() - began
+        num_images = len(Listing(listed))
+        if config.embeddings.uri is None:
+            embedded = _embed_sample(config, Listing(listed), num_samples, folder, quiet)
+        else:
+            embedded = _read_sample(config, num_samples)
+        if len(embedded.features_nD) < 2:
+            raise InputError(f"{embedded.num_errors:,} of {embedded.num_sampled:,} sampled images cannot be used")
+        here = runs_here(config.resources, num_images)
+        parallel = 1.0 if here else embedded.cpus
+        pilot = run_pilot(config, embedded.features_nD, num_images=num_images, folder=folder, num_parallel=parallel)
+    bytes_of = _memory(config, num_images, embedded, pilot)
+    disk_bytes = {"images": sum(part.num_bytes for part in listed.manifest.parts)}
+    disk_bytes |= {"embed": round(embedded.bytes_per_image * num_images), **pilot.disk_bytes}
+    seconds = {"images": listing_s, "embed": embedded.startup_s + num_images * embedded.seconds_per_image}
+    seconds |= pilot.seconds
+    if not here:  # the first stage starts Ray, the others their workers
+        seconds = {
+            name: spent + (RAY_START_S if name == "embed" else WORKER_START_S) for name, spent in seconds.items()
+        }
+    if embedded.decode_s:
+        pictures = config.report.images_per_cluster * min(pilot.num_clusters, config.report.max_clusters)
+        seconds["report"] += pictures * embedded.decode_s
+    return Estimate(
+        num_images=num_images,
+        num_sampled=embedded.num_sampled,
+        sampled_errors=embedded.num_errors,
+        cpus=embedded.cpus,
+        gpus=embedded.gpus,
+        images_per_s=1 / embedded.seconds_per_image if config.embeddings.uri is None else None,
+        stages=tuple(
+            StageEstimate(name, spent, bytes_of.get(name, embedded.base_bytes), disk_bytes.get(name, 0))
+            for name, spent in seconds.items()
+        ),
+        available_memory_bytes=available_memory_bytes(),
+        shortcuts=tuple(
+            f"{stage.name} takes long. Shorter: {stage.shortcut(config)}"
+            for stage in stages_of(config)
+            if stage.shortcut is not None and seconds.get(stage.name, 0.0) > LONG_S and stage.shortcut(config)
+        ),
+    )
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """The features of a sample, and what it took to get them."""
+
+    features_nD: npt.NDArray[Any]
+    num_sampled: int
+    num_errors: int
+    seconds_per_image: float
+    startup_s: float
+    decode_s: float
+    """To read and decode an image; 0 for ready-made embeddings."""
+    bytes_per_image: float
+    base_bytes: int
+    """Memory of this process with all that it has imported."""
+    peak_bytes: int
+    """The same while it embedded."""
+    cpus: float
+    gpus: float
+
+
+def _read_sample(config: Config, num_samples: int) -> _Sample:
+    began = time.monotonic()
+    found = open_embeddings(config.embeddings)
+    features_nD = next(iter(found.blocks(min(found.num_rows, MAX_READ_ROWS))))
+    read_s = (time.monotonic() - began) / len(features_nD)
+    rows = np.random.default_rng(config.seed).choice(
+        len(features_nD), min(num_samples, len(features_nD)), replace=False
+    )
+    return _Sample(
+        features_nD=features_nD[rows],
+        num_sampled=len(rows),
+        num_errors=0,
+        seconds_per_image=3 * read_s,  # read, compressed, written
+        startup_s=0.0,
+        decode_s=0.0,
+        bytes_per_image=found.dim * found.dtype.itemsize,
+        base_bytes=peak_memory_bytes(),
+        peak_bytes=peak_memory_bytes(),
+        cpus=usable_cpus(),
+        gpus=num_gpus(),
+    )
+
+
+def _embed_sample(config: Config, listing: Listing, num_samples: int, folder: Path, quiet: bool) -> _Sample:
+    """Embed a sample as the run would: in this process, or on the cluster that it would use."""
     from icce_ray.embed.job import run
     from icce_ray.runtime.cluster_resources import available_cpus, available_gpus, check_resources
     from icce_ray.runtime.ray_cluster import connect
 
-    step = plan(config, (IMAGES,))[0]
     check_backbones(config.embed)
     check_resources(config, ["embed"])
-    listing = Listing(step.artifact or run_stage(config, step, {}, quiet))
     rng = np.random.default_rng(config.seed)
     rows = np.sort(rng.choice(len(listing), min(num_samples, len(listing)), replace=False))
-    connect(config.resources)
-    with tempfile.TemporaryDirectory(prefix="icce_ray-estimate-") as folder:
-        images = _sample(listing, rows.tolist(), Folder.at(f"{folder}/images"))
-        writer, clock = ArtifactWriter(Folder.at(f"{folder}/embed")), _Clock(quiet)
-        # An output of its own: embeddings that are found instead of made would make the sample look fast.
-        embed = config.embed.model_copy(update={"max_error_rate": 1.0})
-        sampled = config.model_copy(update={"embed": embed, "output": folder})
-        metrics = run(sampled, StageContext(writer, {"images": images}, clock))
-        stored = sum(part.num_bytes for name, part in writer.parts.items() if name.startswith("part-"))
-    good, num_images = max(1, metrics["num_images"]), len(listing)
+    here = runs_here(config.resources, len(rows))
+    if not here:
+        connect(config.resources)
+    cpus, gpus = (float(usable_cpus()), 0.0) if here else (available_cpus(), available_gpus())
+    base_bytes = peak_memory_bytes()
+    images = _sample(listing, rows.tolist(), Folder.at(folder / "images"))
+    writer, clock = ArtifactWriter(Folder.at(folder / "embed")), _Clock(quiet)
+    # An output of its own: embeddings that are found instead of made would make the sample look fast.
+    embed = config.embed.model_copy(update={"max_error_rate": 1.0})
+    sampled = config.model_copy(update={"embed": embed, "output": str(folder)})
+    metrics = run(sampled, StageContext(writer, {"images": images}, clock))
+    parts = [name for name in writer.parts if name.startswith("part-")]
+    tables = [read_part(writer.folder, name) for name in sorted(parts)]
+    features_nD = np.concatenate([table_to_arrays(table)[1] for table in tables])
     startup_s, embedded_per_s = clock.figures()
     decode_s = _decode_s(config.embed, listing, rows[:MAX_DECODED].tolist())
     # The sample was decoded while the workers started, so their rate is the rate of embedding alone.
     if config.resources.embed.gpus_per_worker:
-        images_per_s = min(embedded_per_s, available_cpus() / decode_s)
+        seconds_per_image = max(1 / embedded_per_s, decode_s / cpus)
     else:  # both use the same CPUs
-        images_per_s = 1 / (1 / embedded_per_s + decode_s / available_cpus())
-    max_neighbors = config.neighbors.max_neighbors or num_images
-    return Estimate(
-        num_images=num_images,
+        seconds_per_image = 1 / embedded_per_s + decode_s / cpus
+    return _Sample(
+        features_nD=features_nD,
         num_sampled=len(rows),
-        sampled_errors=metrics["num_errors"],
-        cpus=available_cpus(),
-        gpus=available_gpus(),
-        images_per_s=images_per_s,
+        num_errors=metrics["num_errors"],
+        seconds_per_image=seconds_per_image,
         startup_s=startup_s,
-        embed_s=startup_s + num_images / images_per_s,
-        embeddings_bytes=stored * num_images // good,
-        matrix_bytes=num_images * metrics["dim"] * np.dtype(metrics["dtype"]).itemsize,
-        graph_bytes=num_images * min(max_neighbors, num_images) * (4 if num_images < 2**31 else 8),
-        labels_bytes=config.heads.num_heads * num_images * (2 if config.needed_images[0] < 2**15 else 4),
+        decode_s=decode_s,
+        bytes_per_image=sum(writer.parts[name].num_bytes for name in parts) / max(1, metrics["num_images"]),
+        base_bytes=base_bytes,
+        peak_bytes=peak_memory_bytes(),
+        cpus=cpus,
+        gpus=gpus,
     )
+
+
+def _memory(config: Config, num_images: int, sample: _Sample, pilot: PilotRun) -> dict[str, int]:
+    """Peak memory by stage: that of this process, and what the stage computes for itself before it starts."""
+    n, dim = min(num_images, config.sample.max_images or num_images), sample.features_nD.shape[1]
+    features = 4 * n * dim
+    shards = config.resources.neighbors.num_workers
+    search = shard_bytes(n, dim) // shards + search_bytes(dim, pilot.mean_neighbors)
+    num_clusters = pilot.num_clusters if config.is_auto else config.num_clusters
+    heads = np.full(config.heads.num_heads if trains_heads(config) else 1, num_clusters)
+    needed = {"embed": sample.peak_bytes - sample.base_bytes, "sample": 2 * features, "neighbors": search}
+    needed |= {"method": 2 * features, "classifier": 2 * features}
+    if trains_heads(config):
+        needed["method"] = training_bytes(
+            config.heads,
+            num_images=n,
+            dim=dim,
+            num_clusters=num_clusters,
+            batch_size=choose_batch_size(n, config.heads.batch_size),
+            device=torch.device("cpu"),
+            num_threads=int(sample.cpus),
+            num_workers=config.resources.method.num_workers,
+        )
+    needed["consensus"] = coordinator_bytes(n, heads, num_clusters, config.consensus.methods, pilot.mean_neighbors > 0)
+    needed["consensus"] += consensus_bytes(n, heads, num_clusters)
+    return {name: sample.base_bytes + number for name, number in needed.items()}
 
 
 def _decode_s(embed: EmbedConfig, listing: Listing, rows: list[int]) -> float:

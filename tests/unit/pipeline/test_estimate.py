@@ -1,10 +1,15 @@
 from __future__ import annotations
 
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
 import pytest
 
-from icce_ray.config import build_config
-from icce_ray.errors import ConfigError
+from icce_ray.config import Config, build_config
 from icce_ray.pipeline import estimate
+from icce_ray.pipeline.pilot import PilotRun
 
 
 def test_the_rate_is_that_after_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -25,7 +30,34 @@ def test_of_a_single_part_only_the_whole_time_is_known(monkeypatch: pytest.Monke
     assert clock.figures() == (0.0, 4.0)
 
 
-def test_ready_made_embeddings_need_no_estimate() -> None:
-    config = build_config({"embeddings": {"uri": "x.npy"}, "num_clusters": 2, "output": "out"}, "run.yaml")
-    with pytest.raises(ConfigError, match=r"embeddings\.uri: these embeddings are ready-made"):
-        estimate.estimate(config)
+class Pilot:
+    """Stands for the pilot: says what it was asked."""
+
+    def __init__(self) -> None:
+        self.asked: dict[str, Any] = {}
+
+    def __call__(self, config: Config, features_nD: Any, **options: Any) -> PilotRun:
+        self.asked = {"shape": features_nD.shape, **options}
+        seconds = {"sample": 1.0, "neighbors": 2.0, "method": 4 * 3600.0, "assign": 3.0, "report": 1.0}
+        return PilotRun(50, 3, seconds, {"neighbors": 1000, "assign": 10}, mean_neighbors=7.0)
+
+
+def test_every_stage_is_estimated_for_ready_made_embeddings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pilot = Pilot()
+    monkeypatch.setattr(estimate, "run_pilot", pilot)
+    np.save(tmp_path / "x.npy", np.random.default_rng(0).normal(size=(90, 8)).astype(np.float32))
+    settings = {"embeddings": {"uri": str(tmp_path / "x.npy")}, "num_clusters": 3, "output": str(tmp_path / "out")}
+    found = estimate.estimate(build_config(settings, "run.yaml"), num_samples=40, quiet=True)
+    assert pilot.asked["shape"] == (40, 8)
+    assert pilot.asked["num_images"] == 90
+    stages = {stage.stage: stage for stage in found.stages}
+    assert list(stages) == ["images", "embed", "sample", "neighbors", "method", "assign", "report"]
+    assert stages["embed"].disk_bytes == 90 * 8 * 4
+    assert stages["neighbors"].memory_bytes > stages["assign"].memory_bytes > 0
+    assert found.seconds == pytest.approx(sum(stage.seconds for stage in found.stages))
+    (hint,) = found.shortcuts
+    assert hint.startswith("method takes long. Shorter: fewer heads (heads.num_heads, now 50)")
+    text = "\n".join(found.lines())
+    assert "40 of 90 images embedded, 0 failed" in text
+    assert re.search(r"^method +4 h 0 min ", text, flags=re.MULTILINE)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["images"]
