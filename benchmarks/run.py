@@ -40,6 +40,7 @@ CASES = {
     "small-run": "CPU seconds of a run over 40 images, all processes together; `other`: a checkout to compare with",
     "sweep-metrics": "how well metrics without labels rank a sweep's trials by ACC, and the consensus of the best",
     "thresholds": "neighbour precision and accuracy at the automatic threshold against fixed ones",
+    "turtle": "a run of TURTLE against a plain transcription of the paper in PyTorch",
 }
 
 

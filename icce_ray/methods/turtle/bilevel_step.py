@@ -67,12 +67,12 @@ def bilevel_step(
 
     def inner_gradients(part: tuple[Chunk, torch.Tensor], layers: Layers) -> Gradients:
         chunk, target_Kn = part
-        slopes = [(predicted_Kn - target_Kn).div_(num_rows) for predicted_Kn in soft_labels(chunk, layers)]
+        slopes = [predicted_Kn.sub_(target_Kn) for predicted_Kn in soft_labels(chunk, layers)]
         return _through_layers(chunk, slopes)
 
     for _ in range(inner_steps):
         compute = partial(inner_gradients, layers=batch.cast(_layers(inner)))
-        gradients = _sum_over_chunks(pool.map(compute, zip(chunks, targets, strict=True)))
+        gradients = _mean_over_rows(pool.map(compute, zip(chunks, targets, strict=True)), num_rows)
         for parameters, (weight_DK, bias_K) in zip(inner, gradients, strict=True):
             parameters.update([weight_DK, bias_K])
 
@@ -88,11 +88,11 @@ def bilevel_step(
         slopes = []
         for label_Kn, log_share_K in zip(spaces, log_shares, strict=True):
             slope_Kn = surprise_Kn / len(spaces) + entropy_weight * log_share_K[:, None]
-            slopes.append((slope_Kn - (label_Kn * slope_Kn).sum(dim=0)) * label_Kn / num_rows)
+            slopes.append((slope_Kn - (label_Kn * slope_Kn).sum(dim=0)) * label_Kn)
         return (surprise_Kn * target_Kn).sum(), _through_layers(chunk, slopes)
 
     errors, found = zip(*pool.map(outer_gradients, zip(chunks, targets, labels, strict=True)), strict=True)
-    pool.call(lambda: encoder.update(_sum_over_chunks(found)))
+    pool.call(lambda: encoder.update(_mean_over_rows(found, num_rows)))
     entropies = [-(share_K * log_K).sum() for share_K, log_K in zip(shares, log_shares, strict=True)]
     return StepLosses(reduce(torch.add, errors) / num_rows, reduce(torch.add, entropies))
 
@@ -110,25 +110,26 @@ def mean_label(spaces: Sequence[torch.Tensor]) -> torch.Tensor:
 def _logits(chunk: Chunk, layers: Layers) -> list[torch.Tensor]:
     logits = []
     for features_nD, (weight_DK, bias_K) in zip(chunk.features_nD, layers, strict=True):
-        logits_nK = (features_nD @ weight_DK).float()
-        logits.append(logits_nK.t().contiguous().add_(bias_K[:, None]))
+        logits_nK = features_nD @ weight_DK
+        logits_Kn = torch.empty(logits_nK.t().shape, device=logits_nK.device).copy_(logits_nK.t())
+        logits.append(logits_Kn.add_(bias_K[:, None]))
     return logits
 
 
 def _through_layers(chunk: Chunk, slopes: Sequence[torch.Tensor]) -> Gradients:
-    """Gradients of the layers, from those of their logits (K, n)."""
+    """Gradients of the layers, summed over rows, from those of their logits (K, n)."""
     found = []
     for features_Dn, slope_Kn in zip(chunk.features_Dn, slopes, strict=True):
-        slope_nK = slope_Kn.to(features_Dn.dtype).t().contiguous()
+        slope_nK = slope_Kn.to(features_Dn.dtype).t()
         found.append(((features_Dn @ slope_nK).float(), slope_Kn.sum(dim=1)))
     return found
 
 
-def _sum_over_chunks(found: Sequence[Gradients]) -> Gradients:
-    """Added in the order of the chunks."""
+def _mean_over_rows(found: Sequence[Gradients], num_rows: int) -> Gradients:
+    """Gradients of a batch from sums over its chunks, added in their order."""
     return [
-        (reduce(torch.add, [weight_DK for weight_DK, _ in space]), reduce(torch.add, [bias_K for _, bias_K in space]))
-        for space in zip(*found, strict=True)
+        (reduce(torch.add, weights).div_(num_rows), reduce(torch.add, biases).div_(num_rows))
+        for weights, biases in (zip(*space, strict=True) for space in zip(*found, strict=True))
     ]
 
 

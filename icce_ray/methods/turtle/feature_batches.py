@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 
 from icce_ray.methods.turtle.linear_layers import Layers
 
-MAX_CHUNK_ROWS = 1280
-"""Rows that a CPU's thread works on at a time: their features in bfloat16 are of the size of a core's cache."""
+CHUNK_ROWS = 1280
+"""Rows that a CPU's thread works on at a time: their features in bfloat16 are of the size of a core's cache. Products
+are up to twice as fast if it is a multiple of 64, and no power of two."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,6 @@ class FeatureBatch:
 
 
 def chunk_slices(num_rows: int, device: torch.device) -> list[slice]:
-    """Chunks of nearly equal size; a GPU takes all rows at once."""
-    num_chunks = 1 if device.type == "cuda" else -(-num_rows // MAX_CHUNK_ROWS)
-    bounds = [chunk * num_rows // num_chunks for chunk in range(num_chunks + 1)]
-    return [slice(start, stop) for start, stop in pairwise(bounds)]
+    """Chunks of equal size, the last one with what is left; a GPU takes all rows at once."""
+    size = num_rows if device.type == "cuda" else CHUNK_ROWS
+    return [slice(start, min(start + size, num_rows)) for start in range(0, num_rows, size)]
