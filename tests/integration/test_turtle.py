@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from icce_ray.config import Config
+from icce_ray.config import Config, TurtleConfig
 from icce_ray.errors import InputError
-from icce_ray.methods.clusterings import read_losses
-from icce_ray.methods.turtle.train_runs import clusterings_of, train_runs
+from icce_ray.methods.clusterings import Clusterings, read_losses
+from icce_ray.methods.turtle.run_block import run_blocks
+from icce_ray.methods.turtle.train_runs import WEIGHTS_NAME, clusterings_of, train_runs
 from icce_ray.pipeline.run import run_pipeline
 from icce_ray.store import Artifact, Folder
 
@@ -20,7 +21,7 @@ from .stages import run_until
 pytestmark = pytest.mark.slow
 
 NUM_IMAGES = 240
-TURTLE = {"num_runs": 3, "num_steps": 30, "inner_steps": 5, "learning_rate": 0.03}
+TURTLE = {"num_runs": 4, "num_steps": 30, "inner_steps": 5, "learning_rate": 0.03}
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +54,12 @@ def make_config(places: list[Path], output: Path, **changes: Any) -> Config:
     return Config.model_validate(settings | changes)
 
 
+def train_here(places: list[Path]) -> Clusterings:
+    features = [np.load(place) for place in places]
+    settings = TurtleConfig.model_validate(TURTLE)
+    return clusterings_of(train_runs(features, settings, run_blocks(4, 3), num_clusters=3, seed=0))
+
+
 def test_a_run_clusters_by_two_feature_sets(places: list[Path], labels: np.ndarray, tmp_path: Path) -> None:
     truth = tmp_path / "labels.npy"
     np.save(truth, labels)
@@ -61,9 +68,7 @@ def test_a_run_clusters_by_two_feature_sets(places: list[Path], labels: np.ndarr
     found = Artifact.find(Folder.at(folder))
     assert found is not None
     assert found.metrics["feature_sets"] == ["ready-made", "ready-made 2"]
-    expected = clusterings_of(
-        train_runs(list(map(np.load, places)), make_config(places, tmp_path).turtle, range(3), num_clusters=3, seed=0)
-    )
+    expected = train_here(places)
     assert np.array_equal(found.read_array("label_matrix.npy"), expected.labels_HN)
     assert np.array_equal(read_losses(found), expected.losses_H)
     assert result.metrics["acc"] > 0.8, "one feature set alone tells two groups apart: 0.67"
@@ -80,6 +85,6 @@ def test_feature_sets_of_different_length_are_refused(places: list[Path], tmp_pa
 def test_two_workers_on_ray_make_the_runs_of_one_process(places: list[Path], tmp_path: Path) -> None:
     config = make_config(places, tmp_path, resources={"method": {"num_workers": 2, "cpus_per_worker": 1}})
     method = run_until("method", config)["method"]
-    alone = train_runs(list(map(np.load, places)), config.turtle, range(3), num_clusters=3, seed=0)
-    assert np.array_equal(method.read_array("label_matrix.npy"), clusterings_of(alone).labels_HN)
+    assert np.array_equal(method.read_array("label_matrix.npy"), train_here(places).labels_HN)
+    assert method.read_bytes(WEIGHTS_NAME) == train_here(places).files[WEIGHTS_NAME]
     assert not [part for part in method.folder.sizes() if part.startswith(("runs", "records"))]

@@ -1,7 +1,10 @@
-"""Features in the scale that TURTLE's inner classifiers need (docs/METHOD.md, "TURTLE")."""
+"""Features in the scale that TURTLE's inner classifiers need, and the labels of features as they are
+(docs/METHOD.md, "TURTLE")."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import reduce
 from typing import Any
 
@@ -10,12 +13,30 @@ import numpy.typing as npt
 import torch
 
 from icce_ray.methods.heads.inputs import random_rotation
+from icce_ray.methods.turtle.linear_layers import Layers
 from icce_ray.runtime.threads import ThreadPool
 
 ROWS_AT_ONCE = 4096
 """A block of rows is summed by one thread, and the blocks in their order, so threads don't change a bit."""
 MIN_VARIANCE = 1e-30
 """Features that are all equal become 0."""
+
+
+@dataclass(frozen=True)
+class Space:
+    """The features of one space on the device, and how they were made."""
+
+    features_ND: torch.Tensor
+    mean_D: torch.Tensor
+    mix_DD: torch.Tensor | None
+    """They are ``(given - mean_D) @ mix_DD``; as given if it is None."""
+
+    def layer_on_given(self, weight_DC: torch.Tensor, bias_C: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The layer on the features as they were given that does what this layer does on the prepared ones."""
+        if self.mix_DD is None:
+            return weight_DC, bias_C
+        given_DC = self.mix_DD @ weight_DC
+        return given_DC, bias_C - self.mean_D @ given_DC
 
 
 def prepare_features(
@@ -26,8 +47,8 @@ def prepare_features(
     dtype: torch.dtype,
     device: torch.device,
     pool: ThreadPool,
-) -> torch.Tensor:
-    """The features on the device, (N, D) in `dtype`.
+) -> Space:
+    """Put the features on the device.
 
     Args:
         features_ND: float16 or float32, may be memory-mapped.
@@ -42,9 +63,9 @@ def prepare_features(
     starts = range(0, num_rows, ROWS_AT_ONCE)
 
     def read(start: int) -> torch.Tensor:
-        block = np.array(features_ND[start : start + ROWS_AT_ONCE], dtype=np.float32)
-        return torch.from_numpy(block).to(device)
+        return read_rows(features_ND, start, device)
 
+    mean_D, mix_DD = torch.zeros(dim, device=device), None
     if scale:
         sums = pool.map(lambda start: read(start).sum(dim=0, dtype=torch.float64), starts)
         mean_D = (reduce(torch.add, sums) / num_rows).float()
@@ -54,7 +75,40 @@ def prepare_features(
 
     def fill(start: int) -> None:
         rows_nD = read(start)
-        prepared_ND[start : start + len(rows_nD)] = (rows_nD - mean_D) @ mix_DD if scale else rows_nD
+        prepared_ND[start : start + len(rows_nD)] = rows_nD if mix_DD is None else (rows_nD - mean_D) @ mix_DD
 
     pool.map(fill, starts)
-    return prepared_ND
+    return Space(prepared_ND, mean_D, mix_DD)
+
+
+def label_rows(
+    feature_sets: Sequence[npt.NDArray[Any]],
+    layers: Layers,
+    num_clusters: int,
+    *,
+    device: torch.device,
+    pool: ThreadPool,
+) -> npt.NDArray[np.int32]:
+    """The most likely cluster of each row by each run, (R, N).
+
+    Args:
+        feature_sets: as they were given, (N, D) each.
+        layers: on these, from :meth:`Space.layer_on_given`.
+        num_clusters: K.
+    """
+
+    def label(start: int) -> torch.Tensor:
+        spaces = []
+        for features_ND, (weight_DC, bias_C) in zip(feature_sets, layers, strict=True):
+            logits_nC = read_rows(features_ND, start, device) @ weight_DC + bias_C
+            spaces.append(torch.softmax(logits_nC.view(len(logits_nC), -1, num_clusters), dim=2))
+        return reduce(torch.add, spaces).argmax(dim=2).t().cpu()
+
+    labels_RN = torch.cat(pool.map(label, range(0, len(feature_sets[0]), ROWS_AT_ONCE)), dim=1)
+    return labels_RN.numpy().astype(np.int32)
+
+
+def read_rows(features_ND: npt.NDArray[Any], start: int, device: torch.device) -> torch.Tensor:
+    """ROWS_AT_ONCE rows from `start` on, or those that are left, float32."""
+    block = np.array(features_ND[start : start + ROWS_AT_ONCE], dtype=np.float32)
+    return torch.from_numpy(block).to(device)

@@ -1,5 +1,5 @@
-"""TURTLE on Ray: each worker trains some of the runs, which exchange nothing. One worker is an actor, several are Ray
-Train's.
+"""TURTLE on Ray: each worker trains some blocks of runs, which exchange nothing. One worker is an actor, several are
+Ray Train's.
 
 A run of the pipeline that was killed keeps the finished runs, and goes on from the checkpoints of the others, on any
 number of workers.
@@ -23,8 +23,9 @@ from icce_ray.store.part_records import PartRecords
 
 
 def run(config: Config, context: StageContext) -> dict[str, Any]:
-    """Train all runs on all feature sets: label_matrix.npy (runs x N int32) and clusterings.json (losses: 1 -
-    generalisation score, the scores, and the history). The number of workers does not change the result.
+    """Train all runs on all feature sets: label_matrix.npy (runs x N int32), clusterings.json (losses, which are 1 -
+    generalisation score; the scores; the history) and turtle.safetensors (the layers). The number of workers does not
+    change the result.
 
     Returns:
         num_runs, feature_sets, generalization_scores, best_run (highest score), prediction_error (mean over runs, last
@@ -37,21 +38,25 @@ def run(config: Config, context: StageContext) -> dict[str, Any]:
     features = training_set(context.inputs)
     records = PartRecords(context.output.folder, f"{features.identity}-{METHODS['turtle'].version}")
     num_images = load_features(features).num_images
-    work_on_workers(
-        "method",
-        partial(_work, config=config, features=features, records=records),
-        config.resources,
-        context.progress,
-        num_images,
-        max_workers=config.turtle.num_runs,
-        backend="gloo",  # on GPUs too: the workers exchange nothing
-    )
-    # Imported here: torch takes seconds, which the workers need as well.
+    # Imported here: torch takes seconds, and workers of another process need it as well.
+    from icce_ray.methods.turtle.run_block import run_blocks
     from icce_ray.methods.turtle.run_folder import RunFolder
     from icce_ray.methods.turtle.train_runs import clusterings_of, read_runs
 
+    blocks = run_blocks(config.turtle.num_runs, config.num_clusters)
+    work_on_workers(
+        "method",
+        partial(_work, config=config, features=features, records=records, blocks=blocks),
+        config.resources,
+        context.progress,
+        num_images,
+        max_workers=len(blocks),
+        backend="gloo",  # on GPUs too: the workers exchange nothing
+    )
     folder = RunFolder(records)
-    clusterings = clusterings_of(read_runs(folder, range(config.turtle.num_runs)))
+    finished = [found for runs in blocks if (found := read_runs(folder, runs)) is not None]
+    assert len(finished) == len(blocks)
+    clusterings = clusterings_of(finished)
     clusterings.write(context.output)
     folder.clear()
     scores: list[float] = clusterings.notes["generalization_scores"]
@@ -65,9 +70,16 @@ def run(config: Config, context: StageContext) -> dict[str, Any]:
 
 
 def _work(
-    *, config: Config, features: Artifact, records: PartRecords, num_threads: int, device: str, progress: Progress
+    *,
+    config: Config,
+    features: Artifact,
+    records: PartRecords,
+    blocks: list[range],
+    num_threads: int,
+    device: str,
+    progress: Progress,
 ) -> None:
-    """The work of one worker: every run whose number leaves its rank as the remainder."""
+    """The work of one worker: every block whose number leaves its rank as the remainder."""
     # Imported here: the driver imports this module too, and torch takes seconds.
     import torch
     import torch.distributed as dist
@@ -81,7 +93,7 @@ def _work(
         train_runs(
             [load_features(features, number).matrix for number in range(len(feature_set_names(features)))],
             config.turtle,
-            range(rank, config.turtle.num_runs, num_workers),
+            blocks[rank::num_workers],
             num_clusters=config.num_clusters,
             seed=config.seed,
             device=device,

@@ -1,7 +1,8 @@
 """The trained parts of TURTLE: linear layers with Adam, and the weight normalisation of the task encoder
 (docs/METHOD.md, "TURTLE").
 
-Shape letters: D dimensions of a space, K clusters. A weight matrix is D x K, the transpose of torch's ``nn.Linear``.
+Shape letters: D dimensions of a space, K clusters, C = R K columns, those of R runs side by side. A weight matrix is
+D x C, the transpose of torch's ``nn.Linear``.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from torch.optim.adam import adam
 BETA1, BETA2, EPS = 0.9, 0.999, 1e-8
 
 Layers = Sequence[tuple[torch.Tensor, torch.Tensor]]
-"""Weights (D, K) and biases (K,) of each space."""
+"""Weights (D, C) and biases (C,) of each space."""
 
 
 class AdamParameters:
@@ -40,35 +41,43 @@ class AdamParameters:
         return {f"{name}.{kind}.{i}": tensor for kind, tensors in lists.items() for i, tensor in enumerate(tensors)}
 
 
-def initial_layer(dim: int, num_clusters: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weights (D, K) and biases (K,) as ``nn.Linear`` draws them: uniform within 1 / sqrt(D)."""
+def initial_layer(
+    dim: int, num_clusters: int, generators: Sequence[torch.Generator]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights (D, C) and biases (C,) as ``nn.Linear`` draws them, uniform within 1 / sqrt(D), those of each run by its
+    own generator."""
     bound = dim**-0.5
-    weights_DK = torch.empty((dim, num_clusters), device=generator.device).uniform_(-bound, bound, generator=generator)
-    biases_K = torch.empty(num_clusters, device=generator.device).uniform_(-bound, bound, generator=generator)
-    return weights_DK, biases_K
+    weights, biases = [], []
+    for generator in generators:
+        empty = torch.empty((dim + 1, num_clusters), device=generator.device)
+        drawn = empty.uniform_(-bound, bound, generator=generator)
+        weights.append(drawn[:dim])
+        biases.append(drawn[dim])
+    return torch.cat(weights, dim=1), torch.cat(biases)
 
 
 class TaskEncoder:
-    """A weight-normalised linear layer for each space: W = l v / |v| for each cluster, with the length l and the
+    """A weight-normalised linear layer for each space: W = l v / |v| for each column, with the length l and the
     direction v trained apart, and biases.
 
     Args:
         dims: D of each space.
         num_clusters: K.
         learning_rate: Adam's.
-        generator: draws the initial layers, on the device to compute on.
+        generators: draw the initial layers of each run, on the device to compute on.
     """
 
     def __init__(
-        self, dims: Sequence[int], num_clusters: int, learning_rate: float, generator: torch.Generator
+        self, dims: Sequence[int], num_clusters: int, learning_rate: float, generators: Sequence[torch.Generator]
     ) -> None:
-        layers = [initial_layer(dim, num_clusters, generator) for dim in dims]
+        self.num_clusters = num_clusters
+        layers = [initial_layer(dim, num_clusters, generators) for dim in dims]
         tensors = [tensor for direction, bias in layers for tensor in (direction, direction.norm(dim=0), bias)]
         self.parameters = AdamParameters(tensors, learning_rate)
 
     @property
     def layers(self) -> Layers:
-        """Weights (D, K) and biases (K,) of each space."""
+        """Weights (D, C) and biases (C,) of each space."""
         return [(direction * (length / direction.norm(dim=0)), bias) for direction, length, bias in self._spaces()]
 
     def update(self, gradients: Layers) -> None:

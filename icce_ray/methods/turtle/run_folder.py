@@ -1,14 +1,11 @@
-"""Finished runs and checkpoints of TURTLE on storage. Any number of workers can go on from them."""
+"""Finished blocks of runs and checkpoints of TURTLE on storage. Any number of workers can go on from them."""
 
 from __future__ import annotations
 
-import io
 import json
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import safetensors
 import safetensors.torch
 import torch
@@ -17,6 +14,9 @@ from icce_ray.store import ArtifactWriter, Folder
 from icce_ray.store.part_records import PartRecords
 
 FOLDER_NAME = "runs"
+
+Saved = tuple[dict[str, torch.Tensor], dict[str, Any]]
+"""Tensors by name, and JSON-able values."""
 
 
 @dataclass(frozen=True)
@@ -29,30 +29,29 @@ class RunFolder:
 
     records: PartRecords
 
-    def read(self, run: int) -> tuple[npt.NDArray[np.int32], dict[str, Any]] | None:
-        """Labels (N,) and values of a finished run; None if it is not finished."""
-        record = self.records.read(_name(run))
+    def read(self, runs: range) -> Saved | None:
+        """A finished block; None if it is not finished."""
+        record = self.records.read(_name(runs))
         if record is None:
             return None
-        data = self._folder.read_bytes(record.files[0].name)
-        return np.load(io.BytesIO(data), allow_pickle=False), record.metrics
+        return safetensors.torch.load(self._folder.read_bytes(record.files[0].name)), record.metrics
 
-    def write(self, run: int, labels_N: npt.NDArray[np.int32], values: dict[str, Any]) -> None:
-        """Keep a finished run; its checkpoint goes."""
-        part = ArtifactWriter(self._folder).write_array(f"{FOLDER_NAME}/{_name(run)}.npy", labels_N)
-        self.records.write(_name(run), [part], values)
-        self._folder.remove(_checkpoint(run))
+    def write(self, runs: range, tensors: dict[str, torch.Tensor], values: dict[str, Any]) -> None:
+        """Keep a finished block; its checkpoint goes."""
+        data = safetensors.torch.save(_on_cpu(tensors))
+        part = ArtifactWriter(self._folder).write_bytes(f"{FOLDER_NAME}/{_name(runs)}.safetensors", data)
+        self.records.write(_name(runs), [part], values)
+        self._folder.remove(_checkpoint(runs))
 
-    def save_checkpoint(self, run: int, tensors: dict[str, torch.Tensor], values: dict[str, Any]) -> None:
-        """Replace the checkpoint of a run that is still trained."""
-        on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    def save_checkpoint(self, runs: range, tensors: dict[str, torch.Tensor], values: dict[str, Any]) -> None:
+        """Replace the checkpoint of a block that is still trained."""
         metadata = {"values": json.dumps(values), "source": self.records.source}
-        self._folder.write_bytes(_checkpoint(run), safetensors.torch.save(on_cpu, metadata=metadata))
+        self._folder.write_bytes(_checkpoint(runs), safetensors.torch.save(_on_cpu(tensors), metadata=metadata))
 
-    def load_checkpoint(self, run: int) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
-        """Tensors and values of the checkpoint; None if there is none that fits."""
+    def load_checkpoint(self, runs: range) -> Saved | None:
+        """The checkpoint of a block; None if there is none that fits."""
         try:
-            data = self._folder.read_bytes(_checkpoint(run))
+            data = self._folder.read_bytes(_checkpoint(runs))
             tensors = safetensors.torch.load(data)
         except (FileNotFoundError, safetensors.SafetensorError):
             return None
@@ -70,9 +69,13 @@ class RunFolder:
         return self.records.folder
 
 
-def _name(run: int) -> str:
-    return f"run-{run:05d}"
+def _on_cpu(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
-def _checkpoint(run: int) -> str:
-    return f"{FOLDER_NAME}/{_name(run)}.checkpoint.safetensors"
+def _name(runs: range) -> str:
+    return f"runs-{runs.start:05d}-{runs.stop:05d}"
+
+
+def _checkpoint(runs: range) -> str:
+    return f"{FOLDER_NAME}/{_name(runs)}.checkpoint.safetensors"

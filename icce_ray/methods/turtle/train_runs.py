@@ -3,46 +3,52 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import safetensors.torch
 import torch
 
 from icce_ray.config import TurtleConfig
 from icce_ray.methods.clusterings import Clusterings
-from icce_ray.methods.turtle.feature_scaling import prepare_features
+from icce_ray.methods.turtle.feature_scaling import label_rows, prepare_features
+from icce_ray.methods.turtle.linear_layers import Layers
+from icce_ray.methods.turtle.run_block import RunBlock
 from icce_ray.methods.turtle.run_folder import RunFolder
 from icce_ray.methods.turtle.turtle_memory import check_memory
-from icce_ray.methods.turtle.turtle_run import TurtleRun
 from icce_ray.metrics.label_free_scores import generalization_score, project_pca
 from icce_ray.runtime.machine import matmul_dtype
 from icce_ray.runtime.progress import Progress
 from icce_ray.runtime.threads import ThreadPool
 from icce_ray.sample.training_set import sample_rows
 
+WEIGHTS_NAME = "turtle.safetensors"
 MIN_SCORED, SCORED_PER_CLUSTER = 5_000, 20
 """Images that the generalisation score is measured on."""
 HISTORY_ROWS = 100
 
 
 @dataclass(frozen=True)
-class FinishedRun:
-    """What one run has found."""
+class FinishedRuns:
+    """What the runs of a block have found. C = R K columns, those of the runs side by side."""
 
-    labels_N: npt.NDArray[np.int32]
-    score: float
-    """Generalisation score, 0 to 1, mean over feature sets; 0 where it is undefined."""
-    history: list[dict[str, float]]
-    """`step`, `prediction_error` and `entropy` (nats) of about 100 steps; the last one is the last row."""
+    labels_RN: npt.NDArray[np.int32]
+    layers: Layers
+    """Weights (D, C) and biases (C,) on each feature set as it was given."""
+    scores: list[float]
+    """Generalisation score of each run, 0 to 1, mean over feature sets; 0 where it is undefined."""
+    history: list[dict[str, Any]]
+    """`step`, `prediction_errors` and `entropies` (nats) of the runs, for about 100 steps; the last one is the last
+    row."""
 
 
 def train_runs(
     feature_sets: Sequence[npt.NDArray[Any]],
     settings: TurtleConfig,
-    runs: Sequence[int],
+    blocks: Sequence[range],
     *,
     num_clusters: int,
     seed: int,
@@ -50,15 +56,15 @@ def train_runs(
     num_threads: int | None = None,
     progress: Progress | None = None,
     folder: RunFolder | None = None,
-) -> dict[int, FinishedRun]:
-    """Train some of the runs, one after the other.
+) -> list[FinishedRuns]:
+    """Train some of the blocks of runs, one after the other.
 
     Args:
         feature_sets: one or more feature matrices of the same N images, float16 or float32, finite.
         settings: the `turtle` section.
-        runs: their numbers, from 0 on.
+        blocks: some of :func:`run_blocks`. A run does not depend on the other blocks.
         num_clusters: K.
-        seed: seed of all runs. A run depends on it and on the run's number, not on the other runs.
+        seed: seed of all runs.
         device: where to compute.
         num_threads: CPU threads; None: torch's setting. They do not change the result.
         progress: told of the steps.
@@ -71,16 +77,16 @@ def train_runs(
     device = torch.device(device)
     num_threads = num_threads or torch.get_num_threads()
     dtype = matmul_dtype(settings.precision, device)
-    results = read_runs(folder, runs) if folder is not None else {}
-    pending = [run for run in runs if run not in results]
-    if not pending:
-        return results
+    finished = [None if folder is None else read_runs(folder, runs) for runs in blocks]
+    if all(finished):
+        return [found for found in finished if found is not None]
     num_images, dims = len(feature_sets[0]), [features_ND.shape[1] for features_ND in feature_sets]
     check_memory(
         settings, num_images=num_images, dims=dims, num_clusters=num_clusters, dtype=dtype, device=device,
         num_threads=num_threads,
     )  # fmt: skip
-    points = score_points(feature_sets, num_clusters, seed)
+    points = _score_points(feature_sets, num_clusters, seed)
+    results = []
     with ThreadPool(0 if device.type == "cuda" else num_threads) as pool:
         spaces = [
             prepare_features(
@@ -88,42 +94,61 @@ def train_runs(
             )
             for features_ND in feature_sets
         ]
-        for run in pending:
-            made = TurtleRun(spaces, settings, num_clusters=num_clusters, seed=seed, run=run, pool=pool)
-            history = _train(made, run, len(results), len(runs), progress, folder)
-            labels_N = made.labels()
-            results[run] = FinishedRun(labels_N, run_score(points, labels_N, seed), history)
-            if folder is not None:
-                folder.write(run, labels_N, {"score": results[run].score, "history": history})
+        for number, (runs, found) in enumerate(zip(blocks, finished, strict=True)):
+            if found is None:
+                block = RunBlock(spaces, settings, runs, num_clusters=num_clusters, seed=seed, pool=pool)
+                history = _train(block, runs, number, len(blocks), progress, folder)
+                layers = block.layers_on_given()
+                labels_RN = label_rows(feature_sets, layers, num_clusters, device=device, pool=pool)
+                scores = [_run_score(points, labels_N, seed) for labels_N in labels_RN]
+                found = FinishedRuns(labels_RN, layers, scores, history)
+                if folder is not None:
+                    _keep(found, folder, runs)
+            results.append(found)
     return results
 
 
-def read_runs(folder: RunFolder, runs: Sequence[int]) -> dict[int, FinishedRun]:
-    """Those of the runs that are finished."""
-    found = {run: folder.read(run) for run in runs}
-    return {run: FinishedRun(kept[0], **kept[1]) for run, kept in found.items() if kept is not None}
+def read_runs(folder: RunFolder, runs: range) -> FinishedRuns | None:
+    """The runs of a block; None if they are not finished."""
+    kept = folder.read(runs)
+    if kept is None:
+        return None
+    tensors, values = kept
+    layers = [(tensors[f"weights.{space}"], tensors[f"biases.{space}"]) for space in range(len(tensors) // 2)]
+    return FinishedRuns(tensors["labels"].numpy(), layers, values["scores"], values["history"])
 
 
-def clusterings_of(results: Mapping[int, FinishedRun]) -> Clusterings:
-    """The label matrix of all runs. The loss of a run is 1 - its generalisation score: the lowest is the best."""
-    runs = [results[run] for run in sorted(results)]
-    scores_R = np.array([run.score for run in runs])
+def clusterings_of(blocks: Sequence[FinishedRuns]) -> Clusterings:
+    """The label matrix of all runs, and their layers, columns side by side in turtle.safetensors. The loss of a run is
+    1 - its generalisation score: the lowest is the best."""
+    scores = [score for block in blocks for score in block.scores]
     history = []
-    for rows in zip(*(run.history for run in runs), strict=True):
-        errors = [row["prediction_error"] for row in rows]
+    for rows in zip(*(block.history for block in blocks), strict=True):
+        errors = [error for row in rows for error in row["prediction_errors"]]
+        entropies = [entropy for row in rows for entropy in row["entropies"]]
         losses = {"loss": float(np.mean(errors)), "best_head_loss": min(errors), "run_losses": errors}
-        history.append(
-            {"epoch": rows[0]["step"]} | losses | {"entropy": float(np.mean([row["entropy"] for row in rows]))}
-        )
+        history.append({"epoch": rows[0]["step"]} | losses | {"entropy": float(np.mean(entropies))})
+    tensors = {}
+    for space, layers in enumerate(zip(*(block.layers for block in blocks), strict=True)):
+        tensors[f"weights.{space}"] = torch.cat([weight_DC.cpu() for weight_DC, _ in layers], dim=1)
+        tensors[f"biases.{space}"] = torch.cat([bias_C.cpu() for _, bias_C in layers])
     return Clusterings(
-        np.stack([run.labels_N for run in runs]),
-        1.0 - scores_R,
+        np.concatenate([block.labels_RN for block in blocks]),
+        1.0 - np.array(scores),
+        files={WEIGHTS_NAME: safetensors.torch.save(tensors)},
         history=history,
-        notes={"generalization_scores": scores_R.tolist()},
+        notes={"generalization_scores": scores},
     )
 
 
-def score_points(
+def _keep(found: FinishedRuns, folder: RunFolder, runs: range) -> None:
+    tensors = {"labels": torch.from_numpy(found.labels_RN)}
+    for space, (weight_DC, bias_C) in enumerate(found.layers):
+        tensors |= {f"weights.{space}": weight_DC, f"biases.{space}": bias_C}
+    folder.write(runs, tensors, {"scores": found.scores, "history": found.history})
+
+
+def _score_points(
     feature_sets: Sequence[npt.NDArray[Any]], num_clusters: int, seed: int
 ) -> tuple[npt.NDArray[np.int64], list[npt.NDArray[np.float32]]]:
     """Rows of a uniform sample (n,), and their principal components in each feature set."""
@@ -133,41 +158,41 @@ def score_points(
     return rows_n, [project_pca(np.array(matrix_ND[rows_n], dtype=np.float32), seed) for matrix_ND in feature_sets]
 
 
-def run_score(
+def _run_score(
     points: tuple[npt.NDArray[np.int64], list[npt.NDArray[np.float32]]], labels_N: npt.NDArray[np.int32], seed: int
 ) -> float:
-    """Generalisation score of labels, the mean over feature sets; 0 where it is undefined."""
     rows_n, spaces = points
     scores = [generalization_score(points_nd, labels_N[rows_n], random_state=seed) for points_nd in spaces]
     return float(np.mean([score or 0.0 for score in scores]))
 
 
 def _train(
-    made: TurtleRun, run: int, num_finished: int, num_runs: int, progress: Progress | None, folder: RunFolder | None
-) -> list[dict[str, float]]:
-    """All steps of a run, from its checkpoint on. Returns its history."""
-    num_steps = made.settings.num_steps
-    history: list[dict[str, float]] = []
-    if folder is not None and (saved := folder.load_checkpoint(run)) is not None:
+    block: RunBlock, runs: range, number: int, num_blocks: int, progress: Progress | None, folder: RunFolder | None
+) -> list[dict[str, Any]]:
+    """All steps of a block, from its checkpoint on. Returns its history."""
+    num_steps = block.settings.num_steps
+    history: list[dict[str, Any]] = []
+    if folder is not None and (saved := folder.load_checkpoint(runs)) is not None:
         tensors, values = saved
-        made.load(tensors, values["step"])
+        block.load(tensors, values["step"])
         history = values["history"]
     last_saved = time.monotonic()
-    while made.step < num_steps:
-        losses = made.train_step()
-        if made.step % max(1, num_steps // HISTORY_ROWS) and made.step < num_steps:
+    while block.step < num_steps:
+        losses = block.train_step()
+        if block.step % max(1, num_steps // HISTORY_ROWS) and block.step < num_steps:
             continue
-        error, entropy = float(losses.prediction_error), float(losses.entropy)
-        if not np.isfinite(error + entropy):
+        errors, entropies = losses.prediction_error.tolist(), losses.entropy.tolist()
+        if not np.isfinite([errors, entropies]).all():
+            bad = runs[int(np.argmin(np.isfinite(errors) & np.isfinite(entropies)))]
             raise FloatingPointError(
-                f"the loss of run {run} is not finite at step {made.step} of {num_steps}; lower turtle.learning_rate, "
+                f"the loss of run {bad} is not finite at step {block.step} of {num_steps}; lower turtle.learning_rate, "
                 "or set turtle.scale_features=true and turtle.precision=float32"
             )
-        history.append({"step": made.step, "prediction_error": error, "entropy": entropy})
+        history.append({"step": block.step, "prediction_errors": errors, "entropies": entropies})
         if progress is not None:
-            done = num_finished * num_steps + made.step
-            progress.update(done, num_runs * num_steps, f"run {run}: prediction error {error:.3f}")
-        if folder is not None and time.monotonic() - last_saved >= made.settings.checkpoint_interval_s:
-            folder.save_checkpoint(run, made.tensors(), {"step": made.step, "history": history})
+            done = number * num_steps + block.step
+            progress.update(done, num_blocks * num_steps, f"prediction error {np.mean(errors):.3f}")
+        if folder is not None and time.monotonic() - last_saved >= block.settings.checkpoint_interval_s:
+            folder.save_checkpoint(runs, block.tensors(), {"step": block.step, "history": history})
             last_saved = time.monotonic()
     return history

@@ -13,23 +13,24 @@ from icce_ray.config import TurtleConfig
 from icce_ray.errors import ResourceError
 from icce_ray.methods.clusterings import Clusterings
 from icce_ray.methods.turtle import turtle_memory
+from icce_ray.methods.turtle.run_block import RunBlock
 from icce_ray.methods.turtle.run_folder import RunFolder
 from icce_ray.methods.turtle.train_runs import clusterings_of, read_runs, train_runs
-from icce_ray.methods.turtle.turtle_run import TurtleRun
 from icce_ray.metrics.label_free_scores import generalization_score
 from icce_ray.metrics.true_label_scores import clustering_accuracy
 from icce_ray.store import Folder
 from icce_ray.store.part_records import PartRecords
 
-SETTINGS = TurtleConfig(num_runs=3, num_steps=20, inner_steps=5, batch_size=200, learning_rate=0.05)
+BLOCKS = [range(2), range(2, 3), range(3, 4)]
+SETTINGS = TurtleConfig(num_runs=4, num_steps=20, inner_steps=5, batch_size=200, learning_rate=0.05)
 
 
 def folder_at(path: Path, source: str = "features") -> RunFolder:
     return RunFolder(PartRecords(Folder.at(path), source))
 
 
-def train(sets: Any, runs: Any, folder: RunFolder | None = None, settings: TurtleConfig = SETTINGS) -> Any:
-    return train_runs(sets, settings, runs, num_clusters=4, seed=3, num_threads=1, folder=folder)
+def train(sets: Any, blocks: Any = BLOCKS, folder: RunFolder | None = None, settings: TurtleConfig = SETTINGS) -> Any:
+    return train_runs(sets, settings, blocks, num_clusters=4, seed=3, num_threads=1, folder=folder)
 
 
 def assert_same(one: Clusterings, other: Clusterings) -> None:
@@ -38,36 +39,38 @@ def assert_same(one: Clusterings, other: Clusterings) -> None:
     assert np.array_equal(one.losses_H, other.losses_H)
     assert one.history == other.history
     assert one.notes == other.notes
+    assert one.files == other.files
 
 
 @pytest.fixture(scope="module")
 def alone(planted) -> Clusterings:
-    return clusterings_of(train(planted[0][:2], range(3)))
+    return clusterings_of(train(planted[0][:2]))
 
 
 @pytest.mark.parametrize("num_workers", [1, 2, 3])
 def test_any_number_of_workers_gives_the_runs_of_one_process(planted, alone, tmp_path: Path, num_workers: int) -> None:
     for rank in reversed(range(num_workers)):
-        train(planted[0][:2], range(rank, 3, num_workers), folder_at(tmp_path))
-    assert_same(clusterings_of(read_runs(folder_at(tmp_path), range(3))), alone)
+        train(planted[0][:2], BLOCKS[rank::num_workers], folder_at(tmp_path))
+    found = [read_runs(folder_at(tmp_path), runs) for runs in BLOCKS]
+    assert_same(clusterings_of([runs for runs in found if runs is not None]), alone)
 
 
 def test_a_killed_run_goes_on_from_its_checkpoint(planted, alone, tmp_path: Path, monkeypatch) -> None:
     settings = SETTINGS.model_copy(update={"checkpoint_interval_s": 1e-9})
     steps: list[int] = []
-    train_step = TurtleRun.train_step
+    train_step = RunBlock.train_step
 
-    def dying(run: TurtleRun) -> Any:
-        steps.append(run.step)
+    def dying(block: RunBlock) -> Any:
+        steps.append(block.step)
         if len(steps) == 36:
             raise KeyboardInterrupt
-        return train_step(run)
+        return train_step(block)
 
-    monkeypatch.setattr(TurtleRun, "train_step", dying)
+    monkeypatch.setattr(RunBlock, "train_step", dying)
     with pytest.raises(KeyboardInterrupt):
-        train(planted[0][:2], range(3), folder_at(tmp_path), settings)
-    found = train(planted[0][:2], range(3), folder_at(tmp_path), settings)
-    assert steps[35] == steps[36] == 15, "run 0 is kept, and run 1 goes on where it was"
+        train(planted[0][:2], BLOCKS, folder_at(tmp_path), settings)
+    found = train(planted[0][:2], BLOCKS, folder_at(tmp_path), settings)
+    assert steps[35] == steps[36] == 15, "the first block is kept, and the second goes on"
     assert_same(clusterings_of(found), alone)
     folder_at(tmp_path).clear()
     assert not Folder.at(tmp_path).sizes()
@@ -75,13 +78,13 @@ def test_a_killed_run_goes_on_from_its_checkpoint(planted, alone, tmp_path: Path
 
 def test_runs_and_checkpoints_of_other_features_do_not_count(planted, tmp_path: Path) -> None:
     folder = folder_at(tmp_path)
-    folder.save_checkpoint(1, {"a": torch.ones(2)}, {"step": 3})
-    train(planted[0][:1], [0], folder)
+    folder.save_checkpoint(range(1, 2), {"a": torch.ones(2)}, {"step": 3})
+    train(planted[0][:1], [range(1)], folder)
     other = folder_at(tmp_path, source="others")
-    assert folder.read(0) is not None
-    assert other.read(0) is None
-    assert folder.load_checkpoint(1) is not None
-    assert other.load_checkpoint(1) is None
+    assert folder.read(range(1)) is not None
+    assert other.read(range(1)) is None
+    assert folder.load_checkpoint(range(1, 2)) is not None
+    assert other.load_checkpoint(range(1, 2)) is None
 
 
 def test_the_loss_of_a_run_is_what_its_generalisation_score_lacks(planted, alone) -> None:
@@ -98,10 +101,10 @@ def test_the_loss_of_a_run_is_what_its_generalisation_score_lacks(planted, alone
 
 def test_a_loss_that_is_not_finite_is_named(planted) -> None:
     with pytest.raises(FloatingPointError, match=r"run 0 is not finite at step \d+ of 20; lower turtle.learning_rate"):
-        train(planted[0][:1], [0], settings=SETTINGS.model_copy(update={"inner_learning_rate": 1e38}))
+        train(planted[0][:1], [range(1)], settings=SETTINGS.model_copy(update={"inner_learning_rate": 1e38}))
 
 
 def test_too_little_memory_is_refused_before_anything_is_allocated(planted, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(turtle_memory, "available_memory_bytes", lambda: 10_000)
     with pytest.raises(ResourceError, match=r"300 images with 24 \+ 10 dimensions, 4 clusters .* sample.max_images"):
-        train(planted[0][:2], [0])
+        train(planted[0][:2])

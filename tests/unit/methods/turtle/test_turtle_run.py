@@ -10,8 +10,8 @@ import torch
 
 from icce_ray.config import TurtleConfig
 from icce_ray.methods.turtle import feature_batches
-from icce_ray.methods.turtle.feature_scaling import prepare_features
-from icce_ray.methods.turtle.turtle_run import TurtleRun
+from icce_ray.methods.turtle.feature_scaling import label_rows, prepare_features
+from icce_ray.methods.turtle.run_block import RunBlock, run_blocks
 from icce_ray.metrics.true_label_scores import clustering_accuracy
 from icce_ray.runtime.threads import ThreadPool
 
@@ -24,13 +24,13 @@ def settings_of(**changes: Any) -> TurtleConfig:
     return TurtleConfig.model_validate({"num_steps": 50, "precision": "float32", "learning_rate": 0.02} | changes)
 
 
-def make_run(sets: list[np.ndarray], settings: TurtleConfig, pool: ThreadPool, **changes: Any) -> TurtleRun:
+def make_block(sets: list[np.ndarray], settings: TurtleConfig, pool: ThreadPool, **changes: Any) -> RunBlock:
     dtype = torch.bfloat16 if settings.precision == "bfloat16" else torch.float32
     spaces = [
         prepare_features(features, scale=settings.scale_features, seed=0, dtype=dtype, device=CPU, pool=pool)
         for features in sets
     ]
-    return TurtleRun(spaces, settings, pool=pool, **{"num_clusters": 4, "seed": 0, "run": 0} | changes)
+    return RunBlock(spaces, settings, pool=pool, **{"runs": [0], "num_clusters": 4, "seed": 0} | changes)
 
 
 @pytest.mark.parametrize("warm_start", [False, True], ids=["cold", "warm"])
@@ -50,31 +50,39 @@ def test_the_losses_of_50_steps_are_those_of_the_formulas(
     monkeypatch.setattr(feature_batches, "CHUNK_ROWS", 70)
     settings = settings_of(warm_start=warm_start, **changes)
     with ThreadPool(2) as pool:
-        run, other = (make_run(planted[0][:num_spaces], settings, pool) for _ in range(2))
+        block, other = (make_block(planted[0][:num_spaces], settings, pool, runs=[0, 1]) for _ in range(2))
 
-        def draws(step: int) -> TurtleRun:
+        def at(step: int) -> RunBlock:
             other.step = step
             return other
 
         def batch(step: int) -> list[torch.Tensor]:
-            chunks = (draws(step)._whole or other._draw_batch()).chunks
+            chunks = at(step).batch().chunks
             return [torch.cat(parts) for parts in zip(*(chunk.features_nD for chunk in chunks), strict=True)]
 
-        expected = plain_losses(
-            other.encoder.layers,
-            lambda step: [tuple(parameters.tensors) for parameters in draws(step)._new_inner()],
-            batch,
-            num_steps=50,
-            inner_steps=settings.inner_steps,
-            learning_rate=settings.learning_rate,
-            inner_rates=[settings.inner_rate(space.shape[1]) for space in run.spaces],
-            entropy_weight=settings.entropy_weight,
-            warm_start=warm_start,
-        )
-        losses = [run.train_step() for _ in range(50)]
-    found = [(float(loss.prediction_error), float(loss.entropy)) for loss in losses]
-    assert abs(expected[0][0] - expected[-1][0]) > 0.05, "the labels must have moved"
-    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+        expected = []
+        for run in range(2):
+            columns = slice(4 * run, 4 * run + 4)
+            losses = plain_losses(
+                [(weights[:, columns], biases[columns]) for weights, biases in other.encoder.layers],
+                lambda step, columns=columns: [
+                    (parameters.tensors[0][:, columns], parameters.tensors[1][columns])
+                    for parameters in at(step).new_inner()
+                ],
+                batch,
+                num_steps=50,
+                inner_steps=settings.inner_steps,
+                learning_rate=settings.learning_rate,
+                inner_rates=[settings.inner_rate(space.features_ND.shape[1]) for space in block.spaces],
+                entropy_weight=settings.entropy_weight,
+                warm_start=warm_start,
+            )
+            expected.append(losses)
+        losses = [block.train_step() for _ in range(50)]
+    found = [torch.stack([loss.prediction_error, loss.entropy], dim=1).numpy() for loss in losses]
+    assert abs(expected[0][0][0] - expected[0][-1][0]) > 0.05, "the labels must have moved"
+    assert abs(expected[0][-1][0] - expected[1][-1][0]) > 1e-3, "the runs must differ"
+    np.testing.assert_allclose(np.stack(found, axis=1), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
@@ -82,10 +90,12 @@ def test_planted_clusters_are_found_in_any_unit(planted, precision: str) -> None
     (features, *_), labels = planted
     for unit, offset in ((1.0, 0.0), (100.0, 500.0)):
         with ThreadPool(1) as pool:
-            run = make_run([features * unit + offset], settings_of(num_steps=100, precision=precision), pool)
+            given = [(features * unit + offset).astype(np.float32)]
+            block = make_block(given, settings_of(num_steps=100, precision=precision), pool)
             for _ in range(100):
-                run.train_step()
-            assert clustering_accuracy(labels, run.labels()) > 0.97
+                block.train_step()
+            (found,) = label_rows(given, block.layers_on_given(), 4, device=CPU, pool=pool)
+            assert clustering_accuracy(labels, found) > 0.97
 
 
 def test_the_number_of_threads_does_not_change_a_bit(planted, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,33 +103,52 @@ def test_the_number_of_threads_does_not_change_a_bit(planted, monkeypatch: pytes
     found = []
     for num_threads in (1, 2, 3):
         with ThreadPool(num_threads) as pool:
-            run = make_run(planted[0], settings_of(precision="bfloat16"), pool)
-            losses = [float(run.train_step().prediction_error) for _ in range(8)]
-            found.append((losses, run.tensors(), run.labels()))
-    for losses, tensors, labels in found[1:]:
+            block = make_block(planted[0], settings_of(precision="bfloat16"), pool, runs=[0, 1])
+            losses = [block.train_step().prediction_error.tolist() for _ in range(8)]
+            labels_RN = label_rows(planted[0], block.layers_on_given(), 4, device=CPU, pool=pool)
+            found.append((losses, block.tensors(), labels_RN))
+    for losses, tensors, labels_RN in found[1:]:
         assert losses == found[0][0]
-        assert np.array_equal(labels, found[0][2])
+        assert np.array_equal(labels_RN, found[0][2])
         assert all(torch.equal(tensor, found[0][1][name]) for name, tensor in tensors.items())
 
 
-def test_runs_differ_and_batches_differ_by_step(planted) -> None:
+def test_a_run_is_the_same_in_any_block(planted) -> None:
+    """To rounding: blocks of other sizes are other products. Which runs share a block never depends on the workers."""
+    found = []
     with ThreadPool(1) as pool:
-        settings = settings_of(batch_size=50)
-        one, other = (make_run(planted[0][:1], settings, pool, run=run) for run in (0, 1))
-        assert not torch.equal(one.encoder.layers[0][0], other.encoder.layers[0][0])
-        first = one._draw_batch().chunks[0].features_nD[0]
-        assert not torch.equal(first, other._draw_batch().chunks[0].features_nD[0])
-        one.step = 1
-        assert not torch.equal(first, one._draw_batch().chunks[0].features_nD[0])
+        for runs in ([2], [1, 2]):
+            block = make_block(planted[0][:1], settings_of(batch_size=100), pool, runs=runs)
+            found.append([block.train_step().prediction_error[-1].item() for _ in range(5)])
+    np.testing.assert_allclose(found[0], found[1], rtol=1e-5)
+
+
+def test_every_run_is_in_one_block_of_few_columns() -> None:
+    for num_runs, num_clusters, sizes in ((5, 10, [2, 3]), (5, 100, [1] * 5), (1, 2, [1]), (7, 4, [2, 2, 3])):
+        blocks = run_blocks(num_runs, num_clusters)
+        assert [run for block in blocks for run in block] == list(range(num_runs))
+        assert list(map(len, blocks)) == sizes
+
+
+def test_batches_differ_by_step(planted) -> None:
+    with ThreadPool(1) as pool:
+        block = make_block(planted[0][:1], settings_of(batch_size=50), pool)
+        first = block.batch().chunks[0].features_nD[0]
+        assert first.shape == (50, 24)
+        block.step = 1
+        assert not torch.equal(first, block.batch().chunks[0].features_nD[0])
 
 
 def test_prepared_features_are_a_rotation_with_unit_variance(planted) -> None:
     features = planted[0][0]
     with ThreadPool(2) as pool:
-        made = prepare_features(
-            features * 7 + 3, scale=True, seed=1, dtype=torch.float32, device=CPU, pool=pool
-        ).numpy()
+        space = prepare_features(features * 7 + 3, scale=True, seed=1, dtype=torch.float32, device=CPU, pool=pool)
+    made = space.features_ND.numpy()
     centred = features - features.mean(axis=0)
     np.testing.assert_allclose(made @ made.T, centred @ centred.T / centred.var(), atol=2e-3)
     assert abs(made.var() - 1.0) < 1e-4
     assert np.abs(np.corrcoef(made[:, 0], centred[:, 0])[0, 1]) < 0.9, "it must be rotated"
+    weights, biases = torch.randn(24, 3), torch.randn(3)
+    given_weights, given_biases = space.layer_on_given(weights, biases)
+    on_given = torch.from_numpy(features * 7 + 3) @ given_weights + given_biases
+    np.testing.assert_allclose(on_given, space.features_ND @ weights + biases, atol=1e-3)
