@@ -25,9 +25,11 @@ if TYPE_CHECKING:
     from icce_ray.kmeans_estimator import KMeans
     from icce_ray.metrics.true_label_scores import clustering_accuracy
     from icce_ray.pipeline.run import run_pipeline
+    from icce_ray.turtle_estimator import TURTLE
 
 __all__ = [
     "ICCE",
+    "TURTLE",
     "Config",
     "KMeans",
     "assign_images",
@@ -43,6 +45,7 @@ _MODULES = {
     "Config": "icce_ray.config",
     "ICCE": "icce_ray.estimator",
     "KMeans": "icce_ray.kmeans_estimator",
+    "TURTLE": "icce_ray.turtle_estimator",
     "assign_images": "icce_ray.assign.new_images",
     "cluster_ensemble": "icce_ray.consensus.ensemble",
     "clustering_accuracy": "icce_ray.metrics.true_label_scores",

@@ -35,6 +35,7 @@ COMMANDS = {
     "photos",
     "run",
     "sweeps",
+    "turtle_estimator",
 }
 """Commands build on all rooms, and no room imports them."""
 
