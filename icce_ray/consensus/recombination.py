@@ -25,7 +25,7 @@ from icce_ray.consensus.refinement import leave_no_cluster_empty
 
 MAX_POPULATION, MIN_POPULATION = 10, 4
 """Number of clusterings that are overlaid with each other."""
-OVERLAY_BUDGET = 10_000_000
+OVERLAY_BUDGET = 30_000_000
 """Number of edges times overlays, about: large inputs get a smaller population."""
 MAX_CELLS = 1024
 """Cells of an overlay that are merged, or twice the number of clusters if that is more."""

@@ -180,7 +180,7 @@ def test_the_recombination_does_not_depend_on_the_parts(planted, near, monkeypat
 def test_many_edges_make_a_small_population():
     assert population_size(10_000) == 10
     assert population_size(12_800_000) == 4
-    assert 4 < population_size(500_000) < 10
+    assert 4 < population_size(1_000_000) < 10
 
 
 def test_it_can_be_switched_off_and_is_left_out_for_noise_and_for_too_many_clusters(planted, near, monkeypatch):
