@@ -96,7 +96,7 @@ class HeadBlock:
         """
         self.log_targets_VHBK, agreement_HB, prior_HK, labels_HB = self.passes.teacher(
             self.state.teacher, batch.inputs.of(self.heads), len(batch.rows), self.state.prior_HK,
-            None if self.settings.balance == 1.0 else self.state.balance_H, self.settings, self.passes.dtypes,
+            self.state.balance_H, self.settings, self.passes.dtypes,
         )  # fmt: skip
         self.state.prior_HK.copy_(prior_HK)
         return agreement_HB, labels_HB
@@ -138,13 +138,13 @@ class HeadBlock:
 
 def teacher_pass(
     teacher: HeadParameters, inputs: torch.Tensor, num_views: int, prior_HK: torch.Tensor,
-    balance_H: torch.Tensor | None, settings: HeadsConfig, dtypes: PrototypeDtypes,
+    balance_H: torch.Tensor, settings: HeadsConfig, dtypes: PrototypeDtypes,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """Log targets of an image and its neighbour (2, H, B, K), agreement (H, B), the new prior (H, K), and each image's
     cluster (H, B)."""
     cosines_VHBK = _by_view(head_cosines(teacher, inputs, dtypes), num_views)
     labels_HB = cosines_VHBK[0].argmax(dim=-1)
-    q_VHBK, log_q_VHBK = teacher_targets(cosines_VHBK, settings, balance_H)
+    q_VHBK, log_q_VHBK = teacher_targets(cosines_VHBK, balance_H, settings)
     prior_HK = moved_prior(prior_HK, q_VHBK, settings.prior_momentum)
     q_VHBK, log_q_VHBK = smooth_over_neighbors(q_VHBK, log_q_VHBK)
     return log_q_VHBK, pair_agreement(q_VHBK), prior_HK, labels_HB

@@ -14,13 +14,14 @@ MIN_PRIOR = 1e-12
 
 
 def teacher_targets(
-    cosines_VHBK: torch.Tensor, settings: HeadsConfig, balance_H: torch.Tensor | None = None
+    cosines_VHBK: torch.Tensor, balance_H: torch.Tensor, settings: HeadsConfig
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The teacher's distribution over clusters for each view, head and image, and its logarithm: by Sinkhorn-Knopp over
-    each view's batch (ICCE), with `balance_H` for each head (None: 1), or a softmax (TEMI). Float32, shaped like
+    each view's batch (ICCE), with `balance_H` for each head, or a softmax (TEMI). Float32, shaped like
     `cosines_VHBK`."""
     if settings.sinkhorn:
-        return sinkhorn_targets(cosines_VHBK, settings.teacher_temperature, settings.sinkhorn_iterations, balance_H)
+        power_H = None if settings.balance == 1.0 else balance_H  # equal masses need no power
+        return sinkhorn_targets(cosines_VHBK, settings.teacher_temperature, settings.sinkhorn_iterations, power_H)
     log_q_VHBK = torch.log_softmax(cosines_VHBK / settings.teacher_temperature, dim=-1)
     return log_q_VHBK.exp(), log_q_VHBK
 

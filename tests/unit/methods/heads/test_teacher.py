@@ -19,11 +19,11 @@ def cosines(num_views: int, seed: int = 0) -> torch.Tensor:
 
 
 def test_targets_are_sinkhorns_for_icce_and_a_softmax_for_temi() -> None:
-    z_VHBK = cosines(2)
-    q_VHBK, log_q_VHBK = teacher_targets(z_VHBK, HeadsConfig(sinkhorn_iterations=2, teacher_temperature=0.2))
-    torch.testing.assert_close(q_VHBK[1, 2], sinkhorn(z_VHBK[1, 2], 0.2, 2), rtol=1e-4, atol=1e-6)
+    z_VHBK, balance_H = cosines(2), torch.tensor([1.0, 0.4, 0.7])
+    q_VHBK, log_q_VHBK = teacher_targets(z_VHBK, balance_H, HeadsConfig(sinkhorn_iterations=2, teacher_temperature=0.2))
+    torch.testing.assert_close(q_VHBK[1, 2], sinkhorn(z_VHBK[1, 2], 0.2, 2, 0.7), rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(log_q_VHBK, q_VHBK.log(), rtol=1e-4, atol=1e-4)
-    q_VHBK, _ = teacher_targets(z_VHBK, HeadsConfig(sinkhorn=False, teacher_temperature=0.2))
+    q_VHBK, _ = teacher_targets(z_VHBK, balance_H, HeadsConfig(sinkhorn=False, teacher_temperature=0.2))
     torch.testing.assert_close(q_VHBK, torch.softmax(z_VHBK / 0.2, dim=-1))
 
 
