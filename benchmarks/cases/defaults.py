@@ -41,6 +41,7 @@ SETTINGS: dict[str, Any] = {
         "learning_rate": [1e-4, 2.5e-4, 5e-4, 1e-3],
         "num_epochs": [15, 25, 50, 100],
         "input_share": [0.25, 0.5, 0.75, 1.0],
+        "balance": [0.0, 0.5, 1.0, "auto"],
     },
     "with_ablation": True,
 }
@@ -52,9 +53,10 @@ ABLATION: dict[str, tuple[dict[str, Any], bool]] = {
     "temi": (TEMI_HEADS, False),
     "+ batch norm, rotation": (TEMI_HEADS | {"input_norm": "batch_norm", "rotate": True}, False),
     "+ adaptive neighbours": ({"input_share": 1.0, "sinkhorn": False, "max_ce_weight": 0.0}, True),
-    "+ Sinkhorn-Knopp": ({"input_share": 1.0, "max_ce_weight": 0.0}, True),
-    "+ cross-entropy": ({"input_share": 1.0}, True),
-    "+ a share of the inputs (the default)": ({}, True),
+    "+ Sinkhorn-Knopp": ({"input_share": 1.0, "max_ce_weight": 0.0, "balance": 1.0}, True),
+    "+ cross-entropy": ({"input_share": 1.0, "balance": 1.0}, True),
+    "+ a share of the inputs": ({"balance": 1.0}, True),
+    "+ a balance of each head (the default)": ({}, True),
 }
 """Settings of the heads, and whether neighbours are adaptive."""
 

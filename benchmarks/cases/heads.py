@@ -94,7 +94,7 @@ def compare_speed(settings: dict[str, Any], dim: int, num_clusters: int, num_hea
     """Both in turn, several times; the medians."""
     features, graph, _ = planted(settings["num_images"], dim, num_clusters)
     # The plain loop does not know of a share of the inputs: both are given all.
-    config = HeadsConfig(num_heads=num_heads, batch_size=settings["batch_size"], input_share=1.0)
+    config = HeadsConfig(num_heads=num_heads, batch_size=settings["batch_size"], input_share=1.0, balance=1.0)
     ours = make_trainer(features, graph, config, num_clusters)
     plain = PlainTrainer(ours.state.student, config, ours.steps_per_epoch)
     batches = list(epoch_batches(graph, ours.batch_size, 1, 0, 0))[: settings["steps"]]
@@ -126,7 +126,9 @@ def compare_speed(settings: dict[str, Any], dim: int, num_clusters: int, num_hea
 def compare_accuracy(settings: dict[str, Any]) -> dict[str, float]:
     """Mean accuracy of the heads after the same epochs, here (bfloat16 where there are units for it) and there."""
     features, graph, labels = planted(3000, 128, 10)
-    config = HeadsConfig(num_heads=4, num_epochs=settings["accuracy_epochs"], batch_size=256, input_share=1.0)
+    config = HeadsConfig(
+        num_heads=4, num_epochs=settings["accuracy_epochs"], batch_size=256, input_share=1.0, balance=1.0
+    )
     ours = make_trainer(features, graph, config, 10)
     plain = PlainTrainer(ours.state.student.map(torch.clone), config, ours.steps_per_epoch)
     for epoch in range(config.num_epochs):

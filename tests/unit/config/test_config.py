@@ -137,7 +137,7 @@ def test_the_paper_preset_is_the_recipe_of_the_paper(config_file: Path) -> None:
     neighbors, heads = config.neighbors, config.heads
     assert (neighbors.similarity_threshold, neighbors.min_neighbors, neighbors.center) == (0.3, 50, False)
     assert (heads.num_heads, heads.learning_rate, heads.warmup_epochs) == (50, 1e-4, 20)
-    assert (heads.input_norm, heads.rotate, heads.input_share, heads.sinkhorn) == ("batch_norm", False, 1.0, True)
+    assert (heads.input_norm, heads.rotate, heads.input_share, heads.balance) == ("batch_norm", False, 1.0, 1.0)
     assert heads.num_epochs == 800, "a setting that is given wins"
     assert load_config(config_file, ["preset=paper"]).heads.num_epochs == 400
 
