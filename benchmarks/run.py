@@ -31,6 +31,7 @@ CASES = {
     "embed": "the embed stage against a plain PyTorch loop over the same files; on a GPU, a ViT-L against its peak",
     "embed-faults": "embedding from an S3 server with and without faults",
     "embed-memory": "peak memory of the whole embedding job, driver and Ray included, at 2,000 and at 20,000 images",
+    "faults": "runs that are killed, cut off from their storage, or find damage: how many lose nothing",
     "heads": "the trainer against a plain PyTorch loop over heads",
     "heads-scale": "training on 1, 2 and 4 workers: bytes, collectives, step time against the work divided, memory",
     "neighbors": "the neighbors stage on two shards against faiss's own knn with two threads",

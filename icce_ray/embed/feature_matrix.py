@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 
 from icce_ray.errors import DamagedArtifactError
 from icce_ray.store import Artifact
-from icce_ray.store.artifact import cache_folder
+from icce_ray.store.cache import cache_entry, is_sealed, seal
 from icce_ray.store.local_files import locked, replacing
 
 PART_PREFIX = "part-"
@@ -76,12 +76,12 @@ def load_features(artifact: Artifact, feature_set: int = 0) -> Features:
         raise DamagedArtifactError(f"{artifact.folder.uri}: the embedding artifact has no parts")
     # The fingerprint identifies what was asked for, the checksums what came out: a stale cache must never be read.
     digest = hashlib.sha256("".join(artifact.part(name).sha256 for name in names).encode()).hexdigest()[:12]
-    folder = cache_folder() / artifact.manifest.stage / artifact.fingerprint
+    folder = cache_entry(artifact.manifest.stage, artifact.fingerprint)
     suffix = f"-{feature_set}" if feature_set else ""
     matrix_path, ids_path = folder / f"features-{digest}{suffix}.npy", folder / f"image_ids-{digest}.npy"
-    if not matrix_path.exists() or not ids_path.exists():
+    if not is_sealed(matrix_path) or not is_sealed(ids_path):
         with locked(folder / ".features.lock"):
-            if not matrix_path.exists() or not ids_path.exists():
+            if not is_sealed(matrix_path) or not is_sealed(ids_path):
                 _build(artifact, names, feature_set, matrix_path, ids_path)
     matrix = np.load(matrix_path, mmap_mode="r", allow_pickle=False)
     image_ids = np.load(ids_path, allow_pickle=False)
@@ -136,3 +136,5 @@ def _build(artifact: Artifact, names: list[str], feature_set: int, matrix_path: 
         sink = io.BytesIO()
         np.save(sink, image_ids, allow_pickle=False)
         temporary.write_bytes(sink.getbuffer())
+    for path in (matrix_path, ids_path):
+        seal(path)

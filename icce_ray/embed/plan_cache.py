@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from pydantic import TypeAdapter, ValidationError
 
 from icce_ray.store import Folder, fingerprint
-from icce_ray.store.artifact import cache_folder
+from icce_ray.store.cache import cache_folder
 
 VERSION = 1
 T = TypeVar("T")

@@ -20,7 +20,7 @@ from urllib.request import getproxies
 import pyarrow.fs as pafs
 
 from icce_ray.errors import ConfigError, ResourceError
-from icce_ray.store.artifact import cache_folder
+from icce_ray.store.cache import cache_entry, is_sealed, seal
 from icce_ray.store.filesystem import open_uri
 from icce_ray.store.local_files import locked, replacing
 
@@ -79,14 +79,15 @@ def local_weights(location: str) -> Path:
         size = remote.size()
         version = repr((location, size, sorted((remote.metadata() or {}).items())))  # includes the ETag, if any
         name = hashlib.sha256(version.encode()).hexdigest()[:16]
-        copy = cache_folder() / "weights" / name / Path(path).name
+        copy = cache_entry("weights", name) / Path(path).name
         with locked(copy.with_name(".lock")):
-            if not copy.exists():
+            if not is_sealed(copy):
                 with replacing(copy) as temporary:
                     with temporary.open("wb") as file:
                         shutil.copyfileobj(remote, file, COPY_BUFFER_BYTES)
                     if temporary.stat().st_size != size:
                         raise OSError(f"{temporary.stat().st_size} bytes came of {size}")
+                seal(copy)
     return copy
 
 

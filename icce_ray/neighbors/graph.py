@@ -16,7 +16,7 @@ from icce_ray.neighbors.search import make_engine
 from icce_ray.runtime.progress import Progress
 from icce_ray.sample.unit_features import prepare
 from icce_ray.store import Artifact
-from icce_ray.store.artifact import cache_folder
+from icce_ray.store.cache import cache_entry, is_sealed, seal
 from icce_ray.store.local_files import locked, replacing
 
 NEAREST_SUFFIX = "-nearest.npy"
@@ -133,18 +133,18 @@ def load_graph(artifact: Artifact) -> NeighborGraph:
     # The folder is named by the checksums, so that an artifact made anew is not mistaken for its old copy.
     checksums = "".join(artifact.part(f"{name}-indices.npy").sha256 for name in names)
     digest = hashlib.sha256(checksums.encode()).hexdigest()[:16]
-    folder = cache_folder() / artifact.manifest.stage / f"{artifact.fingerprint}-{digest}"
+    folder = cache_entry(artifact.manifest.stage, f"{artifact.fingerprint}-{digest}")
     indptr_path, indices_path = folder / "indptr.npy", folder / "indices.npy"
-    if not indptr_path.exists():
+    if not (is_sealed(indptr_path) and is_sealed(indices_path)):
         with locked(folder / ".lock"):
-            if not indptr_path.exists():
+            if not (is_sealed(indptr_path) and is_sealed(indices_path)):
                 _join_parts(artifact, names, indptr_path, indices_path)
     indptr, indices = (np.load(path, mmap_mode="r", allow_pickle=False) for path in (indptr_path, indices_path))
     return NeighborGraph(indptr, indices)
 
 
 def _join_parts(artifact: Artifact, names: list[str], indptr_path: Path, indices_path: Path) -> None:
-    """Write the indices, then the pointers: if these are there, both are whole."""
+    """Write the pointers and the indices of all parts."""
     num_edges = sum(artifact.part(f"{name}-indices.npy").rows or 0 for name in names)
     dtype = np.dtype(artifact.part(f"{names[0]}-indices.npy").dtype)
     pointers, position = [np.zeros(1, np.int64)], 0
@@ -158,3 +158,5 @@ def _join_parts(artifact: Artifact, names: list[str], indptr_path: Path, indices
         joined.flush()
     with replacing(indptr_path) as temporary, open(temporary, "wb") as file:
         np.save(file, np.concatenate(pointers), allow_pickle=False)
+    for path in (indptr_path, indices_path):
+        seal(path)

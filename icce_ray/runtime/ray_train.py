@@ -4,7 +4,6 @@ all of them again when one dies."""
 from __future__ import annotations
 
 import os
-import tempfile
 import threading
 import uuid
 from concurrent.futures import Future
@@ -21,6 +20,7 @@ from icce_ray.runtime.cluster_resources import worker_cpus
 from icce_ray.runtime.machine import interface_with
 from icce_ray.runtime.progress import BoardProgress, Progress, ProgressBoard
 from icce_ray.runtime.worker_process import MAX_RESTARTS, Work, attempt, relayed_progress
+from icce_ray.store.cache import scratch_folder
 
 GLOO_INTERFACE = "GLOO_SOCKET_IFNAME"
 
@@ -33,7 +33,7 @@ def train(stage: str, work: Work, workers: WorkerResources, progress: Progress, 
     """
     board: Any = ray.remote(ProgressBoard).options(num_cpus=0, max_restarts=-1).remote(stage)
     gpus = {"GPU": workers.gpus_per_worker} if workers.gpus_per_worker else {}
-    with tempfile.TemporaryDirectory(prefix="icce_ray-train-") as storage:
+    with scratch_folder() as storage:
         trainer = TorchTrainer(
             _on_worker,  # type: ignore[arg-type]  # what it returns is `return_value` below
             train_loop_config={
@@ -51,7 +51,7 @@ def train(stage: str, work: Work, workers: WorkerResources, progress: Progress, 
             run_config=RunConfig(
                 # Ray Train resumes a run of the same name by itself, with its own idea of what was done.
                 name=f"{stage}-{uuid.uuid4().hex[:12]}",
-                storage_path=storage,
+                storage_path=str(storage),
                 failure_config=FailureConfig(max_failures=MAX_RESTARTS),
             ),
         )

@@ -11,8 +11,6 @@ import hashlib
 import importlib.metadata
 import io
 import json
-import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -25,6 +23,7 @@ import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 from icce_ray.errors import DamagedArtifactError, WorkerError
+from icce_ray.store.cache import cache_entry
 from icce_ray.store.filesystem import Folder, open_uri
 
 SCHEMA_VERSION = 1
@@ -193,7 +192,7 @@ class Artifact:
             return path
         # The checksum is in the name, since an amended artifact may hold another file under the same name.
         copy = f"{self._parts[name].sha256[:12]}-{name.replace('/', '-')}"
-        cache = Folder.at(cache_folder() / self.manifest.stage / self.fingerprint)
+        cache = Folder.at(cache_entry(self.manifest.stage, self.fingerprint))
         assert cache.local_path is not None
         # The artifact may have been checked on another machine, whose cache is not this one's.
         if copy not in self._verified or not (cache.local_path / copy).exists():
@@ -311,12 +310,6 @@ class ArtifactWriter:
                 ) from None
             return there
         return Artifact(self.folder, manifest)
-
-
-def cache_folder() -> Path:
-    """This machine's folder for copies of remote parts: ICCE_CACHE, or one below the temporary folder."""
-    configured = os.environ.get("ICCE_CACHE")
-    return Path(configured) if configured else Path(tempfile.gettempdir()) / f"icce_ray-{os.getuid()}"
 
 
 def is_sound(folder: Folder, part: Part) -> bool:

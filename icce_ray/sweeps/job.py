@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import os
-import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import Any
@@ -25,6 +24,7 @@ from icce_ray.errors import ResourceError, WorkerError
 from icce_ray.runtime.cluster_resources import available_cpus
 from icce_ray.runtime.progress import Progress
 from icce_ray.runtime.ray_cluster import run_here
+from icce_ray.store.cache import scratch_folder
 from icce_ray.store.part_records import PartRecords
 from icce_ray.sweeps import trial
 from icce_ray.sweeps.search_space import CHOICE, GRID, Dimension
@@ -102,7 +102,7 @@ def run_trials(
         searcher = make_searcher(config.searcher, config.seed, earlier)
     num_trials = config.num_samples if known is None else len(known)
     at_a_time = available_cpus() / (config.cpus_per_run * len(config.seeds or (0,)))
-    with tempfile.TemporaryDirectory(prefix="icce_ray-sweep-") as folder:
+    with scratch_folder() as folder:
         tuner = tune.Tuner(
             tune.with_resources(
                 tune.with_parameters(run_trial, asked=asked, listings=listings, failures=dict(failures)),
@@ -118,7 +118,7 @@ def run_trials(
                 max_concurrent_trials=max(1, int(at_a_time)) if asked.is_in_one_process else 1,
             ),
             run_config=tune.RunConfig(
-                storage_path=folder,
+                storage_path=str(folder),
                 callbacks=[_TrialLog(progress, config.metric, num_trials, None if known else records)],
                 verbose=0,
             ),

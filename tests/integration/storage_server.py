@@ -59,6 +59,8 @@ class Faults:
     """The end of a path that is always answered with 503."""
     refuse: bool = False
     """403 to everything."""
+    away: bool = False
+    """Every connection is closed without an answer."""
     seen: Counter[str] = field(default_factory=Counter)
 
     def draw(self, number: int) -> str:
@@ -93,6 +95,9 @@ def faulty_proxy(endpoint: str, faults: Faults) -> Iterator[str]:
             if fault == "error":
                 self.answer(503, [], b"<Error><Code>SlowDown</Code><Message>slow down</Message></Error>")
                 return
+            if fault == "away":
+                self.close_connection = True
+                return
             if fault == "hang":
                 closing.wait(60)
                 self.close_connection = True
@@ -113,8 +118,8 @@ def faulty_proxy(endpoint: str, faults: Faults) -> Iterator[str]:
                 self.answer(answer.status, headers, data, length=length)
 
         def fault(self) -> str:
-            if faults.refuse:
-                return "refuse"
+            if faults.away or faults.refuse:
+                return "away" if faults.away else "refuse"
             path = self.path.partition("?")[0]
             if self.command != "GET" or not path.startswith(faults.below) or path.endswith("/"):
                 return ""

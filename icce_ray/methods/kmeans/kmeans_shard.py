@@ -34,7 +34,7 @@ from icce_ray.methods.kmeans.projection import (
     shift_of,
 )
 from icce_ray.runtime.threads import ThreadPool
-from icce_ray.store.artifact import cache_folder
+from icce_ray.store.cache import cache_folder
 
 BLOCK_ELEMENTS = 2**21
 MIN_BLOCK_ROWS = 256

@@ -12,7 +12,7 @@ from icce_ray.embed import feature_matrix as features_module
 from icce_ray.embed.feature_matrix import load_features
 from icce_ray.errors import DamagedArtifactError
 from icce_ray.store import Artifact, Folder
-from icce_ray.store.artifact import cache_folder
+from icce_ray.store.cache import cache_folder
 
 
 @pytest.fixture(autouse=True)
@@ -65,6 +65,16 @@ def test_the_parts_are_read_once_per_machine(make_embed_artifact: Any, monkeypat
     first = load_features(artifact)
     monkeypatch.setattr(features_module, "_build", lambda *args: pytest.fail("built twice"))
     assert np.array_equal(load_features(artifact).matrix, first.matrix)
+
+
+def test_a_damaged_copy_on_this_machine_is_made_again(make_embed_artifact: Any) -> None:
+    artifact = make_embed_artifact(random_rows(6, 4), 2)
+    expected = np.array(load_features(artifact).matrix)
+    (path,) = cache_folder().rglob("features-*.npy")
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    assert np.array_equal(load_features(artifact).matrix, expected)
 
 
 def test_other_bytes_under_the_same_fingerprint_are_not_mixed_up(make_embed_artifact: Any) -> None:

@@ -24,7 +24,7 @@ from icce_ray.embed.backbone_plan import check_backbones, embed_settings
 from icce_ray.embed.build_backbone import build_backbone
 from icce_ray.embed.weights import check_weights, local_weights, weights_digest
 from icce_ray.errors import ConfigError, ResourceError
-from icce_ray.store.artifact import cache_folder
+from icce_ray.store.cache import cache_folder
 
 BUCKET = "models"
 
@@ -102,7 +102,7 @@ def test_a_remote_file_is_copied_once_and_again_when_it_was_replaced(
         for _ in range(2):
             assert weights_digest(uri) == hashlib.sha256(data).hexdigest()
         assert len(copies) == seed
-    assert not [path for path in cache_folder().rglob(".*") if path.name != ".lock"]
+    assert not [path for path in cache_folder().rglob(".*") if path.name != ".lock" and path.suffix != ".sha256"]
 
 
 def test_remote_weights_that_are_not_there_are_refused_before_any_work(s3_server: Any) -> None:
