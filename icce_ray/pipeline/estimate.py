@@ -146,7 +146,7 @@ def estimate(config: Config, *, num_samples: int = 256, quiet: bool = False) -> 
             name: spent + (RAY_START_S if name == "embed" else WORKER_START_S) for name, spent in seconds.items()
         }
     if embedded.decode_s:
-        pictures = config.report.images_per_cluster * min(pilot.num_clusters, config.report.max_clusters)
+        pictures = min(num_images, config.report.max_images)
         seconds["report"] += pictures * embedded.decode_s
     return Estimate(
         num_images=num_images,
