@@ -187,6 +187,9 @@ class _TrialLog(tune.Callback):
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         value = trial.last_result.get("judged", np.nan)
+        if np.isnan(value):  # or it is only known once all trials are finished
+            self._say(trials, "finished", trial)
+            return
         self.best = max(self.best, value)
         self._say(trials, f"{self.metric} {value:.4f}, best {self.best:.4f}", trial)
 

@@ -18,10 +18,12 @@ from pydantic import Field, model_validator
 
 from icce_ray.config import Config, PositiveFloat, PositiveInt, Section, apply_override, read_yaml, validate
 from icce_ray.errors import ConfigError
+from icce_ray.methods import METHODS
 from icce_ray.sweeps.search_space import GRID, Dimension, check_space, parse_space, settings_of
 
-Metric = Literal["anmi", "generalization", "silhouette_pca", "silhouette_umap", "stability"]
+Metric = Literal["anmi", "generalization", "peers", "silhouette_pca", "silhouette_umap", "stability"]
 Searcher = Literal["optuna", "hyperopt", "bayesopt", "hebo", "ax"]
+TRAINS_HEADS = {name for name, method in METHODS.items() if method.section == "heads"}
 NOT_IN_FINGERPRINT = {"cpus_per_run", "base"}
 
 
@@ -58,9 +60,11 @@ class SweepConfig(Section):
     """The best trial has the highest value. None of these looks at true labels. `anmi`: how well the clusterings agree
     with their consensus. `generalization`: how well a linear classifier learns the clusters. `silhouette_pca`,
     `silhouette_umap`: how far the clusters are apart in that space (UMAP needs umap-learn). `stability`: how alike the
-    clusters of two seeds are. Where it was measured, `stability` ranked trials best, and `silhouette_pca` was the best
-    of those that need only one seed; so not set means `stability` with several `seeds`, else `silhouette_pca`. All but
-    `anmi` and `stability` depend on the features, so they compare trials over the same features only."""
+    clusters of two seeds are. `peers`: how alike the clusters are to those of the other trials; it needs at least three
+    trials, and no searcher can learn from it. Not set: whatever ranked trials best where it was measured. That is
+    `peers` if the `space` has several methods, or the base's method trains no heads; of heads it is `stability` with
+    several `seeds`, else `silhouette_pca`. The silhouettes and `generalization` depend on the features, so they compare
+    trials over the same features only."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """Seed of the draws from the space."""
     ensemble: EnsembleConfig | None = EnsembleConfig()
@@ -74,7 +78,12 @@ class SweepConfig(Section):
     @classmethod
     def _choose_metric(cls, data: Any) -> Any:
         if isinstance(data, dict) and "metric" not in data:
-            seeds = data.get("seeds")
+            base, space, seeds = (data.get(name) for name in ("base", "space", "seeds"))
+            methods = [base.get("method", "icce")] if isinstance(base, dict) else []
+            if isinstance(space, dict) and "method" in space:
+                methods.append("several")
+            if data.get("searcher") is None and not set(methods) <= TRAINS_HEADS:
+                return {**data, "metric": "peers"}
             if isinstance(seeds, list | tuple) and len(seeds) > 1:
                 return {**data, "metric": "stability"}
         return data
@@ -87,6 +96,8 @@ class SweepConfig(Section):
             raise ValueError("the seed is in the space and in seeds; choose one: seeds makes means, space makes trials")
         if self.metric == "stability" and len(self.seeds or ()) < 2:
             raise ValueError("metric is stability, which compares seeds; give at least two, such as seeds: [0, 1]")
+        if self.metric == "peers" and self.searcher is not None:
+            raise ValueError("metric is peers, which compares all trials at the end; a searcher needs another metric")
         return self
 
 

@@ -4,8 +4,9 @@ one consensus of the best trials.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ from icce_ray.store import Artifact, ArtifactWriter
 from icce_ray.store.run_records import write_record
 from icce_ray.sweeps.sweep_config import Sweep
 from icce_ray.sweeps.sweep_page import render
-from icce_ray.sweeps.trial import Listings, full_stages
+from icce_ray.sweeps.trial import Listings, consensus_nmi, full_stages
 from icce_ray.sweeps.trial_table import Row, choose_best, choose_pool, to_table, to_text
 
 TABLE_NAME, TEXT_NAME, PAGE_NAME = "trials.parquet", "trials.txt", "sweep.html"
@@ -53,6 +54,7 @@ def write(sweep: Sweep, rows: Sequence[Row], listings: Listings, output: Artifac
     metric = sweep.config.metric
     runs = {row.trial: _record_runs(sweep, row, listings) for row in rows if row.error is None}
     rows = [_with_scores(row, runs[row.trial]) if row.trial in runs else row for row in rows]
+    rows = with_peers(rows, runs)
     try:
         best = choose_best(rows, metric)
     except WorkerError as error:
@@ -118,6 +120,21 @@ def _with_scores(row: Row, runs: Sequence[TrialRun]) -> Row:
     scores = [score(run) for run in runs]
     means = {name: float(np.mean([each[name] for each in scores])) for name in scores[0]}
     return replace(row, runs=tuple(run.name for run in runs), scores=means)
+
+
+def with_peers(rows: Sequence[Row], runs: Mapping[int, Sequence[TrialRun]]) -> list[Row]:
+    """The rows with the metric `peers`: the mean NMI of a trial's clusters with those of each other trial, seed by
+    seed."""
+    nmi: dict[int, list[float]] = {trial: [] for trial in runs}
+    for one, other in combinations(runs, 2):
+        pairs = zip(runs[one], runs[other], strict=True)
+        value = float(np.mean([consensus_nmi(a.artifacts, b.artifacts) for a, b in pairs]))
+        nmi[one].append(value)
+        nmi[other].append(value)
+    means = {trial: float(np.mean(values)) for trial, values in nmi.items() if values}
+    return [
+        replace(row, metrics=row.metrics | {"peers": means[row.trial]}) if row.trial in means else row for row in rows
+    ]
 
 
 def score(run: TrialRun) -> dict[str, float]:

@@ -135,21 +135,21 @@ def combine(outcomes: Sequence[RunOutcome]) -> dict[str, float | None]:
         if len(outcomes) > 1:
             metrics[f"{name}_std"] = float(np.std(values)) if is_known else None
     if len(outcomes) > 1:
-        pairs = [_nmi(one, other) for one, other in combinations(outcomes, 2)]
+        pairs = [consensus_nmi(one.artifacts, other.artifacts) for one, other in combinations(outcomes, 2)]
         metrics |= {"stability": float(np.mean(pairs)), "stability_std": float(np.std(pairs))}
     return metrics
 
 
-def _nmi(one: RunOutcome, other: RunOutcome) -> float:
-    """NMI of the clusters of two runs, over the images that both were trained on."""
+def consensus_nmi(one: Mapping[str, Artifact], other: Mapping[str, Artifact]) -> float:
+    """NMI of the clusters of two runs, given by their artifacts, over the images that both were trained on."""
     from icce_ray.metrics.true_label_scores import normalized_mutual_info
 
-    labels = [outcome.artifacts["consensus"].read_array("labels.npy") for outcome in (one, other)]
-    training = [training_rows(outcome.artifacts) for outcome in (one, other)]
+    labels = [artifacts["consensus"].read_array("labels.npy") for artifacts in (one, other)]
+    training = [training_rows(artifacts) for artifacts in (one, other)]
     if any(rows is not None for rows in training):
         ids, other_ids = (
-            load_features(outcome.artifacts["embed"]).image_ids if rows is None else rows.image_ids_n
-            for outcome, rows in zip((one, other), training, strict=True)
+            load_features(artifacts["embed"]).image_ids if rows is None else rows.image_ids_n
+            for artifacts, rows in zip((one, other), training, strict=True)
         )
         _, rows_n, other_rows_n = np.intersect1d(ids, other_ids, assume_unique=True, return_indices=True)
         labels = [labels[0][rows_n], labels[1][other_rows_n]]

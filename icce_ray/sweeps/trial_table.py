@@ -49,9 +49,10 @@ class Row:
 
 
 def ranked(rows: Iterable[Row], metric: str) -> list[Row]:
-    """Finished trials that have the metric, best first, ties in their order."""
+    """Finished trials that have the metric, best first. Ties, such as the `peers` of two trials, go to the higher
+    silhouette, then to the first."""
     usable = [row for row in rows if row.value(metric) > -np.inf]
-    return sorted(usable, key=lambda row: (-row.value(metric), row.trial))
+    return sorted(usable, key=lambda row: (-row.value(metric), -row.value("silhouette_pca"), row.trial))
 
 
 def choose_best(rows: Sequence[Row], metric: str) -> Row:

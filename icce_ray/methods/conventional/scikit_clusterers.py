@@ -64,7 +64,7 @@ CLUSTERERS = {
         lambda settings, num_clusters, seed: AffinityPropagation(
             damping=DAMPING, max_iter=MAX_ITERATIONS, preference=settings.preference, random_state=seed
         ),
-        lambda settings, n, d, k: 48.0 * n**2,
+        lambda settings, n, d, k: 32.0 * n**2,
         "raise conventional.preference",
     ),
     "hdbscan": Clusterer(

@@ -41,6 +41,11 @@ def sweep_of(space: dict[str, Any], **settings: Any) -> Sweep:
         ({"num_clusters": [3]}, {"num_sample": 3}, "num_sample: unknown setting; did you mean num_samples"),
         ({"num_clusters": [3]}, {"searcher": "optuna"}, r"takes no list; write \{choice"),
         ({"num_clusters": [3]}, {"ensemble": {"top": 5, "quantile": 0.8}}, "give either top or quantile"),
+        (
+            {"num_clusters": {"choice": [3]}},
+            {"searcher": "optuna", "metric": "peers"},
+            "a searcher needs another metric",
+        ),
         ({"num_clusters": [3]}, {"searcher": "bohb"}, "searcher: 'bohb' is not usable"),
         ({"method": ["icce", "magic"]}, {}, "space: method: 'magic' is unknown"),
         ({"num_clusters": [3]}, {"base": {"preset": "other"}}, "sweep.yaml: base: preset"),
@@ -69,10 +74,15 @@ def test_a_number_that_the_method_finds_may_be_left_to_it() -> None:
         ({"seeds": [4]}, "silhouette_pca"),
         ({"seeds": [4, 5]}, "stability"),
         ({"seeds": [4, 5], "metric": "anmi"}, "anmi"),
+        ({"seeds": [4, 5], "base": {"method": "temi"}}, "stability"),
+        ({"seeds": [4, 5], "base": {"method": "gmm"}}, "peers"),
+        ({"base": {"method": "gmm"}, "seeds": [4, 5], "searcher": "optuna"}, "stability"),
+        ({"seeds": [4, 5], "space": {"method": {"choice": ["icce", "gmm"]}}}, "peers"),
     ],
 )
 def test_trials_are_judged_by_what_ranks_best_where_it_can_be_told(settings: dict[str, Any], metric: str) -> None:
-    assert sweep_of({"num_clusters": [3]}, **settings).config.metric == metric
+    space = settings.pop("space", {"num_clusters": {"choice": [3]}})
+    assert sweep_of(space, **settings).config.metric == metric
 
 
 def test_values_of_a_trial_go_over_the_base_and_each_seed_is_a_run() -> None:
