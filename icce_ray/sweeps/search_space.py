@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from icce_ray.config import Config, build_config, put
+from icce_ray.config import AUTO, Config, build_config, put
 from icce_ray.errors import ConfigError
 
 GRID = "grid"
@@ -80,6 +80,8 @@ def settings_of(base: Mapping[str, Any], parameters: Mapping[str, Any], source: 
         put(data, name, value)
     if seed is not None:
         data["seed"] = seed
+    if "method" in parameters and build_config(data | {"num_clusters": AUTO}, source).finds_num_clusters:
+        data["num_clusters"] = AUTO  # the base's number is for the other methods
     config = build_config(data, source)
     if config.is_auto and not config.finds_num_clusters:
         raise ConfigError(

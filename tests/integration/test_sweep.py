@@ -225,3 +225,17 @@ def test_grids_are_crossed_and_draws_are_within_their_range_and_repeat() -> None
 def test_a_searcher_without_its_package_is_refused_with_what_to_install() -> None:
     with pytest.raises(ResourceError, match=r"searcher: hebo cannot be used: .*Install its package"):
         make_searcher("hebo", 0, [])
+
+
+@pytest.mark.slow
+def test_methods_are_compared_by_how_alike_their_clusters_are(ray_cluster: None, data: Path, tmp_path: Path) -> None:
+    asked = sweep_of(data, tmp_path / "out", {"method": ["agglomerative", "gmm", "spectral", "hdbscan"]})
+    del asked["metric"]
+    result = run_sweep(build_sweep(asked, "sweep.yaml"), quiet=True)
+    rows = pq.read_table(result.table).to_pylist()
+    assert [row["error"] for row in rows] == [None] * 4
+    assert [row["num_clusters_used"] for row in rows[:3]] == [4.0] * 3
+    assert 2 <= rows[3]["num_clusters_used"] != 4, "HDBSCAN finds its own number"
+    assert (result.metric, result.best_value) == ("peers", max(row["peers"] for row in rows))
+    assert rows[result.best_trial]["is_best"]
+    assert min(row["silhouette_pca"] for row in rows[:3]) > 0
