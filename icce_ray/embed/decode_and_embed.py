@@ -16,7 +16,7 @@ import pyarrow as pa
 from icce_ray.embed.embedding_parts import Error, PartRange, part_table
 from icce_ray.embed.feature_matrix import joined_columns
 from icce_ray.embed.networks import Backbone
-from icce_ray.images.decoding import Pixels, Preprocessing, SeveralViews, decode_image
+from icce_ray.images.decoding import Pixels, Preprocessing, SeveralViews, decode_image, is_deep_grey
 from icce_ray.images.listing import ListedImage
 from icce_ray.images.read_images import read_images
 from icce_ray.store.attempts import KILLER, Attempt, UnrecordedAttempt
@@ -41,6 +41,8 @@ class DecodedPart:
     hashes: list[str]
     """(n,) SHA-256 of each file, hex."""
     errors: list[Error]
+    num_stretched: int = 0
+    """Grey images of more than 8 bits among them, whose range is a guess."""
 
 
 NOTHING_DECODED = DecodedPart(np.empty(0, np.int64), np.empty(0, np.int32), np.empty(0, np.uint8), [], [])
@@ -59,6 +61,7 @@ def decoded_to_table(part: PartRange, decoded: DecodedPart, problem: str = "") -
         "hashes": pa.array([decoded.hashes], pa.list_(pa.string())),
         "errors": [json.dumps(decoded.errors)],
         "shape": [list(decoded.pixels.shape)],
+        "num_stretched": [decoded.num_stretched],
         "problem": [problem],
         "pixels": pixels,
     }
@@ -71,7 +74,7 @@ def decoded_from_table(table: pa.Table) -> tuple[PartRange, DecodedPart]:
     pixels = np.frombuffer(table["pixels"][0].as_buffer(), dtype=np.uint8).reshape(row["shape"])
     errors = [(image_id, reason) for image_id, reason in json.loads(row["errors"])]
     ids, rows = np.array(row["image_ids"], dtype=np.int64), np.array(row["rows"], dtype=np.int32)
-    return PartRange.from_json(row["part"]), DecodedPart(ids, rows, pixels, row["hashes"], errors)
+    return PartRange.from_json(row["part"]), DecodedPart(ids, rows, pixels, row["hashes"], errors, row["num_stretched"])
 
 
 def decode_part(
@@ -102,7 +105,7 @@ def decode_part(
     errors: list[Error] = [(image_id, KILLER) for image_id in attempt.blamed() & by_id.keys()]
     good: list[tuple[int, int, str]] = []
     pixels = np.empty((len(by_id), *preprocessing.shape), dtype=np.uint8)
-    num_decoded = 0
+    num_decoded = num_stretched = 0
     outcomes: dict[str, int | str] = {}
     for files in _files(list(by_id.values()), attempt):
         hashes = [hashlib.sha256(data).hexdigest() if isinstance(data, bytes) else "" for _, data in files]
@@ -112,6 +115,7 @@ def decode_part(
             if isinstance(data, str):
                 errors.append((image.image_id, data))
                 continue
+            num_stretched += is_deep_grey(data)
             if content not in outcomes:
                 decoded = decode(data, preprocessing, max_pixels=max_pixels)
                 if isinstance(decoded, str):
@@ -131,6 +135,7 @@ def decode_part(
         pixels=pixels[:num_decoded],
         hashes=[content for _, _, content in good],
         errors=sorted(errors),
+        num_stretched=num_stretched,
     )
 
 

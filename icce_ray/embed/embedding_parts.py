@@ -143,9 +143,9 @@ def part_table(
 
 
 def write_part(
-    records: PartRecords, part: PartRange, table: pa.Table, errors: Iterable[Error] = (), num_embedded: int = 0
+    records: PartRecords, part: PartRange, table: pa.Table, errors: Iterable[Error] = (), **counts: int
 ) -> FinishedPart:
-    """Write the part, then its record."""
+    """Write the part, then its record, with `counts` of its images: `num_embedded`, `num_stretched`."""
     sink = io.BytesIO()
     pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
     data = sink.getbuffer()
@@ -159,7 +159,7 @@ def write_part(
         dtype=str(np.dtype(kind.value_type.to_pandas_dtype())),
         shape=(len(table), kind.list_size),
     )
-    metrics = {"num_images": part.num_images, "errors": list(errors), "num_embedded": num_embedded}
+    metrics = {"num_images": part.num_images, "errors": list(errors), "num_embedded": 0} | counts
     record = records.write(part.name, [file], metrics)
     return FinishedPart(record, table["image_id"].to_pylist(), table["content_hash"].to_pylist())
 

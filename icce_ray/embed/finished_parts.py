@@ -45,7 +45,7 @@ class Tally:
         self._duplicates = Duplicates()
         self._num_done = 0
         self._num_resumed = 0
-        self._num_embedded = 0
+        self._num_embedded = self._num_stretched = 0
         self._kinds: set[tuple[int, str]] = set()
         self._started = time.monotonic()
         self._finished: set[str] = set()
@@ -87,6 +87,7 @@ class Tally:
         self._num_removed += sum(reason == REMOVED for _, reason in errors)
         self._num_done += metrics["num_images"]
         self._num_embedded += metrics["num_embedded"]
+        self._num_stretched += metrics.get("num_stretched", 0)
         self._duplicates.add(part.image_ids, part.hashes)
         num_listed = len(self._listing)
         self._finished.add(part.record.name)
@@ -118,8 +119,9 @@ class Tally:
 
         Returns:
             Metrics: num_images (good ones), num_errors, errors (count by reason), num_duplicates (images with the same
-            bytes as an earlier one), num_embedded (contents that went through the backbone in this run), dim, dtype,
-            feature_set, images_per_s (None if nothing was left to do).
+            bytes as an earlier one), num_embedded (contents that went through the backbone in this run), num_stretched
+            (grey images of more than 8 bits, whose range is a guess), dim, dtype, feature_set, images_per_s (None if
+            nothing was left to do).
         """
         assert self._num_done == len(self._listing), "each image is in one part"
         ((dim, dtype),) = self._kinds
@@ -128,6 +130,10 @@ class Tally:
         duplicates = [(image_id, uri(image_id), first, value) for image_id, first, value in self._duplicates.found()]
         self._write_rows(ERRORS_NAME, ERRORS_SCHEMA, errors)
         self._write_rows(DUPLICATES_NAME, DUPLICATES_SCHEMA, duplicates)
+        if self._num_stretched:
+            self._context.progress.note(
+                f"{self._num_stretched:,} grey images of more than 8 bits: each is stretched from minimum to maximum"
+            )
         seconds, num_new = time.monotonic() - self._started, self._num_done - self._num_resumed
         return {
             "num_images": self._num_done - len(self._errors),
@@ -135,6 +141,7 @@ class Tally:
             "errors": dict(self._reasons().most_common()),
             "num_duplicates": len(duplicates),
             "num_embedded": self._num_embedded,
+            "num_stretched": self._num_stretched,
             "dim": dim,
             "dtype": dtype,
             "feature_set": feature_set,

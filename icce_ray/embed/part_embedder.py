@@ -122,7 +122,8 @@ class PartEmbedder:
         previous = read_part(self._task.folders[0], part.previous) if part.previous else None
         dims, model = self._task.plan.dims, self._task.model
         table, failed = assemble_part(decoded, outcomes, dims, model=model, previous=previous)
-        finished = write_part(self._task.records, part, table, failed, len(embedded))
+        counts = {"num_embedded": len(embedded), "num_stretched": decoded.num_stretched}
+        finished = write_part(self._task.records, part, table, failed, **counts)
         self._index.finish(part.file_name, [value for value in embedded if not isinstance(outcomes[value], str)])
         return finished
 

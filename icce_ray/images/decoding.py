@@ -32,6 +32,8 @@ UNSUPPORTED = {
     b"8BPS": "PSD: not supported; convert to PNG or TIFF",
 }
 """Reasons by the first bytes."""
+DEEP_SIGNATURES = (b"II*\0", b"MM\0*", b"P", b"\0\0\0\x0cjP", b"\xff\x4f\xff\x51")
+"""Of formats besides PNG that may hold grey images of more than 8 bits: TIFF, PPM, JPEG 2000."""
 OTHER_SIGNATURES = (b"RIFF", b"BM", b"II*\0", b"MM\0*")
 DRAFT_FORMATS = ("JPEG", "MPO")
 """MPO: several JPEGs in one file, as some cameras write."""
@@ -141,6 +143,19 @@ def decode_image(
     if isinstance(pictures, str):
         return pictures
     return pictures[0] if len(pictures) == 1 else np.concatenate([picture.ravel() for picture in pictures])
+
+
+def is_deep_grey(data: bytes) -> bool:
+    """Whether this is a grey image of more than 8 bits, which is stretched from its minimum to its maximum."""
+    if data.startswith(b"\x89PNG"):
+        return data[24:26] == b"\x10\x00"  # depth 16, colour type grey
+    if not data.startswith(DEEP_SIGNATURES):
+        return False
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:  # reads the header only
+            return image.mode.startswith(("I", "F"))
+    except Exception:  # it becomes an error when it is decoded
+        return False
 
 
 def convert_image(image: Image.Image, preprocessing: Preprocessing, *, max_pixels: int = 100_000_000) -> Pixels | str:

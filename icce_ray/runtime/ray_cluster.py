@@ -103,7 +103,6 @@ def connect(resources: ResourcesConfig) -> None:
         return
     for key, value in QUIET_ENVIRONMENT.items():
         os.environ.setdefault(key, value)
-    import ray
 
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # in case it was imported before its variable was set
     logging.getLogger("ray.train").setLevel(logging.ERROR)
@@ -123,7 +122,7 @@ def connect(resources: ResourcesConfig) -> None:
             _check_listens(address)
         on_sigterm = signal.getsignal(signal.SIGTERM)
         with _stderr_only_on_failure():
-            ray.init(**options)
+            _init(options)
             _started_here = options.get("address") == "local"
         if threading.current_thread() is threading.main_thread():
             if callable(on_sigterm):  # Ray has put its own in its place
@@ -134,6 +133,29 @@ def connect(resources: ResourcesConfig) -> None:
             f"no Ray answers at {address!r}: {error}. Start one there (`ray start --head`), or unset "
             "resources.ray_address and RAY_ADDRESS to run on this machine alone"
         ) from None
+
+
+def _init(options: dict[str, Any], attempts: int = 2) -> None:
+    """Start or join Ray; try again if it does not start in time.
+
+    Raises:
+        ResourceError: it has not started in the last attempt either.
+    """
+    import ray
+
+    for last in [False] * (attempts - 1) + [True]:
+        try:
+            ray.init(**options)
+            return
+        except Exception as error:  # Ray raises a plain one
+            if "timed out" not in str(error) or options.get("address") != "local":
+                raise
+            ray.shutdown()
+            if last:
+                raise ResourceError(
+                    "Ray did not start in time: the machine is busy, or short of memory or disk. Run the same command "
+                    "again later, stop other programs, or set resources.num_cpus to fewer CPUs"
+                ) from None
 
 
 def disconnect() -> None:

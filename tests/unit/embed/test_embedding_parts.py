@@ -277,6 +277,7 @@ def test_the_tally_takes_up_finished_parts_and_sums_up_in_any_order(tmp_path: Pa
         "errors": {"truncated": 2, "missing": 1},
         "num_duplicates": 0,
         "num_embedded": 0,
+        "num_stretched": 0,
         "dim": 2,
         "dtype": "float16",
         "feature_set": "pixels",

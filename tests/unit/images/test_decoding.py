@@ -12,7 +12,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from icce_ray.images import decoding as images
-from icce_ray.images.decoding import Preprocessing, SeveralViews, decode_image
+from icce_ray.images.decoding import Preprocessing, SeveralViews, decode_image, is_deep_grey
 from icce_ray.images.read_images import read_image
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
@@ -396,3 +396,12 @@ def test_a_file_that_is_gone_or_cannot_be_read_gives_a_reason(tmp_path: Path) ->
     (tmp_path / "a b%20.png").write_bytes(b"x")
     assert read_image(str(tmp_path / "a b%20.png")) == b"x"
     assert read_image((tmp_path / "a b%20.png").as_uri()) == b"x"
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "PPM", "JPEG2000"])
+def test_grey_images_of_more_than_8_bits_are_known_by_their_header(kind: str) -> None:
+    deep = Image.fromarray(np.arange(256, dtype=np.uint16).reshape(16, 16) * 200)
+    assert is_deep_grey(encode(deep, kind))
+    assert not is_deep_grey(encode(noise().convert("L"), kind))
+    assert not is_deep_grey(encode(noise(), kind))
+    assert not is_deep_grey(b"P5 nonsense")
