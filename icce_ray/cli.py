@@ -73,6 +73,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add_run_options(assign)
     assign.set_defaults(function=_assign)
 
+    apply = commands.add_parser("apply", help="take over corrections that were made on the page of a run")
+    apply.add_argument("run", metavar="RUN", help="a run's YAML config, its output folder, or its record (runs/*.json)")
+    apply.add_argument("corrections", metavar="FILE", help="the corrections.json that the page saved")
+    apply.add_argument("--json", action="store_true", help="print the result as JSON on the last line of stdout")
+    apply.add_argument("--quiet", action="store_true", help="no progress and no summary on stderr")
+    add_debug_argument(apply)
+    apply.set_defaults(function=_apply)
+
     cut = commands.add_parser("cut", help="merge a finished run's most confused clusters until N groups are left")
     cut.add_argument("run", metavar="RUN", help="a run's YAML config, its output folder, or its record (runs/*.json)")
     cut.add_argument(
@@ -165,6 +173,13 @@ def _assign(arguments: argparse.Namespace) -> str:
         overrides=arguments.overrides,
         quiet=arguments.quiet,
     )
+    return json.dumps(result.to_json()) if arguments.json else ""
+
+
+def _apply(arguments: argparse.Namespace) -> str:
+    from icce_ray.apply import apply_corrections
+
+    result = apply_corrections(arguments.run, arguments.corrections, quiet=arguments.quiet)
     return json.dumps(result.to_json()) if arguments.json else ""
 
 

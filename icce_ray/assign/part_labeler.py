@@ -18,6 +18,7 @@ from icce_ray.assign.exemplars import CANDIDATES_SCHEMA, candidates_table
 from icce_ray.assign.labeling import SCHEMA, assignments_table
 from icce_ray.assign.totals import Totals
 from icce_ray.classifier.linear import MODEL_NAME, UNKNOWN, LinearClassifier
+from icce_ray.corrections.stage import consensus_of, moved_clusters
 from icce_ray.sample.training_set import TrainingRows, training_rows
 from icce_ray.store import Artifact, ArtifactWriter, Folder, Part
 
@@ -41,12 +42,14 @@ class PartLabeler:
     ) -> None:
         self.source = source
         self.folder = folder
-        self._inputs = {name: inputs[name] for name in ("classifier", "consensus", "sample") if name in inputs}
+        self._inputs = {
+            name: inputs[name] for name in ("classifier", "consensus", "corrections", "sample") if name in inputs
+        }
         self._num_exemplars = num_exemplars
         self._seed = seed
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name not in ("classifier", "_consensus")}
+        return {name: value for name, value in vars(self).items() if name not in ("classifier", "_consensus", "_moved")}
 
     def label(self, part: AssignPart) -> tuple[list[Part], Totals]:
         """Label the images of a part and write its files.
@@ -90,8 +93,12 @@ class PartLabeler:
     @cached_property
     def _consensus(self) -> tuple[npt.NDArray[Any], npt.NDArray[Any], TrainingRows | None]:
         """Labels and agreement of the images trained on, and which these are if not all."""
-        consensus = self._inputs["consensus"]
+        consensus = consensus_of(self._inputs)
         return consensus.read_array("labels.npy"), consensus.read_array("agreement.npy"), training_rows(self._inputs)
+
+    @cached_property
+    def _moved(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int32]]:
+        return moved_clusters(self._inputs)
 
     def _consensus_of(
         self, image_ids: npt.NDArray[np.int64], first_row: int
@@ -105,4 +112,11 @@ class PartLabeler:
         if training is not None:
             rows_n = training.rows_of(image_ids)
         labels_n = np.where(rows_n >= 0, labels_N[rows_n], UNKNOWN)
-        return labels_n, np.where(labels_n >= 0, agreement_N[rows_n], np.nan).astype(np.float32)
+        agreement_n = np.where((rows_n >= 0) & (labels_n >= 0), agreement_N[rows_n], np.nan).astype(np.float32)
+        moved_ids, moved_to = self._moved
+        moved = np.flatnonzero(np.isin(image_ids, moved_ids))
+        moved_labels = moved_to[np.searchsorted(moved_ids, image_ids[moved])]
+        # What the clusterings say of an image that was trained on is known; of its near-duplicate it is not.
+        agreement_n[moved[moved_labels != labels_n[moved]]] = np.nan
+        labels_n[moved] = moved_labels
+        return labels_n, agreement_n

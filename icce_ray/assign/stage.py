@@ -10,4 +10,10 @@ def _settings(config: Config) -> Settings:
     return num_clusters_and_seed(config) | {"assign": config.assign.model_dump()}
 
 
-ASSIGN = Stage("assign", "icce_ray.assign.job", 4, ("images", "embed", "sample", "consensus", "classifier"), _settings)
+ASSIGN = Stage(
+    "assign",
+    "icce_ray.assign.job",
+    4,
+    ("images", "embed", "sample", "consensus", "corrections", "classifier"),
+    _settings,
+)

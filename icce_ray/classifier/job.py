@@ -12,6 +12,7 @@ from icce_ray.classifier.linear import LinearClassifier
 from icce_ray.classifier.model_folder import write_model
 from icce_ray.classifier.self_training import SelfTraining
 from icce_ray.config import Config
+from icce_ray.corrections.stage import consensus_of, num_clusters_of
 from icce_ray.embed.feature_matrix import load_features
 from icce_ray.runtime.progress import Progress
 from icce_ray.runtime.workers import work_on_workers
@@ -30,10 +31,10 @@ def run(config: Config, context: StageContext) -> dict[str, Any]:
         InputError: every learning rate diverged.
         WorkerError: workers died more often than they are restarted.
     """
-    embed, consensus = training_set(context.inputs), context.inputs["consensus"]
+    embed, consensus = training_set(context.inputs), consensus_of(context.inputs)
     data: bytes = work_on_workers(
         "classifier",
-        partial(_train, config, embed, consensus),
+        partial(_train, config, embed, consensus, num_clusters_of(config, context.inputs)),
         config.resources,
         context.progress,
         num_images=load_features(embed).num_images,
@@ -44,7 +45,14 @@ def run(config: Config, context: StageContext) -> dict[str, Any]:
 
 
 def _train(
-    config: Config, embed: Artifact, consensus: Artifact, *, num_threads: int, device: str, progress: Progress
+    config: Config,
+    embed: Artifact,
+    consensus: Artifact,
+    num_clusters: int,
+    *,
+    num_threads: int,
+    device: str,
+    progress: Progress,
 ) -> bytes | None:
     """The work of one worker. The worker of rank 0 returns the classifier."""
     # Imported here because the driver imports this module too, and torch takes seconds.
@@ -56,7 +64,7 @@ def _train(
         load_features(embed).matrix,
         consensus.read_array("labels.npy"),
         config.classifier,
-        num_clusters=config.num_clusters,
+        num_clusters=num_clusters,
         seed=config.seed,
         outlier_quantile=config.assign.outlier_quantile,
     )

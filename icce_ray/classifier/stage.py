@@ -12,5 +12,5 @@ def _settings(config: Config) -> Settings:
 
 
 CLASSIFIER = Stage(
-    "classifier", "icce_ray.classifier.job", 4, ("embed", "sample", "consensus"), _settings, "iterations"
+    "classifier", "icce_ray.classifier.job", 4, ("embed", "sample", "consensus", "corrections"), _settings, "iterations"
 )

@@ -209,6 +209,9 @@ class Config(ClusteringConfig):
     embeddings: EmbeddingsConfig = EmbeddingsConfig()
     embed: EmbedConfig = EmbedConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+    corrections: Literal["kept", "none"] | Place = "kept"
+    """What a person changed about the clusters: a corrections.json that the page saved. `kept`: those that `icce-ray
+    apply` kept in the output for a run with the same settings, if any; new images don't matter. `none`: none."""
     report: ReportConfig = ReportConfig()
     storage: StorageConfig = StorageConfig()
     resources: ResourcesConfig = ResourcesConfig()

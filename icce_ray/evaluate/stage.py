@@ -30,7 +30,7 @@ EVALUATE = Stage(
     "evaluate",
     "icce_ray.evaluate.run_scores",
     2,
-    ("images", "embed", "sample", "method", "consensus", "assign"),
+    ("images", "embed", "sample", "method", "consensus", "corrections", "assign"),
     _settings,
     check=_check,
     sees_labels=True,

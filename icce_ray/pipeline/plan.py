@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from icce_ray.config import Config
 from icce_ray.consensus.stage import CONSENSUS
+from icce_ray.corrections.stage import with_kept_corrections
 from icce_ray.errors import InputError
 from icce_ray.pipeline.stages import clustering_stages, stages_of
 from icce_ray.stage import Stage
@@ -58,6 +59,7 @@ def plan(
         InputError: the input does not exist or cannot be listed, or the output cannot be read.
     """
     connect_storage(config)
+    config = with_kept_corrections(config)
     return _plan(config, stages_of(config) if stages is None else stages, before)
 
 

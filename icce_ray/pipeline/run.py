@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from icce_ray.config import Config
+from icce_ray.corrections.stage import with_kept_corrections
 from icce_ray.embed.stage import EMBED, num_failed
 from icce_ray.errors import BusyError, DamagedArtifactError, InputError, WorkerError, find_cause
 from icce_ray.images.stage import IMAGES, num_listed, settings_for
@@ -59,6 +60,7 @@ def run_pipeline(config: Config, *, refresh: bool = False, retry_errors: bool = 
     if refresh:
         refresh_listing(config, quiet)
     planned = plan(config)
+    config = with_kept_corrections(config)
     if retry_errors and retry_failed_images(config, planned, quiet):
         planned = plan(config)
     unplanned = () if is_complete(planned) else stages_of(config)[len(planned) :]

@@ -9,6 +9,7 @@ from icce_ray.assign.stage import ASSIGN
 from icce_ray.classifier.stage import CLASSIFIER
 from icce_ray.config import Config
 from icce_ray.consensus.stage import CONSENSUS
+from icce_ray.corrections.stage import CORRECTIONS, has_corrections
 from icce_ray.count.stage import CLUSTER_COUNT
 from icce_ray.embed.stage import EMBED
 from icce_ray.evaluate.stage import EVALUATE
@@ -39,6 +40,7 @@ def stages_of(config: Config) -> tuple[Stage, ...]:
         *([NEIGHBORS] if METHODS[method].needs_graph else []),
         method_stage(method, chooses_number=config.is_auto and config.finds_num_clusters),
         CONSENSUS,
+        *([CORRECTIONS] if has_corrections(config) else []),
         CLASSIFIER,
         ASSIGN,
         EVALUATE,

@@ -17,6 +17,7 @@ import yaml
 
 from icce_ray.config import Config
 from icce_ray.consensus.hierarchy import HIERARCHY_NAME, Hierarchy
+from icce_ray.corrections.stage import applied_corrections, consensus_of, num_clusters_of
 from icce_ray.count.stage import CLUSTER_COUNT
 from icce_ray.evaluate.run_scores import LABELS_NAME
 from icce_ray.images.stage import num_listed
@@ -79,7 +80,7 @@ def run(config: Config, context: StageContext) -> dict[str, Any]:
     wanted = np.unique(np.concatenate([exemplars["image_id"].to_numpy(), *groups])).astype(np.int64)
     content = PageContent(
         (assign.read_table(name) for name in assign.part_names("assignments/")),
-        config.num_clusters,
+        num_clusters_of(config, inputs),
         images_per_cluster(np.array(assign.metrics["cluster_sizes"]), config.report.max_images),
         wanted,
     )
@@ -245,11 +246,11 @@ def _core(
     position: Mapping[int, int],
 ) -> dict[str, Any]:
     """What the page holds from the start."""
-    summary = inputs["consensus"].read_json("summary.json")
+    summary = consensus_of(inputs).read_json("summary.json")
     errors = inputs["embed"].read_table("errors.parquet")
     metrics = inputs["evaluate"].metrics
     source = ", ".join(config.images.uris) or config.embeddings.uri or ""
-    tree = Hierarchy.from_table(inputs["consensus"].read_table(HIERARCHY_NAME))
+    tree = Hierarchy.from_table(consensus_of(inputs).read_table(HIERARCHY_NAME))
     cluster_n = shown["cluster"].to_numpy()
     clusters = content.clusters()
     for row in clusters:
@@ -259,11 +260,13 @@ def _core(
         "title": config.report.title or f"Clusters of {PurePosixPath(source).name or source}",
         "source": source,
         "output": config.output,
+        "page": inputs["assign"].identity,
         "made_for": {
             "consensus": inputs["consensus"].identity,
-            "assign": inputs["assign"].identity,
             "num_clusters": config.num_clusters,
+            **({name: inputs[name].fingerprint for name in ("corrections", "assign") if name in inputs}),
         },
+        "applied": applied_corrections(inputs),
         "counts": {
             "listed": num_listed(inputs["images"]),
             "assigned": int(content.sizes.sum()),

@@ -21,6 +21,7 @@ REPORT = Stage(
         "neighbors",
         "method",
         "consensus",
+        "corrections",
         "classifier",
         "assign",
         "evaluate",

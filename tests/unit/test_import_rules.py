@@ -19,12 +19,14 @@ ROOT = PACKAGE.parent
 
 ROOMS = (
     "errors", "random_numbers", "methods", "config", "store", "runtime", "stage", "metrics", "images", "embed",
-    "sample", "neighbors", "methods.*", "consensus", "classifier", "assign", "evaluate", "count", "report", "pipeline",
+    "sample", "neighbors", "methods.*", "consensus", "corrections", "classifier", "assign", "evaluate",
+    "count", "report", "pipeline",
 )  # fmt: skip
 """Imports run from right to left. `methods` is the table of methods, `methods.*` are the methods."""
 COMMANDS = {
     "__init__",
     "__main__",
+    "apply",
     "assign.new_images",
     "cli",
     "demo",

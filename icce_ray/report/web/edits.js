@@ -17,6 +17,9 @@ function showEdits(view) {
     const what = cluster === null ? "is dropped" : `moves to ${nameOf(resolve(cluster))}`;
     rows.push(line(`${uri} ${what}`, () => delete edits.moved[row]));
   }
+  if (edits.earlier.length) {
+    rows.push(line(`${count(edits.earlier.length, "image")} moved or dropped before`, () => (edits.earlier = [])));
+  }
   const problem = el("p", {className: "problem", role: "alert"});
   page(view, "Corrections", rows.length
     ? "They are kept in this browser. Save them, and let the run take them over:"
@@ -31,7 +34,7 @@ function showEdits(view) {
           problem.textContent = `${event.target.files[0].name} cannot be used: ${error.message}`;
         }
       }})),
-      el("button", {disabled: !rows.length, onclick: () => { if (confirm("Forget all corrections?")) { Object.assign(edits, {names: {}, merged: {}, added: [], moved: {}}); edited(); } }}, "Forget all")),
+      el("button", {disabled: !rows.length, onclick: () => { if (confirm("Forget all corrections?")) { Object.assign(edits, {names: {}, merged: {}, added: [], moved: {}, earlier: []}); edited(); } }}, "Forget all")),
     problem,
     rows.length ? table(["correction", ""], rows) : null);
 }
@@ -41,6 +44,7 @@ const quoted = (text) => (/^[\w./:@-]+$/.test(text) ? text : `'${text.replaceAll
 function removeAdded(cluster) {
   edits.added = edits.added.filter((other) => other !== cluster);
   delete edits.names[cluster];
+  edits.earlier = edits.earlier.filter((image) => image.cluster !== cluster);
   for (const [row, moved] of Object.entries(edits.moved)) if (moved.cluster === cluster) delete edits.moved[row];
   for (const [other, into] of Object.entries(edits.merged)) {
     if (into === cluster || Number(other) === cluster) delete edits.merged[other];

@@ -3,7 +3,7 @@
 // Clusters keep their numbers: a merged cluster is empty afterwards, and clusters that are split off get the next
 // numbers. So the order of corrections doesn't matter, and each can be taken back alone.
 
-const STORAGE_KEY = `icce-ray ${CORE.made_for.assign}`;
+const STORAGE_KEY = `icce-ray ${CORE.page}`;
 const BASE = new Map(CORE.clusters.map((cluster) => [cluster.cluster, cluster]));
 const DROPPED = -1;
 
@@ -12,12 +12,13 @@ const edits = {
   merged: {},   // cluster that a cluster was merged into
   added: [],    // clusters that were split off
   moved: {},    // {uri, id, cluster} by row; the cluster is null for an image that was dropped
+  earlier: [],  // {uri, image_id, cluster}: images that were moved or dropped before, and are so on this page
 };
 let now;             // cluster of each image on the page with the corrections, DROPPED for none
 let members;         // rows of each cluster with the corrections, by number
 
 function loadEdits() {
-  Object.assign(edits, structuredClone(CORE.applied || {}));
+  if (CORE.applied) Object.assign(edits, clusterEdits(CORE.applied), {earlier: CORE.applied.images});
   try {
     Object.assign(edits, JSON.parse(localStorage.getItem(STORAGE_KEY) || "{}"));
   } catch { /* a browser without storage, or another program's entry */ }
@@ -58,12 +59,12 @@ function apply() {
 /** The clusters that are left, largest first; those that were split off come last. */
 function clusterNumbers() {
   const all = [...CORE.clusters.filter((cluster) => cluster.size).map((cluster) => cluster.cluster), ...edits.added];
-  return all.filter((cluster) => edits.merged[cluster] === undefined);
+  return [...new Set(all)].filter((cluster) => edits.merged[cluster] === undefined);
 }
 
 function numEdits() {
   return [edits.names, edits.merged, edits.moved].reduce((sum, part) => sum + Object.keys(part).length, 0)
-    + edits.added.length;
+    + edits.added.length + edits.earlier.length;
 }
 
 function nameOf(cluster) {
@@ -129,7 +130,9 @@ function toFile() {
   for (const cluster of edits.added) entry(cluster).is_new = true;
   for (const [cluster, name] of Object.entries(edits.names)) entry(Number(cluster)).name = name;
   for (const cluster of Object.keys(edits.merged)) entry(Number(cluster)).merge_into = resolve(Number(cluster));
-  const images = Object.values(edits.moved).map(({uri, id, cluster}) => ({
+  const byUri = new Map(edits.earlier.map((image) => [image.uri, image]));
+  for (const {uri, id, cluster} of Object.values(edits.moved)) byUri.set(uri, {uri, image_id: id, cluster});
+  const images = [...byUri.values()].map(({uri, image_id: id, cluster}) => ({
     uri, image_id: id, cluster: cluster === null ? null : resolve(cluster),
   }));
   images.sort((a, b) => a.image_id - b.image_id);
@@ -141,24 +144,33 @@ function toFile() {
   };
 }
 
+/** Names, merges and new clusters of a file, as the page keeps them. */
+function clusterEdits(file) {
+  const found = {names: {}, merged: {}, added: []};
+  for (const {cluster, name, merge_into: into, is_new: isNew} of file.clusters) {
+    if (isNew) found.added.push(cluster);
+    if (name) found.names[cluster] = String(name);
+    if (into !== undefined && into !== null) found.merged[cluster] = into;
+  }
+  return found;
+}
+
 /** Replace the corrections by those of a file. Throws if it belongs to another clustering. */
 async function fromFile(file) {
   if (file?.format !== 1) throw new Error("this is not a corrections.json of this version");
   if (file.made_for?.consensus !== CORE.made_for.consensus) throw new Error("it was made for another clustering");
-  const next = {names: {}, merged: {}, added: [], moved: {}};
-  for (const {cluster, name, merge_into: into, is_new: isNew} of file.clusters) {
-    if (isNew) next.added.push(cluster);
-    if (name) next.names[cluster] = String(name);
-    if (into !== undefined && into !== null) next.merged[cluster] = into;
-  }
+  const next = {...clusterEdits(file), moved: {}};
   const byUri = new Map(file.images.map((image) => [image.uri, image]));
   for (let first = 0; first < CORE.counts.shown; first += CORE.images.rows_per_file) {
     const {uris} = await load(fileOf(first));
     uris.forEach((uri, place) => {
       const image = byUri.get(uri);
-      if (image) next.moved[first + place] = {uri, id: image.image_id, cluster: image.cluster};
+      if (!image) return;
+      next.moved[first + place] = {uri, id: image.image_id, cluster: image.cluster};
+      byUri.delete(uri);
     });
   }
+  next.earlier = [...byUri.values()];
   Object.assign(edits, next);
   edited();
 }

@@ -1,0 +1,43 @@
+"""``icce-ray apply RUN corrections.json``: take over what a person changed on the page.
+
+The corrections are kept in the run's output, and the run is made again from there: a corrected consensus, a classifier
+that learns it, assignments, scores and a page, each an artifact of its own whose manifest names what it is made of.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from icce_ray.config import build_config
+from icce_ray.corrections.corrections_file import read_bytes, read_corrections
+from icce_ray.corrections.stage import KEPT, KEPT_FOLDER, NONE, kept_name
+from icce_ray.errors import InputError
+from icce_ray.pipeline.find_run import find_stage
+from icce_ray.pipeline.result import Result
+from icce_ray.pipeline.run import run_pipeline
+from icce_ray.store import Folder
+
+
+def apply_corrections(run: str | Path, corrections: str | Path, *, quiet: bool = False) -> Result:
+    """Correct a finished run. The next run with the same settings keeps the corrections, also after images were added.
+
+    Args:
+        run: its YAML config, its output folder, or its record (``runs/*.json``).
+        corrections: the file that the page saved.
+        quiet: no progress and no summary on standard error.
+
+    Raises:
+        InputError: no such run; a file that cannot be used; or a config that names other corrections.
+    """
+    read_corrections(str(corrections))
+    found = find_stage(str(run), "consensus")
+    if found is None:
+        raise InputError(f"{run}: there is no such run; give a run's config, output folder or record")
+    settings = found[1]
+    kept = Folder.at(settings["output"]) / KEPT_FOLDER
+    named = settings.get("corrections", KEPT)
+    if named not in (KEPT, NONE) and not named.startswith(kept.uri):
+        raise InputError(f"{run} names corrections: {named}; save the new ones there, or remove that setting first")
+    config = build_config(settings | {"corrections": KEPT}, str(run))
+    kept.write_bytes(kept_name(config), read_bytes(str(corrections)))
+    return run_pipeline(config, quiet=quiet)

@@ -1,0 +1,143 @@
+"""Make the corrected consensus: the labels with a person's corrections, and how far the clusterings agree with them.
+
+An image that was trained on gets its new label here, and its near-duplicates follow it. The assign stage gives every
+image that was moved or dropped its own label, whether it was trained on or not.
+
+Shape letters: N images trained on, K clusters.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from icce_ray.config import Config
+from icce_ray.consensus.agreement import describe_clusters, measure_agreement
+from icce_ray.consensus.best_consensus import derive_seeds
+from icce_ray.consensus.cluster_counts import count_consensus
+from icce_ray.consensus.extra_runs import find_heads
+from icce_ray.consensus.hierarchy import HIERARCHY_NAME, build_hierarchy
+from icce_ray.consensus.stored_label_matrix import open_heads
+from icce_ray.corrections.carry_over import carry_over, read_base
+from icce_ray.corrections.corrections_file import Corrections, read_corrections
+from icce_ray.corrections.stage import APPLIED_NAME, MOVED_NAME
+from icce_ray.embed.feature_matrix import load_features
+from icce_ray.images.listing import LISTING_PREFIX
+from icce_ray.metrics.nmi import anmi_from_counts
+from icce_ray.sample.training_set import training_set
+from icce_ray.stage import StageContext
+from icce_ray.store import Artifact
+
+BASE_NAME = "base.parquet"
+"""uri, cluster: the consensus before the corrections, so that a later run can tell which of its clusters is which."""
+DROPPED = -1
+
+
+def run(config: Config, context: StageContext) -> dict[str, Any]:
+    """Write the files of a consensus, and APPLIED_NAME, BASE_NAME and MOVED_NAME.
+
+    Returns:
+        The metrics of the consensus; num_labels (K and the new clusters), num_moved, num_dropped, num_merged, num_new,
+        num_unknown (images of the file that are not in the collection), not_kept (clusters of an earlier clustering
+        whose corrections could not be carried over).
+
+    Raises:
+        InputError: the corrections were made for another clustering, which is no longer there.
+    """
+    inputs, output = context.inputs, context.output
+    consensus = inputs["consensus"]
+    labels_N = np.array(consensus.read_array("labels.npy"))
+    image_ids_N = load_features(training_set(inputs)).image_ids
+    given, not_kept = read_corrections(config.corrections), list[int]()
+    base = pa.table({"uri": uris_of(inputs["images"], image_ids_N), "cluster": labels_N})
+    if given.made_for.consensus != consensus.identity:
+        old = read_base(given, config.output)
+        given, not_kept = carry_over(given, old, base, consensus.identity, config.num_clusters)
+    moved = moved_images(given, inputs["images"])
+    num_unknown = len(given.images) - len(moved)
+    for count, what in (
+        (num_unknown, "images of the corrections are not in this collection"),
+        (len(not_kept), "clusters that were corrected are not in this clustering, so their corrections are left out"),
+    ):
+        if count:
+            context.progress.note(f"{count:,} {what}")
+    labels_N = correct_labels(labels_N, image_ids_N, moved, np.array(given.final_clusters()))
+
+    heads = open_heads([inputs["method"], *find_heads(config.consensus.extra_runs, config.output, inputs["method"])])
+    counts_KC = count_consensus(labels_N, heads, given.num_clusters)
+    agreement = measure_agreement(labels_N, heads, counts_KC, seed=derive_seeds(config.seed)[0])
+    metrics = dict(consensus.metrics) | {
+        "anmi": anmi_from_counts(counts_KC, heads.offsets),
+        "num_clusters": len(np.unique(labels_N[labels_N >= 0])),
+        "num_labels": given.num_clusters,
+        "num_moved": int((moved["cluster"].to_numpy() != DROPPED).sum()),
+        "num_dropped": int((moved["cluster"].to_numpy() == DROPPED).sum()),
+        "num_merged": sum(one.merge_into is not None for one in given.clusters),
+        "num_new": sum(one.is_new for one in given.clusters),
+        "num_unknown": num_unknown,
+        "not_kept": not_kept,
+    }
+    output.write_array("labels.npy", labels_N)
+    output.write_array("agreement.npy", agreement.agreement_N)
+    output.write_array("vote_entropy.npy", agreement.vote_entropy_N)
+    output.write_array("second_choice.npy", agreement.second_choice_N)
+    output.write_table(HIERARCHY_NAME, build_hierarchy(counts_KC, heads.offsets).to_table())
+    clusters = describe_clusters(labels_N, agreement.agreement_N, agreement.second_choice_N, given.num_clusters)
+    for cluster in clusters:
+        cluster["name"] = given.names.get(cluster["cluster"])
+    output.write_json("summary.json", consensus.read_json("summary.json") | metrics | {"clusters": clusters})
+    output.write_bytes(APPLIED_NAME, given.model_dump_json(indent=1, exclude_none=False).encode())
+    output.write_table(BASE_NAME, base)
+    output.write_table(MOVED_NAME, moved)
+    return metrics
+
+
+def correct_labels(
+    labels_N: npt.NDArray[np.integer],
+    image_ids_N: npt.NDArray[np.int64],
+    moved: pa.Table,
+    final_K: npt.NDArray[np.integer],
+) -> npt.NDArray[np.int32]:
+    """The labels with images moved and dropped, then clusters merged.
+
+    Args:
+        labels_N: 0..K-1, -1 for noise.
+        image_ids_N: ascending.
+        moved: image_id, cluster (final ones).
+        final_K: the cluster that each is part of after merges.
+    """
+    corrected_N = np.where(labels_N >= 0, final_K[labels_N], labels_N).astype(np.int32)
+    ids, clusters = moved["image_id"].to_numpy(), moved["cluster"].to_numpy()
+    rows = np.minimum(np.searchsorted(image_ids_N, ids), len(image_ids_N) - 1)
+    trained = image_ids_N[rows] == ids
+    corrected_N[rows[trained]] = clusters[trained]
+    return corrected_N
+
+
+def moved_images(given: Corrections, images: Artifact) -> pa.Table:
+    """image_id, cluster (after merges; DROPPED) of the images that are in the collection, by ascending id."""
+    final = given.final_clusters()
+    wanted = {image.uri: DROPPED if image.cluster is None else final[image.cluster] for image in given.images}
+    uris = pa.array(list(wanted), pa.string())
+    ids, clusters = list[int](), list[int]()
+    for name in images.part_names(LISTING_PREFIX) if wanted else ():
+        table = images.read_table(name)
+        found = table.filter(pc.is_in(table["uri"], uris)).select(["image_id", "uri"]).to_pydict()
+        ids += found["image_id"]
+        clusters += [wanted[uri] for uri in found["uri"]]
+    return pa.table({"image_id": pa.array(ids, pa.int64()), "cluster": pa.array(clusters, pa.int32())})
+
+
+def uris_of(images: Artifact, image_ids_N: npt.NDArray[np.int64]) -> pa.ChunkedArray:
+    """The URIs of ascending image ids."""
+    chunks, first = list[pa.Array](), 0
+    for name in images.part_names(LISTING_PREFIX):
+        uris = images.read_table(name)["uri"].combine_chunks()
+        inside = image_ids_N[(image_ids_N >= first) & (image_ids_N < first + len(uris))]
+        chunks.append(uris.take(pa.array(inside - first)))
+        first += len(uris)
+    return pa.chunked_array(chunks, type=pa.string())
