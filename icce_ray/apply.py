@@ -36,7 +36,7 @@ def apply_corrections(run: str | Path, corrections: str | Path, *, quiet: bool =
     settings = found[1]
     kept = Folder.at(settings["output"]) / KEPT_FOLDER
     named = settings.get("corrections", KEPT)
-    if named not in (KEPT, NONE) and not named.startswith(kept.uri):
+    if named not in (KEPT, NONE):
         raise InputError(f"{run} names corrections: {named}; save the new ones there, or remove that setting first")
     config = build_config(settings | {"corrections": KEPT}, str(run))
     kept.write_bytes(kept_name(config), read_bytes(str(corrections)))

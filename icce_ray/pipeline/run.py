@@ -60,7 +60,7 @@ def run_pipeline(config: Config, *, refresh: bool = False, retry_errors: bool = 
     if refresh:
         refresh_listing(config, quiet)
     planned = plan(config)
-    config = with_kept_corrections(config)
+    asked, config = config, with_kept_corrections(config)
     if retry_errors and retry_failed_images(config, planned, quiet):
         planned = plan(config)
     unplanned = () if is_complete(planned) else stages_of(config)[len(planned) :]
@@ -82,7 +82,8 @@ def run_pipeline(config: Config, *, refresh: bool = False, retry_errors: bool = 
         spent.update(_make_clusterings(other, steps, artifacts, quiet))
     resolved = combine_methods(resolved, planned)
     name = run_name(planned)
-    record = resolved.model_copy(update={"given_num_clusters": config.given_num_clusters}).model_dump(mode="json")
+    as_asked = {"given_num_clusters": config.given_num_clusters, "corrections": asked.corrections}
+    record = resolved.model_copy(update=as_asked).model_dump(mode="json")
     write_record(config.output, name, fingerprints_of(planned), record)
     with RunProgress(config.output, name) as told:
         seconds = run_stages(resolved, planned, artifacts, quiet, told)
