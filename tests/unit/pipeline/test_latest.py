@@ -23,7 +23,7 @@ from icce_ray.store import Artifact, ArtifactWriter, Folder
 FEATURES = np.random.default_rng(0).normal(size=(40, 4)).astype(np.float32)
 
 
-def write_run(output: Path, name: str, num_parts: int = 1) -> dict[str, Artifact]:
+def write_run(output: Path | str, name: str, num_parts: int = 1) -> dict[str, Artifact]:
     """The artifacts that people take away. The run `name` has its name in its page, and its length as cluster."""
     labels = np.arange(40) % 2
     classifier = fit_classifier(
@@ -37,7 +37,7 @@ def write_run(output: Path, name: str, num_parts: int = 1) -> dict[str, Artifact
     }
     artifacts = {}
     for stage, files in contents.items():
-        writer = ArtifactWriter(Folder.at(output / stage / name))
+        writer = ArtifactWriter(Folder.at(output) / stage / name)
         for file, content in files.items():
             if isinstance(content, pa.Table):
                 writer.write_table(file, content)
@@ -47,7 +47,7 @@ def write_run(output: Path, name: str, num_parts: int = 1) -> dict[str, Artifact
     return artifacts
 
 
-def publish_run(output: Path, name: str, *, is_new: bool = True, num_parts: int = 1) -> dict[str, str]:
+def publish_run(output: Path | str, name: str, *, is_new: bool = True, num_parts: int = 1) -> dict[str, str]:
     return publish(str(output), name, write_run(output, name, num_parts), {"anmi": 0.5}, is_new=is_new)
 
 
