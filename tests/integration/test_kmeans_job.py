@@ -99,7 +99,7 @@ class KillOnce(Progress):
 @pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_killed_shard_changes_nothing(features: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = config(features, tmp_path, 3)
+    settings = config(features, tmp_path, 2, kmeans={"num_starts": 1})
     artifacts, progress = run_until("sample", settings), KillOnce()
     make = job.ShardActors.__init__
 

@@ -140,12 +140,14 @@ def fit_kmeans(
         progress.update(0, settings.num_starts * limit, "prepares the rows")
     projection = _read_projection(records) or _project(shards, settings, num_images, dim, records)
     squares = math.fsum(each for of_shard in shards.all("prepare", projection) for each in of_shard)
-    run = _Run(shards, settings, projection, squares, num_images, num_clusters, seed, progress, records)
+    run = KMeansRun(shards, settings, projection, squares, num_images, num_clusters, seed, progress, records)
     fit = run.lloyd if settings.algorithm == "lloyd" else run.mini_batches
     return FittedKMeans(projection, tuple(fit()))
 
 
-class _Run:
+class KMeansRun:
+    """All starts of one clustering."""
+
     def __init__(
         self, shards: Shards, settings: KMeansConfig, projection: Projection, squares: float, num_images: int,
         num_clusters: int, seed: int, progress: Progress | None, records: PartRecords | None,
@@ -163,11 +165,11 @@ class _Run:
 
     def lloyd(self) -> list[Start]:
         """Full iterations, one start after the other."""
-        return [self._lloyd(number) for number in range(self.settings.num_starts)]
+        return [self.lloyd_from(number) for number in range(self.settings.num_starts)]
 
     def mini_batches(self) -> list[Start]:
         """Mini-batches, all starts side by side, epoch by epoch."""
-        states = [self._read(number) or self._begin(number) for number in range(self.settings.num_starts)]
+        states = [self._read(number) or self.begin(number) for number in range(self.settings.num_starts)]
         batch_size = self.settings.images_per_batch(self.num_clusters)
         for epoch in range(self.settings.num_epochs):
             due = [number for number, state in enumerate(states) if state.step == epoch and state.labels_N is None]
@@ -195,11 +197,12 @@ class _Run:
             state if state.labels_N is not None else self._finish(number, state) for number, state in enumerate(states)
         ]
 
-    def _lloyd(self, number: int) -> Start:
-        state = self._read(number) or self._begin(number)
+    def lloyd_from(self, number: int) -> Start:
+        """One start: full iterations from its last checkpoint to the end."""
+        state = self._read(number) or self.begin(number)
         limit = self.settings.num_iterations
         while state.step < limit and not state.is_converged:
-            state = self._iterate(state)
+            state = self.iterate(state)
             self._say(
                 number * limit + state.step, self.settings.num_starts * limit,
                 f"start {number + 1}, inertia {state.inertias[-1] / self.num_images:.5g} per image",
@@ -208,7 +211,8 @@ class _Run:
                 self._write(number, state)
         return state if state.labels_N is not None else self._finish(number, state)
 
-    def _iterate(self, state: Start) -> Start:
+    def iterate(self, state: Start) -> Start:
+        """One iteration of Lloyd's algorithm."""
         centroids_Kd = state.centroids_Kd.astype(np.float32)
         sums = Sums.join(self.shards.all("sums", self.projection, centroids_Kd))
         inertia = inertia_of(self.squares, sums, centroids_Kd)
@@ -231,7 +235,8 @@ class _Run:
                 moved_Kd[cluster] = far.row_d
         return unit_length(moved_Kd) if self.projection.spherical else moved_Kd
 
-    def _begin(self, number: int) -> Start:
+    def begin(self, number: int) -> Start:
+        """The starting centroids, by k-means++ on a sample."""
         size = min(self.num_images, sample_size(self.num_clusters))
         seed = _seed(self.seed, number, 0)
         sample = np.random.default_rng(seed).choice(self.num_images, size, replace=False, shuffle=False)

@@ -165,9 +165,9 @@ def test_an_empty_cluster_starts_again_from_the_farthest_row() -> None:
     starts = np.array([[0.2, 0], [0.8, 0], [90, 90], [95, 95]], np.float32)
     for num_shards in (1, 3):
         shards = InProcess(features, num_shards)
-        run = module._Run(shards, KMeansConfig(), _projection(features), 0.0, 600, 4, 0, None, None)
+        run = module.KMeansRun(shards, KMeansConfig(), _projection(features), 0.0, 600, 4, 0, None, None)
         mean = run.projection.mean_D.astype(np.float32)
-        state = run._iterate(module.Start(starts - mean, np.zeros(4, np.int64)))
+        state = run.iterate(module.Start(starts - mean, np.zeros(4, np.int64)))
         assert not state.is_converged
         np.testing.assert_allclose(state.centroids_Kd[2:] + mean, [[-2, 6], [3, 4]], atol=1e-5)
 
