@@ -24,6 +24,7 @@ from icce_ray.count.choice import Choice
 from icce_ray.count.count_clusters import count_clusters
 from icce_ray.errors import ConfigError, InputError
 from icce_ray.estimator_base import FeatureClusterer
+from icce_ray.methods import METHODS
 from icce_ray.methods.heads.fit import fit as fit_heads
 from icce_ray.neighbors.graph import build_graph
 from icce_ray.sample.training_set import TrainingRows, choose_rows
@@ -234,6 +235,12 @@ class ICCE(FeatureClusterer):
             "cluster_count": dict(self.cluster_count or {}),
         }
         config = validate(ClusteringConfig, settings, type(self).__name__)
+        with_heads = [name for name, method in METHODS.items() if method.section == "heads"]
+        if config.method not in with_heads:
+            raise ConfigError(
+                f"{type(self).__name__}: method is {self.method!r}, which trains no heads; give "
+                f"{', '.join(with_heads)}, or run it by a config or by its own estimator"
+            )
         if config.consensus.extra_runs:
             raise ConfigError(
                 f"{type(self).__name__}: consensus.extra_runs names runs of the pipeline, which do not exist here; "

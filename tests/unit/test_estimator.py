@@ -121,6 +121,8 @@ def test_the_temi_method_takes_the_best_head_and_fixed_neighbours(blobs) -> None
         ({"similarity_threshold": 3.0}, r"similarity_threshold is 3\.0"),
         ({"preset": "dino"}, "preset: 'dino' is not usable"),
         ({"method": "dino"}, "method: 'dino' is unknown"),
+        ({"method": "spectral"}, "method is 'spectral', which trains no heads; give icce, temi, scan"),
+        ({"method": ["icce", "temi"]}, "trains no heads"),
         ({"heads": {"num_head": 3}}, "did you mean num_heads"),
         ({"consensus": {"extra_runs": ["a-run"]}}, "cluster_ensemble a list of label matrices"),
     ],
