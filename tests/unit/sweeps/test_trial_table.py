@@ -36,6 +36,8 @@ ROWS = [
 def test_the_best_is_a_finished_trial_and_the_first_of_equals() -> None:
     assert choose_best(ROWS, "anmi").trial == 2
     assert [each.trial for each in ranked(ROWS, "anmi")] == [2, 4, 0]
+    alike = [row(trial, None, metrics={"peers": 0.5, "silhouette_pca": 0.1 * trial}) for trial in range(2)]
+    assert choose_best(alike, "peers").trial == 1, "the peers of two trials are the same"
 
 
 def test_without_a_finished_trial_the_first_reason_is_said() -> None:
