@@ -24,7 +24,7 @@ from icce_ray.embed.feature_matrix import COLUMN, column_name
 from icce_ray.errors import DamagedArtifactError
 from icce_ray.images.decoding import Preprocessing, SeveralViews
 from icce_ray.store import Artifact, Folder, Part
-from icce_ray.store.artifact import is_sound
+from icce_ray.store.artifact import check_unfinished, is_sound
 from icce_ray.store.part_records import PartRecord, PartRecords
 
 MIN_IMAGES_PER_PART = 16
@@ -149,6 +149,8 @@ def write_part(
     sink = io.BytesIO()
     pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
     data = sink.getbuffer()
+    if not part.revision:
+        check_unfinished(records.folder)
     records.folder.write_bytes(part.file_name, data)
     kind = table.schema.field(COLUMN).type
     file = Part(

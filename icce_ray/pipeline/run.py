@@ -235,7 +235,7 @@ def retry_failed_images(config: Config, planned: list[PlannedStage], quiet: bool
     images, artifact = inputs["images"], step.artifact
     if artifact is None or images is None or not num_failed(artifact):
         return False
-    writer, progress = ArtifactWriter(step.folder), Progress("retry", step.stage.unit, quiet)
+    writer, progress = ArtifactWriter(step.folder, amends=True), Progress("retry", step.stage.unit, quiet)
     check_stages(config, [step.stage])
     with Claim(step.folder) as claim:
         began = time.monotonic()

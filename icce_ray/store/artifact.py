@@ -210,10 +210,17 @@ class Artifact:
 
 class ArtifactWriter:
     """Collects the parts of an artifact and commits it. It can be pickled: workers write parts and return them to the
-    driver, which calls :meth:`add` and, at the end, :meth:`commit`."""
+    driver, which calls :meth:`add` and, at the end, :meth:`commit`.
 
-    def __init__(self, folder: Folder) -> None:
+    Args:
+        folder: the artifact's.
+        amends: whether the artifact is finished and is amended. Otherwise a writer that lost its claim, on S3, must not
+            write into what another job has finished.
+    """
+
+    def __init__(self, folder: Folder, *, amends: bool = False) -> None:
         self.folder = folder
+        self._amends = amends
         self.parts: dict[str, Part] = {}
 
     def add(self, part: Part) -> None:
@@ -228,7 +235,13 @@ class ArtifactWriter:
         dtype: str | None = None,
         shape: tuple[int, ...] | None = None,
     ) -> Part:
-        """Write a part atomically and add it to the manifest."""
+        """Write a part atomically and add it to the manifest.
+
+        Raises:
+            WorkerError: another job has finished the artifact.
+        """
+        if not self._amends:
+            check_unfinished(self.folder)
         self.folder.write_bytes(name, data)
         digest = hashlib.sha256(data).hexdigest()
         part = Part(name=name, num_bytes=len(data), sha256=digest, rows=rows, dtype=dtype, shape=shape)
@@ -310,6 +323,19 @@ class ArtifactWriter:
                 ) from None
             return there
         return Artifact(self.folder, manifest)
+
+
+def check_unfinished(folder: Folder) -> None:
+    """Before a part is written where a lost claim is possible.
+
+    Raises:
+        WorkerError: another job has finished the artifact.
+    """
+    if folder.s3_options is not None and folder.exists(MANIFEST_NAME):
+        raise WorkerError(
+            f"{folder.uri}: another job has finished this artifact meanwhile, so this one stops; run the same command "
+            "again, which uses its result"
+        )
 
 
 def is_sound(folder: Folder, part: Part) -> bool:

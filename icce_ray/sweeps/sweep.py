@@ -103,7 +103,7 @@ def _search(asked: Sweep, listings: Listings, folder: Folder, name: str, quiet: 
     failures = _make_shared(asked, known or [{}], listings, quiet)
     records = PartRecords(folder, name)
     rows = run_trials(asked, known, listings, failures, records, Progress(STAGE, "trials", quiet))
-    writer = ArtifactWriter(folder)
+    writer = ArtifactWriter(folder, amends=True)  # a sweep may grow
     metrics = write(asked, rows, listings, writer)
     artifact = writer.commit(
         stage=STAGE,

@@ -26,7 +26,7 @@ from icce_ray.errors import InputError, WorkerError
 from icce_ray.images.listing import Listing
 from icce_ray.pipeline import run as pipeline
 from icce_ray.pipeline.plan import plan
-from icce_ray.store import Artifact, Claim, Folder, claim
+from icce_ray.store import Artifact, ArtifactWriter, Claim, Folder, claim
 from icce_ray.store.s3 import use_s3
 
 from .stages import killing, run_embed, wait_for
@@ -269,6 +269,21 @@ def test_a_dead_machines_claim_is_taken_over_and_a_renewed_one_is_not(
     folder.create_bytes("manifest.json", b"first")
     with pytest.raises(FileExistsError):
         folder.create_bytes("manifest.json", b"second")
+
+
+def test_a_writer_without_a_claim_cannot_touch_what_another_has_finished(endpoint: str) -> None:
+    use_s3(config_for(endpoint, "s3://results/x").storage)
+    first, second = (ArtifactWriter(Folder.at("s3://results/mixed")) for _ in range(2))
+    second.write_json("part.json", "of the second")
+    first.write_json("part.json", "of the first")
+    options = {"stage": "s", "fingerprint": "f", "inputs": {}, "config": {}, "metrics": {}, "seconds": 0.0}
+    finished = first.commit(**options, exclusive=True)
+    with pytest.raises(WorkerError, match="another job has finished this artifact meanwhile"):
+        second.write_json("part.json", "of the second")
+    with pytest.raises(WorkerError, match="another job wrote this artifact at the same time"):
+        second.commit(**options, exclusive=True)
+    assert finished.read_json("part.json") == "of the first"
+    ArtifactWriter(finished.folder, amends=True).write_json("more.json", 1)
 
 
 def _work_while_another_takes_over(folder: Folder) -> None:
