@@ -1,7 +1,9 @@
 """The methods on the same features, in the same run: sets with equal and with unequal classes, several seeds.
 
 Of larger sets, a sample of `max_images`. k-means has ten starts, on centred, normalised features; spectral clustering
-cuts the graph of ten nearest neighbours of these. TEMI gets a search of its own over learning rate and epochs: the
+cuts the graph of ten nearest neighbours of these; agglomerative clustering is Ward's. TURTLE has five runs,
+of which the generalisation score chooses one. The combination is the consensus of the heads of icce, TURTLE's runs and
+ten starts of k-means, each with the same weight. TEMI gets a search of its own over learning rate and epochs: the
 values that are best on the sets that our constants were chosen on. A method is a line of METHODS.
 """
 
@@ -13,18 +15,30 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from sklearn.cluster import KMeans, SpectralClustering
+import sklearn.cluster
+from sklearn.cluster import AgglomerativeClustering, SpectralClustering
 from sklearn.neighbors import kneighbors_graph
 from sklearn.preprocessing import normalize
 
 from cases import datasets
-from icce_ray import ICCE
+from icce_ray import ICCE, TURTLE, KMeans, cluster_ensemble
 from icce_ray.metrics.true_label_scores import evaluate_clustering
 
 SETTINGS: dict[str, Any] = {
     "datasets": [*datasets.BALANCED, *datasets.UNEQUAL],
     "max_images": 2500,
-    "methods": ["k-means", "spectral", "scan", "paper", "temi", "icce, equal clusters", "icce"],
+    "methods": [
+        "k-means",
+        "agglomerative",
+        "spectral",
+        "turtle",
+        "scan",
+        "paper",
+        "temi",
+        "icce, equal clusters",
+        "icce",
+        "combination",
+    ],
     "seeds": [0, 1, 2],
     "num_heads": 16,
     "num_epochs": 50,
@@ -65,8 +79,22 @@ def temi(features: datasets.Floats, num_clusters: int, seed: int, settings: dict
     return rows
 
 
+def combination(features: datasets.Floats, num_clusters: int, seed: int, settings: dict[str, Any]) -> Rows:
+    heads = icce(features, num_clusters, seed, settings, heads=settings["heads"], neighbors=settings["neighbors"])
+    rows = [
+        heads.head_labels_,
+        TURTLE(num_clusters, random_state=seed).fit(features).label_matrix_,
+        KMeans(num_clusters, random_state=seed).fit(features).label_matrix_,
+    ]
+    return {"combination": cluster_ensemble(rows, num_clusters, random_state=seed).labels}
+
+
 METHODS: dict[str, Callable[..., Rows]] = {
-    "k-means": lambda x, k, seed, _: {"k-means": KMeans(k, n_init=10, random_state=seed).fit_predict(unit(x))},
+    "k-means": lambda x, k, seed, _: {
+        "k-means": sklearn.cluster.KMeans(k, n_init=10, random_state=seed).fit_predict(unit(x))
+    },
+    "agglomerative": lambda x, k, seed, _: {"agglomerative": AgglomerativeClustering(k).fit_predict(unit(x))},
+    "turtle": lambda x, k, seed, _: {"turtle": TURTLE(k, random_state=seed).fit_predict(x)},
     "spectral": lambda x, k, seed, _: {"spectral": spectral(x, k, seed)},
     "scan": lambda x, k, seed, s: {"scan": icce(x, k, seed, s, method="scan").labels_},
     "paper": lambda x, k, seed, s: {"paper": icce(x, k, seed, s, preset="paper").labels_},
@@ -77,6 +105,7 @@ METHODS: dict[str, Callable[..., Rows]] = {
         ).labels_
     },
     "icce": our_defaults,
+    "combination": combination,
 }
 
 
