@@ -16,10 +16,11 @@ import torch
 from icce_ray.config import Config, EmbedConfig
 from icce_ray.consensus.consensus_memory import coordinator_bytes
 from icce_ray.consensus.consensus_memory import worker_bytes as consensus_bytes
-from icce_ray.embed.backbone_plan import check_backbones, plan_embedding
+from icce_ray.embed.backbone_plan import RANDOM_WEIGHTS, check_backbones, plan_embedding
 from icce_ray.embed.decode_and_embed import decode_part
 from icce_ray.embed.embedding_parts import PartRange, read_part
 from icce_ray.embed.feature_matrix import table_to_arrays
+from icce_ray.embed.weights import local_weights
 from icce_ray.errors import InputError
 from icce_ray.images.embedding_files import open_embeddings
 from icce_ray.images.listing import Listing
@@ -139,6 +140,7 @@ def estimate(config: Config, *, num_samples: int = 256, quiet: bool = False) -> 
     bytes_of = _memory(config, num_images, embedded, pilot)
     disk_bytes = {"images": sum(part.num_bytes for part in listed.manifest.parts)}
     disk_bytes |= {"embed": round(embedded.bytes_per_image * num_images), **pilot.disk_bytes}
+    disk_bytes["classifier"] = disk_bytes.get("classifier", 0) + _backbone_bytes(config)
     seconds = {"images": listing_s, "embed": embedded.startup_s + num_images * embedded.seconds_per_image}
     seconds |= pilot.seconds
     if not here:  # the first stage starts Ray, the others their workers
@@ -281,6 +283,15 @@ def _memory(config: Config, num_images: int, sample: _Sample, pilot: PilotRun) -
     needed["consensus"] = coordinator_bytes(n, heads, num_clusters, config.consensus.methods, pilot.mean_neighbors > 0)
     needed["consensus"] += consensus_bytes(n, heads, num_clusters)
     return {name: sample.base_bytes + number for name, number in needed.items()}
+
+
+def _backbone_bytes(config: Config) -> int:
+    """Size of the weights that the model folder gets a copy of."""
+    weights = config.embed.weights
+    if config.embeddings.uri is not None or weights in (None, RANDOM_WEIGHTS) or not config.classifier.include_backbone:
+        return 0
+    assert weights is not None
+    return local_weights(weights).stat().st_size
 
 
 def _decode_s(embed: EmbedConfig, listing: Listing, rows: list[int]) -> float:
