@@ -15,7 +15,7 @@ import scipy.sparse as sp
 from scipy.special import xlogy
 
 from icce_ray.consensus.cluster_counts import count_consensus
-from icce_ray.consensus.label_matrix import Counts, Heads, Labels
+from icce_ray.consensus.label_matrix import Counts, HeadLabels, Heads, Labels
 from icce_ray.metrics.nmi import entropy, mutual_information
 
 Floats = npt.NDArray[np.float64]
@@ -25,7 +25,9 @@ Split = tuple[int, int]
 NUM_RANKS = 3
 """A head offers so many splits of a cluster: its second to fourth largest cells in the cluster's row of the counts."""
 MAX_COUNTED, MIN_SPLITS = 1 << 22, 16
-"""Number of splits times head clusters that are counted for each empty cluster, and the least number of splits."""
+"""Number of splits times head clusters that are counted at a time, and the least number of splits."""
+FILLED_SHARE = 4
+"""One of so many empty clusters is filled for each time that splits are counted, but at least one."""
 
 
 def fill_empty_clusters(labels_N: Labels, heads: Heads, num_clusters: int) -> tuple[Labels, int]:
@@ -35,25 +37,29 @@ def fill_empty_clusters(labels_N: Labels, heads: Heads, num_clusters: int) -> tu
     An empty cluster gets the images that one head separates from the rest of their cluster; among all such splits, the
     one that leaves the highest ANMI. If there are too many to count, only those of the highest estimated gain.
     """
-    empty = np.flatnonzero(np.bincount(labels_N, minlength=num_clusters) == 0)
-    if not len(empty):
+    empty = np.flatnonzero(np.bincount(labels_N, minlength=num_clusters) == 0).tolist()
+    if not empty:
         return labels_N, 0
+    num_empty = len(empty)
     table = _Table(count_consensus(labels_N, heads, num_clusters), heads.offsets)
     labels_N = labels_N.copy()
     counted: dict[Split, Counts] = {}
-    for target in empty.tolist():
-        splits = table.promising_splits()
-        if not splits:
-            break
+    while empty and (splits := table.promising_splits()):
         counted |= _count_splits([split for split in splits if split not in counted], labels_N, heads)
-        values_M = table.anmi_after(splits, np.array([counted[split] for split in splits]))
-        cluster, column = splits[int(values_M.argmax())]
-        head = int(np.searchsorted(heads.offsets, column, side="right")) - 1
-        codes_N = heads.gather(slice(head, head + 1)).codes[0]
-        labels_N[(labels_N == cluster) & (codes_N == column - heads.offsets[head])] = target
-        table.split(cluster, target, counted[cluster, column])
-        counted = {split: counts_C for split, counts_C in counted.items() if split[0] != cluster}
-    return labels_N, len(empty)
+        # Counting reads all labels. So if many clusters are empty, some are filled at a time, from different clusters.
+        for _ in range(max(1, len(empty) // FILLED_SHARE)):
+            splits = [split for split in splits if split in counted]
+            if not splits:
+                break
+            values_M = table.anmi_after(splits, np.array([counted[split] for split in splits]))
+            cluster, column = splits[int(values_M.argmax())]
+            head = int(np.searchsorted(heads.offsets, column, side="right")) - 1
+            codes_N = heads.gather(slice(head, head + 1)).codes[0]
+            target = empty.pop(0)
+            labels_N[(labels_N == cluster) & (codes_N == column - heads.offsets[head])] = target
+            table.split(cluster, target, counted[cluster, column])
+            counted = {split: counts_C for split, counts_C in counted.items() if split[0] != cluster}
+    return labels_N, num_empty
 
 
 class _Table:
@@ -165,7 +171,7 @@ def _count_splits_of_part(
 ) -> Counts:
     part, num_columns = heads.read(start, stop), heads.num_head_clusters
     rows_r = np.flatnonzero(np.isin(labels_N[start:stop], clusters_M))
-    columns_rH = part.columns()[rows_r]
+    columns_rH = HeadLabels(part.codes[:, rows_r], part.values).columns()
     places, numbers = np.nonzero(columns_rH >= 0)[0], columns_rH[columns_rH >= 0]
     members = sp.csr_array((np.ones(len(places), np.int64), (places, numbers)), shape=(len(rows_r), num_columns))
     keys_M = clusters_M * num_columns + columns_M  # ascending

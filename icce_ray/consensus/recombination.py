@@ -17,7 +17,6 @@ from math import comb
 import numpy as np
 import numpy.typing as npt
 
-from icce_ray.consensus.empty_clusters import fill_empty_clusters
 from icce_ray.consensus.label_hashes import hash_numbers
 from icce_ray.consensus.label_matrix import Labels
 from icce_ray.consensus.neighbor_score import RESOLUTION, Moves, NeighborScore, sum_weights
@@ -52,20 +51,23 @@ def recombine(score: NeighborScore, consensuses: Sequence[Labels], num_clusters:
 
     Args:
         score: the graph and the heads. Heads that leave out images count in the weights of the edges only.
-        consensuses: labels (N,) 0..K-1; those that use as many clusters as the first take part.
+        consensuses: labels (N,) 0..K-1. All results use as many clusters as the first.
         num_clusters: K.
         seed: seed of the choice of the images that move first.
     """
     limit = population_size(score.nearest.shape[0] * score.nearest.shape[1])
     num_used = len(np.unique(consensuses[0]))
-    starts = (
-        labels_N for labels_N in _starts(score, consensuses, num_clusters) if len(np.unique(labels_N)) == num_used
-    )
     found: list[Scored] = []
-    for batch in _batches(starts, score):
+    for batch in _batches(_starts(score, consensuses, num_clusters), score):
         found += map(Scored, batch, score.scores(batch, num_clusters))
         found = _best(found, 2 * limit)
-    found = polish(score, [one.labels_N for one in found], num_clusters, seed=seed)
+    starts = [consensuses[0]]
+    for labels_N in (one.labels_N for one in found):
+        if len(np.unique(labels_N)) < num_used:
+            labels_N = overlay(score, labels_N, consensuses[0], num_clusters)
+        if len(np.unique(labels_N)) == num_used:
+            starts.append(labels_N)
+    found = polish(score, starts, num_clusters, seed=seed)
     found = _best(found, limit)
     pairs = [(one.labels_N, other.labels_N) for one, other in combinations(found, 2)]
     overlays = (overlay(score, *pair, num_clusters) for pair in pairs)
@@ -73,7 +75,7 @@ def recombine(score: NeighborScore, consensuses: Sequence[Labels], num_clusters:
 
 
 def _starts(score: NeighborScore, consensuses: Sequence[Labels], num_clusters: int) -> Iterator[Labels]:
-    """The consensuses, and the heads with `num_clusters` clusters each: more are merged, and empty ones are filled."""
+    """The consensuses, and the heads with at most `num_clusters` clusters each: more are merged."""
     yield from consensuses
     heads = score.heads
     for head, num_codes in enumerate(heads.num_clusters.tolist()):
@@ -82,7 +84,7 @@ def _starts(score: NeighborScore, consensuses: Sequence[Labels], num_clusters: i
             continue
         if num_codes > num_clusters:
             codes_N = merge_cells(score, codes_N, num_codes, num_clusters)
-        yield fill_empty_clusters(codes_N, heads, num_clusters)[0]
+        yield codes_N
 
 
 def population_size(num_edges: int) -> int:
