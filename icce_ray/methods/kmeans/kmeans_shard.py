@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-from threadpoolctl import threadpool_limits
+from threadpoolctl import ThreadpoolController, threadpool_limits
 
 from icce_ray.errors import ResourceError
 from icce_ray.methods.kmeans.assignment import Labels, Sums, nearest, squared_distances
@@ -33,7 +33,7 @@ from icce_ray.methods.kmeans.projection import (
     read_rows,
     shift_of,
 )
-from icce_ray.runtime.threads import ThreadPool
+from icce_ray.runtime.threads import in_threads
 from icce_ray.store.cache import cache_folder
 
 BLOCK_ELEMENTS = 2**21
@@ -106,6 +106,12 @@ class KMeansShard:
         assert self.device is not None
         return TorchAssigner(self.device)
 
+    @cached_property
+    def blas(self) -> ThreadpoolController:
+        """Limits the threads of matrix products, on which their rounding depends. Finding the libraries takes 10 ms, as
+        long as a pass over a small collection."""
+        return ThreadpoolController()
+
     def measure(self, with_products: bool) -> list[tuple[int, Moments]]:
         """The moments of every `num_shards`-th part, with its number."""
         num_images, dim = self.features.shape
@@ -174,7 +180,7 @@ class KMeansShard:
         rows that they were ever assigned."""
         centroids_Kd, counts_K = running.centroids_Kd.copy(), running.counts_K.copy()
         order_N = np.random.default_rng(seed).permutation(len(self.features))
-        with threadpool_limits(1):
+        with self.blas.limit(limits=1):
             for start in range(0, len(order_N), batch_size):
                 images = np.sort(order_N[start : start + batch_size])
                 rows_nd = projection(self.features[images])
@@ -253,8 +259,8 @@ class KMeansShard:
         )
 
     def _in_threads(self, function: Callable[[Any], R], items: Any) -> list[R]:
-        with threadpool_limits(1), ThreadPool(self.num_threads) as pool:
-            return pool.map(function, items)
+        with self.blas.limit(limits=1):
+            return in_threads(function, items, self.num_threads)
 
 
 def unit_length(vectors_Kd: Doubles) -> Doubles:
