@@ -9,6 +9,9 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from icce_ray.config import Config
+from icce_ray.corrections.stage import consensus_of
+from icce_ray.embed.feature_matrix import load_features
+from icce_ray.evaluate.estimated_accuracy import MAX_IMAGES, estimate_accuracy
 from icce_ray.evaluate.labels import TrueLabels, load_labels
 from icce_ray.images.listing import Listing
 from icce_ray.methods.clusterings import read_losses
@@ -19,11 +22,13 @@ from icce_ray.metrics.true_label_scores import (
     match_clusters,
 )
 from icce_ray.runtime.progress import Progress
-from icce_ray.sample.training_set import training_rows
+from icce_ray.sample.training_set import training_rows, training_set
 from icce_ray.stage import StageContext
 from icce_ray.store import Artifact
 
 METRICS_NAME = "metrics.json"
+SAMPLED_IMAGES = 2 * MAX_IMAGES
+"""Images that are read for the estimate, since some of them may be noise."""
 LABELS_NAME = "labels.parquet"
 """image_id, label: the true label of each image, if labels were given; the report shows it."""
 
@@ -32,15 +37,16 @@ def run(config: Config, context: StageContext) -> dict[str, Any]:
     """Compare the assignments with the true labels.
 
     Returns:
-        Nothing without labels. Otherwise acc, nmi (geometric), nmi_arithmetic, ari, many_to_one over all embedded
-        images, and if some of them are noise num_noise and acc_without_noise; head_acc_mean, head_acc_best (by the true
-        labels), head_acc_lowest_loss over the images of the consensus; acc_high_agreement and acc_low_agreement, over
-        the halves of these by agreement; num_classes.
+        estimated_accuracy (made without labels; left out where it cannot be made). With labels also acc, nmi
+        (geometric), nmi_arithmetic, ari, many_to_one over all embedded images, and if some of them are noise num_noise
+        and acc_without_noise; head_acc_mean, head_acc_best (by the true labels), head_acc_lowest_loss over the images
+        of the consensus; acc_high_agreement and acc_low_agreement, over the halves of these by agreement; num_classes.
 
     Raises:
         InputError: labels that cannot be used.
     """
     metrics: dict[str, Any] = {}
+    estimate = _estimate(config, context)
     if config.evaluate.labels is not None:
         table = _read_assignments(context.inputs["assign"], ["image_id", "cluster", "agreement"])
         image_ids = table["image_id"].to_numpy()
@@ -62,8 +68,20 @@ def run(config: Config, context: StageContext) -> dict[str, Any]:
             read_losses(heads),
             context.progress,
         )
-    context.output.write_json(METRICS_NAME, metrics)
+    if estimate is not None:
+        metrics |= {"estimated_accuracy": estimate[0]}
+    context.output.write_json(METRICS_NAME, metrics | {"estimate_views": estimate[1] if estimate else None})
     return metrics
+
+
+def _estimate(config: Config, context: StageContext) -> tuple[float, dict[str, float]] | None:
+    """The estimated accuracy of the clusters, from a sample of the images trained on."""
+    labels_N = consensus_of(context.inputs).read_array("labels.npy")
+    rows = np.arange(len(labels_N))
+    if len(rows) > SAMPLED_IMAGES:
+        rows = np.sort(np.random.default_rng(config.seed).choice(len(rows), SAMPLED_IMAGES, replace=False))
+    features_nD = load_features(training_set(context.inputs)).matrix[rows]
+    return estimate_accuracy(features_nD, np.asarray(labels_N[rows]), seed=config.seed)
 
 
 def evaluate(

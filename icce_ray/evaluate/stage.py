@@ -10,7 +10,7 @@ from icce_ray.store.filesystem import open_uri
 def _settings(config: Config) -> Settings:
     labels = config.evaluate.labels
     identity = None if labels in (None, "folder", "cls") else _file_identity(str(labels))
-    return {"evaluate": config.evaluate.model_dump(), "file": identity}
+    return {"evaluate": config.evaluate.model_dump(), "file": identity, "seed": config.seed}
 
 
 def _file_identity(uri: str) -> Settings:
@@ -29,7 +29,7 @@ def _check(config: Config) -> None:
 EVALUATE = Stage(
     "evaluate",
     "icce_ray.evaluate.run_scores",
-    2,
+    3,
     ("images", "embed", "sample", "method", "consensus", "corrections", "assign"),
     _settings,
     check=_check,

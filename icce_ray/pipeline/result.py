@@ -38,7 +38,7 @@ class Result:
     errors: str
     """Parquet table: image_id, uri, reason."""
     metrics: dict[str, float]
-    """acc, nmi, ari and others if labels were given, else empty."""
+    """estimated_accuracy, made without labels; acc, nmi, ari and others if labels were given."""
     seconds: dict[str, float]
     """Seconds spent by this run on each stage; 0 for stages that were finished before."""
     finished_before: tuple[str, ...]
@@ -90,6 +90,8 @@ def _range(artifacts: Mapping[str, Artifact]) -> tuple[int, int] | None:
 def summary(result: Result, artifacts: Mapping[str, Artifact], places: Mapping[str, str], total_s: float) -> str:
     """The closing lines of a run. `places` are those in ``latest``, by name."""
     scores = f"ANMI {result.anmi:.3f}"
+    if "estimated_accuracy" in result.metrics:
+        scores += f", estimated accuracy {result.metrics['estimated_accuracy']:.0%} (without labels)"
     for key in HEADLINE_METRICS:
         if key in result.metrics:
             scores += f", {key.upper()} {result.metrics[key]:.3f}"

@@ -285,6 +285,7 @@ def _core(
         "scores": {
             "anmi": summary["anmi"],
             "agreement": content.mean_agreement(),
+            "estimate": metrics.get("estimated_accuracy"),
             "probability": content.mean_consensus_probability(),
             "true": [[label, metrics[key]] for key, label in SCORES if key in metrics],
         },

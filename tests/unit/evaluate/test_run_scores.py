@@ -4,10 +4,12 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from sklearn.metrics import adjusted_rand_score
 
 from icce_ray.config import Config
+from icce_ray.embed.embedding_parts import part_table
 from icce_ray.evaluate.labels import TrueLabels
 from icce_ray.evaluate.run_scores import evaluate, run
 from icce_ray.runtime.progress import Progress
@@ -82,6 +84,13 @@ def planted(root: Path, labels: str | None) -> tuple[Config, StageContext]:
     writer.write_array("label_matrix.npy", np.stack([CLUSTERS[1:]] * 2).astype(np.int32))
     writer.write_json("clusterings.json", {"losses": [0.1, 0.2]})
     commit(writer, "method")
+    writer = ArtifactWriter(Folder.at(root / "consensus"))
+    writer.write_array("labels.npy", CLUSTERS[1:].astype(np.int32))
+    commit(writer, "consensus")
+    features = np.eye(3, 5, dtype=np.float32)[CLUSTERS] + np.random.default_rng(0).normal(0, 0.1, (60, 5))
+    writer = ArtifactWriter(Folder.at(root / "embed"))
+    writer.write_table("part-00000.parquet", part_table(np.arange(1, 60), features[1:].astype(np.float32)))
+    commit(writer, "embed")
     output = ArtifactWriter(Folder.at(root / "evaluate"))
     return config, StageContext(output, inputs, Progress("evaluate", quiet=True))
 
@@ -93,10 +102,18 @@ def test_the_stage_compares_the_assignments_with_the_labels(tmp_path: Path) -> N
     assert '"acc": 1.0' in context.output.folder.read_bytes("metrics.json").decode()
 
 
-def test_without_labels_there_are_no_metrics(tmp_path: Path) -> None:
+def test_without_labels_there_is_an_estimate_only(tmp_path: Path) -> None:
     config, context = planted(tmp_path, None)
-    assert run(config, context) == {}
-    assert context.output.folder.read_bytes("metrics.json") == b"{}"
+    assert run(config, context) == {"estimated_accuracy": 1.0}
+    assert not context.output.folder.exists("labels.parquet")
+
+
+def test_the_labels_are_kept_for_the_report(tmp_path: Path) -> None:
+    config, context = planted(tmp_path, "folder")
+    run(config, context)
+    table = pq.read_table(tmp_path / "evaluate" / "labels.parquet")
+    assert table["image_id"].to_pylist() == list(range(1, 60))
+    assert table["label"].cast(pa.string()).to_pylist() == ["abc"[label] for label in TRUE[1:]]
 
 
 def test_noise_is_wrong_in_the_accuracy_and_one_more_cluster_in_the_index() -> None:

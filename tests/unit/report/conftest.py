@@ -162,5 +162,7 @@ def build_run(config: Config, root: Path, rows_per_part: int) -> PlantedRun:
     ids_n = np.arange(len(rows))
     names = pa.array(sorted(COLORS)).take(pa.array(classes[rows])).dictionary_encode()
     output.write_table("labels.parquet", pa.table({"image_id": ids_n, "label": names}))
-    inputs["evaluate"] = commit(output, "evaluate", config, {"acc": 0.9111, "nmi": 0.8, "ari": 0.7})
+    inputs["evaluate"] = commit(
+        output, "evaluate", config, {"estimated_accuracy": 0.87, "acc": 0.9111, "nmi": 0.8, "ari": 0.7}
+    )
     return PlantedRun(config, inputs)

@@ -144,6 +144,7 @@ def test_the_page_has_the_numbers_of_the_run(written: tuple[Page, Path]) -> None
     core = written[0].core
     assert core["counts"] == {"listed": 90, "assigned": 89, "errors": 1, "outliers": 1, "noise": 0, "shown": 89}
     assert core["scores"]["anmi"] == 0.8123
+    assert core["scores"]["estimate"] == 0.87
     assert core["scores"]["true"][0] == ["ACC", 0.9111]
     assert core["errors"][0][2] == "truncated"
     assert core["run"]["consensus"] == [["mcla", 0.8123], ["hbgf", 0.7]]

@@ -308,6 +308,7 @@ def test_confusion_leads_to_the_images_that_another_cluster_would_take(opened: O
 
 
 def test_lists_and_errors(opened: Opened) -> None:
+    assert "88%\nagreement\n≈ 87%\nestimated accuracy" in opened.text(".figures")
     opened.go("errors")
     assert "truncated" in opened.text()
     opened.go("outliers")
