@@ -116,9 +116,12 @@ class Tasks:
 
 def _drawn(embed: Artifact, rows: Ids, folder: Folder, work: Tasks) -> Artifact:
     """The drawn rows as an artifact, so that every machine can load them as a matrix."""
+    Artifact.discard_damage(folder)
     finished = Artifact.find(folder)
-    if finished is not None and finished.fingerprint == source_digest(embed, SAMPLE.version):
-        return finished
+    if finished is not None:
+        if finished.fingerprint == source_digest(embed, SAMPLE.version):
+            return finished
+        folder.clear()  # of other embeddings
     writer = ArtifactWriter(folder)
     for record in _copy_rows(embed, rows, PartRecords(folder, source_digest(embed, SAMPLE.version)), work):
         writer.add(record.files[0])
