@@ -84,8 +84,7 @@ def faulty_proxy(endpoint: str, faults: Faults) -> Iterator[str]:
         protocol_version = "HTTP/1.1"
 
         def handle_any(self) -> None:
-            length = int(self.headers.get("Content-Length") or 0)
-            body = self.rfile.read(length)
+            body = self.body()
             fault = self.fault()
             with lock:
                 faults.seen[f"{self.command} {fault}".strip()] += 1
@@ -116,6 +115,17 @@ def faulty_proxy(endpoint: str, faults: Faults) -> Iterator[str]:
             else:
                 length = int(answer.getheader("Content-Length") or len(data)) if self.command == "HEAD" else None
                 self.answer(answer.status, headers, data, length=length)
+
+        def body(self) -> bytes:
+            if self.headers.get("Transfer-Encoding") != "chunked":
+                return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            del self.headers["Transfer-Encoding"]
+            chunks = []
+            while length := int(self.rfile.readline(), 16):
+                chunks.append(self.rfile.read(length))
+                self.rfile.readline()
+            self.rfile.readline()
+            return b"".join(chunks)
 
         def fault(self) -> str:
             if faults.away or faults.refuse:
