@@ -42,14 +42,19 @@ class EmbeddingsConfig(Section):
     list column. float16 is kept; everything else becomes float32."""
     column: str | None = None
     """Parquet list column with the embeddings. Not set: the only list column."""
+    images: Place | None = None
+    """The image of each row, in order, so that the page and the exports show pictures: a .txt list with one path or URI
+    per line, or a .parquet file with a column `images.uri_column`. Not set: that column of the embeddings, if they have
+    it; else each row is named by its file and number."""
     extra: tuple[Place, ...] = ()
     """More embeddings of the same images in the same order, by other backbones: more feature sets. Later stages use the
     first feature set; the method `turtle` uses all."""
 
     @model_validator(mode="after")
     def _check(self) -> EmbeddingsConfig:
-        if self.extra and self.uri is None:
-            raise ValueError("extra is given, but uri is not; name the first embeddings with uri")
+        for name in ("extra", "images"):
+            if getattr(self, name) and self.uri is None:
+                raise ValueError(f"{name} is given, but uri is not; name the embeddings with uri")
         return self
 
 

@@ -24,15 +24,18 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from icce_ray.config import Config, EmbeddingsConfig, ImagesConfig
+from icce_ray.errors import InputError
 from icce_ray.images.containers import file_of, locate, members
 from icce_ray.images.embedding_files import open_embedding_sets, open_embeddings
 from icce_ray.images.file_table import File, FileTable
 from icce_ray.images.image_files import iter_files
 from icce_ray.images.listing import LISTING_PREFIX, REMOVED, Entry, Listing, number_entries
 from icce_ray.images.skipped_files import describe
+from icce_ray.images.uri_lists import named_images
 from icce_ray.images.uris import is_remote
 from icce_ray.stage import StageContext
 from icce_ray.store import Artifact, Folder
+from icce_ray.store.filesystem import open_uri
 
 PART_ROWS = 65_536
 
@@ -50,9 +53,8 @@ def run(config: Config, context: StageContext) -> dict[str, Any]:
     """
     images, embeddings, output = config.images, config.embeddings, config.output
     if embeddings.uri is not None:
-        uris = open_embeddings(embeddings).uris(images.uri_column)
         digest = _embeddings_digest(embeddings, images)
-        return _write((Entry(uri.as_py()) for uri in uris), context, digest, digest, Counter(), None)
+        return _write(_entries_of_rows(embeddings, images), context, digest, digest, Counter(), None)
     planned = _planned.pop(_key(images, output), None)
     digest, files = planned or (source_digest(images, embeddings, output), _list_files(images, output))
     last = _last_listing(images, output)
@@ -208,11 +210,37 @@ def _generation(listing: Artifact) -> int:
     return int(listing.metrics.get("generation", 0))
 
 
+def _entries_of_rows(embeddings: EmbeddingsConfig, images: ImagesConfig) -> Iterator[Entry]:
+    """The image of each row of ready-made embeddings.
+
+    Raises:
+        InputError: `embeddings.images` cannot be read, or has another number of images.
+    """
+    opened = open_embeddings(embeddings)
+    if embeddings.images is None:
+        yield from (Entry(uri.as_py()) for uri in opened.uris(images.uri_column))
+        return
+    num_images = 0
+    for uri in named_images(embeddings.images, images.uri_column):
+        num_images += 1
+        if num_images <= opened.num_rows:
+            yield Entry(uri)
+    if num_images != opened.num_rows:
+        raise InputError(
+            f"embeddings.images: {embeddings.images} names {num_images:,} images, but there are {opened.num_rows:,} "
+            "embeddings; it must name the image of each row, in order"
+        )
+
+
 def _embeddings_digest(embeddings: EmbeddingsConfig, images: ImagesConfig) -> str:
     digest = hashlib.sha256()
     for file in chain.from_iterable(found.files for found in open_embedding_sets(embeddings)):
         digest.update(f"{file.uri}\0{file.size_bytes}\0{file.mtime_ns}\n".encode())
     digest.update(images.uri_column.encode())
+    if embeddings.images is not None:
+        filesystem, path = open_uri(embeddings.images)
+        info = filesystem.get_file_info(path)
+        digest.update(f"{embeddings.images}\0{info.size}\0{info.mtime_ns}\n".encode())
     return digest.hexdigest()
 
 

@@ -11,6 +11,8 @@ import pyarrow.parquet as pq
 
 from icce_ray.errors import InputError
 from icce_ray.images.parquet_columns import check_expansion, find_field, is_string
+from icce_ray.images.uris import is_remote, resolve
+from icce_ray.store.filesystem import open_uri
 
 BATCH_ROWS = 65_536
 
@@ -60,3 +62,18 @@ def read_parquet_list(filesystem: pafs.FileSystem, path: str, uri: str, column: 
                     raise InputError(f"images.uri_column: {column!r} in {uri} is empty, first row {row}")
                 row += 1
                 yield entry
+
+
+def named_images(uri: str, column: str) -> Iterator[str]:
+    """The URIs of the images that a list names, in its order: a .parquet file with `column`, or a text file.
+
+    Raises:
+        InputError: the list does not exist or cannot be read.
+    """
+    filesystem, path = open_uri(uri)
+    if filesystem.get_file_info(path).type != pafs.FileType.File:
+        raise InputError(f"embeddings.images: {uri} is no file; give a .txt or .parquet list of the images")
+    folder = uri.rpartition("/")[0] if is_remote(uri) else path.rpartition("/")[0] or "/"
+    is_parquet = path.lower().endswith((".parquet", ".pq"))
+    entries = read_parquet_list(filesystem, path, uri, column) if is_parquet else read_text_list(filesystem, path, uri)
+    return (resolve(entry, folder) for entry in entries)

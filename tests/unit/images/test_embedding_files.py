@@ -9,10 +9,13 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import pytest
 
-from icce_ray.config import EmbeddingsConfig
+from icce_ray.config import Config, EmbeddingsConfig
 from icce_ray.errors import InputError
-from icce_ray.images import embedding_files
+from icce_ray.images import embedding_files, list_images
 from icce_ray.images.embedding_files import open_embeddings
+from icce_ray.runtime.progress import Progress
+from icce_ray.stage import StageContext
+from icce_ray.store import ArtifactWriter, Folder
 
 ROWS = np.random.default_rng(0).standard_normal((23, 4))
 
@@ -134,3 +137,33 @@ def test_embeddings_that_cannot_work_are_refused_with_what_is_wrong(tmp_path: Pa
     make, column, message = REFUSED[case]
     with pytest.raises(InputError, match=message):
         list(open_file(make(tmp_path), column).blocks(100))
+
+
+def listed(tmp_path: Path, images: Path) -> list[str]:
+    np.save(tmp_path / "x.npy", np.zeros((3, 2), dtype=np.float32))
+    config = Config.model_validate(
+        {"embeddings": {"uri": str(tmp_path / "x.npy"), "images": str(images)}, "num_clusters": 2, "output": "/out"}
+    )
+    writer = ArtifactWriter(Folder.at(tmp_path / "listing"))
+    list_images.run(config, StageContext(writer, {}, Progress("images", quiet=True)))
+    return list(pq.read_table(tmp_path / "listing" / "images-00000.parquet")["uri"].to_pylist())
+
+
+def test_a_list_names_the_image_of_each_row(tmp_path: Path) -> None:
+    (tmp_path / "photos.txt").write_text("# comment\na.jpg\n/b/c.png\ns3://bucket/d.jpg\n")
+    wanted = [str(tmp_path / "a.jpg"), "/b/c.png", "s3://bucket/d.jpg"]
+    assert listed(tmp_path, tmp_path / "photos.txt") == wanted
+    pq.write_table(pa.table({"uri": wanted[::-1]}), tmp_path / "photos.parquet")
+    assert listed(tmp_path, tmp_path / "photos.parquet") == wanted[::-1]
+
+
+@pytest.mark.parametrize("names", ["a\nb\n", "a\nb\nc\nd\n"])
+def test_a_list_of_another_length_is_refused(tmp_path: Path, names: str) -> None:
+    (tmp_path / "photos.txt").write_text(names)
+    with pytest.raises(InputError, match=rf"names {len(names) // 2} images, but there are 3"):
+        listed(tmp_path, tmp_path / "photos.txt")
+
+
+def test_a_list_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="is no file"):
+        listed(tmp_path, tmp_path / "nothing.txt")
