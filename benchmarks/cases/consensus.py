@@ -90,11 +90,9 @@ def run(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, bool]]:
 
 def run_stage(heads_HN: Any, nearest_Nk: Any, num_clusters: int) -> tuple[dict[str, Any], Any]:
     """Seconds and bytes of the stage on Ray, and its labels."""
-    import ray
-
     from icce_ray.consensus import job
     from icce_ray.methods.clusterings import LABELS_NAME
-    from icce_ray.runtime.ray_cluster import connect
+    from icce_ray.runtime.ray_cluster import connect, disconnect
 
     with tempfile.TemporaryDirectory(prefix="icce_ray-consensus-") as folder:
         writer = ArtifactWriter(Folder.at(Path(folder) / "heads"))
@@ -121,7 +119,7 @@ def run_stage(heads_HN: Any, nearest_Nk: Any, num_clusters: int) -> tuple[dict[s
         seconds = time.perf_counter() - started
         finished.set()
         watcher.join()
-        ray.shutdown()
+        disconnect()
         labels_N = np.load(Path(folder) / "consensus" / "labels.npy")
     num_images, num_clusters_H = heads_HN.shape[1], np.full(len(heads_HN), num_clusters)
     stated = coordinator_bytes(num_images, num_clusters_H, num_clusters, ConsensusConfig().methods, has_graph=True)
