@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -40,7 +41,7 @@ def run(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, bool]]:
             if settings["only"] not in name:
                 continue
             began = time.monotonic()
-            problem = case(name.replace(" ", "-"))
+            problem = case(re.sub(r"\W+", "-", name))
             survived[name] = problem == ""
             print(f"{name:44} {time.monotonic() - began:6.1f} s  {problem or 'survived'}", flush=True)
     print(f"survived {sum(survived.values())} of {len(survived)}", flush=True)
@@ -54,7 +55,7 @@ def cases(bench: Bench) -> dict[str, Callable[[str], str]]:
         if stage != "sample":
             found[f"kill: driver in {stage}"] = lambda name, after=before: bench.kill(name, after, signal.SIGKILL, -9)
     found["kill: driver, SIGTERM"] = lambda name: bench.kill(name, "neighbors", signal.SIGTERM, 130)
-    for what, code in (("gcs_server", 1), ("raylet", 1), ("ray::", 0)):
+    for what, code in (("gcs/gcs_server", 1), ("raylet/raylet", 1), ("ray::", 0)):
         found[f"kill: {what} while heads are trained"] = lambda name, what=what, code=code: bench.kill_below(
             name, what, code
         )

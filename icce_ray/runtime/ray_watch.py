@@ -3,8 +3,8 @@ a minute after its GCS did."""
 
 from __future__ import annotations
 
-import _thread
 import os
+import signal
 import socket
 import sys
 import threading
@@ -37,7 +37,7 @@ class RayWatch:
         places: Mapping[str, Place],
         *,
         ask: Callable[[Place], None] | None = None,
-        interrupt: Callable[[], None] = _thread.interrupt_main,
+        interrupt: Callable[[], None] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.lost: str | None = None
@@ -46,7 +46,7 @@ class RayWatch:
         """Whether to end the process if the main thread does not stop."""
         self._places = places
         self._ask = ask or _connect
-        self._interrupt = interrupt
+        self._interrupt = interrupt or _interrupt_main_thread
         self._clock = clock
         self._since: dict[str, float] = {}
         self._ended = threading.Event()
@@ -81,6 +81,11 @@ class RayWatch:
                 print(f"error: {self.lost}", file=sys.stderr, flush=True)
                 os._exit(1)
             return
+
+
+def _interrupt_main_thread() -> None:
+    """By a real signal: `_thread.interrupt_main` would not wake it from a wait."""
+    signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
 
 
 def _connect(place: Place) -> None:

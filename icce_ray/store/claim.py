@@ -8,11 +8,11 @@ conditional put; a holder that was only cut off finds out at its next renewal, a
 
 from __future__ import annotations
 
-import _thread
 import errno
 import fcntl
 import json
 import os
+import signal
 import socket
 import threading
 import time
@@ -170,7 +170,8 @@ class Claim:
                 continue  # the store is away for others, too
             if self._is_lost:
                 if interrupts and not self._done.is_set():
-                    _thread.interrupt_main()
+                    # A real signal: `_thread.interrupt_main` would not wake the main thread from a wait.
+                    signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
                 return
 
     def _put_again(self) -> bool:
