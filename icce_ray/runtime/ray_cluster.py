@@ -21,7 +21,7 @@ from typing import Any
 from icce_ray.config import ResourcesConfig
 from icce_ray.errors import ResourceError
 from icce_ray.runtime.machine import total_memory_bytes, usable_cpus
-from icce_ray.runtime.ray_watch import RayWatch
+from icce_ray.runtime.ray_watch import Place, RayWatch, connect_to
 
 MAX_IMAGES_HERE = 2_000
 """Starting Ray takes about as long as the work on so many small images."""
@@ -184,6 +184,14 @@ _watch: RayWatch | None = None
 _may_exit = False
 
 
+def _ask(watch: RayWatch, place: Place, gcs_address: str) -> None:
+    """Ask a process of Ray whether it lives, unless the program has left that Ray by itself."""
+    if is_connected() and sys.modules["ray"].get_runtime_context().gcs_address == gcs_address:
+        connect_to(place)
+    else:
+        watch.end()
+
+
 def _watch_ray() -> None:
     import ray
 
@@ -195,7 +203,10 @@ def _watch_ray() -> None:
     for node in nodes:
         if node["NodeID"] == context.get_node_id():
             places["raylet"] = (node["NodeManagerAddress"], node["NodeManagerPort"])
-    _watch = RayWatch(places)
+    if _watch is not None:
+        _watch.end()
+    watch = RayWatch(places, ask=lambda place: _ask(watch, place, context.gcs_address))
+    _watch = watch
     _watch.may_exit = _may_exit
     _watch.start()
 

@@ -45,7 +45,7 @@ class RayWatch:
         self.may_exit = False
         """Whether to end the process if the main thread does not stop."""
         self._places = places
-        self._ask = ask or _connect
+        self._ask = ask or connect_to
         self._interrupt = interrupt or _interrupt_main_thread
         self._clock = clock
         self._since: dict[str, float] = {}
@@ -88,5 +88,5 @@ def _interrupt_main_thread() -> None:
     signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
 
 
-def _connect(place: Place) -> None:
+def connect_to(place: Place) -> None:
     socket.create_connection(place, timeout=POLL_S).close()
