@@ -21,8 +21,6 @@ RISE = 0.2
 """How far it rises after an epoch with too many empty clusters."""
 LAST_RENEWAL = 0.7
 """Part of the training after which prototypes are not renewed, so that the labels come to rest."""
-MAX_ROWS = 2048
-"""Images among which new prototypes are chosen."""
 
 
 def has_too_many_empty(sizes_HK: torch.Tensor) -> torch.Tensor:

@@ -21,7 +21,7 @@ import numpy.typing as npt
 import torch
 
 from icce_ray.config import HeadsConfig
-from icce_ray.methods.heads.balance import LAST_RENEWAL, MAX_ROWS, has_too_many_empty, move_balance, renew_prototypes
+from icce_ray.methods.heads.balance import LAST_RENEWAL, has_too_many_empty, move_balance, renew_prototypes
 from icce_ray.methods.heads.communicator import Communicator
 from icce_ray.methods.heads.compiled_step import choose_passes
 from icce_ray.methods.heads.division import HeadDivision
@@ -234,7 +234,8 @@ class HeadTrainer:
         if not any(needs_new) or self.epoch + 1 > LAST_RENEWAL * self.settings.num_epochs:
             return
         generator = np.random.default_rng([self.seed, self.epoch])
-        rows = generator.choice(self.graph.anchors, min(MAX_ROWS, self.num_anchors), replace=False)
+        # As many rows as a step has, which the memory is sized for.
+        rows = generator.choice(self.graph.anchors, min(2 * self.batch_size, self.num_anchors), replace=False)
         inputs = HeadInputs(self.norm.normalise(self.norm.gather(rows)).to(self.dtype), self.columns_hS)
 
         def renew(block: HeadBlock) -> None:
