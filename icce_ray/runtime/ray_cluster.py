@@ -197,7 +197,8 @@ def _watch_ray() -> None:
 
     global _watch
     context = ray.get_runtime_context()
-    host, _, port = context.gcs_address.rpartition(":")
+    address = context.gcs_address
+    host, _, port = address.rpartition(":")
     places = {"GCS": (host, int(port))}
     nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
     for node in nodes:
@@ -205,7 +206,7 @@ def _watch_ray() -> None:
             places["raylet"] = (node["NodeManagerAddress"], node["NodeManagerPort"])
     if _watch is not None:
         _watch.end()
-    watch = RayWatch(places, ask=lambda place: _ask(watch, place, context.gcs_address))
+    watch = RayWatch(places, ask=lambda place: _ask(watch, place, address))
     _watch = watch
     _watch.may_exit = _may_exit
     _watch.start()
