@@ -13,7 +13,8 @@ trained too little merge clusters (of 60 planted clusters they found 50); at thi
 
 def small_heads(heads: HeadsConfig, asked: ClusterCountConfig) -> HeadsConfig:
     """The `heads` section of the small clusterings. Every head sees all dimensions, so that their agreement does not
-    depend on what each was shown."""
+    depend on what each was shown. Their clusters are balanced, unless the config sets a balance: heads that may leave
+    clusters empty agree as well with too many of them."""
     return heads.model_copy(
         update={
             "num_heads": asked.num_heads,
@@ -22,6 +23,7 @@ def small_heads(heads: HeadsConfig, asked: ClusterCountConfig) -> HeadsConfig:
             "learning_rate": max(heads.learning_rate, MIN_LEARNING_RATE),
             "bottleneck_dim": min(heads.bottleneck_dim, MAX_BOTTLENECK_DIM),
             "input_share": 1.0,
+            "balance": 1.0 if heads.balance == "auto" else heads.balance,
             "early_stop_change": None,
         }
     )
