@@ -3,7 +3,8 @@
 Of larger sets, a sample of `max_images`. k-means has ten starts, on centred, normalised features; spectral clustering
 cuts the graph of ten nearest neighbours of these; agglomerative clustering is Ward's. TURTLE has five runs,
 of which the generalisation score chooses one. The combination is the consensus of the heads of icce, TURTLE's runs and
-ten starts of k-means, each with the same weight. TEMI gets a search of its own over learning rate and epochs: the
+ten starts of k-means, each with the same weight, judged by the same graph as in a run of `method: [icce, turtle,
+kmeans]`. TEMI gets a search of its own over learning rate and epochs: the
 values that are best on the sets that our constants were chosen on. A method is a line of METHODS.
 """
 
@@ -17,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import sklearn.cluster
 from sklearn.cluster import AgglomerativeClustering, SpectralClustering
-from sklearn.neighbors import kneighbors_graph
+from sklearn.neighbors import NearestNeighbors, kneighbors_graph
 from sklearn.preprocessing import normalize
 
 from cases import datasets
@@ -86,7 +87,8 @@ def combination(features: datasets.Floats, num_clusters: int, seed: int, setting
         TURTLE(num_clusters, random_state=seed).fit(features).label_matrix_,
         KMeans(num_clusters, random_state=seed).fit(features).label_matrix_,
     ]
-    return {"combination": cluster_ensemble(rows, num_clusters, random_state=seed).labels}
+    nearest = NearestNeighbors(n_neighbors=10).fit(unit(features)).kneighbors(return_distance=False)
+    return {"combination": cluster_ensemble(rows, num_clusters, neighbors=nearest, random_state=seed).labels}
 
 
 METHODS: dict[str, Callable[..., Rows]] = {
