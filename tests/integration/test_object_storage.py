@@ -287,9 +287,14 @@ def test_a_writer_without_a_claim_cannot_touch_what_another_has_finished(endpoin
 
 
 def _work_while_another_takes_over(folder: Folder) -> None:
-    with Claim(folder):
-        folder.write_bytes(claim.CLAIM_NAME, b"{}")
-        time.sleep(60)  # is interrupted
+    # Processes that run tests side by side ignore the signal.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with Claim(folder):
+            folder.write_bytes(claim.CLAIM_NAME, b"{}")
+            time.sleep(60)  # is interrupted
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.slow

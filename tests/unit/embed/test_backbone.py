@@ -348,7 +348,7 @@ def test_without_a_network_the_remedy_is_named_at_once(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(weights, "getproxies", dict)
     monkeypatch.setattr(weights.socket, "getaddrinfo", no_name)
-    with pytest.raises(ResourceError, match=r"could not be fetched.*set embed\.weights to the \.safetensors"):
+    with pytest.raises(ResourceError, match=r"could not be fetched.*--set embed\.weights=FILE.*backbone=pixels"):
         check(config_for(weights=None))
     with pytest.raises(ConfigError, match="no weights for vit_base_patch16_18x2_224"):
         check(config_for("vit_base_patch16_18x2_224", weights=None))

@@ -37,7 +37,12 @@ def write_run(output: Path | str, name: str, num_parts: int = 1) -> dict[str, Ar
     }
     artifacts = {}
     for stage, files in contents.items():
-        writer = ArtifactWriter(Folder.at(output) / stage / name)
+        folder = Folder.at(output) / stage / name
+        finished = Artifact.find(folder)
+        if finished is not None:
+            artifacts[stage] = finished
+            continue
+        writer = ArtifactWriter(folder)
         for file, content in files.items():
             if isinstance(content, pa.Table):
                 writer.write_table(file, content)
