@@ -137,14 +137,17 @@ def assert_is_one_message(said: str, message: str) -> None:
 
 @pytest.mark.slow
 def test_a_run_finds_the_clusters_and_says_what_it_made(finished: tuple[Path, dict[str, Any], str]) -> None:
-    _, result, said = finished
+    folder, result, said = finished
     assert (result["num_images"], result["num_errors"], result["num_clusters"]) == (NUM_IMAGES + 3, 3, NUM_CLASSES)
     assert 0 < result["anmi"] <= 1
     assert {"acc", "nmi", "ari"} <= result["metrics"].keys()
     assert result["metrics"]["acc"] > 0.9
     assert list(result["seconds"]) == STAGE_NAMES
     assert "<html" in Path(result["report"]).read_text().lower()
-    assert all(text in said for text in ("123 images, 3 errors, 3 clusters", result["report"], result["assignments"]))
+    latest = folder / "out" / "latest"
+    places = (str(latest / "report" / "report.html"), str(latest / "assignments.parquet"))
+    assert all(text in said for text in ("123 images, 3 errors, 3 clusters", *places))
+    assert [Path(place).exists() for place in places] == [True, True]
 
 
 @pytest.mark.slow
