@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 import torch
 
 from icce_ray import assign_images
-from icce_ray.classifier.linear import DESCRIPTION_NAME, MODEL_NAME, NUM_CONFIDENCE_BINS, LinearClassifier
+from icce_ray.classifier.linear import DESCRIPTION_NAME, MODEL_NAME, NUM_PROBABILITY_BINS, LinearClassifier
 from icce_ray.classifier.outliers import OutlierModel
 from icce_ray.config import Config
 from icce_ray.runtime.machine import usable_cpus
@@ -112,7 +112,7 @@ def random_classifier(dim: int, num_clusters: int) -> LinearClassifier:
         weights=(rng.standard_normal((dim, num_clusters)) / np.sqrt(dim)).astype(np.float32),
         bias=np.zeros(num_clusters, dtype=np.float32),
         temperature=0.5,
-        confidence_floor=0.01,
+        probability_floor=0.01,
         outliers=OutlierModel(
             directions=directions.astype(np.float32),
             deviations=np.ones(num_directions, dtype=np.float32),
@@ -126,8 +126,8 @@ def random_classifier(dim: int, num_clusters: int) -> LinearClassifier:
         num_holdout=1,
         holdout_agreement=1.0,
         ece=0.0,
-        holdout_confidence=np.ones(NUM_CONFIDENCE_BINS, dtype=np.int64),
-        holdout_mean_confidence=0.5,
+        holdout_probability=np.ones(NUM_PROBABILITY_BINS, dtype=np.int64),
+        holdout_mean_probability=0.5,
         holdout_outlier_rate=0.001,
     )
 

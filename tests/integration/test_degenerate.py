@@ -39,4 +39,4 @@ def test_a_degenerate_collection_has_a_result(tmp_path: Path, num_images: int, n
     assert assign is not None
     rows = [row for name in assign.part_names("assignments/") for row in assign.read_table(name).to_pylist()]
     assert sorted(row["image_id"] for row in rows) == list(range(num_images))
-    assert all(np.isfinite(row["confidence"]) and np.isfinite(row["outlier_score"]) for row in rows)
+    assert all(np.isfinite(row["consensus_probability"]) and np.isfinite(row["outlier_score"]) for row in rows)
