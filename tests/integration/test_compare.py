@@ -79,7 +79,11 @@ def test_the_combination_is_the_consensus_of_the_methods_rows_with_equal_weight(
         np.load(folder / "out" / "method" / records[row["run"]]["stages"]["method"] / "label_matrix.npy")
         for row in result["methods"][:2]
     ]
-    np.testing.assert_array_equal(combined, cluster_ensemble(matrices, 10, random_state=0).labels)
+    stages = records[result["methods"][2]["run"]]["stages"]
+    parts = sorted((folder / "out" / "neighbors" / stages["neighbors"]).glob("*-nearest.npy"))
+    nearest = np.concatenate([np.load(part) for part in parts])
+    expected = cluster_ensemble(matrices, 10, neighbors=nearest, random_state=0)
+    np.testing.assert_array_equal(combined, expected.labels)
 
 
 def test_a_run_with_a_list_of_methods_is_that_combination(compared: tuple[Path, dict[str, Any]], capsys: Any) -> None:
