@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from icce_ray.config import Config, apply_override, load_config
+from icce_ray.config import Config, apply_override, load_config, without_secrets
 from icce_ray.config.schema import AUTO
 from icce_ray.embed.stage import SMALL_BACKBONE
 from icce_ray.errors import InputError
@@ -28,7 +28,6 @@ from icce_ray.store.run_records import LATEST_FOLDER
 
 CONFIG_NAME = "run.yaml"
 SMALL_NUM_HEADS = 16
-SECRETS = ("access_key", "secret_key", "session_token")
 HEADER = """\
 # Written by `icce-ray cluster`, which writes it anew each time: edit a copy. The same run again:
 #
@@ -112,9 +111,9 @@ def _write_config(config: Config, settings: dict[str, Any], overrides: Sequence[
         apply_override(data, override)
     if all(METHODS[method].section != "heads" for method in config.methods):
         data.pop("heads", None)
-    if "storage" in data:
-        data["storage"] = {key: value for key, value in data["storage"].items() if key not in SECRETS}
     output = Folder.at(config.output)
     place = output.file_uri(CONFIG_NAME)
-    output.write_bytes(CONFIG_NAME, (HEADER.format(place=place) + yaml.safe_dump(data, sort_keys=False)).encode())
+    output.write_bytes(
+        CONFIG_NAME, (HEADER.format(place=place) + yaml.safe_dump(without_secrets(data), sort_keys=False)).encode()
+    )
     return place

@@ -11,7 +11,7 @@ from icce_ray.config.data_settings import (
     SampleConfig,
 )
 from icce_ray.config.loading import apply_override, build_config, load_config, put, read_yaml, validate
-from icce_ray.config.machine_settings import ResourcesConfig, StorageConfig, WorkerResources
+from icce_ray.config.machine_settings import ResourcesConfig, StorageConfig, WorkerResources, without_secrets
 from icce_ray.config.method_settings import (
     CONSENSUS_METHODS,
     ClassifierConfig,
@@ -61,4 +61,5 @@ __all__ = [
     "put",
     "read_yaml",
     "validate",
+    "without_secrets",
 ]

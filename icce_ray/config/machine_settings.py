@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Mapping
+from typing import Annotated, Any
 
 from pydantic import (
     Field,
@@ -35,6 +36,16 @@ class StorageConfig(Section):
         if (self.access_key is None) != (self.secret_key is None):
             raise ValueError("access_key and secret_key belong together: give both or neither")
         return self
+
+
+SECRETS = ("access_key", "secret_key", "session_token")
+
+
+def without_secrets(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings by section, as a config file may hold them: secrets come from the environment."""
+    storage = {key: value for key, value in settings.get("storage", {}).items() if key not in SECRETS}
+    kept = {section: value for section, value in settings.items() if section != "storage"}
+    return kept | ({"storage": storage} if storage else {})
 
 
 class WorkerResources(Section):

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from icce_ray.config import Config
+from icce_ray.config import Config, without_secrets
 from icce_ray.consensus.extra_runs import have_same_images
 from icce_ray.embed.feature_matrix import load_features
 from icce_ray.errors import WorkerError
@@ -29,7 +29,6 @@ from icce_ray.sweeps.trial_table import Row, choose_best, choose_pool, to_table,
 
 TABLE_NAME, TEXT_NAME, PAGE_NAME = "trials.parquet", "trials.txt", "sweep.html"
 BEST_NAME, ENSEMBLE_NAME = "best.yaml", "ensemble.yaml"
-SECRETS = ("access_key", "secret_key", "session_token")
 
 
 @dataclass(frozen=True)
@@ -85,9 +84,7 @@ def write(sweep: Sweep, rows: Sequence[Row], listings: Listings, output: Artifac
 def config_yaml(config: Config, comment: str) -> bytes:
     """A config that runs as it is: the settings that were given, without secrets, which come from the environment."""
     data: dict[str, Any] = config.model_dump(mode="json", exclude_unset=True)
-    storage = {key: value for key, value in data.pop("storage", {}).items() if key not in SECRETS}
-    data |= {"storage": storage} if storage else {}
-    return f"# {comment}\n{yaml.safe_dump(data, sort_keys=False, allow_unicode=True)}".encode()
+    return f"# {comment}\n{yaml.safe_dump(without_secrets(data), sort_keys=False, allow_unicode=True)}".encode()
 
 
 def _pool(runs: dict[int, list[TrialRun]]) -> tuple[Config, list[int]]:
