@@ -1,4 +1,4 @@
-"""What the scikit-learn estimators of all methods have in common."""
+"""The base class of the scikit-learn estimators."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The methods on the same features, in the same run: sets with equal and with unequal classes, several seeds.
 
-Of larger sets, a sample of `max_images`. k-means has ten starts, on centred, normalised features; spectral clustering
-cuts the graph of ten nearest neighbours of these; agglomerative clustering is Ward's. TURTLE has five runs,
+Larger sets are sampled down to `max_images`. k-means has ten starts, on centred, normalised features; spectral
+clustering cuts the graph of ten nearest neighbours of these; agglomerative clustering is Ward's. TURTLE has five runs,
 of which the generalisation score chooses one. The combination is the consensus of the heads of icce, TURTLE's runs and
 ten starts of k-means, each with the same weight, judged by the same graph as in a run of `method: [icce, turtle,
 kmeans]`. TEMI gets a search of its own over learning rate and epochs: the

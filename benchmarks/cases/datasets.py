@@ -56,7 +56,7 @@ def data_folder() -> Path:
 
 
 def load(name: str, max_images: int | None = None) -> tuple[Floats, Labels] | None:
-    """Features (N, D) and labels (N,), or None if the files do not exist. Of larger sets, a random sample."""
+    """Features (N, D) and labels (N,), or None if the files do not exist. Larger sets are sampled at random."""
     data = _planted(*PLANTED[name]) if name in PLANTED else _cut(*CUTS[name]) if name in CUTS else _read(name)
     if data is None or max_images is None or len(data[1]) <= max_images:
         return data

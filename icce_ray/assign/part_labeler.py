@@ -116,7 +116,7 @@ class PartLabeler:
         moved_ids, moved_to = self._moved
         moved = np.flatnonzero(np.isin(image_ids, moved_ids))
         moved_labels = moved_to[np.searchsorted(moved_ids, image_ids[moved])]
-        # What the clusterings say of an image that was trained on is known; of its near-duplicate it is not.
+        # The clusterings voted on the image that was trained on, but not on its near-duplicate.
         agreement_n[moved[moved_labels != labels_n[moved]]] = np.nan
         labels_n[moved] = moved_labels
         return labels_n, agreement_n

@@ -13,9 +13,9 @@ class ConventionalConfig(Section):
     normalize: bool = True
     """Subtract the mean feature and scale each feature to length 1 first."""
     representation: Literal["raw", "pca", "umap"] = "pca"
-    """What is clustered. `raw`: the features, which `spectral` takes if nothing else is set. `pca`: their first 50
-    principal components. `umap`: 50 UMAP dimensions, 30 neighbours, min_dist 0, which needs the extra `[umap]`; it is
-    the best of the three for all methods but `spectral`."""
+    """The representation that is clustered. `raw`: the features, which `spectral` takes if nothing else is set. `pca`:
+    their first 50 principal components. `umap`: 50 UMAP dimensions, 30 neighbours, min_dist 0,
+    which needs the extra `[umap]`; it is the best of the three for all methods but `spectral`."""
     linkage: Literal["ward", "average", "complete", "single"] = "ward"
     """Distance between two clusters in `agglomerative`."""
     distance_threshold: PositiveFloat | None = None

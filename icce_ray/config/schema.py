@@ -103,7 +103,7 @@ class ClusteringConfig(Section):
 
     @property
     def finds_num_clusters(self) -> bool:
-        """Whether the method finds the number of clusters itself. Of several methods none does so for the others."""
+        """Whether the method finds the number of clusters itself. With several methods, none decides for the others."""
         return isinstance(self.method, str) and self._finds_num_clusters(self.method)
 
     def _finds_num_clusters(self, method: str) -> bool:

@@ -181,7 +181,7 @@ class _IndexActor(ContentIndex):
         self._batches[part.name] = part, num_embedded
 
     def take_batches(self) -> list[tuple[PartRange, int]]:
-        """What was posted since the last call, the latest for each part."""
+        """The latest report for each part since the last call."""
         taken, self._batches = list(self._batches.values()), {}
         return taken
 

@@ -42,7 +42,7 @@ class Written:
     num_failed: int = 0
     """Images that could not be read and were left out."""
     problem: str = ""
-    """Of one of them."""
+    """Why one of them could not be read."""
 
     def sentence(self, output: str) -> str:
         failed = f", {self.num_failed:,} left out that cannot be read ({self.problem})" if self.num_failed else ""

@@ -43,7 +43,7 @@ def write(source: SelectedImages, task: ExportTask) -> Written:
 
 
 def placer(output: Folder, folder_of: Callable[[Row], str], *, link: bool) -> Callable[[Row], str | NotReadError]:
-    """A function that puts an image into `output` and returns its name there. What is there already is kept.
+    """A function that puts an image into `output` and returns its name there. Existing files are kept.
 
     Args:
         folder_of: the folder of an image.
