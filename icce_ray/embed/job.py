@@ -11,12 +11,11 @@ from __future__ import annotations
 
 import json
 import math
-import threading
 import time
 import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
 from typing import Any, cast
 
@@ -51,6 +50,7 @@ from icce_ray.runtime.cluster_resources import (
 )
 from icce_ray.runtime.progress import Progress
 from icce_ray.runtime.ray_cluster import connect, runs_here
+from icce_ray.runtime.threads import repeating
 from icce_ray.stage import StageContext
 from icce_ray.store import Artifact
 from icce_ray.store.part_records import PartRecord
@@ -191,23 +191,13 @@ def _batches_shown(index: Any, on_batch: Callable[[PartRange, int], None]) -> It
     """While the block runs, a thread asks the index how far the workers are."""
     import ray
 
-    ended = threading.Event()
-
     def show() -> None:
-        while not ended.wait(POST_INTERVAL_S):
-            try:
-                for part, num_embedded in ray.get(index.take_batches.remote(), timeout=POST_INTERVAL_S):
-                    on_batch(part, num_embedded)
-            except ray.exceptions.RayError:  # the index is starting again, or busy
-                continue
+        with suppress(ray.exceptions.RayError):  # the index is starting again, or busy
+            for part, num_embedded in ray.get(index.take_batches.remote(), timeout=POST_INTERVAL_S):
+                on_batch(part, num_embedded)
 
-    thread = threading.Thread(target=show, name="icce_ray-embed-progress", daemon=True)
-    thread.start()
-    try:
+    with repeating(show, POST_INTERVAL_S, "icce_ray-embed-progress"):
         yield
-    finally:
-        ended.set()
-        thread.join()
 
 
 class _RemoteIndex:

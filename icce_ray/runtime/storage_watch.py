@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 from icce_ray.config import StorageConfig
 from icce_ray.runtime.progress import Progress, format_seconds
+from icce_ray.runtime.threads import repeating
 from icce_ray.store import s3
 
 POLL_S = 10.0
@@ -18,28 +18,22 @@ POLL_S = 10.0
 def outages_told(uris: Iterable[str], options: StorageConfig, progress: Progress) -> Iterator[None]:
     """While the block runs, ask the buckets of `uris` whether they answer, and tell `progress` of those that don't."""
     buckets = sorted({f"s3://{s3.split_uri(uri)[0]}" for uri in uris if s3.is_s3(uri)})
-    ended = threading.Event()
+    since: dict[str, float] = {}
 
-    def watch() -> None:
-        since: dict[str, float] = {}
-        while not ended.wait(POLL_S):
-            now = time.monotonic()
-            since = {bucket: since.get(bucket, now) for bucket in buckets if not s3.answers(bucket, options)}
-            progress.waits(
-                ", ".join(
-                    f"waits for {bucket}, which has not answered for {format_seconds(now - began)} (stops after "
-                    f"{format_seconds(s3.OUTAGE_S)})"
-                    for bucket, began in since.items()
-                )
+    def look() -> None:
+        nonlocal since
+        now = time.monotonic()
+        since = {bucket: since.get(bucket, now) for bucket in buckets if not s3.answers(bucket, options)}
+        progress.waits(
+            ", ".join(
+                f"waits for {bucket}, which has not answered for {format_seconds(now - began)} (stops after "
+                f"{format_seconds(s3.OUTAGE_S)})"
+                for bucket, began in since.items()
             )
+        )
 
     if not buckets:
         yield
         return
-    thread = threading.Thread(target=watch, name="icce_ray-storage", daemon=True)
-    thread.start()
-    try:
+    with repeating(look, POLL_S, "icce_ray-storage"):
         yield
-    finally:
-        ended.set()
-        thread.join()

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from types import TracebackType
 from typing import TypeVar
 
@@ -13,6 +15,24 @@ MAX_BYTES = 2 * 1024**3
 
 T = TypeVar("T")
 R = TypeVar("R")
+
+
+@contextmanager
+def repeating(work: Callable[[], None], interval_s: float, name: str) -> Iterator[None]:
+    """While the block runs, a thread called `name` calls `work` every `interval_s` seconds."""
+    ended = threading.Event()
+
+    def repeat() -> None:
+        while not ended.wait(interval_s):
+            work()
+
+    thread = threading.Thread(target=repeat, name=name, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 class ThreadPool:
