@@ -7,6 +7,7 @@ if two parts have the same bytes, one waits for the other's result.
 
 from __future__ import annotations
 
+import hashlib
 import sqlite3
 import threading
 import time
@@ -19,7 +20,7 @@ from typing import Any, Protocol
 import numpy.typing as npt
 
 from icce_ray.embed.decode_and_embed import Outcome
-from icce_ray.embed.embedding_parts import is_part_file, read_hashes, read_model, read_part
+from icce_ray.embed.embedding_parts import is_part_file, read_hashes, read_part
 from icce_ray.embed.feature_matrix import joined_columns
 from icce_ray.errors import DamagedArtifactError
 from icce_ray.store import Folder
@@ -65,8 +66,8 @@ class ContentIndex:
         for place, folder in enumerate(folders):
             names = [name for name in folder.names() if is_part_file(name)]
             with ThreadPoolExecutor(LOAD_THREADS) as threads:
-                for name, hashes in zip(names, threads.map(partial(read_hashes, folder), names), strict=True):
-                    self._insert(place, name, hashes)
+                for name, found in zip(names, threads.map(partial(read_hashes, folder), names), strict=True):
+                    self._insert(place, name, map(bytes.hex, map(bytes, found.hashes_nB)) if found else [])
 
     def __repr__(self) -> str:
         return "embed: content index"
@@ -225,6 +226,7 @@ def siblings(root: Folder, own: Folder, model: str) -> list[Folder]:
         if folder.uri == own.uri:
             continue
         first = next((part for part in folder.names() if is_part_file(part)), None)
-        if first is not None and read_model(folder, first) == model:
+        hashes = read_hashes(folder, first) if first is not None else None
+        if hashes is not None and hashes.model == hashlib.sha256(model.encode()).digest():
             found.append(folder)
     return found

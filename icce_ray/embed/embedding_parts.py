@@ -21,6 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from icce_ray.embed.feature_matrix import COLUMN, column_name
+from icce_ray.embed.part_hashes import PartHashes, of_column, read_hashes_file, write_hashes
 from icce_ray.errors import DamagedArtifactError
 from icce_ray.images.decoding import Preprocessing, SeveralViews
 from icce_ray.store import Artifact, Folder, Part
@@ -151,6 +152,8 @@ def write_part(
     data = sink.getbuffer()
     if not part.revision:
         check_unfinished(records.folder)
+    if found := _hashes_of(table):
+        write_hashes(records.folder, part.file_name, found)
     records.folder.write_bytes(part.file_name, data)
     kind = table.schema.field(COLUMN).type
     file = Part(
@@ -187,23 +190,26 @@ def read_part(folder: Folder, name: str) -> pa.Table:
     return _read(folder, name)
 
 
-def read_hashes(folder: Folder, name: str) -> list[str]:
-    """The contents in a part file; none if it cannot be read."""
-    try:
-        hashes = _read(folder, name, ["content_hash"])["content_hash"].to_pylist()
-    except DamagedArtifactError:
-        return []
-    return [value for value in hashes if value is not None]
+def read_hashes(folder: Folder, name: str) -> PartHashes | None:
+    """The contents of a part file's rows; None if it holds none or cannot be read.
+
+    They lie in a file of their own. If that is missing or damaged, it is made again from the part.
+    """
+    found = read_hashes_file(folder, name)
+    if found is None:
+        try:
+            found = _hashes_of(_read(folder, name, ["content_hash"]))
+        except DamagedArtifactError:
+            return None
+        if found is not None:
+            write_hashes(folder, name, found)
+    return found
 
 
-def read_model(folder: Folder, name: str) -> str | None:
-    """The key of the model that made a part file; None if it cannot be read."""
-    try:
-        metadata = pq.read_schema(pa.BufferReader(folder.read_bytes(name))).metadata
-        model: str = metadata[MODEL_KEY].decode()
-        return model
-    except Exception:  # whatever a damaged file makes the reader raise
-        return None
+def _hashes_of(table: pa.Table) -> PartHashes | None:
+    """Ready-made embeddings have no hashes."""
+    hashes = table["content_hash"]
+    return of_column(table.schema.metadata[MODEL_KEY].decode(), hashes) if hashes.null_count == 0 else None
 
 
 def is_part_file(name: str) -> bool:

@@ -36,6 +36,7 @@ from icce_ray.embed.embedding_parts import (
 )
 from icce_ray.embed.finished_parts import Tally
 from icce_ray.embed.part_embedder import EmbedTask, PartEmbedder, embed_here
+from icce_ray.embed.part_hashes import hashes_name
 from icce_ray.embed.ready_made import rewrite_embeddings
 from icce_ray.embed.reuse_parts import ReusableParts, copy_parts
 from icce_ray.images.decoding_process import decode_or_die
@@ -123,7 +124,8 @@ def retry(config: Config, context: StageContext, artifact: Artifact) -> dict[str
     if metrics["num_errors"] < artifact.metrics["num_errors"]:
         return metrics
     for part in amended:
-        context.output.folder.remove(part.file_name)
+        for name in (part.file_name, hashes_name(part.file_name)):
+            context.output.folder.remove(name)
     return None
 
 
