@@ -16,6 +16,12 @@ def splitmix64(states: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     return mix64(states + GOLDEN_GAMMA)
 
 
+def id_hashes(ids: npt.NDArray[np.integer], seed: int) -> npt.NDArray[np.uint64]:
+    """A uniform 64-bit number for each id, (n,) uint64, that depends on the id and the seed only. The images with the
+    smallest are a uniform sample, to which a new image is added without redrawing it."""
+    return splitmix64(ids.astype(np.uint64) ^ splitmix64(np.array([seed], dtype=np.uint64)))
+
+
 def mix64(states: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     """The mixing step alone, for states that were spread by the caller: 0 stays 0."""
     mixed = (states ^ (states >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

@@ -17,7 +17,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from icce_ray.classifier.linear import NOISE, LinearClassifier, Prediction, center_and_scale
-from icce_ray.random_numbers import splitmix64
+from icce_ray.random_numbers import id_hashes
 
 SAMPLE_PER_EXEMPLAR = 16
 """Sampled images per exemplar wanted."""
@@ -72,7 +72,7 @@ def candidates_table(
         num_exemplars: wanted per cluster.
         seed: of the sample.
     """
-    priority_n = priorities(assignments["image_id"].to_numpy(), seed)
+    priority_n = id_hashes(assignments["image_id"].to_numpy(), seed)
     limit_K = _priority_limits(classifier, num_images, num_exemplars)
     may_be = (prediction.cluster != NOISE) & ~prediction.is_outlier
     rows = np.flatnonzero(may_be & (priority_n <= limit_K[prediction.cluster]))
@@ -112,12 +112,6 @@ def choose_exemplars(candidates: pa.Table, num_exemplars: int) -> pa.Table:
     exemplars = candidates.take(pa.array(np.concatenate(chosen)))
     exemplars = exemplars.append_column("rank", pa.array(np.concatenate(ranks)))
     return exemplars.select(EXEMPLARS_SCHEMA.names).cast(EXEMPLARS_SCHEMA)
-
-
-def priorities(image_ids: npt.NDArray[np.int64], seed: int) -> npt.NDArray[np.uint64]:
-    """A uniform 64-bit number for each image, (n,) uint64, that depends on its id and the seed only."""
-    stream = splitmix64(np.array([seed], dtype=np.uint64))
-    return splitmix64(image_ids.astype(np.uint64) ^ stream)
 
 
 def farthest_first(points_cD: npt.NDArray[np.float32], num_points: int) -> npt.NDArray[np.int64]:

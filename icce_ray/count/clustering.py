@@ -27,7 +27,7 @@ from icce_ray.methods.heads.fit import fit
 from icce_ray.metrics.label_free_scores import generalization_score, project_pca, silhouette
 from icce_ray.metrics.true_label_scores import adjusted_rand_index
 from icce_ray.neighbors.graph import NeighborGraph, build_graph
-from icce_ray.sample.training_set import sample_rows
+from icce_ray.sample.training_set import sample_ids
 
 Floats = npt.NDArray[Any]
 
@@ -65,10 +65,10 @@ class Clustering:
 
 def draw_sample(features_ND: Floats, max_images: int, neighbors: NeighborsConfig, seed: int) -> Sample:
     """Draw at most `max_images` of the features (N, D), and compute their graph and their principal components."""
-    rows = sample_rows(len(features_ND), max_images, seed)
+    rows = sample_ids(len(features_ND), max_images, seed)
     features_nD = np.array(features_ND if rows is None else features_ND[rows])
     graph, _ = build_graph(features_nD, fixed_neighbors(neighbors), num_clusters=2, seed=seed)
-    measured_m = sample_rows(len(features_nD), MAX_MEASURED, seed)
+    measured_m = sample_ids(len(features_nD), MAX_MEASURED, seed)
     if measured_m is None:
         measured_m = np.arange(len(features_nD))
     return Sample(features_nD, graph, measured_m, project_pca(features_nD[measured_m].astype(np.float32), seed))

@@ -15,7 +15,7 @@ def _settings(config: Config) -> Settings:
 CLUSTER_COUNT = Stage(
     "cluster_count",
     "icce_ray.count.job",
-    1,
+    2,
     ("embed", "sample"),
     _settings,
     "clusterings",

@@ -110,7 +110,7 @@ METHODS: dict[str, Method] = {
     "turtle": Method(
         job="icce_ray.methods.turtle.job",
         section="turtle",
-        version=2,
+        version=3,
         needs_graph=False,
         unit="steps",
         settings={"consensus": {"methods": ("best_head",), "refine": False}},

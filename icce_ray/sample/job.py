@@ -12,6 +12,7 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 
 from icce_ray.config import Config, ResourcesConfig
+from icce_ray.embed.embedding_parts import ERRORS_NAME
 from icce_ray.embed.feature_matrix import load_features
 from icce_ray.runtime.progress import Progress
 from icce_ray.runtime.workers import run_tasks
@@ -31,11 +32,12 @@ from icce_ray.sample.near_duplicates import (
 from icce_ray.sample.stage import SAMPLE
 from icce_ray.sample.training_set import (
     GROUPS_NAME,
+    IMAGE_IDS_NAME,
     PAIRS_NAME,
     PART_PREFIX,
     TrainingPart,
     plan_parts,
-    sample_rows,
+    sample_ids,
     source_digest,
     write_part,
 )
@@ -65,9 +67,11 @@ def run(config: Config, context: StageContext) -> dict[str, Any]:
     embed, output, threshold = context.inputs["embed"], context.output, config.sample.duplicate_threshold
     num_embedded = sum(embed.part(name).rows or 0 for name in embed.part_names(PART_PREFIX))
     metrics = dict(embed.metrics) | {"num_embedded": num_embedded, "num_images": num_embedded}
-    rows = sample_rows(num_embedded, config.sample.max_images, config.seed)
-    if rows is None and threshold is None:
+    failed_ids = np.sort(embed.read_table(ERRORS_NAME)["image_id"].to_numpy())
+    drawn_ids = sample_ids(num_embedded, config.sample.max_images, config.seed, failed_ids)
+    if drawn_ids is None and threshold is None:
         return metrics
+    rows = None if drawn_ids is None else drawn_ids - np.searchsorted(failed_ids, drawn_ids)
     num_images = num_embedded if rows is None else len(rows)
     work = Tasks(config.resources, num_embedded, context.progress)
     temporary = output.folder / "search"
@@ -81,10 +85,12 @@ def run(config: Config, context: StageContext) -> dict[str, Any]:
         output.write_table(GROUPS_NAME, group_table(found.leader_N, image_ids))
         if rows is not None or len(found.followers):
             rows = found.leaders
+            drawn_ids = image_ids[rows]
         num_images = len(found.leaders)
         metrics |= {"duplicate_threshold": found.threshold, "num_duplicate_pairs": len(found.pairs)}
         metrics |= {"num_left_out": len(found.followers)}
-    if rows is not None:
+    if rows is not None and drawn_ids is not None:
+        output.write_array(IMAGE_IDS_NAME, drawn_ids)
         records = PartRecords(output.folder, source_digest(source, SAMPLE.version))
         for record in _copy_rows(source, rows, records, work):
             for file in record.files:

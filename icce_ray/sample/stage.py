@@ -10,4 +10,4 @@ def _settings(config: Config) -> Settings:
     return {"sample": config.sample.model_dump(), "seed": config.seed}
 
 
-SAMPLE = Stage("sample", "icce_ray.sample.job", 2, ("embed",), _settings)
+SAMPLE = Stage("sample", "icce_ray.sample.job", 3, ("embed",), _settings)

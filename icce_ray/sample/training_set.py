@@ -19,6 +19,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from icce_ray.config import SampleConfig
+from icce_ray.random_numbers import id_hashes
 from icce_ray.sample.near_duplicates import find_near_duplicates
 from icce_ray.sample.unit_features import Ids
 from icce_ray.store import Artifact, ArtifactWriter, Part
@@ -26,7 +27,10 @@ from icce_ray.store import Artifact, ArtifactWriter, Part
 PART_PREFIX = "part-"
 GROUPS_NAME = "duplicate_groups.parquet"
 PAIRS_NAME = "duplicate_pairs.parquet"
+IMAGE_IDS_NAME = "image_ids.npy"
+"""The ids of the images that are trained on, ascending, where these are not all."""
 MIN_ROWS_PER_PART = 16_384
+IDS_PER_BLOCK = 2**22
 
 
 @dataclass(frozen=True)
@@ -43,12 +47,29 @@ class TrainingPart:
         return sum(len(rows) for rows in self.rows)
 
 
-def sample_rows(num_images: int, max_images: int | None, seed: int) -> Ids | None:
-    """Rows drawn uniformly without replacement, ascending, (max_images,) int64; None if there are no more."""
+def sample_ids(num_images: int, max_images: int | None, seed: int, failed_ids: Ids | None = None) -> Ids | None:
+    """The ids with the smallest hashes, ascending, (max_images,) int64; None if there are no more.
+
+    It is a uniform sample without replacement, of which an image more or less changes at most one.
+
+    Args:
+        num_images: to draw from.
+        max_images: wanted; None for all.
+        seed: of the hashes.
+        failed_ids: ascending ids that cannot be drawn. With all others they are the numbers from 0 on.
+    """
     if max_images is None or num_images <= max_images:
         return None
-    generator = np.random.default_rng([seed, num_images])
-    return np.sort(generator.choice(num_images, max_images, replace=False, shuffle=False))
+    failed = np.empty(0, np.int64) if failed_ids is None else failed_ids
+    kept_ids, kept_hashes = np.empty(0, np.int64), np.empty(0, np.uint64)
+    for start in range(0, num_images + len(failed), IDS_PER_BLOCK):
+        ids = np.arange(start, min(start + IDS_PER_BLOCK, num_images + len(failed)))
+        first, last = np.searchsorted(failed, [start, start + IDS_PER_BLOCK])
+        ids = np.concatenate([kept_ids, np.delete(ids, failed[first:last] - start)])
+        hashes = np.concatenate([kept_hashes, id_hashes(ids[len(kept_ids) :], seed)])
+        smallest = np.argpartition(hashes, max_images - 1)[:max_images] if len(ids) > max_images else slice(None)
+        kept_ids, kept_hashes = ids[smallest], hashes[smallest]
+    return np.sort(kept_ids)
 
 
 def plan_parts(embed: Artifact, rows: Ids) -> list[TrainingPart]:
@@ -104,7 +125,7 @@ def choose_rows(features_ND: npt.NDArray[np.floating[Any]], config: SampleConfig
     Raises:
         InputError: features that are not finite, or fewer than two.
     """
-    drawn = sample_rows(len(features_ND), config.max_images, seed)
+    drawn = sample_ids(len(features_ND), config.max_images, seed)
     if config.duplicate_threshold is None:
         return None if drawn is None else TrainingRows(drawn, drawn[:0], drawn[:0])
     ids_N = np.arange(len(features_ND)) if drawn is None else drawn
@@ -129,10 +150,9 @@ def source_digest(embed: Artifact, version: int) -> str:
 def training_rows(inputs: Mapping[str, Artifact]) -> TrainingRows | None:
     """The training set of a run; None if all images are trained on."""
     sample = inputs.get("sample")
-    names = sample.part_names(PART_PREFIX) if sample is not None else []
-    if sample is None or not names:
+    if sample is None or IMAGE_IDS_NAME not in sample.part_names():
         return None
-    image_ids_n = np.concatenate([sample.read_table(name)["image_id"].to_numpy() for name in names])
+    image_ids_n = np.asarray(sample.read_array(IMAGE_IDS_NAME))
     if GROUPS_NAME not in sample.part_names():
         return TrainingRows(image_ids_n, image_ids_n[:0], image_ids_n[:0])
     groups = sample.read_table(GROUPS_NAME).sort_by("image_id")

@@ -60,7 +60,7 @@ def write_run(root, name, matrix, losses=None, uris=None, failed=(), drawn=None)
     clusterings = {"losses": losses, "history": []}
     sample = ArtifactWriter(Folder.at(root / "sample" / f"sample-{name}"))
     if drawn is not None:
-        sample.write_table("part-00000.parquet", pa.table({"image_id": pa.array(drawn, pa.int64())}))
+        sample.write_array("image_ids.npy", np.array(drawn, np.int64))
     sample.commit(stage="sample", fingerprint=f"sample-{name}", inputs={}, config={}, metrics={}, seconds=0.0)
     inputs = {"embed": f"embed-{name}", "sample": f"sample-{name}"}
     heads = commit(root, "method", f"heads-{name}", inputs, label_matrix=matrix, clusterings=clusterings)

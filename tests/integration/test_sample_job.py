@@ -8,14 +8,14 @@ import numpy.typing as npt
 import pyarrow as pa
 import pytest
 
-from icce_ray.config import Config
+from icce_ray.config import Config, SampleConfig
 from icce_ray.embed.feature_matrix import load_features
 from icce_ray.errors import InputError, find_cause
 from icce_ray.runtime import workers
 from icce_ray.runtime.progress import Progress
 from icce_ray.sample import job, near_duplicates
 from icce_ray.sample.near_duplicates import find_near_duplicates
-from icce_ray.sample.training_set import choose_rows, training_rows, training_set
+from icce_ray.sample.training_set import TrainingRows, sample_ids, training_rows, training_set
 from icce_ray.stage import StageContext
 from icce_ray.store import Artifact, ArtifactWriter, Folder
 
@@ -40,6 +40,7 @@ def embed(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
         embedding = pa.FixedSizeListArray.from_arrays(pa.array(rows[ids].ravel()), rows.shape[1])
         table = pa.table({"image_id": FIRST_ID + ids, "embedding": embedding})
         writer.write_table(f"part-{number:05d}.parquet", table)
+    writer.write_table("errors.parquet", pa.table({"image_id": np.arange(FIRST_ID)}))
     metrics = {"dim": 24, "feature_set": "planted"}
     return writer.commit(stage="embed", fingerprint=folder.name, inputs={}, config={}, metrics=metrics, seconds=0.0)
 
@@ -60,14 +61,23 @@ def run(folder: Path, embed: Artifact, progress: Progress | None = None, **sampl
     ), config.sample
 
 
+def expected_rows(sample: SampleConfig) -> TrainingRows:
+    """The training set by row, made in this process."""
+    drawn_ids = sample_ids(NUM_IMAGES, sample.max_images, 3, np.arange(FIRST_ID))
+    drawn = np.arange(NUM_IMAGES) if drawn_ids is None else drawn_ids - FIRST_ID
+    if sample.duplicate_threshold is None:
+        return TrainingRows(drawn, drawn[:0], drawn[:0])
+    found = find_near_duplicates(features()[drawn], sample.duplicate_threshold)
+    return TrainingRows(drawn[found.leaders], drawn[found.followers], drawn[found.leader_N[found.followers]])
+
+
 @pytest.mark.usefixtures("_many_tasks")
 @pytest.mark.parametrize("settings", [{}, {"max_images": 600}, {"max_images": 600, "duplicate_threshold": None}])
 def test_tasks_choose_the_training_set_of_one_process(
     settings: dict[str, Any], embed: Artifact, tmp_path: Path
 ) -> None:
     artifact, sample = run(tmp_path / "out", embed, **settings)
-    rows = choose_rows(features(), sample, seed=3)
-    assert rows is not None
+    rows = expected_rows(sample)
     inputs = {"embed": embed, "sample": artifact}
     chosen = load_features(training_set(inputs))
     assert np.array_equal(chosen.image_ids, FIRST_ID + rows.image_ids_n)
@@ -149,6 +159,7 @@ def test_features_that_are_not_finite_are_named(tmp_path: Path) -> None:
     writer = ArtifactWriter(Folder.at(tmp_path / "embed"))
     embedding = pa.FixedSizeListArray.from_arrays(pa.array(rows.ravel()), 24)
     writer.write_table("part-00000.parquet", pa.table({"image_id": np.arange(NUM_IMAGES), "embedding": embedding}))
+    writer.write_table("errors.parquet", pa.table({"image_id": np.arange(0)}))
     broken = writer.commit(stage="embed", fingerprint="nan", inputs={}, config={}, metrics={}, seconds=0.0)
     with pytest.raises(Exception, match="row 77") as caught:
         run(tmp_path / "out", broken)

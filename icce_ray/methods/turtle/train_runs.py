@@ -23,7 +23,7 @@ from icce_ray.metrics.label_free_scores import generalization_score, project_pca
 from icce_ray.runtime.machine import matmul_dtype
 from icce_ray.runtime.progress import Progress
 from icce_ray.runtime.threads import ThreadPool
-from icce_ray.sample.training_set import sample_rows
+from icce_ray.sample.training_set import sample_ids
 
 WEIGHTS_NAME = "turtle.safetensors"
 MIN_SCORED, SCORED_PER_CLUSTER = 5_000, 20
@@ -153,7 +153,7 @@ def _score_points(
 ) -> tuple[npt.NDArray[np.int64], list[npt.NDArray[np.float32]]]:
     """Rows of a uniform sample (n,), and their principal components in each feature set."""
     num_images = len(feature_sets[0])
-    rows = sample_rows(num_images, max(MIN_SCORED, SCORED_PER_CLUSTER * num_clusters), seed)
+    rows = sample_ids(num_images, max(MIN_SCORED, SCORED_PER_CLUSTER * num_clusters), seed)
     rows_n = np.arange(num_images) if rows is None else rows
     return rows_n, [project_pca(np.array(matrix_ND[rows_n], dtype=np.float32), seed) for matrix_ND in feature_sets]
 

@@ -17,11 +17,11 @@ from icce_ray.assign.exemplars import (
     candidates_table,
     choose_exemplars,
     farthest_first,
-    priorities,
 )
 from icce_ray.assign.labeling import assignments_table
 from icce_ray.classifier.self_training import fit_classifier
 from icce_ray.config import ClassifierConfig
+from icce_ray.random_numbers import id_hashes
 
 NUM_IMAGES, NUM_EXEMPLARS = 6000, 3
 RNG = np.random.default_rng(0)
@@ -83,7 +83,7 @@ def test_candidates_are_few_and_hold_the_sample_of_each_cluster(candidates: Call
     wanted = SAMPLE_PER_EXEMPLAR * NUM_EXEMPLARS
     assert (sizes <= 1.5 * MARGIN * wanted).all()
     is_outlier = candidates.classifier.label(FEATURES).is_outlier  # type: ignore[attr-defined]
-    order = np.argsort(priorities(ALL, 5))
+    order = np.argsort(id_hashes(ALL, 5))
     for cluster in range(4):
         lowest = [row for row in order if LABELS[row] == cluster and not is_outlier[row]][:wanted]
         assert set(lowest) <= set(ids(kept))
@@ -154,11 +154,11 @@ def test_farthest_first_starts_in_the_middle_and_goes_to_the_ends() -> None:
 
 
 def test_priorities_are_uniform_and_change_with_the_seed() -> None:
-    drawn = priorities(np.arange(10_000), 0) / 2.0**64
+    drawn = id_hashes(np.arange(10_000), 0) / 2.0**64
     assert np.abs(np.histogram(drawn, 10, (0, 1))[0] - 1000).max() < 150
     assert abs(np.corrcoef(drawn[:-1], drawn[1:])[0, 1]) < 0.05
     assert len(set(drawn)) == 10_000
-    assert abs(np.corrcoef(drawn, priorities(np.arange(10_000), 1) / 2.0**64)[0, 1]) < 0.05
+    assert abs(np.corrcoef(drawn, id_hashes(np.arange(10_000), 1) / 2.0**64)[0, 1]) < 0.05
 
 
 def test_no_images_have_no_exemplars() -> None:

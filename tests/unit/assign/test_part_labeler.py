@@ -38,8 +38,6 @@ def commit(folder: Path, **files: Any) -> Artifact:
     for name, content in files.items():
         if isinstance(content, bytes):
             writer.write_bytes(MODEL_NAME, content)
-        elif isinstance(content, pa.Table):
-            writer.write_table("part-00000.parquet", content)
         else:
             writer.write_array(f"{name}.npy", content)
     return writer.commit(stage=folder.name, fingerprint="f", inputs={}, config={}, metrics={}, seconds=0)
@@ -95,7 +93,7 @@ def test_of_a_sample_only_the_sampled_images_have_a_consensus_label(
 ) -> None:
     sampled = np.arange(2, 300, 7)
     inputs["consensus"] = commit(tmp_path / "sampled", labels=(TRUE[sampled] + 1) % 3, agreement=AGREEMENT[sampled])
-    inputs["sample"] = commit(tmp_path / "sample", table=pa.table({"image_id": sampled}))
+    inputs["sample"] = commit(tmp_path / "sample", image_ids=sampled)
     table, totals = label(tmp_path, inputs)
     expected = classifier.label(FEATURES).cluster
     expected[sampled] = (TRUE[sampled] + 1) % 3

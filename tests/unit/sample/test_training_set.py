@@ -7,13 +7,15 @@ import pyarrow as pa
 import pytest
 
 from icce_ray.config import SampleConfig
+from icce_ray.random_numbers import id_hashes
 from icce_ray.sample import training_set as module
 from icce_ray.sample.near_duplicates import group_table
 from icce_ray.sample.training_set import (
     GROUPS_NAME,
+    IMAGE_IDS_NAME,
     choose_rows,
     plan_parts,
-    sample_rows,
+    sample_ids,
     training_rows,
     training_set,
     write_part,
@@ -38,27 +40,54 @@ def make_sample(folder: Path, embed: Artifact, rows: np.ndarray | None, groups: 
     writer = ArtifactWriter(Folder.at(folder))
     for part in plan_parts(embed, rows) if rows is not None else []:
         write_part(part, embed, writer)
+    if rows is not None:
+        writer.write_array(IMAGE_IDS_NAME, 2 * rows)
     if groups is not None:
         writer.write_table(GROUPS_NAME, groups)
     return writer.commit(stage="sample", **COMMIT)
 
 
 def test_few_images_all_take_part() -> None:
-    assert sample_rows(100, 100, 0) is None
-    assert sample_rows(100, None, 0) is None
+    assert sample_ids(100, 100, 0) is None
+    assert sample_ids(100, None, 0) is None
 
 
 def test_the_sample_is_seeded_uniform_and_without_repeats() -> None:
     counts = np.zeros(50)
     for seed in range(400):
-        rows = sample_rows(50, 20, seed)
+        rows = sample_ids(50, 20, seed)
         assert rows is not None
         assert len(rows) == len(np.unique(rows)) == 20
         assert (np.diff(rows) > 0).all()
         counts[rows] += 1
     assert counts.min() > 110  # 160 expected, deviation 10
     assert counts.max() < 210
-    assert np.array_equal(sample_rows(50, 20, 3), sample_rows(50, 20, 3))
+    assert np.array_equal(sample_ids(50, 20, 3), sample_ids(50, 20, 3))
+
+
+def test_a_new_image_takes_the_place_of_at_most_one_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "IDS_PER_BLOCK", 64)
+    before = sample_ids(300, 100, 7)
+    assert before is not None
+    num_new = 0
+    for num_images in range(301, 400):
+        drawn = sample_ids(num_images, 100, 7)
+        assert drawn is not None
+        assert len(set(drawn) - set(before)) <= 1
+        num_new += drawn.tolist() != before.tolist()
+        before = drawn
+    assert 10 < num_new < 50  # 29 expected
+
+
+@pytest.mark.parametrize("block", [7, 50, 1000])
+def test_failed_images_are_not_drawn_and_do_not_change_the_others(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "IDS_PER_BLOCK", block)
+    failed = np.sort(np.random.default_rng(0).choice(200, 60, replace=False))
+    order = np.argsort(id_hashes(np.arange(200), 3))
+    expected = [image_id for image_id in order if image_id not in failed][:40]
+    drawn = sample_ids(140, 40, 3, failed)
+    assert drawn is not None
+    assert drawn.tolist() == sorted(expected)
 
 
 @pytest.mark.parametrize("min_rows", [1, 8, 1000])
@@ -114,7 +143,7 @@ def test_in_process_near_duplicates_are_looked_for_among_the_drawn_rows() -> Non
     assert whole is not None
     assert whole.image_ids_n.tolist() == list(range(60))
     assert whole.rows_of(np.arange(120)).tolist() == 2 * list(range(60))
-    drawn = sample_rows(120, 90, 5)
+    drawn = sample_ids(120, 90, 5)
     assert drawn is not None
     plain = choose_rows(features, SampleConfig(max_images=90, duplicate_threshold=None), seed=5)
     assert plain is not None
