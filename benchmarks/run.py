@@ -41,6 +41,7 @@ CASES = {
     "proxies": "how well scores without labels rank clusterings of all methods by their true AMI and ACC",
     "small-run": "CPU seconds of a run over 40 images, all processes together; `other`: a checkout to compare with",
     "sweep-metrics": "how well metrics without labels rank a sweep's trials by ACC, and the consensus of the best",
+    "tar-reads": "requests and bytes of 1,000 images in tar shards on object storage, counted",
     "thresholds": "neighbour precision and accuracy at the automatic threshold against fixed ones",
     "turtle": "a run of TURTLE against a plain transcription of the paper in PyTorch",
 }

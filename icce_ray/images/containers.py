@@ -11,6 +11,7 @@ import io
 import re
 from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
@@ -30,8 +31,6 @@ from icce_ray.store.filesystem import open_uri
 
 TAR_MEMBER = re.compile(r"^(?P<file>.*\.tar)#(?P<offset>\d+)\+(?P<size>\d+)/(?P<name>.*)$", re.DOTALL | re.IGNORECASE)
 PARQUET_MEMBER = re.compile(r"^(?P<file>.*\.(?:parquet|pq))#(?P<row>\d+)/(?P<column>.*)$", re.DOTALL | re.IGNORECASE)
-TAR_BUFFER_BYTES = 4 * 2**20
-"""Tar headers are read through a buffer: seeks within it need no request."""
 MAX_OPEN_GROUPS = 2
 LABEL_ENDING = ".cls"
 MAX_LABEL_BYTES = 65_536
@@ -45,6 +44,14 @@ class Span(NamedTuple):
     file: str
     start: int
     num_bytes: int
+
+    @property
+    def end(self) -> int:
+        return self.start + self.num_bytes
+
+    def uri(self, name: str = "") -> str:
+        """The URI of an image there."""
+        return f"{self.file}#{self.start}+{self.num_bytes}/{name}"
 
 
 class Cell(NamedTuple):
@@ -118,7 +125,7 @@ def _tar_members(container: File, skipped: Counter[str]) -> Iterator[Entry]:
     links: list[tar_shards.Link] = []
     for found in _walk_tar(uri):
         if isinstance(found, tar_shards.Damage):
-            place = f"{uri}#{found.start}+{found.num_bytes}/{DAMAGED_NAME}"
+            place = Span(uri, found.start, found.num_bytes).uri(DAMAGED_NAME)
             yield Entry(place, found.num_bytes, etag, f"damaged shard: {found.reason}")
         elif not _is_image(PurePosixPath(found.name)):
             if (kind := ending(found.name)) != LABEL_ENDING:
@@ -126,7 +133,7 @@ def _tar_members(container: File, skipped: Counter[str]) -> Iterator[Entry]:
         elif isinstance(found, tar_shards.Link):
             links.append(found)
         else:
-            yield Entry(f"{uri}#{found.start}+{found.num_bytes}/{found.name}", found.num_bytes, etag)
+            yield Entry(Span(uri, found.start, found.num_bytes).uri(found.name), found.num_bytes, etag)
     if not links:
         return
     # A second walk, since keeping the place of every member would take memory for the sake of a few links.
@@ -137,9 +144,10 @@ def _tar_members(container: File, skipped: Counter[str]) -> Iterator[Entry]:
     for link in links:
         target = places.get(link.target)
         if target is None:
-            yield Entry(f"{uri}#0+0/{link.name}", None, etag, "missing: a link to a file that is not in the shard")
+            place = Span(uri, 0, 0).uri(link.name)
+            yield Entry(place, None, etag, "missing: a link to a file that is not in the shard")
         else:
-            yield Entry(f"{uri}#{target.start}+{target.num_bytes}/{link.name}", target.num_bytes, etag)
+            yield Entry(Span(uri, target.start, target.num_bytes).uri(link.name), target.num_bytes, etag)
 
 
 def labels_beside(uris: Sequence[str]) -> list[str | None]:
@@ -152,13 +160,14 @@ def labels_beside(uris: Sequence[str]) -> list[str | None]:
     labels: list[str | None] = [None] * len(uris)
     for file, numbers_by_key in keys_by_tar.items():
         try:
-            with _open(file) as opened:
-                for found in tar_shards.walk(io.BufferedReader(opened, TAR_BUFFER_BYTES), opened.size()):
+            with _opened_tar(file) as (headers, num_bytes):
+                for found in tar_shards.walk(headers, num_bytes):
                     if not isinstance(found, tar_shards.Member) or not found.name.lower().endswith(LABEL_ENDING):
                         continue
                     numbers = numbers_by_key.get(_key(found.name), ())
                     if numbers and found.num_bytes <= MAX_LABEL_BYTES:
-                        text = opened.read_at(found.num_bytes, found.start).decode("utf-8", "replace").strip()
+                        headers.seek(found.start)
+                        text = headers.read(found.num_bytes).decode("utf-8", "replace").strip()
                         for number in numbers:
                             labels[number] = text
         except OSError as error:
@@ -179,8 +188,8 @@ def _walk_tar(uri: str) -> Iterator[tar_shards.Member | tar_shards.Link | tar_sh
     """The members of a tar. A local file that cannot be read is damage; storage that does not answer ends the job."""
     position = 0
     try:
-        with _open(uri) as file, io.BufferedReader(file, TAR_BUFFER_BYTES) as buffered:
-            for found in tar_shards.walk(buffered, file.size()):
+        with _opened_tar(uri) as (headers, num_bytes):
+            for found in tar_shards.walk(headers, num_bytes):
                 position = found.start if isinstance(found, tar_shards.Member) else position
                 yield found
     except FileNotFoundError:
@@ -193,6 +202,13 @@ def _walk_tar(uri: str) -> Iterator[tar_shards.Member | tar_shards.Link | tar_sh
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:200]
+
+
+@contextmanager
+def _opened_tar(uri: str) -> Iterator[tuple[tar_shards.Seekable, int]]:
+    """A tar for :func:`tar_shards.walk`, and its size in bytes."""
+    with _open(uri) as file:
+        yield tar_shards.RemoteHeaders(file) if is_remote(uri) else io.BufferedReader(file), file.size()
 
 
 def _open(file: str) -> Any:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import posixpath
 import tarfile
 from collections.abc import Iterator
-from typing import BinaryIO, NamedTuple
+from typing import Any, NamedTuple, Protocol
 from urllib.parse import quote
 
 BLOCK_BYTES = tarfile.BLOCKSIZE
@@ -24,7 +24,46 @@ EXTENSIONS = (
 )
 """Types of headers that describe the next member."""
 NO_DATA = (tarfile.DIRTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE)
+FAR_BYTES = 2**20
+"""Data of this size is skipped: another request takes less time than reading on."""
+NEAR_WINDOW_BYTES = 4 * 2**20
+FAR_WINDOW_BYTES = 2**16
+"""Enough for the headers and labels between two large images."""
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+
+
+class Seekable(Protocol):
+    """What :func:`walk` needs of a file."""
+
+    def seek(self, position: int, /) -> int: ...
+    def read(self, num_bytes: int, /) -> bytes: ...
+
+
+class RemoteHeaders:
+    """Reads the headers of a tar on remote storage in as few bytes and requests as go together: past small members it
+    reads on, past large ones it leaps.
+
+    Args:
+        file: pyarrow's.
+    """
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+        self._position = self._last = self._start = 0
+        self._window = b""
+
+    def seek(self, position: int, /) -> int:
+        self._position = position
+        return position
+
+    def read(self, num_bytes: int, /) -> bytes:
+        start, end = self._position, self._position + num_bytes
+        if start < self._start or end > self._start + len(self._window):
+            window_bytes = FAR_WINDOW_BYTES if start - self._last > FAR_BYTES else NEAR_WINDOW_BYTES
+            self._start, self._window = start, self._file.read_at(max(num_bytes, window_bytes), start)
+        data = self._window[start - self._start : end - self._start]
+        self._last = self._position = start + len(data)
+        return data
 
 
 class Member(NamedTuple):
@@ -51,13 +90,13 @@ class Damage(NamedTuple):
     reason: str
 
 
-def walk(file: BinaryIO, file_bytes: int) -> Iterator[Member | Link | Damage]:
+def walk(file: Seekable, file_bytes: int) -> Iterator[Member | Link | Damage]:
     """All members in order. Behind a damaged header, the next valid one is searched block by block.
 
     A complete shard ends with an end mark (a block of zeros). If the file does not, the last item is a Damage.
 
     Args:
-        file: seekable.
+        file: the shard.
         file_bytes: its size. A member that reaches beyond it is damage.
     """
     if file_bytes == 0:
@@ -117,7 +156,7 @@ def walk(file: BinaryIO, file_bytes: int) -> Iterator[Member | Link | Damage]:
         yield Damage(file_bytes, 0, "no end mark: it was cut off or not closed")
 
 
-def _read_extension(file: BinaryIO, header: tarfile.TarInfo, num_left: int) -> dict[str, str]:
+def _read_extension(file: Seekable, header: tarfile.TarInfo, num_left: int) -> dict[str, str]:
     """The names and sizes that an extended header states for the next member."""
     if not 0 <= header.size <= MAX_EXTENSION_BYTES:
         raise ValueError("extended header of absurd size")

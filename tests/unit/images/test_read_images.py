@@ -14,6 +14,7 @@ import pytest
 from icce_ray.config import StorageConfig
 from icce_ray.errors import InputError, WorkerError
 from icce_ray.images import read_images
+from icce_ray.images.containers import Span
 from icce_ray.images.listing import ListedImage
 from icce_ray.store import s3
 
@@ -47,7 +48,8 @@ def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
                 return
             status, data = (found, ERRORS[found]) if isinstance(found, int) else (200, found)
             if status == 200 and self.headers["Range"]:
-                status, data = 206, data[:1]
+                start, _, last = self.headers["Range"].removeprefix("bytes=").partition("-")
+                status, data = 206, data[int(start) : int(last) + 1]
             self.send_response(status)
             self.send_header("Content-Length", str(len(data)))
             self.end_headers()
@@ -103,6 +105,31 @@ def test_credentials_that_are_refused_later_on_are_the_message(store: Store) -> 
         read("a.png")
     store.answer = lambda key: 403 if key else LISTING  # only this object is forbidden
     assert str(read("a.png")[0]).startswith("unreadable: access to s3://photos was refused")
+
+
+def test_neighbours_in_a_shard_are_read_together_and_each_byte_once(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(read_images, "MAX_RANGE_BYTES", 100)
+    monkeypatch.setattr(read_images, "MAX_GAP_BYTES", 10)
+    shard = bytes(range(256)) * 2
+    store.answer = lambda key: {"": LISTING, "a.png": b"file"}.get(key, shard)
+    spans = [("0.tar", 0, 30), ("0.tar", 40, 30), ("0.tar", 70, 30), ("0.tar", 100, 1), ("0.tar", 112, 9)]
+    spans += [("1.tar", 121, 5), ("1.tar", 126, 400), ("1.tar", 7, 3)]
+    rows = [ListedImage(n, Span(f"s3://photos/{key}", at, size).uri("x.png"), size, None) for n, (key, at, size) in enumerate(spans)]  # fmt: skip  # noqa: E501
+    rows.insert(1, ListedImage(100, "s3://photos/0.tar#30+10/(damaged)", 10, None, "damaged shard: bad header"))
+    rows.append(ListedImage(101, "s3://photos/a.png", 4, None))
+    found = {row.image_id: data for row, data in read_images.read_images(rows)}
+    assert found.pop(100) == "damaged shard: bad header"
+    assert found.pop(101) == b"file"
+    assert [found[number] for number in range(6)] == [shard[at : at + size] for _, at, size in spans[:6]]
+    assert str(found[6]).startswith("unreadable: ")  # its shard ends before it
+    assert found[7] == shard[7:10]
+    # Up to the damage, up to 100 bytes, behind the gap; all of the second shard is tried, then its images.
+    assert store.seen.count("0.tar") == 3
+    store.seen.clear()
+    assert read_images.read_image(rows[0].uri, 30) == shard[:30]
+    assert store.seen == ["0.tar"]
 
 
 def test_an_object_of_unknown_size_is_not_read_beyond_the_limit(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,10 +6,12 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pytest
 
 from icce_ray.config import Config, ImagesConfig
+from icce_ray.images import tar_shards
 from icce_ray.images.containers import labels_beside, members
 from icce_ray.images.image_files import File
 from icce_ray.images.read_images import read_image
@@ -193,3 +195,32 @@ def test_a_label_of_absurd_size_is_not_read(list_shard: ListShard, tmp_path: Pat
     list_shard(sink.getvalue())
     uris = [f"{tmp_path}/0.tar#512+1/{key}.png" for key in "ab"]
     assert [label and len(label) for label in labels_beside(uris)] == [65_536, None]
+
+
+class CountingFile:
+    """A remote file that counts what is asked of it."""
+
+    def __init__(self, data: bytes) -> None:
+        self.data, self.num_requests, self.num_bytes = data, 0, 0
+
+    def read_at(self, num_bytes: int, start: int) -> bytes:
+        data = self.data[start : start + num_bytes]
+        self.num_requests, self.num_bytes = self.num_requests + 1, self.num_bytes + len(data)
+        return data
+
+
+@pytest.mark.parametrize(("size", "max_requests"), [(700, 2), (40_000, 3), (2_000_000, 11)])
+def test_headers_on_remote_storage_are_read_in_few_requests(size: int, max_requests: int) -> None:
+    """Small members in windows of 4 MiB, large ones header by header."""
+    rng = np.random.default_rng(size)
+    data = shard(range(10), size=size)
+    for _ in range(3):  # flipped bits, which make the walk search block by block
+        expected = list(tar_shards.walk(io.BytesIO(data), len(data)))
+        file = CountingFile(data)
+        assert list(tar_shards.walk(tar_shards.RemoteHeaders(file), len(data))) == expected
+        if data == shard(range(10), size=size):
+            assert file.num_requests <= max_requests
+            assert file.num_bytes <= min(len(data) + 512, 5_000_000)
+        damaged = bytearray(data)
+        damaged[int(rng.integers(10)) * (512 + -(-size // 512) * 512) + 100] ^= 255
+        data = bytes(damaged)
