@@ -3,13 +3,12 @@ of workers can resume from them."""
 
 from __future__ import annotations
 
-import json
 import re
 from typing import Any
 
-import safetensors.torch
 import torch
 
+from icce_ray.methods.saved_state import SavedState, from_bytes, to_bytes
 from icce_ray.store import Folder
 
 NAME = re.compile(r"epoch-(\d+)-heads-(\d+)-(\d+)\.safetensors")
@@ -27,18 +26,16 @@ class CheckpointFolder:
         """Write the state of `heads` after ``values["epoch"]`` epochs. The worker of head 0 removes the checkpoints of
         all workers but the last two, which are complete: workers save at the same epochs, and wait for each other in
         between."""
-        cpu_tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        data = safetensors.torch.save(cpu_tensors, metadata={"values": json.dumps(values)})
         name = f"epoch-{values['epoch']:06d}-heads-{heads.start:05d}-{heads.stop:05d}.safetensors"
-        self.folder.write_bytes(name, data)
+        self.folder.write_bytes(name, to_bytes(tensors, values))
         self._epochs.append(values["epoch"])
         if heads.start == 0 and len(self._epochs) > 1:
             for epoch, _, name in self._files():
                 if epoch < self._epochs[-2]:
                     self.folder.remove(name)
 
-    def load(self, heads: range, max_epoch: int | None = None) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
-        """The newest state of `heads`, up to `max_epoch`, that all its files can be read for; None if there is none."""
+    def load(self, heads: range, max_epoch: int | None = None) -> SavedState | None:
+        """The newest state of `heads`, up to `max_epoch`, all of whose files are whole; None if there is none."""
         files = self._files()
         for epoch in sorted({epoch for epoch, _, _ in files}, reverse=True):
             if max_epoch is not None and epoch > max_epoch:
@@ -53,9 +50,7 @@ class CheckpointFolder:
         for name in self.folder.names():
             self.folder.remove(name)
 
-    def _read(
-        self, heads: range, files: list[tuple[range, str]]
-    ) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
+    def _read(self, heads: range, files: list[tuple[range, str]]) -> SavedState | None:
         """Join the state of `heads` from files, each of which has some of them."""
         joined: list[dict[str, torch.Tensor]] = []
         values: dict[str, Any] = {}
@@ -65,16 +60,13 @@ class CheckpointFolder:
             if found is None:
                 return None
             saved, name = found
-            data = self.folder.read_bytes(name)
-            try:
-                tensors = safetensors.torch.load(data)
-            except safetensors.SafetensorError:
+            state = from_bytes(self.folder.read_bytes(name))
+            if state is None:
                 return None
+            tensors, values = state
             stop = min(heads.stop, saved.stop)
             rows = slice(head - saved.start, stop - saved.start)
             joined.append({key: tensor[rows] for key, tensor in tensors.items()})
-            header_size = int.from_bytes(data[:8], "little")
-            values = json.loads(json.loads(data[8 : 8 + header_size])["__metadata__"]["values"])
             head = stop
         return {name: torch.cat([part[name] for part in joined]) for name in joined[0]}, values
 

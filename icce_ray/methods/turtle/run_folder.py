@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from typing import Any
 
-import safetensors
-import safetensors.torch
 import torch
 
+from icce_ray.methods.saved_state import SavedState, from_bytes, to_bytes
 from icce_ray.store import ArtifactWriter, Folder
 from icce_ray.store.part_records import PartRecords
 
 FOLDER_NAME = "runs"
-
-Saved = tuple[dict[str, torch.Tensor], dict[str, Any]]
-"""Tensors by name, and JSON-able values."""
 
 
 @dataclass(frozen=True)
@@ -29,35 +24,32 @@ class RunFolder:
 
     records: PartRecords
 
-    def read(self, runs: range) -> Saved | None:
-        """A finished block; None if it is not finished."""
+    def read(self, runs: range) -> SavedState | None:
+        """A finished block; None if it is not finished, or damaged."""
         record = self.records.read(_name(runs))
-        if record is None:
-            return None
-        return safetensors.torch.load(self._folder.read_bytes(record.files[0].name)), record.metrics
+        return None if record is None else from_bytes(self._folder.read_bytes(record.files[0].name))
 
     def write(self, runs: range, tensors: dict[str, torch.Tensor], values: dict[str, Any]) -> None:
         """Keep a finished block; its checkpoint goes."""
-        data = safetensors.torch.save(_on_cpu(tensors))
-        part = ArtifactWriter(self._folder).write_bytes(f"{FOLDER_NAME}/{_name(runs)}.safetensors", data)
-        self.records.write(_name(runs), [part], values)
+        name = f"{FOLDER_NAME}/{_name(runs)}.safetensors"
+        part = ArtifactWriter(self._folder).write_bytes(name, to_bytes(tensors, values))
+        self.records.write(_name(runs), [part], {})
         self._folder.remove(_checkpoint(runs))
 
     def save_checkpoint(self, runs: range, tensors: dict[str, torch.Tensor], values: dict[str, Any]) -> None:
         """Replace the checkpoint of a block that is still trained."""
-        metadata = {"values": json.dumps(values), "source": self.records.source}
-        self._folder.write_bytes(_checkpoint(runs), safetensors.torch.save(_on_cpu(tensors), metadata=metadata))
+        state = to_bytes(tensors, {"source": self.records.source, "values": values})
+        self._folder.write_bytes(_checkpoint(runs), state)
 
-    def load_checkpoint(self, runs: range) -> Saved | None:
-        """The checkpoint of a block; None if there is none that fits."""
+    def load_checkpoint(self, runs: range) -> SavedState | None:
+        """The checkpoint of a block; None if there is none that fits, or it is damaged."""
         try:
-            data = self._folder.read_bytes(_checkpoint(runs))
-            tensors = safetensors.torch.load(data)
-        except (FileNotFoundError, safetensors.SafetensorError):
+            state = from_bytes(self._folder.read_bytes(_checkpoint(runs)))
+        except FileNotFoundError:
             return None
-        header_size = int.from_bytes(data[:8], "little")
-        metadata = json.loads(data[8 : 8 + header_size])["__metadata__"]
-        return (tensors, json.loads(metadata["values"])) if metadata["source"] == self.records.source else None
+        if state is None or state[1]["source"] != self.records.source:
+            return None
+        return state[0], state[1]["values"]
 
     def clear(self) -> None:
         """Remove everything: the artifact has it now."""
@@ -67,10 +59,6 @@ class RunFolder:
     @property
     def _folder(self) -> Folder:
         return self.records.folder
-
-
-def _on_cpu(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
 def _name(runs: range) -> str:

@@ -35,8 +35,10 @@ def test_a_checkpoint_that_lacks_a_worker_or_is_damaged_is_passed_over(tmp_path:
     assert load(tmp_path, range(2), max_epoch=2) == ([20.0, 21.0], 2)
     assert load(tmp_path, range(2), max_epoch=1) is None
     newest = tmp_path / "checkpoints/epoch-000003-heads-00000-00002.safetensors"
-    newest.write_bytes(newest.read_bytes()[:100])
-    assert load(tmp_path, range(2)) == ([20.0, 21.0], 2)
+    whole = newest.read_bytes()
+    for damaged in (whole[:100], whole[:-1] + bytes([whole[-1] ^ 1]), whole.replace(b"epoch", b"epoxy")):
+        newest.write_bytes(damaged)
+        assert load(tmp_path, range(2)) == ([20.0, 21.0], 2)
 
 
 def test_two_epochs_are_kept_of_all_workers_also_those_of_an_earlier_division(tmp_path: Path) -> None:
