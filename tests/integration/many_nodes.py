@@ -37,15 +37,12 @@ from .storage_server import ACCESS_KEY, SECRET_KEY, client, moto_server
 
 AT_WORK = {
     "embed": r"MapBatches\(decode\)|MapWorker\(MapBatches\(Embedder\)\)\.submit",
-    "neighbors": r"ShardWorker\.(audit|answer|make)",
     "method": r"RayTrainWorker.*",  # it trains beside what it is asked by Ray
-    "consensus": r"consensus: .+",
     "assign": r"CallingActor\.call",
 }
-"""What Ray's workers call themselves while they work for a stage."""
+"""What Ray's workers call themselves while they work for a stage: of Ray Data, of Ray Train, and actors that take parts
+one after the other."""
 KILLED_IN = tuple(AT_WORK)
-SHORT_TASKS = ("neighbors", "consensus")
-"""Stages whose tasks take milliseconds: one has to look often, which takes a third of a core."""
 NUM_IMAGES, NUM_CLUSTERS = 240, 3
 SETTINGS: dict[str, Any] = {
     "num_clusters": NUM_CLUSTERS,
@@ -167,8 +164,8 @@ class Run:
         """Wait for a host that works for the next stage, kill it, start another, and so on; then look on."""
         steps, root = {step.name: step for step in plan(self.config)}, Folder.at(self.config.output)
         for stage in KILLED_IN:
-            victim, interval = None, 0.004 if stage in SHORT_TASKS else 0.05
-            while victim is None and not ended.wait(interval):
+            victim = None
+            while victim is None and not ended.wait(0.05):
                 victim = self.stopped_at_work(steps[stage])
             if victim is None:
                 return

@@ -4,7 +4,6 @@ measurements by tasks of a real Ray."""
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -52,12 +51,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory, features: np.ndarray) -> Pa
     return folder
 
 
-@pytest.fixture
-def _without_ray() -> Iterator[None]:
-    with without_ray():
-        yield
-
-
 def config_for(folder: Path, **changes: Any) -> Config:
     base = {"embeddings": {"uri": str(folder / "x.npy")}, "output": str(folder / "out"), "num_clusters": "auto"}
     return build_config(base | SECTIONS | changes, "test")
@@ -69,7 +62,6 @@ def stage_of(config: Config, name: str) -> Artifact:
     return artifact
 
 
-@pytest.mark.usefixtures("_without_ray")
 def test_a_run_chooses_and_is_then_the_run_of_that_number(
     folder: Path, features: np.ndarray, capsys: pytest.CaptureFixture[str]
 ) -> None:

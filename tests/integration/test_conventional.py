@@ -20,8 +20,6 @@ from icce_ray.pipeline.result import Result
 from icce_ray.store.run_records import read_records
 from icce_ray.sweeps import trial
 
-from .stages import without_ray
-
 pytestmark = pytest.mark.slow
 
 TRUE = np.arange(240) % 4
@@ -172,6 +170,5 @@ def test_memory_that_is_missing_is_said_before_the_clustering(
         json.dumps(config_for(folder, "spectral", num_clusters=4).model_dump(exclude_unset=True))
     )
     monkeypatch.setattr(scikit_clusterers, "available_memory_bytes", lambda: 1000)
-    with without_ray():
-        assert main(["run", str(folder / "run.yaml"), "--set", "seed=7"]) == 2
+    assert main(["run", str(folder / "run.yaml"), "--set", "seed=7"]) == 2
     assert "method spectral: 240 images" in capsys.readouterr().err

@@ -27,7 +27,7 @@ from icce_ray.stage import StageContext
 from icce_ray.store import Artifact, ArtifactWriter, Folder
 from icce_ray.store.part_records import PartRecords
 
-from .stages import killing, run_embed, wait_for, workers
+from .stages import killing, run_embed, wait_for, without_ray, workers
 
 REPOSITORY = Path(__file__).parents[2]
 PIXELS = {"backbone": "pixels", "image_size": 8}
@@ -106,14 +106,13 @@ def test_one_cpu_is_enough_to_embed(photos: Path, tmp_path: Path) -> None:
     assert done.stdout.strip() == "30", done.stderr
 
 
-@pytest.mark.parametrize("embed", [PIXELS, pytest.param(VIT, marks=pytest.mark.slow)])
 def test_the_stage_gives_what_a_plain_loop_over_the_files_gives(
-    ray_cluster: None, photos: Path, tmp_path: Path, embed: dict[str, Any]
+    ray_cluster: None, photos: Path, tmp_path: Path
 ) -> None:
     bad = {"zero.jpg": b"", "text.png": b"not a picture", "cut.jpg": (photos / "001.jpg").read_bytes()[:200]}
     for name, data in bad.items():
         (photos / name).write_bytes(data)
-    config = config_for(photos, tmp_path, num_workers=2, **embed)
+    config = config_for(photos, tmp_path, num_workers=2, **PIXELS)
     artifact = run_stage(config, tmp_path / "run")
 
     backbone, preprocessing = build(config), plan_backbone(config.embed).preprocessing
@@ -137,7 +136,7 @@ def test_the_stage_gives_what_a_plain_loop_over_the_files_gives(
 
 
 @pytest.mark.slow
-def test_several_backbones_in_one_pass_give_what_each_gives_alone(
+def test_several_backbones_in_one_pass_on_ray_give_what_each_gives_alone_without(
     ray_cluster: None, photos: Path, tmp_path: Path
 ) -> None:
     (photos / "zero.jpg").touch()
@@ -153,7 +152,9 @@ def test_several_backbones_in_one_pass_give_what_each_gives_alone(
     assert feature_set_names(artifact) == artifact.metrics["feature_sets"] == names
     assert list(artifact.metrics["dims"]) == [256, 192]
     for index, backbone in enumerate(backbones):
-        alone = run_stage(config_for(photos, tmp_path, **backbone, **shared), tmp_path / str(index))
+        here = config_for(photos, tmp_path, **backbone, **shared).model_copy(update={"resources": ResourcesConfig()})
+        with without_ray():
+            alone = run_stage(here, tmp_path / str(index))
         expected, together = load_features(alone), load_features(artifact, index)
         assert np.array_equal(together.matrix, expected.matrix)
         assert together.image_ids.tolist() == expected.image_ids.tolist()

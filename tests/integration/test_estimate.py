@@ -14,7 +14,7 @@ from icce_ray.cli import main
 
 @pytest.mark.slow
 def test_an_estimate_embeds_a_sample_and_leaves_only_the_listing(
-    ray_cluster: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "photos").mkdir()
     for number in range(90):

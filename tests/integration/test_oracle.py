@@ -15,8 +15,6 @@ from icce_ray.methods.clusterings import read_losses
 from icce_ray.sample.training_set import choose_rows
 from icce_ray.store import Artifact, Folder
 
-from .stages import without_ray
-
 pytestmark = pytest.mark.slow
 
 SECTIONS: dict[str, Any] = {
@@ -85,8 +83,7 @@ def run(
 
 
 def test_the_pipeline_gives_the_labels_of_the_estimator_without_ray(features, tmp_path: Path) -> None:
-    with without_ray():
-        artifacts, clusters = run(features, tmp_path)
+    artifacts, clusters = run(features, tmp_path)
     estimator = fit_estimator(features)
     assert artifacts["neighbors"].metrics["similarity_threshold"] == estimator.similarity_threshold_
     assert np.array_equal(artifacts["method"].read_array("label_matrix.npy"), estimator.head_labels_[:, :670])

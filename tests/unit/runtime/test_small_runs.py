@@ -25,6 +25,7 @@ RESOURCES = ResourcesConfig()
 def _unconnected(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without Ray, although other tests of this process may have started one."""
     monkeypatch.setattr(ray_cluster, "is_connected", lambda: False)
+    monkeypatch.setattr(ray_cluster, "_started_here", False)
 
 
 def test_a_run_is_here_if_it_is_small_asks_for_nothing_and_joins_no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
