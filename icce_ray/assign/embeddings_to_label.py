@@ -63,21 +63,17 @@ class EmbeddedImages:
     def __init__(self, embed: Artifact, images: Artifact) -> None:
         self.embed = embed
         self.images = images
-        self.num_rows = sum(embed.part(name).rows or 0 for name in embed.part_names(PART_PREFIX))
+        self.num_rows = int(embed.num_rows(PART_PREFIX).sum())
 
     def identity(self) -> list[Any]:
-        names = self.embed.part_names(PART_PREFIX), self.images.part_names(LISTING_PREFIX)
-        return [
-            [self.embed.part(name).sha256 for name in names[0]],
-            [self.images.part(name).sha256 for name in names[1]],
-        ]
+        return [self.embed.checksum(PART_PREFIX), self.images.checksum(LISTING_PREFIX)]
 
     def plan(self) -> list[AssignPart]:
-        names = self.embed.part_names(PART_PREFIX)
+        names, sizes = self.embed.part_names(PART_PREFIX), self.embed.num_rows(PART_PREFIX).tolist()
         parts: list[AssignPart] = []
         first_row = 0
-        for group in _joined([self.embed.part(name).rows or 0 for name in names], _rows_per_part(self.num_rows)):
-            num_rows = sum(self.embed.part(names[index]).rows or 0 for index in group)
+        for group in _joined(sizes, _rows_per_part(self.num_rows)):
+            num_rows = sum(sizes[index] for index in group)
             parts.append(AssignPart(_part_name(len(parts)), tuple(names[i] for i in group), first_row, num_rows))
             first_row += num_rows
         return parts

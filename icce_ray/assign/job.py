@@ -95,7 +95,7 @@ def run(config: Config, context: StageContext) -> dict[str, Any]:
 def _digest(source: Source, context: StageContext, config: Config) -> str:
     """Everything that the parts depend on: a record from something else doesn't count."""
     names = [name for name in ("sample", "consensus", "corrections", "classifier") if name in context.inputs]
-    checksums = [[part.sha256 for part in context.inputs[name].manifest.parts] for name in names]
+    checksums = [context.inputs[name].checksum() for name in names]
     content = [ASSIGN.version, source.identity(), checksums, config.assign.num_exemplars, config.seed]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 

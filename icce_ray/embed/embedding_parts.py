@@ -114,8 +114,7 @@ def plan_parts(num_images: int, images_per_part: int) -> list[PartRange]:
 
 def source_digest(images: Artifact, model: str = "") -> str:
     """Digest of what determines the parts: the listing, and the model with this key."""
-    checksums = [images.part(name).sha256 for name in images.part_names()]
-    return hashlib.sha256("\0".join([model, *checksums]).encode()).hexdigest()[:32]
+    return hashlib.sha256(f"{model}\0{images.checksum()}".encode()).hexdigest()[:32]
 
 
 def part_table(

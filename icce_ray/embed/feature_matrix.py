@@ -6,7 +6,6 @@ it as .npy to the cache folder, part by part; all others map the same file.
 
 from __future__ import annotations
 
-import hashlib
 import io
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,7 +74,7 @@ def load_features(artifact: Artifact, feature_set: int = 0) -> Features:
     if not names:
         raise DamagedArtifactError(f"{artifact.folder.uri}: the embedding artifact has no parts")
     # The fingerprint identifies what was asked for, the checksums what came out: a stale cache must never be read.
-    digest = hashlib.sha256("".join(artifact.part(name).sha256 for name in names).encode()).hexdigest()[:12]
+    digest = artifact.checksum(PART_PREFIX)[:12]
     folder = cache_entry(artifact.manifest.stage, artifact.fingerprint)
     suffix = f"-{feature_set}" if feature_set else ""
     matrix_path, ids_path = folder / f"features-{digest}{suffix}.npy", folder / f"image_ids-{digest}.npy"
@@ -109,7 +108,7 @@ def joined_columns(table: pa.Table) -> npt.NDArray[Any]:
 
 
 def _build(artifact: Artifact, names: list[str], feature_set: int, matrix_path: Path, ids_path: Path) -> None:
-    num_images = sum(artifact.part(name).rows or 0 for name in names)
+    num_images = int(artifact.num_rows(PART_PREFIX).sum())
     image_ids = np.empty(num_images, dtype=np.int64)
     matrix: npt.NDArray[Any] | None = None
     with replacing(matrix_path) as temporary:

@@ -63,7 +63,7 @@ class Listing:
     def __init__(self, images: Artifact) -> None:
         self._images = images
         self._names = images.part_names(LISTING_PREFIX)
-        self._starts = np.cumsum([0, *(images.part(name).rows or 0 for name in self._names)])
+        self._starts = np.cumsum([0, *images.num_rows(LISTING_PREFIX)])
         self._loaded: tuple[int, pa.Table] | None = None
 
     def __len__(self) -> int:

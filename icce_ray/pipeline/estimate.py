@@ -138,7 +138,7 @@ def estimate(config: Config, *, num_samples: int = 256, quiet: bool = False) -> 
         parallel = 1.0 if here else embedded.cpus
         pilot = run_pilot(config, embedded.features_nD, num_images=num_images, folder=folder, num_parallel=parallel)
     bytes_of = _memory(config, num_images, embedded, pilot)
-    disk_bytes = {"images": sum(part.num_bytes for part in listed.manifest.parts)}
+    disk_bytes = {"images": listed.num_bytes()}
     disk_bytes |= {"embed": round(embedded.bytes_per_image * num_images), **pilot.disk_bytes}
     disk_bytes["classifier"] = disk_bytes.get("classifier", 0) + _backbone_bytes(config)
     seconds = {"images": listing_s, "embed": embedded.startup_s + num_images * embedded.seconds_per_image}

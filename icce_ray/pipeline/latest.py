@@ -26,7 +26,6 @@ import pyarrow.parquet as pq
 
 from icce_ray.errors import BusyError
 from icce_ray.store import Artifact, Claim, Folder
-from icce_ray.store.artifact import MANIFEST_NAME
 from icce_ray.store.claim import CLAIM_NAME
 from icce_ray.store.run_records import LATEST_FOLDER, RUNS_FOLDER, SUMMARY_NAME, read_latest
 
@@ -128,16 +127,15 @@ def _copy_all(latest: Folder, artifacts: Mapping[str, Artifact], summary: dict[s
         artifact = artifacts.get(stage)
         if artifact is None:
             continue
-        if sum(part.num_bytes for part in artifact.manifest.parts) > MAX_COPIED_BYTES:
+        if artifact.num_bytes() > MAX_COPIED_BYTES:
             left_out.append(name)
             continue
-        for part in [*artifact.part_names(), MANIFEST_NAME]:
-            copies[f"{name}/{part}"] = f"{artifact.folder.path}/{part}"
-    parts = artifacts["assign"].part_names("assignments/")
-    if sum(artifacts["assign"].part(part).num_bytes for part in parts) > MAX_COPIED_BYTES:
+        for file in artifact.file_names():
+            copies[f"{name}/{file}"] = f"{artifact.folder.path}/{file}"
+    if artifacts["assign"].num_bytes("assignments/") > MAX_COPIED_BYTES:
         left_out.append(ASSIGNMENTS_NAME)
     else:
-        _join(latest, artifacts["assign"], parts)
+        _join(latest, artifacts["assign"], artifacts["assign"].part_names("assignments/"))
     for name in latest.sizes().keys() - copies.keys() - {ASSIGNMENTS_NAME, CLAIM_NAME} | set(left_out):
         latest.remove(name)
     filesystem = latest.filesystem

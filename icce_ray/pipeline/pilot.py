@@ -22,7 +22,6 @@ from icce_ray.pipeline.plan import plan
 from icce_ray.pipeline.run import run_pipeline
 from icce_ray.runtime.machine import usable_cpus
 from icce_ray.runtime.ray_cluster import run_here
-from icce_ray.store import Artifact
 
 MAX_IMAGES = 2_000
 FEW_EPOCHS, MORE_EPOCHS = 1, 4
@@ -103,7 +102,7 @@ def run_pilot(
         num_clusters=artifacts["assign"].metrics["num_clusters_used"],
         seconds=scaled,
         disk_bytes={
-            name: round(_num_bytes(artifacts[name]) * _disk_growth(name, *growth))
+            name: round(artifacts[name].num_bytes() * _disk_growth(name, *growth))
             for name in scaled
             if name in artifacts
         },
@@ -144,10 +143,6 @@ def trains_heads(config: Config) -> bool:
 
 def _batch_size(config: Config, num_trained: int, num_pilot: int) -> int:
     return min(choose_batch_size(num_trained, config.heads.batch_size), num_pilot)
-
-
-def _num_bytes(artifact: Artifact) -> int:
-    return sum(part.num_bytes for part in artifact.manifest.parts)
 
 
 def _disk_growth(stage: str, trained: float, images: float) -> float:

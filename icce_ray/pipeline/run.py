@@ -255,7 +255,7 @@ def retry_failed_images(config: Config, planned: list[PlannedStage], quiet: bool
             seconds=seconds,
             revision=artifact.manifest.revision + 1,
         )
-        for name in set(artifact.part_names()) - set(amended.part_names()):
+        for name in set(artifact.file_names()) - set(amended.file_names()):
             step.folder.remove(name)
     progress.note(f"{num_failed(artifact) - num_failed(amended)} images more can be used")
     return True

@@ -65,7 +65,7 @@ def run(config: Config, context: StageContext) -> dict[str, Any]:
         WorkerError: tasks died more often than they are retried.
     """
     embed, output, threshold = context.inputs["embed"], context.output, config.sample.duplicate_threshold
-    num_embedded = sum(embed.part(name).rows or 0 for name in embed.part_names(PART_PREFIX))
+    num_embedded = int(embed.num_rows(PART_PREFIX).sum())
     metrics = dict(embed.metrics) | {"num_embedded": num_embedded, "num_images": num_embedded}
     failed_ids = np.sort(embed.read_table(ERRORS_NAME)["image_id"].to_numpy())
     drawn_ids = sample_ids(num_embedded, config.sample.max_images, config.seed, failed_ids)

@@ -79,8 +79,7 @@ def plan_parts(embed: Artifact, rows: Ids) -> list[TrainingPart]:
     taken: list[npt.NDArray[np.int64]] = []
     names = embed.part_names(PART_PREFIX)
     first_row = 0
-    for name in names:
-        num_rows = embed.part(name).rows or 0
+    for name, num_rows in zip(names, embed.num_rows(PART_PREFIX).tolist(), strict=True):
         first, last = np.searchsorted(rows, [first_row, first_row + num_rows])
         if last > first:
             sources.append(name)
@@ -143,8 +142,7 @@ def training_set(inputs: Mapping[str, Artifact]) -> Artifact:
 
 def source_digest(embed: Artifact, version: int) -> str:
     """Digest of embeddings and of the version of a stage that works on them: the source of its parts."""
-    checksums = [embed.part(name).sha256 for name in embed.part_names(PART_PREFIX)]
-    return hashlib.sha256(json.dumps([checksums, version]).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps([embed.checksum(PART_PREFIX), version]).encode()).hexdigest()[:16]
 
 
 def training_rows(inputs: Mapping[str, Artifact]) -> TrainingRows | None:

@@ -1,8 +1,9 @@
 """Artifacts: the finished result of a stage, as part files and a ``manifest.json`` that is written last.
 
-Without a manifest there is no artifact. The manifest lists every part with its rows and checksum; a part whose bytes
-differ is never used. The folder is named by the fingerprint, a hash of everything that determines the content: the
-stage, its version, the settings it depends on, and the fingerprints of its inputs.
+Without a manifest there is no artifact. The manifest names a table (:mod:`icce_ray.store.parts_table`) that lists every
+part with its rows and checksum; a part whose bytes differ is never used. The folder is named by the fingerprint, a hash
+of everything that determines the content: the stage, its version, the settings it depends on, and the fingerprints of
+its inputs.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ import importlib.metadata
 import io
 import json
 from collections.abc import Mapping
-from pathlib import Path, PurePosixPath
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,14 +22,17 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
-from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from icce_ray.errors import DamagedArtifactError, WorkerError
 from icce_ray.store.cache import cache_entry
 from icce_ray.store.filesystem import Folder, open_uri
+from icce_ray.store.parts_table import Part, PartsTable
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MANIFEST_NAME = "manifest.json"
+MAX_LISTED_PARTS = 900
+"""Up to here one page of a listing shows whether all parts are there; more are checked when they are read."""
 RECORDED_LIBRARIES = ("icce_ray", "numpy", "torch", "faiss-cpu", "ray", "timm", "pyarrow", "pymetis")
 
 
@@ -44,30 +49,8 @@ def fingerprint(stage: str, version: int, settings: Mapping[str, Any], inputs: M
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
-class Part(BaseModel):
-    """One file of an artifact."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    @field_validator("name")
-    @classmethod
-    def _lies_in_the_folder(cls, name: str) -> str:
-        """A manifest on storage may come from anywhere: its names must not lead out of the artifact's folder."""
-        path = PurePosixPath(name)
-        if path.is_absolute() or ".." in path.parts or "\0" in name or "\\" in name or not path.parts:
-            raise ValueError(f"{name!r} is no name of a part")
-        return name
-
-    name: str
-    num_bytes: int
-    sha256: str
-    rows: int | None = None
-    dtype: str | None = None
-    shape: tuple[int, ...] | None = None
-
-
 class Manifest(BaseModel):
-    """The parts of an artifact and how it was made."""
+    """How an artifact was made, and where its parts are listed."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -75,7 +58,9 @@ class Manifest(BaseModel):
     stage: str
     fingerprint: str
     inputs: dict[str, str]
-    parts: tuple[Part, ...]
+    parts: Part
+    """The file of the table of parts. Its name has its checksum, so that a job that writes the artifact at the same
+    time cannot replace it."""
     config: dict[str, Any]
     metrics: dict[str, Any]
     libraries: dict[str, str]
@@ -90,22 +75,25 @@ class Artifact:
     def __init__(self, folder: Folder, manifest: Manifest) -> None:
         self.folder = folder
         self.manifest = manifest
-        self._parts = {part.name: part for part in manifest.parts}
         self._verified: set[str] = set()
 
     @classmethod
     def find(cls, folder: Folder) -> Artifact | None:
-        """The artifact in `folder`, or None if there is no manifest, or a part is missing or of the wrong size."""
+        """The artifact in `folder`, or None if there is no manifest, its table is damaged, or, of at most
+        MAX_LISTED_PARTS parts, one is missing or of the wrong size."""
         try:
             manifest = Manifest.model_validate_json(folder.read_bytes(MANIFEST_NAME))
         except (FileNotFoundError, ValidationError):
             return None
         if manifest.schema_version != SCHEMA_VERSION:
             return None
-        sizes = folder.sizes()
-        if any(sizes.get(part.name) != part.num_bytes for part in manifest.parts):
+        artifact = cls(folder, manifest)
+        if (manifest.parts.rows or 0) > MAX_LISTED_PARTS:
+            return artifact if folder.size(manifest.parts.name) == manifest.parts.num_bytes else None
+        try:
+            return artifact if artifact._parts.own_parts_are_among(folder.sizes()) else None
+        except DamagedArtifactError:
             return None
-        return cls(folder, manifest)
 
     @staticmethod
     def discard_damage(folder: Folder) -> list[str]:
@@ -117,17 +105,40 @@ class Artifact:
         """
         try:
             manifest = Manifest.model_validate_json(folder.read_bytes(MANIFEST_NAME))
+            artifact = Artifact(folder, manifest)
+            parts = [artifact.part(name) for name in artifact.part_names()]
         except FileNotFoundError:
             return []
-        except ValidationError:
+        except (ValidationError, DamagedArtifactError):
             folder.remove(MANIFEST_NAME)
             return [MANIFEST_NAME]
-        damaged = [part.name for part in manifest.parts if not is_sound(folder, part)]
+        damaged = [part.name for part in parts if not is_sound(artifact.folder_of(part), part)]
         if damaged:
             folder.remove(MANIFEST_NAME)
-        for name in damaged:
-            folder.remove(name)
+            folder.remove(manifest.parts.name)
+        for part in parts:
+            if part.name in damaged and part.folder is None:
+                folder.remove(part.name)
         return damaged
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the table, which every process reads for itself."""
+        return {name: value for name, value in vars(self).items() if name != "_parts"}
+
+    @cached_property
+    def _parts(self) -> PartsTable:
+        file = self.manifest.parts
+        try:
+            data = self.folder.read_bytes(file.name, file.num_bytes)
+        except FileNotFoundError:
+            raise DamagedArtifactError(f"{self.folder.file_uri(file.name)}: the table of parts is missing") from None
+        self._check(file, hashlib.sha256(data).hexdigest())
+        try:
+            return PartsTable.from_bytes(data)
+        except ValueError as error:
+            raise DamagedArtifactError(
+                f"{self.folder.file_uri(file.name)}: this is no table of parts: {error}"
+            ) from None
 
     @property
     def metrics(self) -> dict[str, Any]:
@@ -144,10 +155,33 @@ class Artifact:
         return self.fingerprint if revision == 0 else f"{self.fingerprint}.r{revision}"
 
     def part_names(self, prefix: str = "") -> list[str]:
-        return sorted(name for name in self._parts if name.startswith(prefix))
+        """Names of the parts that begin with `prefix`, sorted."""
+        return self._parts.names(prefix)
 
     def part(self, name: str) -> Part:
-        return self._parts[name]
+        return self._parts.part(name)
+
+    def num_rows(self, prefix: str) -> npt.NDArray[np.int64]:
+        """Rows of each of :meth:`part_names`; 0 where they are unknown."""
+        return self._parts.num_rows(prefix)
+
+    def num_bytes(self, prefix: str = "") -> int:
+        """Size of these parts together."""
+        return self._parts.num_bytes(prefix)
+
+    def checksum(self, prefix: str = "") -> str:
+        """Changes with the content of any of these parts."""
+        return self._parts.checksum(prefix)
+
+    def file_names(self) -> list[str]:
+        """All files of the artifact, the manifest last."""
+        return [*self.part_names(), self.manifest.parts.name, MANIFEST_NAME]
+
+    def folder_of(self, part: Part) -> Folder:
+        """Where the part's file lies."""
+        if part.folder is None:
+            return self.folder
+        return self.folder.parent.parent / part.folder
 
     def read_bytes(self, name: str) -> bytes:
         """Content of a part.
@@ -155,11 +189,13 @@ class Artifact:
         Raises:
             DamagedArtifactError: the part is missing, or its bytes do not match the manifest.
         """
+        part = self.part(name)
+        folder = self.folder_of(part)
         try:
-            data = self.folder.read_bytes(name, self._parts[name].num_bytes)
+            data = folder.read_bytes(name, part.num_bytes)
         except FileNotFoundError:
-            raise DamagedArtifactError(f"{self.folder.file_uri(name)}: the part is missing") from None
-        self._check(name, hashlib.sha256(data).hexdigest())
+            raise DamagedArtifactError(f"{folder.file_uri(name)}: the part is missing") from None
+        self._check(part, hashlib.sha256(data).hexdigest())
         return data
 
     def read_json(self, name: str) -> Any:
@@ -180,32 +216,35 @@ class Artifact:
         Raises:
             DamagedArtifactError: the part is missing, or its bytes do not match the manifest.
         """
-        if self.folder.local_path is not None:
-            path = self.folder.local_path / name
+        part = self.part(name)
+        local_folder = self.folder_of(part).local_path
+        if local_folder is not None:
+            path = local_folder / name
             if name not in self._verified:
                 try:
                     with path.open("rb") as file:
-                        self._check(name, hashlib.file_digest(file, "sha256").hexdigest())
+                        self._check(part, hashlib.file_digest(file, "sha256").hexdigest())
                 except FileNotFoundError:
                     raise DamagedArtifactError(f"{path}: the part is missing") from None
                 self._verified.add(name)
             return path
         # The checksum is in the name, since an amended artifact may hold another file under the same name.
-        copy = f"{self._parts[name].sha256[:12]}-{name.replace('/', '-')}"
+        copy = f"{part.sha256[:12]}-{name.replace('/', '-')}"
         cache = Folder.at(cache_entry(self.manifest.stage, self.fingerprint))
         assert cache.local_path is not None
         # The artifact may have been checked on another machine, whose cache is not this one's.
         if copy not in self._verified or not (cache.local_path / copy).exists():
             try:
-                self._check(name, hashlib.sha256(cache.read_bytes(copy)).hexdigest())
+                self._check(part, hashlib.sha256(cache.read_bytes(copy)).hexdigest())
             except (FileNotFoundError, DamagedArtifactError):
                 cache.write_bytes(copy, self.read_bytes(name))
             self._verified.add(copy)
         return cache.local_path / copy
 
-    def _check(self, name: str, digest: str) -> None:
-        if digest != self._parts[name].sha256:
-            raise DamagedArtifactError(f"{self.folder.file_uri(name)}: the bytes are not those that were written")
+    def _check(self, part: Part, digest: str) -> None:
+        if digest != part.sha256:
+            uri = self.folder_of(part).file_uri(part.name)
+            raise DamagedArtifactError(f"{uri}: the bytes are not those that were written")
 
 
 class ArtifactWriter:
@@ -288,7 +327,7 @@ class ArtifactWriter:
         revision: int = 0,
         exclusive: bool = False,
     ) -> Artifact:
-        """Write the manifest. From then on the artifact exists.
+        """Write the table of parts, then the manifest. From then on the artifact exists.
 
         Args:
             revision: above 0 if this amends a finished artifact.
@@ -297,11 +336,15 @@ class ArtifactWriter:
         Raises:
             WorkerError: with `exclusive`, if another job finished the artifact in the meantime with other parts.
         """
+        table = PartsTable.of(self.parts.values()).to_bytes()
+        digest = hashlib.sha256(table).hexdigest()
+        parts = Part(name=f"parts-{digest[:12]}.parquet", num_bytes=len(table), sha256=digest, rows=len(self.parts))
+        self.folder.write_bytes(parts.name, table)
         manifest = Manifest(
             stage=stage,
             fingerprint=fingerprint,
             inputs=dict(inputs),
-            parts=tuple(self.parts[name] for name in sorted(self.parts)),
+            parts=parts,
             config=dict(config),
             metrics=dict(metrics),
             libraries=_library_versions(),

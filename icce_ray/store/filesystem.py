@@ -80,6 +80,11 @@ class Folder:
         return Folder(self.filesystem, f"{self.path}/{name}", f"{self.uri}/{name}", self.s3_options)
 
     @property
+    def parent(self) -> Folder:
+        path, uri = self.path.rpartition("/")[0], self.uri.rpartition("/")[0]
+        return Folder(self.filesystem, path, uri, self.s3_options)
+
+    @property
     def local_path(self) -> Path | None:
         """The folder as a local path, or None if it is on remote storage."""
         return Path(self.path) if isinstance(self.filesystem, pafs.LocalFileSystem) else None

@@ -27,8 +27,9 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from icce_ray.store.artifact import Part, is_sound
+from icce_ray.store.artifact import is_sound
 from icce_ray.store.filesystem import Folder
+from icce_ray.store.parts_table import Part
 
 FOLDER_NAME = "records"
 READ_THREADS = 8

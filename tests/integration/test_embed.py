@@ -368,7 +368,7 @@ def test_ready_made_embeddings_are_taken_up_part_by_part(tmp_path: Path, monkeyp
     config = Config(output=str(tmp_path), num_clusters=2, embeddings={"uri": str(tmp_path / "e.npy")})
     run_stage(config, tmp_path / "run")
     undisturbed = content(tmp_path / "run")
-    assert len(undisturbed) == 8 + 2
+    assert len(undisturbed) == 8 + 3
     for name in ("part-00002.parquet", "part-00003.parquet", "part-00007.parquet"):
         (tmp_path / "run" / "embed" / name).unlink()
     before = (tmp_path / "run" / "embed" / "part-00005.parquet").stat().st_mtime_ns

@@ -102,7 +102,7 @@ def test_tasks_choose_the_training_set_of_one_process(
         assert [row["leader"] for row in groups[:51]] == 51 * [FIRST_ID + 3]
     assert artifact.metrics == expected
     left = {path.relative_to(tmp_path / "out").parts[0] for path in (tmp_path / "out").rglob("*") if path.is_file()}
-    assert left == {*artifact.part_names(), "manifest.json"}
+    assert left == {*artifact.file_names()}
 
 
 def test_a_collection_without_near_duplicates_is_not_copied(

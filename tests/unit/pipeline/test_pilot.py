@@ -18,8 +18,7 @@ STARTING_S, EPOCH_S = 2.0, 0.5
 
 
 def stage(name: str, num_bytes: int, **metrics: Any) -> Any:
-    parts = (SimpleNamespace(num_bytes=num_bytes),)
-    artifact = SimpleNamespace(manifest=SimpleNamespace(parts=parts), metrics=metrics)
+    artifact = SimpleNamespace(num_bytes=lambda: num_bytes, metrics=metrics)
     return SimpleNamespace(name=name, artifact=artifact)
 
 

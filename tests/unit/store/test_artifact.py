@@ -1,13 +1,16 @@
+import hashlib
 import pickle
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.fs as pafs
+import pyarrow.parquet as pq
 import pytest
 
 from icce_ray.errors import DamagedArtifactError
-from icce_ray.store import Artifact, ArtifactWriter, Folder, fingerprint
+from icce_ray.store import Artifact, ArtifactWriter, Folder, Part, fingerprint
+from icce_ray.store import artifact as artifact_module
 from icce_ray.store.artifact import MANIFEST_NAME
 
 
@@ -145,13 +148,81 @@ def test_a_file_is_copied_as_a_part_and_found_again(tmp_path: Path) -> None:
         Artifact(artifact.folder, artifact.manifest).local_file("copy.bin")
 
 
-@pytest.mark.parametrize("name", ["../../victim", "/etc/passwd", "a/../../victim", "a\\\\b", ""])
-def test_a_manifest_whose_names_lead_out_of_its_folder_is_no_artifact(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize("column", ["name", "folder"])
+@pytest.mark.parametrize("name", ["../../victim", "/etc/passwd", "a/../../victim", "a\\\\b", "", "."])
+def test_a_table_whose_names_lead_out_of_its_folder_is_no_artifact(tmp_path: Path, name: str, column: str) -> None:
     (tmp_path / "victim").write_text("precious")
     folder = Folder.at(tmp_path / "stage" / "artifact")
-    write_artifact(folder)
-    manifest = folder.read_bytes(MANIFEST_NAME).replace(b'"summary.json"', f'"{name}"'.encode())
-    folder.write_bytes(MANIFEST_NAME, manifest)
+    manifest = write_artifact(folder).manifest
+    table = pq.read_table(tmp_path / "stage" / "artifact" / manifest.parts.name)
+    names = pa.array([name] * 3).cast(table.schema.field(column).type)
+    pq.write_table(table.set_column(table.schema.names.index(column), column, names), tmp_path / "forged")
+    forged = (tmp_path / "forged").read_bytes()
+    file = {"num_bytes": len(forged), "sha256": hashlib.sha256(forged).hexdigest()}
+    folder.write_bytes(manifest.parts.name, forged)
+    parts = manifest.parts.model_copy(update=file)
+    folder.write_bytes(MANIFEST_NAME, manifest.model_copy(update={"parts": parts}).model_dump_json().encode())
     assert Artifact.find(folder) is None
     assert Artifact.discard_damage(folder) == [MANIFEST_NAME]
     assert (tmp_path / "victim").read_text() == "precious"
+
+
+@pytest.mark.parametrize("damage", ["truncate", "remove", "change"])
+def test_an_artifact_without_its_table_of_parts_is_unfinished(tmp_path: Path, damage: str) -> None:
+    table = tmp_path / write_artifact(Folder.at(tmp_path)).manifest.parts.name
+    data = table.read_bytes()
+    table.unlink() if damage == "remove" else table.write_bytes(data[:-1] + (b"?" if damage == "change" else b""))
+    assert Artifact.find(Folder.at(tmp_path)) is None
+    assert Artifact.discard_damage(Folder.at(tmp_path)) == [MANIFEST_NAME]
+    assert (tmp_path / "labels.npy").exists()
+
+
+def test_a_large_artifact_is_found_without_a_listing_and_damage_is_noticed_when_it_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(artifact_module, "MAX_LISTED_PARTS", 2)
+    write_artifact(Folder.at(tmp_path))
+    (tmp_path / "labels.npy").unlink()
+    monkeypatch.setattr(Folder, "sizes", lambda folder: pytest.fail("listed"))
+    artifact = Artifact.find(Folder.at(tmp_path))
+    assert artifact is not None
+    with pytest.raises(DamagedArtifactError, match=r"labels\.npy: the part is missing"):
+        artifact.read_array("labels.npy")
+    assert Artifact.discard_damage(artifact.folder) == ["labels.npy"]
+    assert artifact.folder.names() == ["summary.json", "table.parquet"]
+
+
+def test_a_part_may_lie_in_the_folder_of_another_artifact(tmp_path: Path) -> None:
+    first = write_artifact(Folder.at(tmp_path / "toy" / "first"))
+    writer = ArtifactWriter(Folder.at(tmp_path / "toy" / "second"))
+    for name in ("labels.npy", "table.parquet"):
+        writer.add(first.part(name).model_copy(update={"folder": "toy/first"}))
+    writer.commit(stage="toy", fingerprint="s", inputs={}, config={}, metrics={}, seconds=0)
+    second = Artifact.find(writer.folder)
+    assert second is not None
+    assert second.read_array("labels.npy").tolist() == list(range(10))
+    assert second.read_table("table.parquet")["image_id"].to_pylist() == [1, 2, 3]
+    (tmp_path / "toy" / "first" / "labels.npy").write_bytes(b"?")
+    assert Artifact.discard_damage(writer.folder) == ["labels.npy"]
+    assert (tmp_path / "toy" / "first" / "labels.npy").exists()
+
+
+def test_the_manifest_does_not_grow_with_the_parts(tmp_path: Path) -> None:
+    sizes = []
+    for count in (10, 1000):
+        writer = ArtifactWriter(Folder.at(tmp_path / str(count)))
+        for number in range(count):
+            writer.add(Part(name=f"part-{number}", num_bytes=1, sha256=f"{number:064x}"))
+        writer.commit(stage="toy", fingerprint="s", inputs={}, config={}, metrics={}, seconds=0)
+        sizes.append((tmp_path / str(count) / MANIFEST_NAME).stat().st_size)
+    assert abs(sizes[0] - sizes[1]) < 10
+
+
+def test_amending_leaves_the_old_table_until_the_new_manifest_is_there(tmp_path: Path) -> None:
+    first = write_artifact(Folder.at(tmp_path))
+    writer = ArtifactWriter(first.folder, amends=True)
+    writer.write_json("more.json", 1)
+    second = writer.commit(stage="toy", fingerprint="f", inputs={}, config={}, metrics={}, seconds=0, revision=1)
+    assert first.file_names()[-2:] == [first.manifest.parts.name, MANIFEST_NAME]
+    assert first.manifest.parts.name != second.manifest.parts.name
+    assert first.part_names() == pickle.loads(pickle.dumps(first)).part_names()
