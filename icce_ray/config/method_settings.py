@@ -197,6 +197,10 @@ class ConsensusConfig(Section):
     recombine: bool = True
     """Recombine the clusterings and the consensus, and keep what fits the neighbour graph best, if the method has one.
     Paper: false."""
+    numbers_from: str = "auto"
+    """The run whose clusters keep their numbers here: a name or the place of a record, as in `extra_runs`; or `none`.
+    `auto`: the newest run under `output` with the same settings and other images, so clusters keep their numbers when
+    images are added, also if `num_clusters` changes."""
 
     @model_validator(mode="after")
     def _check(self) -> ConsensusConfig:

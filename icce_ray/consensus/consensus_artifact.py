@@ -13,8 +13,10 @@ from icce_ray.config import Config
 from icce_ray.consensus.agreement import describe_clusters
 from icce_ray.consensus.best_consensus import find_consensus
 from icce_ray.consensus.consensus_memory import check_memory
-from icce_ray.consensus.extra_runs import find_heads
+from icce_ray.consensus.extra_runs import find_heads, trained_ids
 from icce_ray.consensus.hierarchy import HIERARCHY_NAME
+from icce_ray.consensus.kept_numbers import IMAGE_IDS_NAME, keep_numbers
+from icce_ray.consensus.stage import AUTO, NONE
 from icce_ray.consensus.stored_label_matrix import StoredHeads, open_heads
 from icce_ray.methods.clusterings import read_losses
 from icce_ray.neighbors.graph import StoredNearest
@@ -24,8 +26,8 @@ from icce_ray.stage import StageContext
 def run(
     config: Config, context: StageContext, *, heads_type: Callable[..., StoredHeads] = StoredHeads, num_workers: int = 1
 ) -> dict[str, Any]:
-    """Make one clustering of all heads and write labels.npy, agreement.npy, vote_entropy.npy, second_choice.npy,
-    summary.json and hierarchy.parquet.
+    """Make one clustering of all heads and write image_ids.npy, labels.npy, agreement.npy, vote_entropy.npy,
+    second_choice.npy, summary.json and hierarchy.parquet.
 
     Args:
         heads_type: makes heads of the runs and their labels; their `map` works on the parts of the label matrix.
@@ -35,7 +37,8 @@ def run(
         method, anmi (of the labels, 0 to 1), anmi_by_method and start_anmi_by_method (after and before refinement),
         graph_score_by_method (on the neighbour graph; empty without one), skipped (method: reason), repaired (method:
         clusters that it left empty), mean_agreement, num_clusters (used), smallest_cluster, median_cluster,
-        largest_cluster (images), num_heads (of all runs).
+        largest_cluster (images), num_heads (of all runs); with `consensus.numbers_from`, numbers: what became of the
+        clusters of the earlier run.
 
     Raises:
         InputError: labels that cannot be used, or extra runs that don't exist or have other images.
@@ -60,13 +63,18 @@ def run(
     )
     for method, reason in result.skipped.items():
         context.progress.note(f"{method} left out: {reason}")
-    output = context.output
+    output, changes = context.output, {}
+    if config.consensus.numbers_from not in (AUTO, NONE):
+        result, changes["numbers"] = keep_numbers(
+            result, config.num_clusters, own, config.consensus.numbers_from, config.output
+        )
+    output.write_array(IMAGE_IDS_NAME, trained_ids(own))
     output.write_array("labels.npy", result.labels)
     output.write_array("agreement.npy", result.agreement)
     output.write_array("vote_entropy.npy", result.vote_entropy)
     output.write_array("second_choice.npy", result.second_choice)
     output.write_table(HIERARCHY_NAME, result.hierarchy.to_table())
-    metrics = result.summary() | {"num_heads": heads.num_heads}
+    metrics = result.summary() | {"num_heads": heads.num_heads} | changes
     clusters = describe_clusters(result.labels, result.agreement, result.second_choice, config.num_clusters)
     output.write_json("summary.json", metrics | {"clusters": clusters})
     return metrics

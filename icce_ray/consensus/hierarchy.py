@@ -60,6 +60,17 @@ class Hierarchy:
             holder_K[np.isin(holder_K, ends)] = lowest[self.num_clusters + step] = min(ends)
         return np.unique(holder_K, return_inverse=True)[1].astype(np.int32)
 
+    def renumbered(self, number_K: npt.NDArray[np.int32]) -> Hierarchy:
+        """The same with other numbers of the clusters, a permutation of 0..K-1."""
+        names = np.concatenate([number_K, np.arange(self.num_clusters, 2 * self.num_clusters - 1)])
+        lowest = names.copy()
+        ends = np.stack([self.left, self.right], axis=1)
+        for step, pair in enumerate(ends):
+            pair[:] = pair[np.argsort(lowest[pair])]
+            lowest[self.num_clusters + step] = lowest[pair[0]]
+        left, right = names[ends].T.astype(np.int32)
+        return Hierarchy(left, right, self.similarity, self.size)
+
     def to_table(self) -> pa.Table:
         """One row for each merge: step, left, right, merged, similarity, size."""
         steps = np.arange(len(self.left), dtype=np.int32)

@@ -5,9 +5,15 @@ from __future__ import annotations
 from icce_ray.config import Config
 from icce_ray.stage import Settings, Stage, num_clusters_and_seed
 
+AUTO, NONE = "auto", "none"
+"""Of `consensus.numbers_from`, besides the name of a run."""
+
 
 def _settings(config: Config) -> Settings:
-    return num_clusters_and_seed(config) | {"consensus": config.consensus.model_dump()}
+    settings: Settings = {"consensus": config.consensus.model_dump(exclude={"numbers_from"})}
+    if config.consensus.numbers_from not in (AUTO, NONE):
+        settings["numbers_from"] = config.consensus.numbers_from
+    return num_clusters_and_seed(config) | settings
 
 
 def _check(config: Config) -> None:
@@ -17,4 +23,4 @@ def _check(config: Config) -> None:
         find_heads(config.consensus.extra_runs, config.output)
 
 
-CONSENSUS = Stage("consensus", "icce_ray.consensus.job", 6, ("method", "neighbors"), _settings, "steps", check=_check)
+CONSENSUS = Stage("consensus", "icce_ray.consensus.job", 7, ("method", "neighbors"), _settings, "steps", check=_check)

@@ -26,7 +26,7 @@ from icce_ray.corrections.carry_over import carry_over, read_base
 from icce_ray.corrections.corrections_file import Corrections, read_corrections
 from icce_ray.corrections.stage import APPLIED_NAME, MOVED_NAME
 from icce_ray.embed.feature_matrix import load_features
-from icce_ray.images.listing import LISTING_PREFIX
+from icce_ray.images.listing import LISTING_PREFIX, uris_of
 from icce_ray.metrics.nmi import anmi_from_counts
 from icce_ray.sample.training_set import training_set
 from icce_ray.stage import StageContext
@@ -130,14 +130,3 @@ def moved_images(given: Corrections, images: Artifact) -> pa.Table:
         ids += found["image_id"]
         clusters += [wanted[uri] for uri in found["uri"]]
     return pa.table({"image_id": pa.array(ids, pa.int64()), "cluster": pa.array(clusters, pa.int32())})
-
-
-def uris_of(images: Artifact, image_ids_N: npt.NDArray[np.int64]) -> pa.ChunkedArray:
-    """The URIs of ascending image ids."""
-    chunks, first = list[pa.Array](), 0
-    for name in images.part_names(LISTING_PREFIX):
-        uris = images.read_table(name)["uri"].combine_chunks()
-        inside = image_ids_N[(image_ids_N >= first) & (image_ids_N < first + len(uris))]
-        chunks.append(uris.take(pa.array(inside - first)))
-        first += len(uris)
-    return pa.chunked_array(chunks, type=pa.string())

@@ -8,14 +8,11 @@ from __future__ import annotations
 
 import numpy as np
 import pyarrow as pa
-from scipy.optimize import linear_sum_assignment
 
 from icce_ray.corrections.corrections_file import Corrections
 from icce_ray.errors import InputError
+from icce_ray.metrics.matched_clusters import match_clusters
 from icce_ray.store import Artifact, Folder
-
-MIN_SHARE = 0.5
-"""Smallest share of an old cluster's images in the new one that it is taken for."""
 
 
 def read_base(given: Corrections, output: str) -> pa.Table:
@@ -55,11 +52,7 @@ def carry_over(
     has_both = (old_n >= 0) & (new_n >= 0)
     table = np.zeros((given.made_for.num_clusters, num_clusters), dtype=np.int64)
     np.add.at(table, (old_n[has_both], new_n[has_both]), 1)
-    matched = {
-        int(one): int(other)
-        for one, other in zip(*linear_sum_assignment(-table), strict=True)
-        if table[one, other] > 0 and table[one, other] >= MIN_SHARE * table[one].sum()
-    }
+    matched = match_clusters(table)
     new_ones = [one.cluster for one in given.clusters if one.is_new]
     matched |= {cluster: num_clusters + place for place, cluster in enumerate(new_ones)}
     clusters = [

@@ -99,9 +99,11 @@ class Refresh:
     """The source digest of the new listing."""
 
     def run(self, config: Config, context: StageContext) -> dict[str, Any]:
-        """Write the new listing. Metrics as :func:`run`."""
+        """Write the new listing. Metrics as :func:`run`, and `continues`, the listings whose ids it keeps."""
         entries = self._entries(config.images)
-        return _write(entries, context, self.digest, self.files.digest(), self.files.skipped, self.base)
+        continues = [*self.base.metrics.get("continues", ()), self.base.fingerprint]
+        metrics = _write(entries, context, self.digest, self.files.digest(), self.files.skipped, self.base)
+        return metrics | {"continues": continues}
 
     def _entries(self, images: ImagesConfig) -> Iterator[Entry]:
         base = Listing(self.base)

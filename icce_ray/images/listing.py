@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
 from icce_ray.store import Artifact
@@ -98,3 +99,19 @@ class Listing:
         if loaded is None or loaded[0] != index:
             self._loaded = loaded = index, self._images.read_table(self._names[index])
         return loaded[1]
+
+
+def has_ids_of(images: Artifact, earlier: Artifact) -> bool:
+    """Whether an image of both listings has the same id in them."""
+    return earlier.fingerprint in (images.fingerprint, *images.metrics.get("continues", ()))
+
+
+def uris_of(images: Artifact, image_ids_N: npt.NDArray[np.int64]) -> pa.ChunkedArray:
+    """The URIs of ascending image ids."""
+    chunks, first = list[pa.Array](), 0
+    for name in images.part_names(LISTING_PREFIX):
+        uris = images.read_table(name)["uri"].combine_chunks()
+        inside = image_ids_N[(image_ids_N >= first) & (image_ids_N < first + len(uris))]
+        chunks.append(uris.take(pa.array(inside - first)))
+        first += len(uris)
+    return pa.chunked_array(chunks, type=pa.string())

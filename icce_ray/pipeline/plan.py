@@ -12,6 +12,7 @@ from icce_ray.config import Config
 from icce_ray.consensus.stage import CONSENSUS
 from icce_ray.corrections.stage import with_kept_corrections
 from icce_ray.errors import InputError
+from icce_ray.pipeline.numbers_kept import with_numbers_from
 from icce_ray.pipeline.stages import clustering_stages, stages_of
 from icce_ray.stage import Stage
 from icce_ray.store import Artifact, Folder, fingerprint
@@ -71,7 +72,7 @@ def _plan(config: Config, stages: tuple[Stage, ...], before: Sequence[PlannedSta
     root = Folder.at(config.output)
     for stage in stages:
         if stage.name == CONSENSUS.name:
-            config = combine_methods(asked, planned)
+            config = with_numbers_from(combine_methods(asked, planned), asked, identities.get("images", ""))
         inputs = {name: identities[name] for name in stage.inputs}
         settings = stage.settings(stage.config_of(config))
         own = fingerprint(stage.name, stage.version, settings, inputs)

@@ -11,6 +11,7 @@ from icce_ray.count.stage import CLUSTER_COUNT
 from icce_ray.embed.stage import num_failed
 from icce_ray.images.stage import num_listed
 from icce_ray.pipeline.latest import ASSIGNMENTS_NAME
+from icce_ray.pipeline.numbers_kept import changes_line
 from icce_ray.runtime.progress import format_seconds
 from icce_ray.store import Artifact
 
@@ -102,6 +103,8 @@ def summary(result: Result, artifacts: Mapping[str, Artifact], places: Mapping[s
     ]
     if CLUSTER_COUNT.name in artifacts:
         lines.insert(2, f"num_clusters {artifacts[CLUSTER_COUNT.name].metrics['choice']}")
+    if (changes := artifacts["consensus"].metrics.get("numbers")) is not None:
+        lines.insert(2, f"clusters     {changes_line(changes)}")
     for stage, seconds in result.seconds.items():
         took = f"finished before (took {artifacts[stage].manifest.seconds:.1f} s)"
         spent = took if stage in result.finished_before and not seconds else f"{seconds:.1f} s"

@@ -15,6 +15,7 @@ from icce_ray.embed.stage import EMBED, num_failed
 from icce_ray.errors import BusyError, DamagedArtifactError, InputError, WorkerError, find_cause
 from icce_ray.images.stage import IMAGES, num_listed, settings_for
 from icce_ray.pipeline.latest import publish
+from icce_ray.pipeline.numbers_kept import remember, with_numbers_from
 from icce_ray.pipeline.plan import (
     SHARED_BY_METHODS,
     PlannedStage,
@@ -80,9 +81,12 @@ def run_pipeline(config: Config, *, refresh: bool = False, retry_errors: bool = 
     resolved = with_chosen_number(config, planned, artifacts)
     for other, steps in plan_other_methods(resolved, planned):
         spent.update(_make_clusterings(other, steps, artifacts, quiet))
-    resolved = combine_methods(resolved, planned)
+    images = next(step.identity for step in planned if step.name == IMAGES.name)
+    combined = combine_methods(resolved, planned)
+    resolved = with_numbers_from(combined, asked, images)
     name = run_name(planned)
-    as_asked = {"given_num_clusters": config.given_num_clusters, "corrections": asked.corrections}
+    as_asked: dict[str, Any] = {"given_num_clusters": config.given_num_clusters, "corrections": asked.corrections}
+    as_asked |= {"consensus": combined.consensus}
     record = resolved.model_copy(update=as_asked).model_dump(mode="json")
     write_record(config.output, name, fingerprints_of(planned), record)
     with RunProgress(config.output, name) as told:
@@ -92,6 +96,7 @@ def run_pipeline(config: Config, *, refresh: bool = False, retry_errors: bool = 
     is_new = len(finished_before) < len(planned)
     if is_new:
         write_record(config.output, name, fingerprints_of(planned), record, result.to_json())
+    remember(asked, name, images, resolved.consensus.numbers_from)
     try:
         places = publish(config.output, name, artifacts, result.to_json(), is_new=is_new)
     except (OSError, BusyError) as error:

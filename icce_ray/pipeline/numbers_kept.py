@@ -1,0 +1,73 @@
+"""Which run's cluster numbers a run keeps with `consensus.numbers_from: auto`: a file in the output says it, one for
+all runs with the same settings.
+
+It names the newest of them, its listing, and the run whose numbers that one kept. Over another listing, a run keeps the
+numbers of that newest run; over the same listing, those that it kept, so that the same run has the same result again.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any, TypeVar
+
+from icce_ray.config import Config
+from icce_ray.consensus.stage import AUTO, NONE
+from icce_ray.corrections.stage import OTHER_SETTINGS
+from icce_ray.store import Folder, fingerprint
+from icce_ray.store.run_records import RUNS_FOLDER
+
+NUMBERS_FOLDER = "numbers_kept"
+C = TypeVar("C", bound=Config)
+
+
+def with_numbers_from(config: C, asked: Config, images: str) -> C:
+    """`config` with the run whose numbers it keeps, or none.
+
+    Args:
+        config: with the number of clusters and the methods that are known.
+        asked: as the user gave it.
+        images: fingerprint of its listing.
+    """
+    if config.consensus.numbers_from != AUTO:
+        return config
+    last = _read(asked)
+    run = NONE if last is None else last["numbers_from"] if last["images"] == images else last["run"]
+    if run != NONE and not (Folder.at(config.output) / RUNS_FOLDER).exists(f"{run}.json"):
+        run = NONE  # removed since
+    return config.model_copy(update={"consensus": config.consensus.model_copy(update={"numbers_from": run})})
+
+
+def remember(asked: Config, run: str, images: str, numbers_from: str) -> None:
+    """Note a finished run as the newest with its settings."""
+    if asked.consensus.numbers_from == AUTO:
+        value = {"run": run, "images": images, "numbers_from": numbers_from}
+        if _read(asked) != value:
+            _folder(asked).write_bytes(_name(asked), json.dumps(value).encode())
+
+
+def changes_line(changes: dict[str, Any]) -> str:
+    """The changes in one sentence."""
+    parts = [f"{changes['num_kept']:,} clusters keep their numbers"]
+    parts += [f"{len(changes['new'])} new ({', '.join(map(str, changes['new']))})"] if changes["new"] else []
+    parts += [f"{new} split off from {old}" for new, old in changes["split"]]
+    parts += [f"{old} merged into {new}" for old, new in changes["merged"]]
+    parts += [f"{len(changes['gone'])} gone ({', '.join(map(str, changes['gone']))})"] if changes["gone"] else []
+    parts += [f"{old} is now {new}" for old, new in changes["renumbered"]]
+    return f"{', '.join(parts)}; compared with the run {changes['run']}"
+
+
+def _read(asked: Config) -> dict[str, Any] | None:
+    try:
+        value: dict[str, Any] = json.loads(_folder(asked).read_bytes(_name(asked)))
+    except (FileNotFoundError, ValueError):
+        return None
+    return value
+
+
+def _folder(asked: Config) -> Folder:
+    return Folder.at(asked.output) / NUMBERS_FOLDER
+
+
+def _name(asked: Config) -> str:
+    settings = asked.model_dump(mode="json", exclude=OTHER_SETTINGS | {"given_num_clusters"})
+    return fingerprint("numbers", 1, settings, {}) + ".json"
