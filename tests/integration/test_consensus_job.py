@@ -105,6 +105,7 @@ def test_the_stage_writes_the_consensus_of_the_matrix_whatever_its_parts(tmp_pat
     assert artifact.part_names() == [
         "agreement.npy",
         "hierarchy.parquet",
+        "image_ids.npy",
         "labels.npy",
         "second_choice.npy",
         "summary.json",

@@ -92,8 +92,7 @@ def outcome(folder: Path, seed: int, labels: Any, ids: Any = None, **metrics: fl
         "consensus": commit(folder / f"labels-{seed}", labels=np.array(labels)),
     }
     if ids is not None:
-        drawn = {"part-00000": pa.table({"image_id": pa.array(ids, pa.int64())})}
-        artifacts["sample"] = commit(folder / f"sample-{seed}", **drawn)
+        artifacts["sample"] = commit(folder / f"sample-{seed}", image_ids=np.array(ids))
     return RunOutcome(seed, metrics, 2, 1.0, artifacts)
 
 
