@@ -12,7 +12,7 @@ import sqlite3
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, Protocol
@@ -191,31 +191,6 @@ def gather(
         if missing and not ours:
             time.sleep(WAIT_S)
     return outcomes, embedded
-
-
-class Duplicates:
-    """Finds images with the same content, on this machine's disk."""
-
-    def __init__(self) -> None:
-        self._database = sqlite3.connect(TEMPORARY)
-        self._database.executescript(
-            "PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF;"
-            "CREATE TABLE images (hash BLOB, image_id INTEGER, PRIMARY KEY (hash, image_id)) WITHOUT ROWID"
-        )
-
-    def add(self, image_ids: Iterable[int], hashes: Iterable[str | None]) -> None:
-        rows = ((bytes.fromhex(value), i) for i, value in zip(image_ids, hashes, strict=True) if value is not None)
-        self._database.executemany("INSERT OR IGNORE INTO images VALUES (?, ?)", rows)
-
-    def found(self) -> Iterator[tuple[int, int, str]]:
-        """(image_id, lowest image_id with the same content, content hash), ascending; the lowest ones are left out."""
-        query = (
-            "SELECT image_id, first, hex(images.hash) FROM images JOIN (SELECT hash, min(image_id) AS first FROM images"
-            " GROUP BY hash HAVING count(*) > 1) AS groups ON images.hash = groups.hash WHERE image_id > first"
-            " ORDER BY image_id"
-        )
-        for image_id, first, value in self._database.execute(query):
-            yield image_id, first, value.lower()
 
 
 def siblings(root: Folder, own: Folder, model: str) -> list[Folder]:

@@ -25,7 +25,7 @@ from icce_ray.embed.part_hashes import PartHashes, of_column, read_hashes_file, 
 from icce_ray.errors import DamagedArtifactError
 from icce_ray.images.decoding import Preprocessing, SeveralViews
 from icce_ray.store import Artifact, Folder, Part
-from icce_ray.store.artifact import check_unfinished, is_sound
+from icce_ray.store.artifact import check_unfinished
 from icce_ray.store.part_records import PartRecord, PartRecords
 
 MIN_IMAGES_PER_PART = 16
@@ -80,19 +80,6 @@ class PartRange:
         return cls(**{**values, "only": tuple(values["only"])})
 
 
-@dataclass(frozen=True)
-class FinishedPart:
-    """A part that lies on storage."""
-
-    record: PartRecord
-    """One file; metrics: num_images (covered, good and bad), errors, num_embedded (contents that went through the
-    backbone for it)."""
-    image_ids: list[int]
-    """The good ones."""
-    hashes: list[str | None]
-    """Their contents."""
-
-
 def images_per_part(num_images: int, preprocessing: Preprocessing | SeveralViews) -> int:
     """The size of the parts of a collection: a power of two, so that a collection that grows by a little keeps its
     parts, unless their pixels would take more than MAX_DECODED_PART_BYTES."""
@@ -144,8 +131,12 @@ def part_table(
 
 def write_part(
     records: PartRecords, part: PartRange, table: pa.Table, errors: Iterable[Error] = (), **counts: int
-) -> FinishedPart:
-    """Write the part, then its record, with `counts` of its images: `num_embedded`, `num_stretched`."""
+) -> PartRecord:
+    """Write the part, then its record.
+
+    Its metrics are `start`, `num_images` (covered, good and bad), `errors`, and the `counts` of its images:
+    `num_embedded` (contents that went through the backbone for it), `num_stretched`.
+    """
     sink = io.BytesIO()
     pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
     data = sink.getbuffer()
@@ -163,21 +154,8 @@ def write_part(
         dtype=str(np.dtype(kind.value_type.to_pandas_dtype())),
         shape=(len(table), kind.list_size),
     )
-    metrics = {"num_images": part.num_images, "errors": list(errors), "num_embedded": 0} | counts
-    record = records.write(part.name, [file], metrics)
-    return FinishedPart(record, table["image_id"].to_pylist(), table["content_hash"].to_pylist())
-
-
-def read_finished(folder: Folder, record: PartRecord) -> FinishedPart | None:
-    """The part that an earlier run finished; None if its file is damaged."""
-    try:
-        (file,) = record.files
-        if not is_sound(folder, file):
-            return None
-        table = _read(folder, file.name, ["image_id", "content_hash"])
-    except DamagedArtifactError:
-        return None
-    return FinishedPart(record, table["image_id"].to_pylist(), table["content_hash"].to_pylist())
+    metrics = {"start": part.start, "num_images": part.num_images, "errors": list(errors), "num_embedded": 0}
+    return records.write(part.name, [file], metrics | counts)
 
 
 def read_part(folder: Folder, name: str) -> pa.Table:

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import threading
 import time
+from array import array
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
-from icce_ray.embed.content_index import Duplicates
-from icce_ray.embed.embedding_parts import ERRORS_NAME, Error, FinishedPart, PartRange, read_finished
+from icce_ray.embed.duplicates import HashedPart, Ids, find_duplicates, hashes_of
+from icce_ray.embed.embedding_parts import ERRORS_NAME, PartRange
 from icce_ray.errors import InputError
 from icce_ray.images.listing import REMOVED, Listing
 from icce_ray.stage import StageContext
-from icce_ray.store.part_records import PartRecords
+from icce_ray.store import Part
+from icce_ray.store.part_records import PartRecord, PartRecords
 
 DUPLICATES_NAME = "duplicates.parquet"
 ERRORS_SCHEMA = pa.schema([("image_id", pa.int64()), ("uri", pa.string()), ("reason", pa.string())])
@@ -24,7 +28,8 @@ DUPLICATES_SCHEMA = pa.schema(
     [("image_id", pa.int64()), ("uri", pa.string()), ("duplicate_of", pa.int64()), ("content_hash", pa.string())]
 )
 REASONS_SHOWN = 5
-READ_THREADS = 8
+IDS_TOGETHER = 65_536
+"""The tables are written in pieces of this range of ids."""
 
 
 class Tally:
@@ -40,9 +45,11 @@ class Tally:
         self._context = context
         self._listing = listing
         self._max_error_rate = max_error_rate
-        self._errors: list[Error] = []
-        self._num_removed = 0
-        self._duplicates = Duplicates()
+        self._failed_ids, self._reasons = array("q"), array("i")  # 12 bytes for each error
+        self._reason_numbers: dict[str, int] = {}
+        self._counts = Counter[str]()
+        self._examples: dict[str, int] = {}
+        self._files: list[tuple[int, int, Part]] = []
         self._num_done = 0
         self._num_resumed = 0
         self._num_embedded = self._num_stretched = 0
@@ -54,47 +61,46 @@ class Tally:
         self._showing = threading.Lock()
 
     def resume(self, parts: Sequence[PartRange], records: PartRecords) -> list[PartRange]:
-        """Take in the parts that an earlier run finished. Returns those that are left to do."""
-        found = records.read_all(check_files=False)  # `read_finished` reads them
-        recorded = [found[part.name] for part in parts if part.name in found]
-        with ThreadPoolExecutor(READ_THREADS) as threads:
-            finished = list(threads.map(lambda record: read_finished(records.folder, record), recorded))
-        intact = [part for part in finished if part is not None]
-        for part in intact:
-            self.add_earlier(part)
-        names = {part.record.name for part in intact}
-        return [part for part in parts if part.name not in names]
+        """Take in the parts that an earlier run finished. Returns those that are left to do. The parts themselves are
+        not read: damage is noticed by the stage that reads them."""
+        found = records.read_all(check_files=False)
+        for part in parts:
+            if part.name in found:
+                self.add_earlier(found[part.name])
+        return [part for part in parts if part.name not in found]
 
-    def add_earlier(self, part: FinishedPart) -> None:
+    def add_earlier(self, record: PartRecord) -> None:
         """Take in a part that an earlier run made."""
-        self._num_resumed += part.record.metrics["num_images"]
-        self.add(part)
+        self._num_resumed += record.metrics["num_images"]
+        self.add(record)
         self._started = time.monotonic()
 
-    def add(self, part: FinishedPart) -> None:
+    def add(self, record: PartRecord) -> None:
         """Take in a finished part.
 
         Raises:
             InputError: more images have failed by now than `max_error_rate` of all.
         """
-        (file,), metrics = part.record.files, part.record.metrics
+        (file,), metrics = record.files, record.metrics
         assert file.shape is not None
         assert file.dtype is not None
         self._context.output.add(file)
+        self._files.append((metrics["start"], metrics["start"] + metrics["num_images"], file))
         self._kinds.add((file.shape[1], file.dtype))
-        errors = [(int(image_id), str(reason)) for image_id, reason in metrics["errors"]]
-        self._errors += errors
-        self._num_removed += sum(reason == REMOVED for _, reason in errors)
+        for image_id, reason in metrics["errors"]:
+            self._failed_ids.append(image_id)
+            self._reasons.append(self._reason_numbers.setdefault(reason, len(self._reason_numbers)))
+            self._examples[reason] = min(image_id, self._examples.get(reason, image_id))
+        self._counts.update(reason for _, reason in metrics["errors"])
         self._num_done += metrics["num_images"]
         self._num_embedded += metrics["num_embedded"]
         self._num_stretched += metrics.get("num_stretched", 0)
-        self._duplicates.add(part.image_ids, part.hashes)
-        num_listed = len(self._listing)
-        self._finished.add(part.record.name)
+        num_errors, num_listed = len(self._failed_ids), len(self._listing)
+        self._finished.add(record.name)
         self._show()
-        if len(self._errors) - self._num_removed > self._max_error_rate * num_listed:
+        if num_errors - self._counts[REMOVED] > self._max_error_rate * num_listed:
             raise InputError(
-                f"{len(self._errors):,} of {num_listed:,} images cannot be used so far, more than "
+                f"{num_errors:,} of {num_listed:,} images cannot be used so far, more than "
                 f"embed.max_error_rate ({self._max_error_rate:g}) allows: {self._reasons_with_examples()}. "
                 "Repair or remove them, or raise embed.max_error_rate; finished parts are kept"
             )
@@ -112,34 +118,44 @@ class Tally:
             }
             # Never backwards: a worker that died, or a part that is reported late, would give a negative rate.
             self._shown = max(self._shown, self._num_done + sum(self._unfinished.values()))
-            self._context.progress.update(self._shown, len(self._listing), num_errors=len(self._errors))
+            self._context.progress.update(self._shown, len(self._listing), num_errors=len(self._failed_ids))
 
-    def finish(self, feature_set: str) -> dict[str, Any]:
+    def finish(self, feature_set: str, *, has_hashes: bool = True) -> dict[str, Any]:
         """Write the tables of errors and duplicates.
+
+        Args:
+            feature_set: name of the first.
+            has_hashes: whether there are image files, whose contents can be compared.
 
         Returns:
             Metrics: num_images (good ones), num_errors, errors (count by reason), num_duplicates (images with the same
             bytes as an earlier one), num_embedded (contents that went through the backbone in this run), num_stretched
             (grey images of more than 8 bits, whose range is a guess), dim, dtype, feature_set, images_per_s (None if
             nothing was left to do).
+
+        Raises:
+            DamagedArtifactError: as :func:`find_duplicates`.
         """
         assert self._num_done == len(self._listing), "each image is in one part"
         ((dim, dtype),) = self._kinds
-        uri = self._listing.uri
-        errors = [(image_id, uri(image_id), reason) for image_id, reason in sorted(self._errors)]
-        duplicates = [(image_id, uri(image_id), first, value) for image_id, first, value in self._duplicates.found()]
-        self._write_rows(ERRORS_NAME, ERRORS_SCHEMA, errors)
-        self._write_rows(DUPLICATES_NAME, DUPLICATES_SCHEMA, duplicates)
+        failed_ids = np.array(self._failed_ids, np.int64)
+        order = np.argsort(failed_ids)
+        failed_ids, reasons = failed_ids[order], np.array(self._reasons, np.int32)[order]
+        parts = list(self._hashed_parts(failed_ids)) if has_hashes else []
+        duplicate_ids, first_ids = find_duplicates(parts)
+        write = self._context.output.write_tables
+        write(ERRORS_NAME, ERRORS_SCHEMA, self._errors(failed_ids, reasons))
+        write(DUPLICATES_NAME, DUPLICATES_SCHEMA, self._duplicates(parts, duplicate_ids, first_ids))
         if self._num_stretched:
             self._context.progress.note(
                 f"{self._num_stretched:,} grey images of more than 8 bits: each is stretched from minimum to maximum"
             )
         seconds, num_new = time.monotonic() - self._started, self._num_done - self._num_resumed
         return {
-            "num_images": self._num_done - len(self._errors),
-            "num_errors": len(self._errors),
-            "errors": dict(self._reasons().most_common()),
-            "num_duplicates": len(duplicates),
+            "num_images": self._num_done - len(failed_ids),
+            "num_errors": len(failed_ids),
+            "errors": dict(self._most_common()),
+            "num_duplicates": len(duplicate_ids),
             "num_embedded": self._num_embedded,
             "num_stretched": self._num_stretched,
             "dim": dim,
@@ -148,21 +164,42 @@ class Tally:
             "images_per_s": round(num_new / max(seconds, 1e-9), 1) if num_new else None,
         }
 
-    def _write_rows(self, name: str, schema: pa.Schema, rows: list[tuple[Any, ...]]) -> None:
-        columns = list(zip(*rows, strict=True)) or [()] * len(schema)
-        arrays = [pa.array(column, kind) for column, kind in zip(columns, schema.types, strict=True)]
-        self._context.output.write_table(name, pa.table(arrays, schema=schema))
+    def _hashed_parts(self, failed_ids: Ids) -> Iterator[HashedPart]:
+        folder = self._context.output.folder
+        for start, stop, file in sorted(self._files, key=lambda place: place[0]):
+            first, last = np.searchsorted(failed_ids, [start, stop])
+            yield HashedPart(folder, file.name, start, stop, failed_ids[first:last])
 
-    def _reasons(self) -> Counter[str]:
-        return Counter(reason for _, reason in sorted(self._errors))
+    def _errors(self, failed_ids: Ids, reasons: npt.NDArray[np.int32]) -> Iterator[pa.Table]:
+        names = pa.array(list(self._reason_numbers), pa.string())
+        for place in _pieces(failed_ids):
+            ids = failed_ids[place]
+            yield pa.table([ids, self._uris(ids), names.take(pa.array(reasons[place]))], schema=ERRORS_SCHEMA)
+
+    def _duplicates(self, parts: Sequence[HashedPart], duplicate_ids: Ids, first_ids: Ids) -> Iterator[pa.Table]:
+        for place, hashes in hashes_of(parts, duplicate_ids):
+            ids = duplicate_ids[place]
+            yield pa.table([ids, self._uris(ids), first_ids[place], hashes], schema=DUPLICATES_SCHEMA)
+
+    def _uris(self, image_ids: Ids) -> pa.ChunkedArray:
+        first, last = int(image_ids[0]), int(image_ids[-1])
+        return self._listing.table(first, last + 1)["uri"].take(pa.array(image_ids - first))
+
+    def _most_common(self) -> list[tuple[str, int]]:
+        """The reasons and their counts; among equal counts, that of the first image comes first."""
+        return sorted(self._counts.items(), key=lambda item: (-item[1], self._examples[item[0]]))
 
     def _reasons_with_examples(self) -> str:
-        examples: dict[str, int] = {}
-        for image_id, reason in sorted(self._errors):
-            examples.setdefault(reason, image_id)
-        common = self._reasons().most_common()
+        common = self._most_common()
         shown = [
-            f"{count:,} x {reason} (such as {self._listing.uri(examples[reason])})"
+            f"{count:,} x {reason} (such as {self._listing.uri(self._examples[reason])})"
             for reason, count in common[:REASONS_SHOWN]
         ]
         return ", ".join(shown) + (", ..." if len(common) > REASONS_SHOWN else "")
+
+
+def _pieces(image_ids: Ids) -> Iterator[slice]:
+    """Places of ascending ids that belong to the same range of ids."""
+    edges = np.flatnonzero(np.diff(image_ids // IDS_TOGETHER)) + 1
+    ends = [0, *edges.tolist(), len(image_ids)]
+    yield from (slice(start, stop) for start, stop in pairwise(ends) if start < stop)

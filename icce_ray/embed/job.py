@@ -13,7 +13,7 @@ import json
 import math
 import time
 import warnings
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
@@ -27,11 +27,9 @@ from icce_ray.embed.backbone_plan import EmbeddingPlan
 from icce_ray.embed.content_index import ContentIndex
 from icce_ray.embed.decode_and_embed import NOTHING_DECODED, decoded_from_table, decoded_to_table
 from icce_ray.embed.embedding_parts import (
-    FinishedPart,
     PartRange,
     images_per_part,
     plan_parts,
-    read_finished,
     revision_of,
 )
 from icce_ray.embed.finished_parts import Tally
@@ -100,7 +98,7 @@ def retry(config: Config, context: StageContext, artifact: Artifact) -> dict[str
         Metrics as :func:`run`, for a manifest that replaces the old one; None if all images failed again.
 
     Raises:
-        DamagedArtifactError: a part of the artifact is damaged. Otherwise as :func:`run`.
+        DamagedArtifactError: a part of the artifact that is amended is damaged. Otherwise as :func:`run`.
     """
     listing = Listing(context.inputs["images"])
     task = _task(config, context, len(listing))
@@ -114,10 +112,7 @@ def retry(config: Config, context: StageContext, artifact: Artifact) -> dict[str
             only = tuple(image_id for image_id, _ in failed)
             amended.append(replace(part, revision=revision_of(file.name) + 1, previous=file.name, only=only))
             continue
-        finished = read_finished(artifact.folder, record)
-        if finished is None:
-            raise errors.DamagedArtifactError(f"{artifact.folder.file_uri(file.name)}: missing or damaged")
-        tally.add_earlier(finished)
+        tally.add_earlier(record)
     _embed_all(task, tally.resume(amended, task.records), tally, context.progress, len(listing))
     task.records.clear()
     metrics = tally.finish(task.plan.names[0]) | _layout(task.plan, artifact.metrics["images_per_part"])
@@ -159,11 +154,11 @@ class Embedder:
         part, decoded = decoded_from_table(batch)
         try:
             attempt = self.task.attempt(part, "embed")
-            finished = self.embedder.embed(part, decoded, attempt)
+            record = self.embedder.embed(part, decoded, attempt)
             attempt.end()
         except (errors.UserError, errors.WorkerError) as error:
             return _to_row(error=_to_text(error))
-        return _to_row(finished.record.model_dump_json(), finished.image_ids, finished.hashes)
+        return _to_row(record.model_dump_json())
 
     def _post(self, part: PartRange, num_embedded: int) -> None:
         """Tell the driver about a part that takes long. Nothing waits for that."""
@@ -268,7 +263,7 @@ def _embed_all(task: EmbedTask, pending: list[PartRange], tally: Tally, progress
 
 def _embed_on_ray(
     task: EmbedTask, pending: list[PartRange], on_batch: Callable[[PartRange, int], None]
-) -> Generator[FinishedPart, None, None]:
+) -> Generator[PartRecord, None, None]:
     """Embed the `pending` parts; yields each as it is finished, in any order."""
     import ray
     import ray.data
@@ -359,20 +354,12 @@ def _to_text(error: Exception) -> str:
     return json.dumps([type(error).__name__, str(error)])
 
 
-def _to_row(
-    record: str = "", image_ids: Sequence[int] = (), hashes: Sequence[str | None] = (), error: str = ""
-) -> pa.Table:
-    columns = {
-        "record": [record],
-        "image_ids": pa.array([image_ids], pa.list_(pa.int64())),
-        "hashes": pa.array([hashes], pa.list_(pa.string())),
-        "error": [error],
-    }
-    return pa.table(columns)
+def _to_row(record: str = "", error: str = "") -> pa.Table:
+    return pa.table({"record": [record], "error": [error]})
 
 
-def _from_row(row: dict[str, Any]) -> FinishedPart:
+def _from_row(row: dict[str, Any]) -> PartRecord:
     if row["error"]:
         kind, message = json.loads(row["error"])
         raise getattr(errors, kind)(message)
-    return FinishedPart(PartRecord.model_validate_json(row["record"]), list(row["image_ids"]), list(row["hashes"]))
+    return PartRecord.model_validate_json(row["record"])

@@ -17,7 +17,7 @@ from icce_ray.embed.backbone_plan import EmbeddingPlan, embed_settings, model_ke
 from icce_ray.embed.build_backbone import build_backbone
 from icce_ray.embed.content_index import ContentIndex, Index, VectorReader, gather, siblings
 from icce_ray.embed.decode_and_embed import DecodedPart, Outcome, assemble_part, decode_part, embed_contents
-from icce_ray.embed.embedding_parts import FinishedPart, PartRange, read_part, source_digest, write_part
+from icce_ray.embed.embedding_parts import PartRange, read_part, source_digest, write_part
 from icce_ray.embed.networks import Backbone
 from icce_ray.embed.reuse_parts import ReusableParts
 from icce_ray.images.decoding_process import DecodingProcess
@@ -25,7 +25,7 @@ from icce_ray.images.listing import Listing
 from icce_ray.runtime.machine import usable_cpus
 from icce_ray.store import Artifact, Folder
 from icce_ray.store.attempts import Attempt
-from icce_ray.store.part_records import PartRecords
+from icce_ray.store.part_records import PartRecord, PartRecords
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ class PartEmbedder:
             config.embed, config.seed, device=self._device, num_threads=self._num_threads, plan=self._task.plan
         )
 
-    def embed(self, part: PartRange, decoded: DecodedPart, attempt: Attempt | None = None) -> FinishedPart:
+    def embed(self, part: PartRange, decoded: DecodedPart, attempt: Attempt | None = None) -> PartRecord:
         def embed(hashes: list[str]) -> dict[str, Outcome]:
             nonlocal decoded
             skipped = {content for content, row in zip(decoded.hashes, decoded.rows, strict=True) if row < 0}
@@ -130,7 +130,7 @@ class PartEmbedder:
 
 def embed_here(
     task: EmbedTask, pending: list[PartRange], on_batch: Callable[[PartRange, int], None]
-) -> Generator[FinishedPart, None, None]:
+) -> Generator[PartRecord, None, None]:
     """Embed the `pending` parts in this process; yields each as it is finished, in order. Other processes decode."""
     index, listing = ContentIndex(task.folders), Listing(task.images)
     num_processes = min(usable_cpus(), len(pending))

@@ -9,7 +9,6 @@ import numpy as np
 
 from icce_ray.config import EmbeddingsConfig
 from icce_ray.embed.embedding_parts import (
-    FinishedPart,
     PartRange,
     part_table,
     plan_parts,
@@ -22,7 +21,7 @@ from icce_ray.errors import InputError
 from icce_ray.images.embedding_files import Embeddings, open_embedding_sets
 from icce_ray.images.listing import Listing
 from icce_ray.stage import StageContext
-from icce_ray.store.part_records import PartRecords
+from icce_ray.store.part_records import PartRecord, PartRecords
 
 
 def rewrite_embeddings(config: EmbeddingsConfig, context: StageContext) -> dict[str, Any]:
@@ -43,12 +42,12 @@ def rewrite_embeddings(config: EmbeddingsConfig, context: StageContext) -> dict[
         tally.add(part)
     records.clear()
     names = ["ready-made", *(f"ready-made {number}" for number in range(2, len(sets) + 1))]
-    return tally.finish(names[0]) | ({"feature_sets": names, "dims": dims} if len(sets) > 1 else {})
+    return tally.finish(names[0], has_hashes=False) | ({"feature_sets": names, "dims": dims} if len(sets) > 1 else {})
 
 
 def _write_parts(
     sets: list[Embeddings], dims: tuple[int, ...], pending: list[PartRange], records: PartRecords
-) -> Iterator[FinishedPart]:
+) -> Iterator[PartRecord]:
     """Each source is read once, in order, from the first of the `pending` parts on."""
     if not pending:
         return

@@ -7,8 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from icce_ray.embed.embedding_parts import ERRORS_NAME, FinishedPart, PartRange, plan_parts, read_finished
+from icce_ray.embed.embedding_parts import ERRORS_NAME, PartRange, plan_parts, read_hashes
 from icce_ray.embed.feature_matrix import PART_PREFIX
+from icce_ray.embed.part_hashes import write_hashes
 from icce_ray.errors import DamagedArtifactError
 from icce_ray.images.listing import Listing
 from icce_ray.store import Artifact
@@ -34,16 +35,16 @@ class ReusableParts:
         self._files = dict(zip(self.parts, artifact.part_names(PART_PREFIX), strict=True))
         errors = artifact.read_table(ERRORS_NAME)
         self._failed_ids = errors["image_id"].to_numpy()
-        self._reasons: list[str] = errors["reason"].to_pylist()
+        self._reasons = errors["reason"]
 
     def record(self, part: PartRange) -> PartRecord:
         """The record that the part had."""
         first, last = np.searchsorted(self._failed_ids, [part.start, part.stop])
-        errors = list(zip(self._failed_ids[first:last].tolist(), self._reasons[first:last], strict=True))
-        metrics = {"num_images": part.num_images, "errors": errors, "num_embedded": 0}
+        errors = list(zip(self._failed_ids[first:last].tolist(), self._reasons[first:last].to_pylist(), strict=True))
+        metrics = {"start": part.start, "num_images": part.num_images, "errors": errors, "num_embedded": 0}
         return PartRecord(name=part.name, files=(self._artifact.part(self._files[part]),), metrics=metrics)
 
-    def copy(self, part: PartRange, listing: Listing, records: PartRecords) -> FinishedPart | None:
+    def copy(self, part: PartRange, listing: Listing, records: PartRecords) -> PartRecord | None:
         """Copy a part, if there is one of the same images.
 
         Args:
@@ -61,17 +62,19 @@ class ReusableParts:
             data = self._artifact.read_bytes(record.files[0].name)
         except DamagedArtifactError:
             return None
+        if hashes := read_hashes(self._artifact.folder, record.files[0].name):
+            write_hashes(records.folder, part.file_name, hashes)
         records.folder.write_bytes(part.file_name, data)
         file = record.files[0].model_copy(update={"name": part.file_name})
-        return read_finished(records.folder, records.write(part.name, [file], record.metrics))
+        return records.write(part.name, [file], record.metrics)
 
 
 def copy_parts(
     parts: Sequence[PartRange], listing: Listing, sources: Sequence[ReusableParts], records: PartRecords
-) -> Iterator[tuple[PartRange, FinishedPart | None]]:
+) -> Iterator[tuple[PartRange, PartRecord | None]]:
     """Copy what the sources have of `parts`; each part, with None if no source has it."""
 
-    def copy(part: PartRange) -> FinishedPart | None:
+    def copy(part: PartRange) -> PartRecord | None:
         copies = (source.copy(part, listing, records) for source in sources)
         return next((copied for copied in copies if copied is not None), None)
 

@@ -12,7 +12,8 @@ import hashlib
 import importlib.metadata
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ MANIFEST_NAME = "manifest.json"
 MAX_LISTED_PARTS = 900
 """Up to here one page of a listing shows whether all parts are there; more are checked when they are read."""
 RECORDED_LIBRARIES = ("icce_ray", "numpy", "torch", "faiss-cpu", "ray", "timm", "pyarrow", "pymetis")
+CHECK_THREADS = 8
 
 
 def fingerprint(stage: str, version: int, settings: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
@@ -112,7 +114,9 @@ class Artifact:
         except (ValidationError, DamagedArtifactError):
             folder.remove(MANIFEST_NAME)
             return [MANIFEST_NAME]
-        damaged = [part.name for part in parts if not is_sound(artifact.folder_of(part), part)]
+        with ThreadPoolExecutor(CHECK_THREADS) as threads:
+            sound = threads.map(lambda part: is_sound(artifact.folder_of(part), part), parts)
+            damaged = [part.name for part, is_whole in zip(parts, sound, strict=True) if not is_whole]
         if damaged:
             folder.remove(MANIFEST_NAME)
             folder.remove(manifest.parts.name)
@@ -294,6 +298,16 @@ class ArtifactWriter:
         sink = io.BytesIO()
         pq.write_table(table, sink, compression="zstd")
         return self.write_bytes(name, sink.getbuffer(), rows=table.num_rows)
+
+    def write_tables(self, name: str, schema: pa.Schema, tables: Iterable[pa.Table]) -> Part:
+        """Write a table that comes in pieces, without holding it in memory uncompressed."""
+        rows = 0
+        sink = io.BytesIO()
+        with pq.ParquetWriter(sink, schema, compression="zstd") as writer:
+            for table in tables:
+                writer.write_table(table)
+                rows += len(table)
+        return self.write_bytes(name, sink.getbuffer(), rows=rows)
 
     def write_array(self, name: str, array: npt.NDArray[Any]) -> Part:
         """Write an array as .npy."""

@@ -11,7 +11,7 @@ import pytest
 from icce_ray.config import Config
 from icce_ray.embed import content_index as content
 from icce_ray.embed.backbone_plan import embed_settings, model_key, plan_embedding
-from icce_ray.embed.content_index import ContentIndex, Duplicates, VectorReader, gather, siblings
+from icce_ray.embed.content_index import ContentIndex, VectorReader, gather, siblings
 from icce_ray.embed.embedding_parts import PartRange, part_table, write_part
 from icce_ray.store import Folder
 from icce_ray.store.part_records import PartRecords
@@ -106,13 +106,6 @@ def test_finished_content_is_known_and_no_longer_claimed(tmp_path: Path) -> None
     write(folder, 0, [1])
     index.finish("part-00000.parquet", [sha(1)])
     assert index.claim("other", [sha(1), sha(2)]) == [["at", 0, "part-00000.parquet"], ["yours"]]
-
-
-def test_duplicates_are_named_after_the_first_of_their_content() -> None:
-    found = Duplicates()
-    found.add([6, 7, 8], [sha(1), sha(2), sha(1)])
-    found.add([0, 1, 2, 3], [sha(2), sha(3), sha(1), None])
-    assert list(found.found()) == [(6, 2, sha(1)), (7, 0, sha(2)), (8, 2, sha(1))]
 
 
 def test_only_artifacts_of_the_same_model_are_siblings(tmp_path: Path) -> None:

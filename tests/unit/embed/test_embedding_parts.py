@@ -25,7 +25,6 @@ from icce_ray.embed.embedding_parts import (
     images_per_part,
     part_table,
     plan_parts,
-    read_finished,
     read_part,
     write_part,
 )
@@ -96,6 +95,9 @@ class Names:
     def uri(self, image_id: int) -> str:
         return f"{image_id}.png"
 
+    def table(self, start: int, stop: int) -> pa.Table:
+        return pa.table({"uri": [self.uri(image_id) for image_id in range(start, stop)]})
+
 
 def write_images(folder: Path, count: int, bad: tuple[int, ...] = ()) -> list[str]:
     folder.mkdir(exist_ok=True)
@@ -138,10 +140,10 @@ def test_a_part_holds_its_good_images_and_says_why_the_others_failed(tmp_path: P
     backbone = MeanBackbone()
     finished = write_part(records_at(tmp_path / "out"), part, *embed_part(part, decoded, backbone, batch_size=2))
     assert backbone.batches == [2, 2]  # filled up: all have one shape
-    (file,) = finished.record.files
+    (file,) = finished.files
     assert (file.name, file.rows, file.shape, file.dtype) == ("part-00001.parquet", 3, (3, 1), "float16")
     errors = [(6, "not an image"), (8, "missing")]
-    assert finished.record.metrics == {"num_images": 5, "errors": errors, "num_embedded": 0}
+    assert finished.metrics == {"start": 5, "num_images": 5, "errors": errors, "num_embedded": 0}
     stored = pq.read_table(tmp_path / "out" / "part-00001.parquet").to_pylist()
     assert [row["image_id"] for row in stored] == [5, 7, 9]
     assert [row["embedding"] for row in stored] == [[5.0], [7.0], [9.0]]
@@ -213,7 +215,7 @@ def test_a_part_without_a_good_image_still_has_its_width(tmp_path: Path) -> None
     part = PartRange(0, 0, 2)
     decoded = decode_part(part, listed(write_images(tmp_path / "images", 2, bad=(0, 1))), PREPROCESSING, max_pixels=100)
     table, errors = embed_part(part, decoded, MeanBackbone(), 8)
-    assert write_part(records_at(tmp_path / "out"), part, table).record.files[0].shape == (0, 1)
+    assert write_part(records_at(tmp_path / "out"), part, table).files[0].shape == (0, 1)
     assert errors == [(0, "not an image"), (1, "not an image")]
 
 
@@ -226,11 +228,9 @@ def test_a_part_has_the_same_bytes_every_time_and_is_found_again(tmp_path: Path)
         finished.append(write_part(records_at(tmp_path / name), part, *embed_part(part, decoded, MeanBackbone(), 4)))
     assert finished[0] == finished[1]
     assert (tmp_path / "a" / part.file_name).read_bytes() == (tmp_path / "b" / part.file_name).read_bytes()
-    record = records_at(tmp_path / "a").read(part.name)
-    assert record is not None
-    found = read_finished(Folder.at(tmp_path / "a"), record)
+    found = records_at(tmp_path / "a").read(part.name)
     assert found is not None
-    assert (found.image_ids, found.hashes) == (finished[0].image_ids, finished[0].hashes)
+    assert found.files == finished[0].files
 
 
 def test_damage_to_a_part_is_noticed_when_it_is_read(tmp_path: Path) -> None:
@@ -256,7 +256,8 @@ def test_damage_to_a_part_is_noticed_when_it_is_read(tmp_path: Path) -> None:
 
 def record_of(part: PartRange, folder: Path, bad: dict[int, str]) -> Any:
     good = np.setdiff1d(np.arange(part.start, part.stop), list(bad))
-    table = part_table(good, np.ones((len(good), 2), np.float16))
+    hashes = pa.array([f"{image_id % 7:064x}" for image_id in good], pa.string())
+    table = part_table(good, np.ones((len(good), 2), np.float16), hashes)
     return write_part(records_at(folder), part, table, sorted(bad.items()))
 
 
@@ -275,7 +276,7 @@ def test_the_tally_takes_up_finished_parts_and_sums_up_in_any_order(tmp_path: Pa
         "num_images": 7,
         "num_errors": 3,
         "errors": {"truncated": 2, "missing": 1},
-        "num_duplicates": 0,
+        "num_duplicates": 1,
         "num_embedded": 0,
         "num_stretched": 0,
         "dim": 2,
@@ -283,6 +284,9 @@ def test_the_tally_takes_up_finished_parts_and_sums_up_in_any_order(tmp_path: Pa
         "feature_set": "pixels",
     }
     assert sorted(context.output.parts) == [DUPLICATES_NAME, ERRORS_NAME, *(part.file_name for part in parts)]
+    duplicates = pq.read_table(tmp_path / DUPLICATES_NAME).to_pylist()
+    assert [(row["image_id"], row["uri"], row["duplicate_of"]) for row in duplicates] == [(7, "7.png", 0)]
+    assert [row["content_hash"] for row in duplicates] == [f"{0:064x}"]
     errors = pq.read_table(tmp_path / ERRORS_NAME).to_pylist()
     assert errors == [{"image_id": i, "uri": f"{i}.png", "reason": reason} for i, reason in bad.items()]
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-from unittest.mock import MagicMock
 
 import numpy as np
 
@@ -36,12 +35,11 @@ def test_images_count_while_their_part_is_unfinished_and_once_when_it_is(tmp_pat
 def test_images_whose_range_is_a_guess_are_counted_and_said(tmp_path: Path) -> None:
     said: list[str] = []
     progress: Any = SimpleNamespace(update=lambda done, total, num_errors: None, note=said.append)
-    listing = MagicMock()
-    listing.__len__.return_value = 20
+    listing: Any = range(20)
     tally = Tally(StageContext(ArtifactWriter(Folder.at(tmp_path)), {}, progress), listing, max_error_rate=1.0)
     table = part_table(np.arange(10), np.zeros((10, 2), dtype=np.float16))
     for index in range(2):
         part = PartRange(index, 10 * index, 10 * index + 10)
         tally.add(write_part(PartRecords(Folder.at(tmp_path), "source"), part, table, num_stretched=3))
-    assert tally.finish("pixels")["num_stretched"] == 6
+    assert tally.finish("pixels", has_hashes=False)["num_stretched"] == 6
     assert said == ["6 grey images of more than 8 bits: each is stretched from minimum to maximum"]
