@@ -40,6 +40,7 @@ CASES = {
     "neighbors-gpu": "the exact graph of 1.28 million images on a GPU: seconds by step, equality with FAISS",
     "neighbors-scale": "counted operations, bytes and predicted time of the graph for 10M to 1B images",
     "proxies": "how well scores without labels rank clusterings of all methods by their true AMI and ACC",
+    "report": "the page for 100 to 100,000 images: time to make it, size, and frame time of the map in Chromium",
     "small-run": "CPU seconds of a run over 40 images, all processes together; `other`: a checkout to compare with",
     "sweep-metrics": "how well metrics without labels rank a sweep's trials by ACC, and the consensus of the best",
     "tar-reads": "requests and bytes of 1,000 images in tar shards on object storage, counted",

@@ -141,6 +141,11 @@ class ClusteringConfig(Section):
             given["num_clusters"] = AUTO
         return type(self).model_validate(given)
 
+    def to_record(self) -> dict[str, Any]:
+        """JSON that makes the same config again. With several methods it holds what was given and no more: each method
+        fills in what is left open."""
+        return self.model_dump(mode="json", exclude_unset=len(self.methods) > 1)
+
     def with_extra_runs(self, runs: Iterable[str]) -> Self:
         """The same with the clusterings of other runs in the consensus."""
         extra = tuple(dict.fromkeys((*self.consensus.extra_runs, *runs)))

@@ -1,7 +1,9 @@
-"""The evaluate stage: how well the clusters match the true labels, if there are any. Nothing else depends on it."""
+"""The evaluate stage: scores without labels, and how well the clusters match the true labels if there are any. Only the
+report depends on it."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -13,8 +15,10 @@ from icce_ray.corrections.stage import consensus_of
 from icce_ray.embed.feature_matrix import load_features
 from icce_ray.evaluate.estimated_accuracy import MAX_IMAGES, estimate_accuracy
 from icce_ray.evaluate.labels import TrueLabels, load_labels
+from icce_ray.evaluate.method_clusterings import method_clusterings, nmi_matrix
 from icce_ray.images.listing import Listing
 from icce_ray.methods.clusterings import read_losses
+from icce_ray.metrics.label_free_scores import label_free_scores, project_pca, project_umap
 from icce_ray.metrics.true_label_scores import (
     clustering_accuracy,
     contingency_table,
@@ -23,6 +27,7 @@ from icce_ray.metrics.true_label_scores import (
 )
 from icce_ray.runtime.progress import Progress
 from icce_ray.sample.training_set import training_rows, training_set
+from icce_ray.sample.unit_features import prepare
 from icce_ray.stage import StageContext
 from icce_ray.store import Artifact
 
@@ -31,36 +36,47 @@ SAMPLED_IMAGES = 2 * MAX_IMAGES
 """Images that are read for the estimate, since some of them may be noise."""
 LABELS_NAME = "labels.parquet"
 """image_id, label: the true label of each image, if labels were given; the report shows it."""
+METHODS_NAME = "method_clusterings.npy"
+"""With several methods: one clustering of each, (M, N) int32; the report shows them."""
 
 
 def run(config: Config, context: StageContext) -> dict[str, Any]:
-    """Compare the assignments with the true labels.
+    """Score the clusters without labels, and compare the assignments with the true labels.
 
     Returns:
-        estimated_accuracy (made without labels; left out where it cannot be made). With labels also acc, nmi
-        (geometric), nmi_arithmetic, ari, many_to_one over all embedded images, and if some of them are noise num_noise
-        and acc_without_noise; head_acc_mean, head_acc_best (by the true labels), head_acc_lowest_loss over the images
-        of the consensus; acc_high_agreement and acc_low_agreement, over the halves of these by agreement; num_classes.
+        estimated_accuracy, silhouette_pca, generalization, and silhouette_umap if it was asked for: made without
+        labels, from a sample; each is left out where it is not defined. With labels also acc, nmi (geometric),
+        nmi_arithmetic, ari, many_to_one over all embedded images, and if some of them are noise num_noise and
+        acc_without_noise; head_acc_mean, head_acc_best (by the true labels), head_acc_lowest_loss over the images of
+        the consensus; acc_high_agreement and acc_low_agreement, over the halves of these by agreement; num_classes.
 
     Raises:
         InputError: labels that cannot be used.
     """
-    metrics: dict[str, Any] = {}
-    estimate = _estimate(config, context)
+    inputs = context.inputs
+    labels_N = np.array(consensus_of(inputs).read_array("labels.npy"))
+    features = load_features(training_set(inputs))
+    estimate = _estimate(features.matrix, labels_N, config.seed)
+    score = _scorer(features.matrix, config)
+    metrics = {name: value for name, value in score(labels_N).items() if value is not None}
+    if estimate is not None:
+        metrics["estimated_accuracy"] = estimate[0]
+    classes_N = None
     if config.evaluate.labels is not None:
-        table = _read_assignments(context.inputs["assign"], ["image_id", "cluster", "agreement"])
+        table = _read_assignments(inputs["assign"], ["image_id", "cluster", "agreement"])
         image_ids = table["image_id"].to_numpy()
-        listing = Listing(context.inputs["images"])
+        listing = Listing(inputs["images"])
         labels = load_labels(config.evaluate, listing.table(0, len(listing))["uri"].to_pylist(), image_ids)
         names = pa.array(labels.names, pa.string()).take(pa.array(labels.classes)).dictionary_encode()
         context.output.write_table(LABELS_NAME, pa.table({"image_id": image_ids, "label": names}))
-        heads = context.inputs["method"]
+        classes_N = labels.classes[np.searchsorted(image_ids, features.image_ids)]
+        heads = inputs["method"]
         heads_HN = heads.read_array("label_matrix.npy")
-        training = training_rows(context.inputs)
+        training = training_rows(inputs)
         if training is not None:
             rows_N = training.rows_of(image_ids)
             heads_HN = np.where(rows_N >= 0, heads_HN[:, rows_N], -1)
-        metrics = evaluate(
+        metrics |= evaluate(
             labels,
             table["cluster"].to_numpy(),
             table["agreement"].to_numpy(),
@@ -68,20 +84,55 @@ def run(config: Config, context: StageContext) -> dict[str, Any]:
             read_losses(heads),
             context.progress,
         )
-    if estimate is not None:
-        metrics |= {"estimated_accuracy": estimate[0]}
-    context.output.write_json(METRICS_NAME, metrics | {"estimate_views": estimate[1] if estimate else None})
+    found = method_clusterings(config, inputs["method"], labels_N)
+    if found:
+        context.output.write_array(METHODS_NAME, np.stack(list(found.values())))
+        found = {"consensus": labels_N} | found
+    rows = [{"name": name} | describe(own_N, classes_N) | score(own_N) for name, own_N in found.items()]
+    record = {
+        "estimate_views": estimate[1] if estimate else None,
+        "methods": rows,
+        "method_nmi": nmi_matrix(list(found.values())).tolist(),
+    }
+    context.output.write_json(METRICS_NAME, metrics | record)
     return metrics
 
 
-def _estimate(config: Config, context: StageContext) -> tuple[float, dict[str, float]] | None:
+def _estimate(
+    matrix_ND: npt.NDArray[np.floating], labels_N: npt.NDArray[np.integer], seed: int
+) -> tuple[float, dict[str, float]] | None:
     """The estimated accuracy of the clusters, from a sample of the images trained on."""
-    labels_N = consensus_of(context.inputs).read_array("labels.npy")
-    rows = np.arange(len(labels_N))
-    if len(rows) > SAMPLED_IMAGES:
-        rows = np.sort(np.random.default_rng(config.seed).choice(len(rows), SAMPLED_IMAGES, replace=False))
-    features_nD = load_features(training_set(context.inputs)).matrix[rows]
-    return estimate_accuracy(features_nD, np.asarray(labels_N[rows]), seed=config.seed)
+    rows = _sampled_rows(len(labels_N), SAMPLED_IMAGES, seed)
+    return estimate_accuracy(matrix_ND[rows], labels_N[rows], seed=seed)
+
+
+def _scorer(
+    matrix_ND: npt.NDArray[np.floating], config: Config
+) -> Callable[[npt.NDArray[np.integer]], dict[str, float | None]]:
+    """A function that scores labels (N,) without labels, from a sample of the images trained on. Both scores are
+    measured in the first principal components, which takes seconds where the features themselves take minutes."""
+    rows = _sampled_rows(len(matrix_ND), MAX_IMAGES, config.seed)
+    features_nD = np.asarray(matrix_ND[rows], dtype=np.float32)
+    points = {"pca": project_pca(prepare(features_nD, center=True)[:], config.seed)}
+    if config.evaluate.silhouette_umap:
+        points["umap"] = project_umap(features_nD, config.seed)
+    return lambda labels_N: label_free_scores(points["pca"], points, labels_N[rows], random_state=config.seed)
+
+
+def _sampled_rows(num_rows: int, most: int, seed: int) -> npt.NDArray[np.int64]:
+    if num_rows <= most:
+        return np.arange(num_rows)
+    return np.sort(np.random.default_rng(seed).choice(num_rows, most, replace=False))
+
+
+def describe(labels_N: npt.NDArray[np.integer], classes_N: npt.NDArray[np.integer] | None) -> dict[str, Any]:
+    """num_clusters and num_noise of a clustering, and acc, nmi and ari where the true classes are known."""
+    figures: dict[str, Any] = {"num_clusters": len(np.unique(labels_N[labels_N >= 0]))}
+    figures["num_noise"] = int((labels_N < 0).sum())
+    if classes_N is not None:
+        scores = evaluate_with_noise(classes_N, labels_N)
+        figures |= {name: scores[name] for name in ("acc", "nmi", "ari")}
+    return figures
 
 
 def evaluate(

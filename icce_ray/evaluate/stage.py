@@ -1,8 +1,9 @@
-"""The ``evaluate`` stage: scores against true labels. No other stage is told where they are."""
+"""The ``evaluate`` stage: scores without labels, and against true labels. No other stage is told where these are."""
 
 from __future__ import annotations
 
 from icce_ray.config import Config
+from icce_ray.runtime.machine import check_umap
 from icce_ray.stage import Settings, Stage
 from icce_ray.store.filesystem import open_uri
 
@@ -20,6 +21,8 @@ def _file_identity(uri: str) -> Settings:
 
 
 def _check(config: Config) -> None:
+    if config.evaluate.silhouette_umap:
+        check_umap("evaluate.silhouette_umap: true")
     if config.evaluate.labels is not None:
         from icce_ray.evaluate.labels import check_labels
 
@@ -29,7 +32,7 @@ def _check(config: Config) -> None:
 EVALUATE = Stage(
     "evaluate",
     "icce_ray.evaluate.run_scores",
-    3,
+    4,
     ("images", "embed", "sample", "method", "consensus", "corrections", "assign"),
     _settings,
     check=_check,

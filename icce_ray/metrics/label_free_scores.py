@@ -3,6 +3,7 @@ labels"), and the spaces that silhouettes are measured in."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,19 @@ NUM_FOLDS = 10
 PCA_DIMS = 50
 UMAP_SETTINGS: dict[str, Any] = {"n_neighbors": 30, "n_components": 50, "min_dist": 0.0}
 """The settings of arXiv 2406.02465."""
+
+
+def label_free_scores(
+    features_nD: npt.NDArray[np.float32],
+    points: Mapping[str, npt.NDArray[np.float32]],
+    labels_n: npt.NDArray[np.integer[Any]],
+    *,
+    random_state: int,
+) -> dict[str, float | None]:
+    """`generalization`, and `silhouette_<space>` for each space of `points`, of the same n images; None where a score
+    is not defined, such as for a single cluster."""
+    silhouettes = {f"silhouette_{space}": silhouette(points_nd, labels_n) for space, points_nd in points.items()}
+    return {"generalization": generalization_score(features_nD, labels_n, random_state=random_state)} | silhouettes
 
 
 def generalization_score(

@@ -32,7 +32,7 @@ def find_stage(
         step = next((step for step in plan(config) if step.name == stage), None)
         if step is None or step.artifact is None:
             raise InputError(f"{run}: this run has no {what} yet; finish it first: icce-ray run {run}")
-        return step.artifact, config.model_dump(mode="json")
+        return step.artifact, config.to_record()
     output, wanted = run, None
     if run.endswith(".json"):
         before, _, wanted = run.rpartition(f"{RUNS_FOLDER}/")

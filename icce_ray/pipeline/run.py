@@ -82,12 +82,9 @@ def run_pipeline(config: Config, *, refresh: bool = False, retry_errors: bool = 
     for other, steps in plan_other_methods(resolved, planned):
         spent.update(_make_clusterings(other, steps, artifacts, quiet))
     images = next(step.identity for step in planned if step.name == IMAGES.name)
-    combined = combine_methods(resolved, planned)
-    resolved = with_numbers_from(combined, asked, images)
+    resolved = with_numbers_from(combine_methods(resolved, planned), asked, images)
     name = run_name(planned)
-    as_asked: dict[str, Any] = {"given_num_clusters": config.given_num_clusters, "corrections": asked.corrections}
-    as_asked |= {"consensus": combined.consensus}
-    record = resolved.model_copy(update=as_asked).model_dump(mode="json")
+    record = asked.to_record()
     write_record(config.output, name, fingerprints_of(planned), record)
     with RunProgress(config.output, name) as told:
         seconds = run_stages(resolved, planned, artifacts, quiet, told)

@@ -36,16 +36,22 @@ def read_features(inputs: Any, image_ids: npt.NDArray[np.int64]) -> tuple[Floats
         inputs: artifacts `embed` and `sample`.
         image_ids: (n,).
     """
-    features, training = load_features(training_set(inputs)), training_rows(inputs)
-    if training is not None:
-        rows_n = training.rows_of(image_ids)
-    else:
-        rows_n = np.minimum(np.searchsorted(features.image_ids, image_ids), features.num_images - 1)
-        rows_n = np.where(features.image_ids[rows_n] == image_ids, rows_n, -1)
+    features = load_features(training_set(inputs))
+    rows_n = training_rows_of(inputs, image_ids)
     known_n = rows_n >= 0
     found_nD = np.zeros((len(image_ids), features.dim), dtype=np.float32)
     found_nD[known_n] = features.matrix[rows_n[known_n]]
     return found_nD, known_n
+
+
+def training_rows_of(inputs: Any, image_ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """The row of each image (n,) among those trained on, that of its leader for a near-duplicate; -1 for none."""
+    training = training_rows(inputs)
+    if training is not None:
+        return training.rows_of(image_ids)
+    known = load_features(training_set(inputs)).image_ids
+    rows_n = np.minimum(np.searchsorted(known, image_ids), len(known) - 1)
+    return np.where(known[rows_n] == image_ids, rows_n, -1)
 
 
 def lay_out(features_nD: Floats, how: str) -> tuple[npt.NDArray[np.uint16], Floats, str]:

@@ -19,12 +19,12 @@ from icce_ray.config import Config
 from icce_ray.consensus.hierarchy import HIERARCHY_NAME, Hierarchy
 from icce_ray.corrections.stage import applied_corrections, consensus_of, num_clusters_of
 from icce_ray.count.stage import CLUSTER_COUNT
-from icce_ray.evaluate.run_scores import LABELS_NAME
+from icce_ray.evaluate.run_scores import LABELS_NAME, METHODS_NAME, METRICS_NAME
 from icce_ray.images.stage import num_listed
-from icce_ray.report.image_map import lay_out, read_features, similar_images
+from icce_ray.report.image_map import lay_out, read_features, similar_images, training_rows_of
 from icce_ray.report.page_content import PageContent, images_per_cluster
 from icce_ray.report.page_files import PageFiles, packed
-from icce_ray.report.page_plots import draw_plots
+from icce_ray.report.page_plots import page_plots
 from icce_ray.report.pictures import (
     SHEET_CELLS,
     SHEET_COLUMNS,
@@ -52,6 +52,14 @@ MAX_CLASSES = 1_000
 """With more true classes, images are not coloured by them."""
 NO_SHARE = 255
 """Stands for an unknown share; others are in 250ths."""
+NOT_CLUSTERED = -2
+"""Stands for the cluster that a method gave an image that it was not shown."""
+LABEL_FREE_SCORES = (
+    ("estimated_accuracy", "estimated accuracy"),
+    ("generalization", "generalisation score"),
+    ("silhouette_pca", "silhouette, 50 principal components"),
+    ("silhouette_umap", "silhouette, UMAP"),
+)
 SCORES = (
     ("acc", "ACC"),
     ("nmi", "NMI (geometric)"),
@@ -64,7 +72,7 @@ SCORES = (
     ("acc_high_agreement", "ACC, upper half by agreement"),
     ("acc_low_agreement", "ACC, lower half by agreement"),
 )
-"""Metrics of the evaluate stage and their labels."""
+"""Metrics of the evaluate stage against true labels, and their names; those before need none."""
 
 
 def run(config: Config, context: StageContext) -> dict[str, Any]:
@@ -81,12 +89,13 @@ def run(config: Config, context: StageContext) -> dict[str, Any]:
     content = PageContent(
         (assign.read_table(name) for name in assign.part_names("assignments/")),
         num_clusters_of(config, inputs),
-        images_per_cluster(np.array(assign.metrics["cluster_sizes"]), config.report.max_images),
+        images_per_cluster(
+            np.array([*assign.metrics["cluster_sizes"], assign.metrics.get("num_noise", 0)]), config.report.max_images
+        ),
         wanted,
     )
     shown = _in_order(content, exemplars)
     position = dict(zip(shown["image_id"].to_pylist(), range(len(shown)), strict=True))
-    groups = [group[np.isin(group, shown["image_id"].to_numpy())] for group in groups]  # without noise
     map_name = _write_images(config, inputs, shown, groups, position, files)
 
     uris = shown["uri"].to_pylist()
@@ -127,13 +136,13 @@ def _duplicate_groups(inputs: Mapping[str, Artifact]) -> list[npt.NDArray[np.int
 
 
 def _in_order(content: PageContent, exemplars: pa.Table) -> pa.Table:
-    """The images to show with their `rank` among the exemplars: by cluster, largest first; exemplars before others,
-    then by falling agreement."""
+    """The images to show with their `rank` among the exemplars: by cluster, largest first, then noise; exemplars
+    before others, then by falling agreement."""
     shown = content.shown
     rank_of = dict(zip(exemplars["image_id"].to_pylist(), exemplars["rank"].to_pylist(), strict=True))
     rank_n = np.array([rank_of.get(image, len(rank_of)) for image in shown["image_id"].to_pylist()])
-    place_K = np.empty(len(content.sizes), dtype=np.int64)
-    place_K[[row["cluster"] for row in content.clusters()]] = np.arange(len(place_K))
+    place_K = np.full(len(content.sizes) + 1, len(content.sizes))  # noise, -1, comes last
+    place_K[[row["cluster"] for row in content.clusters()]] = np.arange(len(content.sizes))
     order = np.lexsort((-shown["agreement"].to_numpy(), rank_n, place_K[shown["cluster"].to_numpy()]))
     shown = shown.append_column("rank", pa.array(rank_n))
     return shown.take(pa.array(order)).combine_chunks()
@@ -176,6 +185,8 @@ def _write_images(
     if names:
         columns["label"] = label_n
     files.add_json("columns", {name: [str(values.dtype), packed(values)] for name, values in columns.items()})
+    if METHODS_NAME in inputs["evaluate"].part_names():
+        files.add_json("clusterings", [packed(labels_n) for labels_n in _method_labels(inputs, ids_n)])
     uris = shown["uri"].to_pylist()
     for number, start in enumerate(range(0, len(ids_n), ROWS_PER_FILE)):
         rows = slice(start, start + ROWS_PER_FILE)
@@ -183,6 +194,13 @@ def _write_images(
         value |= {"similar": packed(similar_nM[rows]), "cosine": packed(cosine_nM[rows])}
         files.add_json(f"rows-{number:05d}", value)
     return map_name
+
+
+def _method_labels(inputs: Mapping[str, Artifact], ids_n: npt.NDArray[np.int64]) -> npt.NDArray[np.int32]:
+    """The cluster of each image by each method, (M, n): -1 for noise, NOT_CLUSTERED for an image it was not shown."""
+    labels_MN = inputs["evaluate"].read_array(METHODS_NAME)
+    rows_n = training_rows_of(inputs, ids_n)
+    return np.where(rows_n >= 0, labels_MN[:, rows_n], NOT_CLUSTERED).astype(np.int32)
 
 
 def _true_labels(
@@ -248,7 +266,7 @@ def _core(
     """What the page holds from the start."""
     summary = consensus_of(inputs).read_json("summary.json")
     errors = inputs["embed"].read_table("errors.parquet")
-    metrics = inputs["evaluate"].metrics
+    metrics, record = inputs["evaluate"].metrics, inputs["evaluate"].read_json(METRICS_NAME)
     source = ", ".join(config.images.uris) or config.embeddings.uri or ""
     tree = Hierarchy.from_table(consensus_of(inputs).read_table(HIERARCHY_NAME))
     cluster_n = shown["cluster"].to_numpy()
@@ -269,7 +287,7 @@ def _core(
         "applied": applied_corrections(inputs),
         "counts": {
             "listed": num_listed(inputs["images"]),
-            "assigned": int(content.sizes.sum()),
+            "assigned": int(content.sizes.sum()) + content.num_noise,
             "errors": errors.num_rows,
             "outliers": int(content.num_outliers.sum()),
             "noise": content.num_noise,
@@ -281,12 +299,14 @@ def _core(
             "sheet_columns": SHEET_COLUMNS,
             "sheet_cells": SHEET_CELLS,
             "labels": _true_labels(inputs, np.empty(0, dtype=np.int64))[0],
+            "clusterings": [row["name"] for row in record["methods"][1:]],
         },
         "scores": {
             "anmi": summary["anmi"],
             "agreement": content.mean_agreement(),
             "estimate": metrics.get("estimated_accuracy"),
             "probability": content.mean_consensus_probability(),
+            "label_free": [[label, metrics[key]] for key, label in LABEL_FREE_SCORES if key in metrics],
             "true": [[label, metrics[key]] for key, label in SCORES if key in metrics],
         },
         "clusters": clusters,
@@ -295,7 +315,8 @@ def _core(
         "least_certain": [position[image] for image in content.least_certain],
         "outliers": [position[image] for image in content.outliers],
         "errors": [[row["image_id"], row["uri"], row["reason"]] for row in errors.slice(0, MAX_ERRORS).to_pylist()],
-        "plots": draw_plots(content, inputs, tree),
+        "methods": {"rows": record["methods"], "nmi": record["method_nmi"]},
+        "plots": page_plots(content, inputs),
         "choice": inputs[CLUSTER_COUNT.name].metrics["choice"] if CLUSTER_COUNT.name in inputs else None,
         "run": {
             "consensus": [[name, anmi] for name, anmi in summary["anmi_by_method"].items()],

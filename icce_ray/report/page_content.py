@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 from icce_ray.assign.labeling import SCHEMA
 from icce_ray.random_numbers import splitmix64
 
+NOISE = -1
 NUM_BINS = 25
 NUM_LISTED = 200
 """Length of the lists of least certain images and of outliers."""
@@ -38,8 +39,9 @@ def images_per_cluster(sizes_K: npt.NDArray[np.integer], max_images: int) -> int
 class PageContent:
     """Figures of K clusters, and the images to show.
 
-    Of each cluster at most `per_cluster` images are shown: uniform draws, first among those that took part in the
-    consensus. Added to these are the images in `wanted_ids`, the least certain images and the farthest outliers.
+    Of each cluster, and of the noise, at most `per_cluster` images are shown: uniform draws, first among those that
+    took part in the consensus. Added to these are the images in `wanted_ids`, the least certain images and the farthest
+    outliers.
 
     Args:
         tables: the assignments.
@@ -52,7 +54,7 @@ class PageContent:
         self.sizes = np.zeros(num_clusters, dtype=np.int64)
         self.num_outliers = np.zeros(num_clusters, dtype=np.int64)
         self.num_noise = 0
-        """Images without a cluster, which are left out of everything else."""
+        """Images without a cluster. They are shown, and left out of everything else."""
         self.probability_bins = np.zeros(NUM_BINS, dtype=np.int64)
         self.agreement_bins = np.zeros(NUM_BINS, dtype=np.int64)
         self.least_certain: list[int] = []
@@ -65,13 +67,13 @@ class PageContent:
         self._confused: dict[tuple[int, int], float] = {}
         drawn = wanted = uncertain = outlying = SCHEMA.empty_table()
         for table in tables:
+            drawn = _lowest_of_each_cluster(pa.concat_tables([drawn, table]), per_cluster)
+            is_wanted = np.isin(table["image_id"].to_numpy(), wanted_ids)
+            wanted = pa.concat_tables([wanted, table.filter(pa.array(is_wanted))])
             num_images = len(table)
             table = table.filter(pc.greater_equal(table["cluster"], 0))
             self.num_noise += num_images - len(table)
             self._count(table)
-            drawn = _lowest_of_each_cluster(pa.concat_tables([drawn, table]), per_cluster)
-            is_wanted = np.isin(table["image_id"].to_numpy(), wanted_ids)
-            wanted = pa.concat_tables([wanted, table.filter(pa.array(is_wanted))])
             uncertain = pa.concat_tables([uncertain, table])
             order = np.lexsort([uncertain[name].to_numpy() for name in ("image_id", "consensus_probability")])
             agreement_n = uncertain["agreement"].to_numpy()[order]  # null as NaN, which sorts last
@@ -142,7 +144,7 @@ def _lowest_of_each_cluster(table: pa.Table, num_images: int) -> pa.Table:
     key_n = _keys(table)
     cluster_n = table["cluster"].to_numpy()
     order = np.lexsort((key_n, cluster_n))
-    firsts = np.flatnonzero(np.diff(cluster_n[order], prepend=-1))
+    firsts = np.flatnonzero(np.diff(cluster_n[order], prepend=NOISE - 1))
     rank_n = np.arange(len(order)) - np.repeat(firsts, np.diff(np.append(firsts, len(order))))
     return table.take(pa.array(order[rank_n < num_images]))
 

@@ -20,8 +20,8 @@ PAGE_NAME = "report.html"
 DATA_FOLDER = "report_data"
 MAX_INLINE_BYTES = 12_000_000
 """Up to this size, the page is a single file."""
-SCRIPTS = ("data.js", "state.js", "pictures.js", "viewer.js", "grid.js", "wall.js", "map.js", "lists.js", "edits.js",
-           "page.js")  # fmt: skip
+SCRIPTS = ("data.js", "state.js", "pictures.js", "viewer.js", "grid.js", "wall.js", "map.js", "plots.js", "methods.js",
+           "lists.js", "edits.js", "page.js")  # fmt: skip
 """In the order in which they are put into the page."""
 
 
@@ -53,17 +53,12 @@ class PageFiles:
 
     def finish(self, core: dict[str, Any]) -> int:
         """Write the page itself, with `core` in it. Returns its size in bytes."""
-        files = importlib.resources.files("icce_ray.report").joinpath("web")
-
-        def read(name: str) -> str:
-            return files.joinpath(name).read_text(encoding="utf-8")
-
         inline = self._inline or {}
         scripts = [
             '"use strict";',
             f"const CORE = {to_script(core | {'folder': None if self.is_single else DATA_FOLDER})};",
         ]
-        scripts += [read(name) for name in SCRIPTS[:1]]
+        scripts += [read_web(name) for name in SCRIPTS[:1]]
         sheets = {
             name.removesuffix(".jpg"): base64.b64encode(data).decode()
             for name, data in inline.items()
@@ -71,9 +66,9 @@ class PageFiles:
         }
         scripts.append(f"Object.assign(INLINE_SHEETS, {to_script(sheets)});")
         scripts += [data.decode() for name, data in inline.items() if name.endswith(".js")]
-        scripts += [read(name) for name in SCRIPTS[1:]]
-        page = read("page.html")
-        for place, text in (("/*style*/", read("page.css")), ("/*scripts*/", "\n".join(scripts))):
+        scripts += [read_web(name) for name in SCRIPTS[1:]]
+        page = read_web("page.html")
+        for place, text in (("/*style*/", read_web("page.css")), ("/*scripts*/", "\n".join(scripts))):
             before, after = page.split(place)
             page = before + text + after
         data = page.encode("utf-8", errors="replace")
@@ -91,6 +86,11 @@ class PageFiles:
                 self._output.write_bytes(f"{DATA_FOLDER}/{earlier}", content)
             return
         self._output.write_bytes(f"{DATA_FOLDER}/{name}", data)
+
+
+def read_web(name: str) -> str:
+    """A file of the folder ``web``."""
+    return importlib.resources.files("icce_ray.report").joinpath("web", name).read_text(encoding="utf-8")
 
 
 def to_script(value: Any) -> str:

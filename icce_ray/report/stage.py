@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from icce_ray.config import Config
+from icce_ray.runtime.machine import check_umap
 from icce_ray.stage import Settings, Stage
 
 
@@ -10,10 +11,15 @@ def _settings(config: Config) -> Settings:
     return {"report": config.report.model_dump(), "num_clusters": config.num_clusters}
 
 
+def _check(config: Config) -> None:
+    if config.report.map == "umap":
+        check_umap("report.map: umap")
+
+
 REPORT = Stage(
     "report",
     "icce_ray.report.page",
-    5,
+    6,
     (
         "images",
         "embed",
@@ -29,4 +35,5 @@ REPORT = Stage(
     ),
     _settings,
     "clusters",
+    check=_check,
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import importlib.util
 import math
 import os
 import resource
@@ -14,6 +15,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from icce_ray.errors import ResourceError
+
 if TYPE_CHECKING:
     import torch
 
@@ -24,6 +27,16 @@ CONTROL_GROUP = Path("/sys/fs/cgroup")
 GPU_ANSWER_S = 20
 SIOCGIFADDR = 0x8915
 """The ioctl that asks for an interface's address."""
+
+
+def check_umap(setting: str) -> None:
+    """Refuse a setting that needs umap-learn, an extra, where it is missing.
+
+    Raises:
+        ResourceError: it is.
+    """
+    if importlib.util.find_spec("umap") is None:
+        raise ResourceError(f"{setting} needs the package umap-learn: pip install 'icce_ray[umap]', or change it")
 
 
 def usable_cpus() -> int:

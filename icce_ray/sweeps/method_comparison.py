@@ -17,11 +17,10 @@ import numpy.typing as npt
 
 from icce_ray.config import Config
 from icce_ray.errors import ConfigError, UserError, WorkerError
-from icce_ray.metrics.true_label_scores import normalized_mutual_info
+from icce_ray.evaluate.method_clusterings import nmi_matrix
 from icce_ray.pipeline.plan import finished_artifacts, plan, plan_other_methods
 from icce_ray.pipeline.result import HEADLINE_METRICS, Result
 from icce_ray.pipeline.run import run_pipeline, run_stages
-from icce_ray.report.plots import svg
 from icce_ray.runtime.progress import format_seconds
 from icce_ray.store import ArtifactWriter, Folder, fingerprint
 from icce_ray.sweeps.sweep_page import render_page
@@ -125,18 +124,6 @@ def _run(name: str, config: Config, number: int, quiet: bool) -> _Outcome:
     return _Outcome(row, result, artifacts["consensus"].read_array("labels.npy"))
 
 
-def nmi_matrix(labels: Sequence[npt.NDArray[np.int32]]) -> npt.NDArray[np.float64]:
-    """NMI (geometric) between each two of M labellings of the same images, (M, M); images that either of two calls
-    noise (-1) are left out, and it is 0 where none is left."""
-    matrix_MM = np.eye(len(labels))
-    for one, first_N in enumerate(labels):
-        for other, second_N in enumerate(labels[:one]):
-            both = (first_N >= 0) & (second_N >= 0)
-            value = normalized_mutual_info(first_N[both], second_N[both]) if both.any() else 0.0
-            matrix_MM[one, other] = matrix_MM[other, one] = value
-    return matrix_MM
-
-
 def _write(config: Config, outcomes: Sequence[_Outcome]) -> tuple[Comparison, str]:
     """Write methods.parquet and comparison.html. Also returns the table as text."""
     rows = [outcome.row for outcome in outcomes]
@@ -155,7 +142,8 @@ def _write(config: Config, outcomes: Sequence[_Outcome]) -> tuple[Comparison, st
         pages={outcome.row.trial: _page_of(outcome.result) for outcome in finished if outcome.result},
         metrics=metric_names(rows),
         scores=score_names(rows),
-        agreement=_heat_map(names, matrix_MM) if len(names) > 1 else None,
+        names=names,
+        agreement=matrix_MM.tolist() if len(names) > 1 else None,
     )
     writer.write_bytes(PAGE_NAME, page.encode("utf-8", errors="replace"))
     writer.commit(
@@ -180,19 +168,6 @@ def _write(config: Config, outcomes: Sequence[_Outcome]) -> tuple[Comparison, st
 def _page_of(result: Result) -> str:
     """The page of a run as seen from the page of the comparison, which lies as deep under the same output."""
     return "/".join(["..", "..", *result.report.rsplit("/", 3)[1:]])
-
-
-def _heat_map(names: Sequence[str], matrix_MM: npt.NDArray[np.float64]) -> str:
-    def draw(axes: Any) -> None:
-        axes.imshow(matrix_MM, vmin=0, vmax=1, cmap="Blues")
-        for (row, column), value in np.ndenumerate(matrix_MM):
-            color = "white" if value > 0.6 else "#1c1e21"
-            axes.text(column, row, f"{value:.2f}", ha="center", va="center", color=color)
-        axes.set_xticks(range(len(names)), names, rotation=45, ha="right")
-        axes.set_yticks(range(len(names)), names)
-
-    side = 1.5 + 0.55 * len(names)
-    return svg("agreement", draw, (side + 0.6, side))
 
 
 def _since(started: float) -> str:

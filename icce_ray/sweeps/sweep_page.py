@@ -8,6 +8,7 @@ from typing import Any
 import jinja2
 import yaml
 
+from icce_ray.report.page_files import read_web, to_script
 from icce_ray.sweeps.sweep_config import Sweep
 from icce_ray.sweeps.sweep_plots import metric_by_setting
 from icce_ray.sweeps.trial_table import Row, metric_names, ranked, score_names, setting_text, shown
@@ -39,7 +40,8 @@ def render(sweep: Sweep, rows: Sequence[Row], pooled: Sequence[int], best_yaml: 
         names=sweep.names,
         metrics=metric_names(rows),
         scores=score_names(rows),
-        plots=[svg for svg in plots if svg is not None],
+        plots=to_script([plot for plot in plots if plot is not None]),
+        script=read_web("plots.js"),
         best_yaml=best_yaml,
         sweep_yaml=yaml.safe_dump(
             sweep.config.model_dump(mode="json", exclude={"base"}, exclude_unset=True), sort_keys=False

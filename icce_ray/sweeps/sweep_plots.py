@@ -1,4 +1,4 @@
-"""The diagrams of a sweep as inline SVG: the metric against each setting."""
+"""The diagrams of a sweep: the metric against each setting."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from icce_ray.report.plots import ACCENT, SECOND, svg
+from icce_ray.report.page_plots import Plot, plot, series
 from icce_ray.sweeps.search_space import LOG_RANGES, Dimension
 from icce_ray.sweeps.trial_table import Row, ranked, setting_text
 
 
-def metric_by_setting(rows: Sequence[Row], dimension: Dimension, metric: str) -> str | None:
+def metric_by_setting(rows: Sequence[Row], dimension: Dimension, metric: str) -> Plot | None:
     """The metric of each finished trial against one setting, and a line through the means if values repeat; None if no
     trial finished."""
     finished = ranked(rows, metric)
@@ -20,22 +20,13 @@ def metric_by_setting(rows: Sequence[Row], dimension: Dimension, metric: str) ->
         return None
     places, ticks = _positions([row.parameters.get(dimension.name) for row in finished])
     values = np.array([row.value(metric) for row in finished])
-
-    def draw(axes: Any) -> None:
-        axes.scatter(places, values, color=ACCENT, s=18, alpha=0.8)
-        axes.scatter(places[:1], values[:1], color=SECOND, s=42, label=f"best: trial {finished[0].trial}")
-        used = np.unique(places)
-        if len(used) < len(places):
-            axes.plot(used, [values[places == place].mean() for place in used], color=ACCENT, linewidth=1, alpha=0.6)
-        if ticks is not None:
-            axes.set_xticks(range(len(ticks)), ticks)
-        elif dimension.kind in LOG_RANGES:
-            axes.set_xscale("log")
-        axes.set_xlabel(dimension.name)
-        axes.set_ylabel(metric)
-        axes.legend()
-
-    return svg(f"setting-{dimension.name}", draw)
+    shown = [series("trials", "points", places, values)]
+    shown.append(series(f"best: trial {finished[0].trial}", "points", places[:1], values[:1]))
+    used = np.unique(places)
+    if len(used) < len(places):
+        shown.append(series("mean", "line", used, [values[places == place].mean() for place in used]))
+    axis = {"label": dimension.name, "ticks": ticks, "log": ticks is None and dimension.kind in LOG_RANGES}
+    return plot(dimension.name, axis, metric, shown)
 
 
 def _positions(values: Sequence[Any]) -> tuple[Any, list[str] | None]:

@@ -96,6 +96,25 @@ def test_a_run_with_a_list_of_methods_is_that_combination(compared: tuple[Path, 
     assert again["run"] in capsys.readouterr().out
 
 
+def test_its_record_is_enough_to_correct_it_and_the_next_run_keeps_that(
+    compared: tuple[Path, dict[str, Any]], capsys: Any
+) -> None:
+    folder, result = compared
+    command = ["run", str(folder / "run.yaml"), "--set", "method=[icce, temi]", "--quiet", "--json"]
+    assert main(command) == 0
+    before = json.loads(capsys.readouterr().out.splitlines()[-1])
+    (record,) = (record for record in read_records(str(folder / "out")) if record["run"] == before["run"])
+    made_for = {"consensus": record["stages"]["consensus"], "num_clusters": 10}
+    changes = {"format": 1, "made_for": made_for, "clusters": [{"cluster": 3, "merge_into": 4}], "images": []}
+    (folder / "corrections.json").write_text(json.dumps(changes))
+    assert main(["apply", str(folder / "out"), str(folder / "corrections.json"), "--quiet", "--json"]) == 0
+    applied = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert "corrections" in applied["seconds"]
+    assert {"method", "consensus"} <= set(applied["finished_before"])
+    assert main(command) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["run"] == applied["run"]
+
+
 def test_a_single_method_is_nothing_to_compare(compared: tuple[Path, dict[str, Any]], capsys: Any) -> None:
     folder, _ = compared
     assert main(["compare", str(folder / "run.yaml"), "--methods", "icce"]) == 2

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 from functools import partial
 from typing import Any
 
 from icce_ray.config import Config
 from icce_ray.embed.feature_matrix import load_features
-from icce_ray.errors import ResourceError
 from icce_ray.methods.clusterings import Clusterings
+from icce_ray.runtime.machine import check_umap
 from icce_ray.runtime.progress import Progress
 from icce_ray.runtime.workers import work_on_workers
 from icce_ray.sample.training_set import training_set
@@ -23,11 +22,8 @@ def check(config: Config) -> None:
     Raises:
         ResourceError: it is.
     """
-    if config.conventional.representation == "umap" and importlib.util.find_spec("umap") is None:
-        raise ResourceError(
-            "conventional.representation: umap needs the package umap-learn: pip install 'icce_ray[umap]', or set it "
-            "to pca or raw"
-        )
+    if config.conventional.representation == "umap":
+        check_umap("conventional.representation: umap")
 
 
 def run(config: Config, context: StageContext) -> dict[str, Any]:

@@ -45,6 +45,11 @@ async function loadColumns() {
   received.delete("columns");
 }
 
+/** The clusters of each method of a combined run: -1 for noise, -2 for images that were not trained on. */
+async function loadClusterings() {
+  for (const [i, text] of (await load("clusterings")).entries()) COLUMNS[`clustering-${i}`] ??= unpack(text, "int32");
+}
+
 function fileOf(row) {
   return `rows-${String(Math.floor(row / CORE.images.rows_per_file)).padStart(5, "0")}`;
 }

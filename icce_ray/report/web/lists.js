@@ -70,16 +70,11 @@ function showConfusion(view) {
   page(view, "Confusion between clusters",
     "The share of the votes in a cluster (row) that went to another (column). A click shows the images that the other would take.");
   if (numbers.length <= MAX_MATRIX) {
-    const most = Math.max(0.01, ...pairs.values());
-    const cell = (one, other) => {
-      const part = pairs.get(`${one},${other}`) ?? 0;
-      const td = el("td", {}, part >= 0.005 ? el("a", {href: `#cluster/${one}/${other}`, title: `${nameOf(one)} → ${nameOf(other)}: ${percent(part, 1)}`}, percent(part)) : "");
-      if (part) td.style.background = `color-mix(in srgb, var(--accent) ${Math.round((70 * part) / most)}%, transparent)`;
-      return td;
-    };
-    view.append(el("div", {className: "scroll"}, el("table", {className: "matrix"},
-      el("thead", {}, el("tr", {}, el("th"), ...numbers.map((other) => el("th", {title: nameOf(other)}, String(other))))),
-      el("tbody", {}, ...numbers.map((one) => el("tr", {}, el("th", {}, clusterLink(one)), ...numbers.map((other) => cell(one, other))))))));
+    const parts = numbers.map((one) => numbers.map((other) => pairs.get(`${one},${other}`) ?? 0));
+    const link = (part, i, j) => (part < 0.005 ? "" : el("a", {
+      href: `#cluster/${numbers[i]}/${numbers[j]}`, title: `${nameOf(numbers[i])} → ${nameOf(numbers[j])}: ${percent(part, 1)}`,
+    }, percent(part)));
+    view.append(matrix(numbers.map(clusterLink), numbers.map(String), parts, link, Math.max(0.01, ...pairs.values())));
   }
   view.append(el("h3", {}, "Most confused"), table(["cluster", "goes to", "share of votes"], listed.slice(0, 30).map(
     ([one, other, part]) => [clusterLink(one), el("a", {href: `#cluster/${one}/${other}`}, nameOf(other)), percent(part, 1)])));
@@ -149,18 +144,17 @@ function showHierarchy(view) {
 }
 
 function showPlots(view) {
-  page(view, "Plots", CORE.choice ?? "", el("div", {className: "plots"}, ...CORE.plots.map(([heading, svg]) => {
-    const figure = el("figure", {}, el("figcaption", {}, heading), el("div"));
-    figure.lastChild.innerHTML = svg;  // drawn by the run; holds no names
-    return figure;
-  })));
+  const tree = drawTree(CORE.tree, nameOf, (cluster) => !BASE.get(cluster).size);
+  page(view, "Plots", CORE.choice ?? "", el("div", {className: "plots"}, ...CORE.plots.map(drawPlot), ...(tree ? [tree] : [])));
 }
 
 function showRun(view) {
   const {run, scores} = CORE;
+  const scoreTable = (rows) => table(["score", "value"], rows.map(([name, value]) => [name, value.toFixed(3)]));
   page(view, "Run", `${CORE.source} → ${CORE.output}`,
+    el("h3", {}, "Scores without labels"), scoreTable([["ANMI", scores.anmi], ...scores.label_free]),
     scores.true.length ? el("h3", {}, "Scores against the true labels") : null,
-    scores.true.length ? table(["score", "value"], scores.true.map(([name, value]) => [name, value.toFixed(3)])) : null,
+    scores.true.length ? scoreTable(scores.true) : null,
     el("h3", {}, "Consensus"),
     table(["consensus function", "ANMI"], [
       ...run.consensus.map(([name, anmi]) => [`${name}${name === run.chosen ? " (chosen)" : ""}`, anmi.toFixed(4)]),

@@ -21,9 +21,8 @@ function indexMap() {
 
 /** The number that decides the colour of a dot, and what the legend says. */
 function coloring() {
-  const {clusterings = []} = CORE.images;
-  const byClustering = clusterings.findIndex((name, i) => map.by === `clustering-${i}`);
-  if (byClustering >= 0) return {of: (row) => COLUMNS[`clustering_${byClustering}`][row], name: (number) => `Cluster ${number}`};
+  const clustering = COLUMNS[map.by];
+  if (map.by.startsWith("clustering-")) return {of: (row) => clustering[row], name: (number) => (number === -2 ? "not trained on" : number < 0 ? "Noise" : `Cluster ${number}`)};
   if (map.by === "label") return {of: (row) => COLUMNS.label[row], name: (number) => CORE.images.labels[number] ?? "none"};
   return {of: (row) => now[row], name: nameOf};
 }
@@ -35,14 +34,15 @@ function agreementColor(value) {
   return from.map((channel, i) => Math.round(channel + (to[i] - channel) * part));
 }
 
-function showMap(view) {
+async function showMap(view) {
   mapIndex ??= indexMap();
+  if (CORE.images.clusterings.length) await loadClusterings();
   const canvas = el("canvas", {tabIndex: 0, ariaLabel: "Map of the images"});
   const legend = el("aside", {className: "legend"});
   const buttons = {};
   let colors = null, box = canvas.getBoundingClientRect(), queued = false, path = null;
   const choices = [["cluster", "cluster"], ["agreement", "agreement"],
-    ...(CORE.images.clusterings ?? []).map((name, i) => [`clustering-${i}`, name]),
+    ...CORE.images.clusterings.map((name, i) => [`clustering-${i}`, `method ${name}`]),
     ...(COLUMNS.label ? [["label", "true label"]] : [])];
 
   function recolor() {
@@ -54,7 +54,7 @@ function showMap(view) {
       if (map.by === "agreement") color = agreementColor(COLUMNS.agreement[row]);
       else {
         const number = of(row);
-        if (!cached.has(number)) cached.set(number, number < 0 ? [140, 140, 140] : colorOf(number));
+        if (!cached.has(number)) cached.set(number, colorOf(number));
         color = cached.get(number);
         if (map.only !== null && number !== map.only) color = null;
       }
@@ -76,7 +76,7 @@ function showMap(view) {
       ...entries.slice(0, MAX_LEGEND).map(([number, images]) => el("button", {
         className: "legend-entry", ariaPressed: String(map.only === number),
         onclick: () => { map.only = map.only === number ? null : number; recolor(); },
-      }, dot(number), el("span", {className: "grow"}, number < 0 ? "dropped" : name(number)), el("span", {className: "soft"}, images.toLocaleString("en")))));
+      }, dot(number), el("span", {className: "grow"}, name(number)), el("span", {className: "soft"}, images.toLocaleString("en")))));
   }
 
   // Places: 0..65535 in both directions fill the shorter side of the canvas at scale 1.
@@ -276,7 +276,7 @@ async function hover(event, row) {
     if (COLUMNS.has_picture[row]) paint(picture, row);
     const name = el("span");
     card.replaceChildren(...(COLUMNS.has_picture[row] ? [picture] : []), name,
-      el("span", {className: "soft"}, `${now[row] === DROPPED ? "dropped" : nameOf(now[row])}, ${percent(share(COLUMNS.agreement[row]))}`));
+      el("span", {className: "soft"}, `${nameOf(now[row])}, ${percent(share(COLUMNS.agreement[row]))}`));
     details(row).then(({uri}) => (name.textContent = baseName(uri)));
   }
   card.hidden = false;

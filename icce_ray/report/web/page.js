@@ -5,9 +5,11 @@ const VIEWS = {
   map: ["Map", showMap],
   uncertain: ["Least certain", showLeastCertain],
   outliers: ["Outliers", showOutliers],
+  noise: ["Noise", showNoise],
   duplicates: ["Near-duplicates", showDuplicates],
   confusion: ["Confusion", showConfusion],
   hierarchy: ["Hierarchy", showHierarchy],
+  methods: ["Methods", showMethods],
   plots: ["Plots", showPlots],
   errors: ["Errors", showErrors],
   corrections: ["Corrections", showEdits],
@@ -43,8 +45,9 @@ async function show() {
 }
 
 function drawTabs() {
-  const numbers = {outliers: CORE.counts.outliers, duplicates: CORE.duplicates.length, errors: CORE.counts.errors, corrections: numEdits()};
-  document.getElementById("tabs").replaceChildren(...Object.entries(VIEWS).filter(([, [text]]) => text).map(
+  const numbers = {outliers: CORE.counts.outliers, noise: figures(NOISE).size, duplicates: CORE.duplicates.length, errors: CORE.counts.errors, corrections: numEdits()};
+  const isEmpty = {noise: !numbers.noise, methods: !CORE.methods.rows.length};
+  document.getElementById("tabs").replaceChildren(...Object.entries(VIEWS).filter(([key, [text]]) => text && !isEmpty[key]).map(
     ([key, [text]]) => el("a", {href: `#${key}`}, text, numbers[key] ? el("small", {}, numbers[key].toLocaleString("en")) : null)));
 }
 

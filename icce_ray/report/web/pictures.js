@@ -88,8 +88,9 @@ function tile(row, rows, {selectable = false, caption = ""} = {}) {
   return figure;
 }
 
-/** The colour of a cluster or class: red, green, blue. Hues are spread by the golden angle. */
+/** The colour of a cluster or class: red, green, blue; grey for noise. Hues are spread by the golden angle. */
 function colorOf(number) {
+  if (number < 0) return [140, 140, 140];
   const hue = (number * 137.508) % 360, light = [0.52, 0.64, 0.42][Math.floor(number / 12) % 3], saturation = 0.62;
   const chroma = saturation * Math.min(light, 1 - light);
   return [0, 8, 4].map((offset) => {

@@ -5,7 +5,7 @@
 
 const STORAGE_KEY = `icce-ray ${CORE.page}`;
 const BASE = new Map(CORE.clusters.map((cluster) => [cluster.cluster, cluster]));
-const DROPPED = -1;
+const NOISE = -1;   // images without a cluster: those that the method left out, and those that were dropped
 
 const edits = {
   names: {},    // name by cluster
@@ -14,8 +14,8 @@ const edits = {
   moved: {},    // {uri, id, cluster} by row; the cluster is null for an image that was dropped
   earlier: [],  // {uri, image_id, cluster}: images that were moved or dropped before, and are so on this page
 };
-let now;             // cluster of each image on the page with the corrections, DROPPED for none
-let members;         // rows of each cluster with the corrections, by number
+let now;             // cluster of each image on the page with the corrections
+let members;         // rows of each cluster and of the noise with the corrections, by number
 
 function loadEdits() {
   if (CORE.applied) Object.assign(edits, clusterEdits(CORE.applied), {earlier: CORE.applied.images});
@@ -46,13 +46,11 @@ function resolve(cluster) {
 
 function apply() {
   now = Int32Array.from(COLUMNS.cluster, (cluster) => cluster);
-  for (const [row, {cluster}] of Object.entries(edits.moved)) now[row] = cluster === null ? DROPPED : cluster;
-  members = new Map(clusterNumbers().map((cluster) => [cluster, []]));
+  for (const [row, {cluster}] of Object.entries(edits.moved)) now[row] = cluster ?? NOISE;
+  members = new Map([NOISE, ...clusterNumbers()].map((cluster) => [cluster, []]));
   now.forEach((cluster, row) => {
-    if (cluster !== DROPPED) {
-      now[row] = resolve(cluster);
-      members.get(now[row])?.push(row);
-    }
+    now[row] = resolve(cluster);
+    members.get(now[row])?.push(row);
   });
 }
 
@@ -68,12 +66,13 @@ function numEdits() {
 }
 
 function nameOf(cluster) {
+  if (cluster === NOISE) return "Noise";
   return edits.names[cluster] || `Cluster ${cluster}`;
 }
 
 /** Figures of a cluster with the corrections. Means are over the images it had before. */
 function figures(cluster) {
-  let size = 0, outliers = 0, votes = 0, probability = 0, weight = 0;
+  let size = cluster === NOISE ? CORE.counts.noise : 0, outliers = 0, votes = 0, probability = 0, weight = 0;
   for (const base of CORE.clusters) {
     if (resolve(base.cluster) !== cluster) continue;
     size += base.size;
@@ -84,7 +83,7 @@ function figures(cluster) {
   }
   for (const [row, moved] of Object.entries(edits.moved)) {
     if (resolve(COLUMNS.cluster[row]) === cluster) size--;
-    if (moved.cluster !== null && resolve(moved.cluster) === cluster) size++;
+    if (resolve(moved.cluster ?? NOISE) === cluster) size++;
   }
   const mean = (sum) => (weight ? sum / weight : null);
   return {size, outliers, agreement: mean(votes), probability: mean(probability)};
@@ -106,7 +105,7 @@ function merge(cluster, into) {
 async function move(rows, cluster) {
   const moves = await Promise.all(rows.map(async (row) => [row, await details(row)]));
   for (const [row, {id, uri}] of moves) {
-    if (cluster === COLUMNS.cluster[row]) delete edits.moved[row];
+    if ((cluster ?? NOISE) === COLUMNS.cluster[row]) delete edits.moved[row];
     else edits.moved[row] = {uri, id, cluster};
   }
   edited();

@@ -73,7 +73,7 @@ async function showViewed() {
         el("h2", {}, baseName(uri)),
         el("p", {className: "path"}, address ? el("a", {href: address, target: "_blank", rel: "noopener"}, uri) : uri),
         el("dl", {},
-          ...fact("cluster", cluster === DROPPED ? "dropped" : clusterLink(cluster)),
+          ...fact("cluster", clusterLink(cluster)),
           ...(cluster !== COLUMNS.cluster[row] ? fact("was in", clusterLink(COLUMNS.cluster[row])) : []),
           ...fact("second choice", second === null ? "–" : clusterLink(second)),
           ...fact("agreement", agreement === null ? "not voted on" : `${percent(agreement)} of the clusterings`),
@@ -90,7 +90,7 @@ async function showViewed() {
 }
 
 function clusterLink(cluster) {
-  return el("a", {href: `#cluster/${cluster}`, onclick: () => document.getElementById("viewer").close()},
+  return el("a", {href: cluster === NOISE ? "#noise" : `#cluster/${cluster}`, onclick: () => document.getElementById("viewer").close()},
     dot(cluster), " ", nameOf(cluster));
 }
 

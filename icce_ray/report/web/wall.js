@@ -17,6 +17,7 @@ function showWall(view) {
     const shown = clusterNumbers().map((cluster) => ({cluster, ...figures(cluster)}))
       .filter(({cluster}) => !text || nameOf(cluster).toLowerCase().includes(text))
       .sort((a, b) => WALL_ORDERS[wall.order][1](a, b) || a.cluster - b.cluster);
+    if (members.get(NOISE).length && "noise".includes(text)) shown.push({cluster: NOISE, ...figures(NOISE)});
     cards.replaceChildren(...shown.map(card));
     if (!shown.length) cards.append(el("p", {className: "soft"}, "No cluster has such a name."));
   };
@@ -42,7 +43,7 @@ function sampleNote() {
 function card({cluster, size, agreement}) {
   const rows = members.get(cluster);
   return el("article", {className: "card"},
-    el("a", {className: "card-head", href: `#cluster/${cluster}`},
+    el("a", {className: "card-head", href: cluster === NOISE ? "#noise" : `#cluster/${cluster}`},
       dot(cluster), el("strong", {}, nameOf(cluster)), el("span", {className: "soft"}, count(size, "image")),
       el("span", {className: "soft end", title: "mean share of the clusterings that agree with an image's cluster"}, percent(agreement)),
       meter(agreement, "agreement")),
@@ -61,7 +62,7 @@ function summaryTiles() {
     one(scores.anmi.toFixed(3), "ANMI", "mean normalised mutual information of the consensus with each clustering"),
     ...scores.true.slice(0, 1).map(([name, value]) => one(percent(value, 1), `${name}, true labels`)),
     one(counts.outliers.toLocaleString("en"), "outliers"),
-    counts.noise ? one(counts.noise.toLocaleString("en"), "noise", "images without a cluster; they are not on this page") : null,
+    counts.noise ? one(counts.noise.toLocaleString("en"), "noise", "images without a cluster") : null,
     one(counts.errors.toLocaleString("en"), "errors"));
 }
 

@@ -104,7 +104,10 @@ def test_the_stage_compares_the_assignments_with_the_labels(tmp_path: Path) -> N
 
 def test_without_labels_there_is_an_estimate_only(tmp_path: Path) -> None:
     config, context = planted(tmp_path, None)
-    assert run(config, context) == {"estimated_accuracy": 1.0}
+    metrics = run(config, context)
+    assert list(metrics) == ["generalization", "silhouette_pca", "estimated_accuracy"]
+    assert metrics["estimated_accuracy"] == metrics["generalization"] == 1.0
+    assert 0.5 < metrics["silhouette_pca"] < 1
     assert not context.output.folder.exists("labels.parquet")
 
 

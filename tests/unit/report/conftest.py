@@ -75,7 +75,18 @@ def make_run() -> Callable[..., PlantedRun]:
     return build_run
 
 
-def build_run(config: Config, root: Path, rows_per_part: int) -> PlantedRun:
+@pytest.fixture(scope="session")
+def combined_run(tmp_path_factory: pytest.TempPathFactory) -> PlantedRun:
+    """Two methods combined, with seven images as noise."""
+    folder = tmp_path_factory.mktemp("combined")
+    write_images(folder / "images")
+    config = Config.model_validate(
+        {"images": {"uri": str(folder / "images")}, "num_clusters": 4, "output": str(folder / "out")}
+    )
+    return build_run(config, folder / "out", rows_per_part=32, num_noise=7)
+
+
+def build_run(config: Config, root: Path, rows_per_part: int, num_noise: int = 0) -> PlantedRun:
     inputs: dict[str, Artifact] = {}
 
     def writer(stage: str) -> ArtifactWriter:
@@ -114,7 +125,8 @@ def build_run(config: Config, root: Path, rows_per_part: int) -> PlantedRun:
 
     labels = classes[rows].astype(np.int32)
     labels[:3] = 1
-    agreement = np.full(len(rows), 0.9, dtype=np.float32)
+    labels[40 : 40 + num_noise] = -1
+    agreement = np.where(labels < 0, np.nan, 0.9).astype(np.float32)
     agreement[:3] = 0.2
     output = writer("method")
     output.write_array("label_matrix.npy", np.stack([labels, np.roll(labels, 5)]))
@@ -130,7 +142,7 @@ def build_run(config: Config, root: Path, rows_per_part: int) -> PlantedRun:
     summary |= {"skipped": {"cspa": "it compares all pairs of images, and 6,000 images are over the limit of 5,000"}}
     output.write_json("summary.json", summary)
     together = np.array([[1.0, 0.4, 0.1, 0.0], [0.4, 1.0, 0.2, 0.0], [0.1, 0.2, 1.0, 0.0], [0.0, 0.0, 0.0, 0.0]])
-    tree = merge_clusters(together, np.bincount(labels, minlength=4))
+    tree = merge_clusters(together, np.bincount(labels[labels >= 0], minlength=4))
     output.write_table(HIERARCHY_NAME, tree.to_table())
     inputs["consensus"] = commit(output, "consensus", config, {"anmi": 0.8123})
 
@@ -158,11 +170,21 @@ def build_run(config: Config, root: Path, rows_per_part: int) -> PlantedRun:
     output.write_table("exemplars.parquet", choose_exemplars(candidates_table, 16))
     inputs["assign"] = commit(output, "assign", config, totals.metrics())
     output = writer("evaluate")
-    output.write_json("metrics.json", {})
+    methods = [
+        {"name": name, "num_clusters": 3, "num_noise": num_noise, "generalization": 0.9, "silhouette_pca": None}
+        for name in (("consensus", "icce", "<b>hdbscan") if num_noise else ())
+    ]
+    nmi = np.full((len(methods), len(methods)), 0.75) + 0.25 * np.eye(len(methods))
+    output.write_json("metrics.json", {"methods": methods, "method_nmi": nmi.tolist()})
+    if methods:
+        output.write_array("method_clusterings.npy", np.stack([np.maximum(labels, 0), labels]))
     ids_n = np.arange(len(rows))
     names = pa.array(sorted(COLORS)).take(pa.array(classes[rows])).dictionary_encode()
     output.write_table("labels.parquet", pa.table({"image_id": ids_n, "label": names}))
     inputs["evaluate"] = commit(
-        output, "evaluate", config, {"estimated_accuracy": 0.87, "acc": 0.9111, "nmi": 0.8, "ari": 0.7}
+        output,
+        "evaluate",
+        config,
+        {"estimated_accuracy": 0.87, "generalization": 0.9, "acc": 0.9111, "nmi": 0.8, "ari": 0.7},
     )
     return PlantedRun(config, inputs)

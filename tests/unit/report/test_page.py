@@ -167,20 +167,23 @@ def test_the_outlier_is_listed(written: tuple[Page, Path]) -> None:
 
 
 def test_there_is_a_diagram_of_each_kind(written: tuple[Page, Path]) -> None:
-    plots = dict(written[0].core["plots"])
-    assert len(plots) == 6
-    text = "".join(plots.values())
-    for label in (
-        "threshold 0.40",
-        "mean number of neighbours",
-        "given: 0.40",
-        "best head",
-        "clusters, largest first",
-        "agreement, probability",
-        "share of heads that merge them",
-    ):
-        assert label in text
-    assert "#000000" not in text
+    plots = {plot["heading"]: plot for plot in written[0].core["plots"]}
+    assert list(plots) == [
+        "Cluster sizes",
+        "Agreement and consensus probability",
+        "Similarity of images",
+        "Neighbours by threshold",
+        "Precision by threshold",
+        "Training",
+    ]
+    (sizes,) = plots["Cluster sizes"]["series"]
+    assert (sizes["kind"], sizes["y"]) == ("bars", [33, 29, 27, 0])
+    assert plots["Similarity of images"]["marks"] == [{"x": 0.4, "text": "given: 0.40"}]
+    nearest = plots["Similarity of images"]["series"][1]
+    assert (nearest["x"], len(nearest["y"])) == ([-1.0, -0.5, 0.0, 0.25, 0.5, 0.75, 1.0], 6)
+    assert sum(nearest["y"]) == pytest.approx(1, abs=1e-5)
+    assert [one["name"] for one in plots["Training"]["series"]] == ["mean of the heads", "best head"]
+    assert plots["Training"]["series"][1]["y"][:2] == [2.5, 1.25]
 
 
 def test_the_contact_sheet_has_a_caption_and_the_exemplars_of_each_cluster(
@@ -263,7 +266,25 @@ def test_a_chosen_number_of_clusters_is_explained_with_its_curves(planted_run: A
     run(planted_run.config, context)
     core = Page(tmp_path / "report").core
     assert core["choice"].startswith("4 clusters were chosen, tried 2 to 8")
-    assert any(
-        "clusters (chosen: 4)" in svg and "generalisation score" not in heading for heading, svg in core["plots"]
-    )
-    assert "Silhouette and generalisation score" in dict(core["plots"])
+    plots = {plot["heading"]: plot for plot in core["plots"]}
+    for heading in ("Score", "Stability", "Silhouette", "Generalisation score"):
+        assert plots[heading]["marks"] == [{"x": 4, "text": "chosen: 4"}]
+        (line,) = plots[heading]["series"]
+        assert line["x"] == [2, 4, 8]
+        assert all(low <= y <= high for low, y, high in zip(line["low"], line["y"], line["high"], strict=True))
+
+
+def test_noise_and_the_clusters_of_each_method_are_on_the_page(combined_run: Any, tmp_path: Path) -> None:
+    run(combined_run.config, combined_run.context(tmp_path))
+    page = Page(tmp_path)
+    assert page.core["counts"]["assigned"] == page.core["counts"]["shown"] == 89
+    assert page.core["counts"]["noise"] == 7
+    cluster, ids = page.columns["cluster"], np.array(page.ids)
+    assert sorted(ids[cluster == -1]) == list(range(40, 47))
+    assert (cluster[-7:] == -1).all(), "noise comes last"
+    assert {page.columns["cluster"][row] for row in page.core["least_certain"]} == {0, 1, 2}
+    assert page.core["images"]["clusterings"] == ["icce", "<b>hdbscan"]
+    assert [row["name"] for row in page.core["methods"]["rows"]] == ["consensus", "icce", "<b>hdbscan"]
+    icce, hdbscan = (np.frombuffer(base64.b64decode(text), np.int32) for text in page.data["clusterings"])
+    np.testing.assert_array_equal(hdbscan, cluster)
+    np.testing.assert_array_equal(icce, np.maximum(cluster, 0))

@@ -20,8 +20,8 @@ if CHROMIUM is None:
     pytest.skip("no Chromium on this machine", allow_module_level=True)
 
 WIDE, PHONE = {"width": 1400, "height": 900}, {"width": 390, "height": 844}
-VIEWS = ("clusters", "map", "uncertain", "outliers", "duplicates", "confusion", "hierarchy", "plots", "errors",
-         "corrections", "run", "cluster/1", "search/green", "similar/3")  # fmt: skip
+VIEWS = ("clusters", "map", "uncertain", "outliers", "duplicates", "confusion", "hierarchy", "plots", "methods",
+         "noise", "errors", "corrections", "run", "cluster/1", "search/green", "similar/3")  # fmt: skip
 MARKUP = "<img src=x onerror=window.pwned=1>"
 PLACE_OF_DOT = """row => {
   const canvas = document.querySelector("canvas");
@@ -113,7 +113,9 @@ def test_markup_in_names_stays_text(opened: Opened) -> None:
     opened.tab.locator(".name-input").press("Enter")
     for view in VIEWS:
         opened.go(view)
-        assert opened.tab.locator("main i:not(.meter i), main b:not(.figure b), img[src=x]").count() == 0, view
+        assert (
+            opened.tab.locator("main i:not(.meter i, .plot-legend i), main b:not(.figure b), img[src=x]").count() == 0
+        ), view
     opened.go("clusters")
     assert MARKUP in opened.text()
     opened.tab.locator(".card .picture").first.click()
@@ -313,8 +315,62 @@ def test_lists_and_errors(opened: Opened) -> None:
     assert "truncated" in opened.text()
     opened.go("outliers")
     assert opened.tab.locator(".tiles .tile").count() == 1
+    opened.go("run")
+    assert "ANMI\t0.812\nestimated accuracy\t0.870\ngeneralisation score\t0.900" in opened.text()
+
+
+def test_diagrams_have_legends_values_numbers_and_words(opened: Opened) -> None:
     opened.go("plots")
-    assert opened.tab.locator(".plots svg").count() == 6
+    figures = opened.tab.locator(".plots figure")
+    assert figures.count() == 7
+    assert figures.locator("svg[role=img][aria-label]").count() == 7
+    training = figures.filter(has_text="Training")
+    assert training.locator(".plot-legend").inner_text().split("\n") == ["mean of the heads", "best head"]
+    words = training.locator("svg").get_attribute("aria-label")
+    assert "mean of the heads: 8 values, 0.375 to 3, the highest at 1." in words
+    box = training.locator("svg").bounding_box()
+    opened.tab.mouse.move(box["x"] + box["width"] - 12, box["y"] + box["height"] / 2)
+    assert training.locator(".plot-value").inner_text() == "8: mean of the heads 0.375, best head 0.3125"
+    training.locator("summary").click()
+    assert training.locator("tbody tr").count() == 16
+    assert training.locator("tbody tr").first.inner_text() == "mean of the heads\t1\t3"
+    line = training.locator("path").first.get_attribute("d")
+    heights = [float(place.split()[1]) for place in line[1:].split("L")]
+    assert heights == sorted(heights), "a falling loss goes down"
+    tree = figures.filter(has_text="Hierarchy").locator("text").all_text_contents()
+    assert sorted(tree[:3]) == ["Cluster 0", "Cluster 1", "Cluster 2"], "the empty cluster is no branch"
+
+
+def test_noise_has_its_place_and_can_be_given_a_cluster(browser: Any, combined_run: Any, tmp_path: Path) -> None:
+    run(combined_run.config, combined_run.context(tmp_path))
+    page = Opened(browser, tmp_path / "report.html")
+    assert "Noise7" in page.text("#tabs").replace("\n", "")
+    page.tab.locator(".card-head", has_text="Noise").click()
+    page.tab.wait_for_selector("body[data-view=noise] .tiles")
+    assert page.tab.locator(".tiles .tile").count() == 7
+    page.tab.locator(".tiles .picture").first.click()
+    assert page.tab.locator("dialog dd a").first.inner_text().strip() == "Noise"
+    page.tab.locator("dialog .move").select_option("2")
+    page.tab.wait_for_function("members.get(NOISE).length === 6 && figures(NOISE).size === 6")
+    page.tab.get_by_role("button", name="Drop").click()
+    page.tab.wait_for_function("members.get(NOISE).length === 7")
+    assert page.tab.evaluate("numEdits()") == 0, "noise that is dropped is as it was"
+    page.context.close()
+
+
+def test_a_combined_run_shows_its_methods(browser: Any, combined_run: Any, tmp_path: Path) -> None:
+    run(combined_run.config, combined_run.context(tmp_path))
+    page = Opened(browser, tmp_path / "report.html")
+    page.go("methods")
+    assert "<b>hdbscan\t3\t7\t0.900\t\N{EN DASH}" in page.text()
+    assert page.text(".matrix tbody tr >> nth=0") == "consensus\t1.00\t0.75\t0.75"
+    page.go("map")
+    page.tab.locator("select[name=color]").select_option("clustering-1")
+    assert page.tab.locator(".legend-entry", has_text="Noise").inner_text().endswith("7")
+    page.tab.locator("select[name=color]").select_option("clustering-0")
+    assert page.tab.locator(".legend-entry", has_text="Noise").count() == 0
+    assert page.problems == []
+    page.context.close()
 
 
 def test_a_missing_data_folder_is_named(browser: Any, reports: dict[str, Path], tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import re
 from html.parser import HTMLParser
 
@@ -60,17 +61,21 @@ def test_the_page_shows_every_trial_and_links_to_nothing(asked: Sweep, rows: lis
     assert re.findall(r'<tr class="best"><td>(\d)', table) == ["1"]
     assert re.findall(r"<td>(0\.\d+) ± 0.01</td>", table) == [f"{value:g}" for value in sorted(ANMI, reverse=True)]
     assert table.count("finished, pooled") == 2
-    assert page.count("<svg") == len(SPACE)
+    assert len(json.loads(re.search(r"\.append\(\.\.\.(.*)\.map\(drawPlot\)\)", page)[1])) == len(SPACE)
     assert not re.findall(r"""(?:src|href)=["'](?!#)""", page)
 
 
 def test_every_kind_of_setting_has_its_diagram(asked: Sweep, rows: list[Row]) -> None:
     for dimension in asked.dimensions:
-        svg = metric_by_setting(rows, dimension, "anmi")
-        assert svg is not None
-        assert f">{dimension.name}<" in svg
-        assert ">best: trial 1<" in svg
+        plot = metric_by_setting(rows, dimension, "anmi")
+        assert plot is not None
+        assert plot["x"]["label"] == dimension.name
+        assert plot["series"][1]["name"] == "best: trial 1"
+        assert (len(plot["series"][0]["y"]), plot["series"][1]["y"]) == (7, [0.87])
     threshold = metric_by_setting(rows, asked.dimensions[0], "anmi")
     assert threshold is not None
-    assert all(f">{text}<" in threshold for text in ("auto", "null", "0.4"))
+    assert threshold["x"]["ticks"] == ["auto", "null", "0.4"]
+    assert threshold["series"][2]["x"] == [0, 1, 2]
+    means = [np.mean([ANMI[trial] for trial in trials]) for trials in ((0, 3, 6), (1, 4), (2, 5))]
+    assert threshold["series"][2]["y"] == pytest.approx(means)
     assert metric_by_setting(rows[7:], asked.dimensions[0], "anmi") is None, "no trial finished"

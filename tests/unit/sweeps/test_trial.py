@@ -14,11 +14,12 @@ import pyarrow as pa
 import pytest
 
 from icce_ray.config import Config, build_config
+from icce_ray.metrics.label_free_scores import label_free_scores
 from icce_ray.metrics.true_label_scores import normalized_mutual_info
 from icce_ray.pipeline.plan import plan
 from icce_ray.stage import Stage, StageContext
 from icce_ray.store import Artifact, ArtifactWriter, Folder
-from icce_ray.sweeps import silhouette_spaces, trial, trial_scores
+from icce_ray.sweeps import silhouette_spaces, trial
 from icce_ray.sweeps.trial import Listings, RunOutcome
 
 
@@ -124,14 +125,14 @@ def test_metrics_tell_good_clusters_from_bad_and_say_none_where_they_cannot() ->
     labels = np.repeat(np.arange(3), 60)
     features = (np.eye(3)[labels] * 6 + generator.normal(size=(180, 3))).astype(np.float32)
     points = {"pca": silhouette_spaces.project(features, "pca")}
-    good = trial_scores.score(features, points, labels)
-    bad = trial_scores.score(features, points, generator.permutation(labels))
+    good = label_free_scores(features, points, labels, random_state=0)
+    bad = label_free_scores(features, points, generator.permutation(labels), random_state=0)
     assert good.keys() == {"generalization", "silhouette_pca"}
     for name in good:
         assert good[name] is not None
         assert bad[name] is not None
         assert good[name] > bad[name] + 0.3  # type: ignore[operator]
-    assert trial_scores.score(features, points, np.zeros(180, dtype=int)) == dict.fromkeys(good)
+    assert label_free_scores(features, points, np.zeros(180, dtype=int), random_state=0) == dict.fromkeys(good)
 
 
 def test_the_same_sample_is_judged_in_every_trial() -> None:
