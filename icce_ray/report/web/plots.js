@@ -1,7 +1,7 @@
 // Diagrams as SVG, drawn from their numbers (page_plots.py says what they hold). The legend stands beside the data, a
 // pointer reads values, and every diagram has its numbers as a table. The page of a sweep uses this file too.
 
-const PLOT = {width: 380, height: 210, left: 48, right: 14, top: 18, bottom: 40};
+const PLOT = {width: 380, height: 216, left: 48, right: 14, top: 26, bottom: 40};
 const PLOT_COLORS = ["#4a86e0", "#d97a2b", "#7f8794"];
 
 function shape(tag, attributes = {}, text = "") {
@@ -93,7 +93,7 @@ function drawPlot({heading, x, y, series, marks, span}) {
   });
   picture.addEventListener("pointerleave", () => (said.textContent = ""));
   const legend = node("div", {className: "plot-legend"}, ...series.map((one, i) => {
-    const swatch = node("i");
+    const swatch = node("i", {hidden: series.length === 1});
     swatch.style.background = PLOT_COLORS[i % PLOT_COLORS.length];
     return node("span", {}, swatch, one.name);
   }), said);
