@@ -10,12 +10,12 @@ from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
-from scipy.optimize import linear_sum_assignment
 
 from icce_ray.config import Config
 from icce_ray.consensus.extra_runs import find_heads
 from icce_ray.methods.clusterings import LABELS_NAME, read_losses
 from icce_ray.metrics.contingency import count_table
+from icce_ray.metrics.matched_clusters import match_clusters
 from icce_ray.metrics.true_label_scores import normalized_mutual_info
 from icce_ray.store import Artifact
 
@@ -46,16 +46,13 @@ def method_clusterings(config: Config, own: Artifact, consensus_N: Labels) -> di
 
 
 def renumber(labels_N: Labels, like_N: Labels) -> Labels:
-    """`labels_N` with the numbers of the clusters of `like_N`, matched one to one so that most images agree; clusters
-    that are left over get the next numbers. -1 stays."""
+    """`labels_N` with the numbers of the clusters of `like_N` that they are found again in; clusters that are left over
+    get the next numbers. -1 stays."""
     known_N, num_numbers = labels_N >= 0, int(like_N.max(initial=-1)) + 1
     values, codes_n = np.unique(labels_N[known_N], return_inverse=True)
-    counts = count_table(like_N[known_N], codes_n, num_numbers, len(values))
-    numbers, columns = linear_sum_assignment(
-        counts if isinstance(counts, np.ndarray) else counts.toarray(), maximize=True
-    )
-    number_of = np.full(len(values), -1, dtype=np.int32)
-    number_of[columns] = numbers
+    counts = count_table(codes_n, like_N[known_N], len(values), num_numbers)
+    matched = match_clusters(counts if isinstance(counts, np.ndarray) else counts.toarray())
+    number_of = np.array([matched.get(code, -1) for code in range(len(values))], dtype=np.int32)
     left = number_of < 0
     number_of[left] = num_numbers + np.arange(left.sum())
     renumbered_N = np.full(len(labels_N), -1, dtype=np.int32)
