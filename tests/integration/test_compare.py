@@ -99,7 +99,7 @@ def test_a_run_with_a_list_of_methods_is_that_combination(compared: tuple[Path, 
 def test_its_record_is_enough_to_correct_it_and_the_next_run_keeps_that(
     compared: tuple[Path, dict[str, Any]], capsys: Any
 ) -> None:
-    folder, result = compared
+    folder, _ = compared
     command = ["run", str(folder / "run.yaml"), "--set", "method=[icce, temi]", "--quiet", "--json"]
     assert main(command) == 0
     before = json.loads(capsys.readouterr().out.splitlines()[-1])
