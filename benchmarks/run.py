@@ -11,6 +11,7 @@ import argparse
 import datetime
 import importlib
 import json
+import os
 import platform
 import sys
 from pathlib import Path
@@ -25,15 +26,12 @@ CASES = {
     "assign": "rows/s of `icce-ray assign --embeddings` against a bare torch matmul over the same Parquet",
     "cluster-count": "the number of clusters that `auto` chooses, for 7, 20 and 60 planted ones and for real features",
     "consensus": "the consensus at ImageNet's size and a tenth of it: seconds, memory, NMI to planted labels",
-    "consensus-scale": "how the time of the consensus grows from N to 4N images",
     "defaults": "the trainer's settings varied one at a time around their defaults, and the ablation, on real features",
     "demo": "the demo: seconds by stage, and its accuracy against k-means, Ward and spectral clustering",
     "embed": "the embed stage against a plain PyTorch loop over the same files; on a GPU, a ViT-L against its peak",
-    "embed-faults": "embedding from an S3 server with and without faults",
     "embed-memory": "peak memory of the whole embedding job, driver and Ray included, at 2,000 and at 20,000 images",
     "faults": "runs that are killed, cut off from their storage, or find damage: how many lose nothing",
     "heads": "the trainer against a plain PyTorch loop over heads",
-    "heads-scale": "training on 1, 2 and 4 workers: bytes, collectives, step time against the work divided, memory",
     "kmeans": "k-means on two shards against faiss.Kmeans with two threads, and what it costs at 100M and 1B images",
     "manifest-scale": "memory and time of finding an artifact of two million parts",
     "neighbors": "the neighbors stage on two shards against faiss's own knn with two threads",
@@ -41,10 +39,9 @@ CASES = {
     "neighbors-scale": "counted operations, bytes and predicted time of the graph for 10M to 1B images",
     "proxies": "how well scores without labels rank clusterings of all methods by their true AMI and ACC",
     "report": "the page for 100 to 100,000 images: time to make it, size, and frame time of the map in Chromium",
-    "small-run": "CPU seconds of a run over 40 images, all processes together; `other`: a checkout to compare with",
+    "small-run": "CPU seconds of a run over 40 images, all processes together, and of the same command again",
     "sweep-metrics": "how well metrics without labels rank a sweep's trials by ACC, and the consensus of the best",
     "tar-reads": "requests and bytes of 1,000 images in tar shards on object storage, counted",
-    "thresholds": "neighbour precision and accuracy at the automatic threshold against fixed ones",
     "turtle": "a run of TURTLE against a plain transcription of the paper in PyTorch",
 }
 
@@ -80,8 +77,6 @@ def main() -> int:
 
 def environment() -> dict[str, Any]:
     """The machine and the versions of the libraries."""
-    import os
-
     import numpy
     import sklearn
     import torch
