@@ -21,6 +21,8 @@ from icce_ray.run import add_arguments, add_debug_argument, add_run_options, gua
 from icce_ray.store import Folder
 from icce_ray.store.run_records import read_records
 
+RUN = "a run's YAML config, its output folder, or its record (runs/*.json)"
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return the exit code."""
@@ -59,11 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     compare.set_defaults(function=_compare)
 
     assign = commands.add_parser("assign", help="label new images with a finished run's model")
-    assign.add_argument(
-        "run",
-        metavar="RUN",
-        help="a run's YAML config, its output folder, its record (runs/*.json), or the folder of its model",
-    )
+    assign.add_argument("run", metavar="RUN", help=f"{RUN}; or the folder of its model")
     source = assign.add_mutually_exclusive_group(required=True)
     source.add_argument("--images", metavar="URI", help="a folder of images, or a list of them (.txt, .parquet)")
     source.add_argument(
@@ -74,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     assign.set_defaults(function=_assign)
 
     apply = commands.add_parser("apply", help="take over corrections that were made on the page of a run")
-    apply.add_argument("run", metavar="RUN", help="a run's YAML config, its output folder, or its record (runs/*.json)")
+    apply.add_argument("run", metavar="RUN", help=RUN)
     apply.add_argument("corrections", metavar="FILE", help="the corrections.json that the page saved")
     apply.add_argument("--json", action="store_true", help="print the result as JSON on the last line of stdout")
     apply.add_argument("--quiet", action="store_true", help="no progress and no summary on stderr")
@@ -82,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     apply.set_defaults(function=_apply)
 
     cut = commands.add_parser("cut", help="merge a finished run's most confused clusters until N groups are left")
-    cut.add_argument("run", metavar="RUN", help="a run's YAML config, its output folder, or its record (runs/*.json)")
+    cut.add_argument("run", metavar="RUN", help=RUN)
     cut.add_argument(
         "--clusters", type=int, required=True, metavar="N", help="number of groups, at most the number of clusters"
     )
@@ -93,9 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     cut.set_defaults(function=_cut)
 
     export = commands.add_parser("export", help="take a finished run's images and clusters into other tools")
-    export.add_argument(
-        "run", metavar="RUN", help="a run's YAML config, its output folder, or its record (runs/*.json)"
-    )
+    export.add_argument("run", metavar="RUN", help=RUN)
     export.add_argument("--to", required=True, metavar="FORMAT", help=", ".join(FORMATS))
     export.add_argument("--output", required=True, metavar="URI", help="an empty folder or prefix")
     export.add_argument("--clusters", metavar="3,7-9", help="only these clusters")
@@ -132,10 +128,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return guarded(parsed.function, parsed)
 
 
-def _cluster(arguments: argparse.Namespace) -> str:
+def _cluster(arguments: argparse.Namespace) -> Any:
     from icce_ray.photos import cluster_photos
 
-    result = cluster_photos(
+    return cluster_photos(
         arguments.photos,
         num_clusters=arguments.clusters,
         output=arguments.output,
@@ -143,29 +139,27 @@ def _cluster(arguments: argparse.Namespace) -> str:
         open_page=not arguments.no_open,
         quiet=arguments.quiet,
     )
-    return json.dumps(result.to_json()) if arguments.json else ""
 
 
-def _sweep(arguments: argparse.Namespace) -> str:
-    from icce_ray.sweeps.sweep import sweep
+def _sweep(arguments: argparse.Namespace) -> Any:
+    from icce_ray.sweeps.sweep import run_sweep
+    from icce_ray.sweeps.sweep_config import load_sweep
 
-    result = sweep(arguments.sweep, arguments.overrides, quiet=arguments.quiet)
-    return json.dumps(result.to_json()) if arguments.json else ""
+    return run_sweep(load_sweep(arguments.sweep, arguments.overrides), quiet=arguments.quiet)
 
 
-def _compare(arguments: argparse.Namespace) -> str:
+def _compare(arguments: argparse.Namespace) -> Any:
     from icce_ray.sweeps.method_comparison import compare_methods
 
     config = load_config(arguments.config, arguments.overrides)
     methods = [name.strip() for name in arguments.methods.split(",")]
-    result = compare_methods(config, methods, combine=arguments.combine, quiet=arguments.quiet)
-    return json.dumps(result.to_json()) if arguments.json else ""
+    return compare_methods(config, methods, combine=arguments.combine, quiet=arguments.quiet)
 
 
-def _assign(arguments: argparse.Namespace) -> str:
+def _assign(arguments: argparse.Namespace) -> Any:
     from icce_ray.assign.new_images import assign_images
 
-    result = assign_images(
+    return assign_images(
         arguments.run,
         images=arguments.images,
         embeddings=arguments.embeddings,
@@ -173,14 +167,12 @@ def _assign(arguments: argparse.Namespace) -> str:
         overrides=arguments.overrides,
         quiet=arguments.quiet,
     )
-    return json.dumps(result.to_json()) if arguments.json else ""
 
 
-def _apply(arguments: argparse.Namespace) -> str:
+def _apply(arguments: argparse.Namespace) -> Any:
     from icce_ray.apply import apply_corrections
 
-    result = apply_corrections(arguments.run, arguments.corrections, quiet=arguments.quiet)
-    return json.dumps(result.to_json()) if arguments.json else ""
+    return apply_corrections(arguments.run, arguments.corrections, quiet=arguments.quiet)
 
 
 def _cut(arguments: argparse.Namespace) -> str:

@@ -16,11 +16,12 @@ import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
+from dataclasses import asdict
 from typing import Any, TextIO
 
 from icce_ray.config import Config, load_config
 from icce_ray.errors import UserError, describe_cause, find_cause
-from icce_ray.runtime.ray_cluster import exit_if_ray_dies, lost_ray
+from icce_ray.runtime.ray_cluster import disconnect, exit_if_ray_dies, is_connected, lost_ray
 
 EXIT_FAILED = 1
 EXIT_USER_ERROR = 2
@@ -70,20 +71,24 @@ def add_debug_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--debug", action="store_true", help="print the traceback of an error")
 
 
-def run_command(arguments: argparse.Namespace) -> str:
-    """Load the config and run it; returns the result as JSON if that is asked for."""
+def run_command(arguments: argparse.Namespace) -> Any:
+    """Load the config and run it."""
     from icce_ray.pipeline.run import run_pipeline
 
     if arguments.config is None:
         config = _prepare_demo(arguments)
     else:
         config = load_config(arguments.config, arguments.overrides)
-    result = run_pipeline(config, refresh=arguments.refresh, retry_errors=arguments.retry_errors, quiet=arguments.quiet)
-    return json.dumps(result.to_json()) if arguments.json else ""
+    return run_pipeline(config, refresh=arguments.refresh, retry_errors=arguments.retry_errors, quiet=arguments.quiet)
 
 
-def guarded(command: Callable[[argparse.Namespace], str], arguments: argparse.Namespace) -> int:
-    """Print what `command` returns on stdout, or turn its exception into a message and an exit code."""
+def guarded(command: Callable[[argparse.Namespace], Any], arguments: argparse.Namespace) -> int:
+    """Print what `command` returns on stdout, or turn its exception into a message and an exit code.
+
+    Args:
+        command: returns text, or a dataclass that is printed as JSON with ``--json``.
+        arguments: the parsed command line.
+    """
     exit_if_ray_dies()
     try:
         # Ray tells drivers of lost machines, and the like, on stdout.
@@ -155,19 +160,18 @@ class _WithoutRay:
         return getattr(self._stream, name)
 
 
-def _call(command: Callable[[argparse.Namespace], str], arguments: argparse.Namespace) -> str:
-    """Call the command, and leave the Ray that it has connected to."""
-    uses_ray_already = _uses_ray()
+def _call(command: Callable[[argparse.Namespace], Any], arguments: argparse.Namespace) -> str:
+    """Call the command, and leave the Ray that it has connected to. Returns its text, or its result as JSON with
+    ``--json``."""
+    was_connected = is_connected()
     try:
-        return command(arguments)
+        result = command(arguments)
     finally:
-        if _uses_ray() and not uses_ray_already:
-            sys.modules["icce_ray.runtime.ray_cluster"].disconnect()
-
-
-def _uses_ray() -> bool:
-    """Whether this process is connected to Ray; does not import it."""
-    return "ray" in sys.modules and sys.modules["ray"].is_initialized()
+        if is_connected() and not was_connected:
+            disconnect()
+    if isinstance(result, str):
+        return result
+    return json.dumps(asdict(result)) if arguments.json else ""
 
 
 def _prepare_demo(arguments: argparse.Namespace) -> Config:

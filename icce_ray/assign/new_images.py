@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -74,9 +74,6 @@ class AssignResult:
     """How the images differ from the training images, see drift.py."""
     seconds: dict[str, float]
     """By stage, for this call: 0 if it was finished before."""
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def assign_images(

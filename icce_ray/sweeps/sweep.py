@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import yaml
@@ -25,7 +23,7 @@ from icce_ray.runtime.progress import Progress, format_seconds
 from icce_ray.store import Artifact, ArtifactWriter, Claim, Folder, fingerprint
 from icce_ray.store.part_records import PartRecords
 from icce_ray.sweeps.silhouette_spaces import spaces
-from icce_ray.sweeps.sweep_config import Sweep, load_sweep
+from icce_ray.sweeps.sweep_config import Sweep
 from icce_ray.sweeps.sweep_files import BEST_NAME, ENSEMBLE_NAME, PAGE_NAME, TABLE_NAME, TEXT_NAME, write
 from icce_ray.sweeps.trial import Listings, key_of, make, reason_of, shared_stages
 from icce_ray.sweeps.trial_table import parameters_text
@@ -56,23 +54,15 @@ class SweepResult:
     ensemble: Result | None
     """The result of that job."""
 
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
 
-
-def sweep(path: str | Path, overrides: Sequence[str] = (), *, quiet: bool = False) -> SweepResult:
-    """Run the sweep of a YAML file, then the job that pools its best trials. Whatever is finished is used again.
+def run_sweep(asked: Sweep, *, quiet: bool = False) -> SweepResult:
+    """Run a sweep, then the job that pools its best trials. Whatever is finished is used again.
 
     Raises:
         UserError: something in the sweep, its base or the machine cannot work; raised before the long work where that
             can be known.
         WorkerError: no trial finished.
     """
-    return run_sweep(load_sweep(path, list(overrides)), quiet=quiet)
-
-
-def run_sweep(asked: Sweep, *, quiet: bool = False) -> SweepResult:
-    """Like :func:`sweep`, for a sweep that is loaded already."""
     started = time.monotonic()
     base, listings = asked.base_config, Listings()
     images = plan(base, shared_stages(base, listings))[0]

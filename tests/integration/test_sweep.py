@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -189,7 +190,7 @@ def test_a_killed_sweep_goes_on_by_the_same_command_and_leaves_what_was_finished
     stability = pq.read_table(result["table"])["stability"].to_pylist()
     assert all(min(abs(value - pair) for pair in pairs) < 1e-12 for value in stability)
 
-    assert run_sweep(load_sweep(tmp_path / "sweep.yaml"), quiet=True).to_json() == result
+    assert asdict(run_sweep(load_sweep(tmp_path / "sweep.yaml"), quiet=True)) == result
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
