@@ -12,7 +12,7 @@ from icce_ray.config import build_config
 from icce_ray.corrections.corrections_file import read_bytes, read_corrections
 from icce_ray.corrections.stage import KEPT, KEPT_FOLDER, NONE, kept_name
 from icce_ray.errors import InputError
-from icce_ray.pipeline.find_run import find_stage
+from icce_ray.pipeline.find_run import stage_of_run
 from icce_ray.pipeline.result import Result
 from icce_ray.pipeline.run import run_pipeline
 from icce_ray.store import Folder
@@ -30,10 +30,7 @@ def apply_corrections(run: str | Path, corrections: str | Path, *, quiet: bool =
         InputError: no such run; a file that cannot be used; or a config that names other corrections.
     """
     read_corrections(str(corrections))
-    found = find_stage(str(run), "consensus")
-    if found is None:
-        raise InputError(f"{run}: there is no such run; give a run's config, output folder or record")
-    settings = found[1]
+    _, settings = stage_of_run(str(run), "consensus")
     kept = Folder.at(settings["output"]) / KEPT_FOLDER
     named = settings.get("corrections", KEPT)
     if named not in (KEPT, NONE):

@@ -11,9 +11,8 @@ import pyarrow.parquet as pq
 
 from icce_ray.consensus.hierarchy import HIERARCHY_NAME, Hierarchy
 from icce_ray.errors import InputError
-from icce_ray.pipeline.find_run import find_stage
+from icce_ray.pipeline.find_run import stage_of_run
 from icce_ray.pipeline.result import Result
-from icce_ray.store import Artifact
 from icce_ray.store.filesystem import open_uri
 from icce_ray.store.run_records import RUNS_FOLDER
 
@@ -33,13 +32,16 @@ def cut_hierarchy(run: str | Path | Result, num_clusters: int) -> npt.NDArray[np
     Raises:
         InputError: there is no such run, its consensus is not finished, or `num_clusters` is out of range.
     """
-    consensus = _find(run, "consensus", "consensus")
+    if isinstance(run, Result):
+        output = run.report.rsplit("/", 3)[0]  # .../<stage>/<fingerprint>/report.html
+        run = f"{output}/{RUNS_FOLDER}/{run.run}.json"
+    consensus, _ = stage_of_run(str(run), "consensus")
     if not consensus.part_names(HIERARCHY_NAME):
         raise InputError(f"{consensus.folder.uri}: this consensus has no hierarchy; run again with this version")
     return Hierarchy.from_table(consensus.read_table(HIERARCHY_NAME)).cut(num_clusters)
 
 
-def write_cut(run: str | Path | Result, num_clusters: int, output: str | Path) -> int:
+def write_cut(run: str | Path, num_clusters: int, output: str | Path) -> int:
     """Write the group of every image to a Parquet file: image_id, uri, cluster, group (both -1 for noise).
 
     Returns:
@@ -49,7 +51,7 @@ def write_cut(run: str | Path | Result, num_clusters: int, output: str | Path) -
         InputError: as :func:`cut_hierarchy`, or the file cannot be written.
     """
     group_of_K = cut_hierarchy(run, num_clusters)
-    assign = _find(run, "assign", "assignments")
+    assign, _ = stage_of_run(str(run), "assign", what="assignments")
     filesystem, path = open_uri(str(output))
     num_images = 0
     try:
@@ -63,14 +65,3 @@ def write_cut(run: str | Path | Result, num_clusters: int, output: str | Path) -
     except OSError as error:
         raise InputError(f"{output}: cannot be written to: {error}") from None
     return num_images
-
-
-def _find(run: str | Path | Result, stage: str, what: str) -> Artifact:
-    """The finished artifact of one stage of a run."""
-    if isinstance(run, Result):
-        output = run.report.rsplit("/", 3)[0]  # .../<stage>/<fingerprint>/report.html
-        run = f"{output}/{RUNS_FOLDER}/{run.run}.json"
-    found = find_stage(str(run), stage, what=what)
-    if found is None:
-        raise InputError(f"{run}: there is no such run; give a run's config, output folder or record")
-    return found[0]

@@ -22,7 +22,7 @@ from icce_ray.errors import InputError
 from icce_ray.images.containers import locate
 from icce_ray.images.image_files import IMAGE_ENDINGS
 from icce_ray.images.uris import is_remote
-from icce_ray.pipeline.find_run import find_stage
+from icce_ray.pipeline.find_run import stage_of_run
 from icce_ray.store import Artifact
 
 READ_TOGETHER = 32
@@ -86,7 +86,7 @@ class SelectedImages:
     """
 
     def __init__(self, run: str, selection: Selection) -> None:
-        self.assign = _find(run, "assign", "assignments")
+        self.assign, _ = stage_of_run(run, "assign", what="assignments")
         self.selection = selection
         self._run = run
         self.num_clusters = len(self.assign.metrics["cluster_sizes"])
@@ -113,7 +113,7 @@ class SelectedImages:
 
     def find(self, stage: str) -> Artifact:
         """The artifact of another stage of the run."""
-        return _find(self._run, stage, stage)
+        return stage_of_run(self._run, stage)[0]
 
     def tables_with_features(self) -> Iterator[tuple[pa.Table, npt.NDArray[Any]]]:
         """Selected rows, and their features (n, D), a few thousand at a time."""
@@ -158,10 +158,3 @@ def file_name(row: Row) -> str:
     stem = PurePosixPath(row["uri"]).stem
     safe = "".join(letter if letter.isalnum() or letter in "_-" else "_" for letter in stem).strip("_-")
     return f"{safe[:MAX_NAME_CHARACTERS] or 'image'}-{row['image_id']}"
-
-
-def _find(run: str, stage: str, what: str) -> Artifact:
-    found = find_stage(run, stage, what=what)
-    if found is None:
-        raise InputError(f"{run}: there is no such run; give a run's config, output folder or record")
-    return found[0]
