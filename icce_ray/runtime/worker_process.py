@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from icce_ray.errors import UserError, WorkerError
 from icce_ray.runtime.progress import Progress
+from icce_ray.runtime.threads import repeating
 
 MAX_RESTARTS = 3
 POLL_INTERVAL_S = 1.0
@@ -31,21 +31,13 @@ def relayed_progress(ask: Callable[[], Any], progress: Progress) -> Iterator[Non
     """While the block runs, pass on what a worker last reported: `ask` returns a reference to it."""
     import ray
 
-    finished = threading.Event()
-
     def relay() -> None:
-        while not finished.wait(POLL_INTERVAL_S):
-            try:
-                latest = ray.get(ask(), timeout=POLL_INTERVAL_S)
-            except ray.exceptions.RayError:
-                continue
-            if latest is not None:
-                progress.update(*latest)
+        try:
+            latest = ray.get(ask(), timeout=POLL_INTERVAL_S)
+        except ray.exceptions.RayError:
+            return
+        if latest is not None:
+            progress.update(*latest)
 
-    thread = threading.Thread(target=relay, name=f"{progress.stage}-progress", daemon=True)
-    thread.start()
-    try:
+    with repeating(relay, POLL_INTERVAL_S, f"{progress.stage}-progress"):
         yield
-    finally:
-        finished.set()
-        thread.join()

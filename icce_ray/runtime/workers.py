@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, NoReturn
+from typing import Any
 
 from icce_ray.config import ResourcesConfig, WorkerResources
 from icce_ray.errors import DamagedArtifactError, UserError, WorkerError, describe_cause, find_cause
@@ -222,33 +222,23 @@ def translated_errors(stage: str) -> Iterator[None]:
     try:
         yield
     except ray.exceptions.RayError as error:
-        _raise_cause(stage, error)
+        for kind in (UserError, DamagedArtifactError, WorkerError):
+            if (known := find_cause(error, kind)) is not None:
+                raise known from None
+        raise WorkerError(
+            f"{stage}: a worker failed, or died {MAX_RESTARTS + 1} times; what is finished is kept, and the same "
+            f"command resumes. {describe_cause(error)}"
+        ) from error
 
 
-def _raise_cause(stage: str, error: Exception) -> NoReturn:
-    known = find_cause(error, UserError) or find_cause(error, DamagedArtifactError) or find_cause(error, WorkerError)
-    if known is not None:
-        raise known from None
-    raise WorkerError(
-        f"{stage}: a worker failed, or died {MAX_RESTARTS + 1} times; what is finished is kept, and the same command "
-        f"resumes. {describe_cause(error)}"
-    ) from error
-
-
-class StageWorker:
+class StageWorker(ProgressBoard):
     """The actor of a stage with one worker. It runs two calls at a time: one works, one asks for the progress."""
 
-    def __init__(self, stage: str) -> None:
-        self.board = ProgressBoard(stage)
-
     def __repr__(self) -> str:
-        return f"{self.board.stage}: worker"
+        return f"{self.stage}: worker"
 
     def work(self, work: Work, device: str) -> Any:
-        return attempt(work, device, BoardProgress(self.board.stage, self.board.post))
-
-    def read_progress(self) -> tuple[int, int, str] | None:
-        return self.board.read()
+        return attempt(work, device, BoardProgress(self.stage, self.post))
 
 
 def _work_in_actor(stage: str, work: Work, workers: WorkerResources, progress: Progress) -> Any:
@@ -264,7 +254,7 @@ def _work_in_actor(stage: str, work: Work, workers: WorkerResources, progress: P
     worker = actor.remote(stage)
     device = "cuda" if workers.gpus_per_worker else "cpu"
     try:
-        with relayed_progress(worker.read_progress.remote, progress):
+        with relayed_progress(worker.read.remote, progress):
             return ray.get(worker.work.options(retry_exceptions=True).remote(work, device))
     except ray.exceptions.RayActorError as error:
         raise WorkerError(
