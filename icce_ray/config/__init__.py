@@ -24,7 +24,7 @@ from icce_ray.config.method_settings import (
 )
 from icce_ray.config.presets import PRESETS
 from icce_ray.config.schema import AUTO, ClusteringConfig, Config
-from icce_ray.config.section import PositiveFloat, PositiveInt, Section
+from icce_ray.config.section import PositiveFloat, PositiveInt, Section, Seed
 from icce_ray.config.turtle_settings import TurtleConfig
 
 __all__ = [
@@ -52,6 +52,7 @@ __all__ = [
     "ResourcesConfig",
     "SampleConfig",
     "Section",
+    "Seed",
     "StorageConfig",
     "TurtleConfig",
     "WorkerResources",

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from icce_ray.config.section import PositiveFloat, PositiveInt, Section
+from icce_ray.config.section import AtLeastTwo, PositiveFloat, PositiveInt, Section
 
 
 class ConventionalConfig(Section):
@@ -26,7 +26,7 @@ class ConventionalConfig(Section):
     preference: Annotated[float, Field(lt=0.0)] | None = None
     """How suitable each image is as an exemplar in `affinity_propagation`: a negative squared distance. Lower values
     make fewer clusters. Not set: the median over all pairs, which makes many."""
-    min_cluster_size: Annotated[int, Field(ge=2)] = 15
+    min_cluster_size: AtLeastTwo = 15
     """Smallest group of images that `hdbscan` takes for a cluster; smaller ones are noise."""
     covariance: Literal["full", "tied", "diag", "spherical"] = "full"
     """Shape of a cluster in `gmm`: a covariance of its own, one for all, variances along the axes, or one variance."""

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import (
-    Field,
-    model_validator,
-)
+from pydantic import model_validator
 
-from icce_ray.config.section import Fraction, Place, PositiveInt, Section
+from icce_ray.config.section import AtLeastTwo, Fraction, Place, PositiveInt, Section
 
 
 class ImagesConfig(Section):
@@ -105,7 +102,7 @@ class EmbedConfig(BackboneConfig):
 class SampleConfig(Section):
     """Which images are trained on (neighbours, heads, consensus, classifier)."""
 
-    max_images: Annotated[int, Field(ge=2)] | None = 2_000_000
+    max_images: AtLeastTwo | None = 2_000_000
     """Above this many images, a uniform random sample of them is trained on; the classifier labels the others. `null`:
     always train on all."""
     duplicate_threshold: float | Literal["auto"] | None = "auto"

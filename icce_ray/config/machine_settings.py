@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import (
-    Field,
-    SecretStr,
-    model_validator,
-)
+from pydantic import SecretStr, model_validator
 
-from icce_ray.config.section import Place, PositiveInt, Section
+from icce_ray.config.section import NonNegativeFloat, Place, PositiveFloat, PositiveInt, Section
 
 
 class StorageConfig(Section):
@@ -51,9 +47,9 @@ def without_secrets(settings: Mapping[str, Any]) -> dict[str, Any]:
 class WorkerResources(Section):
     num_workers: PositiveInt = 1
     """Number of processes that share the work of the stage."""
-    cpus_per_worker: Annotated[float, Field(gt=0.0)] | None = None
+    cpus_per_worker: PositiveFloat | None = None
     """CPUs, and threads, per worker. Not set: a machine's CPUs divided among its workers."""
-    gpus_per_worker: Annotated[float, Field(ge=0.0)] = 0.0
+    gpus_per_worker: NonNegativeFloat = 0.0
     """GPUs per worker."""
 
 

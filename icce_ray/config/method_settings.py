@@ -8,31 +8,25 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, get_args
 
-from pydantic import (
-    Field,
-    model_validator,
-)
+from pydantic import Field, model_validator
 
-from icce_ray.config.section import Fraction, NumClusters, PositiveFloat, PositiveInt, Section
+from icce_ray.config.section import AtLeastTwo, Fraction, NonNegativeFloat, PositiveFloat, PositiveInt, Section
 
 MIN_INPUTS = 32
 """Minimum number of input dimensions per head (capped at D)."""
 
-
 ConsensusMethod = Literal["mcla", "hbgf", "cspa", "vote", "best_head"]
-
-
 CONSENSUS_METHODS: tuple[ConsensusMethod, ...] = get_args(ConsensusMethod)
 
 
 class ClusterCountConfig(Section):
     """How `num_clusters: auto` chooses the number: by small clusterings of a sample, from few clusters to many."""
 
-    min_clusters: NumClusters = 2
+    min_clusters: AtLeastTwo = 2
     """Smallest number of clusters to try."""
-    max_clusters: NumClusters | None = None
+    max_clusters: AtLeastTwo | None = None
     """Largest number of clusters to try. Not set: 100, or a tenth of the sample if that is less."""
-    num_seeds: Annotated[int, Field(ge=2)] = 3
+    num_seeds: AtLeastTwo = 3
     """Clusterings for each number of clusters, each with its own seed. Their spread is the uncertainty of the
     choice."""
     num_heads: PositiveInt = 4
@@ -82,12 +76,12 @@ class HeadsConfig(Section):
     """Clustering heads trained side by side (H). They differ in their initialisation and in the dimensions they see."""
     num_epochs: PositiveInt = 50
     """Passes over the images. Paper: 400."""
-    batch_size: Annotated[int, Field(ge=2)] | Literal["auto"] = "auto"
+    batch_size: AtLeastTwo | Literal["auto"] = "auto"
     """Pairs per step (B). `auto`: 1024, or less for small collections, so that an epoch has eight steps. Paper: 256 or
     1024."""
     learning_rate: PositiveFloat = 5e-4
     """Learning rate at 256 pairs per step; scaled linearly with the batch size. Paper: 1e-4."""
-    weight_decay: Annotated[float, Field(ge=0.0)] = 1e-4
+    weight_decay: NonNegativeFloat = 1e-4
     """AdamW weight decay, on weights only."""
     warmup_epochs: Annotated[int, Field(ge=0)] = 5
     """Epochs in which the learning rate rises linearly from 0; then it stays constant. Paper: 20."""
@@ -108,13 +102,13 @@ class HeadsConfig(Section):
     loss: Literal["temi", "scan"] = "temi"
     """`temi`: weighted mutual information with a teacher, and the terms that are switched on below. `scan`: SCAN's
     loss, without a teacher."""
-    scan_entropy_weight: Annotated[float, Field(ge=0.0)] = 5.0
+    scan_entropy_weight: NonNegativeFloat = 5.0
     """Weight of the entropy of the mean assignment in SCAN's loss."""
     sinkhorn: bool = True
     """Make the teacher's targets by Sinkhorn-Knopp over the batch (ICCE) instead of a softmax (TEMI)."""
     sinkhorn_iterations: PositiveInt = 3
     """Sinkhorn-Knopp iterations."""
-    balance: Annotated[float, Field(ge=0.0, le=1.0)] | Literal["auto"] = "auto"
+    balance: Fraction | Literal["auto"] = "auto"
     """How strongly Sinkhorn-Knopp makes the clusters equally large: 1, as far as it can; 0, not at all. `auto`: each
     head lowers it for as long as few of its clusters are empty. Use 1 if the features are weak and the classes are
     known to be about equally large. Paper: 1."""
@@ -124,7 +118,7 @@ class HeadsConfig(Section):
     """Temperature of the student's softmax."""
     beta: Annotated[float, Field(gt=0.0, le=1.0)] = 0.6
     """Exponent of the TEMI loss. 1 gives the pointwise mutual information; less makes clusters more even."""
-    max_ce_weight: Annotated[float, Field(ge=0.0)] = 0.3
+    max_ce_weight: NonNegativeFloat = 0.3
     """Weight of the cross-entropy with the pseudo-labels at the end of training (lambda_max). It rises from 0 along
     half a cosine. 0 switches it off."""
     num_positives: PositiveInt = 1

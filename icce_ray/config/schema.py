@@ -15,15 +15,9 @@ in settings that the file leaves open; a setting that is given always wins. ``re
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Literal, Self
 
-from pydantic import (
-    ConfigDict,
-    Field,
-    TypeAdapter,
-    field_validator,
-    model_validator,
-)
+from pydantic import ConfigDict, Field, TypeAdapter, field_validator, model_validator
 
 from icce_ray.config.conventional_settings import ConventionalConfig
 from icce_ray.config.data_settings import (
@@ -45,7 +39,7 @@ from icce_ray.config.method_settings import (
     NeighborsConfig,
 )
 from icce_ray.config.presets import PRESETS
-from icce_ray.config.section import Place, PositiveInt, Section
+from icce_ray.config.section import Place, PositiveInt, Section, Seed
 from icce_ray.config.turtle_settings import TurtleConfig
 from icce_ray.errors import ConfigError
 from icce_ray.methods import METHODS
@@ -73,7 +67,7 @@ class ClusteringConfig(Section):
     preset: Literal["paper"] | None = None
     """`paper`: every constant as the ICCE paper has it, where the config leaves it open. Not set: our defaults, which
     were measured to be better; docs/METHOD.md lists where they differ."""
-    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    seed: Seed = 0
     """Seed of every random draw. The same config and seed give the same labels on the same kind of machine."""
     sample: SampleConfig = SampleConfig()
     neighbors: NeighborsConfig = NeighborsConfig()

@@ -5,27 +5,14 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, get_args
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Field,
-    ValidationInfo,
-    field_validator,
-)
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-
-
 PositiveFloat = Annotated[float, Field(gt=0.0)]
-
-
+NonNegativeFloat = Annotated[float, Field(ge=0.0)]
 PositiveInt = Annotated[int, Field(ge=1)]
-
-
-NumClusters = Annotated[int, Field(ge=2)]
-
-
+AtLeastTwo = Annotated[int, Field(ge=2)]
+Seed = Annotated[int, Field(ge=0, lt=2**31)]
 MAX_PATH_CHARACTERS = 4096
 
 

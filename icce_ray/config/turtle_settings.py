@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import Field
-
-from icce_ray.config.section import PositiveFloat, PositiveInt, Section
+from icce_ray.config.section import AtLeastTwo, NonNegativeFloat, PositiveFloat, PositiveInt, Section
 
 INNER_RATE_TIMES_DIM, PAPER_INNER_RATE = 1.5, 1e-3
 """Learning rates of TURTLE's linear classifiers (docs/METHOD.md, "TURTLE")."""
@@ -18,7 +16,7 @@ class TurtleConfig(Section):
     best."""
     num_steps: PositiveInt = 1000
     """Updates of the labels. Paper: 6000."""
-    batch_size: Annotated[int, Field(ge=2)] = 10_000
+    batch_size: AtLeastTwo = 10_000
     """Images per step; all images if there are no more."""
     learning_rate: PositiveFloat = 1e-3
     """Adam's learning rate for the labels."""
@@ -27,7 +25,7 @@ class TurtleConfig(Section):
     inner_learning_rate: PositiveFloat | Literal["auto"] = "auto"
     """Adam's learning rate for the linear classifiers. `auto`: 1.5 / dimensions, so that they learn as much from any
     backbone; without `scale_features`, 0.001. Paper: 0.001."""
-    entropy_weight: Annotated[float, Field(ge=0.0)] = 10.0
+    entropy_weight: NonNegativeFloat = 10.0
     """Weight of the entropy of the mean label (gamma). More makes clusters more even."""
     warm_start: bool = False
     """Go on training the linear classifiers of the step before, instead of new ones."""

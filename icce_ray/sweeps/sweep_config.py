@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from icce_ray.config import Config, PositiveFloat, PositiveInt, Section, apply_override, read_yaml, validate
+from icce_ray.config import Config, PositiveFloat, PositiveInt, Section, Seed, apply_override, read_yaml, validate
 from icce_ray.errors import ConfigError
 from icce_ray.methods import METHODS
 from icce_ray.sweeps.search_space import GRID, Dimension, check_space, parse_space, settings_of
@@ -54,7 +54,7 @@ class SweepConfig(Section):
     searcher: Searcher | None = None
     """A search algorithm of Ray Tune that learns from the trials so far. Its package must be installed, for example by
     `pip install optuna`. Not set: grid and random search."""
-    seeds: tuple[Annotated[int, Field(ge=0, lt=2**31)], ...] | None = None
+    seeds: tuple[Seed, ...] | None = None
     """Each trial is run with each of these seeds; its metrics are the means. Not set: the base's seed alone."""
     metric: Metric = "silhouette_pca"
     """The best trial has the highest value. None of these looks at true labels. `anmi`: how well the clusterings agree
@@ -65,7 +65,7 @@ class SweepConfig(Section):
     `peers` if the `space` has several methods, or the base's method trains no heads; of heads it is `stability` with
     several `seeds`, else `silhouette_pca`. The silhouettes and `generalization` depend on the features, so they compare
     trials over the same features only."""
-    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    seed: Seed = 0
     """Seed of the draws from the space."""
     ensemble: EnsembleConfig | None = EnsembleConfig()
     """The job after the sweep: one consensus of the best trials, then classifier, assignments and report. `null`: no
