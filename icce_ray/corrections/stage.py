@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from icce_ray.config import Config
+from icce_ray.corrections.corrections_file import read_bytes, read_corrections
 from icce_ray.stage import Settings, Stage
 from icce_ray.store import Artifact, Folder, fingerprint
 
@@ -75,15 +76,11 @@ def applied_corrections(inputs: Mapping[str, Artifact]) -> dict[str, Any] | None
 
 
 def _settings(config: Config) -> Settings:
-    from icce_ray.corrections.corrections_file import read_bytes
-
     content = hashlib.sha256(read_bytes(config.corrections)).hexdigest()
     return {"content": content, "seed": config.seed, "extra_runs": config.consensus.extra_runs}
 
 
 def _check(config: Config) -> None:
-    from icce_ray.corrections.corrections_file import read_corrections
-
     read_corrections(config.corrections)
 
 
