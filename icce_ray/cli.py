@@ -1,4 +1,4 @@
-"""The command ``icce-ray``: cluster, run, sweep, compare, estimate, assign, cut, status, evaluate."""
+"""The command ``icce-ray``: cluster, run, sweep, compare, estimate, assign, apply, cut, export, status."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from icce_ray import __version__
 from icce_ray.config import load_config
@@ -118,12 +116,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add_debug_argument(status)
     status.set_defaults(function=_status)
 
-    evaluate = commands.add_parser("evaluate", help="compare two labellings of the same images")
-    evaluate.add_argument("predicted", metavar="PREDICTED", help=".npy file of integer labels")
-    evaluate.add_argument("true", metavar="TRUE", help=".npy file of integer labels")
-    add_debug_argument(evaluate)
-    evaluate.set_defaults(function=_evaluate)
-
     parsed = parser.parse_args(arguments)
     return guarded(parsed.function, parsed)
 
@@ -231,22 +223,6 @@ def _find_runs(arguments: argparse.Namespace) -> tuple[Folder, dict[str, dict[st
         record["run"]: {stage: root / stage / fingerprint for stage, fingerprint in record["stages"].items()}
         for record in records
     }
-
-
-def _evaluate(arguments: argparse.Namespace) -> str:
-    from icce_ray.metrics.true_label_scores import evaluate_clustering
-
-    predicted, true = _load_labels(arguments.predicted), _load_labels(arguments.true)
-    return json.dumps(evaluate_clustering(true, predicted))
-
-
-def _load_labels(path: str) -> Any:
-    try:
-        return np.load(path, allow_pickle=False)
-    except FileNotFoundError:
-        raise InputError(f"{path}: there is no such file") from None
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: not a .npy file of labels: {error}") from None
 
 
 if __name__ == "__main__":

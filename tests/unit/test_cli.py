@@ -205,11 +205,3 @@ def test_the_demos_images_are_written_once(tmp_path: Path) -> None:
 def test_status_of_a_folder_without_runs_says_what_to_give(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["status", str(tmp_path)]) == 2
     assert "no runs there; give the `output` of a run" in capsys.readouterr().err
-
-
-def test_evaluate_compares_two_label_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    np.save(tmp_path / "predicted.npy", [1, 1, 0, 0])
-    np.save(tmp_path / "true.npy", [5, 5, 6, 6])
-    assert cli.main(["evaluate", str(tmp_path / "predicted.npy"), str(tmp_path / "true.npy")]) == 0
-    assert json.loads(capsys.readouterr().out)["acc"] == 1.0
-    assert cli.main(["evaluate", str(tmp_path / "nowhere.npy"), str(tmp_path / "true.npy")]) == 2
