@@ -15,9 +15,13 @@ MAX_NODES = 100_000
 """Limit of a document's size with all aliases expanded. A short file with nested aliases can stand for gigabytes."""
 MAX_DIGITS = 300
 
-_PLAIN_WORDS = re.compile(r"^(?:yes|no|on|off)$", re.IGNORECASE)
-_OCTAL = re.compile(r"^[-+]?0[0-9_]+$")
-_BASE_60 = re.compile(r"^[-+]?[0-9][0-9_]*(?::[0-5]?[0-9])+(?:\.[0-9_]*)?$")
+_MISREAD = {
+    r"(?i)(yes|on)": "is ambiguous; write true",
+    r"(?i)(no|off)": "is ambiguous; write false, or null to leave a setting out",
+    r"[-+]?0[0-9_]*[1-9][0-9_]*": "would be read as an octal number; write it without the leading 0",
+    r"[-+]?[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?": "would be read as a number in base 60; write the number itself",
+}
+"""Words and numbers without quotes, and what to do about them."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -85,19 +89,9 @@ def _check_scalar(node: yaml.ScalarNode) -> None:
     text = str(node.value)
     if node.style is not None:  # quoted
         return
-    if _PLAIN_WORDS.match(text):
-        means = "true" if text.lower() in ("yes", "on") else "false, or null to leave a setting out"
-        raise ValueError(f'line {_line(node)}: {text} is ambiguous; write {means}, or "{text}" in quotes if it is text')
-    if _OCTAL.match(text) and text.strip("+-0_"):
-        raise ValueError(
-            f'line {_line(node)}: {text} would be read as an octal number; write it without the leading 0, or "{text}" '
-            "in quotes if it is text"
-        )
-    if _BASE_60.match(text):
-        raise ValueError(
-            f"line {_line(node)}: {text} would be read as a number to the base 60; write the number itself, or "
-            f'"{text}" in quotes if it is text'
-        )
+    for pattern, problem in _MISREAD.items():
+        if re.fullmatch(pattern, text):
+            raise ValueError(f'line {_line(node)}: {text} {problem}, or "{text}" in quotes if it is text')
     if node.tag in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float") and len(text) > MAX_DIGITS:
         raise ValueError(f"line {_line(node)}: a number of {len(text):,} digits; at most {MAX_DIGITS} are read")
 

@@ -18,7 +18,7 @@ BOMB = "\n".join(
         ("a: off", 'line 1: off is ambiguous; write false, or null to leave a setting out, or "off" in quotes'),
         ("\na: Yes", "line 2: Yes is ambiguous; write true"),
         ("a: 010", "line 1: 010 would be read as an octal number"),
-        ("a: 1:30", "line 1: 1:30 would be read as a number to the base 60"),
+        ("a: 1:30", "line 1: 1:30 would be read as a number in base 60"),
         ("a: {b: 1}\nc: 2\na: {d: 3}", "line 3: 'a' is given twice, first in line 1"),
         ("a: " + "9" * 5000, "line 1: a number of 5,000 digits"),
         (BOMB, "more than 100,000 values once its aliases are expanded"),
