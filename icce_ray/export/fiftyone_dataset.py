@@ -89,7 +89,6 @@ def write(source: SelectedImages, task: ExportTask) -> Written:
 def _sample(row: Row, file: str, features_D: npt.NDArray[Any], now: dict[str, str]) -> dict[str, Any]:
     others = {name: value for name, value in row.items() if name not in ("cluster", "uri")}
     label = {"_cls": "Classification", "tags": [], "label": str(row["cluster"]) if row["cluster"] >= 0 else "noise"}
-    binary = base64.b64encode(zlib.compress(_npy(features_D.astype(np.float32)))).decode()
     return {
         "_id": {"$oid": _object_id("sample", row["image_id"])},
         "filepath": file,
@@ -99,7 +98,7 @@ def _sample(row: Row, file: str, features_D: npt.NDArray[Any], now: dict[str, st
         "cluster": {"_id": {"$oid": _object_id("label", row["image_id"])}, **label},
         "uri": row["uri"],
         **others,
-        "embedding": {"$binary": {"base64": binary, "subType": "00"}},
+        "embedding": {"$binary": {"base64": _packed(features_D.astype(np.float32)), "subType": "00"}},
         "created_at": now,
         "last_modified_at": now,
     }
@@ -168,13 +167,9 @@ def _object_id(kind: str, image_id: int) -> str:
 
 
 def _packed(array: npt.NDArray[Any]) -> str:
-    return base64.b64encode(zlib.compress(_npy(array))).decode()
-
-
-def _npy(array: npt.NDArray[Any]) -> bytes:
     sink = io.BytesIO()
     np.save(sink, array, allow_pickle=False)
-    return sink.getvalue()
+    return base64.b64encode(zlib.compress(sink.getvalue())).decode()
 
 
 def _principal_axes(source: SelectedImages, num_images: int) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:

@@ -84,7 +84,8 @@ def compare_methods(
         outcomes.append(_run(COMBINED, together.with_methods(finished), len(methods), quiet))
     comparison, text = _write(config, outcomes)
     if not quiet:
-        lines = ["", text, "", f"{len(finished)} of {len(methods)} methods finished, {_since(started)}"]
+        took_s = time.monotonic() - started
+        lines = ["", text, "", f"{len(finished)} of {len(methods)} methods finished, {format_seconds(took_s)}"]
         lines += [f"table        {comparison.table}", f"report       {comparison.report}"]
         print("\n".join(lines), file=sys.stderr, flush=True)
     return comparison
@@ -165,7 +166,3 @@ def _write(config: Config, outcomes: Sequence[_Outcome]) -> tuple[Comparison, st
 def _page_of(result: Result) -> str:
     """The page of a run as seen from the page of the comparison, which lies as deep under the same output."""
     return "/".join(["..", "..", *result.report.rsplit("/", 3)[1:]])
-
-
-def _since(started: float) -> str:
-    return format_seconds(time.monotonic() - started)

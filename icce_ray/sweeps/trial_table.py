@@ -160,8 +160,6 @@ def _names(figures: Iterable[Mapping[str, Any]]) -> list[str]:
 
 def _column(values: list[Any]) -> pa.Array:
     kinds = {type(value) for value in values if value is not None}
-    if kinds == {int, float}:
-        return pa.array([None if value is None else float(value) for value in values], pa.float64())
-    if len(kinds) <= 1 and kinds <= {int, float, str, bool}:
+    if kinds <= {int, float} or kinds in ({str}, {bool}):
         return pa.array(values)
     return pa.array([None if value is None else json.dumps(value) for value in values], pa.string())
