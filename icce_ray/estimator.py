@@ -41,9 +41,8 @@ class ICCE(FeatureClusterer):
         n_heads: number of clustering heads (H).
         epochs: passes over the images. None: the default of the config.
         batch_size: pairs per step. None: the default of the config.
-        similarity_threshold: cosine from which on two images are neighbours; ``auto``; or None for exactly
-            `min_neighbors` neighbours.
-            With the other methods, or a preset, ``auto`` means their choice.
+        similarity_threshold: cosine from which on two images are neighbours; None for exactly `min_neighbors`
+            neighbours; ``auto``: chosen from the features, or by the method or preset.
         random_state: int, RandomState or None. An int gives the same labels as a run with that ``seed``.
         device: torch device for the neighbour search, the heads and the classifier.
         n_threads: CPU threads; None for torch's setting. They do not change the result.

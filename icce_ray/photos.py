@@ -1,7 +1,7 @@
 """``icce-ray cluster PHOTOS``: cluster a folder of photos without a config.
 
-It is the same pipeline with settings that suit this machine. They are written to ``run.yaml`` in the output, so that
-the next step (another backbone, a bucket, a sweep) starts from a file.
+It runs the pipeline with settings that suit this machine, and writes them to ``run.yaml`` in the output as a start for
+the next step.
 """
 
 from __future__ import annotations

@@ -52,25 +52,21 @@ def carry_over(
     has_both = (old_n >= 0) & (new_n >= 0)
     table = np.zeros((given.made_for.num_clusters, num_clusters), dtype=np.int64)
     np.add.at(table, (old_n[has_both], new_n[has_both]), 1)
-    matched = match_clusters(table)
+    matched: dict[int | None, int | None] = {None: None, **match_clusters(table)}
     new_ones = [one.cluster for one in given.clusters if one.is_new]
     matched |= {cluster: num_clusters + place for place, cluster in enumerate(new_ones)}
     clusters = [
-        one.model_copy(update={"cluster": matched[one.cluster], "merge_into": matched.get(one.merge_into or 0)})
-        if one.merge_into is not None
-        else one.model_copy(update={"cluster": matched[one.cluster]})
+        one.model_copy(update={"cluster": matched[one.cluster], "merge_into": matched.get(one.merge_into)})
         for one in given.clusters
         if one.cluster in matched
     ]
     images = [
-        image if image.cluster is None else image.model_copy(update={"cluster": matched[image.cluster]})
+        image.model_copy(update={"cluster": matched[image.cluster]})
         for image in given.images
-        if image.cluster is None or image.cluster in matched
+        if image.cluster in matched
     ]
-    named = {one.cluster for one in given.clusters} | {one.merge_into for one in given.clusters}
-    named |= {image.cluster for image in given.images}
     made_for = given.made_for.model_copy(
         update={"consensus": consensus, "num_clusters": num_clusters, "assign": None, "corrections": None}
     )
     carried = given.model_copy(update={"made_for": made_for, "clusters": tuple(clusters), "images": tuple(images)})
-    return carried, sorted(cluster for cluster in named if cluster is not None and cluster not in matched)
+    return carried, sorted(given.named_clusters - matched.keys())

@@ -45,7 +45,7 @@ class ImageChange(_Record):
     cluster: int | None
     """None: the image is dropped; it becomes noise."""
     image_id: int | None = None
-    """For people. Images are found by their URI."""
+    """For readers of the file; images are found by their URI."""
 
 
 class Corrections(_Record):
@@ -58,6 +58,13 @@ class Corrections(_Record):
     def num_clusters(self) -> int:
         """K and the new clusters; their numbers are below it."""
         return max([self.made_for.num_clusters, *(one.cluster + 1 for one in self.clusters if one.is_new)])
+
+    @property
+    def named_clusters(self) -> set[int]:
+        """All clusters that a change names."""
+        found = [one.cluster for one in self.clusters] + [one.merge_into for one in self.clusters]
+        found += [image.cluster for image in self.images]
+        return {cluster for cluster in found if cluster is not None}
 
     @property
     def names(self) -> dict[int, str]:
@@ -96,9 +103,7 @@ def read_corrections(uri: str) -> Corrections:
         reason = f"{'.'.join(map(str, what['loc']))}: {what['msg']}" if what else str(error)
         raise InputError(f"corrections: {uri} is not a file that the page saved: {reason}") from None
     known = set(range(found.made_for.num_clusters)) | {one.cluster for one in found.clusters if one.is_new}
-    named = [one.cluster for one in found.clusters] + [image.cluster for image in found.images]
-    named += [one.merge_into for one in found.clusters]
-    wrong = sorted({cluster for cluster in named if cluster is not None} - known)
+    wrong = sorted(found.named_clusters - known)
     if wrong:
         raise InputError(
             f"corrections: {uri} names cluster {wrong[0]}; there are 0 to {found.made_for.num_clusters - 1} and "

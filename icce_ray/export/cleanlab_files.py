@@ -1,8 +1,7 @@
-"""What cleanlab takes: ``labels.npy`` (N,) int64, ``pred_probs.npy`` (N, K) float32, and ``images.csv``, the rows they
-belong to.
+"""Files for cleanlab: ``labels.npy`` (N,) int64, ``pred_probs.npy`` (N, K) float32, and ``images.csv``, their rows.
 
-The labels are the clusters (noise has none and is left out), the probabilities those of the run's classifier, which
-learnt the clusters. So cleanlab finds the images whose cluster the classifier doubts::
+The labels are the clusters, without noise; the probabilities are those of the run's classifier. cleanlab then finds
+the images whose cluster the classifier doubts::
 
     issues = cleanlab.filter.find_label_issues(np.load("labels.npy"), np.load("pred_probs.npy"))
 """

@@ -1,7 +1,7 @@
 """``icce-ray export RUN --to FORMAT``: take a run's images and clusters into other tools.
 
-The output has an ``export.json``, which says what is exported and, in the end, how many images it was. The same command
-again goes on with an export that was cut off, and does nothing for one that is finished.
+``export.json`` in the output says what is exported and, once it is finished, how many images. The same command resumes
+an export that was cut off, and does nothing for one that is finished.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""A dataset that FiftyOne imports: cluster, agreement, embedding and all else that a run knows of its images, and two
-brain keys: `icce_map`, the first two principal components, and `icce_similarity`, for sorting by similarity.
+"""A dataset for FiftyOne: the assignments and embeddings of the images, and two brain keys: `icce_map`, the first two
+principal components, and `icce_similarity`, for sorting by similarity.
 
     dataset = fiftyone.Dataset.from_dir(dataset_dir=OUTPUT, dataset_type=fiftyone.types.FiftyOneDataset)
 
@@ -25,7 +25,7 @@ from icce_ray.export.selected_images import Row, SelectedImages, in_threads, is_
 from icce_ray.export.streams import written_whole
 
 FORMAT_VERSION = "1.0.0"
-"""FiftyOne's version of this layout; later ones bring it up to date."""
+"""FiftyOne's version of this layout; later versions migrate it."""
 IMAGES_PER_FOLDER = 10_000
 MAX_PCA_ROWS = 20_000
 FIELDS = "fiftyone.core.fields"

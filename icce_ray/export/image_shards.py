@@ -1,8 +1,7 @@
 """Shards of images with their clusters: tar files in WebDataset's layout, or Parquet as Hugging Face's datasets reads
 it.
 
-A shard is put together in memory and written at once, then recorded, so an export that was cut off goes on behind its
-last shard.
+Each shard is made in memory, written at once and recorded, so an export that was cut off resumes after its last shard.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from icce_ray.store import ArtifactWriter, PartRecords
 MAX_SHARD_IMAGES = 10_000
 MAX_SHARD_BYTES = 256 * 2**20
 VALUE_TYPES = {"double": "float64", "float": "float32"}
-"""Names of Arrow's types that datasets calls otherwise."""
+"""Arrow types that datasets calls by another name."""
 
 Encode = Callable[[list[tuple[Row, bytes]]], bytes]
 

@@ -28,7 +28,7 @@ from icce_ray.store import Artifact
 READ_TOGETHER = 32
 """Image files that are held at a time."""
 MAX_NAME_CHARACTERS = 60
-"""A character takes at most four bytes, so a name with its id and ending stays below the 255 bytes that disks allow."""
+"""With four bytes for each, a name with its id and ending stays below the 255 bytes that file systems allow."""
 EXTENSIONS = {"jpeg": "jpg", "tiff": "tif", "jpeg2000": "jp2"}
 
 T = TypeVar("T")

@@ -1,7 +1,7 @@
 """What the machines of the Ray that we are connected to have, how a stage's workers share it, and whether the machines
 that a config asks for exist or can be had.
 
-Ray itself waits for ever for resources that no machine has.
+Ray itself waits forever for resources that no machine has.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def available_cpus() -> float:
 
 
 def largest_machine_cpus() -> float:
-    """CPUs of the largest machine of the Ray we are connected to: a task that asks for more waits for ever."""
+    """CPUs of the largest machine of the Ray we are connected to: a task that asks for more waits forever."""
     return max((cpus for cpus, _ in _machines()), default=0.0)
 
 
@@ -78,15 +78,15 @@ def _node_and_memory(_: object) -> tuple[str, int]:
 
 
 def check_resources(config: Config, stages: Collection[str]) -> None:
-    """Refuse a run that Ray would wait for for ever, before anything starts.
+    """Refuse a run that would wait forever for its resources, before anything starts.
 
     Args:
-        config: the run's.
-        stages: those that will run. A section of `resources` is checked if its stage is among them.
+        config: of the run.
+        stages: those that will run; other sections of `resources` are not checked.
 
     Raises:
-        ResourceError: what is asked for, what the machines have, what to set. Not raised if Ray's autoscaler can add
-            what is missing, which takes it some seconds to say.
+        ResourceError: what is asked for, what the machines have, what to set; unless Ray's autoscaler can add what is
+            missing.
     """
     resources = config.resources
     workers = {name: getattr(resources, name) for name in STAGES_WITH_WORKERS if name in stages}
@@ -109,9 +109,9 @@ def wait_for_machines(resources: ResourcesConfig, stage: str, say: Callable[[str
     Stages divide their work by the number of machines, and Ray adds machines only when they are asked for.
 
     Args:
-        resources: the run's.
+        resources: of the run.
         stage: a section of it.
-        say: told that the stage waits, and for what.
+        say: told what the stage waits for.
 
     Raises:
         ResourceError: the machines cannot be had, or have not come in :data:`SCALE_UP_TIMEOUT_S`.

@@ -1,5 +1,4 @@
-"""Progress of a stage: on standard error a line that rewrites itself on a terminal, plain lines elsewhere; and what
-others may ask of it."""
+"""Progress of a stage on standard error: a line that rewrites itself on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -16,7 +15,7 @@ LONG_S = 2 * 3600.0
 MEASURED_S = 30.0
 """Time after which the rate is trusted for that."""
 RECENT_S = 60.0
-"""The rate is that of the last minute: a slow start, or a machine more, shows in it soon."""
+"""The rate is that of the last minute, so that it soon reflects a slow start or an added machine."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +29,7 @@ class Reading:
     """None until something was counted; so is `total`."""
     total: int | None
     rate: float | None
-    """Units per second, lately; None where nothing was done lately."""
+    """Units per second, lately; None if nothing was done."""
     num_errors: int
     """Images that could not be used so far."""
     note: str
@@ -60,8 +59,8 @@ class Progress:
         stage: name shown in front.
         unit: what is counted, in the plural.
         quiet: say nothing.
-        clock: seconds from anywhere on.
-        shortcut: what to set to be done sooner, said once if it turns out to take longer than LONG_S.
+        clock: monotonic, in seconds.
+        shortcut: what to set to be done sooner; said once if more than LONG_S is left.
     """
 
     def __init__(
@@ -86,7 +85,7 @@ class Progress:
         self._on_terminal = sys.stderr.isatty()
 
     def update(self, done: int, total: int, note: str = "", num_errors: int = 0) -> None:
-        """Report `done` of `total`; shown at most every few seconds. The rate leaves out what a resumed run had."""
+        """Report `done` of `total`; shown at most every few seconds. The rate excludes what a resumed run had."""
         now = self._clock()
         self._recent.append((now, done))
         # The last one that is older than a minute stays: the rate is measured from there.
@@ -103,7 +102,7 @@ class Progress:
         self._print(f"{self.stage}: {self.read().text()}")
 
     def read(self) -> Reading:
-        """How far it is now. May be called by another thread."""
+        """How far it is now. Another thread may call it."""
         recent = list(self._recent)
         note = ", ".join(filter(None, [self._note, self._waiting]))
         if not recent:
@@ -119,7 +118,7 @@ class Progress:
             self._print(f"{self.stage}: {self.read().text()}")
 
     def note(self, text: str) -> None:
-        """One lasting line: something worth knowing, or the end of the stage."""
+        """Print a lasting line."""
         if self.quiet:
             return
         self._print(f"{self.stage}: {text}")
@@ -134,8 +133,8 @@ class Progress:
 
 
 class ProgressBoard:
-    """A place where a worker says how far it is, and others ask. For several workers it is an actor: not beside the
-    trainer, whose process would have to import all that they do."""
+    """Holds the latest progress of a worker for others to read. For several workers it is an actor of its own, which
+    need not import what they do."""
 
     def __init__(self, stage: str) -> None:
         self.stage = stage
@@ -168,7 +167,7 @@ class BoardProgress(Progress):
 
 
 def format_bytes(num_bytes: float, digits: int = 3) -> str:
-    """``1.23 GB``: in decimal units, `digits` of it, and all that stand before the point."""
+    """``1.23 GB``: decimal units, `digits` significant digits, but never fewer than stand before the point."""
     for unit in ("B", "kB", "MB", "GB", "TB"):
         if num_bytes < 1000 or unit == "TB":
             break

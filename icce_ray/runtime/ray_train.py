@@ -110,5 +110,5 @@ def _on_worker(given: dict[str, Any]) -> Any:
     is_first = ray.train.get_context().get_world_rank() == 0
     board = given["board"]
     progress = BoardProgress(given["stage"], board.post.remote) if is_first else Progress(given["stage"], quiet=True)
-    # Of the processes' results, Ray Train hands on that of rank 0.
+    # Ray Train returns the result of rank 0.
     return attempt(given["work"], str(get_device()) if given["on_gpu"] else "cpu", progress)
