@@ -6,6 +6,8 @@ are matched one to one so that most images agree, and a match counts if it holds
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pyarrow as pa
 
@@ -52,7 +54,7 @@ def carry_over(
     has_both = (old_n >= 0) & (new_n >= 0)
     table = np.zeros((given.made_for.num_clusters, num_clusters), dtype=np.int64)
     np.add.at(table, (old_n[has_both], new_n[has_both]), 1)
-    matched: dict[int | None, int | None] = {None: None, **match_clusters(table)}
+    matched: dict[Any, Any] = {None: None, **match_clusters(table)}
     new_ones = [one.cluster for one in given.clusters if one.is_new]
     matched |= {cluster: num_clusters + place for place, cluster in enumerate(new_ones)}
     clusters = [
