@@ -1,196 +1,262 @@
 """Which image contents have an embedding already, and where: the same bytes are never embedded twice.
 
-The parts of this and earlier ``embed`` artifacts of the same model under the same output serve as the cache.
-:class:`ContentIndex` indexes them on one machine's disk. It also knows which worker is about to embed which content, so
-if two parts have the same bytes, one waits for the other's result.
+The parts of this and earlier ``embed`` artifacts of the same model under the same output serve as the cache. A
+:class:`ContentIndex` knows the file and the row of each content, and which part is about to embed which, so that of two
+parts with the same bytes one waits for the other. It holds no embeddings: readers fetch those from the files, or from
+the worker that made them. A large index is divided by hash among several processes (:class:`ShardedIndex`).
 """
 
 from __future__ import annotations
 
 import hashlib
-import sqlite3
+import math
 import threading
-import time
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 import numpy.typing as npt
 
 from icce_ray.embed.decode_and_embed import Outcome
-from icce_ray.embed.embedding_parts import is_part_file, read_hashes, read_part
-from icce_ray.embed.feature_matrix import joined_columns
-from icce_ray.errors import DamagedArtifactError
+from icce_ray.embed.embedding_parts import is_part_file, read_hashes
+from icce_ray.embed.hash_table import NO_FILE, HashTable, Keys
+from icce_ray.embed.part_hashes import Hashes, hashes_name, num_hashes, to_bytes
 from icce_ray.store import Folder
-from icce_ray.store.local_files import TEMPORARY
 
 LOAD_THREADS = 16
-MAX_HELD_PARTS = 32
-WAIT_S = 0.05
-MAX_WAIT_S = 120.0
-"""Longest wait for another worker's embedding of the same content. After that the content is embedded here."""
+LOAD_TOGETHER = 64
+"""Files of hashes that are read before their keys are added."""
+CONTENTS_PER_SHARD = 50_000_000
+"""1.6 GB in memory."""
 
-Vector = npt.NDArray[Any]
+CLAIMED = np.uint32(2**32 - 1)
+"""In place of the row: a part is about to embed the content."""
+YOURS, BUSY, HERE, AT = range(4)
+
+Flags = npt.NDArray[np.bool_]
+Rows = npt.NDArray[np.uint32]
+
+
+@dataclass
+class Answers:
+    """Where each of n contents is."""
+
+    kinds_n: npt.NDArray[np.uint8]
+    """AT: in a file. HERE: embedded by a part that is not written yet. YOURS: to be embedded by the part that asked.
+    BUSY: being embedded by another."""
+    rows_n: Rows
+    """AT: the row in the file."""
+    sources_n: npt.NDArray[np.int32]
+    """AT, HERE: number of the source."""
+    sources: list[Any]
+    """AT: number of the folder and name of the part file. HERE: what was published, for :meth:`Index.fetch`."""
 
 
 class Index(Protocol):
-    """The methods of a :class:`ContentIndex` that embedding needs, in this or in another process."""
+    """What embedding needs of the index, in this process or in others."""
 
-    def claim(self, part: str, hashes: list[str], *, force: bool = False) -> list[Any]: ...
+    def known(self, keys: Keys) -> Flags: ...
 
-    def publish(self, part: str, outcomes: dict[str, Outcome]) -> None: ...
+    def claim(self, part: str, keys: Keys, force: bool = False) -> Answers: ...
 
-    def finish(self, part: str, hashes: list[str]) -> None: ...
+    def publish(self, part: str, keys: Keys, outcomes: dict[str, Outcome]) -> None: ...
+
+    def fetch(self, published: Any) -> dict[str, Outcome]: ...
+
+    def finish(self, part: str, keys: Keys, rows: Rows) -> None: ...
 
     def forget(self, place: int, part: str) -> None: ...
 
 
+def keys_of(hashes: list[str]) -> Keys:
+    """Hexadecimal hashes -> the keys by which the index knows them."""
+    return _keys(to_bytes(hashes))
+
+
+def _keys(hashes_nB: Hashes) -> Keys:
+    return np.ascontiguousarray(hashes_nB[:, -8:]).view(np.uint64)[:, 0]
+
+
+def part_files(folder: Folder) -> dict[str, int]:
+    """The part files of an ``embed`` artifact, and how many hashes the file beside each holds."""
+    sizes = folder.sizes()
+    return {name: num_hashes(sizes.get(hashes_name(name), 0)) for name in sorted(sizes) if is_part_file(name)}
+
+
+def num_shards(folders: Sequence[Folder], num_new: int) -> int:
+    """Number of processes that the index of some folders and of `num_new` images is divided among."""
+    known = sum(sum(part_files(folder).values()) for folder in folders)
+    return math.ceil((known + num_new) / CONTENTS_PER_SHARD) or 1
+
+
 class ContentIndex:
-    """The index. Creating it reads the hashes of all parts in `folders`. Any thread may call :meth:`known`.
+    """The index, or a shard of it. Creating it reads the hashes of all parts in `folders`. Any thread may call it.
 
     Args:
         folders: ``embed`` artifacts of one model, finished or not; the first is the one being written.
+        num_new: number of images to be embedded.
+        shard: number of the shard.
+        num_shards: of which each has the contents that :class:`ShardedIndex` asks it for.
     """
 
-    def __init__(self, folders: Sequence[Folder]) -> None:
-        self._database = sqlite3.connect(TEMPORARY, check_same_thread=False)
-        self._database.executescript(
-            "PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF;"
-            "CREATE TABLE content (hash BLOB PRIMARY KEY, place INTEGER, part TEXT) WITHOUT ROWID"
-        )
+    def __init__(self, folders: Sequence[Folder], num_new: int = 0, shard: int = 0, num_shards: int = 1) -> None:
         self._lock = threading.Lock()
-        self._claims: dict[str, str] = {}
-        self._published: dict[str, dict[str, Outcome]] = {}
-        for place, folder in enumerate(folders):
-            names = [name for name in folder.names() if is_part_file(name)]
-            with ThreadPoolExecutor(LOAD_THREADS) as threads:
-                for name, found in zip(names, threads.map(partial(read_hashes, folder), names), strict=True):
-                    self._insert(place, name, map(bytes.hex, map(bytes, found.hashes_nB)) if found else [])
+        self._files: dict[int, tuple[int, str]] = {}
+        self._numbers: dict[tuple[int, str], int] = {}
+        self._published: dict[int, Any] = {}
+        found = [
+            (place, name, rows) for place, folder in enumerate(folders) for name, rows in part_files(folder).items()
+        ]
+        self._table = HashTable((sum(rows for *_, rows in found) + num_new) // num_shards)
+
+        def load(place: int, name: str) -> tuple[Keys, Rows]:
+            hashes = read_hashes(folders[place], name)
+            keys = _keys(hashes.hashes_nB) if hashes else np.empty(0, np.uint64)
+            ours = np.flatnonzero(_shards(keys, num_shards) == shard)
+            return keys[ours], ours.astype(np.uint32)
+
+        with ThreadPoolExecutor(LOAD_THREADS) as threads:
+            for start in range(0, len(found), LOAD_TOGETHER):
+                places, names, _ = zip(*found[start : start + LOAD_TOGETHER], strict=True)
+                loaded = list(threads.map(load, places, names))
+                numbers = np.array([self._number(*file) for file in zip(places, names, strict=True)], np.uint32)
+                keys, rows = (np.concatenate(arrays) for arrays in zip(*loaded, strict=True))
+                slots = self._table.insert(keys)
+                new = self._table.files[slots] == NO_FILE
+                # Backwards: of equal contents, the first one counts.
+                slots, rows = slots[new][::-1], rows[new][::-1]
+                self._table.files[slots] = np.repeat(numbers, [len(part) for part, _ in loaded])[new][::-1]
+                self._table.rows[slots] = rows
 
     def __repr__(self) -> str:
         return "embed: content index"
 
-    def known(self, hashes: list[str]) -> set[str]:
-        """Those of `hashes` that have an embedding on storage."""
-        return {value for value in hashes if self._find(value) is not None}
+    @property
+    def num_bytes(self) -> int:
+        return self._table.num_bytes
 
-    def claim(self, part: str, hashes: list[str], *, force: bool = False) -> list[Any]:
-        """Where the embedding of each hash is: ``["at", place, part]`` on storage; ``["here", outcome]`` embedded by a
-        part that is not written yet; ``["yours"]`` to be embedded by `part`; ``["busy"]`` being embedded by another.
+    def known(self, keys: Keys) -> Flags:
+        """Which of the contents have an embedding on storage."""
+        with self._lock:
+            slots = self._table.find(keys)
+            stored: Flags = (self._table.files[slots] < NO_FILE) & (self._table.rows[slots] != CLAIMED)
+        return stored & (slots >= 0)
+
+    def claim(self, part: str, keys: Keys, force: bool = False) -> Answers:
+        """Where the contents are; those that are nowhere are for `part` to embed.
 
         Args:
+            part: name of its file.
+            keys: of the contents.
             force: take contents over from a part that does not seem to finish.
         """
-        answers: list[Any] = []
-        for value in hashes:
-            found = self._find(value)
-            holder = self._claims.get(value)
-            if found is not None:
-                answers.append(["at", *found])
-            elif holder is not None and value in self._published.get(holder, {}):
-                answers.append(["here", self._published[holder][value]])
-            elif holder in (None, part) or force:
-                self._claims[value] = part
-                answers.append(["yours"])
-            else:
-                answers.append(["busy"])
+        with self._lock:
+            number = self._number(0, part)
+            slots = self._table.insert(keys)
+            files, rows = self._table.files[slots], self._table.rows[slots]
+            claimed = (files != NO_FILE) & (rows == CLAIMED)
+            ours = (files == NO_FILE) | (claimed & ((files == number) | force))
+            self._table.files[slots[ours]], self._table.rows[slots[ours]] = number, CLAIMED
+            published = [holder for holder in np.unique(files[claimed & ~ours]).tolist() if holder in self._published]
+            kinds = np.full(len(keys), AT, np.uint8)
+            kinds[claimed] = BUSY
+            kinds[claimed & np.isin(files, published)] = HERE
+            kinds[ours] = YOURS
+            answers = Answers(kinds, rows, np.zeros(len(keys), np.int32), [])
+            for kind, sources in ((HERE, self._published), (AT, self._files)):
+                numbers, answers.sources_n[kinds == kind] = np.unique(files[kinds == kind], return_inverse=True)
+                answers.sources_n[kinds == kind] += len(answers.sources)
+                answers.sources += [sources[number] for number in numbers.tolist()]
         return answers
 
-    def publish(self, part: str, outcomes: dict[str, Outcome]) -> None:
+    def publish(self, part: str, keys: Keys, outcomes: Any) -> None:
         """Provide what `part` embedded to others until it is written."""
-        self._published.setdefault(part, {}).update(outcomes)
+        with self._lock:
+            self._published[self._number(0, part)] = outcomes
 
-    def finish(self, part: str, hashes: list[str]) -> None:
-        """The part was written to the first folder, with the embeddings of `hashes`."""
-        self._insert(0, part, hashes)
-        self._published.pop(part, None)
-        for value in [value for value, holder in self._claims.items() if holder == part]:
-            del self._claims[value]
+    def fetch(self, published: Any) -> dict[str, Outcome]:
+        """What a part published. Raises LookupError: it is gone."""
+        outcomes: dict[str, Outcome] = published
+        return outcomes
+
+    def finish(self, part: str, keys: Keys, rows: Rows) -> None:
+        """The part was written to the first folder, with these contents in these rows; CLAIMED: they have failed."""
+        with self._lock:
+            number = self._number(0, part)
+            self._published.pop(number, None)
+            slots = self._table.insert(keys)
+            stored = rows != CLAIMED
+            self._table.files[slots[stored]], self._table.rows[slots[stored]] = number, rows[stored]
+            failed = slots[~stored]
+            self._table.files[failed[self._table.files[failed] == number]] = NO_FILE
 
     def forget(self, place: int, part: str) -> None:
         """A part can no longer be read."""
         with self._lock:
-            self._database.execute("DELETE FROM content WHERE place = ? AND part = ?", (place, part))
+            gone = (self._table.files == self._number(place, part)) & (self._table.rows != CLAIMED)
+            self._table.files[gone] = NO_FILE
 
-    def _insert(self, place: int, part: str, hashes: Iterable[str]) -> None:
-        rows = ((bytes.fromhex(value), place, part) for value in hashes)
-        with self._lock:
-            self._database.executemany("INSERT OR IGNORE INTO content VALUES (?, ?, ?)", rows)
-
-    def _find(self, value: str) -> tuple[int, str] | None:
-        query = "SELECT place, part FROM content WHERE hash = ?"
-        with self._lock:
-            found: tuple[int, str] | None = self._database.execute(query, (bytes.fromhex(value),)).fetchone()
-        return found
+    def _number(self, place: int, part: str) -> int:
+        if (place, part) not in self._numbers:
+            self._numbers[place, part] = len(self._files)
+            self._files[len(self._files)] = (place, part)
+        return self._numbers[place, part]
 
 
-class VectorReader:
-    """Reads single embeddings from parts; keeps the last parts it read."""
-
-    def __init__(self, folders: Sequence[Folder]) -> None:
-        self._folders = folders
-        self._held: OrderedDict[tuple[int, str], tuple[dict[str, int], Vector]] = OrderedDict()
-
-    def read(self, place: int, part: str, content_hash: str) -> Vector:
-        """Raises DamagedArtifactError: the part is missing or damaged."""
-        key = (place, part)
-        if key not in self._held:
-            table = read_part(self._folders[place], part)
-            rows_of = {value: row for row, value in enumerate(table["content_hash"].to_pylist())}
-            self._held[key] = rows_of, joined_columns(table)
-            if len(self._held) > MAX_HELD_PARTS:
-                self._held.popitem(last=False)
-        self._held.move_to_end(key)
-        rows, vectors = self._held[key]
-        vector: Vector = vectors[rows[content_hash]]
-        return vector
+def _shards(keys: Keys, num_shards: int) -> npt.NDArray[np.uint64]:
+    return (keys >> np.uint64(40)) % np.uint64(num_shards)  # by other bits than those that choose the bucket
 
 
-def gather(
-    part: str,
-    hashes: list[str],
-    index: Index,
-    reader: VectorReader,
-    embed: Callable[[list[str]], dict[str, Outcome]],
-) -> tuple[dict[str, Outcome], list[str]]:
-    """Get an outcome for each content of a part: read it, take it from another part, or embed it here.
+@dataclass(frozen=True)
+class ShardedIndex:
+    """An index in other processes, divided by hash."""
 
-    Args:
-        part: its name.
-        hashes: contents, each once.
-        embed: embeds the contents that are left to this part.
+    num_shards: int
+    call: Callable[[str, dict[int, tuple[Any, ...]]], dict[int, Any]]
+    """Calls a method of some shards with these arguments, all at once; returns their answers."""
+    put: Callable[[dict[str, Outcome]], Any]
+    """Keeps outcomes where other processes can get them; returns what is sent to the index in their place."""
+    get: Callable[[Any], dict[str, Outcome]]
+    """The outcomes. Raises LookupError: they are gone."""
 
-    Returns:
-        The outcomes by hash, and the hashes that were embedded here.
-    """
-    outcomes: dict[str, Outcome] = {}
-    embedded: list[str] = []
-    missing, deadline = list(hashes), time.monotonic() + MAX_WAIT_S
-    while missing:
-        ours = []
-        answers = index.claim(part, missing, force=time.monotonic() > deadline)
-        for value, (kind, *found) in zip(missing, answers, strict=True):
-            if kind == "yours":
-                ours.append(value)
-            elif kind == "here":
-                outcomes[value] = found[0]
-            elif kind == "at":
-                try:
-                    outcomes[value] = reader.read(found[0], found[1], value)
-                except (DamagedArtifactError, KeyError):
-                    index.forget(found[0], found[1])
-        if ours:
-            fresh = embed(ours)
-            index.publish(part, fresh)
-            outcomes |= fresh
-            embedded += ours
-            deadline = time.monotonic() + MAX_WAIT_S
-        missing = [value for value in missing if value not in outcomes]
-        if missing and not ours:
-            time.sleep(WAIT_S)
-    return outcomes, embedded
+    def known(self, keys: Keys) -> Flags:
+        known = np.zeros(len(keys), np.bool_)
+        for places, answer in self._ask("known", keys, lambda places: (keys[places],)):
+            known[places] = answer
+        return known
+
+    def claim(self, part: str, keys: Keys, force: bool = False) -> Answers:
+        num = len(keys)
+        whole = Answers(np.zeros(num, np.uint8), np.zeros(num, np.uint32), np.zeros(num, np.int32), [])
+        for places, answer in self._ask("claim", keys, lambda places: (part, keys[places], force)):
+            whole.kinds_n[places], whole.rows_n[places] = answer.kinds_n, answer.rows_n
+            whole.sources_n[places] = answer.sources_n + len(whole.sources)
+            whole.sources += answer.sources
+        return whole
+
+    def publish(self, part: str, keys: Keys, outcomes: dict[str, Outcome]) -> None:
+        kept = self.put(outcomes)
+        self._ask("publish", keys, lambda places: (part, keys[places], kept))
+
+    def fetch(self, published: Any) -> dict[str, Outcome]:
+        return self.get(published)
+
+    def finish(self, part: str, keys: Keys, rows: Rows) -> None:
+        self._ask("finish", keys, lambda places: (part, keys[places], rows[places]))
+
+    def forget(self, place: int, part: str) -> None:
+        self.call("forget", dict.fromkeys(range(self.num_shards), (place, part)))
+
+    def _ask(
+        self, method: str, keys: Keys, arguments: Callable[[npt.NDArray[np.int64]], tuple[Any, ...]]
+    ) -> list[tuple[npt.NDArray[np.int64], Any]]:
+        """Ask the shards that the keys belong to: the positions in `keys` that each was asked for, and its answer."""
+        shards = _shards(keys, self.num_shards)
+        places = {shard: np.flatnonzero(shards == shard) for shard in np.unique(shards).tolist()}
+        answers = self.call(method, {shard: arguments(found) for shard, found in places.items()})
+        return [(found, answers[shard]) for shard, found in places.items()]
 
 
 def siblings(root: Folder, own: Folder, model: str) -> list[Folder]:

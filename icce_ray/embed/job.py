@@ -13,10 +13,11 @@ import json
 import math
 import time
 import warnings
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from typing import Any, cast
 
 import pyarrow as pa
@@ -24,8 +25,8 @@ import pyarrow as pa
 from icce_ray import errors
 from icce_ray.config import PIXELS, Config
 from icce_ray.embed.backbone_plan import EmbeddingPlan
-from icce_ray.embed.content_index import ContentIndex
-from icce_ray.embed.decode_and_embed import NOTHING_DECODED, decoded_from_table, decoded_to_table
+from icce_ray.embed.content_index import ContentIndex, ShardedIndex, num_shards
+from icce_ray.embed.decode_and_embed import NOTHING_DECODED, Outcome, decoded_from_table, decoded_to_table
 from icce_ray.embed.embedding_parts import (
     PartRange,
     images_per_part,
@@ -33,6 +34,7 @@ from icce_ray.embed.embedding_parts import (
     revision_of,
 )
 from icce_ray.embed.finished_parts import Tally
+from icce_ray.embed.gather_embeddings import known_hashes
 from icce_ray.embed.part_embedder import EmbedTask, PartEmbedder, embed_here
 from icce_ray.embed.part_hashes import hashes_name
 from icce_ray.embed.ready_made import rewrite_embeddings
@@ -51,13 +53,14 @@ from icce_ray.runtime.progress import Progress
 from icce_ray.runtime.ray_cluster import connect, runs_here
 from icce_ray.runtime.threads import repeating
 from icce_ray.stage import StageContext
-from icce_ray.store import Artifact
+from icce_ray.store import Artifact, Folder
 from icce_ray.store.part_records import PartRecord
 from icce_ray.store.s3 import use_s3
 
 NO_PROGRESS_TIMEOUT_S = 1800.0
 POST_INTERVAL_S = 2.0
 """How often workers say how far they are in a part."""
+INDEX_SAY_S = 5.0
 PARTS_PER_ACTOR = 3
 """Decoded parts for each actor: the one it works on, and those that wait."""
 
@@ -132,19 +135,19 @@ def _layout(plan: EmbeddingPlan, images_per_part: int) -> dict[str, Any]:
 class Embedder:
     """The actor. It can be restarted from its arguments."""
 
-    def __init__(self, task: EmbedTask, index: Any, num_threads: int, device: str) -> None:
+    def __init__(self, task: EmbedTask, shards: list[Any], num_threads: int, device: str) -> None:
         use_s3(task.config.storage)
         self.task = task
         listing = Listing(task.images)
         self.embedder = PartEmbedder(
             task,
-            _RemoteIndex(index),
+            _sharded(shards),
             num_threads=num_threads,
             device=device,
             decode=lambda part: task.decode(part, listing),
             on_batch=self._post,
         )
-        self._index, self._posted_at = index, time.monotonic()
+        self._index, self._posted_at = shards[0], time.monotonic()
         if any(backbone.backbone != PIXELS for backbone in task.config.embed.backbones):
             import timm  # noqa: F401  # takes seconds, in which the first part is being decoded
 
@@ -197,25 +200,31 @@ def _batches_shown(index: Any, on_batch: Callable[[PartRange, int], None]) -> It
         yield
 
 
-class _RemoteIndex:
-    """The content index, which lives in an actor of its own."""
+def _sharded(shards: Sequence[Any]) -> ShardedIndex:
+    """The index whose shards live in these actors. Embeddings travel between workers through Ray's object store."""
+    import ray
 
-    def __init__(self, handle: Any) -> None:
-        self._handle = handle
+    def call(method: str, arguments: dict[int, tuple[Any, ...]]) -> dict[int, Any]:
+        answers = [getattr(shards[shard], method).remote(*values) for shard, values in arguments.items()]
+        return dict(zip(arguments, ray.get(answers), strict=True))
 
-    def __getattr__(self, name: str) -> Any:
-        import ray
+    def get(published: list[Any]) -> dict[str, Outcome]:
+        try:
+            return cast(dict[str, Outcome], ray.get(published[0]))
+        except ray.exceptions.ObjectLostError as error:
+            raise LookupError(str(error)) from None
 
-        return lambda *values, **options: ray.get(getattr(self._handle, name).remote(*values, **options))
+    # In a list: an argument that is itself a reference would be fetched by the index.
+    return ShardedIndex(len(shards), call, put=lambda outcomes: [ray.put(outcomes)], get=get)
 
 
-def decode(batch: Any, task: EmbedTask, index: Any) -> Any:
+def decode(batch: Any, task: EmbedTask, shards: list[Any]) -> Any:
     """The task: one row that names a part -> one row that holds the pixels of its new contents."""
     use_s3(task.config.storage)
     part = PartRange.from_json(batch["part"][0].as_py())
     attempt = task.attempt(part, "decode")
     try:
-        known = _RemoteIndex(index).known
+        known = partial(known_hashes, _sharded(shards))
         decoded = task.decode(part, _listing(task.images), known=known, attempt=attempt, decode=decode_or_die)
     except (errors.UserError, errors.WorkerError) as error:
         return decoded_to_table(part, NOTHING_DECODED, _to_text(error))
@@ -254,7 +263,7 @@ def _embed_all(task: EmbedTask, pending: list[PartRange], tally: Tally, progress
         parts = embed_here(task, pending, tally.add_batch)
     else:
         wait_for_machines(resources, "embed", progress.note)
-        parts = _embed_on_ray(task, pending, tally.add_batch)
+        parts = _embed_on_ray(task, pending, tally.add_batch, progress)
     # Closed, so that a run that stops because of its errors doesn't leave its workers working.
     with closing(parts) as finished:
         for part in finished:
@@ -262,7 +271,7 @@ def _embed_all(task: EmbedTask, pending: list[PartRange], tally: Tally, progress
 
 
 def _embed_on_ray(
-    task: EmbedTask, pending: list[PartRange], on_batch: Callable[[PartRange, int], None]
+    task: EmbedTask, pending: list[PartRange], on_batch: Callable[[PartRange, int], None], progress: Progress
 ) -> Generator[PartRecord, None, None]:
     """Embed the `pending` parts; yields each as it is finished, in any order."""
     import ray
@@ -288,14 +297,13 @@ def _embed_on_ray(
     data_context.execution_options.resource_limits = ray.data.ExecutionResources.for_limits(
         object_store_memory=ahead * part_bytes
     )
-    index: Any = (
-        ray.remote(_IndexActor).options(num_cpus=0, max_restarts=-1, max_task_retries=-1).remote(task.folders)  # type: ignore[attr-defined]
-    )
+    shards = _start_index(task.folders, sum(part.num_images for part in pending))
     try:
+        _wait_for_index(shards, progress)
         with (
             ray.data.DataContext.current(data_context),
             warnings.catch_warnings(),
-            _batches_shown(index, on_batch),
+            _batches_shown(shards[0], on_batch),
         ):
             warnings.simplefilter("ignore")  # Ray Data warns of max_retries, which it has no parameter for yet
             dataset = (
@@ -304,7 +312,7 @@ def _embed_on_ray(
                     cast(Any, decode),
                     batch_size=1,
                     batch_format="pyarrow",
-                    fn_kwargs={"task": task, "index": index},
+                    fn_kwargs={"task": task, "shards": shards},
                     num_cpus=decode_cpus,
                     max_retries=-1,  # `Attempt` decides when to give up
                 )
@@ -315,7 +323,7 @@ def _embed_on_ray(
                     compute=ray.data.ActorPoolStrategy(size=num_workers),
                     fn_constructor_kwargs={
                         "task": task,
-                        "index": index,
+                        "shards": shards,
                         "num_threads": max(1, int(worker_cpus(worker))),
                         "device": "cuda" if worker.gpus_per_worker else "cpu",
                     },
@@ -334,7 +342,29 @@ def _embed_on_ray(
             f"{errors.describe_cause(error)}"
         ) from error
     finally:
-        ray.kill(index)
+        for shard in shards:
+            ray.kill(shard)
+
+
+def _start_index(folders: list[Folder], num_new: int) -> list[Any]:
+    """The actors of the shards of the content index. They can be restarted: their answers lie on storage."""
+    import ray
+
+    number = num_shards(folders, num_new)
+    actor: Any = ray.remote(_IndexActor)
+    actor = actor.options(num_cpus=0, max_restarts=-1, max_task_retries=-1, scheduling_strategy="SPREAD")
+    return [actor.remote(folders, num_new, shard, number) for shard in range(number)]
+
+
+def _wait_for_index(shards: Sequence[Any], progress: Progress) -> None:
+    """Until it has read the hashes of the finished parts, which may take longer than Ray Data lets a step take."""
+    import ray
+
+    ready = [shard.take_batches.remote() for shard in shards]
+    if ray.wait(ready, num_returns=len(ready), timeout=INDEX_SAY_S)[1]:
+        progress.waits("the content index reads the hashes of finished parts")
+    ray.get(ready)
+    progress.waits("")
 
 
 def _one_block_per_part(parts: list[PartRange], free_cpus: float) -> Any:

@@ -12,12 +12,15 @@ from functools import cached_property, partial
 from itertools import cycle
 from typing import Any
 
+import numpy as np
+
 from icce_ray.config import Config
 from icce_ray.embed.backbone_plan import EmbeddingPlan, embed_settings, model_key, plan_embedding
 from icce_ray.embed.build_backbone import build_backbone
-from icce_ray.embed.content_index import ContentIndex, Index, VectorReader, gather, siblings
+from icce_ray.embed.content_index import CLAIMED, ContentIndex, Index, keys_of, siblings
 from icce_ray.embed.decode_and_embed import DecodedPart, Outcome, assemble_part, decode_part, embed_contents
 from icce_ray.embed.embedding_parts import PartRange, read_part, source_digest, write_part
+from icce_ray.embed.gather_embeddings import VectorReader, gather, known_hashes
 from icce_ray.embed.networks import Backbone
 from icce_ray.embed.reuse_parts import ReusableParts
 from icce_ray.images.decoding_process import DecodingProcess
@@ -123,16 +126,18 @@ class PartEmbedder:
         dims, model = self._task.plan.dims, self._task.model
         table, failed = assemble_part(decoded, outcomes, dims, model=model, previous=previous)
         counts = {"num_embedded": len(embedded), "num_stretched": decoded.num_stretched}
-        finished = write_part(self._task.records, part, table, failed, **counts)
-        self._index.finish(part.file_name, [value for value in embedded if not isinstance(outcomes[value], str)])
-        return finished
+        record = write_part(self._task.records, part, table, failed, **counts)
+        rows = {value: row for row, value in enumerate(table["content_hash"].to_pylist())}
+        rows_n = np.array([rows.get(value, CLAIMED) for value in embedded], np.uint32)
+        self._index.finish(part.file_name, keys_of(embedded), rows_n)
+        return record
 
 
 def embed_here(
     task: EmbedTask, pending: list[PartRange], on_batch: Callable[[PartRange, int], None]
 ) -> Generator[PartRecord, None, None]:
     """Embed the `pending` parts in this process; yields each as it is finished, in order. Other processes decode."""
-    index, listing = ContentIndex(task.folders), Listing(task.images)
+    index, listing = ContentIndex(task.folders, sum(part.num_images for part in pending)), Listing(task.images)
     num_processes = min(usable_cpus(), len(pending))
     with ExitStack() as stack:
         # A thread for each process: closing a process lets its thread end.
@@ -156,6 +161,6 @@ def embed_here(
         while waiting or decoding:
             while waiting and len(decoding) <= num_processes:
                 part = waiting.popleft()
-                decoding.append((part, start(part, known=index.known)))
+                decoding.append((part, start(part, known=partial(known_hashes, index))))
             part, decoded = decoding.popleft()
             yield embedder.embed(part, decoded.result())
