@@ -2,7 +2,8 @@
 
 The pilot's images are mixtures of two images of the sample, at most MAX_IMAGES of them. It is run twice with few
 epochs, so that the cost of an epoch is known apart from that of starting. Most stages grow with the number of images,
-the search for neighbours with its square; the classifier takes a fixed number of steps.
+the search for neighbours with its square; the classifier takes a fixed number of steps, and the scores without labels
+and the page a sample.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ NUM_TRIED = 50
 """Numbers of clusters that `num_clusters: auto` tries, at most."""
 GUESSED_CLUSTERS = 20
 """For the stages after it, when the number is still to be chosen."""
-GROWTH = {"sample": 2, "neighbors": 2, "classifier": 0, "report": 0}
+GROWTH = {"sample": 2, "neighbors": 2, "classifier": 0, "evaluate": 0, "report": 0}
 """Powers of the number of images that the time of a stage grows with; 1 for the others."""
 STAGES_ON_ALL = ("assign", "evaluate", "report")
 """The others see only the images that are trained on."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -67,7 +68,7 @@ def test_the_newest_run_is_copied_and_nothing_of_the_one_before_stays(bucket: An
 
 
 def test_exports_go_to_a_bucket(bucket: Any, run: Path) -> None:  # noqa: F811
-    for to in ("csv", "folders", "webdataset", "cleanlab"):
+    for to in ("csv", "folders", "webdataset", "cleanlab", "fiftyone", "huggingface"):
         export_run(run, to, f"s3://results/{to}", quiet=True)
     assert keys(bucket, "csv/")["assignments.csv"].count(b"\n") == 31
     sorted_by_cluster = keys(bucket, "folders/")
@@ -79,3 +80,20 @@ def test_exports_go_to_a_bucket(bucket: Any, run: Path) -> None:  # noqa: F811
         assert len(tar.getnames()) == 3 * len(READABLE)
     assert set(keys(bucket, "cleanlab/")) == {"labels.npy", "pred_probs.npy", "images.csv", "export.json"}
     assert Folder.at("s3://results/cleanlab").size("labels.npy") == 29 * 8 + 128
+    fiftyone = keys(bucket, "fiftyone/")
+    assert set(fiftyone) == {
+        "samples.json", "metadata.json", "brain/icce_map.json", "brain/icce_similarity.json", "export.json"
+    }  # fmt: skip
+    assert len(json.loads(fiftyone["samples.json"])["samples"]) == 30
+    (name,) = (name for name in keys(bucket, "huggingface/") if name.endswith(".parquet"))
+    table = pq.read_table(io.BytesIO(keys(bucket, "huggingface/")[name]))
+    assert len(table) == len(READABLE)
+    assert sorted(len(image["bytes"]) > 0 for image in table["image"].to_pylist()) == [True] * len(READABLE)
+
+
+def test_fiftyone_gets_copies_of_images_on_a_bucket(bucket: Any, run: Path) -> None:  # noqa: F811
+    export_run(run, "fiftyone", "s3://results/fiftyone-copies", copy=True, quiet=True)
+    found = keys(bucket, "fiftyone-copies/")
+    files = [sample["filepath"] for sample in json.loads(found["samples.json"])["samples"]]
+    assert len(files) == len(READABLE)
+    assert set(files) < set(found)

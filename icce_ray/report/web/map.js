@@ -40,7 +40,7 @@ async function showMap(view) {
   const canvas = el("canvas", {tabIndex: 0, ariaLabel: "Map of the images"});
   const legend = el("aside", {className: "legend"});
   const buttons = {};
-  let colors = null, box = canvas.getBoundingClientRect(), queued = false, path = null;
+  let colors = null, box = canvas.getBoundingClientRect(), queued = false, path = null, image = null;
   const choices = [["cluster", "cluster"], ["agreement", "agreement"],
     ...CORE.images.clusterings.map((name, i) => [`clustering-${i}`, `method ${name}`]),
     ...(COLUMNS.label ? [["label", "true label"]] : [])];
@@ -94,8 +94,8 @@ async function showMap(view) {
     const {width, height} = canvas;
     if (!width || !height || !colors) return;
     const context = canvas.getContext("2d");
-    const image = context.createImageData(width, height);
-    const pixels = new Uint32Array(image.data.buffer);
+    if (image?.width !== width || image.height !== height) image = context.createImageData(width, height);
+    const pixels = new Uint32Array(image.data.buffer).fill(0);
     const u = unit(), ratio = devicePixelRatio;
     const radius = Math.max(1, Math.round(ratio * Math.min(3.5, 1 + 0.6 * Math.sqrt(map.scale) * (mapIndex.sorted.length < 20000 ? 1.8 : 1))));
     const isDark = getComputedStyle(document.documentElement).getPropertyValue("--is-dark").trim() === "1";
