@@ -39,6 +39,7 @@ CASES = {
     "neighbors-gpu": "the exact graph of 1.28 million images on a GPU: seconds by step, equality with FAISS",
     "neighbors-scale": "counted operations, bytes and predicted time of the graph for 10M to 1B images",
     "proxies": "how well scores without labels rank clusterings of all methods by their true AMI and ACC",
+    "refit-ids": "a refit with 1% new images and a new class: which images keep their cluster's number, what is found",
     "report": "the page for 100 to 100,000 images: time to make it, size, and frame time of the map in Chromium",
     "small-run": "CPU seconds of a run over 40 images, all processes together, and of the same command again",
     "sweep-metrics": "how well metrics without labels rank a sweep's trials by ACC, and the consensus of the best",

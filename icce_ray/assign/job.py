@@ -14,13 +14,15 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from icce_ray.assign.drift import summarize_drift
 from icce_ray.assign.embeddings_to_label import AssignPart, EmbeddedImages, EmbeddingFiles, Source
 from icce_ray.assign.exemplars import choose_exemplars
-from icce_ray.assign.part_labeler import ASSIGNMENTS_FOLDER, CANDIDATES_FOLDER, PartLabeler
+from icce_ray.assign.new_clusters import NEW_CLUSTERS_NAME, find_new_clusters
+from icce_ray.assign.part_labeler import ASSIGNMENTS_FOLDER, CANDIDATES_FOLDER, OUTLIERS_FOLDER, PartLabeler
 from icce_ray.assign.stage import ASSIGN
 from icce_ray.assign.totals import Totals
 from icce_ray.config import Config, ResourcesConfig
@@ -57,11 +59,12 @@ class Labeler:
 
 
 def run(config: Config, context: StageContext) -> dict[str, Any]:
-    """Label every image: assignments/part-*.parquet and exemplars.parquet; for new images also drift.json.
+    """Label every image: assignments/part-*.parquet and exemplars.parquet; for new images also drift.json and
+    new_clusters.parquet.
 
     Returns:
         num_images, num_in_consensus, num_noise, num_outliers, num_exemplars, mean_consensus_probability,
-        num_clusters_used, cluster_sizes (images of each of the K).
+        num_clusters_used, cluster_sizes (images of each of the K); for new images new_cluster_sizes.
 
     Raises:
         InputError: ready-made embeddings that cannot be read.
@@ -83,13 +86,19 @@ def run(config: Config, context: StageContext) -> dict[str, Any]:
     candidates = [file for file in files if file.name.startswith(CANDIDATES_FOLDER)]
     exemplars = choose_exemplars(_read_tables(output.folder, candidates), num_exemplars)
     output.write_table(EXEMPLARS_NAME, exemplars)
+    metrics = totals.metrics() | {"num_exemplars": len(exemplars)}
     if "consensus" not in inputs:
         output.write_json(DRIFT_NAME, summarize_drift(totals, labeler.classifier))
+        outliers = [file for file in files if file.name.startswith(OUTLIERS_FOLDER)]
+        found = find_new_clusters(_read_tables(output.folder, outliers), labeler.classifier, config.seed)
+        output.write_table(NEW_CLUSTERS_NAME, found)
+        metrics["new_cluster_sizes"] = np.bincount(found["new_cluster"].to_numpy()).tolist()
     for file in assignments:
         output.add(file)
     records.clear()
-    (output.folder / CANDIDATES_FOLDER.rstrip("/")).clear()
-    return totals.metrics() | {"num_exemplars": len(exemplars)}
+    for folder in (CANDIDATES_FOLDER, OUTLIERS_FOLDER):
+        (output.folder / folder.rstrip("/")).clear()
+    return metrics
 
 
 def _digest(source: Source, context: StageContext, config: Config) -> str:
@@ -124,7 +133,7 @@ def _label_all(
 
 
 def _read_tables(folder: Folder, files: Sequence[Part]) -> pa.Table:
-    """The candidates of all parts, joined: a few images for each exemplar wanted."""
+    """The tables of all parts, joined: candidates, a few images for each exemplar wanted, or outliers."""
     with ThreadPoolExecutor(READ_THREADS) as threads:
         data = threads.map(lambda file: folder.read_bytes(file.name), files)
         return pa.concat_tables(pq.read_table(pa.BufferReader(each)) for each in data)

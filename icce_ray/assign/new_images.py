@@ -15,6 +15,7 @@ from typing import Any
 
 from icce_ray.assign.drift import drift_lines
 from icce_ray.assign.load_model import check_weights, embed_config, find_model
+from icce_ray.assign.new_clusters import NEW_CLUSTERS_NAME
 from icce_ray.assign.stage import ASSIGN
 from icce_ray.classifier.linear import DESCRIPTION_NAME
 from icce_ray.classifier.stage import CLASSIFIER
@@ -31,6 +32,8 @@ from icce_ray.runtime.progress import format_seconds
 from icce_ray.stage import Settings, Stage
 from icce_ray.store import Artifact
 
+NEW_CLUSTERS_VERSION = 1
+NEW_CLUSTERS_SHOWN = 5
 FREE_EMBED_SETTINGS = {"batch_size", "max_error_rate", "max_image_pixels"}
 """Settings of `embed` that don't change the features. All others are the model's."""
 
@@ -38,6 +41,7 @@ FREE_EMBED_SETTINGS = {"batch_size", "max_error_rate", "max_image_pixels"}
 def _assign_settings(config: Config) -> Settings:
     # The model already holds the outlier threshold.
     settings: Settings = {"assign": config.assign.model_dump(exclude={"outlier_quantile"}), "seed": config.seed}
+    settings["new_clusters"] = NEW_CLUSTERS_VERSION
     if config.embeddings.uri is None:
         return settings
     given = {"embeddings": config.embeddings.model_dump(), "uri_column": config.images.uri_column}
@@ -68,6 +72,10 @@ class AssignResult:
     exemplars: str
     """A Parquet table: cluster, rank, image_id, uri, agreement, consensus_probability."""
     drift_file: str
+    new_clusters: str
+    """A Parquet table: new_cluster, image_id, uri, cluster (the assigned one)."""
+    new_cluster_sizes: list[int]
+    """Images of each new cluster that is offered."""
     errors: str | None
     """A Parquet table: image_id, uri, reason; None for ready-made embeddings."""
     drift: dict[str, Any]
@@ -171,6 +179,8 @@ def _sum_up(artifacts: dict[str, Artifact], seconds: dict[str, float]) -> Assign
         assignments=made.folder.file_uri("assignments"),
         exemplars=made.folder.file_uri("exemplars.parquet"),
         drift_file=made.folder.file_uri("drift.json"),
+        new_clusters=made.folder.file_uri(NEW_CLUSTERS_NAME),
+        new_cluster_sizes=made.metrics["new_cluster_sizes"],
         errors=embed.folder.file_uri("errors.parquet") if embed is not None else None,
         drift=made.read_json("drift.json"),
         seconds=seconds,
@@ -189,6 +199,10 @@ def _summary(result: AssignResult, total_s: float) -> str:
         f"exemplars    {result.exemplars}",
         f"drift        {result.drift_file}",
     ]
+    if sizes := result.new_cluster_sizes:
+        images = ", ".join(f"{size:,}" for size in sizes[:NEW_CLUSTERS_SHOWN])
+        lines.append(f"new clusters {len(sizes):,} among the outliers, the largest of {images} images")
+        lines.append(f"             {result.new_clusters}")
     if result.num_errors:
         lines.append(f"errors       {result.errors}")
     return "\n".join(lines)

@@ -16,6 +16,7 @@ import pyarrow as pa
 from icce_ray.assign.embeddings_to_label import AssignPart, Source
 from icce_ray.assign.exemplars import CANDIDATES_SCHEMA, candidates_table
 from icce_ray.assign.labeling import SCHEMA, assignments_table
+from icce_ray.assign.new_clusters import outliers_table
 from icce_ray.assign.totals import Totals
 from icce_ray.classifier.linear import MODEL_NAME, UNKNOWN, LinearClassifier
 from icce_ray.corrections.stage import consensus_of, moved_clusters
@@ -25,6 +26,7 @@ from icce_ray.store import Artifact, ArtifactWriter, Folder, Part
 ASSIGNMENTS_FOLDER = "assignments/"
 """Holds nothing but Parquet files of one schema, so that pandas can read the folder as it is."""
 CANDIDATES_FOLDER = "candidates/"
+OUTLIERS_FOLDER = "outliers/"
 
 
 class PartLabeler:
@@ -59,6 +61,7 @@ class PartLabeler:
             DamagedArtifactError: an input is not what its manifest says.
         """
         tables, candidates, totals = [SCHEMA.empty_table()], [CANDIDATES_SCHEMA.empty_table()], []
+        outliers = list[pa.Table]()
         row = part.first_row
         for image_ids, features_nD, uris in self.source.read(part):
             consensus_n, agreement_n = self._consensus_of(image_ids, row)
@@ -76,6 +79,8 @@ class PartLabeler:
                     seed=self._seed,
                 )
             )
+            if "consensus" not in self._inputs:
+                outliers.append(outliers_table(tables[-1], features_nD, self.classifier, self._seed))
             num_in_consensus = int((consensus_n != UNKNOWN).sum())
             totals.append(Totals.of(prediction, self.classifier.num_clusters, num_in_consensus=num_in_consensus))
             row += len(image_ids)
@@ -84,6 +89,8 @@ class PartLabeler:
             writer.write_table(f"{ASSIGNMENTS_FOLDER}{part.name}.parquet", pa.concat_tables(tables)),
             writer.write_table(f"{CANDIDATES_FOLDER}{part.name}.parquet", pa.concat_tables(candidates)),
         ]
+        if outliers:
+            files.append(writer.write_table(f"{OUTLIERS_FOLDER}{part.name}.parquet", pa.concat_tables(outliers)))
         return files, Totals.add(totals)
 
     @cached_property

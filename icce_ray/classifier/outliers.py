@@ -56,6 +56,13 @@ class OutlierModel:
         distances_n += np.einsum("nr,nr,r->n", white_nr, white_nr, shrink_r)
         return np.asarray(np.maximum(distances_n, 0.0) / x_nD.shape[1], dtype=np.float32)
 
+    @property
+    def total_variance(self) -> float:
+        """Mean squared distance of an image to the mean of its cluster."""
+        num_dims, num_directions = self.directions.shape
+        within = float((self.deviations.astype(np.float64) ** 2).sum())
+        return within + float(self.noise_variance * (num_dims - num_directions))
+
     def project(self, x_nD: Float32Array, num_directions: int) -> Float32Array:
         """Coordinates (n, at most `num_directions`) along the directions in which images of a cluster differ most."""
         return x_nD @ (self.directions[:, -num_directions:] * self.deviations[-num_directions:])
