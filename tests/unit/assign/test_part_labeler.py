@@ -60,7 +60,8 @@ def label(tmp_path: Path, inputs: dict[str, Artifact]) -> tuple[pa.Table, Any]:
     assert labeler.classifier.num_clusters == 3  # loaded here, and not sent along
     files, totals = pickle.loads(pickle.dumps(labeler)).label(part)
     assert len(pickle.dumps(labeler)) < 3000
-    assert [file.name for file in files] == ["assignments/part-00000.parquet", "candidates/part-00000.parquet"]
+    folders = ["assignments", "candidates", *([] if "consensus" in inputs else ["outliers"])]
+    assert [file.name for file in files] == [f"{folder}/part-00000.parquet" for folder in folders]
     assert pq.read_table(tmp_path / "out" / files[1].name).schema == CANDIDATES_SCHEMA
     table = pq.read_table(tmp_path / "out" / files[0].name)
     assert table.schema == SCHEMA
@@ -112,3 +113,6 @@ def test_new_images_get_the_classifiers_labels_and_no_agreement(
         assert (table[name].to_numpy() == getattr(alone, name)).all()
     assert table["agreement"].null_count == 300
     assert totals.num_in_consensus == 0
+    outliers = pq.read_table(tmp_path / "out/outliers/part-00000.parquet")
+    assert outliers["image_id"].to_pylist() == np.flatnonzero(alone.is_outlier).tolist()
+    assert len(outliers) > 0
