@@ -256,7 +256,7 @@ def memory_bytes(trained: int, plan: Plan) -> dict[str, int]:
     head_clusters = np.full(heads.num_heads, NUM_CLUSTERS)
     figures = {
         "neighbors, a machine": needed_bytes(
-            shard_bytes(trained, DIM), worker_bytes(DIM, MEAN_NEIGHBORS), here, plan.search_workers
+            shard_bytes(trained, DIM), worker_bytes(trained, DIM, MEAN_NEIGHBORS), here, plan.search_workers
         ),
         "neighbors, a GPU": 6 * trained * DIM // plan.search_gpus if plan.search_gpus else 0,
         "method, the GPU": 4 * trained * DIM + 8 * heads.num_heads * trained + 20 * head_parameters(),

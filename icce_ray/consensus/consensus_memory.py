@@ -53,10 +53,11 @@ def worker_bytes(num_images: int, num_clusters_H: Counts, num_clusters: int) -> 
     """A part of the matrix as it is and encoded, and the largest of: its votes, the tables of a tile of pairs of heads,
     the tables of a part's heads against the consensus."""
     largest = int(num_clusters_H.max())
+    part = min(PART_LABELS, num_images * len(num_clusters_H))
     heads_per_part = min(len(num_clusters_H), PART_LABELS // min(num_images, PART_LABELS))
     tile = tile_heads(num_clusters_H) ** 2 * 8 * largest**2
     table = (heads_per_part * CELL_BYTES + 8) * num_clusters * largest
-    return 16 * PART_LABELS + max(VOTE_BYTES * PART_LABELS, tile, table)
+    return 16 * part + max(VOTE_BYTES * part, tile, table)
 
 
 def check_memory(

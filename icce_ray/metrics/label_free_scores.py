@@ -104,5 +104,5 @@ def project_umap(points_nD: npt.NDArray[np.float32], random_state: int, **change
         "n_neighbors": min(settings["n_neighbors"], num_images - 1),
         "n_components": min(settings["n_components"], num_images - 2),
     }
-    embedded: npt.NDArray[np.float32] = UMAP(random_state=random_state, **settings).fit_transform(points_nD)
+    embedded: npt.NDArray[np.float32] = UMAP(random_state=random_state, n_jobs=1, **settings).fit_transform(points_nD)
     return embedded

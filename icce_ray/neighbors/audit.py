@@ -153,7 +153,7 @@ def audit_features(unit: UnitFeatures, config: NeighborsConfig, *, num_clusters:
             for t in range(len(thresholds_T))
         ],
         base_bytes=shard_bytes(num_images, dim),
-        worker_bytes=worker_bytes(dim, mean_neighbors),
+        worker_bytes=worker_bytes(num_images, dim, mean_neighbors),
         graph_bytes=int(num_images * (mean_neighbors * index_bytes + 8)),
         predicted_s=round(search_s / num_queries * num_images, 1),
     )

@@ -20,11 +20,11 @@ def shard_bytes(num_images: int, dim: int) -> int:
     return num_images * ((dim + 1) * 4 + 16)
 
 
-def worker_bytes(dim: int, mean_neighbors: float) -> int:
+def worker_bytes(num_images: int, dim: int, mean_neighbors: float) -> int:
     """Memory of one worker besides the features of its shard, at worst."""
-    hits = QUERY_BLOCK * BASE_BLOCK * HIT_BYTES + PAIRS_HELD * PAIR_BYTES
-    rows = int(MAX_ROWS_PER_PART * mean_neighbors * 3 * 8)
-    return hits + rows + (QUERY_BLOCK + BASE_BLOCK) * dim * 4
+    queries, base, rows = (min(num_images, most) for most in (QUERY_BLOCK, BASE_BLOCK, MAX_ROWS_PER_PART))
+    hits = queries * base * HIT_BYTES + min(PAIRS_HELD, num_images**2) * PAIR_BYTES
+    return hits + int(rows * mean_neighbors * 3 * 8) + (queries + base) * dim * 4
 
 
 def needed_bytes(base_bytes: int, worker_bytes: int, num_here: int, num_workers: int) -> int:

@@ -264,7 +264,7 @@ def _memory(config: Config, num_images: int, sample: _Sample, pilot: PilotRun) -
     n, dim = min(num_images, config.sample.max_images or num_images), sample.features_nD.shape[1]
     features = 4 * n * dim
     shards = config.resources.neighbors.num_workers
-    search = shard_bytes(n, dim) // shards + search_bytes(dim, pilot.mean_neighbors)
+    search = shard_bytes(n, dim) // shards + search_bytes(n, dim, pilot.mean_neighbors)
     num_clusters = pilot.num_clusters if config.is_auto else config.num_clusters
     heads = np.full(config.heads.num_heads if trains_heads(config) else 1, num_clusters)
     needed = {"embed": sample.peak_bytes - sample.base_bytes, "sample": 2 * features, "neighbors": search}

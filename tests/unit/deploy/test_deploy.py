@@ -262,7 +262,7 @@ def test_only_machines_with_much_memory_can_hold_the_search() -> None:
     assert search.num_workers == kinds["high-memory"].at_most
     images = 400_000_000  # as docs/sizing.md says
     needed = needed_bytes(
-        shard_bytes(images, sizing.DIM), worker_bytes(sizing.DIM, sizing.MEAN_NEIGHBORS), 1, search.num_workers
+        shard_bytes(images, sizing.DIM), worker_bytes(images, sizing.DIM, sizing.MEAN_NEIGHBORS), 1, search.num_workers
     )
     assert 0.7 * kinds["high-memory"].memory_bytes < needed < kinds["high-memory"].memory_bytes
     assert kinds["high-memory"].memory_bytes > max(

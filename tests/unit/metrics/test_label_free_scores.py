@@ -67,7 +67,7 @@ def test_umap_gets_the_published_settings_capped_for_small_samples(monkeypatch, 
     monkeypatch.setitem(sys.modules, "umap", types.SimpleNamespace(UMAP=FakeUMAP))
     points_nD = np.zeros((num_images, 60), dtype=np.float32)
     settings, points = project_umap(points_nD, 4)
-    assert settings == {"n_neighbors": neighbors, "n_components": dims, "min_dist": 0.0, "random_state": 4}
+    assert settings == {"n_neighbors": neighbors, "n_components": dims, "min_dist": 0.0, "random_state": 4, "n_jobs": 1}
     assert points is points_nD
 
 
