@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from icce_ray.config import build_config
+from icce_ray.config import build_config, without_secrets
 from icce_ray.corrections.corrections_file import read_bytes, read_corrections
 from icce_ray.corrections.stage import KEPT, KEPT_FOLDER, NONE, kept_name
 from icce_ray.errors import InputError
@@ -35,6 +35,6 @@ def apply_corrections(run: str | Path, corrections: str | Path, *, quiet: bool =
     named = settings.get("corrections", KEPT)
     if named not in (KEPT, NONE):
         raise InputError(f"{run} names corrections: {named}; save the new ones there, or remove that setting first")
-    config = build_config(settings | {"corrections": KEPT}, str(run))
+    config = build_config(without_secrets(settings) | {"corrections": KEPT}, str(run))
     kept.write_bytes(kept_name(config), read_bytes(str(corrections)))
     return run_pipeline(config, quiet=quiet)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
 
-from icce_ray.config import Config, build_config
+from icce_ray.config import Config, build_config, without_secrets
 from icce_ray.errors import ConfigError
 
 
@@ -21,6 +22,19 @@ def test_each_method_of_a_list_fills_in_what_it_does_alone_over_the_same_sample(
     assert several.of_method("temi").model_dump() == alone.model_dump()
     assert several.of_method("temi").heads.input_norm == "standardize"
     assert several.of_method("icce").model_dump() == config_of("icce", heads={"num_heads": 7}).model_dump()
+
+
+@pytest.mark.parametrize("method", ["temi", ("icce", "temi")])
+def test_a_record_makes_the_same_config_again_without_its_secrets(method: Any) -> None:
+    storage = {"endpoint": "http://127.0.0.1:9000", "access_key": "open", "secret_key": "sesame"}
+    config = config_of(method, heads={"num_heads": 7}, storage=storage)
+    record = json.loads(json.dumps(config.to_record()))
+    assert "sesame" not in str(record)
+    again = build_config(without_secrets(record), "test")
+    assert again.storage.endpoint == storage["endpoint"]
+    left = {"storage"}
+    assert again.of_method("temi").model_dump(exclude=left) == config.of_method("temi").model_dump(exclude=left)
+    assert again.model_dump(exclude=left) == config.model_dump(exclude=left)
 
 
 def test_a_list_of_one_method_is_that_method() -> None:
