@@ -218,7 +218,7 @@ def _find_runs(arguments: argparse.Namespace) -> tuple[Folder, dict[str, dict[st
     records = read_records(arguments.target)
     if not records:
         raise InputError(f"{arguments.target}: no runs there; give the `output` of a run, or its config (.yaml)")
-    root = Folder.at(arguments.target)
+    root = Folder.reachable(arguments.target)
     return root, {
         record["run"]: {stage: root / stage / fingerprint for stage, fingerprint in record["stages"].items()}
         for record in records

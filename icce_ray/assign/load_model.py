@@ -64,7 +64,7 @@ def find_model(path: str) -> Artifact:
     Raises:
         InputError: there is none.
     """
-    folder = Folder.at(path)
+    folder = Folder.reachable(path)
     artifact = Artifact.find(folder)
     if artifact is None and (latest := read_latest(path)) is not None:
         artifact = Artifact.find(folder / "classifier" / latest["stages"].get("classifier", "none"))

@@ -39,7 +39,7 @@ def find_stage(
         output = before.rstrip("/") or "."
     elif (latest := read_latest(output)) is not None:
         wanted = f"{latest['run']}.json"
-    root = Folder.at(output)
+    root = Folder.reachable(output)
     records = [record for record in read_records(output) if wanted in (None, f"{record['run']}.json")]
     found = [(record, Artifact.find(root / stage / record["stages"].get(stage, "none"))) for record in records]
     finished = [(record, artifact) for record, artifact in found if artifact is not None]

@@ -76,6 +76,18 @@ class Folder:
         options = s3.current_options() if s3.is_s3(str(uri)) else None
         return cls(filesystem, path.rstrip("/") or "/", path if is_local else str(uri).rstrip("/"), options)
 
+    @classmethod
+    def reachable(cls, uri: str | Path) -> Folder:
+        """:meth:`at`, for the first look of a command: it fails within seconds if a bucket does not answer.
+
+        Raises:
+            InputError: there is no such bucket, it refuses access, or nothing answers.
+        """
+        folder = cls.at(uri)
+        if folder.s3_options is not None:
+            s3.check_bucket(folder.uri, folder.s3_options)
+        return folder
+
     def __truediv__(self, name: str) -> Folder:
         return Folder(self.filesystem, f"{self.path}/{name}", f"{self.uri}/{name}", self.s3_options)
 

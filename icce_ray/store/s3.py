@@ -150,20 +150,21 @@ def filesystem(options: StorageConfig) -> Any:
     )
 
 
-def check_bucket(uri: str, options: StorageConfig, setting: str) -> None:
-    """Fail within seconds if a bucket cannot be reached.
+def check_bucket(uri: str, options: StorageConfig, setting: str = "") -> None:
+    """Fail within seconds if a bucket cannot be reached: later calls would wait for it.
 
     Raises:
         InputError: there is no such bucket, credentials are refused or missing, or nothing answers.
     """
     bucket, _ = split_uri(uri)
+    prefix = f"{setting}: " if setting else ""
     try:
         with translated(f"s3://{bucket}"):
             client(options, read_timeout_s=CONNECT_TIMEOUT_S, attempts=3).list_objects_v2(Bucket=bucket, MaxKeys=1)
     except InputError as error:
-        raise InputError(f"{setting}: {error}") from None
+        raise InputError(f"{prefix}{error}") from None
     except OSError as error:
-        raise InputError(f"{setting}: s3://{bucket} cannot be reached: {error}") from None
+        raise InputError(f"{prefix}s3://{bucket} cannot be reached: {error}") from None
 
 
 def answers(uri: str, options: StorageConfig) -> bool:
@@ -309,6 +310,7 @@ def raise_translated(error: BaseException, uri: str) -> NoReturn:
         NoCredentialsError,
         PartialCredentialsError,
     )
+    from botocore.exceptions import ConnectionError as BotoConnectionError
 
     if isinstance(error, ClientError):
         code = str(error.response.get("Error", {}).get("Code", "unknown"))
@@ -331,7 +333,7 @@ def raise_translated(error: BaseException, uri: str) -> NoReturn:
             f"{uri}: no credentials found; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE, or the "
             "storage section (storage.anonymous: true for a public bucket)"
         ) from None
-    is_connection = isinstance(error, (HTTPClientError, ConnectionError, TimeoutError)) or type(
+    is_connection = isinstance(error, (HTTPClientError, BotoConnectionError, ConnectionError, TimeoutError)) or type(
         error
     ).__module__.startswith(("urllib3", "http"))
     if isinstance(error, BotoCoreError) or is_connection:

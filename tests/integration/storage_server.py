@@ -18,14 +18,14 @@ ACCESS_KEY, SECRET_KEY = "tester", "do-not-print-this-secret"
 
 
 @contextmanager
-def moto_server(address: str = "127.0.0.1") -> Iterator[str]:
+def moto_server(address: str = "127.0.0.1", port: int = 0) -> Iterator[str]:
     """The endpoint's URL."""
     import logging
 
     from moto.server import ThreadedMotoServer
 
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    server = ThreadedMotoServer(ip_address=address, port=0, verbose=False)
+    server = ThreadedMotoServer(ip_address=address, port=port, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
     try:

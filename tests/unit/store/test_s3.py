@@ -1,14 +1,23 @@
 from __future__ import annotations
 
 import pickle
+import socket
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from botocore.exceptions import (
+    ConnectionClosedError,
+    ConnectTimeoutError,
+    EndpointConnectionError,
+    ReadTimeoutError,
+)
 
 from icce_ray.config import Config, StorageConfig, load_config
-from icce_ray.errors import ConfigError
-from icce_ray.store import Folder
+from icce_ray.errors import ConfigError, InputError
+from icce_ray.store import Folder, s3
 from icce_ray.store.s3 import endpoint_url, region_name, split_uri, use_s3
+from tests.integration.storage_server import ACCESS_KEY, SECRET_KEY, client, moto_server
 
 SECRET = "do-not-print-this"
 
@@ -62,3 +71,34 @@ def test_what_the_config_leaves_open_comes_from_the_environment(monkeypatch: pyt
     assert (endpoint_url(StorageConfig()), region_name(StorageConfig())) == ("http://store:9000", "eu-west-1")
     given = StorageConfig(endpoint="other.example", region="x")
     assert (endpoint_url(given), region_name(given)) == ("https://other.example", "x")
+
+
+@pytest.mark.parametrize(
+    "kind", [ConnectTimeoutError, EndpointConnectionError, ConnectionClosedError, ReadTimeoutError]
+)
+def test_a_store_that_cannot_be_reached_is_away(kind: type[Exception]) -> None:
+    with pytest.raises(s3.AwayError, match=f"s3://b/x: {kind.__name__}"), s3.translated("s3://b/x"):
+        raise kind(endpoint_url="http://127.0.0.1:9")
+
+
+def test_a_store_that_refuses_connections_is_waited_for_but_not_by_the_first_look(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(s3, "OUTAGE_POLL_S", 0.05)
+    monkeypatch.setitem(s3.client.__kwdefaults__, "attempts", 1)  # boto3 would wait longer and longer in between
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    endpoint = f"http://127.0.0.1:{port}"
+    use_s3(StorageConfig(endpoint=endpoint, access_key=ACCESS_KEY, secret_key=SECRET_KEY))
+    with pytest.raises(InputError, match="s3://b cannot be reached"):
+        Folder.reachable("s3://b/folder")
+    folder = Folder.at("s3://b/folder")
+    use_s3(StorageConfig())
+    with ThreadPoolExecutor(1) as thread:
+        written = thread.submit(folder.write_bytes, "x", b"there")
+        with pytest.raises(TimeoutError):
+            written.result(timeout=1.0)
+        with moto_server(port=port):
+            client(endpoint).create_bucket(Bucket="b")
+            written.result(timeout=30)
+            assert folder.read_bytes("x") == b"there"
