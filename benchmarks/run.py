@@ -35,6 +35,7 @@ CASES = {
     "heads": "the trainer against a plain PyTorch loop over heads",
     "kmeans": "k-means on two shards against faiss.Kmeans with two threads, and what it costs at 100M and 1B images",
     "manifest-scale": "memory and time of finding an artifact of two million parts",
+    "listing-scale": "keys/s of listing a bucket that takes 100 ms a page, and what a kill costs",
     "neighbors": "the neighbors stage on two shards against faiss's own knn with two threads",
     "neighbors-gpu": "the exact graph of 1.28 million images on a GPU: seconds by step, equality with FAISS",
     "neighbors-scale": "counted operations, bytes and predicted time of the graph for 10M to 1B images",

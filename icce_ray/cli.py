@@ -213,7 +213,7 @@ def _find_runs(arguments: argparse.Namespace) -> tuple[Folder, dict[str, dict[st
         from icce_ray.pipeline.plan import plan, run_name
 
         config = load_config(arguments.target, arguments.overrides)
-        planned = plan(config)
+        planned = plan(config, lists=False)
         return Folder.at(config.output), {run_name(planned): {step.name: step.folder for step in planned}}
     records = read_records(arguments.target)
     if not records:

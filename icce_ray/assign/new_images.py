@@ -45,7 +45,7 @@ def _assign_settings(config: Config) -> Settings:
     if config.embeddings.uri is None:
         return settings
     given = {"embeddings": config.embeddings.model_dump(), "uri_column": config.images.uri_column}
-    return settings | given | {"source": source_digest(config.images, config.embeddings, config.output)}
+    return settings | given | {"source": source_digest(config)}
 
 
 IMAGE_STAGES: tuple[Stage, ...] = (

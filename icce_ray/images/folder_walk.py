@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 from icce_ray.errors import InputError
-from icce_ray.images.file_table import File
+from icce_ray.images.file_shards import File
 from icce_ray.images.uris import local_path, local_uri
 
 KINDS = {

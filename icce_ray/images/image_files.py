@@ -7,73 +7,65 @@ into. Only lists are opened. Names are streamed, never all in memory.
 from __future__ import annotations
 
 import difflib
+import hashlib
 import os
-import re
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
-from PIL import features
 
-from icce_ray.config import ImagesConfig
+from icce_ray.config import ImagesConfig, ResourcesConfig, StorageConfig
 from icce_ray.errors import InputError
-from icce_ray.images.file_table import File
-from icce_ray.images.folder_walk import UNREADABLE_FOLDER, identity_of, local_file, walk_folder
+from icce_ray.images.bucket_listing import BucketPrefix
+from icce_ray.images.file_kinds import IMAGE_ENDINGS, PARQUET_ENDINGS, TAR_ENDING, take_file
+from icce_ray.images.file_shards import File, FileShards, Shard, shards_of
+from icce_ray.images.folder_walk import local_file, walk_folder
+from icce_ray.images.job import list_bucket
+from icce_ray.images.own_results import is_result, result_folders
 from icce_ray.images.parquet_columns import image_column
 from icce_ray.images.skipped_files import describe, ending, remedy
 from icce_ray.images.uri_lists import read_parquet_list, read_text_list
 from icce_ray.images.uris import is_remote, local_path_or_uri, local_uri, resolve
-from icce_ray.store import s3
+from icce_ray.runtime.progress import Progress
+from icce_ray.store import Claim, Folder, s3
 from icce_ray.store.filesystem import OBJECT_STORES, open_uri, redacted
 
-IMAGE_ENDINGS = (
-    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".bmp", ".dib", ".gif", ".tif", ".tiff"),
-    *(".jp2", ".j2k", ".jpx", ".jpf", ".pbm", ".pgm", ".ppm", ".pnm"),
-    *((".avif",) if features.check("avif") else ()),
-)
-TAR_ENDING = ".tar"
-PARQUET_ENDINGS = (".parquet", ".pq")
-RESULT_FOLDERS = (
-    "images",
-    "embed",
-    "sample",
-    "cluster_count",
-    "neighbors",
-    "method",
-    "consensus",
-    "classifier",
-    "assign",
-    "evaluate",
-    "report",
-    "silhouette_spaces",
-    "trial_scores",
-    "sweep",
-)
-"""Folders of an output whose subfolders hold artifacts."""
-RESULT = re.compile(rf"/(?:runs|(?:{'|'.join(RESULT_FOLDERS)})/[0-9a-f]{{16}})/")
+COUNTED_TOGETHER = 1000
 
 
-def iter_files(images: ImagesConfig, output: str, skipped: Counter[str]) -> Iterator[File]:
-    """The files of all of `images.uris`, in no particular order; a file that two sources name appears twice.
+@dataclass(frozen=True)
+class Sources:
+    """Where the images are, and what listing them takes."""
 
-    What this engine wrote below `output` is left out, unless a list names it.
+    images: ImagesConfig
+    output: str
+    """The output folder. What this engine wrote below it is left out, unless a list names it."""
+    folder: Folder
+    """Shards of many files are written here."""
+    storage: StorageConfig
+    resources: ResourcesConfig
+    progress: Progress
 
-    Args:
-        output: the output folder.
-        skipped: counts what lies there besides, by ending or kind.
+
+def list_files(sources: Sources) -> FileShards:
+    """The files of all of `images.uris`.
 
     Raises:
         InputError: nothing there, no images, or a list that cannot be read.
     """
-    for uri in images.uris:
-        yield from _source_files(uri, images, output, skipped)
+    skipped: Counter[str] = Counter()
+    shards: list[Shard] = []
+    for number, uri in enumerate(sources.images.uris):
+        shards += _shards_of_source(uri, f"source-{number}", sources, skipped)
+    return FileShards(shards, sources.folder, skipped)
 
 
-def _source_files(uri: str, images: ImagesConfig, output: str, skipped: Counter[str]) -> Iterator[File]:
+def _shards_of_source(uri: str, name: str, sources: Sources, skipped: Counter[str]) -> Iterator[Shard]:
     filesystem, path = open_uri(uri)
     try:
         info = filesystem.get_file_info(path)
@@ -82,10 +74,88 @@ def _source_files(uri: str, images: ImagesConfig, output: str, skipped: Counter[
     is_prefix = s3.is_s3(uri) and uri.endswith("/")
     is_parquet = path.lower().endswith(PARQUET_ENDINGS)
     if info.type == pafs.FileType.Directory or (info.type == pafs.FileType.NotFound and is_prefix):
-        files = _files_below(filesystem, path, uri, output, skipped)
-        if is_parquet:
-            return _parquet_files([file for file in files if file.uri.lower().endswith(PARQUET_ENDINGS)], images)
-        return _folder(files, uri, images, skipped)
+        found = _Folder(uri, sources.images, is_parquet)
+        if s3.is_s3(uri):
+            yield from _bucket_shards(uri, name, sources, found)
+        else:
+            below = _files_below(filesystem, path, uri, sources.output, skipped)
+            taken = (file for file in map(found.take, _counted(below, sources.progress)) if file is not None)
+            yield from shards_of(taken, sources.folder, name)
+        yield from shards_of(found.rest(skipped), sources.folder, f"{name}-tables")
+        return
+    yield from shards_of(
+        _counted(_named_files(uri, info, sources.images, filesystem), sources.progress), sources.folder, name
+    )
+
+
+def _counted(files: Iterator[File], progress: Progress) -> Iterator[File]:
+    for number, file in enumerate(files, 1):
+        if number % COUNTED_TOGETHER == 0:
+            progress.update(number, None)
+        yield file
+
+
+def _bucket_shards(uri: str, name: str, sources: Sources, found: _Folder) -> Iterator[Shard]:
+    bucket, prefix = s3.split_uri(uri)
+    prefix = f"{prefix.rstrip('/')}/" if prefix else ""
+    where = f"s3://{bucket}/{prefix}"
+    folder = sources.folder / f"{name}-{hashlib.sha256(where.encode()).hexdigest()[:16]}"
+    classify = partial(_file_of_bucket, output=sources.output)
+    try:
+        with Claim(folder):
+            records = list_bucket(
+                BucketPrefix(where, folder, sources.storage, classify), sources.resources, sources.progress
+            )
+    except OSError as error:
+        raise InputError(f"images.uri: {uri} cannot be listed: {error}") from None
+    for record in records:
+        found.add(Counter(record.metrics["others"]), [File(*file) for file in record.metrics["tables"]])
+        for part in record.files:
+            found.has_images = True
+            first, last = record.metrics["ends"]
+            yield Shard(first, last, part.rows or 0, None, folder, part.name)
+
+
+def _file_of_bucket(file: File, others: Counter[str], tables: list[File], output: str) -> File | None:
+    return None if is_result(file.uri, output) else take_file(file, others, tables)
+
+
+class _Folder:
+    """What lies in a folder: images, tar shards and Parquet files of images. Other Parquet files count only if there is
+    nothing else."""
+
+    def __init__(self, uri: str, images: ImagesConfig, is_parquet: bool) -> None:
+        self._uri, self._images, self._is_parquet = uri, images, is_parquet
+        self._others: Counter[str] = Counter()
+        self._tables: list[File] = []
+        self.has_images = False
+
+    def add(self, others: Counter[str], tables: list[File]) -> None:
+        self._others += others
+        self._tables += tables
+
+    def take(self, file: File) -> File | None:
+        taken = take_file(file, self._others, self._tables)
+        self.has_images |= taken is not None and taken.problem is None
+        return taken
+
+    def rest(self, skipped: Counter[str]) -> Iterator[File]:
+        """The files that Parquet files hold or name, once all others are taken."""
+        if not self.has_images and (self._tables or self._is_parquet):
+            yield from _parquet_files(self._tables, self._images)
+        for table in self._tables if self.has_images else ():
+            if _holds_images(table, self._images):
+                yield table._replace(is_container=True)
+            else:
+                self._others[".parquet without images"] += 1
+        if not self.has_images and not self._tables:
+            raise _no_images(self._uri, self._others)
+        skipped.update(self._others)
+
+
+def _named_files(uri: str, info: pafs.FileInfo, images: ImagesConfig, filesystem: pafs.FileSystem) -> Iterator[File]:
+    """The files of a source that is a file itself."""
+    path = info.path
     if info.type == pafs.FileType.NotFound:
         is_pattern = any(character in path for character in "*?[")
         hint = "; patterns are not expanded: name the folder, below which every image is taken, or a list of images"
@@ -93,7 +163,7 @@ def _source_files(uri: str, images: ImagesConfig, output: str, skipped: Counter[
     if info.type != pafs.FileType.File:
         raise InputError(f"images.uri: {uri} is neither a file nor a folder")
     file = File(uri if is_remote(uri) else local_uri(path), info.size, _mtime(info))
-    if is_parquet:
+    if path.lower().endswith(PARQUET_ENDINGS):
         return _parquet_files([file], images)
     if path.lower().endswith(TAR_ENDING):
         return iter([file._replace(is_container=True)])
@@ -105,38 +175,6 @@ def _source_files(uri: str, images: ImagesConfig, output: str, skipped: Counter[
         f"images.uri: {uri} is one file; name a folder of images, a .tar or .parquet that holds them, or a list of "
         "them (.txt or .parquet)"
     )
-
-
-def _folder(files: Iterator[File], uri: str, images: ImagesConfig, skipped: Counter[str]) -> Iterator[File]:
-    """Images, tar shards and Parquet files of images. Other Parquet files count only if there is nothing else."""
-    others: Counter[str] = Counter()
-    tables: list[File] = []
-    found = False
-    for file in files:
-        kind = ending(file.uri)
-        if file.problem is not None:
-            # A broken link without an ending may have led to a folder of images.
-            if kind in (*IMAGE_ENDINGS, TAR_ENDING, "") or file.problem.startswith(UNREADABLE_FOLDER):
-                yield file
-            others[file.problem] += 1
-        elif kind in IMAGE_ENDINGS or kind == TAR_ENDING:
-            found = True
-            yield file._replace(is_container=kind == TAR_ENDING)
-        elif kind in PARQUET_ENDINGS:
-            tables.append(file)
-        else:
-            others[kind or "no ending"] += 1
-    if not found and tables:
-        yield from _parquet_files(tables, images)
-    elif tables:
-        for table in tables:
-            if _holds_images(table, images):
-                yield table._replace(is_container=True)
-            else:
-                others[".parquet without images"] += 1
-    elif not found:
-        raise _no_images(uri, others)
-    skipped.update(others)
 
 
 def _holds_images(table: File, images: ImagesConfig) -> bool:
@@ -197,36 +235,9 @@ def _files_below(
 ) -> Iterator[File]:
     """All visible files of a folder and its subfolders, but no results."""
     if not is_remote(uri):
-        return walk_folder(path, _result_folders(output), skipped)
-    results = output.rstrip("/")
-    files = _s3_files(uri, skipped) if s3.is_s3(uri) else _remote_files(filesystem, path, uri, skipped)
-    return (file for file in files if not (file.uri.startswith(results) and RESULT.match(file.uri, len(results))))
-
-
-def _result_folders(output: str) -> frozenset[tuple[int, int]]:
-    """What the engine wrote: (device, inode) of each folder of an artifact and of that of the run records."""
-    if is_remote(output):
-        return frozenset()
-    root = Path(output).expanduser()
-    folders = [root / "runs"]
-    for stage in RESULT_FOLDERS:
-        with suppress(OSError):
-            folders += [folder for folder in (root / stage).iterdir() if RESULT.match(f"/{stage}/{folder.name}/")]
-    identities = (identity_of(str(folder)) for folder in folders)
-    return frozenset(identity for identity in identities if identity is not None)
-
-
-def _s3_files(uri: str, skipped: Counter[str]) -> Iterator[File]:
-    bucket, prefix = s3.split_uri(uri)
-    prefix = f"{prefix.rstrip('/')}/" if prefix else ""
-    try:
-        for key, size, etag in s3.list_objects(f"s3://{bucket}/{prefix}", s3.current_options()):
-            if _is_hidden(key[len(prefix) :]):
-                skipped["hidden"] += 1
-            elif not key.endswith("/"):
-                yield File(f"s3://{bucket}/{key}", size, etag)
-    except OSError as error:
-        raise InputError(f"images.uri: {uri} cannot be listed: {error}") from None
+        return walk_folder(path, result_folders(output), skipped)
+    files = _remote_files(filesystem, path, uri, skipped)
+    return (file for file in files if not is_result(file.uri, output))
 
 
 def _remote_files(filesystem: pafs.FileSystem, path: str, uri: str, skipped: Counter[str]) -> Iterator[File]:

@@ -14,28 +14,41 @@ from __future__ import annotations
 import hashlib
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from itertools import chain, islice
+from itertools import chain
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from icce_ray.config import Config, EmbeddingsConfig, ImagesConfig
 from icce_ray.errors import InputError
-from icce_ray.images.containers import file_of, locate, members
+from icce_ray.images.containers import file_of, locate
 from icce_ray.images.embedding_files import open_embedding_sets, open_embeddings
-from icce_ray.images.file_table import File, FileTable
-from icce_ray.images.image_files import iter_files
-from icce_ray.images.listing import LISTING_PREFIX, REMOVED, Entry, Listing, number_entries
+from icce_ray.images.file_shards import File, FileShards
+from icce_ray.images.image_files import Sources, list_files
+from icce_ray.images.job import open_containers
+from icce_ray.images.listing import (
+    ENTRY_SCHEMA,
+    LISTING_PREFIX,
+    REMOVED,
+    Entry,
+    ListedImage,
+    Listing,
+    entry_tables,
+    numbered,
+)
 from icce_ray.images.skipped_files import describe
 from icce_ray.images.uri_lists import named_images
 from icce_ray.images.uris import is_remote
+from icce_ray.runtime.progress import Progress
 from icce_ray.stage import StageContext
-from icce_ray.store import Artifact, Folder
+from icce_ray.store import Artifact, Folder, fingerprint
 from icce_ray.store.filesystem import open_uri
+from icce_ray.store.part_records import PartRecord, PartRecords
 
 PART_ROWS = 65_536
 
@@ -54,14 +67,13 @@ def run(config: Config, context: StageContext) -> dict[str, Any]:
     images, embeddings, output = config.images, config.embeddings, config.output
     if embeddings.uri is not None:
         digest = _embeddings_digest(embeddings, images)
-        return _write(_entries_of_rows(embeddings, images), context, digest, digest, Counter(), None)
-    planned = _planned.pop(_key(images, output), None)
-    digest, files = planned or (source_digest(images, embeddings, output), _list_files(images, output))
-    last = _last_listing(images, output)
-    return _write(_entries(files, images, files.skipped), context, digest, files.digest(), files.skipped, last)
+        return _write(entry_tables(_entries_of_rows(embeddings, images)), context, digest, digest, Counter(), None)
+    key = _key(config)
+    digest, files = _planned.pop(key) if key in _planned else _list(config, context.progress)
+    return _write_files(files, config, context, digest, _last_listing(images, output))
 
 
-def source_digest(images: ImagesConfig, embeddings: EmbeddingsConfig, output: str) -> str:
+def source_digest(config: Config, progress: Progress | None = None) -> str:
     """Identify the listing that a run uses: an earlier one if it still holds, else the one that would be made now.
 
     The digest changes when an image is added, removed or changed (size, time). Images are not opened; of ready-made
@@ -73,18 +85,32 @@ def source_digest(images: ImagesConfig, embeddings: EmbeddingsConfig, output: st
     Raises:
         InputError: as :func:`run`.
     """
-    if embeddings.uri is not None:
-        return _embeddings_digest(embeddings, images)
-    last = _last_listing(images, output)
-    if last is not None and any(map(is_remote, images.uris)):
-        return str(last.metrics["digest"])
-    files = _list_files(images, output)
-    digest = files.digest()
-    if last is not None and last.metrics["files_digest"] == digest:
-        digest = str(last.metrics["digest"])
+    if (fresh := _listed_now.pop(_key(config), None)) is not None:
+        return fresh
+    known = last_digest(config)
+    if known is not None and (config.embeddings.uri is not None or any(map(is_remote, config.images.uris))):
+        return known
+    digest, files = _list(config, progress or Progress("images", "files"))
     _planned.clear()
-    _planned[_key(images, output)] = digest, files
+    if digest == known:
+        files.folder.clear()
+    else:
+        _planned[_key(config)] = digest, files
     return digest
+
+
+def list_now(config: Config, progress: Progress) -> None:
+    """List the images, unless a listing of a bucket is there already, so that :func:`source_digest` need not do it
+    when it is asked next."""
+    _listed_now[_key(config)] = source_digest(config, progress)
+
+
+def last_digest(config: Config) -> str | None:
+    """The digest of the last listing, without a look at the images; None if there is none yet."""
+    if config.embeddings.uri is not None:
+        return _embeddings_digest(config.embeddings, config.images)
+    last = _last_listing(config.images, config.output)
+    return None if last is None else str(last.metrics["digest"])
 
 
 @dataclass(frozen=True)
@@ -93,54 +119,107 @@ class Refresh:
 
     base: Artifact
     """The latest listing so far."""
-    files: FileTable
+    files: FileShards
     """What is there now."""
     digest: str
     """The source digest of the new listing."""
 
     def run(self, config: Config, context: StageContext) -> dict[str, Any]:
         """Write the new listing. Metrics as :func:`run`, and `continues`, the listings whose ids it keeps."""
-        entries = self._entries(config.images)
         continues = [*self.base.metrics.get("continues", ()), self.base.fingerprint]
-        metrics = _write(entries, context, self.digest, self.files.digest(), self.files.skipped, self.base)
+        metrics = _write_files(self.files, config, context, self.digest, self.base, self._known())
         return metrics | {"continues": continues}
 
-    def _entries(self, images: ImagesConfig) -> Iterator[Entry]:
+    def _known(self) -> Iterator[pa.Table]:
         base = Listing(self.base)
-        find_again = lru_cache(maxsize=1)(self.files.find_again)  # the images of a container are neighbours
         for start in range(0, len(base), PART_ROWS):
-            for row in base.rows(start, start + PART_ROWS):
-                is_member = locate(row.uri) is not None
-                file = find_again(file_of(row.uri), row.etag, is_member)
-                if file is None:
-                    yield Entry(row.uri, problem=REMOVED)
-                elif is_member:
-                    problem = None if row.problem == REMOVED else row.problem
-                    yield Entry(row.uri, row.size_bytes, file.etag, problem)
-                else:
-                    yield Entry(row.uri, file.size_bytes, file.etag, file.problem)
-        yield from _entries(self.files.unknown(), images, self.files.skipped)
+            rows = base.rows(start, start + PART_ROWS)
+            are_members = [locate(row.uri) is not None for row in rows]
+            wanted = [(file_of(row.uri), row.etag, is_member) for row, is_member in zip(rows, are_members, strict=True)]
+            found = self.files.find_again(wanted)
+            yield from entry_tables(
+                _entry_again(row, file, is_member)
+                for row, file, is_member in zip(rows, found, are_members, strict=True)
+            )
 
 
-def find_changes(images: ImagesConfig, output: str) -> Refresh | None:
-    """List the sources again. None if there is no listing under `output` yet, or nothing has changed since the last.
+def _entry_again(row: ListedImage, file: File | None, is_member: bool) -> Entry:
+    if file is None:
+        return Entry(row.uri, problem=REMOVED)
+    if is_member:
+        return Entry(row.uri, row.size_bytes, file.etag, None if row.problem == REMOVED else row.problem)
+    return Entry(row.uri, file.size_bytes, file.etag, file.problem)
+
+
+def find_changes(config: Config, progress: Progress) -> Refresh | None:
+    """List the sources again. None if there is no listing under the output yet, or nothing has changed since the last.
 
     Raises:
         InputError: as :func:`run`.
     """
-    last = _last_listing(images, output)
+    last = _last_listing(config.images, config.output)
     if last is None:
         return None
-    files = _list_files(images, output)
-    files_digest = files.digest()
-    if last.metrics["files_digest"] == files_digest:
+    digest, files = _list(config, progress)
+    if digest == last.metrics["digest"]:
+        files.folder.clear()
         return None
-    digest = hashlib.sha256(f"{last.metrics['digest']}\0{files_digest}".encode()).hexdigest()
-    return Refresh(last, files, digest)
+    return Refresh(last, files, hashlib.sha256(f"{last.metrics['digest']}\0{files.digest}".encode()).hexdigest())
+
+
+def _write_files(
+    files: FileShards,
+    config: Config,
+    context: StageContext,
+    digest: str,
+    last: Artifact | None,
+    known: Iterable[pa.Table] = (),
+) -> dict[str, Any]:
+    """Write the listing of `known` images and of all files that these leave."""
+    opened: list[PartRecord] = []
+
+    def entries() -> Iterator[pa.Table]:
+        yield from known
+        tables = (table.filter(table["is_container"]) for table in files.unknown())
+        containers = [File(*row.values()) for table in tables for row in table.to_pylist()]
+        opened.extend(open_containers(containers, config, context.output, context.progress))
+        for record in opened:
+            files.skipped.update(record.metrics["skipped"])
+        yield from _with_members(files.unknown(), opened, context.output.folder)
+
+    metrics = _write(entries(), context, digest, files.digest, files.skipped, last)
+    for record in opened:
+        for part in record.files:
+            context.output.folder.remove(part.name)
+    PartRecords(context.output.folder, "").clear()
+    files.folder.clear()
+    return metrics
+
+
+def _with_members(files: Iterable[pa.Table], opened: Sequence[PartRecord], folder: Folder) -> Iterator[pa.Table]:
+    """The images of `files` in order: each file that is one, and the members of each container."""
+    members = _member_tables(opened, folder)
+    for table in files:
+        start = 0
+        for row in np.flatnonzero(table["is_container"].to_numpy()).tolist():
+            yield table.slice(start, row - start).select(ENTRY_SCHEMA.names)
+            yield next(members)
+            start = row + 1
+        yield table.slice(start).select(ENTRY_SCHEMA.names)
+
+
+def _member_tables(opened: Sequence[PartRecord], folder: Folder) -> Iterator[pa.Table]:
+    """The entries of each container."""
+    for record in opened:
+        (part,) = record.files
+        table, start = pq.read_table(pa.BufferReader(folder.read_bytes(part.name, part.num_bytes))), 0
+        for num_rows in record.metrics["rows"]:
+            yield table.slice(start, num_rows)
+            start += num_rows
 
 
 def _write(
-    entries: Iterator[Entry],
+    entries: Iterable[pa.Table],
     context: StageContext,
     digest: str,
     files_digest: str,
@@ -154,7 +233,7 @@ def _write(
         num_images += len(part)
         size_bytes += pc.sum(part["size_bytes"]).as_py() or 0
         num_removed += pc.sum(pc.equal(part["problem"], REMOVED)).as_py() or 0
-        context.progress.update(num_images, num_images)
+        context.progress.update(num_images, None)
     if skipped:
         context.progress.note(f"not taken: {describe(skipped)}")
     return {
@@ -169,29 +248,28 @@ def _write(
     }
 
 
-def _entries(files: Iterable[File], images: ImagesConfig, skipped: Counter[str]) -> Iterator[Entry]:
-    """The images of `files`: each file that is one, each member of a container."""
-    for file in files:
-        if file.is_container:
-            yield from members(file, images, skipped)
-        else:
-            yield Entry(file.uri, file.size_bytes, file.etag, file.problem)
-
-
-def _parts(entries: Iterator[Entry]) -> Iterator[pa.Table]:
+def _parts(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
     """The entries, numbered, in tables of PART_ROWS; at least one table."""
-    start = 0
-    while (batch := list(islice(entries, PART_ROWS))) or start == 0:
-        yield number_entries(batch, start)
-        start += PART_ROWS
+    start, held, num_held = 0, [ENTRY_SCHEMA.empty_table()], 0
+    for table in tables:
+        held.append(table)
+        num_held += len(table)
+        while num_held >= PART_ROWS:
+            joined = pa.concat_tables(held)
+            yield numbered(joined.slice(0, PART_ROWS), start)
+            held, num_held, start = [joined.slice(PART_ROWS)], num_held - PART_ROWS, start + PART_ROWS
+    if num_held or start == 0:
+        yield numbered(pa.concat_tables(held), start)
 
 
-_planned: dict[str, tuple[str, FileTable]] = {}
+_listed_now: dict[str, str] = {}
+"""Digests of :func:`list_now`, each for the next plan."""
+_planned: dict[str, tuple[str, FileShards]] = {}
 """The digest and files that planning listed last, so that the stage in the same process does not list them again."""
 
 
-def _key(images: ImagesConfig, output: str) -> str:
-    return f"{output}\0{images.model_dump_json()}"
+def _key(config: Config) -> str:
+    return fingerprint("files", 1, {"images": config.images.model_dump(mode="json")}, {"output": config.output})
 
 
 def _last_listing(images: ImagesConfig, output: str) -> Artifact | None:
@@ -246,6 +324,10 @@ def _embeddings_digest(embeddings: EmbeddingsConfig, images: ImagesConfig) -> st
     return digest.hexdigest()
 
 
-def _list_files(images: ImagesConfig, output: str) -> FileTable:
-    skipped: Counter[str] = Counter()
-    return FileTable(iter_files(images, output, skipped), skipped)
+def _list(config: Config, progress: Progress) -> tuple[str, FileShards]:
+    """The files that are there now, and the digest of their listing: that of the last one if they are the same."""
+    folder = Folder.at(config.output) / "images" / _key(config)
+    files = list_files(Sources(config.images, config.output, folder, config.storage, config.resources, progress))
+    last = _last_listing(config.images, config.output)
+    is_same = last is not None and last.metrics["files_digest"] == files.digest
+    return str(last.metrics["digest"]) if last is not None and is_same else files.digest, files

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
+from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
@@ -47,12 +48,26 @@ class Entry(NamedTuple):
     problem: str | None = None
 
 
-def number_entries(entries: Sequence[Entry], start: int = 0) -> pa.Table:
+ENTRY_SCHEMA = pa.schema(list(SCHEMA)[1:])
+BATCH_ROWS = 8192
+
+
+def entry_tables(entries: Iterable[Entry]) -> Iterator[pa.Table]:
+    """The entries in tables; at least one."""
+    waiting = iter(entries)
+    batch = list(islice(waiting, BATCH_ROWS))
+    while True:
+        columns = list(zip(*batch, strict=True)) or [()] * len(ENTRY_SCHEMA)
+        arrays = [pa.array(column, kind) for column, kind in zip(columns, ENTRY_SCHEMA.types, strict=True)]
+        yield pa.table(arrays, schema=ENTRY_SCHEMA)
+        if not (batch := list(islice(waiting, BATCH_ROWS))):
+            return
+
+
+def numbered(entries: pa.Table, start: int = 0) -> pa.Table:
     """A part of the listing: the entries with the ids from `start` on."""
-    columns = list(zip(*entries, strict=True)) or [()] * len(Entry._fields)
-    columns.insert(0, tuple(range(start, start + len(entries))))
-    arrays = [pa.array(column, kind) for column, kind in zip(columns, SCHEMA.types, strict=True)]
-    return pa.table(arrays, schema=SCHEMA)
+    ids = pa.array(np.arange(start, start + len(entries)))
+    return entries.add_column(0, SCHEMA.field("image_id"), ids).combine_chunks()
 
 
 class Listing:

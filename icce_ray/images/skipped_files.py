@@ -29,9 +29,8 @@ REMEDIES = (
 def ending(name: str) -> str:
     """The ending of a file's name in lower case, ``.tar.gz`` as a whole; empty if there is none."""
     base = name.rpartition("/")[2].lower()
-    for compressed in COMPRESSED_TARS:
-        if base.endswith(compressed):
-            return compressed
+    if base.endswith(COMPRESSED_TARS):
+        return next(compressed for compressed in COMPRESSED_TARS if base.endswith(compressed))
     stem, dot, last = base.rpartition(".")
     return f".{last}" if dot and stem else ""
 

@@ -322,7 +322,7 @@ class _Clock(Progress):
         self.began = time.monotonic()
         self.seen: list[tuple[float, int]] = []
 
-    def update(self, done: int, total: int, note: str = "", num_errors: int = 0) -> None:
+    def update(self, done: int, total: int | None, note: str = "", num_errors: int = 0) -> None:
         super().update(done, total, note, num_errors)
         self.seen.append((time.monotonic(), done))
 

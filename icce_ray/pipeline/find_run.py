@@ -29,7 +29,7 @@ def find_stage(
     what = what or stage
     if run.endswith((".yaml", ".yml")):
         config = load_config(run)
-        step = next((step for step in plan(config) if step.name == stage), None)
+        step = next((step for step in plan(config, lists=False) if step.name == stage), None)
         if step is None or step.artifact is None:
             raise InputError(f"{run}: this run has no {what} yet; finish it first: icce-ray run {run}")
         return step.artifact, config.to_record()

@@ -12,6 +12,7 @@ from icce_ray.config import Config
 from icce_ray.consensus.stage import CONSENSUS
 from icce_ray.corrections.stage import with_kept_corrections
 from icce_ray.errors import InputError
+from icce_ray.images.stage import AS_LISTED, IMAGES
 from icce_ray.pipeline.numbers_kept import with_numbers_from
 from icce_ray.pipeline.stages import clustering_stages, stages_of
 from icce_ray.stage import Stage
@@ -45,9 +46,13 @@ class PlannedStage:
 
 
 def plan(
-    config: Config, stages: tuple[Stage, ...] | None = None, before: Sequence[PlannedStage] = ()
+    config: Config,
+    stages: tuple[Stage, ...] | None = None,
+    before: Sequence[PlannedStage] = (),
+    *,
+    lists: bool = True,
 ) -> list[PlannedStage]:
-    """Plan the stages of a run in order. Only manifests are read.
+    """Plan the stages of a run in order. The images are listed, otherwise only manifests are read.
 
     With ``num_clusters: auto`` the plan ends with the stage that chooses the number until that is finished.
 
@@ -55,13 +60,17 @@ def plan(
         config: the run's settings.
         stages: the stages to plan; all those of the run when None.
         before: stages planned before, which these build on.
+        lists: False: the last listing holds, whatever has happened to the images since.
 
     Raises:
         InputError: the input does not exist or cannot be listed, or the output cannot be read.
     """
     connect_storage(config)
     config = with_kept_corrections(config)
-    return _plan(config, stages_of(config) if stages is None else stages, before)
+    stages = stages_of(config) if stages is None else stages
+    if not lists:
+        stages = tuple(AS_LISTED if stage is IMAGES else stage for stage in stages)
+    return _plan(config, stages, before)
 
 
 def _plan(config: Config, stages: tuple[Stage, ...], before: Sequence[PlannedStage]) -> list[PlannedStage]:

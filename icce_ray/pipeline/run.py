@@ -60,10 +60,11 @@ def run_pipeline(config: Config, *, refresh: bool = False, retry_errors: bool = 
     started = time.monotonic()
     if refresh:
         refresh_listing(config, quiet)
+    _list_images(config, quiet)
     planned = plan(config)
     asked, config = config, with_kept_corrections(config)
     if retry_errors and retry_failed_images(config, planned, quiet):
-        planned = plan(config)
+        planned = plan(config, lists=False)
     unplanned = () if is_complete(planned) else stages_of(config)[len(planned) :]
     artifacts = finished_artifacts(planned)
     finished_before = tuple(artifacts)
@@ -102,6 +103,24 @@ def run_pipeline(config: Config, *, refresh: bool = False, retry_errors: bool = 
     if not quiet:
         print(summary(result, artifacts, places, time.monotonic() - started), file=sys.stderr, flush=True)
     return result
+
+
+def _list_images(config: Config, quiet: bool) -> None:
+    """List the images. Until the first listing is there, the run has another name, by which `status` can show how far
+    that is."""
+    from icce_ray.images.list_images import last_digest, list_now
+
+    if IMAGES not in stages_of(config) or config.embeddings.uri is not None:
+        return
+    planned = plan(config, lists=False)
+    name, progress = run_name(planned), Progress(IMAGES.name, "files", quiet)
+    with RunProgress(config.output, name) as told, outages_told(config.images.uris, config.storage, progress):
+        if is_first := last_digest(config) is None:
+            write_record(config.output, name, fingerprints_of(planned), config.model_dump(mode="json"))
+            told.watch(progress)
+        list_now(config, progress)
+        if is_first:
+            remove_record(config.output, name)
 
 
 def _choose_number(
@@ -223,7 +242,9 @@ def refresh_listing(config: Config, quiet: bool) -> None:
     from icce_ray.images.list_images import find_changes
 
     connect_storage(config)
-    changes = None if config.embeddings.uri is not None else find_changes(config.images, config.output)
+    progress = Progress(IMAGES.name, "files", quiet)
+    with outages_told(config.images.uris, config.storage, progress):
+        changes = None if config.embeddings.uri is not None else find_changes(config, progress)
     if changes is not None:
         own = fingerprint(IMAGES.name, IMAGES.version, settings_for(config, changes.digest), {})
         step = PlannedStage(IMAGES, own, {}, Folder.at(config.output) / IMAGES.name / own, None)

@@ -26,8 +26,9 @@ class Reading:
     unit: str
     """What is counted, in the plural."""
     done: int | None
-    """None until something was counted; so is `total`."""
+    """None until something was counted."""
     total: int | None
+    """None while it is not known."""
     rate: float | None
     """Units per second, lately; None if nothing was done."""
     num_errors: int
@@ -44,9 +45,11 @@ class Reading:
         """``12,000/50,000 images, 350/s, 1 min 49 s left, 3 errors``."""
         if self.done is None:
             return ", ".join(filter(None, ["nothing counted yet", self.note]))
-        said = [f"{self.done:,}/{self.total:,} {self.unit}"]
-        if self.rate is not None and self.seconds_left is not None:
-            said.append(f"{self.rate:,.3g}/s, {format_seconds(self.seconds_left)} left")
+        said = [f"{self.done:,}{'' if self.total is None else f'/{self.total:,}'} {self.unit}"]
+        if self.rate is not None:
+            said.append(f"{self.rate:,.3g}/s")
+        if self.seconds_left is not None:
+            said.append(f"{format_seconds(self.seconds_left)} left")
         if self.num_errors:
             said.append(f"{self.num_errors:,} error{'s' * (self.num_errors > 1)}")
         return ", ".join([*said, *filter(None, [self.note])])
@@ -84,7 +87,7 @@ class Progress:
         self._shortcut = shortcut
         self._on_terminal = sys.stderr.isatty()
 
-    def update(self, done: int, total: int, note: str = "", num_errors: int = 0) -> None:
+    def update(self, done: int, total: int | None, note: str = "", num_errors: int = 0) -> None:
         """Report `done` of `total`; shown at most every few seconds. The rate excludes what a resumed run had."""
         now = self._clock()
         self._recent.append((now, done))
@@ -138,15 +141,15 @@ class ProgressBoard:
 
     def __init__(self, stage: str) -> None:
         self.stage = stage
-        self.latest: tuple[int, int, str] | None = None
+        self.latest: tuple[int, int | None, str] | None = None
 
     def __repr__(self) -> str:
         return f"{self.stage}: progress"
 
-    def post(self, done: int, total: int, note: str) -> None:
+    def post(self, done: int, total: int | None, note: str) -> None:
         self.latest = (done, total, note)
 
-    def read(self) -> tuple[int, int, str] | None:
+    def read(self) -> tuple[int, int | None, str] | None:
         return self.latest
 
 
@@ -158,11 +161,11 @@ class BoardProgress(Progress):
         post: its method, or a remote call of that.
     """
 
-    def __init__(self, stage: str, post: Callable[[int, int, str], object]) -> None:
+    def __init__(self, stage: str, post: Callable[[int, int | None, str], object]) -> None:
         super().__init__(stage, quiet=True)
         self._post = post
 
-    def update(self, done: int, total: int, note: str = "", num_errors: int = 0) -> None:
+    def update(self, done: int, total: int | None, note: str = "", num_errors: int = 0) -> None:
         self._post(done, total, note)
 
 

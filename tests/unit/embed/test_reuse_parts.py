@@ -10,7 +10,7 @@ import pytest
 from icce_ray.embed.embedding_parts import ERRORS_NAME, PartRange, part_table, plan_parts
 from icce_ray.embed.part_hashes import read_hashes_file
 from icce_ray.embed.reuse_parts import ReusableParts, copy_parts
-from icce_ray.images.listing import Entry, Listing, number_entries
+from icce_ray.images.listing import Entry, Listing, entry_tables, numbered
 from icce_ray.store import Artifact, ArtifactWriter, Folder
 from icce_ray.store.part_records import PartRecords
 
@@ -24,7 +24,7 @@ def commit(writer: ArtifactWriter, **metrics: Any) -> Artifact:
 
 def listing_of(folder: Path, entries: list[Entry]) -> Listing:
     writer = ArtifactWriter(Folder.at(folder))
-    writer.write_table("images-00000.parquet", number_entries(entries))
+    writer.write_table("images-00000.parquet", numbered(pa.concat_tables(entry_tables(entries))))
     return Listing(commit(writer))
 
 

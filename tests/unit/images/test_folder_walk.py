@@ -14,7 +14,7 @@ import pytest
 from icce_ray.config import Config
 from icce_ray.errors import InputError
 from icce_ray.images import folder_walk
-from icce_ray.images.image_files import RESULT_FOLDERS
+from icce_ray.images.own_results import RESULT_FOLDERS
 from icce_ray.images.read_images import read_image
 from icce_ray.pipeline.plan import stages_of
 from icce_ray.stage import Stage

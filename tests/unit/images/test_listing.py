@@ -29,7 +29,7 @@ def config_for(uri: Path | str, **images: Any) -> Config:
 
 
 def source_digest(config: Config) -> str:
-    return list_images.source_digest(config.images, config.embeddings, config.output)
+    return list_images.source_digest(config)
 
 
 def write_files(folder: Path, *names: str) -> None:

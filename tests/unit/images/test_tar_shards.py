@@ -13,7 +13,7 @@ import pytest
 from icce_ray.config import Config, ImagesConfig
 from icce_ray.images import tar_shards
 from icce_ray.images.containers import labels_beside, members
-from icce_ray.images.image_files import File
+from icce_ray.images.file_shards import File
 from icce_ray.images.read_images import read_image
 
 Listed = Callable[[Config], pa.Table]

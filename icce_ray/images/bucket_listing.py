@@ -1,0 +1,243 @@
+"""List a bucket by ranges of keys, many at a time: a request answers with 1,000 keys at most, and takes its time.
+
+A thread without work takes over the upper part of the range of another. Where to divide it is found by asking for the
+first key behind a point between its ends. What a thread has listed is written and recorded every few seconds, so that a
+listing that was killed goes on where it was.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from icce_ray.config import StorageConfig
+from icce_ray.images.file_shards import File, files_table, sorted_files
+from icce_ray.store import ArtifactWriter, Folder, s3
+from icce_ray.store.part_records import PartRecord, PartRecords
+
+NUM_THREADS = 16
+SHARD_KEYS = 20_000
+"""Keys after which a thread writes what it has."""
+CALL_S = 5.0
+"""Time after which :func:`list_ranges` returns with what is left, so that it can be divided anew."""
+IDLE_S = 0.02
+MIN_PAGES = 3
+"""Pages of a call after which ranges are divided: fewer are not worth it."""
+MAX_AGE_S = 24 * 3600.0
+"""Shards that are older are listed again: the bucket may have changed."""
+LOWEST, HIGHEST_ASCII, HIGHEST = 0x20, 0x7F, 0x10FFFF
+SURROGATES = range(0xD800, 0xE000)
+
+Classify = Callable[[File, Counter[str], list[File]], File | None]
+
+
+class KeyRange(NamedTuple):
+    """The keys with ``after < key <= until``, without the prefix."""
+
+    after: str
+    until: str | None
+    """None: to the end."""
+
+
+@dataclass(frozen=True)
+class BucketPrefix:
+    """What is listed. Pickles."""
+
+    uri: str
+    """``s3://bucket/prefix/``, or a bucket."""
+    folder: Folder
+    """Shards and records are written here."""
+    storage: StorageConfig
+    classify: Classify
+    """Returns a file to list, or None after counting it or putting it aside. Hidden files are not shown to it."""
+
+    @property
+    def records(self) -> PartRecords:
+        return PartRecords(self.folder, hashlib.sha256(self.uri.encode()).hexdigest())
+
+    def finished(self, oldest: float) -> list[PartRecord]:
+        """The records of the ranges that were listed since `oldest`, in seconds since 1970."""
+        records = self.records.read_all(check_files=False).values()
+        return [record for record in records if record.metrics["listed_at"] >= oldest]
+
+
+def missing_ranges(finished: Sequence[PartRecord]) -> list[KeyRange]:
+    """What finished ranges leave of all keys."""
+    missing, position = [], ""
+    for keys in sorted((KeyRange(*record.metrics["keys"]) for record in finished), key=lambda keys: keys.after):
+        if keys.after > position:
+            missing.append(KeyRange(position, keys.after))
+        if keys.until is None:
+            return missing
+        position = max(position, keys.until)
+    return [*missing, KeyRange(position, None)]
+
+
+def list_ranges(ranges: Sequence[KeyRange], prefix: BucketPrefix) -> tuple[list[KeyRange], int]:
+    """List ranges of keys for CALL_S.
+
+    Returns:
+        What is left of the ranges, and the number of keys that were listed.
+
+    Raises:
+        OSError, InputError, WorkerError: the storage, as :func:`s3.patiently`.
+    """
+    s3.use_s3(prefix.storage)
+    calls = _Call(prefix, ranges)
+    with ThreadPoolExecutor(NUM_THREADS) as threads:
+        list(threads.map(calls.work, range(NUM_THREADS)))
+    return [*calls.left, *calls.pending], calls.num_keys
+
+
+@dataclass(eq=False)
+class _Walk:
+    """A range that a thread lists."""
+
+    position: str
+    """Up to here it is listed. Another thread may lower `until` to a point behind it."""
+    until: str | None
+    tried: set[str] = field(default_factory=set)
+    """Points at which it was, or could not be, divided."""
+
+
+class _Call:
+    """One call of :func:`list_ranges`."""
+
+    def __init__(self, prefix: BucketPrefix, ranges: Sequence[KeyRange]) -> None:
+        self.prefix, self.pending = prefix, deque(ranges)
+        self.left: list[KeyRange] = []
+        self.num_keys = self._num_pages = self._turn = 0
+        self._walks: list[_Walk] = []
+        self._lock = threading.Lock()
+        self._ends = time.monotonic() + CALL_S
+        bucket, self._key = s3.split_uri(prefix.uri)
+        self._bucket_uri = f"s3://{bucket}/"
+
+    def work(self, thread: int) -> None:
+        try:
+            while time.monotonic() < self._ends:
+                with self._lock:
+                    keys = self.pending.popleft() if self.pending else None
+                    walk = None if keys is None else _Walk(*keys)
+                    if walk is not None:
+                        self._walks.append(walk)
+                if walk is None:
+                    walk = self._take_over(thread)
+                if walk is not None:
+                    self._list(walk)
+                elif self._walks:
+                    time.sleep(IDLE_S)
+                else:
+                    return
+        except BaseException:
+            self._ends = 0.0
+            raise
+
+    def _list(self, walk: _Walk) -> None:
+        files, num_keys, after = list[File](), 0, walk.position
+        others, tables = Counter[str](), list[File]()
+        while True:
+            page = self._page(walk.position)
+            entries = page.get("Contents", ())
+            found = [(entry["Key"][len(self._key) :], entry["Size"], entry["ETag"]) for entry in entries]
+            with self._lock:
+                self._num_pages += 1
+                until = walk.until
+                walk.position = found[-1][0] if found else walk.position
+                is_finished = not page.get("IsTruncated") or (until is not None and walk.position >= until)
+                if is_finished:
+                    self._walks.remove(walk)
+            for key, size, etag in found:
+                if until is not None and key > until:
+                    break
+                num_keys += 1
+                if key.startswith(".") or "/." in key:
+                    others["hidden"] += 1
+                elif key and not key.endswith("/"):
+                    uri = f"{self._bucket_uri}{self._key}{key}"
+                    file = self.prefix.classify(File(uri, size, etag.strip('"')), others, tables)
+                    files += [] if file is None else [file]
+            is_over = time.monotonic() >= self._ends
+            if is_finished or is_over or num_keys >= SHARD_KEYS:
+                keys = KeyRange(after, until if is_finished else walk.position)
+                self._write(keys, files, others, tables, num_keys)
+                files, num_keys, after = [], 0, walk.position
+                others, tables = Counter(), []
+            if is_finished:
+                return
+            if is_over:
+                with self._lock:
+                    self._walks.remove(walk)
+                    self.left.append(KeyRange(walk.position, walk.until))
+                return
+
+    def _write(
+        self, keys: KeyRange, files: list[File], others: Counter[str], tables: list[File], num_keys: int
+    ) -> None:
+        name = hashlib.sha256(keys.after.encode()).hexdigest()[:16]
+        parts = []
+        if files:
+            table = sorted_files(files_table(files))
+            parts.append(ArtifactWriter(self.prefix.folder).write_table(f"files/{name}.parquet", table))
+        ends = [files[0].uri, files[-1].uri] if files else []
+        metrics = {"keys": keys, "ends": ends, "others": others, "tables": tables, "listed_at": time.time()}
+        self.prefix.records.write(name, parts, metrics | {"num_keys": num_keys})
+        with self._lock:
+            self.num_keys += num_keys
+
+    def _take_over(self, thread: int) -> _Walk | None:
+        """Divide the range of another thread; None if that did not work."""
+        with self._lock:
+            if not self._walks or self._num_pages < MIN_PAGES:
+                return None
+            self._turn += 1
+            other = self._walks[self._turn % len(self._walks)]
+            position, until = other.position, other.until
+            point = next(
+                (point for point in _points_between(position, until, thread) if point not in other.tried), None
+            )
+            if point is None:
+                return None
+            other.tried.add(point)
+        found = self._page(point, MaxKeys=1).get("Contents", ())
+        is_empty = not found or (until is not None and found[0]["Key"][len(self._key) :] > until)
+        with self._lock:
+            if (
+                other not in self._walks
+                or point <= other.position
+                or (other.until is not None and point >= other.until)
+            ):
+                return None
+            walk = _Walk(point, other.until)
+            other.until = point
+            if is_empty:
+                return None
+            self._walks.append(walk)
+            return walk
+
+    def _page(self, after: str, **settings: Any) -> dict[str, Any]:
+        start = {"StartAfter": self._key + after} if after else {}
+        return next(iter(s3.list_pages(self.prefix.uri, self.prefix.storage, **start, **settings)))
+
+
+def _points_between(after: str, until: str | None, thread: int) -> Iterator[str]:
+    """Points between the ends of a range, each thread's first choice elsewhere: at the first character in which keys
+    of the range may differ, then at the next, and so on."""
+    common = 0
+    while until is not None and common < min(len(after), len(until)) and after[common] == until[common]:
+        common += 1
+    for place in range(common, len(after) + 1):
+        low = ord(after[place]) if place < len(after) else LOWEST - 1
+        is_below = until is None or place > common or len(until) <= common
+        high = (HIGHEST_ASCII if low < HIGHEST_ASCII - 1 else HIGHEST) if is_below else ord(until[common])  # type: ignore[index]
+        if high - low < 2:
+            continue
+        step = (high - low) / (NUM_THREADS + 1)
+        code = low + min(high - low - 1, max(1, round(step * (thread + 1))))
+        yield after[:place] + chr(SURROGATES.start - 1 if code in SURROGATES else code)

@@ -1,0 +1,48 @@
+"""What this engine wrote itself: no images, though it may lie among them."""
+
+from __future__ import annotations
+
+import re
+from contextlib import suppress
+from pathlib import Path
+
+from icce_ray.images.folder_walk import identity_of
+from icce_ray.images.uris import is_remote
+
+RESULT_FOLDERS = (
+    "images",
+    "embed",
+    "sample",
+    "cluster_count",
+    "neighbors",
+    "method",
+    "consensus",
+    "classifier",
+    "assign",
+    "evaluate",
+    "report",
+    "silhouette_spaces",
+    "trial_scores",
+    "sweep",
+)
+"""Folders of an output whose subfolders hold artifacts."""
+RESULT = re.compile(rf"/(?:runs|(?:{'|'.join(RESULT_FOLDERS)})/[0-9a-f]{{16}})/")
+
+
+def is_result(uri: str, output: str) -> bool:
+    """Whether a remote file was written to the output folder `output` by this engine."""
+    root = output.rstrip("/")
+    return uri.startswith(root) and RESULT.match(uri, len(root)) is not None
+
+
+def result_folders(output: str) -> frozenset[tuple[int, int]]:
+    """What the engine wrote: (device, inode) of each folder of an artifact and of that of the run records."""
+    if is_remote(output):
+        return frozenset()
+    root = Path(output).expanduser()
+    folders = [root / "runs"]
+    for stage in RESULT_FOLDERS:
+        with suppress(OSError):
+            folders += [folder for folder in (root / stage).iterdir() if RESULT.match(f"/{stage}/{folder.name}/")]
+    identities = (identity_of(str(folder)) for folder in folders)
+    return frozenset(identity for identity in identities if identity is not None)

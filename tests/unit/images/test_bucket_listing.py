@@ -1,0 +1,166 @@
+"""Listing a bucket in ranges, with a stub of the S3 client that invents nothing but waits."""
+
+from __future__ import annotations
+
+import bisect
+import time
+from collections import Counter
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from icce_ray.config import Config, ResourcesConfig, StorageConfig
+from icce_ray.images import bucket_listing, image_files, job, list_images
+from icce_ray.images.bucket_listing import BucketPrefix, KeyRange, list_ranges, missing_ranges
+from icce_ray.images.file_kinds import take_file
+from icce_ray.images.file_shards import FileShards
+from icce_ray.images.job import list_bucket
+from icce_ray.runtime.progress import Progress
+from icce_ray.runtime.ray_cluster import run_here
+from icce_ray.store import Folder, s3
+
+
+class StubBucket:
+    """Answers like boto3's client, in pages of ten keys."""
+
+    def __init__(self, keys: list[str], page_s: float = 0.0) -> None:
+        self.keys = sorted(keys, key=str.encode)
+        self.page_s, self.num_pages, self.answered = page_s, 0, Counter[str]()
+        self.left = 10**9
+        """Pages until the process is killed."""
+        self.pages_now = self.most_pages_at_once = 0
+
+    def list_objects_v2(self, Prefix: str, Bucket: str, StartAfter: str = "", MaxKeys: int = 10) -> dict[str, Any]:
+        self.num_pages, self.left = self.num_pages + 1, self.left - 1
+        if MaxKeys > 1:
+            self.pages_now += 1
+            self.most_pages_at_once = max(self.most_pages_at_once, self.pages_now)
+        time.sleep(self.page_s)
+        self.pages_now -= MaxKeys > 1
+        if self.left < 0:
+            raise KeyboardInterrupt
+        start = max(bisect.bisect_right(self.keys, StartAfter), bisect.bisect_left(self.keys, Prefix))
+        found = [key for key in self.keys[start : start + MaxKeys] if key.startswith(Prefix)]
+        is_more = start + MaxKeys < len(self.keys) and self.keys[start + MaxKeys].startswith(Prefix)
+        if MaxKeys > 1:
+            self.answered.update(found)
+        entries = [{"Key": key, "Size": len(key), "ETag": f'"{key}"'} for key in found]
+        return {"Contents": entries, "IsTruncated": is_more, "NextContinuationToken": "x"}
+
+
+def stub(monkeypatch: pytest.MonkeyPatch, keys: list[str], page_s: float = 0.0) -> StubBucket:
+    bucket = StubBucket(keys, page_s)
+    monkeypatch.setattr(s3, "client", lambda *_, **__: bucket)
+    return bucket
+
+
+def random_keys(rng: np.random.Generator, kind: str) -> list[str]:
+    number = int(rng.integers(1, 3000))
+    if kind == "numbered":
+        return [f"all/img-{n:08d}.jpg" for n in range(number)]
+    if kind == "folders":
+        return [f"all/{a}/{b:x}.png" for a, b in zip(rng.integers(0, 9, number), rng.integers(0, 2**40, number), strict=True)]  # fmt: skip  # noqa: E501
+    alphabet = np.array(list("/ab0~ä\u65e5\ud7ff\U0001f600 "))
+    return sorted({f"all/{''.join(rng.choice(alphabet, rng.integers(1, 6)))}.gif" for _ in range(number)})
+
+
+def listed(folder: Path) -> tuple[list[str], list[KeyRange]]:
+    """The URIs in order, without the sorting and merging of shards, and the ranges."""
+    prefix = BucketPrefix("s3://photos/all/", Folder.at(folder), StorageConfig(), take_file)
+    with run_here(1):
+        records = list_bucket(prefix, ResourcesConfig(), Progress("images", quiet=True))
+    records.sort(key=lambda record: record.metrics["keys"][0].encode())
+    uris = [uri for record in records for part in record.files for uri in image_files.Shard("", "", 0, None, prefix.folder, part.name).load()["uri"].to_pylist()]  # fmt: skip  # noqa: E501
+    return uris, [KeyRange(*record.metrics["keys"]) for record in records]
+
+
+@pytest.mark.parametrize("kind", ["numbered", "folders", "any"])
+@pytest.mark.parametrize("seed", range(3))
+def test_ranges_hold_every_key_once_however_they_are_divided(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kind: str, seed: int
+) -> None:
+    keys = random_keys(np.random.default_rng(seed), kind)
+    monkeypatch.setattr(bucket_listing, "SHARD_KEYS", 50)
+    monkeypatch.setattr(bucket_listing, "CALL_S", 0.05)
+    stub(monkeypatch, [*keys, "alk/other.png", "a.png"], page_s=0.001)
+    uris, ranges = listed(tmp_path)
+    hidden = [key for key in keys if "/." in key]
+    assert uris == [f"s3://photos/{key}" for key in sorted(set(keys) - set(hidden), key=str.encode)]
+    assert missing_ranges(BucketPrefix("s3://photos/all/", Folder.at(tmp_path), StorageConfig(), take_file).finished(0.0)) == []  # fmt: skip  # noqa: E501
+    assert all(first.until is not None and first.until <= second.after for first, second in pairwise(ranges))
+
+
+def test_threads_share_a_large_bucket(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    bucket = stub(monkeypatch, [f"all/img-{n:08d}.jpg" for n in range(5000)], page_s=0.01)
+    uris, _ = listed(tmp_path)
+    assert len(uris) == 5000
+    assert bucket.most_pages_at_once >= bucket_listing.NUM_THREADS // 2
+    assert sum(bucket.answered.values()) < 6000  # few keys are read by two threads
+
+
+def test_a_killed_listing_goes_on_where_it_was(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(bucket_listing, "SHARD_KEYS", 50)
+    keys = [f"all/{n:05d}.jpg" for n in range(5000)]
+    bucket = stub(monkeypatch, keys, page_s=0.001)
+    bucket.left = 450
+    with pytest.raises(KeyboardInterrupt):
+        listed(tmp_path)
+    before = Counter(bucket.answered)
+    bucket.left = 10**9
+    uris, _ = listed(tmp_path)
+    assert uris == [f"s3://photos/{key}" for key in keys]
+    again = sum(1 for key, number in bucket.answered.items() if key in before and number > before[key])
+    assert again <= bucket_listing.NUM_THREADS * 70  # a shard and a page for each thread
+    bucket.num_pages = 0
+    assert listed(tmp_path)[0] == uris
+    assert bucket.num_pages == 0
+    monkeypatch.setattr(job, "MAX_AGE_S", 0.0)
+    assert listed(tmp_path)[0] == uris
+    assert bucket.num_pages >= 500
+
+
+def test_a_bucket_gets_the_same_ids_as_a_plain_loop_over_its_sorted_keys(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    rng = np.random.default_rng(5)
+    keys = [*random_keys(rng, "any"), "all/x.csv", "all/.hidden/y.png", "all/folder/", "all/t.parquet"]
+    monkeypatch.setattr(bucket_listing, "SHARD_KEYS", 50)
+    monkeypatch.setattr(image_files, "_holds_images", lambda table, images: False)
+    stub(monkeypatch, keys, page_s=0.001)
+    config = Config(output=str(tmp_path), num_clusters=2, images={"uri": "s3://photos/all/"})
+    monkeypatch.setattr(image_files, "open_uri", lambda uri: (NoDirectory(), "photos/all"))
+    with run_here(1):
+        _, files = list_images._list(config, Progress("images", quiet=True))
+    wanted = sorted((key for key in keys if key.endswith(".gif") and "/." not in key), key=str.encode)
+    assert [uri for table in files.tables() for uri in table["uri"].to_pylist()] == [f"s3://photos/{k}" for k in wanted]
+    assert files.skipped[".csv"] == files.skipped[".parquet without images"] == 1
+    assert files.skipped["hidden"] == 1 + sum("/." in key for key in keys[:-4])
+
+
+class NoDirectory:
+    def get_file_info(self, path: str) -> Any:
+        from pyarrow.fs import FileInfo, FileType
+
+        return FileInfo(path, FileType.NotFound)
+
+
+def test_a_bucket_of_one_page_takes_one_request(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    bucket = stub(monkeypatch, ["all/a.png", "all/b.png"], page_s=0.01)
+    prefix = BucketPrefix("s3://photos/all/", Folder.at(tmp_path), StorageConfig(), take_file)
+    assert list_ranges([KeyRange("", None)], prefix) == ([], 2)
+    assert bucket.num_pages == 1
+
+
+def test_an_error_of_the_storage_ends_the_listing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    bucket = stub(monkeypatch, [f"all/{n:05d}.jpg" for n in range(5000)], page_s=0.001)
+    bucket.left = 20
+    with pytest.raises(KeyboardInterrupt):
+        listed(tmp_path)
+    assert bucket.num_pages <= 20 + bucket_listing.NUM_THREADS
+
+
+def test_file_shards_without_files() -> None:
+    assert len(FileShards([], Folder.at("unused"), Counter())) == 0
