@@ -41,6 +41,8 @@ from icce_ray.store import Artifact, ArtifactWriter, Folder
 
 RAY_START_S, WORKER_START_S = 8.0, 2.0
 """Of a run that uses Ray, on two cores."""
+RAY_BYTES, WORKER_BYTES = 700_000_000, 500_000_000
+"""Memory of Ray's own processes, and of a worker with its imports."""
 MAX_READ_ROWS = 65_536
 MAX_DECODED = 64
 """Images of the sample that are read and decoded here, to time only that."""
@@ -137,7 +139,7 @@ def estimate(config: Config, *, num_samples: int = 256, quiet: bool = False) -> 
         here = runs_here(config.resources, num_images)
         parallel = 1.0 if here else embedded.cpus
         pilot = run_pilot(config, embedded.features_nD, num_images=num_images, folder=folder, num_parallel=parallel)
-    bytes_of = _memory(config, num_images, embedded, pilot)
+    bytes_of = _memory(config, num_images, embedded, pilot, here)
     disk_bytes = {"images": listed.num_bytes()}
     disk_bytes |= {"embed": round(embedded.bytes_per_image * num_images), **pilot.disk_bytes}
     disk_bytes["classifier"] = disk_bytes.get("classifier", 0) + _backbone_bytes(config)
@@ -158,8 +160,7 @@ def estimate(config: Config, *, num_samples: int = 256, quiet: bool = False) -> 
         gpus=embedded.gpus,
         images_per_s=1 / embedded.seconds_per_image if config.embeddings.uri is None else None,
         stages=tuple(
-            StageEstimate(name, spent, bytes_of.get(name, embedded.base_bytes), disk_bytes.get(name, 0))
-            for name, spent in seconds.items()
+            StageEstimate(name, spent, bytes_of[name], disk_bytes.get(name, 0)) for name, spent in seconds.items()
         ),
         available_memory_bytes=available_memory_bytes(),
         shortcuts=tuple(
@@ -259,8 +260,9 @@ def _embed_sample(config: Config, listing: Listing, num_samples: int, folder: Pa
     )
 
 
-def _memory(config: Config, num_images: int, sample: _Sample, pilot: PilotRun) -> dict[str, int]:
-    """Peak memory by stage: that of this process, and what the stage computes for itself before it starts."""
+def _memory(config: Config, num_images: int, sample: _Sample, pilot: PilotRun, here: bool) -> dict[str, int]:
+    """Peak memory by stage: that of this process, and what the stage computes for itself before it starts. A run that
+    uses Ray has all its workers on this machine."""
     n, dim = min(num_images, config.sample.max_images or num_images), sample.features_nD.shape[1]
     features = 4 * n * dim
     shards = config.resources.neighbors.num_workers
@@ -282,7 +284,12 @@ def _memory(config: Config, num_images: int, sample: _Sample, pilot: PilotRun) -
         )
     needed["consensus"] = coordinator_bytes(n, heads, num_clusters, config.consensus.methods, pilot.mean_neighbors > 0)
     needed["consensus"] += consensus_bytes(n, heads, num_clusters)
-    return {name: sample.base_bytes + number for name, number in needed.items()}
+    if not here:
+        workers = {"neighbors": shards, "method": config.resources.method.num_workers}
+        needed = {name: number + WORKER_BYTES * workers.get(name, 1) for name, number in needed.items()}
+        needed["assign"] = WORKER_BYTES
+    base_bytes = sample.base_bytes + (0 if here else RAY_BYTES)
+    return {name: base_bytes + needed.get(name, 0) for name in ("images", *pilot.seconds, *needed)}
 
 
 def _backbone_bytes(config: Config) -> int:

@@ -5,7 +5,6 @@ Both work in the first 50 principal components of the features. Shapes: n images
 
 from __future__ import annotations
 
-import importlib.util
 from typing import Any
 
 import numpy as np
@@ -14,6 +13,7 @@ import numpy.typing as npt
 from icce_ray.embed.feature_matrix import load_features
 from icce_ray.metrics.label_free_scores import project_pca, project_umap
 from icce_ray.neighbors.search import most_similar
+from icce_ray.runtime.machine import has_umap
 from icce_ray.sample.training_set import training_rows, training_set
 from icce_ray.sample.unit_features import prepare
 
@@ -67,7 +67,7 @@ def lay_out(features_nD: Floats, how: str) -> tuple[npt.NDArray[np.uint16], Floa
         components_nP = project_pca(prepare(features_nD, center=True)[:], SEED)
     if how == "auto":
         fits = 10 <= num_images <= MAX_UMAP_IMAGES
-        how = "umap" if fits and importlib.util.find_spec("umap") is not None else "pca"
+        how = "umap" if fits and has_umap() else "pca"
     if how == "umap":
         places_n2 = project_umap(components_nP, SEED, n_components=2, n_neighbors=15, min_dist=0.1)
     else:

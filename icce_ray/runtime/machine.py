@@ -29,13 +29,19 @@ SIOCGIFADDR = 0x8915
 """The ioctl that asks for an interface's address."""
 
 
+def has_umap() -> bool:
+    """Whether umap-learn, an extra, is installed. A folder of that name in the working directory does not count."""
+    spec = importlib.util.find_spec("umap")
+    return spec is not None and spec.origin is not None
+
+
 def check_umap(setting: str) -> None:
-    """Refuse a setting that needs umap-learn, an extra, where it is missing.
+    """Refuse a setting that needs umap-learn where it is missing.
 
     Raises:
         ResourceError: it is.
     """
-    if importlib.util.find_spec("umap") is None:
+    if not has_umap():
         raise ResourceError(f"{setting} needs the package umap-learn: pip install 'icce_ray[umap]', or change it")
 
 

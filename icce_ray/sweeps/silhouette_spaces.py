@@ -5,7 +5,6 @@ trials that share their features, of a sample of the images, since a silhouette 
 
 from __future__ import annotations
 
-import importlib.util
 from typing import Any
 
 import numpy as np
@@ -14,6 +13,7 @@ import numpy.typing as npt
 from icce_ray.config import Config
 from icce_ray.embed.feature_matrix import load_features
 from icce_ray.metrics.label_free_scores import project_pca, project_umap
+from icce_ray.runtime.machine import has_umap
 from icce_ray.sample.training_set import training_set
 from icce_ray.stage import StageContext
 
@@ -24,7 +24,7 @@ SEED = 0
 
 def spaces() -> list[str]:
     """Names of the spaces that can be made here."""
-    return ["pca", "umap"] if importlib.util.find_spec("umap") is not None else ["pca"]
+    return ["pca", "umap"] if has_umap() else ["pca"]
 
 
 def sample(num_images: int) -> npt.NDArray[np.int64]:

@@ -55,6 +55,11 @@ def test_every_stage_is_estimated_for_ready_made_embeddings(tmp_path: Path, monk
     assert stages["embed"].disk_bytes == 90 * 8 * 4
     assert stages["neighbors"].memory_bytes > stages["assign"].memory_bytes > 0
     assert found.seconds == pytest.approx(sum(stage.seconds for stage in found.stages))
+    on_ray = settings | {"resources": {"method": {"num_workers": 2}}}
+    larger = estimate.estimate(build_config(on_ray, "run.yaml"), num_samples=40, quiet=True)
+    more = {stage.stage: stage.memory_bytes - stages[stage.stage].memory_bytes for stage in larger.stages}
+    assert more["method"] - more["neighbors"] == pytest.approx(estimate.WORKER_BYTES, rel=0.2), "another worker"
+    assert more["report"] == pytest.approx(estimate.RAY_BYTES, rel=0.2)
     (hint,) = found.shortcuts
     assert hint.startswith("method takes long. Shorter: fewer heads (heads.num_heads, now 50)")
     text = "\n".join(found.lines())

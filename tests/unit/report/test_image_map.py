@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.machinery
+import importlib.util
 import sys
 import types
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +16,7 @@ from icce_ray.config import Config
 from icce_ray.errors import ResourceError
 from icce_ray.report.image_map import lay_out
 from icce_ray.report.stage import REPORT
+from icce_ray.runtime.machine import has_umap
 
 FEATURES = np.random.default_rng(0).normal(size=(40, 6)).astype(np.float32)
 
@@ -34,7 +37,7 @@ class FakeUMAP:
 def umap(monkeypatch: pytest.MonkeyPatch) -> None:
     module = types.ModuleType("umap")
     module.UMAP = FakeUMAP  # type: ignore[attr-defined]
-    module.__spec__ = importlib.machinery.ModuleSpec("umap", None)
+    module.__spec__ = importlib.machinery.ModuleSpec("umap", None, origin="umap/__init__.py")
     monkeypatch.setitem(sys.modules, "umap", module)
 
 
@@ -53,6 +56,16 @@ def test_principal_components_stay_a_choice_and_stand_in_for_few_images(umap: No
     assert name == "pca"
     assert (np.argsort(places[:, 0], kind="stable")[[0, -1]] == np.argsort(components[:, 0])[[0, -1]]).all()
     assert lay_out(FEATURES[:5], "auto")[2] == "pca"
+
+
+def test_a_folder_that_is_called_umap_is_not_taken_for_the_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "umap").mkdir()
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])  # as `python -m` has the working directory in it
+    monkeypatch.delitem(sys.modules, "umap", raising=False)
+    assert importlib.util.find_spec("umap") is not None
+    assert not has_umap()
 
 
 def test_umap_that_is_missing_is_named_before_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
