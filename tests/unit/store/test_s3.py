@@ -86,19 +86,19 @@ def test_a_store_that_refuses_connections_is_waited_for_but_not_by_the_first_loo
 ) -> None:
     monkeypatch.setattr(s3, "OUTAGE_POLL_S", 0.05)
     monkeypatch.setitem(s3.client.__kwdefaults__, "attempts", 1)  # boto3 would wait longer and longer in between
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    with moto_server() as url:  # whose buckets outlive it
+        client(url).create_bucket(Bucket="photos")
+        port = int(url.rpartition(":")[2])
     endpoint = f"http://127.0.0.1:{port}"
     use_s3(StorageConfig(endpoint=endpoint, access_key=ACCESS_KEY, secret_key=SECRET_KEY))
-    with pytest.raises(InputError, match="s3://b cannot be reached"):
-        Folder.reachable("s3://b/folder")
-    folder = Folder.at("s3://b/folder")
+    with pytest.raises(InputError, match="s3://photos cannot be reached"):
+        Folder.reachable("s3://photos/folder")
+    folder = Folder.at("s3://photos/folder")
     use_s3(StorageConfig())
     with ThreadPoolExecutor(1) as thread:
         written = thread.submit(folder.write_bytes, "x", b"there")
         with pytest.raises(TimeoutError):
             written.result(timeout=1.0)
         with moto_server(port=port):
-            client(endpoint).create_bucket(Bucket="b")
             written.result(timeout=30)
             assert folder.read_bytes("x") == b"there"
