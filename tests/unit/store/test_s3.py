@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import pickle
-import socket
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
