@@ -42,6 +42,7 @@ CASES = {
     "proxies": "how well scores without labels rank clusterings of all methods by their true AMI and ACC",
     "refit-ids": "a refit with 1% new images and a new class: which images keep their cluster's number, what is found",
     "report": "the page for 100 to 100,000 images: time to make it, size, and frame time of the map in Chromium",
+    "resume-scale": "bytes that a resumed embedding reads, the time to plan a retry, and what its driver keeps",
     "small-run": "CPU seconds of a run over 40 images, all processes together, and of the same command again",
     "sweep-metrics": "how well metrics without labels rank a sweep's trials by ACC, and the consensus of the best",
     "tar-reads": "requests and bytes of 1,000 images in tar shards on object storage, counted",

@@ -14,7 +14,6 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from icce_ray.embed.embedding_parts import Error, PartRange, part_table
-from icce_ray.embed.feature_matrix import joined_columns
 from icce_ray.embed.networks import Backbone
 from icce_ray.images.decoding import Pixels, Preprocessing, SeveralViews, decode_image, is_deep_grey
 from icce_ray.images.listing import ListedImage
@@ -201,7 +200,6 @@ def assemble_part(
     dims: tuple[int, ...],
     *,
     model: str = "",
-    previous: pa.Table | None = None,
 ) -> tuple[pa.Table, list[Error]]:
     """Put the embeddings of a part's contents together: its table, and the images that failed.
 
@@ -210,7 +208,6 @@ def assemble_part(
         outcomes: by content hash, for all of `decoded.hashes`.
         dims: D of each feature set.
         model: key of the model.
-        previous: the table of the part that this one amends.
     """
     images = list(zip(decoded.image_ids.tolist(), decoded.hashes, strict=True))
     failed = [(image_id, outcome) for image_id, value in images if isinstance(outcome := outcomes[value], str)]
@@ -219,9 +216,4 @@ def assemble_part(
     hashes = pa.array([value for _, value in good], pa.string())
     vectors = [outcomes[value] for _, value in good]
     embeddings = np.stack(vectors) if vectors else np.empty((0, sum(dims)), dtype=np.float16)
-    if previous is not None:
-        ids = np.concatenate([previous["image_id"].to_numpy(), ids])
-        order = np.argsort(ids, kind="stable")
-        ids, embeddings = ids[order], np.concatenate([joined_columns(previous), embeddings])[order]
-        hashes = pa.concat_arrays([previous["content_hash"].combine_chunks(), hashes]).take(pa.array(order))
     return part_table(ids, embeddings, hashes, dims, model=model), sorted(decoded.errors + failed)

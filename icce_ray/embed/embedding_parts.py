@@ -28,18 +28,21 @@ from icce_ray.store import Artifact, Folder, Part
 from icce_ray.store.artifact import check_unfinished
 from icce_ray.store.part_records import PartRecord, PartRecords
 
-MIN_IMAGES_PER_PART = 16
-MAX_IMAGES_PER_PART = 512
+MIN_IMAGES_PER_ITEM = 16
+MAX_IMAGES_PER_ITEM = 512
 """Largest number of images that are lost when a worker dies."""
-PARTS_WANTED = 16
-"""Small collections are cut into about this many parts, so that several workers can share them."""
-MAX_DECODED_PART_BYTES = 128 * 2**20
-"""Limit for a part's pixels, which travel through shared memory together."""
-READY_MADE_PART_BYTES = 64 * 2**20
-READY_MADE_PART_ROWS = 65536
+ITEMS_WANTED = 16
+"""Small collections are cut into about this many work items, so that several workers can share them."""
+MAX_DECODED_ITEM_BYTES = 128 * 2**20
+"""Limit for an item's pixels, which travel through shared memory together."""
+PARTS_WANTED = 128
+"""Larger collections have about this many parts until these have MAX_PART_ROWS or MAX_PART_BYTES."""
+MAX_PART_BYTES = 64 * 2**20
+MAX_PART_ROWS = 65536
+PART, ITEM = "part", "item"
 ERRORS_NAME = "errors.parquet"
 MODEL_KEY = b"icce_ray.model"
-PART_NAME = re.compile(r"part-(x\d{10}|\d{5})(?:\.r(?P<revision>\d+))?\.parquet")
+PART_NAME = re.compile(r"(?:part|item)-(x\d{10}|\d{5})(?:\.r(?P<revision>\d+))?\.parquet")
 
 Error = tuple[int, str]
 """image_id, reason."""
@@ -47,21 +50,22 @@ Error = tuple[int, str]
 
 @dataclass(frozen=True)
 class PartRange:
-    """The images ``start <= image_id < stop``."""
+    """The images ``start <= image_id < stop``: a part, or a work item (:mod:`icce_ray.embed.work_items`)."""
 
     index: int
     start: int
     stop: int
     revision: int = 0
-    """Above 0: the part amends the part file `previous` by trying the images in `only` again."""
-    previous: str = ""
+    """Above 0: the part amends an earlier one by trying images again that failed."""
     only: tuple[int, ...] = ()
+    """If not empty, the item is about these images alone."""
+    kind: str = PART
 
     @property
     def name(self) -> str:
         # Names sort in the order of the parts, beyond five digits too.
         number = f"{self.index:05d}" if self.index < 100_000 else f"x{self.index:010d}"
-        return f"part-{number}" if self.revision == 0 else f"part-{number}.r{self.revision}"
+        return f"{self.kind}-{number}" if self.revision == 0 else f"{self.kind}-{number}.r{self.revision}"
 
     @property
     def file_name(self) -> str:
@@ -80,17 +84,27 @@ class PartRange:
         return cls(**{**values, "only": tuple(values["only"])})
 
 
-def images_per_part(num_images: int, preprocessing: Preprocessing | SeveralViews) -> int:
-    """The size of the parts of a collection: a power of two, so that a collection that grows by a little keeps its
-    parts, unless their pixels would take more than MAX_DECODED_PART_BYTES."""
-    wanted = 1 << (num_images // PARTS_WANTED).bit_length()
-    fitting = MAX_DECODED_PART_BYTES // math.prod(preprocessing.shape)
-    return max(1, min(max(MIN_IMAGES_PER_PART, wanted), MAX_IMAGES_PER_PART, fitting))
+def images_per_item(num_images: int, preprocessing: Preprocessing | SeveralViews) -> int:
+    """The size of a collection's work items: a power of two, so that a collection that grows by a little keeps its
+    parts, unless their pixels would take more than MAX_DECODED_ITEM_BYTES."""
+    wanted = 1 << (num_images // ITEMS_WANTED).bit_length()
+    fitting = MAX_DECODED_ITEM_BYTES // math.prod(preprocessing.shape)
+    return max(1, min(max(MIN_IMAGES_PER_ITEM, wanted), MAX_IMAGES_PER_ITEM, fitting))
 
 
-def ready_made_rows_per_part(dim: int, itemsize: int) -> int:
-    """The size of the parts of ready-made embeddings."""
-    return max(1, min(READY_MADE_PART_ROWS, READY_MADE_PART_BYTES // (dim * itemsize)))
+def items_per_part(num_images: int, images_per_item: int, dim: int) -> int:
+    """Number of work items that are joined to a part: a power of two; 1 in collections below some 130,000 images.
+
+    Args:
+        dim: D of all feature sets together.
+    """
+    most = min(rows_per_part(dim, np.dtype(np.float16).itemsize), num_images // PARTS_WANTED) // images_per_item
+    return 1 << max(0, most.bit_length() - 1)
+
+
+def rows_per_part(dim: int, itemsize: int) -> int:
+    """The largest number of rows of a part."""
+    return max(1, min(MAX_PART_ROWS, MAX_PART_BYTES // (dim * itemsize)))
 
 
 def plan_parts(num_images: int, images_per_part: int) -> list[PartRange]:

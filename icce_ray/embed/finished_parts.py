@@ -15,7 +15,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from icce_ray.embed.duplicates import HashedPart, Ids, find_duplicates, hashes_of
-from icce_ray.embed.embedding_parts import ERRORS_NAME, PartRange
+from icce_ray.embed.embedding_parts import ERRORS_NAME, ITEM, PartRange
 from icce_ray.errors import InputError
 from icce_ray.images.listing import REMOVED, Listing
 from icce_ray.stage import StageContext
@@ -30,6 +30,8 @@ DUPLICATES_SCHEMA = pa.schema(
 REASONS_SHOWN = 5
 IDS_TOGETHER = 65_536
 """The tables are written in pieces of this range of ids."""
+MAX_LATE = 10_000
+"""Finished items that are remembered, because another thread may still report of them."""
 
 
 class Tally:
@@ -55,38 +57,54 @@ class Tally:
         self._num_embedded = self._num_stretched = 0
         self._kinds: set[tuple[int, str]] = set()
         self._started = time.monotonic()
-        self._finished: set[str] = set()
+        self._finished: dict[str, None] = {}
         self._unfinished: dict[str, int] = {}
         self._shown = 0
         self._showing = threading.Lock()
 
-    def resume(self, parts: Sequence[PartRange], records: PartRecords) -> list[PartRange]:
-        """Take in the parts that an earlier run finished. Returns those that are left to do. The parts themselves are
-        not read: damage is noticed by the stage that reads them."""
+    def resume(self, parts: Sequence[PartRange], records: PartRecords) -> tuple[list[PartRange], dict[str, PartRecord]]:
+        """Take in the parts that an earlier run finished. The parts themselves are not read: damage is noticed by the
+        stage that reads them.
+
+        Returns:
+            The parts that are left to do, and the records of their work items and others, by name.
+        """
         found = records.read_all(check_files=False)
-        for part in parts:
-            if part.name in found:
-                self.add_earlier(found[part.name])
-        return [part for part in parts if part.name not in found]
+        finished = [found.pop(part.name) for part in parts if part.name in found]
+        for record in finished:
+            self.add_earlier(record)
+        names = {record.name for record in finished}
+        return [part for part in parts if part.name not in names], found
 
     def add_earlier(self, record: PartRecord) -> None:
-        """Take in a part that an earlier run made."""
+        """Take in a part, or a work item, that an earlier run made."""
         self._num_resumed += record.metrics["num_images"]
-        self.add(record)
+        self._count(record)
+        self._add_file(record)
         self._started = time.monotonic()
 
     def add(self, record: PartRecord) -> None:
-        """Take in a finished part.
+        """Take in a finished part, or a work item of one: images count when their item is finished.
 
         Raises:
             InputError: more images have failed by now than `max_error_rate` of all.
         """
+        if not record.metrics.get("joined"):
+            self._count(record)
+        self._add_file(record)
+
+    def _add_file(self, record: PartRecord) -> None:
         (file,), metrics = record.files, record.metrics
+        if file.name.startswith(ITEM):
+            return
         assert file.shape is not None
         assert file.dtype is not None
         self._context.output.add(file)
         self._files.append((metrics["start"], metrics["start"] + metrics["num_images"], file))
         self._kinds.add((file.shape[1], file.dtype))
+
+    def _count(self, record: PartRecord) -> None:
+        metrics = record.metrics
         for image_id, reason in metrics["errors"]:
             self._failed_ids.append(image_id)
             self._reasons.append(self._reason_numbers.setdefault(reason, len(self._reason_numbers)))
@@ -96,7 +114,9 @@ class Tally:
         self._num_embedded += metrics["num_embedded"]
         self._num_stretched += metrics.get("num_stretched", 0)
         num_errors, num_listed = len(self._failed_ids), len(self._listing)
-        self._finished.add(record.name)
+        self._finished[record.name] = None
+        if len(self._finished) > MAX_LATE:
+            del self._finished[next(iter(self._finished))]
         self._show()
         if num_errors - self._counts[REMOVED] > self._max_error_rate * num_listed:
             raise InputError(

@@ -18,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
+from itertools import islice
 from typing import Any, cast
 
 import pyarrow as pa
@@ -29,16 +30,17 @@ from icce_ray.embed.content_index import ContentIndex, ShardedIndex, num_shards
 from icce_ray.embed.decode_and_embed import NOTHING_DECODED, Outcome, decoded_from_table, decoded_to_table
 from icce_ray.embed.embedding_parts import (
     PartRange,
-    images_per_part,
+    images_per_item,
+    items_per_part,
     plan_parts,
     revision_of,
 )
 from icce_ray.embed.finished_parts import Tally
 from icce_ray.embed.gather_embeddings import known_hashes
 from icce_ray.embed.part_embedder import EmbedTask, PartEmbedder, embed_here
-from icce_ray.embed.part_hashes import hashes_name
 from icce_ray.embed.ready_made import rewrite_embeddings
 from icce_ray.embed.reuse_parts import ReusableParts, copy_parts
+from icce_ray.embed.work_items import OpenPart, OpenParts, WorkItems, join_items, joined, remove_items
 from icce_ray.images.decoding_process import decode_or_die
 from icce_ray.images.listing import REMOVED, Listing
 from icce_ray.images.uris import is_remote
@@ -61,6 +63,8 @@ NO_PROGRESS_TIMEOUT_S = 1800.0
 POST_INTERVAL_S = 2.0
 """How often workers say how far they are in a part."""
 INDEX_SAY_S = 5.0
+ITEMS_PER_WAVE = 32_768
+"""Work items that Ray Data is given at a time. For each wave it starts the actors again."""
 PARTS_PER_ACTOR = 3
 """Decoded parts for each actor: the one it works on, and those that wait."""
 
@@ -81,16 +85,17 @@ def run(config: Config, context: StageContext) -> dict[str, Any]:
     listing = Listing(context.inputs["images"])
     task = _task(config, context, len(listing))
     tally = Tally(context, listing, config.embed.max_error_rate)
-    size = images_per_part(len(listing), task.plan.preprocessing)
-    missing, pending = tally.resume(plan_parts(len(listing), size), task.records), []
+    size = images_per_item(len(listing), task.plan.preprocessing)
+    num_items = items_per_part(len(listing), size, sum(task.plan.dims))
+    missing, done = tally.resume(plan_parts(len(listing), num_items * size), task.records)
+    pending = []
     for part, copied in copy_parts(missing, listing, task.reusable(), task.records):
         if copied is None:
-            pending.append(part)
+            pending.append(OpenPart(part, WorkItems(part, size)))
         else:
             tally.add_earlier(copied)
-    _embed_all(task, pending, tally, context.progress, len(listing))
-    task.records.clear()
-    return tally.finish(task.plan.names[0]) | _layout(task.plan, size)
+    _embed_all(task, OpenParts(pending, done), tally, context.progress, len(listing))
+    return tally.finish(task.plan.names[0]) | _layout(task.plan, num_items * size)
 
 
 def retry(config: Config, context: StageContext, artifact: Artifact) -> dict[str, Any] | None:
@@ -106,25 +111,22 @@ def retry(config: Config, context: StageContext, artifact: Artifact) -> dict[str
     listing = Listing(context.inputs["images"])
     task = _task(config, context, len(listing))
     tally = Tally(context, listing, config.embed.max_error_rate)
-    earlier = ReusableParts(artifact, listing)
-    amended = []
+    earlier, size = ReusableParts(artifact, listing), images_per_item(len(listing), task.plan.preprocessing)
+    amended: dict[str, OpenPart] = {}
     for part in earlier.parts:
         record = earlier.record(part)
         (file,), failed = record.files, record.metrics["errors"]
         if any(reason != REMOVED for _, reason in failed):
-            only = tuple(image_id for image_id, _ in failed)
-            amended.append(replace(part, revision=revision_of(file.name) + 1, previous=file.name, only=only))
-            continue
-        tally.add_earlier(record)
-    _embed_all(task, tally.resume(amended, task.records), tally, context.progress, len(listing))
-    task.records.clear()
+            again = replace(part, revision=revision_of(file.name) + 1)
+            items = WorkItems(again, size).with_images([image_id for image_id, _ in failed])
+            amended[again.name] = OpenPart(again, items, record)
+        else:
+            tally.add_earlier(record)
+    missing, done = tally.resume([open_part.part for open_part in amended.values()], task.records)
+    pending = OpenParts([amended[part.name] for part in missing], done)
+    _embed_all(task, pending, tally, context.progress, len(listing))
     metrics = tally.finish(task.plan.names[0]) | _layout(task.plan, artifact.metrics["images_per_part"])
-    if metrics["num_errors"] < artifact.metrics["num_errors"]:
-        return metrics
-    for part in amended:
-        for name in (part.file_name, hashes_name(part.file_name)):
-            context.output.folder.remove(name)
-    return None
+    return metrics if metrics["num_errors"] < artifact.metrics["num_errors"] else None
 
 
 def _layout(plan: EmbeddingPlan, images_per_part: int) -> dict[str, Any]:
@@ -255,9 +257,16 @@ def _task(config: Config, context: StageContext, num_images: int) -> EmbedTask:
         return task.result()
 
 
-def _embed_all(task: EmbedTask, pending: list[PartRange], tally: Tally, progress: Progress, num_images: int) -> None:
-    if not pending:
-        return
+def _embed_all(task: EmbedTask, pending: OpenParts, tally: Tally, progress: Progress, num_images: int) -> None:
+    for record in pending.done.values():
+        tally.add_earlier(record)
+    if pending.whole or len(pending):
+        _embed_pending(task, pending, tally, progress, num_images)
+    remove_items(task.folders[0])
+    task.records.clear()
+
+
+def _embed_pending(task: EmbedTask, pending: OpenParts, tally: Tally, progress: Progress, num_images: int) -> None:
     resources = task.config.resources
     if runs_here(resources, num_images):
         parts = embed_here(task, pending, tally.add_batch)
@@ -271,15 +280,16 @@ def _embed_all(task: EmbedTask, pending: list[PartRange], tally: Tally, progress
 
 
 def _embed_on_ray(
-    task: EmbedTask, pending: list[PartRange], on_batch: Callable[[PartRange, int], None], progress: Progress
+    task: EmbedTask, pending: OpenParts, on_batch: Callable[[PartRange, int], None], progress: Progress
 ) -> Generator[PartRecord, None, None]:
-    """Embed the `pending` parts; yields each as it is finished, in any order."""
+    """Embed the `pending` parts; yields each as it is finished, in any order. Ray Data keeps figures of every item in
+    the driver, so it gets some thousands at a time."""
     import ray
     import ray.data
 
     config = task.config
     worker = config.resources.embed
-    num_workers = min(worker.num_workers, len(pending))
+    num_workers = min(worker.num_workers, max(1, len(pending)))
     decoding_cpus = min(1.0, largest_machine_cpus() / 2)
     actor_cpus = cpus_beside(worker, num_workers, decoding_cpus)
     # While one task waits for the last slow answers of its part, another can use the CPU.
@@ -290,24 +300,24 @@ def _embed_on_ray(
         actor_cpus -= 0.001
     # If decoding is the faster step, it would fill Ray's object store, the more the more images there are.
     ahead = math.ceil(available_cpus() / decode_cpus) + PARTS_PER_ACTOR * num_workers
-    part_bytes = max(part.num_images for part in pending) * math.prod(task.plan.preprocessing.shape)
+    part_bytes = pending.images_per_item * math.prod(task.plan.preprocessing.shape)
     data_context = ray.data.DataContext.get_current().copy()
     data_context.enable_progress_bars = False
     data_context.execution_no_progress_timeout_s = NO_PROGRESS_TIMEOUT_S
     data_context.execution_options.resource_limits = ray.data.ExecutionResources.for_limits(
         object_store_memory=ahead * part_bytes
     )
-    shards = _start_index(task.folders, sum(part.num_images for part in pending))
-    try:
-        _wait_for_index(shards, progress)
-        with (
-            ray.data.DataContext.current(data_context),
-            warnings.catch_warnings(),
-            _batches_shown(shards[0], on_batch),
-        ):
-            warnings.simplefilter("ignore")  # Ray Data warns of max_retries, which it has no parameter for yet
+    shards = _start_index(task.folders, pending.num_images)
+    join_task: Any = ray.remote(_join).options(num_cpus=0, scheduling_strategy="SPREAD")  # type: ignore[attr-defined]
+
+    def join(whole: OpenPart, items: list[PartRecord]) -> PartRecord:
+        return _from_row(ray.get(join_task.remote(task, shards, whole, items)).to_pylist()[0])
+
+    def finished_items() -> Iterator[PartRecord]:
+        left = iter(pending)
+        while wave := list(islice(left, ITEMS_PER_WAVE)):
             dataset = (
-                _one_block_per_part(pending, decoding_cpus)
+                _one_block_per_item(wave, decoding_cpus)
                 .map_batches(
                     cast(Any, decode),
                     batch_size=1,
@@ -332,8 +342,17 @@ def _embed_on_ray(
                 )
             )
             dataset.set_name("embed")
-            for row in dataset.iter_rows():
-                yield _from_row(row)
+            yield from map(_from_row, dataset.iter_rows())
+
+    try:
+        _wait_for_index(shards, progress)
+        with (
+            ray.data.DataContext.current(data_context),
+            warnings.catch_warnings(),
+            _batches_shown(shards[0], on_batch),
+        ):
+            warnings.simplefilter("ignore")  # Ray Data warns of max_retries, which it has no parameter for yet
+            yield from joined(finished_items(), pending, join)
     except (errors.UserError, errors.WorkerError):
         raise
     except (ray.exceptions.RayError, RuntimeError, OSError, ValueError) as error:
@@ -367,11 +386,20 @@ def _wait_for_index(shards: Sequence[Any], progress: Progress) -> None:
     progress.waits("")
 
 
-def _one_block_per_part(parts: list[PartRange], free_cpus: float) -> Any:
-    """A dataset with a block for each part. `free_cpus` CPUs must be enough to make it."""
+def _join(task: EmbedTask, shards: list[Any], whole: OpenPart, items: list[PartRecord]) -> pa.Table:
+    """The task: finished items -> the record of their part."""
+    use_s3(task.config.storage)
+    try:
+        return _to_row(join_items(task.records, _sharded(shards), whole, items).model_dump_json())
+    except (errors.UserError, errors.WorkerError) as error:
+        return _to_row(error=_to_text(error))
+
+
+def _one_block_per_item(items: list[PartRange], free_cpus: float) -> Any:
+    """A dataset with a block for each work item. `free_cpus` CPUs must be enough to make it."""
     import ray.data
 
-    rows = [{"part": part.to_json()} for part in parts]  # a task would first look at an Arrow table
+    rows = [{"part": item.to_json()} for item in items]  # a task would first look at an Arrow table
     if free_cpus < 1:
         # Ray's repartition needs a whole CPU, which a machine with one CPU doesn't have beside an actor.
         return ray.data.from_items(rows, override_num_blocks=len(rows))

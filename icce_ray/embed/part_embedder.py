@@ -19,10 +19,11 @@ from icce_ray.embed.backbone_plan import EmbeddingPlan, embed_settings, model_ke
 from icce_ray.embed.build_backbone import build_backbone
 from icce_ray.embed.content_index import CLAIMED, ContentIndex, Index, keys_of, siblings
 from icce_ray.embed.decode_and_embed import DecodedPart, Outcome, assemble_part, decode_part, embed_contents
-from icce_ray.embed.embedding_parts import PartRange, read_part, source_digest, write_part
+from icce_ray.embed.embedding_parts import PartRange, source_digest, write_part
 from icce_ray.embed.gather_embeddings import VectorReader, gather, known_hashes
 from icce_ray.embed.networks import Backbone
 from icce_ray.embed.reuse_parts import ReusableParts
+from icce_ray.embed.work_items import OpenParts, join_items, joined
 from icce_ray.images.decoding_process import DecodingProcess
 from icce_ray.images.listing import Listing
 from icce_ray.runtime.machine import usable_cpus
@@ -122,9 +123,8 @@ class PartEmbedder:
 
         contents = list(dict.fromkeys(decoded.hashes))
         outcomes, embedded = gather(part.file_name, contents, self._index, self._reader, embed)
-        previous = read_part(self._task.folders[0], part.previous) if part.previous else None
         dims, model = self._task.plan.dims, self._task.model
-        table, failed = assemble_part(decoded, outcomes, dims, model=model, previous=previous)
+        table, failed = assemble_part(decoded, outcomes, dims, model=model)
         counts = {"num_embedded": len(embedded), "num_stretched": decoded.num_stretched}
         record = write_part(self._task.records, part, table, failed, **counts)
         rows = {value: row for row, value in enumerate(table["content_hash"].to_pylist())}
@@ -134,10 +134,21 @@ class PartEmbedder:
 
 
 def embed_here(
-    task: EmbedTask, pending: list[PartRange], on_batch: Callable[[PartRange, int], None]
+    task: EmbedTask, pending: OpenParts, on_batch: Callable[[PartRange, int], None]
 ) -> Generator[PartRecord, None, None]:
     """Embed the `pending` parts in this process; yields each as it is finished, in order. Other processes decode."""
-    index, listing = ContentIndex(task.folders, sum(part.num_images for part in pending)), Listing(task.images)
+    index = ContentIndex(task.folders, pending.num_images)
+    join = partial(join_items, task.records, index)
+    with closing(_embed_items(task, pending, index, on_batch)) as finished:
+        yield from joined(finished, pending, join)
+
+
+def _embed_items(
+    task: EmbedTask, pending: OpenParts, index: ContentIndex, on_batch: Callable[[PartRange, int], None]
+) -> Generator[PartRecord, None, None]:
+    if not len(pending):
+        return
+    listing = Listing(task.images)
     num_processes = min(usable_cpus(), len(pending))
     with ExitStack() as stack:
         # A thread for each process: closing a process lets its thread end.

@@ -12,7 +12,7 @@ from icce_ray.embed.embedding_parts import (
     PartRange,
     part_table,
     plan_parts,
-    ready_made_rows_per_part,
+    rows_per_part,
     source_digest,
     write_part,
 )
@@ -36,8 +36,8 @@ def rewrite_embeddings(config: EmbeddingsConfig, context: StageContext) -> dict[
     tally = Tally(context, listing, max_error_rate=0.0)
     records = PartRecords(context.output.folder, source_digest(context.inputs["images"]))
     dims = tuple(found.dim for found in sets)
-    rows_per_part = ready_made_rows_per_part(sum(dims), max(found.dtype.itemsize for found in sets))
-    pending = tally.resume(plan_parts(len(listing), rows_per_part), records)
+    size = rows_per_part(sum(dims), max(found.dtype.itemsize for found in sets))
+    pending, _ = tally.resume(plan_parts(len(listing), size), records)
     for part in _write_parts(sets, dims, pending, records):
         tally.add(part)
     records.clear()

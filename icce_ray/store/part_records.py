@@ -96,6 +96,10 @@ class PartRecords:
             valid = list(threads.map(is_valid, records))
         return {record.name: record for record, is_kept in zip(records, valid, strict=True) if is_kept}
 
+    def remove(self, name: str) -> None:
+        """Forget a part."""
+        self.folder.remove(_file_name(name))
+
     def clear(self) -> None:
         """Remove all records, of any source: the stage is done."""
         (self.folder / FOLDER_NAME).clear()

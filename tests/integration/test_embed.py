@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from icce_ray.config import Config, ResourcesConfig
-from icce_ray.embed import embedding_parts, job
+from icce_ray.embed import embedding_parts, job, part_embedder, work_items
 from icce_ray.embed.backbone_plan import plan_backbone
 from icce_ray.embed.build_backbone import build_backbone
 from icce_ray.embed.feature_matrix import feature_set_names, load_features
@@ -51,7 +51,7 @@ def photos(tmp_path: Path) -> Path:
 def _small_parts() -> Iterator[None]:
     """Of the module, or fixtures of the module would make larger parts."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(embedding_parts, "MIN_IMAGES_PER_PART", 8)
+        patch.setattr(embedding_parts, "MIN_IMAGES_PER_ITEM", 8)
         yield
 
 
@@ -328,18 +328,56 @@ def test_the_same_bytes_are_embedded_once_in_a_collection_and_across_runs(
     ]  # fmt: skip
     matrix = dict(zip(names, load_features(first).matrix, strict=True))
 
-    monkeypatch.setattr(embedding_parts, "MIN_IMAGES_PER_PART", 7)
-    # Another listing, numbered anew and cut into other parts: only what is new goes through the backbone.
+    monkeypatch.setattr(embedding_parts, "MIN_IMAGES_PER_ITEM", 7)
+    monkeypatch.setattr(embedding_parts, "PARTS_WANTED", 2)
+    # Another listing, numbered anew and cut into other parts, of two work items each, which Ray Data is given some at a
+    # time: only what is new goes through the backbone.
+    monkeypatch.setattr(job, "ITEMS_PER_WAVE", 3)
     Image.new("RGB", (30, 20), (9, 90, 200)).save(photos / "000a.png")
     config = config_for(photos, tmp_path, **PIXELS)
     second = run_embed(config)
     assert second.metrics["num_embedded"] == 1
+    assert second.part_names("part-") == [f"part-{index:05d}.parquet" for index in range(3)]
+    assert [name for name in second.folder.sizes() if name.startswith((".", "item-", "records/"))] == []
     again = dict(zip([path.name for path in sorted(photos.iterdir())], load_features(second).matrix, strict=True))
     assert all(np.array_equal(again[name], row) for name, row in matrix.items())
 
     # Another preprocessing is another model.
     other = run_embed(config_for(photos, tmp_path, **PIXELS | {"image_size": 9}))
     assert other.metrics["num_embedded"] == 31
+
+
+@pytest.mark.parametrize("num_written", [1, 3, 4])
+def test_a_run_killed_at_any_work_item_is_followed_by_the_same_bytes(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_written: int
+) -> None:
+    """A part of four work items and one of a single item; the run ends between the items, or while they are joined."""
+    (photos / "000a.png").write_bytes((photos / "000.png").read_bytes()[:200])
+    monkeypatch.setattr(embedding_parts, "MIN_IMAGES_PER_ITEM", 7)
+    monkeypatch.setattr(embedding_parts, "PARTS_WANTED", 1)
+    config = config_for(photos, tmp_path, **PIXELS).model_copy(update={"resources": ResourcesConfig()})
+    with without_ray():
+        undisturbed = run_stage(config, tmp_path / "undisturbed")
+    assert undisturbed.num_rows("part-").tolist() == [27, 3]
+    names: list[str] = []
+
+    def dying(records: PartRecords, part: embedding_parts.PartRange, *values: Any, **counts: Any) -> Any:
+        names.append(part.name)
+        if len(names) > num_written:
+            raise KeyboardInterrupt
+        return embedding_parts.write_part(records, part, *values, **counts)
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (part_embedder, work_items):
+            patch.setattr(module, "write_part", dying)
+        with without_ray(), pytest.raises(KeyboardInterrupt):
+            run_stage(config, tmp_path / "run")
+    assert len(list((tmp_path / "run" / "embed").glob("item-*.parquet"))) == num_written
+    with without_ray():
+        artifact = run_stage(config, tmp_path / "run")
+    assert artifact.metrics["num_embedded"] == 30
+    assert content(tmp_path / "run") == content(tmp_path / "undisturbed")
+    assert not list((tmp_path / "run" / "embed").glob("item-*"))
 
 
 @pytest.mark.parametrize("form", ["npy", "parquet"])
@@ -363,7 +401,7 @@ def test_ready_made_embeddings_become_the_same_artifact_in_the_same_order(tmp_pa
 
 def test_ready_made_embeddings_are_taken_up_part_by_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(PartRecords, "clear", lambda records: None)
-    monkeypatch.setattr("icce_ray.embed.embedding_parts.READY_MADE_PART_ROWS", 64)
+    monkeypatch.setattr("icce_ray.embed.embedding_parts.MAX_PART_ROWS", 64)
     np.save(tmp_path / "e.npy", np.random.default_rng(0).standard_normal((500, 12)).astype(np.float16))
     config = Config(output=str(tmp_path), num_clusters=2, embeddings={"uri": str(tmp_path / "e.npy")})
     run_stage(config, tmp_path / "run")

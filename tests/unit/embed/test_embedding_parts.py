@@ -22,7 +22,8 @@ from icce_ray.embed.decode_and_embed import (
 )
 from icce_ray.embed.embedding_parts import (
     PartRange,
-    images_per_part,
+    images_per_item,
+    items_per_part,
     part_table,
     plan_parts,
     read_part,
@@ -119,17 +120,25 @@ def test_parts_cover_each_image_once(num_images: int, size: int) -> None:
 
 
 def test_parts_of_large_images_are_smaller() -> None:
-    assert images_per_part(10**6, Preprocessing(224, 224)) == 512
-    assert images_per_part(10**6, Preprocessing(1024, 1024)) == 42  # 3 MiB each, 128 MiB together
-    assert images_per_part(10**6, SeveralViews((Preprocessing(1024, 1024), Preprocessing(512, 512)))) == 34
-    assert images_per_part(10**6, Preprocessing(20_000, 20_000)) == 1
+    assert images_per_item(10**6, Preprocessing(224, 224)) == 512
+    assert images_per_item(10**6, Preprocessing(1024, 1024)) == 42  # 3 MiB each, 128 MiB together
+    assert images_per_item(10**6, SeveralViews((Preprocessing(1024, 1024), Preprocessing(512, 512)))) == 34
+    assert images_per_item(10**6, Preprocessing(20_000, 20_000)) == 1
 
 
 @pytest.mark.parametrize(("num_images", "size"), [(1, 16), (200, 16), (300, 32), (1_797, 128), (8_192, 512)])
 def test_small_collections_have_several_parts_and_a_few_more_images_do_not_change_them(
     num_images: int, size: int
 ) -> None:
-    assert images_per_part(num_images, PREPROCESSING) == images_per_part(num_images + 50, PREPROCESSING) == size
+    assert images_per_item(num_images, PREPROCESSING) == images_per_item(num_images + 50, PREPROCESSING) == size
+
+
+def test_only_large_collections_have_parts_of_several_items_and_none_has_too_many_rows() -> None:
+    assert [items_per_part(count, 512, 768) for count in (40, 100_000, 131_072, 1_000_000, 10**7, 10**9)] == [
+        *(1, 1, 2, 8, 64, 64)
+    ]
+    assert items_per_part(10**9, 512, 384) == 128
+    assert items_per_part(10**9, 42, 1024) * 42 <= 32_768
 
 
 def test_a_part_holds_its_good_images_and_says_why_the_others_failed(tmp_path: Path) -> None:
@@ -267,7 +276,7 @@ def test_the_tally_takes_up_finished_parts_and_sums_up_in_any_order(tmp_path: Pa
     record_of(parts[1], tmp_path, {5: "missing"})
     context = context_at(tmp_path)
     tally = Tally(context, Names(10), max_error_rate=0.3)
-    assert tally.resume(parts, records_at(tmp_path)) == [parts[0], parts[2]]
+    assert tally.resume(parts, records_at(tmp_path)) == ([parts[0], parts[2]], {})
     tally.add(record_of(parts[2], tmp_path, {9: "truncated"}))
     tally.add(record_of(parts[0], tmp_path, {1: "truncated"}))
     metrics = tally.finish("pixels")
@@ -355,22 +364,3 @@ def test_names_of_parts_sort_as_their_numbers_do() -> None:
     assert sorted(names) == names
     assert names[0] == "part-00000.parquet"
     assert min(PartRange(3, 0, 1, revision=2).file_name, PartRange(4, 0, 1).file_name) == "part-00003.r2.parquet"
-
-
-def test_a_part_that_is_tried_again_keeps_what_it_had(tmp_path: Path) -> None:
-    uris = write_images(tmp_path / "images", 6, bad=(1, 4))
-    part, records = PartRange(0, 0, 6), records_at(tmp_path / "out")
-    images = listed(uris)
-    images[2] = images[2]._replace(problem="removed")
-    first = decode_part(part, images, PREPROCESSING, max_pixels=100)
-    write_part(records, part, *embed_part(part, first, MeanBackbone(), 8))
-    Image.new("RGB", (4, 4), (9, 9, 9)).save(uris[4])
-    again = PartRange(0, 0, 6, revision=1, previous=part.file_name, only=(1, 2, 4))
-    decoded = decode_part(again, images, PREPROCESSING, max_pixels=100)
-    assert decoded.image_ids.tolist() == [4]
-    outcomes = embed_contents(again, decoded, decoded.hashes, MeanBackbone(), 8)
-    table, errors = assemble_part(decoded, outcomes, (1,), previous=read_part(records.folder, part.file_name))
-    assert again.file_name == "part-00000.r1.parquet"
-    assert errors == [(1, "not an image"), (2, "removed")]
-    assert table["image_id"].to_pylist() == [0, 3, 4, 5]
-    assert table["embedding"].to_pylist() == [[0], [3], [9], [5]]
