@@ -81,14 +81,14 @@ class EmbeddedImages:
     def read(self, part: AssignPart) -> Iterator[Rows]:
         for name in part.inputs:
             image_ids, features_nD = table_to_arrays(self.embed.read_table(name))
-            yield image_ids, features_nD, self._uris.read(image_ids)
+            yield image_ids, features_nD, self._listing.uris(image_ids)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "_uris"}
+        return {name: value for name, value in vars(self).items() if name != "_listing"}
 
     @cached_property
-    def _uris(self) -> UriReader:
-        return UriReader(self.images)
+    def _listing(self) -> Listing:
+        return Listing(self.images)
 
 
 class EmbeddingFiles:
@@ -141,20 +141,6 @@ class EmbeddingFiles:
 
     def _open(self, file: EmbeddingFile) -> Embeddings:
         return ParquetEmbeddings([file], self.column) if self.column is not None else NpyEmbeddings(file)
-
-
-class UriReader:
-    """URIs by image id, from the images artifact."""
-
-    def __init__(self, images: Artifact) -> None:
-        self._listing = Listing(images)
-
-    def read(self, image_ids: npt.NDArray[np.int64]) -> pa.ChunkedArray:
-        """The URIs of (n,) ascending ids."""
-        if not len(image_ids):
-            return pa.chunked_array([], type=pa.string())
-        first = int(image_ids[0])
-        return self._listing.table(first, int(image_ids[-1]) + 1)["uri"].take(pa.array(image_ids - first))
 
 
 def _row_groups(file: EmbeddingFile) -> list[int]:

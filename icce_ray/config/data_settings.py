@@ -125,7 +125,8 @@ class EvaluateConfig(Section):
     label_column: str = "label"
     """Label column of a CSV or Parquet file."""
     uri_column: str | None = None
-    """Column of a CSV or Parquet file with the image URIs. Not set: the rows are in the order of the images."""
+    """Column of a CSV or Parquet file with image URIs, or the ends of them; labels for some of the images are enough.
+    Not set: the rows are in the order of the images."""
     silhouette_umap: bool = False
     """Also measure the silhouette in UMAP space, which needs no labels but umap-learn, and half a minute."""
 

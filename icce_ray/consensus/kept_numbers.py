@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 from icce_ray.consensus.best_consensus import EnsembleResult
 from icce_ray.consensus.extra_runs import IMAGES, input_of, read_record, trained_ids
 from icce_ray.errors import InputError
-from icce_ray.images.listing import has_ids_of, uris_of
+from icce_ray.images.listing import Listing, has_ids_of
 from icce_ray.metrics.contingency import count_table
 from icce_ray.metrics.matched_clusters import largest_share, match_clusters
 from icce_ray.store import Artifact
@@ -114,7 +114,9 @@ def _labels_of_both(earlier: Artifact, heads: Artifact, labels_N: Labels) -> tup
     if has_ids_of(images, images_before):
         _, places, places_before = np.intersect1d(ids, ids_before, assume_unique=True, return_indices=True)
     else:
-        found = pc.index_in(uris_of(images, ids), value_set=uris_of(images_before, ids_before).combine_chunks())
+        found = pc.index_in(
+            Listing(images).uris(ids), value_set=Listing(images_before).uris(ids_before).combine_chunks()
+        )
         places = np.flatnonzero(found.is_valid())
         places_before = found.drop_null().to_numpy()
     return before[places_before], labels_N[places]

@@ -26,7 +26,7 @@ from icce_ray.corrections.carry_over import carry_over, read_base
 from icce_ray.corrections.corrections_file import Corrections, read_corrections
 from icce_ray.corrections.stage import APPLIED_NAME, MOVED_NAME
 from icce_ray.embed.feature_matrix import load_features
-from icce_ray.images.listing import LISTING_PREFIX, uris_of
+from icce_ray.images.listing import LISTING_PREFIX, Listing
 from icce_ray.metrics.nmi import anmi_from_counts
 from icce_ray.sample.training_set import training_set
 from icce_ray.stage import StageContext
@@ -53,7 +53,7 @@ def run(config: Config, context: StageContext) -> dict[str, Any]:
     labels_N = np.array(consensus.read_array("labels.npy"))
     image_ids_N = load_features(training_set(inputs)).image_ids
     given, not_kept = read_corrections(config.corrections), list[int]()
-    base = pa.table({"uri": uris_of(inputs["images"], image_ids_N), "cluster": labels_N})
+    base = pa.table({"uri": Listing(inputs["images"]).uris(image_ids_N), "cluster": labels_N})
     if given.made_for.consensus != consensus.identity:
         old = read_base(given, config.output)
         given, not_kept = carry_over(given, old, base, consensus.identity, config.num_clusters)

@@ -37,39 +37,44 @@ MAX_DIGITS = 19
 class TrueLabels:
     """Classes of n images."""
 
+    image_ids: npt.NDArray[np.int64]
+    """(n,)."""
     classes: npt.NDArray[np.int64]
     """(n,) indices into `names`."""
     names: tuple[str, ...]
     """Classes that occur: numbers in ascending order, then other names."""
 
+    def classes_of(self, image_ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """The classes of other images, -1 for those that have no label here."""
+        places = np.minimum(np.searchsorted(self.image_ids, image_ids), len(self.image_ids) - 1)
+        return np.where(self.image_ids[places] == image_ids, self.classes[places], -1)
 
-def load_labels(evaluate: EvaluateConfig, uris: Sequence[str], image_ids: npt.NDArray[np.int64]) -> TrueLabels:
-    """The true class of each image of `image_ids`.
+
+def load_labels(
+    evaluate: EvaluateConfig, uris: Sequence[str], image_ids: npt.NDArray[np.int64], num_listed: int
+) -> TrueLabels:
+    """The true classes of images. A file that names its images need not have all of them.
 
     Args:
-        uris: of all listed images, in the order of their ids.
-        image_ids: (n,) images to label.
+        evaluate: where the labels are.
+        uris: (n,) of the images to label.
+        image_ids: (n,) their ids.
+        num_listed: number of all listed images.
 
     Raises:
-        InputError: as :func:`check_labels`; an image of `image_ids` has no label.
+        InputError: as :func:`check_labels`.
     """
     if evaluate.labels == FOLDER:
-        return _encode(_from_folders([uris[i] for i in image_ids]))
+        return _encode(image_ids, _from_folders(uris))
     if evaluate.labels == WEBDATASET:
-        return _encode(_from_shards([uris[i] for i in image_ids]))
+        return _encode(image_ids, _from_shards(uris))
     labels, names = _read(evaluate)
     if names is None:
-        _check_length(evaluate, len(labels), len(uris))
-        return _encode([labels[i] for i in image_ids])
-    rows_M = _match(evaluate, names, uris)
-    unmatched = image_ids[rows_M[image_ids] < 0]
-    if len(unmatched):
-        raise InputError(
-            f"evaluate.labels: {evaluate.labels} has no label for {len(unmatched):,} of {len(image_ids):,} images, "
-            f"e.g. {', '.join(uris[i] for i in unmatched[:MAX_SHOWN])}; column {evaluate.uri_column!r} holds e.g. "
-            f"{', '.join(names[:MAX_SHOWN])}. It must hold the URI of each image or the end of it"
-        )
-    return _encode([labels[row] for row in rows_M[image_ids]])
+        _check_length(evaluate, len(labels), num_listed)
+        return _encode(image_ids, [labels[i] for i in image_ids])
+    rows_n = _match(evaluate, names, uris)
+    found = np.flatnonzero(rows_n >= 0)
+    return _encode(image_ids[found], [labels[row] for row in rows_n[found]])
 
 
 def check_labels(evaluate: EvaluateConfig, uris: Sequence[str] | None = None) -> None:
@@ -92,12 +97,8 @@ def check_labels(evaluate: EvaluateConfig, uris: Sequence[str] | None = None) ->
         return
     if names is None:
         _check_length(evaluate, len(labels), len(uris))
-    elif (_match(evaluate, names, uris) < 0).all():
-        raise InputError(
-            f"evaluate.labels: {evaluate.labels}: column {evaluate.uri_column!r} fits none of the images: it holds "
-            f"e.g. {', '.join(names[:MAX_SHOWN])}, and the images are e.g. {', '.join(uris[:MAX_SHOWN])}. It must hold "
-            "the URI of each image or the end of it"
-        )
+    else:
+        _match(evaluate, names, uris)
     _check_repeated(evaluate, labels)
 
 
@@ -234,7 +235,11 @@ def _check_repeated(evaluate: EvaluateConfig, labels: Sequence[str]) -> None:
 
 
 def _match(evaluate: EvaluateConfig, names: Sequence[str], uris: Sequence[str]) -> npt.NDArray[np.int64]:
-    """(M,) row of the label file for each image, -1 if it has none. A name is a whole URI or the end of one."""
+    """(n,) row of the label file for each image, -1 if it has none. A name is a whole URI or the end of one.
+
+    Raises:
+        InputError: none has a label; a name fits several images; an image is named twice.
+    """
     ids_by_uri: dict[str, list[int]] = defaultdict(list)
     for image_id, uri in enumerate(uris):
         ids_by_uri[_text(uri)].append(image_id)
@@ -260,14 +265,20 @@ def _match(evaluate: EvaluateConfig, names: Sequence[str], uris: Sequence[str]) 
             if rows_M[image_id] >= 0:
                 raise InputError(f"evaluate.labels: {evaluate.labels} names the image {uris[image_id]} twice")
             rows_M[image_id] = row
+    if len(uris) and (rows_M < 0).all():
+        raise InputError(
+            f"evaluate.labels: {evaluate.labels}: column {evaluate.uri_column!r} fits none of the images: it holds "
+            f"e.g. {', '.join(names[:MAX_SHOWN])}, and the images are e.g. {', '.join(uris[:MAX_SHOWN])}. It must hold "
+            "the URIs of images or the ends of them"
+        )
     return rows_M
 
 
-def _encode(labels: Sequence[str]) -> TrueLabels:
+def _encode(image_ids: npt.NDArray[np.int64], labels: Sequence[str]) -> TrueLabels:
     def order(name: str) -> tuple[bool, int, str]:
         is_number = name.lstrip("-").isdecimal() and len(name) < MAX_DIGITS
         return not is_number, int(name) if is_number else 0, name
 
     names = sorted(set(labels), key=order)
     codes = {name: code for code, name in enumerate(names)}
-    return TrueLabels(np.array([codes[label] for label in labels], dtype=np.int64), tuple(names))
+    return TrueLabels(image_ids, np.array([codes[label] for label in labels], dtype=np.int64), tuple(names))

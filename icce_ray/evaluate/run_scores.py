@@ -25,6 +25,7 @@ from icce_ray.metrics.true_label_scores import (
     evaluate_with_noise,
     match_clusters,
 )
+from icce_ray.random_numbers import id_hashes
 from icce_ray.runtime.progress import Progress
 from icce_ray.sample.training_set import training_rows, training_set
 from icce_ray.sample.unit_features import prepare
@@ -32,6 +33,9 @@ from icce_ray.stage import StageContext
 from icce_ray.store import Artifact
 
 METRICS_NAME = "metrics.json"
+ASSIGNMENTS = "assignments/"
+MAX_SCORED = 2_000_000
+"""Of more images, so many are compared with their true labels."""
 SAMPLED_IMAGES = 2 * MAX_IMAGES
 """Images that are read for the estimate, since some of them may be noise."""
 LABELS_NAME = "labels.parquet"
@@ -46,9 +50,10 @@ def run(config: Config, context: StageContext) -> dict[str, Any]:
     Returns:
         estimated_accuracy, silhouette_pca, generalization, and silhouette_umap if it was asked for: made without
         labels, from a sample; each is left out where it is not defined. With labels also acc, nmi (geometric),
-        nmi_arithmetic, ari, many_to_one over all embedded images, and if some of them are noise num_noise and
-        acc_without_noise; head_acc_mean, head_acc_best (by the true labels), head_acc_lowest_loss over the images of
-        the consensus; acc_high_agreement and acc_low_agreement, over the halves of these by agreement; num_classes.
+        nmi_arithmetic, ari, many_to_one over all embedded images, or over num_labelled if not all have labels or there
+        are more than MAX_SCORED, and if some of them are noise num_noise and acc_without_noise; head_acc_mean,
+        head_acc_best (by the true labels), head_acc_lowest_loss over the images of the consensus; acc_high_agreement
+        and acc_low_agreement, over the halves of these by agreement; num_classes.
 
     Raises:
         InputError: labels that cannot be used.
@@ -63,24 +68,27 @@ def run(config: Config, context: StageContext) -> dict[str, Any]:
         metrics["estimated_accuracy"] = estimate[0]
     classes_N = None
     if config.evaluate.labels is not None:
-        table = _read_assignments(inputs["assign"], ["image_id", "cluster", "agreement"])
+        table = _read_assignments(inputs["assign"], ["image_id", "cluster", "agreement"], config.seed)
         image_ids = table["image_id"].to_numpy()
         listing = Listing(inputs["images"])
-        labels = load_labels(config.evaluate, listing.table(0, len(listing))["uri"].to_pylist(), image_ids)
+        labels = load_labels(config.evaluate, listing.uris(image_ids).to_pylist(), image_ids, len(listing))
         names = pa.array(labels.names, pa.string()).take(pa.array(labels.classes)).dictionary_encode()
-        context.output.write_table(LABELS_NAME, pa.table({"image_id": image_ids, "label": names}))
-        classes_N = labels.classes[np.searchsorted(image_ids, features.image_ids)]
-        heads = inputs["method"]
-        heads_HN = heads.read_array("label_matrix.npy")
-        training = training_rows(inputs)
-        if training is not None:
-            rows_N = training.rows_of(image_ids)
-            heads_HN = np.where(rows_N >= 0, heads_HN[:, rows_N], -1)
+        context.output.write_table(LABELS_NAME, pa.table({"image_id": labels.image_ids, "label": names}))
+        if len(labels.image_ids) < inputs["assign"].num_rows(ASSIGNMENTS).sum():
+            metrics["num_labelled"] = len(labels.image_ids)
+        table = table.take(pa.array(np.searchsorted(image_ids, labels.image_ids)))
+        classes_N = labels.classes_of(features.image_ids)
+        heads, training = inputs["method"], training_rows(inputs)
+        rows_n = (
+            np.searchsorted(features.image_ids, labels.image_ids)
+            if training is None
+            else training.rows_of(labels.image_ids)
+        )
         metrics |= evaluate(
             labels,
             table["cluster"].to_numpy(),
             table["agreement"].to_numpy(),
-            heads_HN,
+            np.where(rows_n >= 0, heads.read_array("label_matrix.npy")[:, rows_n], -1),
             read_losses(heads),
             context.progress,
         )
@@ -126,11 +134,11 @@ def _sampled_rows(num_rows: int, most: int, seed: int) -> npt.NDArray[np.int64]:
 
 
 def describe(labels_N: npt.NDArray[np.integer], classes_N: npt.NDArray[np.integer] | None) -> dict[str, Any]:
-    """num_clusters and num_noise of a clustering, and acc, nmi and ari where the true classes are known."""
+    """num_clusters and num_noise of a clustering, and acc, nmi and ari of the images whose class is known, not -1."""
     figures: dict[str, Any] = {"num_clusters": len(np.unique(labels_N[labels_N >= 0]))}
     figures["num_noise"] = int((labels_N < 0).sum())
-    if classes_N is not None:
-        scores = evaluate_with_noise(classes_N, labels_N)
+    if classes_N is not None and (classes_N >= 0).any():
+        scores = evaluate_with_noise(classes_N[classes_N >= 0], labels_N[classes_N >= 0])
         figures |= {name: scores[name] for name in ("acc", "nmi", "ari")}
     return figures
 
@@ -179,6 +187,14 @@ def evaluate(
     return metrics
 
 
-def _read_assignments(assign: Artifact, columns: list[str]) -> pa.Table:
-    """Columns of all assignments, by ascending image_id."""
-    return pa.concat_tables([assign.read_table(name).select(columns) for name in assign.part_names("assignments/")])
+def _read_assignments(assign: Artifact, columns: list[str], seed: int) -> pa.Table:
+    """Columns of the assignments by ascending image_id: of all, or of some MAX_SCORED images drawn by their ids."""
+    share = MAX_SCORED / max(1, int(assign.num_rows(ASSIGNMENTS).sum()))
+    tables = []
+    for name in assign.part_names(ASSIGNMENTS):
+        table = assign.read_table(name).select(columns)
+        if share < 1:
+            hashes_n = id_hashes(table["image_id"].to_numpy(), seed + 1)  # another draw than that of the sample stage
+            table = table.filter(pa.array(hashes_n < np.uint64(share * 2**64)))
+        tables.append(table)
+    return pa.concat_tables(tables)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from itertools import islice
+from itertools import islice, pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -105,6 +105,16 @@ class Listing:
         columns = self.table(start, stop).to_pydict()
         return [ListedImage(*row) for row in zip(*columns.values(), strict=True)]
 
+    def uris(self, image_ids: npt.NDArray[np.int64]) -> pa.ChunkedArray:
+        """The URIs of images, given ascending, one part of the listing after the other."""
+        chunks: list[pa.Array] = []
+        edges = np.searchsorted(image_ids, self._starts).tolist()
+        for start, (first, last) in zip(self._starts.tolist(), pairwise(edges), strict=False):
+            if first < last:
+                ids = image_ids[first:last]
+                chunks += self.table(start, int(ids[-1]) + 1)["uri"].take(pa.array(ids - start)).chunks
+        return pa.chunked_array(chunks, pa.string())
+
     def uri(self, image_id: int) -> str:
         uri: str = self.table(image_id, image_id + 1)["uri"][0].as_py()
         return uri
@@ -119,14 +129,3 @@ class Listing:
 def has_ids_of(images: Artifact, earlier: Artifact) -> bool:
     """Whether an image of both listings has the same id in them."""
     return earlier.fingerprint in (images.fingerprint, *images.metrics.get("continues", ()))
-
-
-def uris_of(images: Artifact, image_ids_N: npt.NDArray[np.int64]) -> pa.ChunkedArray:
-    """The URIs of ascending image ids."""
-    chunks, first = list[pa.Array](), 0
-    for name in images.part_names(LISTING_PREFIX):
-        uris = images.read_table(name)["uri"].combine_chunks()
-        inside = image_ids_N[(image_ids_N >= first) & (image_ids_N < first + len(uris))]
-        chunks.append(uris.take(pa.array(inside - first)))
-        first += len(uris)
-    return pa.chunked_array(chunks, type=pa.string())

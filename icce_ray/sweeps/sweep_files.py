@@ -143,6 +143,7 @@ def score(run: TrialRun) -> dict[str, float]:
         return {}
     listing = Listing(run.artifacts["images"])
     image_ids = load_features(training_set(run.artifacts)).image_ids
-    labels = load_labels(run.config.evaluate, listing.table(0, len(listing))["uri"].to_pylist(), image_ids)
-    found = evaluate_with_noise(labels.classes, run.artifacts["consensus"].read_array("labels.npy"))
+    labels = load_labels(run.config.evaluate, listing.uris(image_ids).to_pylist(), image_ids, len(listing))
+    labels_N = run.artifacts["consensus"].read_array("labels.npy")
+    found = evaluate_with_noise(labels.classes, labels_N[np.searchsorted(image_ids, labels.image_ids)])
     return {name: float(found[name]) for name in ("acc", "nmi", "ari")}

@@ -11,10 +11,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from icce_ray.assign import embeddings_to_label
-from icce_ray.assign.embeddings_to_label import EmbeddedImages, EmbeddingFiles, Source, UriReader
+from icce_ray.assign.embeddings_to_label import EmbeddedImages, EmbeddingFiles, Source
 from icce_ray.config import EmbeddingsConfig
 from icce_ray.embed.embedding_parts import part_table, plan_parts
 from icce_ray.errors import InputError
+from icce_ray.images.listing import Listing
 from icce_ray.store import Artifact, ArtifactWriter, Folder
 
 FEATURES = np.random.default_rng(0).normal(size=(53, 4)).astype(np.float16)
@@ -138,12 +139,13 @@ def test_a_value_that_is_not_finite_is_named(tmp_path: Path) -> None:
         read_all(EmbeddingFiles(EmbeddingsConfig(uri=str(tmp_path)), "uri"))
 
 
-def test_uris_are_found_across_row_groups(tmp_path: Path) -> None:
+def test_uris_are_found_across_parts(tmp_path: Path) -> None:
     writer = ArtifactWriter(Folder.at(tmp_path))
     uris = [f"/images/{number}.png" for number in range(25)]
-    sink = pa.BufferOutputStream()
-    pq.write_table(pa.table({"image_id": range(25), "uri": uris}), sink, row_group_size=7)
-    writer.write_bytes("images.parquet", sink.getvalue().to_pybytes(), rows=25)
-    reader = UriReader(artifact(writer, "images"))
+    for number, start in enumerate(range(0, 25, 7)):
+        stop = min(start + 7, 25)
+        table = pa.table({"image_id": range(start, stop), "uri": uris[start:stop]})
+        writer.write_table(f"images-{number}.parquet", table)
+    listing = Listing(artifact(writer, "images"))
     for ids in ([0], [6, 7], [3, 9, 22, 24], [14, 15], []):
-        assert reader.read(np.array(ids, dtype=np.int64)).to_pylist() == [uris[i] for i in ids]
+        assert listing.uris(np.array(ids, dtype=np.int64)).to_pylist() == [uris[i] for i in ids]

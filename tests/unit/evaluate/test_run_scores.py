@@ -10,6 +10,7 @@ from sklearn.metrics import adjusted_rand_score
 
 from icce_ray.config import Config
 from icce_ray.embed.embedding_parts import part_table
+from icce_ray.evaluate import run_scores
 from icce_ray.evaluate.labels import TrueLabels
 from icce_ray.evaluate.run_scores import evaluate, run
 from icce_ray.runtime.progress import Progress
@@ -18,7 +19,7 @@ from icce_ray.store import Artifact, ArtifactWriter, Folder
 
 TRUE = np.repeat([0, 1, 2], 20)
 CLUSTERS = (TRUE + 1) % 3
-LABELS = TrueLabels(TRUE, ("a", "b", "c"))
+LABELS = TrueLabels(np.arange(len(TRUE)), TRUE, ("a", "b", "c"))
 
 
 def test_the_metrics_are_those_of_the_assigned_clusters_and_of_each_head() -> None:
@@ -100,6 +101,29 @@ def test_the_stage_compares_the_assignments_with_the_labels(tmp_path: Path) -> N
     metrics = run(config, context)
     assert [metrics[key] for key in ("acc", "nmi", "ari", "many_to_one")] == pytest.approx([1.0] * 4)
     assert '"acc": 1.0' in context.output.folder.read_bytes("metrics.json").decode()
+
+
+def test_labels_of_some_images_score_these_and_their_heads(tmp_path: Path) -> None:
+    named = [3, 17, 31, 40, 59]
+    rows = "\n".join(f"{number}.png,{TRUE[number % 60]}" for number in [0, *named, 100])
+    (tmp_path / "labels.csv").write_text(f"uri,label\n{rows}\n")
+    config, context = planted(tmp_path, str(tmp_path / "labels.csv"))
+    of_names = config.evaluate.model_copy(update={"uri_column": "uri"})
+    metrics = run(config.model_copy(update={"evaluate": of_names}), context)
+    table = pq.read_table(tmp_path / "evaluate" / "labels.parquet")
+    assert table["image_id"].to_pylist() == named
+    assert [int(label) for label in table["label"].to_pylist()] == TRUE[named].tolist()
+    assert (metrics["num_labelled"], metrics["acc"], metrics["head_acc_best"]) == (5, 1.0, 1.0)
+
+
+def test_of_many_images_a_sample_drawn_by_their_ids_is_scored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_scores, "MAX_SCORED", 30)
+    config, context = planted(tmp_path, "folder")
+    metrics = run(config, context)
+    ids = pq.read_table(tmp_path / "evaluate" / "labels.parquet")["image_id"].to_pylist()
+    assert 15 < len(ids) == metrics["num_labelled"] < 45
+    assert ids == sorted(set(ids))
+    assert metrics["acc"] == metrics["head_acc_best"] == 1.0
 
 
 def test_without_labels_there_is_an_estimate_only(tmp_path: Path) -> None:
