@@ -48,29 +48,26 @@ def find_cause(error: BaseException, kind: type[BaseException]) -> BaseException
         seen.add(id(current))
         if isinstance(current, kind) and not isinstance(getattr(current, "cause", None), BaseException):
             return current
-        failures = getattr(current, "worker_failures", None)
-        candidates = [
-            getattr(current, "cause", None),
-            *(failures.values() if isinstance(failures, dict) else ()),
-            current.__cause__,
-            None if current.__suppress_context__ else current.__context__,
-        ]
-        pending += [candidate for candidate in candidates if isinstance(candidate, BaseException)]
+        pending += _causes(current)
+        if current.__context__ is not None and not current.__suppress_context__:
+            pending.append(current.__context__)
     return None
 
 
 def describe_cause(error: BaseException) -> str:
     """One line about the error at the bottom of a chain of wrapped errors."""
     current, seen = error, {id(error)}
-    while True:
-        failures = getattr(current, "worker_failures", None)
-        first_failure = next(iter(failures.values()), None) if isinstance(failures, dict) else None
-        below = first_failure or getattr(current, "cause", None) or current.__cause__
-        if not isinstance(below, BaseException) or id(below) in seen:
-            break
+    while (below := next(iter(_causes(current)), None)) is not None and id(below) not in seen:
         seen.add(id(below))
         current = below
     text = " ".join(str(current).split())
     if isinstance(current, (WorkerError, DamagedArtifactError)):
         return text
     return f"{type(current).__name__}: {text}" if text else type(current).__name__
+
+
+def _causes(error: BaseException) -> list[BaseException]:
+    """What an error says that it was caused by."""
+    failures = getattr(error, "worker_failures", None)
+    found = [*(failures.values() if isinstance(failures, dict) else ()), getattr(error, "cause", None), error.__cause__]
+    return [cause for cause in found if isinstance(cause, BaseException)]

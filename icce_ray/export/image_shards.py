@@ -35,45 +35,38 @@ def write(source: SelectedImages, task: ExportTask) -> Written:
         "huggingface": ("data/train-{:06d}.parquet", parquet_encoder(source)),
     }[task.to]
     writer, records = ArtifactWriter(task.output), PartRecords(task.output, task.digest)
-    num_wanted, problems = source.count(), list[str]()
     finished = [record.metrics for record in records.read_all().values()]
-    num_rows = sum(metrics["num_rows"] for metrics in finished)
-    num_images = sum(metrics["num_images"] for metrics in finished)
-    problems = [problem for metrics in finished for problem in metrics["problems"]]
-    shard = list[tuple[Row, bytes]]()
-    first_row, first_problem = num_rows, len(problems)
+    num_done, num_wanted = sum(metrics["num_rows"] for metrics in finished), source.count()
+    num_errors = sum(len(metrics["problems"]) for metrics in finished)
+    shard, problems, num_rows, num_bytes = list[tuple[Row, bytes]](), list[str](), 0, 0
 
     def end_shard() -> None:
-        nonlocal num_images, first_row, first_problem
+        nonlocal num_rows, num_bytes
         index = len(finished)
         part = writer.write_bytes(name_of.format(index), encode(shard))
-        num_images += len(shard)
-        metrics = {
-            "num_rows": num_rows - first_row,
-            "num_images": len(shard),
-            "problems": problems[first_problem:],
-        }
-        records.write(f"shard-{index:06d}", [part], metrics)
-        finished.append(metrics)
-        first_row, first_problem = num_rows, len(problems)
+        finished.append({"num_rows": num_rows, "num_images": len(shard), "problems": [*problems]})
+        records.write(f"shard-{index:06d}", [part], finished[-1])
         shard.clear()
+        problems.clear()
+        num_rows = num_bytes = 0
 
-    num_bytes = 0
-    for row, data in in_threads(lambda row: read_image(row["uri"]), islice(source.rows(), num_rows, None)):
+    for row, data in in_threads(lambda row: read_image(row["uri"]), islice(source.rows(), num_done, None)):
         if isinstance(data, str):
             problems.append(f"{row['uri']}: {data}")
+            num_errors += 1
         else:
             if shard and (len(shard) == MAX_SHARD_IMAGES or num_bytes + len(data) > MAX_SHARD_BYTES):
                 end_shard()
-                num_bytes = 0
             shard.append((row, data))
             num_bytes += len(data)
         num_rows += 1
-        task.progress.update(num_rows, num_wanted, num_errors=len(problems))
-    if shard or num_rows > first_row:
+        num_done += 1
+        task.progress.update(num_done, num_wanted, num_errors=num_errors)
+    if num_rows:
         end_shard()
     records.clear()
-    return Written(num_images, len(problems), problems[0] if problems else "")
+    said = [problem for metrics in finished for problem in metrics["problems"]]
+    return Written(sum(metrics["num_images"] for metrics in finished), len(said), said[0] if said else "")
 
 
 def encode_tar(shard: list[tuple[Row, bytes]]) -> bytes:

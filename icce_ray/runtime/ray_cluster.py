@@ -135,15 +135,15 @@ def connect(resources: ResourcesConfig) -> None:
         ) from None
 
 
-def _init(options: dict[str, Any], attempts: int = 2) -> None:
-    """Start or join Ray; try again if it does not start in time.
+def _init(options: dict[str, Any]) -> None:
+    """Start or join Ray; try once more if it does not start in time.
 
     Raises:
         ResourceError: it has not started in the last attempt either.
     """
     import ray
 
-    for last in [False] * (attempts - 1) + [True]:
+    for last in (False, True):
         try:
             ray.init(**options)
             return

@@ -27,7 +27,7 @@ from icce_ray.runtime.ray_cluster import run_here
 from icce_ray.store.cache import scratch_folder
 from icce_ray.store.part_records import PartRecords
 from icce_ray.sweeps import trial
-from icce_ray.sweeps.search_space import CHOICE, GRID, Dimension
+from icce_ray.sweeps.search_space import CHOICE, GRID
 from icce_ray.sweeps.sweep_config import Sweep
 from icce_ray.sweeps.trial import Listings, RunOutcome, key_of, reason_of
 from icce_ray.sweeps.trial_table import Row, parameters_text
@@ -47,7 +47,9 @@ SEED_ARGUMENTS = {
     "hebo": "random_state_seed",
     "bayesopt": "random_state",
 }
-RANGES: dict[str, Callable[[Any, Any], Any]] = {
+DOMAINS: dict[str, Callable[..., Any]] = {
+    GRID: lambda *values: tune.grid_search(list(values)),
+    CHOICE: lambda *values: tune.choice(list(values)),
     "uniform": tune.uniform,
     "loguniform": tune.loguniform,
     # Tune excludes the upper end.
@@ -84,12 +86,9 @@ def run_trials(
     """Run all trials. Those that an earlier attempt finished find all that they need.
 
     Args:
-        asked: the sweep.
-        known: the parameters of each trial; None where a searcher chooses them.
-        listings: the images of each place.
+        known: the parameters of each trial; None if a searcher chooses them.
         failures: why a trial cannot be run, by :func:`key_of` its parameters.
         records: the parameters of the trials that a searcher has chosen so far.
-        progress: told of each trial that ends.
     """
     for key, value in TUNE_ENVIRONMENT.items():
         os.environ.setdefault(key, value)
@@ -187,11 +186,10 @@ class _TrialLog(tune.Callback):
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         value = trial.last_result.get("judged", np.nan)
-        if np.isnan(value):  # or it is only known once all trials are finished
-            self._say(trials, "finished", trial)
-            return
-        self.best = max(self.best, value)
-        self._say(trials, f"{self.metric} {value:.4f}, best {self.best:.4f}", trial)
+        self.best = np.fmax(self.best, value)
+        # `peers` is only known once all trials are finished.
+        said = "finished" if np.isnan(value) else f"{self.metric} {value:.4f}, best {self.best:.4f}"
+        self._say(trials, said, trial)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self._say(trials, "failed", trial)
@@ -211,15 +209,7 @@ def _row(number: int, result: Any) -> Row:
 
 
 def _tune_space(asked: Sweep) -> dict[str, Any]:
-    return {dimension.name: _tune_domain(dimension) for dimension in asked.dimensions}
-
-
-def _tune_domain(dimension: Dimension) -> Any:
-    if dimension.kind == GRID:
-        return tune.grid_search(list(dimension.values))
-    if dimension.kind == CHOICE:
-        return tune.choice(list(dimension.values))
-    return RANGES[dimension.kind](*dimension.values)
+    return {dimension.name: DOMAINS[dimension.kind](*dimension.values) for dimension in asked.dimensions}
 
 
 def _parameters(drawn: Parameters) -> Parameters:

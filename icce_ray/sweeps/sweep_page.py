@@ -15,14 +15,7 @@ from icce_ray.sweeps.trial_table import Row, metric_names, ranked, score_names, 
 
 
 def render(sweep: Sweep, rows: Sequence[Row], pooled: Sequence[int], best_yaml: str) -> str:
-    """The page as HTML.
-
-    Args:
-        sweep: its search space and settings.
-        rows: all trials; at least one finished.
-        pooled: the trials whose clusterings make the final consensus.
-        best_yaml: the config of the best trial.
-    """
+    """The page as HTML. At least one of the trials `rows` finished; `pooled` make the final consensus."""
     metric = sweep.config.metric
     order = ranked(rows, metric)
     others = [row for row in rows if row not in order]
