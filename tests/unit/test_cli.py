@@ -14,8 +14,7 @@ import numpy as np
 import pytest
 
 import icce_ray.pipeline.run as pipeline
-from icce_ray import cli
-from icce_ray.demo import write_demo_images
+from icce_ray import cli, demo
 from icce_ray.errors import InputError, WorkerError
 from icce_ray.pipeline.result import Result
 from icce_ray.run import _WithoutRay, main
@@ -176,23 +175,25 @@ def test_without_a_config_the_demo_is_run_and_says_so(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     configs = pipeline_that(monkeypatch, RESULT)
+    folders: list[str] = []
+    monkeypatch.setattr(demo, "write_demo_images", lambda folder: folders.append(folder) or 1797)
     assert main(["--set", "seed=3"]) == 0
     assert (configs[0].seed, configs[0].embed.backbone) == (3, "pixels")
     said = capsys.readouterr().err
     assert "built-in demo" in said
     assert "1,797 handwritten digits" in said
-    assert len(list((tmp_path / "demo" / "images").glob("*/*.png"))) == 1797
+    assert folders == [configs[0].images.uri]
 
 
 def test_the_demos_images_are_written_once(tmp_path: Path) -> None:
     from PIL import Image
     from sklearn.datasets import load_digits
 
-    write_demo_images(tmp_path)
+    assert demo.write_demo_images(tmp_path) == 1797
     paths = sorted(tmp_path.glob("*/*.png"), key=lambda path: path.stem)
     times = [path.stat().st_mtime_ns for path in paths]
     paths[5].unlink()
-    assert write_demo_images(tmp_path) == len(paths)
+    assert demo.write_demo_images(tmp_path) == len(paths)
     again = [path.stat().st_mtime_ns for path in paths]
     assert [number for number, (a, b) in enumerate(zip(times, again, strict=True)) if a != b] == [5]
     digits = load_digits()
