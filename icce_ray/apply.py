@@ -1,7 +1,7 @@
 """``icce-ray apply RUN corrections.json``: take over what a person changed on the page.
 
-The corrections are kept in the run's output, and the run is made again from there: a corrected consensus, a classifier
-that learns it, assignments, scores and a page, each an artifact of its own whose manifest names what it is made of.
+The corrections are kept in the run's output, and the run is repeated from the consensus on: a corrected consensus, a
+classifier that learns it, assignments, scores and a page.
 """
 
 from __future__ import annotations

@@ -67,7 +67,7 @@ def describe_cause(error: BaseException) -> str:
 
 
 def _causes(error: BaseException) -> list[BaseException]:
-    """What an error says that it was caused by."""
+    """The errors that an error names as its cause."""
     failures = getattr(error, "worker_failures", None)
     found = [*(failures.values() if isinstance(failures, dict) else ()), getattr(error, "cause", None), error.__cause__]
     return [cause for cause in found if isinstance(cause, BaseException)]

@@ -205,8 +205,8 @@ class ICCE(FeatureClusterer):
         return self.classifier_.predict_proba(features)
 
     def _extend(self, features_ND: npt.NDArray[Any], training: TrainingRows) -> None:
-        """From the rows trained on to all: near-duplicates get what their leader has, and the classifier labels the
-        others."""
+        """Extend the results to all rows: near-duplicates get those of their leader, and the classifier labels the
+        rest."""
         rows_N = training.rows_of(np.arange(len(features_ND)))
         stands_N = rows_N >= 0
         self.labels_ = np.where(stands_N, self.labels_[rows_N], self.classifier_.predict(features_ND))

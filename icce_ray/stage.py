@@ -1,7 +1,6 @@
-"""What a stage is: one step of the flow, and what it is handed when it runs.
+"""A stage: one step of the flow, and its inputs when it runs.
 
-Each stage's folder declares its own in ``stage.py``, which imports neither Ray nor torch; `icce_ray.pipeline` puts them
-in order.
+Each stage's folder declares it in ``stage.py``, which imports neither Ray nor torch; `icce_ray.pipeline` orders them.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ class Stage:
     """Whether it chooses the number of clusters: its metrics then have `num_clusters`, and later stages are planned
     once it is finished."""
     shortcut: Callable[[Config], str] | None = None
-    """What to set to be done much sooner, empty if nothing: said when the stage turns out to take hours."""
+    """What to set to be done much sooner, or "": said if the stage turns out to take hours."""
     sees_labels: bool = False
     """Whether `run`, `settings` and `check` may know where the true labels are. Only evaluation may."""
 

@@ -209,8 +209,8 @@ class Config(ClusteringConfig):
     embed: EmbedConfig = EmbedConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     corrections: Literal["kept", "none"] | Place = "kept"
-    """What a person changed about the clusters: a corrections.json that the page saved. `kept`: those that `icce-ray
-    apply` kept in the output for a run with the same settings, if any; new images don't matter. `none`: none."""
+    """Manual changes to the clusters: a corrections.json that the page saved. `kept`: those that `icce-ray apply` kept
+    in the output for a run with the same settings, if any; new images don't matter. `none`: none."""
     report: ReportConfig = ReportConfig()
     storage: StorageConfig = StorageConfig()
     resources: ResourcesConfig = ResourcesConfig()

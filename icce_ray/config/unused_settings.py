@@ -1,4 +1,4 @@
-"""Settings that have no effect in a config are refused, so that nobody relies on them in vain."""
+"""Refuse settings that have no effect in a config."""
 
 from __future__ import annotations
 

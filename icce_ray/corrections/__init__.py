@@ -1,1 +1,1 @@
-"""What a person changed about the clusters on the page: names, merges, splits, images moved or dropped."""
+"""Manual corrections made on the page: clusters named, merged or split, images moved or dropped."""

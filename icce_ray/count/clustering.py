@@ -39,7 +39,7 @@ CONSENSUS = ConsensusConfig(methods=("vote",))
 
 @dataclass(frozen=True)
 class Sample:
-    """What all clusterings see."""
+    """Data that all clusterings share."""
 
     features_nD: Floats
     graph: NeighborGraph

@@ -1,8 +1,5 @@
-"""What the machines of the Ray that we are connected to have, how a stage's workers share it, and whether the machines
-that a config asks for exist or can be had.
-
-Ray itself waits forever for resources that no machine has.
-"""
+"""CPUs and GPUs of the connected Ray: how a stage's workers share them, and whether a config asks for more than there
+are or can be had. Ray itself waits forever for resources that no machine has."""
 
 from __future__ import annotations
 
@@ -104,7 +101,7 @@ def check_resources(config: Config, stages: Collection[str]) -> None:
 
 
 def wait_for_machines(resources: ResourcesConfig, stage: str, say: Callable[[str], None]) -> None:
-    """On a Ray that grows by itself, wait until the machines for a stage's workers are there; elsewhere, return.
+    """On a Ray that autoscales, wait until the machines for a stage's workers are there; elsewhere, return.
 
     Stages divide their work by the number of machines, and Ray adds machines only when they are asked for.
 

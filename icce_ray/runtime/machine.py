@@ -1,4 +1,4 @@
-"""What this machine offers: CPUs, memory, network interfaces, and the dtype in which it multiplies matrices fastest."""
+"""This machine: CPUs, GPUs, memory, network interfaces, and the dtype of its fastest matrix products."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def total_memory_bytes() -> int:
 
 
 def peak_memory_bytes() -> int:
-    """Most memory that this process has had at a time."""
+    """Peak memory of this process."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

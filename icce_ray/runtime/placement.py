@@ -1,4 +1,4 @@
-"""What fits on which machines: arithmetic, without Ray."""
+"""Arithmetic of what fits on which machines, without Ray."""
 
 from __future__ import annotations
 
@@ -34,16 +34,16 @@ def shortfall(stage: str, worker: WorkerResources, machines: list[tuple[float, f
 
 
 def fitting_cpus(machines: Sequence[float], count: int, wanted: float, beside: float) -> float:
-    """CPUs for each of `count` actors on `machines` of so many CPUs: at most `wanted`, in thousandths, so that all have
-    a place and, wherever they are put, `beside` CPUs together are left on some machine. Where nothing fits, all share
-    what `beside` leaves."""
+    """CPUs for each of `count` actors on `machines` (CPUs of each): at most `wanted`, in thousandths, such that all fit
+    and, however they are placed, some machine has `beside` CPUs left. If nothing fits, all share what `beside`
+    leaves."""
     rooms = {room for cpus in machines for room in (cpus, cpus - beside) if room > 0}
     steps = {room / number for room in rooms for number in range(1, count + 1)}
     for each in sorted({wanted, *(step for step in steps if step < wanted)}, reverse=True):
         each = _thousandths(each)
         if each <= 0 or sum(slots(cpus, each) for cpus in machines) < count:
             continue
-        # So many actors at least fill the machines to the point where the task has no place on any.
+        # It takes at least this many actors to leave no machine with room for the task.
         if sum(slots(cpus - beside, each) + 1 for cpus in machines if cpus >= beside) > count:
             return each
     return max(0.001, _thousandths(min(wanted, (sum(machines) - beside) / count)))

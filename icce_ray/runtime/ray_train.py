@@ -92,8 +92,8 @@ def use_interface_of(address: str) -> None:
 
 
 def fit_in_thread(trainer: Any) -> Any:
-    """What the worker of rank 0 returns. In a thread of its own, because in the main thread Ray Train takes Ctrl-C for
-    itself, ends the process without a word, and does not give it back afterwards."""
+    """The result of the worker of rank 0. It runs in a thread: in the main thread Ray Train would replace the handler of
+    Ctrl-C, end the process without a message, and not restore the handler."""
     outcome: Future[Any] = Future()
 
     def fit() -> None:

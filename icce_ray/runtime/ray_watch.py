@@ -1,5 +1,5 @@
-"""Notice that Ray has died, before Ray's own code ends this process without a word: seconds after its raylet died, and
-a minute after its GCS did."""
+"""Notice that Ray has died, before Ray itself ends this process without a message: seconds after its raylet died, a
+minute after its GCS did."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class RayWatch:
         self._ended.set()
 
     def look(self) -> bool:
-        """Ask once. Returns whether all live."""
+        """Ask once whether all are alive."""
         for what, place in self._places.items():
             try:
                 self._ask(place)
@@ -84,7 +84,7 @@ class RayWatch:
 
 
 def _interrupt_main_thread() -> None:
-    """By a real signal: `_thread.interrupt_main` would not wake it from a wait."""
+    """Send a real signal: `_thread.interrupt_main` would not wake the thread from a wait."""
     signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
 
 

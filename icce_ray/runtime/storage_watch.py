@@ -1,4 +1,4 @@
-"""Say in a stage's progress that it waits for a store that is away. The stage itself, wherever it runs, just waits."""
+"""Show in a stage's progress that it waits for a bucket that does not answer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Threads that each compute on one core: results then don't depend on the number of threads."""
+"""Threads that each compute on one core, so that results don't depend on their number."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ it. A module-level function, so that a worker can import it. Several workers fin
 
 
 def attempt(work: Work, device: str, progress: Progress) -> Any:
-    """What the work returns. An error that would only occur again is returned, too: raised, it would be retried."""
+    """The result of the work, or an error that would only occur again: raised, it would be retried."""
     try:
         return work(device=device, progress=progress)
     except (UserError, WorkerError) as error:

@@ -1,8 +1,8 @@
 """The trials of a sweep on Ray Tune.
 
-A trial holds no CPU itself: each of its runs is a Ray task, which trains in its own process, or starts workers where
-`resources.method` asks for several or for a GPU. Tune's state is not kept, since what a trial has finished is found by
-its fingerprint. A searcher is told the trials of an earlier attempt first, and goes on from there.
+Each run of a trial is a Ray task, which trains in its own process, or starts workers if `resources.method` asks for
+several or for a GPU. Tune's state is not kept: finished work is found by its fingerprint, and a searcher is told the
+trials of an earlier attempt first.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from icce_ray.sweeps.trial_table import Row, parameters_text
 TASK_RETRIES = 2
 """Retries of a run whose process died; what it had finished is used."""
 TRIAL_RESOURCES = {"memory": 1e6}
-"""What the process that waits for a trial's tasks holds. No CPU, which the tasks would lack."""
+"""Resources of the process that waits for a trial's tasks. It holds no CPU, which the tasks would lack."""
 TUNE_ENVIRONMENT = {
     "RAY_AIR_NEW_OUTPUT": "0",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
@@ -170,7 +170,7 @@ def _run(config: Config, listings: Listings, cpus: float) -> RunOutcome:
 
 
 class _TrialLog(tune.Callback):
-    """On the driver: announces each trial that ends, and records what a searcher has chosen."""
+    """Runs on the driver: reports each trial that ends, and records the choices of a searcher."""
 
     def __init__(self, progress: Progress, metric: str, num_trials: int, records: PartRecords | None) -> None:
         self.progress, self.metric, self.num_trials, self.records = progress, metric, num_trials, records

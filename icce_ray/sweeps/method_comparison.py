@@ -31,7 +31,7 @@ STAGE, VERSION = "comparison", 1
 TABLE_NAME, PAGE_NAME = "methods.parquet", "comparison.html"
 METHOD, COMBINED = "method", "combined"
 OWN_STAGES = ("neighbors", "method", "consensus")
-"""Stages whose time is the method's."""
+"""Stages whose time counts as the method's."""
 
 
 @dataclass(frozen=True)
@@ -164,5 +164,5 @@ def _write(config: Config, outcomes: Sequence[_Outcome]) -> tuple[Comparison, st
 
 
 def _page_of(result: Result) -> str:
-    """The page of a run as seen from the page of the comparison, which lies as deep under the same output."""
+    """Relative link from the page of the comparison to that of a run under the same output."""
     return "/".join(["..", "..", *result.report.rsplit("/", 3)[1:]])

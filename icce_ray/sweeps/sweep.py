@@ -1,7 +1,7 @@
 """The sweep command: trials over a search space, judged without labels, then one consensus of the best.
 
-The stages that trials share are made first, each once, by the whole cluster; then the trials run side by side. Whatever
-is finished lies under its fingerprint, so the same command resumes a sweep that was killed.
+The stages that trials share run first, once each, on the whole cluster; then the trials run side by side. Artifacts
+are found by their fingerprints, so the same command resumes a sweep that was killed.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ STAGE = "sweep"
 
 @dataclass(frozen=True)
 class SweepResult:
-    """What a sweep found, and where it lies."""
+    """The result of a sweep."""
 
     num_trials: int
     num_failed: int
     metric: str
-    """What the best trial has most of."""
+    """The metric that chose the best trial."""
     best_value: float
     best_trial: int
     best_parameters: dict[str, Any]

@@ -1,8 +1,8 @@
 """One trial: the stages of the pipeline up to the consensus, then the scores, in one run for each seed.
 
-Every stage lies under its fingerprint where the pipeline puts it. So trials that have a stage in common share its
-artifact, a second sweep uses those of the first, and `icce-ray run` finds the clusterings of a trial's config finished.
-A stage that another trial is making is waited for.
+Artifacts are where the pipeline puts them, under their fingerprints. So trials share the stages they have in common, a
+second sweep uses those of the first, and `icce-ray run` finds a trial's clusterings finished. A trial waits for a stage
+that another is making.
 """
 
 from __future__ import annotations

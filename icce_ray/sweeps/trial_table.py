@@ -22,7 +22,7 @@ class Row:
     """One trial."""
 
     trial: int
-    """In the order in which trials were made, from 0."""
+    """Its number, from 0, in the order of creation."""
     parameters: dict[str, Any]
     """Its settings, by dotted name."""
     metrics: dict[str, float | None] = field(default_factory=dict)
@@ -92,7 +92,7 @@ def to_table(
     rows: Sequence[Row], names: Sequence[str], pooled: Iterable[int] = (), best: int | None = None
 ) -> pa.Table:
     """A row per trial: trial, status, one column per setting of `names`, metrics, scores, num_clusters_used, seconds,
-    seeds, runs, error, is_best, is_pooled. Settings whose values have several types are written as JSON."""
+    seeds, runs, error, is_best, is_pooled. Settings with values of several types are written as JSON."""
     chosen = set(pooled)
     columns: dict[str, Any] = {
         "trial": pa.array([row.trial for row in rows], pa.int32()),
