@@ -92,7 +92,7 @@ def use_interface_of(address: str) -> None:
 
 
 def fit_in_thread(trainer: Any) -> Any:
-    """The result of the worker of rank 0. It runs in a thread: in the main thread Ray Train would replace the handler of
+    """The result of rank 0. It runs in a thread: in the main thread Ray Train would replace the handler of
     Ctrl-C, end the process without a message, and not restore the handler."""
     outcome: Future[Any] = Future()
 

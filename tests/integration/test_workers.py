@@ -14,14 +14,22 @@ import pytest
 
 from icce_ray.config import ResourcesConfig, WorkerResources
 from icce_ray.errors import InputError, WorkerError
+from icce_ray.runtime import workers
 from icce_ray.runtime.progress import Progress
-from icce_ray.runtime.workers import MAX_RESTARTS, run_on_actors, run_tasks, work_on_workers
+from icce_ray.runtime.workers import run_on_actors, run_tasks, work_on_workers
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
+MAX_RESTARTS = 1
+
+
+@pytest.fixture(autouse=True)
+def _few_restarts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is a process, which takes a second to start."""
+    monkeypatch.setattr(workers, "MAX_RESTARTS", MAX_RESTARTS)
 
 
 def make_work() -> Any:
-    """In a function, because workers cannot import this module, and are sent what is not a module's."""
+    """In a function: workers cannot import this module, so Ray must send them the function itself."""
 
     def work(folder: Path, what: str, good_try: int, *, num_threads: int, device: str, progress: Progress) -> Any:
         """Does `what` until it was tried `good_try` times; leaves a file for each try."""
@@ -48,7 +56,7 @@ def run(folder: Path, what: str, good_try: int, progress: Progress | None = None
 
 
 def processes(folder: Path) -> list[str]:
-    """Of each try."""
+    """The process of each try."""
     return [path.read_text() for path in sorted(folder.iterdir())]
 
 
@@ -64,8 +72,8 @@ def test_death_and_faults_are_tried_again_with_the_threads_of_the_workers_cpus(
 @pytest.mark.parametrize(
     ("what", "message"),
     [
-        ("die", r"method: its process died 4 times .*memory"),
-        ("fault", r"method: failed 4 times: OSError: the storage is"),
+        ("die", r"method: its process died 2 times .*memory"),
+        ("fault", r"method: failed 2 times: OSError: the storage is"),
     ],
 )
 def test_what_does_not_pass_ends_the_stage(tmp_path: Path, what: str, message: str) -> None:
@@ -126,14 +134,14 @@ def make_functions() -> Any:
     return task, Caller
 
 
-def results(way: str, folder: Path, what: str, num_items: int = 6) -> dict[int, tuple[int, int]]:
+def results(way: str, folder: Path, what: str) -> dict[int, tuple[int, int]]:
     task, caller = make_functions()
     resources = ResourcesConfig(assign=WorkerResources(num_workers=2, cpus_per_worker=1))
     if way == "tasks":
-        found = run_tasks("assign", task, range(num_items), (folder, what), resources=resources, num_images=40)
+        found = run_tasks("assign", task, range(6), (folder, what), resources=resources, num_images=40)
     else:
         make, progress = partial(caller, folder, what), Progress("assign", quiet=True)
-        found = run_on_actors("assign", make, range(num_items), resources=resources, progress=progress, num_images=40)
+        found = run_on_actors("assign", make, range(6), resources=resources, progress=progress, num_images=40)
     return dict(found)
 
 
@@ -143,11 +151,7 @@ def test_each_item_has_one_result_though_a_process_dies(tmp_path: Path, way: str
     assert (tmp_path / "failed").exists()
     assert {item: value for item, (value, _) in found.items()} == {item: item * 10 for item in range(6)}
     assert os.getpid() not in {process for _, process in found.values()}
-
-
-def test_actors_are_as_many_as_configured(tmp_path: Path) -> None:
-    assert len({process for _, process in results("actors", tmp_path, "", num_items=20).values()}) <= 2
-    assert len({process for _, process in results("actors", tmp_path, "", num_items=1).values()}) == 1
+    assert way == "tasks" or len({process for _, process in found.values()}) <= 3, "two actors, one of them twice"
 
 
 @pytest.mark.parametrize("way", ["tasks", "actors"])
@@ -156,7 +160,7 @@ def test_actors_are_as_many_as_configured(tmp_path: Path) -> None:
     [
         ("mistake", InputError, r"^mend this$"),
         ("fault", WorkerError, r"assign: .* OSError: the storage is away"),
-        ("always die", WorkerError, "assign: a worker failed, or died 4 times"),
+        ("always die", WorkerError, "assign: a worker failed, or died 2 times"),
     ],
 )
 def test_errors_of_tasks_and_actors_reach_the_driver(

@@ -1,11 +1,10 @@
-"""One small clustering: its sample and its measures; and a whole choice on planted data."""
+"""One small clustering: its sample and its measures."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 
-from icce_ray import ICCE
 from icce_ray.config import ClusterCountConfig, HeadsConfig, NeighborsConfig
 from icce_ray.count.clustering import Clustering, cluster_range, compare, draw_sample, make_clustering
 from icce_ray.errors import InputError
@@ -67,23 +66,3 @@ def test_a_clustering_is_the_same_on_any_number_of_threads() -> None:
     one, two = (make_clustering(sample, 3, 5, heads, num_threads) for num_threads in (1, 2))
     np.testing.assert_array_equal(one.heads_Hn, two.heads_Hn)
     assert (one.silhouette, one.generalization) == (two.silhouette, two.generalization)
-
-
-@pytest.mark.slow
-def test_the_estimator_finds_five_planted_clusters_by_itself() -> None:
-    """They overlap. Twenty and sixty, which take minutes, are counted in `benchmarks/run.py cluster-count`."""
-    features, _ = gaussians(5, 250, 0.9, 1)
-    estimator = ICCE(
-        "auto",
-        n_heads=4,
-        epochs=5,
-        random_state=0,
-        heads={"hidden_dim": 64, "bottleneck_dim": 32},
-        classifier={"num_iterations": 100},
-        cluster_count={"min_clusters": 3, "max_clusters": 9, "num_seeds": 2, "num_heads": 2, "num_epochs": 12},
-    ).fit(features)
-    assert 4 <= estimator.n_clusters_ <= 6
-    choice = estimator.cluster_count_
-    assert choice.low <= estimator.n_clusters_ <= choice.high
-    assert len(np.unique(estimator.labels_)) == estimator.n_clusters_
-    assert estimator.get_params()["n_clusters"] == "auto"

@@ -1,4 +1,4 @@
-"""What of KubeRay's custom resources and of Kubernetes' pods the manifests use, as a JSON schema.
+"""The parts of KubeRay's custom resources and of pods that the manifests use, as a JSON schema.
 
 Names and types of `ray.io/v1` follow the CRD reference of KubeRay 1.7.0 (Apache-2.0, github.com/ray-project/kuberay).
 Fields that are not listed are refused, as the API server would refuse a misspelt one; add what a manifest needs.

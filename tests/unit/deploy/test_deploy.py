@@ -1,4 +1,4 @@
-"""What lies under deploy/: every file parses, versions are the pinned ones, configs fit the machines they go with.
+"""The files under deploy/ parse, name the pinned versions, and fit together.
 
 Nothing is started: Ray is imported for its own check of resources and of the launcher's file.
 """
@@ -97,7 +97,7 @@ def groups(path: str) -> list[Group]:
 
 
 def machines(path: str) -> list[tuple[float, float]]:
-    """That there are at most: where there are fewer at first, the autoscaler adds them."""
+    """The largest number of machines; the autoscaler adds those that are missing at the start."""
     return [(group.cpus, group.gpus) for group in groups(path) for _ in range(group.at_most)]
 
 
@@ -355,7 +355,7 @@ def test_the_bucket_policy_allows_what_the_code_calls_and_no_more() -> None:
     )
     called &= set(re.findall(r"(?:client\b[^\n]*\.|get_paginator\(\")(\w+)", sources))
     assert called == set(ACTION_OF)
-    # What pyarrow writes in pieces it may have to give up.
+    # pyarrow may have to abort a multipart upload.
     assert {action for action, _ in allowed()} == set(ACTION_OF.values()) | {"s3:AbortMultipartUpload"}
 
 
