@@ -6,6 +6,9 @@ the seed.
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -16,7 +19,6 @@ from sklearn.cluster import AgglomerativeClustering, KMeans, SpectralClustering
 from sklearn.preprocessing import normalize
 
 from cases import datasets
-from cases.job import run_job
 from icce_ray import clustering_accuracy
 from icce_ray.metrics.true_label_scores import adjusted_rand_index, normalized_mutual_info
 
@@ -77,3 +79,11 @@ def others(pixels: datasets.Floats, seed: int) -> dict[str, Any]:
             10, affinity="nearest_neighbors", n_neighbors=20, assign_labels="kmeans", random_state=seed
         ).fit_predict(normalize(pixels)),
     }
+
+
+def run_job(folder: Path, *arguments: str) -> dict[str, Any]:
+    """Run the job in `folder`, in a process of its own. Returns its JSON result."""
+    command = [sys.executable, "-m", "icce_ray.run", *arguments, "--json"]
+    done = subprocess.run(command, cwd=folder, stdout=subprocess.PIPE, text=True, check=True)
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result

@@ -21,10 +21,9 @@ import yaml
 from icce_ray import __version__
 from icce_ray.config import Config, load_config
 
-from . import sizing_page
 from .kuberay_schema import RESOURCES_BY_KIND
+from .sizing_page import ROOT, sizing
 
-ROOT = sizing_page.ROOT
 DEPLOY = ROOT / "deploy"
 KUBERAY = ("rayjob-cpu.yaml", "rayjob-gpu.yaml", "raycluster-autoscaling.yaml")
 GOES_WITH = {
@@ -35,7 +34,6 @@ GOES_WITH = {
 }
 CONFIGS = (*GOES_WITH, "laptop.yaml")
 STAGES = ("embed", "neighbors", "method", "classifier", "assign")
-sizing = sizing_page.load()
 UNITS = {"Gi": 2**30, "Mi": 2**20}
 ACTION_OF = {
     "list_objects_v2": "s3:ListBucket",

@@ -12,10 +12,9 @@ import pytest
 
 from icce_ray.config import HeadsConfig, SampleConfig
 
-from . import sizing_page
+from .sizing_page import ROOT, sizing
 
-RESULTS = sizing_page.ROOT / "benchmarks" / "results"
-sizing = sizing_page.load()
+RESULTS = ROOT / "benchmarks" / "results"
 DIM, NUM_CLUSTERS, PLANS, RATES, size = sizing.DIM, sizing.NUM_CLUSTERS, sizing.PLANS, sizing.RATES, sizing.size
 
 
@@ -26,7 +25,7 @@ def results(name: str, case: str) -> dict[str, Any]:
 
 
 def test_the_page_is_what_the_script_prints() -> None:
-    page = (sizing_page.ROOT / "docs" / "sizing.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "sizing.md").read_text(encoding="utf-8")
     assert page == sizing.page(), "run: python benchmarks/sizing.py > docs/sizing.md"
 
 
