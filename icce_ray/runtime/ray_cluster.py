@@ -176,12 +176,10 @@ def lost_ray() -> str | None:
 
 def exit_if_ray_dies() -> None:
     """For a program that has nothing else to do: Ray that has died may leave the main thread waiting."""
-    global _may_exit
-    _may_exit = True
+    RayWatch.may_exit = True
 
 
 _watch: RayWatch | None = None
-_may_exit = False
 
 
 def _ask(watch: RayWatch, place: Place, gcs_address: str) -> None:
@@ -206,10 +204,8 @@ def _watch_ray() -> None:
             places["raylet"] = (node["NodeManagerAddress"], node["NodeManagerPort"])
     if _watch is not None:
         _watch.end()
-    watch = RayWatch(places, ask=lambda place: _ask(watch, place, address))
-    _watch = watch
-    _watch.may_exit = _may_exit
-    _watch.start()
+    watch = _watch = RayWatch(places, ask=lambda place: _ask(watch, place, address))
+    watch.start()
 
 
 def _check_listens(address: str) -> None:

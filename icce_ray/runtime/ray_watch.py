@@ -32,20 +32,21 @@ class RayWatch:
         clock: monotonic, in seconds.
     """
 
+    may_exit = False
+    """Whether to end the process if the main thread does not stop."""
+
     def __init__(
         self,
         places: Mapping[str, Place],
         *,
-        ask: Callable[[Place], None] | None = None,
+        ask: Callable[[Place], None],
         interrupt: Callable[[], None] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.lost: str | None = None
         """The message about what has died."""
-        self.may_exit = False
-        """Whether to end the process if the main thread does not stop."""
         self._places = places
-        self._ask = ask or connect_to
+        self._ask = ask
         self._interrupt = interrupt or _interrupt_main_thread
         self._clock = clock
         self._since: dict[str, float] = {}

@@ -42,6 +42,7 @@ def test_the_main_thread_is_interrupted_once() -> None:
     machines, interrupted = Machines(), []
     watch = RayWatch(PLACES, ask=machines.ask, interrupt=lambda: interrupted.append(True))
     watch.lost, watch.look = "lost", lambda: False  # type: ignore[method-assign]
+    watch.may_exit = False  # set by a command that another test ran in this process
     watch._ended.wait = lambda seconds: False  # type: ignore[method-assign]
     watch._watch()
     assert interrupted == [True]
