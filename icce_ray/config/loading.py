@@ -10,7 +10,7 @@ from pydantic import BaseModel, ValidationError
 
 from icce_ray.config.schema import Config
 from icce_ray.config.strict_yaml import load_yaml
-from icce_ray.config.unused_settings import refuse_unused
+from icce_ray.config.unused_settings import unused_settings
 from icce_ray.errors import ConfigError
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -41,7 +41,8 @@ def load_config(
         apply_override(data, override)
         apply_override(given, override)
     config = build_config(data, source)
-    refuse_unused(config, given, source)
+    if problems := unused_settings(config, given):
+        raise _refusal(source, problems)
     return config
 
 
@@ -59,8 +60,7 @@ def validate(model: type[Model], data: dict[str, Any], source: str) -> Model:
     try:
         return model.model_validate(data)
     except ValidationError as error:
-        lines = [_describe(problem, model) for problem in error.errors()]
-        raise ConfigError(f"{source}: " + (lines[0] if len(lines) == 1 else "\n  ".join(["", *lines]))) from None
+        raise _refusal(source, [_describe(problem, model) for problem in error.errors()]) from None
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -107,6 +107,10 @@ def put(data: dict[str, Any], key: str, value: Any) -> None:
         node[section] = dict(child) if isinstance(child, dict) else {}
         node = node[section]
     node[last] = value
+
+
+def _refusal(source: str, problems: list[str]) -> ConfigError:
+    return ConfigError(f"{source}: " + (problems[0] if len(problems) == 1 else "\n  ".join(["", *problems])))
 
 
 def _describe(problem: Any, model: type[BaseModel]) -> str:

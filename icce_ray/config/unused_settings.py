@@ -1,4 +1,4 @@
-"""Refuse settings that have no effect in a config."""
+"""Settings that have no effect in a config, which are refused."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from typing import Any
 
 from icce_ray.config.data_settings import PIXELS
 from icce_ray.config.schema import Config
-from icce_ray.errors import ConfigError
 from icce_ray.methods import METHODS
 
 _NETWORK = ("embed.weights", "embed.features", "embed.precision", "embed.compile")
@@ -55,26 +54,17 @@ RULES: tuple[tuple[tuple[str, ...], Callable[[Config], bool], str], ...] = (
 `num_clusters` is a number, to go back to `auto`."""
 
 
-def refuse_unused(config: Config, given: Mapping[str, Any], source: str) -> None:
-    """Refuse settings that differ from the default and have no effect.
-
-    Args:
-        config: the whole config.
-        given: what the user wrote, by section.
-        source: the name of the settings in messages.
-
-    Raises:
-        ConfigError: names each such setting, its value and the reason.
-    """
-    problems = []
-    for names, applies, reason in RULES:
-        for name, value in _set_in_vain(names, config, given) if applies(config) else ():
-            problems.append(f"{name}: {value!r} has no effect: {reason}; leave it out")
-    if problems:
-        raise ConfigError(f"{source}: " + (problems[0] if len(problems) == 1 else "\n  ".join(["", *problems])))
+def unused_settings(config: Config, given: Mapping[str, Any]) -> list[str]:
+    """What is wrong with each setting of `given`, by section, that differs from its default and has no effect."""
+    return [
+        f"{name}: {value!r} has no effect: {reason}; leave it out"
+        for names, applies, reason in RULES
+        if applies(config)
+        for name, value in _changed(names, config, given)
+    ]
 
 
-def _set_in_vain(names: tuple[str, ...], config: Config, given: Mapping[str, Any]) -> list[tuple[str, Any]]:
+def _changed(names: tuple[str, ...], config: Config, given: Mapping[str, Any]) -> list[tuple[str, Any]]:
     """The settings among `names` that are given and differ from the default."""
     found = []
     for name in names:
