@@ -215,12 +215,10 @@ class ICCE(FeatureClusterer):
         self.vote_entropy_ = np.where(stands_N, self.vote_entropy_[rows_N], np.float32(np.nan))
 
     def _config(self) -> ClusteringConfig:
-        heads: dict[str, Any] = {"num_heads": self.n_heads}
-        heads |= {"num_epochs": self.epochs} if self.epochs is not None else {}
-        heads |= {"batch_size": self.batch_size} if self.batch_size is not None else {}
-        neighbors: dict[str, Any] = {}
-        if self.similarity_threshold != "auto":
-            neighbors["similarity_threshold"] = self.similarity_threshold
+        given = {"num_heads": self.n_heads, "num_epochs": self.epochs, "batch_size": self.batch_size}
+        heads = {name: value for name, value in given.items() if value is not None}
+        threshold = self.similarity_threshold
+        neighbors = {"similarity_threshold": threshold} if threshold != "auto" else {}
         settings = {
             "num_clusters": self.n_clusters,
             "method": self.method,

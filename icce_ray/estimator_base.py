@@ -10,7 +10,7 @@ from sklearn.base import BaseEstimator, ClusterMixin
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted, validate_data
 
-from icce_ray.errors import InputError
+from icce_ray.errors import ConfigError, InputError
 from icce_ray.runtime.progress import Progress
 
 MAX_SEED = 2**31 - 1
@@ -25,8 +25,11 @@ class FeatureClusterer(ClusterMixin, BaseEstimator):
         """The rows to fit, checked.
 
         Raises:
+            ConfigError: no clusters are asked for.
             InputError: fewer rows than clusters.
         """
+        if num_clusters is not None and num_clusters < 1:
+            raise ConfigError(f"{type(self).__name__}: n_clusters is {num_clusters}; at least 1 is needed")
         features_ND: npt.NDArray[Any] = validate_data(self, X, dtype=FLOATS, ensure_min_samples=2)
         if num_clusters is not None and len(features_ND) < num_clusters:
             raise InputError(f"X has {len(features_ND)} rows, fewer than n_clusters={num_clusters}")

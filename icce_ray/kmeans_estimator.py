@@ -13,7 +13,6 @@ import numpy as np
 import numpy.typing as npt
 
 from icce_ray.config import KMeansConfig, validate
-from icce_ray.errors import ConfigError
 from icce_ray.estimator_base import FeatureClusterer
 from icce_ray.methods.kmeans.assignment import nearest
 from icce_ray.methods.kmeans.fit_kmeans import ShardsHere, fit_kmeans
@@ -89,8 +88,6 @@ class KMeans(FeatureClusterer):
             InputError: fewer rows than clusters, or fewer dimensions than components.
         """
         settings = self._settings()
-        if self.n_clusters < 1:
-            raise ConfigError(f"{type(self).__name__}: n_clusters is {self.n_clusters}; at least 1 is needed")
         features_ND = self._check_rows(X, self.n_clusters)
         num_images, dim = features_ND.shape
         fitted = fit_kmeans(

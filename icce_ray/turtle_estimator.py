@@ -15,7 +15,7 @@ import torch
 from sklearn.utils.validation import check_array
 
 from icce_ray.config import TurtleConfig, validate
-from icce_ray.errors import ConfigError, InputError
+from icce_ray.errors import InputError
 from icce_ray.estimator_base import FLOATS, FeatureClusterer
 from icce_ray.methods.turtle.feature_scaling import label_rows
 from icce_ray.methods.turtle.run_block import run_blocks
@@ -84,8 +84,6 @@ class TURTLE(FeatureClusterer):
         """
         given = {"num_runs": self.n_runs, "num_steps": self.n_steps}
         settings = validate(TurtleConfig, given | dict(self.turtle or {}), type(self).__name__)
-        if self.n_clusters < 1:
-            raise ConfigError(f"{type(self).__name__}: n_clusters is {self.n_clusters}; at least 1 is needed")
         first, *others = _feature_sets(X)
         sets = [self._check_rows(first, self.n_clusters), *(check_array(other, dtype=FLOATS) for other in others)]
         _check_lengths(sets)
