@@ -43,19 +43,18 @@ def ray_cluster() -> Iterator[None]:
     """The one Ray that all tests in this process share: four logical CPUs."""
     import ray
 
-    from icce_ray.runtime.ray_cluster import QUIET_ENVIRONMENT
-
+    options = {
+        "address": "local",
+        "num_cpus": 4,
+        "include_dashboard": False,
+        "object_store_memory": 200_000_000,
+        "log_to_driver": False,
+        "logging_level": "ERROR",
+    }
     with pytest.MonkeyPatch.context() as patch:
-        for key, value in QUIET_ENVIRONMENT.items():
+        for key, value in connection.QUIET_ENVIRONMENT.items():
             patch.setenv(key, value)
-        ray.init(
-            address="local",
-            num_cpus=4,
-            include_dashboard=False,
-            object_store_memory=200_000_000,
-            log_to_driver=False,
-            logging_level="ERROR",
-        )
+        connection._init(options)  # tries again on a busy machine
         yield
         ray.shutdown()
 
