@@ -110,8 +110,8 @@ class HeadsConfig(Section):
     """Sinkhorn-Knopp iterations."""
     balance: Fraction | Literal["auto"] = "auto"
     """How strongly Sinkhorn-Knopp makes the clusters equally large: 1, as far as it can; 0, not at all. `auto`: each
-    head lowers it for as long as few of its clusters are empty. Use 1 if the features are weak and the classes are
-    known to be about equally large. Paper: 1."""
+    head lowers it for as long as few of its clusters are empty; if the heads then disagree about the sizes, those with
+    empty clusters raise it again. Paper: 1."""
     teacher_temperature: PositiveFloat = 0.1
     """Temperature of the teacher's targets (T_sk with Sinkhorn-Knopp)."""
     student_temperature: PositiveFloat = 0.1

@@ -45,7 +45,7 @@ class Method:
 _ICCE = Method(
     job="icce_ray.methods.heads.job",
     section="heads",
-    version=4,
+    version=5,
     needs_graph=True,
     unit="epochs",
     free_settings=frozenset({"checkpoint_interval_s"}),

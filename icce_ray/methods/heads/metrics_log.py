@@ -14,6 +14,7 @@ FILE_NAME = "metrics.jsonl"
 WRITE_INTERVAL_S = 10.0
 SCALARS = (
     "loss", "best_head_loss", "learning_rate", "ce_weight", "empty_clusters", "balance", "label_change", "head_nmi",
+    "size_agreement",
 )  # fmt: skip
 
 

@@ -21,7 +21,15 @@ import numpy.typing as npt
 import torch
 
 from icce_ray.config import HeadsConfig
-from icce_ray.methods.heads.balance import LAST_RENEWAL, has_too_many_empty, move_balance, renew_prototypes
+from icce_ray.methods.heads.balance import (
+    LAST_RENEWAL,
+    MIN_SIZE_AGREEMENT,
+    comparison_epoch,
+    has_too_many_empty,
+    move_balance,
+    renew_prototypes,
+    size_agreement,
+)
 from icce_ray.methods.heads.communicator import Communicator
 from icce_ray.methods.heads.compiled_step import choose_passes
 from icce_ray.methods.heads.division import HeadDivision
@@ -99,6 +107,14 @@ class HeadTrainer:
         if limit is None or len(last) < EARLY_STOP_EPOCHS:
             return False
         return all(epoch["label_change"] is not None and epoch["label_change"] < limit for epoch in last)
+
+    @property
+    def sizes_are_unclear(self) -> bool:
+        """Whether the heads disagreed about the sizes of the clusters when they were compared."""
+        compared = comparison_epoch(self.settings.num_epochs)
+        if not self.settings.finds_balance or self.epoch < compared:
+            return False
+        return bool(self.history[compared - 1]["size_agreement"] < MIN_SIZE_AGREEMENT)
 
     def train_epoch(self) -> None:
         """One pass over all images that have neighbours.
@@ -229,7 +245,10 @@ class HeadTrainer:
     def _find_balance(self) -> None:
         """Move the balance of each head, and give prototypes to those that have too many empty clusters."""
         too_many_h = has_too_many_empty(self.watch.sizes_HK)
-        move_balance(self.state.balance_H, too_many_h, self.epoch, self.settings.num_epochs)
+        too_low_h = too_many_h
+        if self.sizes_are_unclear:
+            too_low_h = too_many_h | (self.watch.sizes_HK == 0).any(dim=1) | (self.state.balance_H > 0)
+        move_balance(self.state.balance_H, too_low_h, self.epoch, self.settings.num_epochs)
         needs_new = too_many_h.tolist()
         if not any(needs_new) or self.epoch + 1 > LAST_RENEWAL * self.settings.num_epochs:
             return
@@ -273,6 +292,7 @@ class HeadTrainer:
                 if self.epoch == 1
                 else float(changed_H.sum() / (len(losses_H) * self.watch.previous_Hw.shape[1])),
                 "head_nmi": self._head_nmi(),
+                "size_agreement": self._size_agreement(),
                 "seconds": round(seconds, 3),
                 "pairs_per_s": round(self.num_anchors / seconds, 1),
             }
@@ -282,8 +302,19 @@ class HeadTrainer:
         """How similar the heads' labels are; None in most epochs, because it takes the labels of all workers."""
         if self.epoch % max(1, self.settings.num_epochs // NMI_PER_RUN):
             return None
-        labels_Hw = self.communicator.gather(self.watch.previous_Hw, self.division.num_heads)
-        return mean_pairwise_nmi(labels_Hw.cpu().numpy())
+        return mean_pairwise_nmi(self._watched_labels())
+
+    def _size_agreement(self) -> float | None:
+        """How far the heads agree about the sizes of clusters; None but for the epoch in which that is compared."""
+        if not self.settings.finds_balance or self.epoch != comparison_epoch(self.settings.num_epochs):
+            return None
+        return size_agreement(self._watched_labels())
+
+    def _watched_labels(self) -> npt.NDArray[np.int32]:
+        labels_Hw: npt.NDArray[np.int32] = (
+            self.communicator.gather(self.watch.previous_Hw, self.division.num_heads).cpu().numpy()
+        )
+        return labels_Hw
 
     def _describe_fault(self, bad_step_H: npt.NDArray[np.float64], last: StepValues) -> str:
         # All heads share the weight of a pair, so one bad head spoils all others in the next step.

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from icce_ray.config import HeadsConfig, NeighborsConfig
-from icce_ray.methods.heads.balance import has_too_many_empty, move_balance, renew_prototypes
+from icce_ray.methods.clusterings import Clusterings
+from icce_ray.methods.heads.balance import has_too_many_empty, move_balance, renew_prototypes, size_agreement
 from icce_ray.methods.heads.fit import fit
 from icce_ray.methods.heads.model import forward
 from icce_ray.methods.heads.state import HeadState
@@ -33,6 +34,22 @@ def test_the_balance_falls_in_the_first_half_of_training_and_rises_where_cluster
     torch.testing.assert_close(torch.tensor(balances[:4]), torch.tensor(expected))
     last = [[0, 0, 0.2], [0, 0, 0.2], [0, 0, 0.4]]
     torch.testing.assert_close(torch.tensor([balances[9], balances[10], balances[19]]), torch.tensor(last))
+
+
+def test_heads_agree_about_sizes_if_the_same_images_lie_in_large_clusters() -> None:
+    generator = np.random.default_rng(0)
+    labels_HN = np.array([generator.choice(5, 300, p=[0.5, 0.2, 0.15, 0.1, 0.05]) for _ in range(3)])
+    labels_HN[1, :200] = labels_HN[0, :200]
+    logs_HN = [np.log([(labels_N == label).sum() for label in labels_N]) for labels_N in labels_HN]
+    expected = np.corrcoef(logs_HN)[np.triu_indices(3, 1)].mean()
+    assert 0.1 < expected < 0.9
+    assert size_agreement(labels_HN) == pytest.approx(expected, abs=1e-6)
+    renamed_HN = np.stack([generator.permutation(5)[labels_N] for labels_N in labels_HN])
+    assert size_agreement(renamed_HN) == size_agreement(labels_HN)
+    assert size_agreement(np.stack([labels_HN[0], labels_HN[0]])) == pytest.approx(1.0)
+    equal = np.repeat(np.arange(5), 60)
+    assert size_agreement(np.stack([labels_HN[0], equal])) == 0.0  # says nothing about sizes
+    assert size_agreement(labels_HN[:1]) == 1.0
 
 
 def test_empty_clusters_get_prototypes_at_images_far_from_all_others() -> None:
@@ -76,11 +93,10 @@ def planted(sizes: list[int], dim: int, spread: float) -> tuple[np.ndarray, np.n
     return (centres[labels] + generator.normal(size=(len(labels), dim))).astype(np.float32), labels
 
 
-def train(features: np.ndarray, num_clusters: int, **changes: object) -> np.ndarray:
-    """Labels by each head (H, N)."""
+def train(features: np.ndarray, num_clusters: int, **changes: object) -> Clusterings:
     settings = small_settings(hidden_dim=64, bottleneck_dim=32, teacher_momentum="auto", **changes)
     graph, _ = build_graph(features, NeighborsConfig(similarity_threshold=None), num_clusters=num_clusters, seed=0)
-    return fit(features, graph, settings, num_clusters=num_clusters, seed=0).labels_HN
+    return fit(features, graph, settings, num_clusters=num_clusters, seed=0)
 
 
 def test_many_clusters_of_weak_features_are_used() -> None:
@@ -88,7 +104,7 @@ def test_many_clusters_of_weak_features_are_used() -> None:
     features, _ = planted([10] * 100, 24, 0.7)
     used = {}
     for balance in (0.0, "auto"):
-        labels_HN = train(features, 100, num_heads=1, num_epochs=20, batch_size=256, balance=balance)
+        labels_HN = train(features, 100, num_heads=1, num_epochs=20, batch_size=256, balance=balance).labels_HN
         used[balance] = len(np.unique(labels_HN))
     assert used["auto"] >= 90
     assert used[0.0] < 50
@@ -98,9 +114,19 @@ def test_unequal_groups_are_found() -> None:
     features, labels = planted([260, 80, 30, 12], 16, 1.2)
     scores = {}
     for balance in (1.0, "auto"):
-        labels_HN = train(features, 4, num_heads=2, num_epochs=30, balance=balance)
-        scores[balance] = np.mean([adjusted_rand_index(labels, head) for head in labels_HN])
+        trained = train(features, 4, num_heads=2, num_epochs=30, balance=balance)
+        scores[balance] = np.mean([adjusted_rand_index(labels, head) for head in trained.labels_HN])
     assert scores["auto"] > scores[1.0] + 0.3
+    assert trained.history[-1]["balance"] == 0.0
+
+
+def test_heads_that_disagree_about_sizes_are_balanced_again() -> None:
+    """Noise has no groups, so each head makes other clusters large."""
+    features = np.random.default_rng(0).normal(size=(300, 16)).astype(np.float32)
+    history = train(features, 6, num_heads=4, num_epochs=20, balance="auto").history
+    compared = [epoch["epoch"] for epoch in history if epoch["size_agreement"] is not None]
+    assert compared == [12]
+    assert [round(epoch["balance"], 2) for epoch in history[3:]] == [0.0] * 9 + [0.2, 0.4, 0.6, 0.8] + [1.0] * 4
 
 
 def test_the_balance_is_found_where_there_is_one() -> None:

@@ -50,7 +50,8 @@ def test_pairs_of_heads_are_compared_by_their_nmi() -> None:
 
 def test_the_log_holds_one_line_an_epoch_and_feeds_tensorboard(tmp_path: Path) -> None:
     scalars = {"loss": 1.0, "best_head_loss": 0.5, "learning_rate": 0.1, "ce_weight": 0.0, "empty_clusters": 0.0}
-    history = [{"epoch": epoch, "label_change": None, "head_nmi": 0.3, "balance": 1.0} | scalars for epoch in (1, 2)]
+    scalars |= {"label_change": None, "head_nmi": 0.3, "balance": 1.0, "size_agreement": None}
+    history = [{"epoch": epoch} | scalars for epoch in (1, 2)]
     log = MetricsLog(Folder.at(tmp_path))
     log.update(history[:1])
     log.update(history, finished=True)
