@@ -166,7 +166,7 @@ def evaluate(
         if given.any():
             accuracy_H[head] = clustering_accuracy(labels.classes[given], head_N[given])
         if progress is not None:
-            progress.update(head + 1, len(heads_HN), "heads compared")
+            progress.update(head + 1, len(heads_HN), "compared with the labels")
     if np.isfinite(accuracy_H).any():
         metrics["head_acc_mean"] = float(np.nanmean(accuracy_H))
         metrics["head_acc_best"] = float(np.nanmax(accuracy_H))

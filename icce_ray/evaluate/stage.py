@@ -35,6 +35,7 @@ EVALUATE = Stage(
     4,
     ("images", "embed", "sample", "method", "consensus", "corrections", "assign"),
     _settings,
+    "heads",
     check=_check,
     sees_labels=True,
 )

@@ -112,7 +112,7 @@ def run(config: Config, context: StageContext) -> dict[str, Any]:
                 if uris[place] in kept:
                     pictures[uris[place]] = picture
         num_pictures = int(has_picture.sum())
-        context.progress.update(start + len(loaded), len(uris), "pictures")
+        context.progress.update(start + len(loaded), len(uris))
 
     core = _core(config, inputs, content, shown, position)
     core["images"] |= {"map": map_name, "has_picture": packed(has_picture)}

@@ -34,6 +34,6 @@ REPORT = Stage(
         "cluster_count",
     ),
     _settings,
-    "clusters",
+    "pictures",
     check=_check,
 )

@@ -92,8 +92,9 @@ function drawPlot({heading, x, y, series, marks, span}) {
     said.textContent = valuesAt(series, x, across, ((event.clientX - box.left) / box.width) * width);
   });
   picture.addEventListener("pointerleave", () => (said.textContent = ""));
-  const legend = node("div", {className: "plot-legend"}, ...series.map((one, i) => {
-    const swatch = node("i", {hidden: series.length === 1});
+  // The label of the axis says what a single series is.
+  const legend = node("div", {className: "plot-legend"}, ...(series.length === 1 ? [] : series).map((one, i) => {
+    const swatch = node("i");
     swatch.style.background = PLOT_COLORS[i % PLOT_COLORS.length];
     return node("span", {}, swatch, one.name);
   }), said);
@@ -163,12 +164,13 @@ const MAX_LEAVES = 60;
 function drawTree({left, right, similarity}, nameOf, isEmpty) {
   const number = left.length + 1, first = Math.max(0, left.length - MAX_LEAVES + 1);
   const leaves = [], merges = [];
+  const high = Math.min(1, 1.1 * Math.max(...similarity)) || 1;
   const inside = (tree) => (tree < number ? (isEmpty(tree) ? [] : [tree])
     : [...inside(left[tree - number]), ...inside(right[tree - number])]);
   const leaf = (clusters) => {
     if (!clusters.length) return null;
     leaves.push(clusters.length === 1 ? nameOf(clusters[0]) : `${clusters.length} clusters`);
-    return {place: leaves.length - 0.5, at: 1};
+    return {place: leaves.length - 0.5, at: high};
   };
   const put = (tree) => {
     if (tree < number + first) return leaf(inside(tree));
@@ -181,7 +183,7 @@ function drawTree({left, right, similarity}, nameOf, isEmpty) {
   put(number + left.length - 1);
   if (!merges.length) return null;
   const {width, right: margin} = PLOT, names = 120, row = 15, bottom = leaves.length * row + 6;
-  const across = axisScale([1, ...merges.map(([, , at]) => at)], {}, width - margin, names, true);
+  const across = axisScale([high, ...merges.map(([, , at]) => at)], {}, width - margin, names, true);
   const picture = shape("svg", {viewBox: `0 0 ${width} ${bottom + 36}`, role: "img",
     "aria-label": `Hierarchy: ${leaves.length} branches; the last merge joins clusters that share ${Math.round(100 * merges.at(-1)[2])}% of their votes.`});
   const text = (content, place) => picture.append(shape("text", {"font-size": 11, fill: "currentColor", ...place}, content));
@@ -190,7 +192,7 @@ function drawTree({left, right, similarity}, nameOf, isEmpty) {
     const [a, b] = [one, other].map((side) => [across.at(side.at).toFixed(1), side.place * row]), x = across.at(at).toFixed(1);
     picture.append(shape("path", {d: `M${a[0]} ${a[1]}H${x}V${b[1]}H${b[0]}`, fill: "none", stroke: PLOT_COLORS[0], "stroke-width": 1.5}));
   }
-  for (const value of roundNumbers(across.low, 1, false, 5)) {
+  for (const value of roundNumbers(across.low, high, false, 5)) {
     picture.append(shape("line", {x1: across.at(value), x2: across.at(value), y1: 0, y2: bottom, stroke: "currentColor", opacity: 0.12}));
     text(`${Math.round(100 * value)}%`, {x: across.at(value), y: bottom + 14, "text-anchor": "middle"});
   }
