@@ -13,8 +13,8 @@ class ImagesConfig(Section):
     uri: Place | tuple[Place, ...] | None = None
     """Where the images are; one place or several. A folder or prefix, searched recursively for images (JPEG, PNG, WebP,
     BMP, GIF, TIFF, JPEG 2000, PPM, AVIF), for .tar shards in WebDataset layout and for .parquet files of images; a .tar
-    file; a .parquet file or folder with a column of URIs or of image files; a .txt list with one URI per line. Local
-    paths, s3:// and gs://."""
+    file; a .parquet file or folder with a column of URIs or of image files; a .txt list with one URI per line; the
+    manifest.json of an S3 Inventory. Local paths, s3:// and gs://."""
     uri_column: str = "uri"
     """Parquet column with the URIs."""
     bytes_column: str | None = None

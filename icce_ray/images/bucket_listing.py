@@ -67,6 +67,24 @@ class BucketPrefix:
         return [record for record in records if record.metrics["listed_at"] >= oldest]
 
 
+def object_file(
+    root: str,
+    key: str,
+    num_bytes: int | None,
+    etag: str | None,
+    classify: Classify,
+    others: Counter[str],
+    tables: list[File],
+) -> File | None:
+    """An object below `root` as a file; None if it is not listed."""
+    if key.startswith(".") or "/." in key:
+        others["hidden"] += 1
+        return None
+    if not key or key.endswith("/"):
+        return None
+    return classify(File(root + key, num_bytes, etag and etag.strip('"')), others, tables)
+
+
 def missing_ranges(finished: Sequence[PartRecord]) -> list[KeyRange]:
     """What finished ranges leave of all keys."""
     missing, position = [], ""
@@ -117,7 +135,7 @@ class _Call:
         self._lock = threading.Lock()
         self._ends = time.monotonic() + CALL_S
         bucket, self._key = s3.split_uri(prefix.uri)
-        self._bucket_uri = f"s3://{bucket}/"
+        self._root = f"s3://{bucket}/{self._key}"
 
     def work(self, thread: int) -> None:
         try:
@@ -157,12 +175,8 @@ class _Call:
                 if until is not None and key > until:
                     break
                 num_keys += 1
-                if key.startswith(".") or "/." in key:
-                    others["hidden"] += 1
-                elif key and not key.endswith("/"):
-                    uri = f"{self._bucket_uri}{self._key}{key}"
-                    file = self.prefix.classify(File(uri, size, etag.strip('"')), others, tables)
-                    files += [] if file is None else [file]
+                file = object_file(self._root, key, size, etag, self.prefix.classify, others, tables)
+                files += [] if file is None else [file]
             is_over = time.monotonic() >= self._ends
             if is_finished or is_over or num_keys >= SHARD_KEYS:
                 keys = KeyRange(after, until if is_finished else walk.position)
@@ -185,7 +199,7 @@ class _Call:
         if files:
             table = sorted_files(files_table(files))
             parts.append(ArtifactWriter(self.prefix.folder).write_table(f"files/{name}.parquet", table))
-        ends = [files[0].uri, files[-1].uri] if files else []
+        ends = [[files[0].uri, files[-1].uri]] if files else []
         metrics = {"keys": keys, "ends": ends, "others": others, "tables": tables, "listed_at": time.time()}
         self.prefix.records.write(name, parts, metrics | {"num_keys": num_keys})
         with self._lock:

@@ -25,7 +25,8 @@ from icce_ray.images.bucket_listing import BucketPrefix
 from icce_ray.images.file_kinds import IMAGE_ENDINGS, PARQUET_ENDINGS, TAR_ENDING, take_file
 from icce_ray.images.file_shards import File, FileShards, Shard, shards_of
 from icce_ray.images.folder_walk import local_file, walk_folder
-from icce_ray.images.job import list_bucket
+from icce_ray.images.inventory import MANIFEST_NAME, open_inventory
+from icce_ray.images.job import list_bucket, list_inventory
 from icce_ray.images.own_results import is_result, result_folders
 from icce_ray.images.parquet_columns import image_column
 from icce_ray.images.skipped_files import describe, ending, remedy
@@ -34,6 +35,7 @@ from icce_ray.images.uris import is_remote, local_path_or_uri, local_uri, resolv
 from icce_ray.runtime.progress import Progress
 from icce_ray.store import Claim, Folder, s3
 from icce_ray.store.filesystem import OBJECT_STORES, open_uri, redacted
+from icce_ray.store.part_records import PartRecord
 
 COUNTED_TOGETHER = 1000
 
@@ -83,6 +85,11 @@ def _shards_of_source(uri: str, name: str, sources: Sources, skipped: Counter[st
             yield from shards_of(taken, sources.folder, name)
         yield from shards_of(found.rest(skipped), sources.folder, f"{name}-tables")
         return
+    if info.type == pafs.FileType.File and info.base_name == MANIFEST_NAME:
+        found = _Folder(uri, sources.images, is_parquet=False)
+        yield from _inventory_shards(filesystem, path, uri, name, sources, found)
+        yield from shards_of(found.rest(skipped), sources.folder, f"{name}-tables")
+        return
     yield from shards_of(
         _counted(_named_files(uri, info, sources.images, filesystem), sources.progress), sources.folder, name
     )
@@ -103,16 +110,28 @@ def _bucket_shards(uri: str, name: str, sources: Sources, found: _Folder) -> Ite
     classify = partial(_file_of_bucket, output=sources.output)
     try:
         with Claim(folder):
-            records = list_bucket(
-                BucketPrefix(where, folder, sources.storage, classify), sources.resources, sources.progress
-            )
+            listed = BucketPrefix(where, folder, sources.storage, classify)
+            yield from _recorded(list_bucket(listed, sources.resources, sources.progress), folder, found)
     except OSError as error:
         raise InputError(f"images.uri: {uri} cannot be listed: {error}") from None
+
+
+def _inventory_shards(
+    filesystem: pafs.FileSystem, path: str, uri: str, name: str, sources: Sources, found: _Folder
+) -> Iterator[Shard]:
+    folder = sources.folder / f"{name}-{hashlib.sha256(uri.encode()).hexdigest()[:16]}"
+    classify = partial(_file_of_bucket, output=sources.output)
+    inventory = open_inventory(filesystem, path, uri, folder, sources.storage, classify)
+    with Claim(folder):
+        yield from _recorded(list_inventory(inventory, sources.resources, sources.progress), folder, found)
+
+
+def _recorded(records: list[PartRecord], folder: Folder, found: _Folder) -> Iterator[Shard]:
+    """The shards that tasks wrote and recorded."""
     for record in records:
         found.add(Counter(record.metrics["others"]), [File(*file) for file in record.metrics["tables"]])
-        for part in record.files:
+        for part, (first, last) in zip(record.files, record.metrics["ends"], strict=True):
             found.has_images = True
-            first, last = record.metrics["ends"]
             yield Shard(first, last, part.rows or 0, None, folder, part.name)
 
 

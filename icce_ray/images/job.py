@@ -1,5 +1,5 @@
-"""What takes many requests in the ``images`` stage: a bucket is listed and containers are opened, in Ray tasks where
-there is much to do."""
+"""What takes many requests in the ``images`` stage: a bucket or its inventory is listed, and containers are
+opened, in Ray tasks where there is much to do."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import hashlib
 import math
 import time
 from collections import Counter, deque
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -18,9 +19,10 @@ from icce_ray.config import Config, ImagesConfig, ResourcesConfig, StorageConfig
 from icce_ray.images.bucket_listing import MAX_AGE_S, NUM_THREADS, BucketPrefix, KeyRange, list_ranges, missing_ranges
 from icce_ray.images.containers import members
 from icce_ray.images.file_shards import File
+from icce_ray.images.inventory import Inventory, list_data_file, shard_name
 from icce_ray.images.listing import entry_tables
 from icce_ray.runtime.progress import Progress
-from icce_ray.runtime.ray_cluster import runs_here
+from icce_ray.runtime.ray_cluster import MAX_IMAGES_HERE, runs_here
 from icce_ray.runtime.workers import run_tasks
 from icce_ray.store import ArtifactWriter, s3
 from icce_ray.store.part_records import PartRecord, PartRecords
@@ -30,6 +32,8 @@ NUM_ITEMS = 16
 CONTAINERS_PER_TASK = 16
 LARGE_BYTES = 2**30
 """Containers of this size together are opened in tasks."""
+LARGE_INVENTORY_BYTES = 2**25
+"""The same for the data files of an inventory, which are compressed."""
 
 
 def list_bucket(prefix: BucketPrefix, resources: ResourcesConfig, progress: Progress) -> list[PartRecord]:
@@ -85,25 +89,52 @@ def open_containers(files: list[File], config: Config, writer: ArtifactWriter, p
     Raises:
         InputError: as :func:`members`.
     """
-    images, resources = config.images, config.resources
     waiting = iter(files)
     groups = list(iter(lambda: list(islice(waiting, CONTAINERS_PER_TASK)), []))
-    records = PartRecords(writer.folder, hashlib.sha256(images.model_dump_json().encode()).hexdigest())
-    found = records.read_all(check_files=False) if groups else {}
-    missing = [group for group in groups if _group_name(group) not in found]
-    num_bytes = sum(file.size_bytes or 0 for group in missing for file in group)
-    shared = (images, config.storage, writer, records)
-    opened: Iterable[tuple[Any, PartRecord]] = ((group, open_group(group, *shared)) for group in missing)
-    if num_bytes >= LARGE_BYTES:
-        opened = run_tasks(
-            "images", open_group, missing, shared, resources=resources, num_images=num_bytes // 2**16, name="open"
-        )
-    num_images = sum(sum(record.metrics["rows"]) for record in found.values())
-    for group, record in opened:
-        found[_group_name(group)] = record
-        num_images += sum(record.metrics["rows"])
-        progress.update(num_images, None)
-    return [found[_group_name(group)] for group in groups]
+    if not groups:
+        return []
+    source = hashlib.sha256(config.images.model_dump_json().encode()).hexdigest()
+    records = PartRecords(writer.folder, source)
+    num_bytes = sum(file.size_bytes or 0 for file in files)
+    shared = (config.images, config.storage, writer, records)
+    is_large = num_bytes >= LARGE_BYTES
+    work = partial(_finish, open_group, groups, _group_name, records, shared, config.resources, is_large)
+    return work(lambda found: progress.update(sum(sum(record.metrics["rows"]) for record in found), None))
+
+
+def list_inventory(inventory: Inventory, resources: ResourcesConfig, progress: Progress) -> list[PartRecord]:
+    """The records of an inventory's data files. Finished ones are used again.
+
+    Raises:
+        InputError: as :func:`list_data_file`.
+    """
+    is_large = inventory.num_bytes >= LARGE_INVENTORY_BYTES
+    files, records = inventory.files, inventory.records
+    work = partial(_finish, list_data_file, files, shard_name, records, (inventory,), resources, is_large)
+    return work(lambda found: progress.update(sum(record.metrics["num_keys"] for record in found), None))
+
+
+def _finish(
+    function: Callable[..., PartRecord],
+    items: Sequence[Any],
+    name_of: Callable[[Any], str],
+    records: PartRecords,
+    shared: tuple[Any, ...],
+    resources: ResourcesConfig,
+    is_large: bool,
+    on_record: Callable[[Collection[PartRecord]], None],
+) -> list[PartRecord]:
+    """The record of each item: the one that is there, or what ``function(item, *shared)`` makes now, in Ray tasks if
+    that is large."""
+    found = records.read_all(check_files=False)
+    missing = [item for item in items if name_of(item) not in found]
+    done: Iterable[tuple[Any, PartRecord]] = ((item, function(item, *shared)) for item in missing)
+    if is_large and missing:
+        done = run_tasks("images", function, missing, shared, resources=resources, num_images=MAX_IMAGES_HERE + 1)
+    for item, record in done:
+        found[name_of(item)] = record
+        on_record(found.values())
+    return [found[name_of(item)] for item in items]
 
 
 def _group_name(group: list[File]) -> str:
