@@ -32,6 +32,7 @@ CASES = {
     "embed": "the embed stage against a plain PyTorch loop over the same files; on a GPU, a ViT-L against its peak",
     "embed-memory": "peak memory of the whole embedding job, driver and Ray included, at 2,000 and at 20,000 images",
     "faults": "runs that are killed, cut off from their storage, or find damage: how many lose nothing",
+    "gpu-overlap": "how busy an embedding actor keeps a device of given speed, on storage of given latency",
     "heads": "the trainer against a plain PyTorch loop over heads",
     "kmeans": "k-means on two shards against faiss.Kmeans with two threads, and what it costs at 100M and 1B images",
     "manifest-scale": "memory and time of finding an artifact of two million parts",

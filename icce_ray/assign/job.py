@@ -51,7 +51,7 @@ class Labeler:
             self.run_id,
             f"assign: {part.name} ({part.num_rows:,} images)",
             "lower resources.assign.num_workers",
-        )
+        ).begin()
         files, totals = self.labeler.label(part)
         record = self.records.write(part.name, files, totals.to_json())
         attempt.end()

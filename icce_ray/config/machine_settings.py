@@ -52,6 +52,25 @@ class WorkerResources(Section):
     gpus_per_worker: NonNegativeFloat = 0.0
     """GPUs per worker."""
 
+    def at_start(self) -> WorkerResources:
+        """The workers that the stage starts with."""
+        return self
+
+
+class EmbedResources(WorkerResources):
+    min_workers: PositiveInt | None = None
+    """Number of workers to start with: others are added while there is work and room for them, up to num_workers, and
+    workers without work end. Not set: num_workers."""
+
+    def at_start(self) -> WorkerResources:
+        return self.model_copy(update={"num_workers": self.min_workers or self.num_workers})
+
+    @model_validator(mode="after")
+    def _check(self) -> EmbedResources:
+        if self.min_workers is not None and self.min_workers > self.num_workers:
+            raise ValueError(f"min_workers ({self.min_workers}) is above num_workers ({self.num_workers}): lower it")
+        return self
+
 
 class ResourcesConfig(Section):
     ray_address: str | None = None
@@ -60,7 +79,7 @@ class ResourcesConfig(Section):
     """CPUs of a Ray that we start. Not set: all that this process may use."""
     object_store_bytes: PositiveInt | None = None
     """Size of the object store of a Ray that we start. Not set: Ray's default, at most 2 GB."""
-    embed: WorkerResources = WorkerResources()
+    embed: EmbedResources = EmbedResources()
     neighbors: WorkerResources = WorkerResources()
     """Each worker is a shard, which holds its share of the features in memory, or on its GPU."""
     method: WorkerResources = WorkerResources()

@@ -7,14 +7,14 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
 from icce_ray.embed.embedding_parts import Error, PartRange, part_table
-from icce_ray.embed.networks import Backbone
+from icce_ray.embed.networks import Features
 from icce_ray.images.decoding import Pixels, Preprocessing, SeveralViews, decode_image, is_deep_grey
 from icce_ray.images.listing import ListedImage
 from icce_ray.images.read_images import read_images
@@ -25,6 +25,12 @@ HASHED_TOGETHER = 64
 
 Outcome = npt.NDArray[Any] | str
 """An embedding (D,), or why there is none."""
+
+
+class Embeds(Protocol):
+    """What embedding a part needs of a backbone."""
+
+    def embed(self, images_BHWC: Pixels) -> Features: ...
 
 
 @dataclass(frozen=True)
@@ -42,6 +48,8 @@ class DecodedPart:
     errors: list[Error]
     num_stretched: int = 0
     """Grey images of more than 8 bits among them, whose range is a guess."""
+    num_bytes: int = 0
+    """Size of the files that were read."""
 
 
 NOTHING_DECODED = DecodedPart(np.empty(0, np.int64), np.empty(0, np.int32), np.empty(0, np.uint8), [], [])
@@ -61,6 +69,7 @@ def decoded_to_table(part: PartRange, decoded: DecodedPart, problem: str = "") -
         "errors": [json.dumps(decoded.errors)],
         "shape": [list(decoded.pixels.shape)],
         "num_stretched": [decoded.num_stretched],
+        "num_bytes": [decoded.num_bytes],
         "problem": [problem],
         "pixels": pixels,
     }
@@ -73,7 +82,8 @@ def decoded_from_table(table: pa.Table) -> tuple[PartRange, DecodedPart]:
     pixels = np.frombuffer(table["pixels"][0].as_buffer(), dtype=np.uint8).reshape(row["shape"])
     errors = [(image_id, reason) for image_id, reason in json.loads(row["errors"])]
     ids, rows = np.array(row["image_ids"], dtype=np.int64), np.array(row["rows"], dtype=np.int32)
-    return PartRange.from_json(row["part"]), DecodedPart(ids, rows, pixels, row["hashes"], errors, row["num_stretched"])
+    counts = row["num_stretched"], row["num_bytes"]
+    return PartRange.from_json(row["part"]), DecodedPart(ids, rows, pixels, row["hashes"], errors, *counts)
 
 
 def decode_part(
@@ -104,7 +114,7 @@ def decode_part(
     errors: list[Error] = [(image_id, KILLER) for image_id in attempt.blamed() & by_id.keys()]
     good: list[tuple[int, int, str]] = []
     pixels = np.empty((len(by_id), *preprocessing.shape), dtype=np.uint8)
-    num_decoded = num_stretched = 0
+    num_decoded = num_stretched = num_bytes = 0
     outcomes: dict[str, int | str] = {}
     for files in _files(list(by_id.values()), attempt):
         hashes = [hashlib.sha256(data).hexdigest() if isinstance(data, bytes) else "" for _, data in files]
@@ -114,6 +124,7 @@ def decode_part(
             if isinstance(data, str):
                 errors.append((image.image_id, data))
                 continue
+            num_bytes += len(data)
             num_stretched += is_deep_grey(data)
             if content not in outcomes:
                 decoded = decode(data, preprocessing, max_pixels=max_pixels)
@@ -135,6 +146,7 @@ def decode_part(
         hashes=[content for _, _, content in good],
         errors=sorted(errors),
         num_stretched=num_stretched,
+        num_bytes=num_bytes,
     )
 
 
@@ -157,7 +169,7 @@ def embed_contents(
     part: PartRange,
     decoded: DecodedPart,
     hashes: list[str],
-    backbone: Backbone,
+    backbone: Embeds,
     batch_size: int,
     attempt: Attempt | UnrecordedAttempt | None = None,
     on_batch: Callable[[int], None] | None = None,

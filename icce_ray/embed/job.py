@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+import threading
 import time
 import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -37,7 +38,7 @@ from icce_ray.embed.embedding_parts import (
 )
 from icce_ray.embed.finished_parts import Tally
 from icce_ray.embed.gather_embeddings import known_hashes
-from icce_ray.embed.part_embedder import EmbedTask, PartEmbedder, embed_here
+from icce_ray.embed.part_embedder import ITEMS_AT_ONCE, EmbedTask, PartEmbedder, embed_here
 from icce_ray.embed.ready_made import rewrite_embeddings
 from icce_ray.embed.reuse_parts import ReusableParts, copy_parts
 from icce_ray.embed.work_items import OpenPart, OpenParts, WorkItems, join_items, joined, remove_items
@@ -63,10 +64,12 @@ NO_PROGRESS_TIMEOUT_S = 1800.0
 POST_INTERVAL_S = 2.0
 """How often workers say how far they are in a part."""
 INDEX_SAY_S = 5.0
+BUSY_SHARE_OVER_S = 10.0
+"""Time over which the share that the backbone is at work is measured."""
 ITEMS_PER_WAVE = 32_768
 """Work items that Ray Data is given at a time. For each wave it starts the actors again."""
-PARTS_PER_ACTOR = 3
-"""Decoded parts for each actor: the one it works on, and those that wait."""
+ITEMS_PER_ACTOR = ITEMS_AT_ONCE + 2
+"""Decoded items for each actor: those that it works on, and those that wait."""
 
 
 def run(config: Config, context: StageContext) -> dict[str, Any]:
@@ -150,6 +153,7 @@ class Embedder:
             on_batch=self._post,
         )
         self._index, self._posted_at = shards[0], time.monotonic()
+        self._metrics = _Metrics()
         if any(backbone.backbone != PIXELS for backbone in task.config.embed.backbones):
             import timm  # noqa: F401  # takes seconds, in which the first part is being decoded
 
@@ -158,11 +162,11 @@ class Embedder:
             return _to_row(error=problem)
         part, decoded = decoded_from_table(batch)
         try:
-            attempt = self.task.attempt(part, "embed")
-            record = self.embedder.embed(part, decoded, attempt)
-            attempt.end()
+            record = self.embedder.embed(part, decoded, self.task.attempt(part, "embed"))
         except (errors.UserError, errors.WorkerError) as error:
             return _to_row(error=_to_text(error))
+        busy_s = self.embedder.backbone.busy_s
+        self._metrics.add(part.num_images, len(record.metrics["errors"]), decoded.num_bytes, busy_s)
         return _to_row(record.model_dump_json())
 
     def _post(self, part: PartRange, num_embedded: int) -> None:
@@ -170,6 +174,33 @@ class Embedder:
         if time.monotonic() - self._posted_at >= POST_INTERVAL_S:
             self._posted_at = time.monotonic()
             self._index.post_batch.remote(part, num_embedded)
+
+
+class _Metrics:
+    """What an actor tells Ray, which passes it on to Prometheus (docs/ray-cluster.md)."""
+
+    def __init__(self) -> None:
+        import ray
+        from ray.util.metrics import Counter, Gauge
+
+        self._images = Counter("icce_ray_embed_images", "Images of finished parts")
+        self._errors = Counter("icce_ray_embed_errors", "Images that could not be used")
+        self._bytes = Counter("icce_ray_embed_read_bytes", "Size of the image files that were read")
+        self._busy_share = Gauge("icce_ray_embed_busy_share", "Share of the time with the backbone at work", ("actor",))
+        self._busy_share.set_default_tags({"actor": ray.get_runtime_context().get_actor_id() or ""})
+        self._lock = threading.Lock()
+        self._since, self._busy_s = time.monotonic(), 0.0
+
+    def add(self, num_images: int, num_errors: int, num_bytes: int, busy_s: float) -> None:
+        """Count a finished part; `busy_s`: for how long the backbone has been at work so far."""
+        for counter, number in ((self._images, num_images), (self._errors, num_errors), (self._bytes, num_bytes)):
+            if number:  # Ray refuses to add nothing
+                counter.inc(number)
+        with self._lock:
+            seconds = time.monotonic() - self._since
+            if seconds >= BUSY_SHARE_OVER_S:
+                self._busy_share.set((busy_s - self._busy_s) / seconds)
+                self._since, self._busy_s = time.monotonic(), busy_s
 
 
 class _IndexActor(ContentIndex):
@@ -224,7 +255,7 @@ def decode(batch: Any, task: EmbedTask, shards: list[Any]) -> Any:
     """The task: one row that names a part -> one row that holds the pixels of its new contents."""
     use_s3(task.config.storage)
     part = PartRange.from_json(batch["part"][0].as_py())
-    attempt = task.attempt(part, "decode")
+    attempt = task.attempt(part, "decode").begin()
     try:
         known = partial(known_hashes, _sharded(shards))
         decoded = task.decode(part, _listing(task.images), known=known, attempt=attempt, decode=decode_or_die)
@@ -288,10 +319,11 @@ def _embed_on_ray(
     import ray.data
 
     config = task.config
-    worker = config.resources.embed
-    num_workers = min(worker.num_workers, max(1, len(pending)))
+    num_workers = min(config.resources.embed.num_workers, max(1, len(pending)))
+    worker = config.resources.embed.at_start()
+    min_workers = min(worker.num_workers, num_workers)
     decoding_cpus = min(1.0, largest_machine_cpus() / 2)
-    actor_cpus = cpus_beside(worker, num_workers, decoding_cpus)
+    actor_cpus = cpus_beside(worker, min_workers, decoding_cpus)
     # While one task waits for the last slow answers of its part, another can use the CPU.
     decode_cpus = decoding_cpus / (2 if any(map(is_remote, config.images.uris)) else 1)
     if actor_cpus == decode_cpus:
@@ -299,7 +331,7 @@ def _embed_on_ray(
         # which take longer to come back than tasks.
         actor_cpus -= 0.001
     # If decoding is the faster step, it would fill Ray's object store, the more the more images there are.
-    ahead = math.ceil(available_cpus() / decode_cpus) + PARTS_PER_ACTOR * num_workers
+    ahead = math.ceil(available_cpus() / decode_cpus) + ITEMS_PER_ACTOR * num_workers
     part_bytes = pending.images_per_item * math.prod(task.plan.preprocessing.shape)
     data_context = ray.data.DataContext.get_current().copy()
     data_context.enable_progress_bars = False
@@ -330,7 +362,12 @@ def _embed_on_ray(
                     Embedder,
                     batch_size=1,
                     batch_format="pyarrow",
-                    compute=ray.data.ActorPoolStrategy(size=num_workers),
+                    compute=ray.data.ActorPoolStrategy(
+                        min_size=min_workers,
+                        max_size=num_workers,
+                        max_concurrent_calls_per_actor=ITEMS_AT_ONCE,
+                        enable_true_multi_threading=True,
+                    ),
                     fn_constructor_kwargs={
                         "task": task,
                         "shards": shards,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -39,9 +39,13 @@ class Backbone(Protocol):
     batch_size: int
     """Images per call that suit the device."""
 
-    def embed(self, images_BHWC: Pixels) -> Features:
-        """(B, H, W, C) uint8, preprocessed -> (B, dim) float16, one feature set after the other.
+    def load(self, images_BHWC: Pixels) -> Any:
+        """Bring images to the device for :meth:`embed`, while other images may be on their way through the network."""
 
+    def embed(self, images_BHWC: Any) -> Features:
+        """Preprocessed images (B, H, W, C) uint8 -> (B, dim) float16, one feature set after the other.
+
+        Takes what `load` returned, too.
         Features beyond the range of float16 become infinite, and NaN stays: the caller leaves those images out.
         """
 
@@ -54,6 +58,9 @@ class PixelsBackbone:
     def __init__(self, dim: int) -> None:
         self.dims: tuple[int, ...] = (dim,)
         self.dim = dim
+
+    def load(self, images_BHWC: Pixels) -> Pixels:
+        return images_BHWC
 
     def embed(self, images_BHWC: Pixels) -> Features:
         return (images_BHWC.reshape(len(images_BHWC), -1) / np.float32(255.0)).astype(np.float16)
@@ -80,6 +87,9 @@ class TimmBackbone:
         self.dims: tuple[int, ...] = (dim,)
         self.dim = dim
         self._device = torch.device(device)
+        is_cuda = self._device.type == "cuda"
+        self._copies = torch.cuda.Stream(self._device) if is_cuda else None  # type: ignore[no-untyped-call]
+        """Copies to the device that do not wait for the network."""
         self._dtype = matmul_dtype(precision, self._device)
         self._layout = torch.channels_last if features == "pooled" else torch.contiguous_format
         self._model = model.eval().requires_grad_(False).to(self._device).to(memory_format=self._layout)
@@ -97,9 +107,24 @@ class TimmBackbone:
 
         self._forward = torch.compile(self._forward)
 
-    def embed(self, images_BHWC: Pixels) -> Features:
+    def load(self, images_BHWC: Pixels) -> torch.Tensor:
         import torch
 
+        # A copy: the array may be shared memory, and torch would write to it.
+        if self._copies is None:
+            return torch.from_numpy(np.array(images_BHWC)).to(self._device)
+        pinned = torch.empty(images_BHWC.shape, dtype=torch.uint8, pin_memory=True)
+        pinned.numpy()[...] = images_BHWC
+        with torch.cuda.stream(self._copies):
+            pixels = pinned.to(self._device, non_blocking=True)
+        self._copies.synchronize()
+        return pixels
+
+    def embed(self, images_BHWC: Pixels | torch.Tensor) -> Features:
+        import torch
+
+        if isinstance(images_BHWC, np.ndarray):
+            images_BHWC = self.load(images_BHWC)
         try:
             return self._embed(images_BHWC)
         except torch.cuda.OutOfMemoryError:
@@ -110,11 +135,9 @@ class TimmBackbone:
         half = len(images_BHWC) // 2
         return np.concatenate([self.embed(images_BHWC[:half]), self.embed(images_BHWC[half:])])
 
-    def _embed(self, images_BHWC: Pixels) -> Features:
+    def _embed(self, pixels: torch.Tensor) -> Features:
         import torch
 
-        # A copy: the array may be shared memory, and torch would write to it.
-        pixels = torch.from_numpy(np.array(images_BHWC)).to(self._device)
         reduced = self._dtype != torch.float32
         with torch.inference_mode(), torch.autocast(self._device.type, self._dtype, enabled=reduced):
             scaled = (pixels.float() / 255.0 - self._mean) / self._std
@@ -139,11 +162,16 @@ class SeveralBackbones:
         self._pixels = common_preprocessing(views)
         self._places = [self._pixels.views.index(view) for view in views]
 
-    def embed(self, images_BHWC: Pixels) -> Features:
+    def load(self, images_BHWC: Pixels) -> list[Any]:
         pixels = self._pixels
         pictures = pixels.split(images_BHWC) if isinstance(pixels, SeveralViews) else [images_BHWC]
         pairs = zip(self._backbones, self._places, strict=True)
-        return np.concatenate([backbone.embed(pictures[place]) for backbone, place in pairs], axis=1)
+        return [backbone.load(pictures[place]) for backbone, place in pairs]
+
+    def embed(self, images_BHWC: Pixels | list[Any]) -> Features:
+        loaded = images_BHWC if isinstance(images_BHWC, list) else self.load(images_BHWC)
+        pairs = zip(self._backbones, loaded, strict=True)
+        return np.concatenate([backbone.embed(images) for backbone, images in pairs], axis=1)
 
 
 def find_batch_size(

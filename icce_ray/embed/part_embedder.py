@@ -1,14 +1,21 @@
-"""Embed decoded parts and write them: by an actor of Ray Data, or, in small runs, by the calling process."""
+"""Embed decoded parts and write them: by an actor of Ray Data, or, in small runs, by the calling process.
+
+An actor works on ITEMS_AT_ONCE work items at a time, each in a thread of its own, so that the device need not wait for
+storage: while one item is on the device, the next is brought there and the last one is written. A batch never holds
+images of two items: all batches of an item have the same shape, on which a network's rounding depends.
+"""
 
 from __future__ import annotations
 
+import threading
+import time
 import uuid
 from collections import deque
 from collections.abc import Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from itertools import cycle
 from typing import Any
 
@@ -21,15 +28,20 @@ from icce_ray.embed.content_index import CLAIMED, ContentIndex, Index, keys_of, 
 from icce_ray.embed.decode_and_embed import DecodedPart, Outcome, assemble_part, decode_part, embed_contents
 from icce_ray.embed.embedding_parts import PartRange, source_digest, write_part
 from icce_ray.embed.gather_embeddings import VectorReader, gather, known_hashes
-from icce_ray.embed.networks import Backbone
+from icce_ray.embed.networks import Backbone, Features
 from icce_ray.embed.reuse_parts import ReusableParts
 from icce_ray.embed.work_items import OpenParts, join_items, joined
+from icce_ray.images.decoding import Pixels
 from icce_ray.images.decoding_process import DecodingProcess
 from icce_ray.images.listing import Listing
 from icce_ray.runtime.machine import usable_cpus
+from icce_ray.runtime.threads import Turns
 from icce_ray.store import Artifact, Folder
 from icce_ray.store.attempts import Attempt
 from icce_ray.store.part_records import PartRecord, PartRecords
+
+ITEMS_AT_ONCE = 3
+"""Work items in an actor: on the device, on its way there, and being written."""
 
 
 @dataclass(frozen=True)
@@ -75,8 +87,40 @@ class EmbedTask:
         return decode_part(part, images, self.plan.preprocessing, max_pixels=max_pixels, **options)
 
 
+class BackboneThread:
+    """A backbone that any thread may use. It runs in a thread of its own, one batch after the other, while other
+    threads bring the next batches to the device."""
+
+    def __init__(self, build: Callable[[], Backbone]) -> None:
+        self.busy_s = 0.0
+        """Time for which the backbone was at work."""
+        self._build = build
+        self._building: Future[Backbone] | None = None
+        self._lock = threading.Lock()
+        self._thread = ThreadPoolExecutor(1, "icce_ray-backbone")
+
+    @property
+    def backbone(self) -> Backbone:
+        """Built when it is needed first: not if all embeddings are on storage."""
+        with self._lock:
+            self._building = self._building or self._thread.submit(self._build)
+        return self._building.result()
+
+    def embed(self, images_BHWC: Pixels) -> Features:
+        """As :meth:`Backbone.embed`."""
+        loaded = self.backbone.load(images_BHWC)
+        return self._thread.submit(self._embed, loaded).result()
+
+    def _embed(self, loaded: Any) -> Features:
+        began = time.perf_counter()
+        try:
+            return self.backbone.embed(loaded)
+        finally:
+            self.busy_s += time.perf_counter() - began
+
+
 class PartEmbedder:
-    """Holds the backbone, embeds decoded parts and writes them.
+    """Holds the backbone, embeds decoded parts and writes them. ITEMS_AT_ONCE threads may call it at a time.
 
     Args:
         task: the stage's.
@@ -100,26 +144,33 @@ class PartEmbedder:
         self._task = task
         self._index = index
         self._reader = VectorReader(task.folders)
-        self._num_threads = num_threads
-        self._device = device
         self._decode = decode
         self._on_batch = on_batch
-
-    @cached_property
-    def _backbone(self) -> Backbone:
-        config = self._task.config
-        return build_backbone(
-            config.embed, config.seed, device=self._device, num_threads=self._num_threads, plan=self._task.plan
+        self.backbone = BackboneThread(
+            lambda: build_backbone(
+                task.config.embed, task.config.seed, device=device, num_threads=num_threads, plan=task.plan
+            )
         )
+        self._turns = Turns(ITEMS_AT_ONCE)
 
     def embed(self, part: PartRange, decoded: DecodedPart, attempt: Attempt | None = None) -> PartRecord:
+        """Embed and write a part. A careful attempt works alone: if the process dies then, it was at that part."""
+        with self._turns.taken(alone=attempt is not None and attempt.is_careful):
+            if attempt is None:
+                return self._embed(part, decoded, None)
+            record = self._embed(part, decoded, attempt.begin())
+            attempt.end()
+        return record
+
+    def _embed(self, part: PartRange, decoded: DecodedPart, attempt: Attempt | None) -> PartRecord:
         def embed(hashes: list[str]) -> dict[str, Outcome]:
             nonlocal decoded
             skipped = {content for content, row in zip(decoded.hashes, decoded.rows, strict=True) if row < 0}
             if not skipped.isdisjoint(hashes):  # on storage when decoding was skipped, but no longer
                 decoded = self._decode(part)
             on_batch = partial(self._on_batch, part)
-            return embed_contents(part, decoded, hashes, self._backbone, self._backbone.batch_size, attempt, on_batch)
+            batch_size = self.backbone.backbone.batch_size
+            return embed_contents(part, decoded, hashes, self.backbone, batch_size, attempt, on_batch)
 
         contents = list(dict.fromkeys(decoded.hashes))
         outcomes, embedded = gather(part.file_name, contents, self._index, self._reader, embed)

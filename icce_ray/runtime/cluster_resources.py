@@ -86,8 +86,8 @@ def check_resources(config: Config, stages: Collection[str]) -> None:
             missing.
     """
     resources = config.resources
-    workers = {name: getattr(resources, name) for name in STAGES_WITH_WORKERS if name in stages}
-    if all(worker == WorkerResources() for worker in workers.values()):
+    workers = {name: getattr(resources, name).at_start() for name in STAGES_WITH_WORKERS if name in stages}
+    if all(worker == type(worker)() for worker in workers.values()):
         return  # one worker without GPUs fits everywhere
     if joins_ray(resources) or any(worker.gpus_per_worker for worker in workers.values()):
         connect(resources)
@@ -113,7 +113,7 @@ def wait_for_machines(resources: ResourcesConfig, stage: str, say: Callable[[str
     Raises:
         ResourceError: the machines cannot be had, or have not come in :data:`SCALE_UP_TIMEOUT_S`.
     """
-    worker: WorkerResources = getattr(resources, stage)
+    worker: WorkerResources = getattr(resources, stage).at_start()
     problem = shortfall(stage, worker, _machines())
     if problem is None or _autoscaler() is None:
         return

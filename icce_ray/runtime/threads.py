@@ -6,7 +6,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TypeVar
 
 MAX_BYTES = 2 * 1024**3
@@ -32,6 +32,27 @@ def repeating(work: Callable[[], None], interval_s: float, name: str) -> Iterato
     finally:
         ended.set()
         thread.join()
+
+
+class Turns:
+    """Lets `num` threads work at a time, or one alone."""
+
+    def __init__(self, num: int) -> None:
+        self._num = num
+        self._free = threading.Semaphore(num)
+        self._alone = threading.Lock()
+
+    @contextmanager
+    def taken(self, *, alone: bool) -> Iterator[None]:
+        """Wait for a turn. With `alone`, the others have ended theirs before, and begin none until this one ends."""
+        num = self._num if alone else 1
+        with self._alone if alone else nullcontext():
+            for _ in range(num):
+                self._free.acquire()
+        try:
+            yield
+        finally:
+            self._free.release(num)
 
 
 class ThreadPool:

@@ -22,11 +22,12 @@ KILLER = "killed its worker"
 
 
 class Attempt:
-    """One attempt at one step of one part, in one run. Creating it begins the attempt.
+    """One attempt at one step of one part, in one run. Creating it looks at the last attempt.
 
     Usage::
 
         attempt = Attempt(folder, ".part-00003.parquet.decode", run_id, "embed: images 18 to 23", "Use fewer workers")
+        attempt.begin()
         for ids in attempt.steps(image_ids, batch_size=64):
             ...          # if the worker dies here, the next one knows at which images
         attempt.end()
@@ -62,7 +63,11 @@ class Attempt:
                 f"{what}: the workers died {self._number - 1} times. Out of memory is the usual cause: {remedy}. "
                 "Finished parts are kept"
             )
+
+    def begin(self) -> Attempt:
+        """Note that the attempt begins. Returns itself."""
         self._write([])
+        return self
 
     @property
     def is_careful(self) -> bool:

@@ -58,6 +58,9 @@ class MeanBackbone:
         self.factor = factor
         self.batches: list[int] = []
 
+    def load(self, images_BHWC: np.ndarray) -> np.ndarray:
+        return images_BHWC
+
     def embed(self, images_BHWC: np.ndarray) -> np.ndarray:
         self.batches.append(len(images_BHWC))
         with np.errstate(over="ignore"):

@@ -16,7 +16,7 @@ class DiedError(Exception):
 
 
 def begin(folder: Folder, run_id: str = "run") -> Attempt:
-    return Attempt(folder, NAME, run_id, "embed: images 0 to 19", "use fewer workers")
+    return Attempt(folder, NAME, run_id, "embed: images 0 to 19", "use fewer workers").begin()
 
 
 def work(folder: Folder, killers: set[int], careful_batch_size: int) -> list[int]:

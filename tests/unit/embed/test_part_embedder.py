@@ -1,0 +1,145 @@
+from __future__ import annotations
+
+import hashlib
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from icce_ray.config import Config
+from icce_ray.embed import part_embedder
+from icce_ray.embed.backbone_plan import plan_embedding
+from icce_ray.embed.content_index import ContentIndex
+from icce_ray.embed.decode_and_embed import DecodedPart
+from icce_ray.embed.embedding_parts import PartRange, plan_parts
+from icce_ray.embed.networks import PixelsBackbone
+from icce_ray.embed.part_embedder import ITEMS_AT_ONCE, BackboneThread, EmbedTask, PartEmbedder
+from icce_ray.store import Folder
+from icce_ray.store.part_records import PartRecords
+
+IMAGES = np.random.default_rng(0).integers(0, 256, (64, 4, 4, 3), dtype=np.uint8)
+
+
+class Watched(PixelsBackbone):
+    """Notes how many batches are in it at a time, and which threads they come from."""
+
+    batch_size = 8
+
+    def __init__(self) -> None:
+        super().__init__(48)
+        self.inside = self.most_inside = 0
+        self.threads: set[str] = set()
+        self.num_loaded_meanwhile = 0
+
+    def load(self, images_BHWC: Any) -> Any:
+        self.num_loaded_meanwhile += self.inside
+        return images_BHWC
+
+    def embed(self, images_BHWC: Any) -> Any:
+        self.inside += 1
+        self.most_inside = max(self.most_inside, self.inside)
+        self.threads.add(threading.current_thread().name)
+        time.sleep(0.01)
+        self.inside -= 1
+        return super().embed(images_BHWC)
+
+
+class Task(EmbedTask):
+    @property
+    def records(self) -> PartRecords:
+        return PartRecords(self.folders[0], "source")
+
+
+def task_at(folder: Path) -> EmbedTask:
+    embed = {"backbone": "pixels", "image_size": 4}
+    config = Config(images={"uri": "x"}, num_clusters=2, output=str(folder), embed=embed)
+    images: Any = None
+    return Task(config, images, [Folder.at(folder)], plan_embedding(config.embed), "model", "run")
+
+
+def decoded_part(part: PartRange) -> DecodedPart:
+    """Two parts after each other have the same 16 images."""
+    pixels = IMAGES[part.index // 2 * 16 % len(IMAGES) :][:16]
+    hashes = [hashlib.sha256(image.tobytes()).hexdigest() for image in pixels]
+    return DecodedPart(np.arange(part.start, part.stop), np.arange(16, dtype=np.int32), pixels, hashes, [])
+
+
+def embedder_of(task: EmbedTask) -> PartEmbedder:
+    index = ContentIndex([task.folders[0]])
+    return PartEmbedder(task, index, num_threads=1, device="cpu", decode=decoded_part, on_batch=lambda part, num: None)
+
+
+def embed_all(folder: Path, num_threads: int) -> tuple[dict[str, bytes], Watched, int]:
+    """(files, backbone, number of contents that were embedded)."""
+    task, backbone = task_at(folder), Watched()
+    embedder = embedder_of(task)
+    embedder.backbone = BackboneThread(lambda: backbone)
+    with ThreadPoolExecutor(num_threads) as threads:
+        parts = plan_parts(128, 16)
+        records = list(
+            threads.map(lambda part: embedder.embed(part, decoded_part(part), task.attempt(part, "e")), parts)
+        )
+    files = {path.name: path.read_bytes() for path in folder.glob("part-*")}
+    return files, backbone, sum(record.metrics["num_embedded"] for record in records)
+
+
+def test_parts_that_are_embedded_at_the_same_time_have_the_same_bytes(tmp_path: Path) -> None:
+    alone, _, num_alone = embed_all(tmp_path / "alone", 1)
+    together, backbone, num_together = embed_all(tmp_path / "together", ITEMS_AT_ONCE)
+    assert len(alone) == 16
+    assert together == alone
+    assert num_together == num_alone == 64
+    assert backbone.most_inside == 1
+    assert len(backbone.threads) == 1
+    assert backbone.num_loaded_meanwhile > 0
+    assert not list((tmp_path / "together").glob(".part-*"))
+
+
+def test_a_careful_attempt_has_the_process_to_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    task = task_at(tmp_path)
+    parts = plan_parts(96, 16)
+    task.attempt(parts[2], "embed").begin()  # its worker died
+    embedder = embedder_of(task)
+    at_work: set[int] = set()
+    seen: list[set[int]] = []
+    gather = part_embedder.gather
+
+    def watched(name: str, *arguments: Any) -> Any:
+        index = int(name[5:10])
+        at_work.add(index)
+        for _ in range(10):
+            seen.append(set(at_work))
+            time.sleep(0.002)
+        at_work.remove(index)
+        return gather(name, *arguments)
+
+    monkeypatch.setattr(part_embedder, "gather", watched)
+    with ThreadPoolExecutor(ITEMS_AT_ONCE) as threads:
+        list(threads.map(lambda part: embedder.embed(part, decoded_part(part), task.attempt(part, "embed")), parts))
+    assert {2} in seen
+    assert all(found == {2} for found in seen if 2 in found)
+    assert max(map(len, seen)) > 1
+
+
+def test_a_backbone_that_cannot_be_built_fails_for_every_part(tmp_path: Path) -> None:
+    def build() -> Any:
+        raise ValueError("no weights")
+
+    backbone = BackboneThread(build)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="no weights"):
+            backbone.embed(IMAGES)
+
+
+def test_known_contents_need_no_backbone(tmp_path: Path) -> None:
+    embed_all(tmp_path, 1)
+    task = task_at(tmp_path)
+    embedder = embedder_of(task)
+    embedder.backbone = BackboneThread(lambda: pytest.fail("built"))
+    part = replace(plan_parts(128, 16)[3], index=90)
+    assert embedder.embed(part, decoded_part(part)).metrics["num_embedded"] == 0
