@@ -31,6 +31,7 @@ CASES = {
     "demo": "the demo: seconds by stage, and its accuracy against k-means, Ward and spectral clustering",
     "embed": "the embed stage against a plain PyTorch loop over the same files; on a GPU, a ViT-L against its peak",
     "embed-memory": "peak memory of the whole embedding job, driver and Ray included, at 2,000 and at 20,000 images",
+    "embed-spot": "an embedding whose actors, index and driver are killed: the same bytes, and what is done twice",
     "faults": "runs that are killed, cut off from their storage, or find damage: how many lose nothing",
     "gpu-overlap": "how busy an embedding actor keeps a device of given speed, on storage of given latency",
     "heads": "the trainer against a plain PyTorch loop over heads",

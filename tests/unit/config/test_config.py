@@ -162,7 +162,7 @@ def test_every_setting_has_its_meaning_under_it() -> None:
 
 
 def is_section(annotation: str) -> bool:
-    return annotation.endswith("Config") or annotation in ("WorkerResources", "HeadsResources")
+    return annotation.endswith(("Config", "Resources"))
 
 
 @pytest.mark.parametrize(
@@ -223,3 +223,13 @@ def test_a_config_that_is_written_out_whole_can_be_loaded_again(tmp_path: Path, 
     path = tmp_path / "whole.yaml"
     path.write_text(yaml.safe_dump(config.model_dump(mode="json")))
     assert load_config(path) == config
+
+
+def test_an_elastic_pool_starts_with_the_smaller_number_of_workers() -> None:
+    data = {"images": {"uri": "x"}, "num_clusters": 2, "output": "o"}
+    embed = build_config(data | {"resources": {"embed": {"num_workers": 8, "min_workers": 2}}}, "t").resources.embed
+    assert (embed.num_workers, embed.at_start().num_workers) == (8, 2)
+    fixed = build_config(data | {"resources": {"embed": {"num_workers": 8}}}, "t").resources.embed
+    assert fixed.at_start() == fixed
+    with pytest.raises(ConfigError, match=r"min_workers \(3\) is above num_workers \(2\)"):
+        build_config(data | {"resources": {"embed": {"num_workers": 2, "min_workers": 3}}}, "t")
