@@ -14,8 +14,7 @@ from collections.abc import Sequence
 from icce_ray.consensus import cspa, hbgf, recombination
 from icce_ray.consensus.head_overlaps import tile_heads
 from icce_ray.consensus.label_matrix import PART_LABELS, Counts, Heads
-from icce_ray.errors import ResourceError
-from icce_ray.runtime.machine import available_memory_bytes
+from icce_ray.runtime.machine import available_memory_bytes, require_memory
 
 IMAGE_BYTES = 100
 """For each image: candidates, moves and agreement."""
@@ -70,10 +69,11 @@ def check_memory(
     """
     needed = coordinator_bytes(heads.num_images, heads.num_clusters, num_clusters, methods, has_graph)
     needed += num_workers * worker_bytes(heads.num_images, heads.num_clusters, num_clusters)
-    available = available_memory_bytes()
-    if needed > available:
-        raise ResourceError(
-            f"consensus: {heads.num_images:,} images, {num_clusters:,} clusters and {heads.num_heads} heads with "
-            f"{heads.num_head_clusters:,} clusters need {needed / 1e9:.1f} GB with {num_workers} workers; "
-            f"available: {available / 1e9:.1f} GB. Use fewer heads or clusters, or a machine with more memory"
-        )
+    require_memory(
+        needed,
+        available_memory_bytes(),
+        f"consensus: {heads.num_images:,} images, {num_clusters:,} clusters and {heads.num_heads} heads with "
+        f"{heads.num_head_clusters:,} clusters",
+        "Use fewer heads or clusters, or a machine with more memory",
+        f" with {num_workers} workers",
+    )

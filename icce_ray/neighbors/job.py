@@ -12,14 +12,14 @@ from typing import Any
 
 from icce_ray.config import Config, ResourcesConfig, WorkerResources
 from icce_ray.embed.feature_matrix import load_features
-from icce_ray.errors import ResourceError, WorkerError, find_cause
+from icce_ray.errors import WorkerError, find_cause
 from icce_ray.neighbors.audit import Audit
 from icce_ray.neighbors.graph_rows import Rows
 from icce_ray.neighbors.search_memory import needed_bytes
 from icce_ray.neighbors.shards import AUDIT, GraphPart, GraphTask, ShardWorker
 from icce_ray.neighbors.stage import NEIGHBORS
 from icce_ray.runtime.cluster_resources import memory_of_machines, wait_for_machines, worker_cpus, worker_threads
-from icce_ray.runtime.machine import usable_cpus
+from icce_ray.runtime.machine import require_memory, usable_cpus
 from icce_ray.runtime.progress import Progress
 from icce_ray.runtime.ray_cluster import connect, runs_here
 from icce_ray.sample.training_set import source_digest, training_set
@@ -165,11 +165,11 @@ class Shards:
 def _check_memory(actors: list[Any], audit: Audit) -> None:
     """Refuse before the search starts, with what each machine needs at worst for the workers on it."""
     for count, available in memory_of_machines(actors):
-        needed = needed_bytes(audit.base_bytes, audit.worker_bytes, count, len(actors))
-        if needed > available:
-            raise ResourceError(
-                f"neighbors: {audit.num_images:,} images x {audit.dim} dimensions with {audit.mean_neighbors:,.0f} "
-                f"neighbours on average need {needed / 1e9:.1f} GB on a machine with {count} of "
-                f"{len(actors)} workers; available: {available / 1e9:.1f} GB. Use more machines, lower "
-                "resources.neighbors.num_workers or neighbors.max_neighbors"
-            )
+        require_memory(
+            needed_bytes(audit.base_bytes, audit.worker_bytes, count, len(actors)),
+            available,
+            f"neighbors: {audit.num_images:,} images x {audit.dim} dimensions with {audit.mean_neighbors:,.0f} "
+            "neighbours on average",
+            "Use more machines, lower resources.neighbors.num_workers or neighbors.max_neighbors",
+            f" on a machine with {count} of {len(actors)} workers",
+        )

@@ -78,8 +78,12 @@ def peak_memory_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def available_memory_bytes() -> int:
-    """Memory that processes of this machine can still allocate, within the limit of its container."""
+def available_memory_bytes(device: torch.device | None = None) -> int:
+    """Memory of this machine that can still be allocated, within the limit of its container; or that of a GPU."""
+    if device is not None and device.type == "cuda":
+        import torch
+
+        return torch.cuda.mem_get_info(device)[0]
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
         available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
@@ -94,6 +98,18 @@ def available_memory_bytes() -> int:
     except (OSError, ValueError):
         return available
     return min(available, limit - used + reclaimable)
+
+
+def require_memory(needed: float, available: float, what: str, remedy: str, where: str = "") -> None:
+    """Refuse work before it allocates anything.
+
+    Raises:
+        ResourceError: `needed` bytes are more than the `available` ones. The message gives both, and the remedy.
+    """
+    if needed > available:
+        raise ResourceError(
+            f"{what} need about {needed / 1e9:.1f} GB{where}; {available / 1e9:.1f} GB are free. {remedy}"
+        )
 
 
 def interface_with(address: str) -> str | None:

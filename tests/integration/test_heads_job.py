@@ -122,5 +122,5 @@ def test_more_workers_than_heads_are_refused_before_any_starts(inputs, tmp_path:
 
 
 def test_heads_that_do_not_fit_are_refused_before_they_are_made(inputs, tmp_path: Path) -> None:
-    with pytest.raises(ResourceError, match=r"heads: training 400 heads .* GB are free"):
+    with pytest.raises(ResourceError, match=r"^heads: 400 heads .* GB are free"):
         run_heads(inputs, tmp_path, num_heads=400, hidden_dim=200_000, bottleneck_dim=100_000)

@@ -124,6 +124,6 @@ def test_a_machine_without_the_memory_is_refused_with_both_numbers(
     context = StageContext(
         ArtifactWriter(Folder.at(tmp_path / "method")), run_until("sample", settings), Progress("method", quiet=True)
     )
-    message = r"1,100 images x 24 .* 9 clusters and 3 starts need 2000000\.0 GB on a machine with 2 of 2 workers"
+    message = r"1,100 images x 24 .* 9 clusters and 3 starts need about 2000000\.0 GB on a machine with 2 of 2 workers"
     with pytest.raises(ResourceError, match=message):
         job.run(settings, context)

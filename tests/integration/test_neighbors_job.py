@@ -196,6 +196,6 @@ def test_a_machine_without_the_memory_is_refused_with_both_numbers(
     embed: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(job, "needed_bytes", lambda *sizes: 10**15)
-    message = r"2,500 images x 24 dimensions .* need 1000000\.0 GB on a machine with 2 of 2 workers; available: .* GB"
+    message = r"2,500 images x 24 dimensions .* about 1000000\.0 GB on a machine with 2 of 2 workers; .* GB are free"
     with pytest.raises(ResourceError, match=message):
         job.run(config(2), context(tmp_path / "out", embed))

@@ -19,10 +19,10 @@ from sklearn.mixture import GaussianMixture
 from threadpoolctl import threadpool_limits
 
 from icce_ray.config import ConventionalConfig
-from icce_ray.errors import InputError, ResourceError
+from icce_ray.errors import InputError
 from icce_ray.methods.clusterings import Clusterings
 from icce_ray.metrics.label_free_scores import PCA_DIMS, project_pca, project_umap
-from icce_ray.runtime.machine import available_memory_bytes
+from icce_ray.runtime.machine import available_memory_bytes, require_memory
 from icce_ray.runtime.progress import Progress
 from icce_ray.sample.unit_features import prepare
 
@@ -169,10 +169,10 @@ def check_memory(
     preparing = 12.0 * num_images * dim + (UMAP_BYTES * num_images if settings.representation == "umap" else 0)
     clustering = 8.0 * num_images * points_dim
     clustering += CLUSTERERS[method].needed_bytes(settings, num_images, points_dim, num_clusters or 0)
-    needed, available = max(preparing, clustering), available_memory_bytes()
-    if needed > available:
-        raise ResourceError(
-            f"method {method}: {num_images:,} images of {dim} dimensions need about {needed / 1e9:.1f} GB; "
-            f"{available / 1e9:.1f} GB are free. Set sample.max_images to fewer images, which are clustered while the "
-            "classifier labels the rest, or use a machine with more memory"
-        )
+    require_memory(
+        max(preparing, clustering),
+        available_memory_bytes(),
+        f"method {method}: {num_images:,} images of {dim} dimensions",
+        "Set sample.max_images to fewer images, which are clustered while the classifier labels the rest, or use a "
+        "machine with more memory",
+    )

@@ -10,7 +10,6 @@ from typing import Any
 
 from icce_ray.config import Config
 from icce_ray.embed.feature_matrix import load_features
-from icce_ray.errors import ResourceError
 from icce_ray.methods.heads.division import HeadDivision
 from icce_ray.runtime.progress import Progress
 from icce_ray.runtime.workers import work_on_workers
@@ -65,8 +64,5 @@ def _work(
 
     torch.set_num_threads(num_threads)
     communicator = TorchDistributed() if torch.distributed.is_initialized() else SingleWorker()
-    try:
-        metrics = heads_artifact.run(config, StageContext(output, inputs, progress), communicator, device)
-    except ResourceError as error:
-        raise ResourceError(f"heads: {error}") from None
+    metrics = heads_artifact.run(config, StageContext(output, inputs, progress), communicator, device)
     return {"parts": list(output.parts.values()), "metrics": metrics}

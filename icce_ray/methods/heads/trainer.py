@@ -40,10 +40,10 @@ from icce_ray.methods.heads.schedule import ce_weight_at, learning_rate_at, teac
 from icce_ray.methods.heads.state import HeadState
 from icce_ray.methods.heads.step import Batch, HeadBlock, StepValues
 from icce_ray.methods.heads.teacher import pair_weights
-from icce_ray.methods.heads.training_memory import check_memory
+from icce_ray.methods.heads.training_memory import training_bytes
 from icce_ray.methods.heads.watch import EpochWatch, mean_pairwise_nmi
 from icce_ray.neighbors.graph import NeighborGraph
-from icce_ray.runtime.machine import matmul_dtype
+from icce_ray.runtime.machine import available_memory_bytes, matmul_dtype, require_memory
 from icce_ray.runtime.threads import ThreadPool
 
 EARLY_STOP_EPOCHS = 3
@@ -80,10 +80,18 @@ class HeadTrainer:
         on_gpu = device.type == "cuda"
         self.division = HeadDivision.of(settings.num_heads, communicator.num_workers, on_gpu=on_gpu)
         self.heads = self.division.heads(communicator.rank)
-        check_memory(
+        needed = training_bytes(
             settings, num_images=num_images, dim=dim, num_clusters=num_clusters, batch_size=self.batch_size,
             device=device, num_threads=num_threads, num_workers=communicator.num_workers,
         )  # fmt: skip
+        require_memory(
+            needed,
+            available_memory_bytes(device),
+            f"heads: {settings.num_heads} heads with {num_clusters:,} clusters, {dim} dimensions and "
+            f"{self.batch_size:,} pairs a step",
+            "Use more workers, lower heads.num_heads, heads.batch_size or num_clusters, or use larger machines",
+            " on each worker",
+        )
         self.pool = ThreadPool(0 if on_gpu else num_threads)
         self.dtype = matmul_dtype(settings.precision, device)
         self.norm = FeatureNorm(features_ND, settings.input_norm, settings.rotate, seed, device, self.pool)

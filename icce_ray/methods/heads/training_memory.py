@@ -9,7 +9,6 @@ from __future__ import annotations
 import torch
 
 from icce_ray.config import HeadsConfig
-from icce_ray.errors import ResourceError
 from icce_ray.methods.heads.division import HeadDivision
 from icce_ray.runtime.machine import available_memory_bytes
 
@@ -48,32 +47,7 @@ def training_bytes(
     return state + targets + work + 24 * n * dim + 8 * h * num_images + held
 
 
-def check_memory(
-    settings: HeadsConfig, *, num_images: int, dim: int, num_clusters: int, batch_size: int, device: torch.device,
-    num_threads: int = 1, num_workers: int = 1,
-) -> None:  # fmt: skip
-    """Refuse before anything is allocated.
-
-    Raises:
-        ResourceError: how much is needed, how much there is, what to change.
-    """
-    needed = training_bytes(
-        settings, num_images=num_images, dim=dim, num_clusters=num_clusters, batch_size=batch_size, device=device,
-        num_threads=num_threads, num_workers=num_workers,
-    )  # fmt: skip
-    available = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory_bytes()
-    if needed > available:
-        raise ResourceError(
-            f"training {settings.num_heads} heads with {num_clusters:,} clusters on {dim} dimensions, {batch_size:,} "
-            f"pairs a step, needs about {needed / 1e9:.1f} GB on each worker; {available / 1e9:.1f} GB are free. Use "
-            "more workers, lower heads.num_heads, heads.batch_size or num_clusters, or use larger machines"
-        )
-
-
 def max_held_bytes(device: torch.device) -> float:
     """Largest size of the features, as float32, that is kept on the device: half of a GPU's free memory; a fixed amount
     of a CPU's memory, so that the result does not depend on what else is running there."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return MAX_HELD_SHARE * free
-    return MAX_HELD_BYTES
+    return MAX_HELD_SHARE * available_memory_bytes(device) if device.type == "cuda" else MAX_HELD_BYTES

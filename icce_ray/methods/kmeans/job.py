@@ -13,14 +13,13 @@ from typing import Any
 
 from icce_ray.config import Config, ResourcesConfig
 from icce_ray.embed.feature_matrix import load_features
-from icce_ray.errors import ResourceError
 from icce_ray.methods import METHODS
 from icce_ray.methods.kmeans.fit_kmeans import Shards, ShardsHere, fit_kmeans
 from icce_ray.methods.kmeans.kmeans_memory import driver_bytes, worker_bytes
 from icce_ray.methods.kmeans.kmeans_shard import KMeansShard
 from icce_ray.methods.kmeans.projection import Features
 from icce_ray.runtime.cluster_resources import memory_of_machines, wait_for_machines, worker_cpus, worker_threads
-from icce_ray.runtime.machine import available_memory_bytes
+from icce_ray.runtime.machine import available_memory_bytes, require_memory
 from icce_ray.runtime.ray_cluster import connect, runs_here, threads_here
 from icce_ray.runtime.worker_process import MAX_RESTARTS
 from icce_ray.runtime.workers import translated_errors
@@ -128,11 +127,12 @@ def _check_memory(
     here = driver_bytes(config.kmeans, num_images, dim, config.num_clusters, num_workers)
     each = worker_bytes(config.kmeans, num_images, dim, config.num_clusters, num_threads)
     for count, available in machines:
-        needed = here + count * each
-        if needed > available:
-            raise ResourceError(
-                f"kmeans: {num_images:,} images x {dim} dimensions, {config.num_clusters:,} clusters and "
-                f"{config.kmeans.num_starts} starts need {needed / 1e9:.1f} GB on a machine with {count} of "
-                f"{num_workers} workers; available: {available / 1e9:.1f} GB. Lower kmeans.num_starts, "
-                "resources.method.num_workers or sample.max_images, or use machines with more memory"
-            )
+        require_memory(
+            here + count * each,
+            available,
+            f"kmeans: {num_images:,} images x {dim} dimensions, {config.num_clusters:,} clusters and "
+            f"{config.kmeans.num_starts} starts",
+            "Lower kmeans.num_starts, resources.method.num_workers or sample.max_images, or use machines with more "
+            "memory",
+            f" on a machine with {count} of {num_workers} workers",
+        )

@@ -18,9 +18,9 @@ from icce_ray.methods.turtle.feature_scaling import label_rows, prepare_features
 from icce_ray.methods.turtle.linear_layers import Layers
 from icce_ray.methods.turtle.run_block import RunBlock
 from icce_ray.methods.turtle.run_folder import RunFolder
-from icce_ray.methods.turtle.turtle_memory import check_memory
+from icce_ray.methods.turtle.turtle_memory import training_bytes
 from icce_ray.metrics.label_free_scores import generalization_score, project_pca
-from icce_ray.runtime.machine import matmul_dtype
+from icce_ray.runtime.machine import available_memory_bytes, matmul_dtype, require_memory
 from icce_ray.runtime.progress import Progress
 from icce_ray.runtime.threads import ThreadPool
 from icce_ray.sample.training_set import sample_ids
@@ -81,10 +81,18 @@ def train_runs(
     if all(finished):
         return [found for found in finished if found is not None]
     num_images, dims = len(feature_sets[0]), [features_ND.shape[1] for features_ND in feature_sets]
-    check_memory(
+    needed = training_bytes(
         settings, num_images=num_images, dims=dims, num_clusters=num_clusters, dtype=dtype, device=device,
         num_threads=num_threads,
     )  # fmt: skip
+    require_memory(
+        needed,
+        available_memory_bytes(device),
+        f"turtle: {num_images:,} images with {' + '.join(map(str, dims))} dimensions, {num_clusters:,} clusters and "
+        f"batches of {settings.batch_size:,}",
+        "Lower sample.max_images or turtle.batch_size, or use larger machines",
+        " on each worker",
+    )
     points = _score_points(feature_sets, num_clusters, seed)
     results = []
     with ThreadPool(0 if device.type == "cuda" else num_threads) as pool:

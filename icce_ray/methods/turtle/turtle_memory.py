@@ -7,10 +7,8 @@ from collections.abc import Sequence
 import torch
 
 from icce_ray.config import TurtleConfig
-from icce_ray.errors import ResourceError
 from icce_ray.methods.turtle.feature_batches import chunk_slices
 from icce_ray.methods.turtle.run_block import run_blocks
-from icce_ray.runtime.machine import available_memory_bytes
 
 WORK_ARRAYS = 6
 """Largest number of C x n float32 arrays of a chunk of n rows at a time."""
@@ -44,31 +42,3 @@ def training_bytes(
     parameters = total_dim * C * (4 * PARAMETER_COPIES + (b + 4) * len(chunks))
     labels = 4 * batch_size * C * (len(dims) + 1) + 4 * WORK_ARRAYS * chunk_rows * C * at_once * len(dims)
     return features + parameters + labels + 12 * runs * num_images
-
-
-def check_memory(
-    settings: TurtleConfig,
-    *,
-    num_images: int,
-    dims: Sequence[int],
-    num_clusters: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    num_threads: int = 1,
-) -> None:
-    """Refuse before anything is allocated.
-
-    Raises:
-        ResourceError: how much is needed, how much there is, what to change.
-    """
-    needed = training_bytes(
-        settings, num_images=num_images, dims=dims, num_clusters=num_clusters, dtype=dtype, device=device,
-        num_threads=num_threads,
-    )  # fmt: skip
-    available = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory_bytes()
-    if needed > available:
-        raise ResourceError(
-            f"turtle: {num_images:,} images with {' + '.join(map(str, dims))} dimensions, {num_clusters:,} clusters "
-            f"and batches of {settings.batch_size:,} need about {needed / 1e9:.1f} GB on each worker; "
-            f"{available / 1e9:.1f} GB are free. Lower sample.max_images or turtle.batch_size, or use larger machines"
-        )

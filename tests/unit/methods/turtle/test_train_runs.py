@@ -12,7 +12,7 @@ import torch
 from icce_ray.config import TurtleConfig
 from icce_ray.errors import ResourceError
 from icce_ray.methods.clusterings import Clusterings
-from icce_ray.methods.turtle import turtle_memory
+from icce_ray.methods.turtle import train_runs as module
 from icce_ray.methods.turtle.run_block import RunBlock
 from icce_ray.methods.turtle.run_folder import RunFolder
 from icce_ray.methods.turtle.train_runs import clusterings_of, read_runs, train_runs
@@ -105,6 +105,6 @@ def test_a_loss_that_is_not_finite_is_named(planted) -> None:
 
 
 def test_too_little_memory_is_refused_before_anything_is_allocated(planted, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(turtle_memory, "available_memory_bytes", lambda: 10_000)
+    monkeypatch.setattr(module, "available_memory_bytes", lambda device: 10_000)
     with pytest.raises(ResourceError, match=r"300 images with 24 \+ 10 dimensions, 4 clusters .* sample.max_images"):
         train(planted[0][:2])
