@@ -63,24 +63,21 @@ class GraphTask:
         return Audit.from_json(json.loads(self.records.folder.read_bytes(f"{AUDIT}.json")))
 
 
+@dataclass(repr=False, eq=False)
 class ShardWorker:
-    """Holds the images of one shard. Everything it needs lies on storage, so a new one can replace it.
+    """Holds the images of one shard. Everything it needs lies on storage, so a new one can replace it."""
 
-    Args:
-        task: what to build.
-        shard, num_shards: number of the shard, and how many there are.
-        num_threads: CPU threads of searches.
-        device: torch device of searches; None: the CPU, by FAISS.
-    """
+    task: GraphTask
+    shard: int
+    num_shards: int
+    num_threads: int
+    """CPU threads of searches."""
+    device: str | None
+    """Torch device of searches; None: the CPU, by FAISS."""
+    num_answers: int = 0
 
-    def __init__(self, task: GraphTask, shard: int, num_shards: int, num_threads: int, device: str | None) -> None:
-        set_threads(num_threads)
-        self.task = task
-        self.shard = shard
-        self.num_shards = num_shards
-        self.num_threads = num_threads
-        self.device = device
-        self.num_answers = 0
+    def __post_init__(self) -> None:
+        set_threads(self.num_threads)
 
     def __repr__(self) -> str:
         """The name in Ray's dashboard and in front of log lines."""

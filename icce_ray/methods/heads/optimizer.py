@@ -6,7 +6,6 @@ second in every process that trains.
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -39,28 +38,12 @@ def adamw_update(
             decay, no change of its moments.
         learning_rate, weight_decay: of this update. Biases do not decay.
     """
-    _update(parameters, gradient, moments, num_updates, num_updates.keys() - BIASES, learning_rate, weight_decay)
-    _update(parameters, gradient, moments, num_updates, num_updates.keys() & BIASES, learning_rate, 0.0)
-
-
-def _update(
-    parameters: HeadParameters, gradient: HeadParameters, moments: Moments, num_updates: dict[str, int],
-    names: Collection[str], learning_rate: float, weight_decay: float,
-) -> None:  # fmt: skip
     device = parameters.prototypes_HKP.device
-    adamw(
-        [getattr(parameters, name) for name in names],
-        [getattr(gradient, name) for name in names],
-        [getattr(moments.mean, name) for name in names],
-        [getattr(moments.square, name) for name in names],
-        [],
-        [torch.full((), float(num_updates[name]), device=device) for name in names],
-        fused=True,
-        amsgrad=False,
-        beta1=BETA1,
-        beta2=BETA2,
-        lr=learning_rate,
-        weight_decay=weight_decay,
-        eps=EPS,
-        maximize=False,
-    )
+    for names, decay in ((num_updates.keys() - BIASES, weight_decay), (num_updates.keys() & BIASES, 0.0)):
+        owners = (parameters, gradient, moments.mean, moments.square)
+        values, gradients, means, squares = ([getattr(owner, name) for name in names] for owner in owners)
+        counts = [torch.full((), float(num_updates[name]), device=device) for name in names]
+        adamw(
+            values, gradients, means, squares, [], counts, fused=True, amsgrad=False, beta1=BETA1, beta2=BETA2,
+            lr=learning_rate, weight_decay=decay, eps=EPS, maximize=False,
+        )  # fmt: skip

@@ -65,28 +65,20 @@ class Passes:
     dtypes: PrototypeDtypes
 
 
+@dataclass
 class HeadBlock:
-    """Heads that are computed together, with all that belongs to them alone.
+    """Heads that are computed together."""
 
-    Args:
-        state: views of their part of the worker's state.
-        heads: their place among the worker's heads.
-        settings: the `heads` section.
-        num_heads: number of heads of all workers.
-        momentum: the teacher's.
-        passes: how to compute the two passes.
-    """
-
-    def __init__(
-        self, state: HeadState, heads: slice, settings: HeadsConfig, num_heads: int, momentum: float, passes: Passes
-    ) -> None:
-        self.state = state
-        self.heads = heads
-        self.settings = settings
-        self.num_heads = num_heads
-        self.momentum = momentum
-        self.passes = passes
-        self.log_targets_VHBK: torch.Tensor | None = None
+    state: HeadState
+    """Views of the worker's state."""
+    heads: slice
+    """Their place among the worker's heads."""
+    settings: HeadsConfig
+    momentum: float
+    """The teacher's."""
+    passes: Passes
+    log_targets_VHBK: torch.Tensor | None = None
+    """From the last :meth:`look`."""
 
     def look(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """The teacher's pass: keeps the targets for :meth:`train` and moves the prior.
@@ -123,7 +115,7 @@ class HeadBlock:
             weight_B,
             # As tensors, since each value of a number would be compiled for.
             torch.full((), values.ce_weight, device=device),
-            torch.full((), 1.0 / (self.num_heads * batch.num_pairs), device=device),
+            torch.full((), 1.0 / (self.settings.num_heads * batch.num_pairs), device=device),
             self.settings,
             self.passes.dtypes,
         )

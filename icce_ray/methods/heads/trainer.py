@@ -215,7 +215,7 @@ class HeadTrainer:
         passes = choose_passes(self.settings, states, inputs, slices, num_steps)
         momentum = teacher_momentum(self.settings, self.steps_per_epoch)
         return [
-            HeadBlock(state, heads, self.settings, self.settings.num_heads, momentum, passes)
+            HeadBlock(state, heads, self.settings, momentum, passes)
             for state, heads in zip(states, slices, strict=True)
         ]
 

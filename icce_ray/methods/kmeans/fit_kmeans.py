@@ -10,7 +10,7 @@ import io
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Any, Protocol
 
@@ -21,7 +21,7 @@ from icce_ray.config import KMeansConfig
 from icce_ray.methods.clusterings import Clusterings
 from icce_ray.methods.kmeans.assignment import Labels, Sums
 from icce_ray.methods.kmeans.kmeans_memory import sample_size
-from icce_ray.methods.kmeans.kmeans_shard import Far, KMeansShard, Running, unit_length
+from icce_ray.methods.kmeans.kmeans_shard import Far, KMeansShard, unit_length
 from icce_ray.methods.kmeans.projection import Doubles, Floats, Projection, make_projection
 from icce_ray.runtime.progress import Progress
 from icce_ray.store import ArtifactWriter
@@ -145,23 +145,21 @@ def fit_kmeans(
     return FittedKMeans(projection, tuple(fit()))
 
 
+@dataclass
 class KMeansRun:
     """All starts of one clustering."""
 
-    def __init__(
-        self, shards: Shards, settings: KMeansConfig, projection: Projection, squares: float, num_images: int,
-        num_clusters: int, seed: int, progress: Progress | None, records: PartRecords | None,
-    ) -> None:  # fmt: skip
-        self.shards = shards
-        self.settings = settings
-        self.projection = projection
-        self.squares = squares
-        self.num_images = num_images
-        self.num_clusters = num_clusters
-        self.seed = seed
-        self.progress = progress
-        self.records = records
-        self.last_saved = time.monotonic()
+    shards: Shards
+    settings: KMeansConfig
+    projection: Projection
+    squares: float
+    """Sum of the squares of all rows."""
+    num_images: int
+    num_clusters: int
+    seed: int
+    progress: Progress | None
+    records: PartRecords | None
+    last_saved: float = field(default_factory=time.monotonic)
 
     def lloyd(self) -> list[Start]:
         """Full iterations, one start after the other."""
@@ -175,20 +173,15 @@ class KMeansRun:
             due = [number for number, state in enumerate(states) if state.step == epoch and state.labels_N is None]
             if not due:
                 continue
-            runs = self.shards.each(
-                "mini_batch_epoch",
-                [
-                    (
-                        self.projection,
-                        Running(states[number].centroids_Kd, states[number].counts_K),
-                        _seed(self.seed, number, epoch + 1),
-                        batch_size,
-                    )
-                    for number in due
-                ],
-            )
-            for number, running in zip(due, runs, strict=True):
-                states[number] = Start(running.centroids_Kd, running.counts_K, epoch + 1)
+            seeds = [_seed(self.seed, number, epoch + 1) for number in due]
+            running = [
+                (self.projection, states[number].centroids_Kd, states[number].counts_K, seed, batch_size)
+                for number, seed in zip(due, seeds, strict=True)
+            ]
+            for number, (centroids_Kd, counts_K) in zip(
+                due, self.shards.each("mini_batch_epoch", running), strict=True
+            ):
+                states[number] = Start(centroids_Kd, counts_K, epoch + 1)
             self._say(len(states) * (epoch + 1), len(states) * self.settings.num_epochs)
             if self._is_due():
                 for number in due:
@@ -248,10 +241,7 @@ class KMeansRun:
         centroids_Kd = state.centroids_Kd.astype(np.float32)
         labels, sums = zip(*self.shards.all("label", self.projection, centroids_Kd), strict=True)
         inertia = inertia_of(self.squares, Sums.join(sums), centroids_Kd)
-        finished = Start(
-            state.centroids_Kd, state.counts_K, state.step, state.inertias, state.is_converged, np.concatenate(labels),
-            inertia,
-        )  # fmt: skip
+        finished = replace(state, labels_N=np.concatenate(labels), inertia=inertia)
         self._write(number, finished)
         return finished
 

@@ -13,6 +13,7 @@ import mmap
 import os
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple, TypeVar
 
@@ -45,14 +46,6 @@ Ids = npt.NDArray[np.int64]
 R = TypeVar("R")
 
 
-class Running(NamedTuple):
-    """The state of mini-batch k-means."""
-
-    centroids_Kd: Doubles
-    counts_K: npt.NDArray[np.int64]
-    """Rows that each centroid is the mean of."""
-
-
 class Far(NamedTuple):
     """A row that is far from its centroid. Sorts by distance, the farthest first, then by image."""
 
@@ -61,33 +54,20 @@ class Far(NamedTuple):
     row_d: Floats
 
 
+@dataclass(repr=False, eq=False)
 class KMeansShard:
-    """Holds a share of the blocks. It can be made again from its arguments, and then does the same.
+    """Holds a share of the blocks. It can be made again from its arguments, and then does the same."""
 
-    Args:
-        load: returns the features (N, D) of all images, memory-mapped or in memory.
-        shard, num_shards: number of the shard, and how many there are.
-        num_threads: CPU threads.
-        device: torch device of the assignment; None: numpy on the CPU.
-        on_disk: hold the rows in a file in this machine's cache folder, otherwise in memory.
-    """
-
-    def __init__(
-        self,
-        load: Callable[[], Features],
-        shard: int = 0,
-        num_shards: int = 1,
-        num_threads: int = 1,
-        device: str | None = None,
-        on_disk: bool = False,
-    ) -> None:
-        self.load = load
-        self.shard = shard
-        self.num_shards = num_shards
-        self.num_threads = num_threads
-        self.device = device
-        self.on_disk = on_disk
-        self._rows_nd: Floats | None = None
+    load: Callable[[], Features]
+    """Returns the features (N, D) of all images, memory-mapped or in memory."""
+    shard: int = 0
+    num_shards: int = 1
+    num_threads: int = 1
+    device: str | None = None
+    """Torch device of the assignment; None: numpy on the CPU."""
+    on_disk: bool = False
+    """Whether the rows are held in a file in this machine's cache folder, or in memory."""
+    _rows_nd: Floats | None = None
 
     def __repr__(self) -> str:
         """The name in Ray's dashboard and in front of log lines."""
@@ -153,16 +133,12 @@ class KMeansShard:
         return np.asarray(centroids_Kd, dtype=np.float32)
 
     def sums(self, projection: Projection, centroids_Kd: Floats) -> Sums:
-        """Assign the rows to the nearest centroids, and add them up by cluster."""
-        return self._assign(projection, centroids_Kd)[1]
-
-    def label(self, projection: Projection, centroids_Kd: Floats) -> tuple[Labels, Sums]:
-        """The nearest centroid of each image (n,), and the sums."""
-        return self._assign(projection, centroids_Kd)
+        """Sums of the rows by their nearest centroid."""
+        return self.label(projection, centroids_Kd)[1]
 
     def farthest(self, projection: Projection, centroids_Kd: Floats, number: int) -> list[Far]:
         """The rows farthest from their centroids, at most so many; none that is its centroid."""
-        labels_n, _ = self._assign(projection, centroids_Kd)
+        labels_n, _ = self.label(projection, centroids_Kd)
         rows_nd = self._rows(projection)
 
         def of_block(bounds: tuple[int, int]) -> list[Far]:
@@ -175,10 +151,12 @@ class KMeansShard:
         found = self._in_threads(of_block, self._blocks(projection))
         return sorted((far for block in found for far in block), key=lambda far: far[:2])[:number]
 
-    def mini_batch_epoch(self, projection: Projection, running: Running, seed: int, batch_size: int) -> Running:
-        """One pass over all images in random order, batch by batch; each batch moves the centroids to the mean of all
-        rows that they were ever assigned."""
-        centroids_Kd, counts_K = running.centroids_Kd.copy(), running.counts_K.copy()
+    def mini_batch_epoch(
+        self, projection: Projection, centroids_Kd: Doubles, counts_K: Ids, seed: int, batch_size: int
+    ) -> tuple[Doubles, Ids]:
+        """One pass over all images in random order, batch by batch. Each batch moves the centroids to the mean of all
+        rows that they were ever assigned, whose number is in `counts_K`. Returns both."""
+        centroids_Kd, counts_K = centroids_Kd.copy(), counts_K.copy()
         order_N = np.random.default_rng(seed).permutation(len(self.features))
         with self.blas.limit(limits=1):
             for start in range(0, len(order_N), batch_size):
@@ -196,7 +174,7 @@ class KMeansShard:
             unused_U = np.flatnonzero(counts_K == 0)  # they start again from images of this epoch
             again = np.sort(order_N[: len(unused_U)])
             centroids_Kd[unused_U[: len(again)]] = projection(self.features[again])
-        return Running(centroids_Kd, counts_K)
+        return centroids_Kd, counts_K
 
     @property
     def start(self) -> int:
@@ -232,7 +210,8 @@ class KMeansShard:
             self._rows_nd = rows_nd
         return self._rows_nd
 
-    def _assign(self, projection: Projection, centroids_Kd: Floats) -> tuple[Labels, Sums]:
+    def label(self, projection: Projection, centroids_Kd: Floats) -> tuple[Labels, Sums]:
+        """The nearest centroid of each image (n,), and the sums of their rows."""
         rows_nd, start = self._rows(projection), self.start
         blocks = self._blocks(projection)
 

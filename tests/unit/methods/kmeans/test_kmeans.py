@@ -15,7 +15,7 @@ from icce_ray.methods.kmeans import fit_kmeans as module
 from icce_ray.methods.kmeans import kmeans_shard
 from icce_ray.methods.kmeans.assignment import Sums, nearest
 from icce_ray.methods.kmeans.fit_kmeans import FittedKMeans, Shards, fit_kmeans
-from icce_ray.methods.kmeans.kmeans_shard import KMeansShard, Running
+from icce_ray.methods.kmeans.kmeans_shard import KMeansShard
 from icce_ray.methods.kmeans.projection import Projection, make_projection, measure, part_bounds, read_rows, shift_of
 from icce_ray.methods.kmeans.torch_assignment import TorchAssigner
 from icce_ray.runtime.progress import Progress
@@ -188,11 +188,11 @@ def test_a_mini_batch_moves_centroids_as_scikit_learn_does() -> None:
     reference = MiniBatchKMeans(5, init=rows[:5], n_init=1, batch_size=100, reassignment_ratio=0.0)
     for start in range(0, 512, 100):
         reference.partial_fit(rows[np.sort(order[start : start + 100])])
-    running = KMeansShard(lambda: features).mini_batch_epoch(
-        projection, Running(starts, np.zeros(5, np.int64)), seed=4, batch_size=100
+    centroids, counts = KMeansShard(lambda: features).mini_batch_epoch(
+        projection, starts, np.zeros(5, np.int64), seed=4, batch_size=100
     )
-    np.testing.assert_allclose(running.centroids_Kd, reference.cluster_centers_, rtol=1e-4, atol=1e-4)
-    assert running.counts_K.sum() == 512
+    np.testing.assert_allclose(centroids, reference.cluster_centers_, rtol=1e-4, atol=1e-4)
+    assert counts.sum() == 512
 
 
 def test_mini_batches_come_close_to_lloyd_and_follow_the_seed() -> None:
