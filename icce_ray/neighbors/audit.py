@@ -8,10 +8,8 @@ Legend: N images, D feature dimension, Q sampled query images, T thresholds, R k
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -86,13 +84,6 @@ class Audit:
         """The adaptive rule for the graph; `seed` draws the subsets of long lists."""
         min_neighbors = min(config.min_neighbors, self.num_images - 1)
         return Rule(self.similarity_threshold, min_neighbors, config.max_neighbors, seed)
-
-    def to_json(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_json(cls, data: dict[str, Any]) -> Audit:
-        return cls(**data)
 
 
 def audit_features(unit: UnitFeatures, config: NeighborsConfig, *, num_clusters: int, seed: int) -> Audit:

@@ -52,6 +52,10 @@ class Queries:
             return np.zeros(len(self), bool)
         return np.logical_not(self.features.any(axis=1))
 
+    def exact(self, rows_P: npt.NDArray[np.int32], ids_P: Ids) -> Ids:
+        """Cosine of each pair of a query and any image, as :meth:`Engine.exact`."""
+        return exact_similarity(self.features, rows_P, self.unit, ids_P)
+
 
 class Engine(Protocol):
     """Searches the images of one shard."""
@@ -146,8 +150,7 @@ class FaissEngine(Engine):
 
     def _first_scores(self, queries_QD: Floats) -> Floats:
         """(Q, B) scores of the images of the first block."""
-        scores_QB: Floats = queries_QD @ self._rows_nE[self._blocks[0], :-1].T
-        return scores_QB
+        return np.asarray(queries_QD @ self._rows_nE[self._blocks[0], :-1].T)
 
     def _above(self, queries_QE: Floats, block: slice) -> tuple[npt.NDArray[np.int32], Ids, Floats]:
         """All pairs whose score is above the query's radius: query (ascending), place of the image in the block, and

@@ -53,9 +53,6 @@ class NeighborGraph:
         """(A,) ascending, the images that have neighbours: those that an epoch of training visits."""
         return np.flatnonzero(self.degrees)
 
-    def neighbors_of(self, image: int) -> npt.NDArray[np.integer]:
-        return self.indices[self.indptr[image] : self.indptr[image + 1]]
-
 
 def build_graph(
     features_ND: npt.NDArray[np.floating],

@@ -15,7 +15,7 @@ from icce_ray.neighbors.faiss_engine import Engine, Queries
 from icce_ray.neighbors.search import QUERY_BLOCK, Candidates, merge, search
 from icce_ray.neighbors.search_memory import MAX_ROWS_PER_PART
 from icce_ray.runtime.threads import in_threads
-from icce_ray.sample.unit_features import Ids, UnitFeatures, exact_similarity
+from icce_ray.sample.unit_features import Ids, UnitFeatures
 
 NUM_NEAREST = 10
 """Length of the lists of most similar neighbours."""
@@ -41,12 +41,8 @@ class Rows:
 
     @staticmethod
     def join(parts: Sequence[Rows]) -> Rows:
-        return Rows(
-            np.concatenate([np.empty(0, np.int64), *(part.lengths for part in parts)]),
-            np.concatenate([np.empty(0, np.int32), *(part.indices for part in parts)]),
-            np.concatenate([np.empty(0, np.int64), *(part.num_hits for part in parts)]),
-            np.concatenate([np.empty((0, NUM_NEAREST), np.int32), *(part.nearest for part in parts)]),
-        )
+        columns = zip(*((part.lengths, part.indices, part.num_hits, part.nearest) for part in parts), strict=True)
+        return Rows(*map(np.concatenate, columns))
 
     def summary(self, min_neighbors: int) -> dict[str, int]:
         """Figures of these rows, which `join_summaries` adds up."""
@@ -61,15 +57,16 @@ class Rows:
     @staticmethod
     def join_summaries(summaries: list[dict[str, int]]) -> dict[str, Any]:
         """Figures of the whole graph from those of its parts."""
-        num_images = sum(part["num_images"] for part in summaries)
-        num_edges = sum(part["num_edges"] for part in summaries)
+        num_images, num_edges, num_at_min = (
+            sum(part[name] for part in summaries) for name in ("num_images", "num_edges", "num_at_min")
+        )
         return {
             "num_images": num_images,
             "num_edges": num_edges,
             "mean_neighbors": round(num_edges / num_images, 3),
             "min_neighbors": min(part["min_neighbors"] for part in summaries),
             "max_neighbors": max(part["max_neighbors"] for part in summaries),
-            "share_at_min": round(sum(part["num_at_min"] for part in summaries) / num_images, 6),
+            "share_at_min": round(num_at_min / num_images, 6),
         }
 
 
@@ -79,22 +76,13 @@ def part_ranges(num_images: int) -> list[tuple[int, int]]:
     return [(start, min(start + per_part, num_images)) for start in range(0, num_images, per_part)]
 
 
-def shard_ids(num_images: int, shard: int, num_shards: int) -> Ids:
-    """The images that a shard holds."""
-    return np.arange(num_images * shard // num_shards, num_images * (shard + 1) // num_shards)
-
-
 def index_dtype(num_images: int) -> np.dtype[np.integer]:
     return np.dtype(np.int32 if num_images <= 2**31 - 1 else np.int64)
 
 
 def search_shard(engine: Engine, unit: UnitFeatures, ids: Ids, rule: Rule) -> list[Candidates]:
     """What a shard finds for the images `ids`, one block of queries after the other."""
-
-    def answer(block: Ids) -> Candidates:
-        return search(engine, Queries(unit, block), rule)
-
-    return in_threads(answer, _blocks(ids), engine.blocks_at_once)
+    return in_threads(lambda block: search(engine, Queries(unit, block), rule), _blocks(ids), engine.blocks_at_once)
 
 
 def merge_shards(
@@ -120,12 +108,8 @@ def merge_shards(
 
 def _most_similar(merged: Candidates, queries: Queries) -> PairList:
     """The pairs of each row's most similar neighbours, of ties the lower ids."""
-
-    def exact(rows_P: npt.NDArray[np.int32], ids_P: Ids) -> Ids:
-        return exact_similarity(queries.features, rows_P, queries.unit, ids_P)
-
-    none_Q = np.zeros(len(queries), np.int64)
-    return keep(merged.pairs, none_Q, queries.ids_Q, Rule(None, NUM_NEAREST, None, 0), merged.error, exact)
+    none_Q, rule = np.zeros(len(queries), np.int64), Rule(None, NUM_NEAREST, None, 0)
+    return keep(merged.pairs, none_Q, queries.ids_Q, rule, merged.error, queries.exact)
 
 
 def _sorted_rows(pairs: PairList, num_rows: int, num_images: int) -> tuple[Ids, Ids]:

@@ -11,14 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
-import numpy.typing as npt
 
 from icce_ray.neighbors.adaptive_rule import PairList, Rule, keep
 from icce_ray.neighbors.faiss_engine import Engine, FaissEngine, Queries
 from icce_ray.runtime.threads import in_threads, threads_within
-from icce_ray.sample.unit_features import Floats, Ids, UnitFeatures, exact_similarity
+from icce_ray.sample.unit_features import Floats, Ids, UnitFeatures
 
 QUERY_BLOCK = 1024
 PAIRS_HELD = 8_000_000
@@ -57,10 +57,7 @@ def search(engine: Engine, queries: Queries, rule: Rule) -> Candidates:
     num_hits_Q = np.zeros(num_queries, np.int64)
     if not len(engine.ids_n):
         return Candidates(num_hits_Q, PairList.join([]), error)
-
-    def exact(rows_P: npt.NDArray[np.int32], ids_P: Ids) -> Ids:
-        return engine.exact(queries, rows_P, ids_P)
-
+    exact = partial(engine.exact, queries)
     unsearched = np.flatnonzero(queries.unsearched(rule, error))
     held = [_lowest_ids(engine.ids_n, unsearched, queries.ids_Q, rule.min_neighbors)]
     for found in engine.pairs(queries, rule):
@@ -78,12 +75,8 @@ def merge(answers: Sequence[Candidates], queries: Queries, rule: Rule) -> Candid
         return answers[0]
     num_hits_Q = np.sum([answer.num_hits_Q for answer in answers], axis=0)
     error = max(answer.error for answer in answers)
-
-    def exact(rows_P: npt.NDArray[np.int32], ids_P: Ids) -> Ids:
-        return exact_similarity(queries.features, rows_P, queries.unit, ids_P)
-
     pairs = PairList.join([answer.pairs for answer in answers])
-    return Candidates(num_hits_Q, keep(pairs, num_hits_Q, queries.ids_Q, rule, error, exact), error)
+    return Candidates(num_hits_Q, keep(pairs, num_hits_Q, queries.ids_Q, rule, error, queries.exact), error)
 
 
 def most_similar(unit: UnitFeatures, ids_Q: Ids, k: int) -> tuple[Floats, Ids]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 
 import numpy as np
@@ -19,7 +19,7 @@ from icce_ray.neighbors.adaptive_rule import Rule
 from icce_ray.neighbors.audit import Audit, audit_features
 from icce_ray.neighbors.faiss_engine import Engine
 from icce_ray.neighbors.graph import NEAREST_SUFFIX
-from icce_ray.neighbors.graph_rows import merge_shards, part_ranges, search_shard, shard_ids
+from icce_ray.neighbors.graph_rows import merge_shards, part_ranges, search_shard
 from icce_ray.neighbors.search import Candidates, make_engine
 from icce_ray.runtime.threads import set_threads
 from icce_ray.sample.unit_features import UnitFeatures, prepare
@@ -60,7 +60,7 @@ class GraphTask:
 
     def read_audit(self) -> Audit:
         """The finished audit."""
-        return Audit.from_json(json.loads(self.records.folder.read_bytes(f"{AUDIT}.json")))
+        return Audit(**json.loads(self.records.folder.read_bytes(f"{AUDIT}.json")))
 
 
 @dataclass(repr=False, eq=False)
@@ -98,8 +98,8 @@ class ShardWorker:
 
     @cached_property
     def engine(self) -> Engine:
-        ids = shard_ids(len(self.unit), self.shard, self.num_shards)
-        return make_engine(self.unit, ids, self.device, self.num_threads)
+        start, stop = (len(self.unit) * shard // self.num_shards for shard in (self.shard, self.shard + 1))
+        return make_engine(self.unit, np.arange(start, stop), self.device, self.num_threads)
 
     def audit(self) -> PartRecord:
         """Audit the features, and leave their mean for the other workers."""
@@ -107,7 +107,7 @@ class ShardWorker:
         self.unit = prepare(load_features(task.embed).matrix, task.config.center)
         audit = audit_features(self.unit, task.config, num_clusters=task.num_clusters, seed=task.seed)
         writer = ArtifactWriter(task.records.folder)
-        files = [writer.write_json(f"{AUDIT}.json", audit.to_json())]
+        files = [writer.write_json(f"{AUDIT}.json", asdict(audit))]
         if self.unit.mean_D is not None:
             files.append(writer.write_array(MEAN_NAME, self.unit.mean_D))
         return task.records.write(AUDIT, files, {})

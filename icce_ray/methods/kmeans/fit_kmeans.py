@@ -174,13 +174,12 @@ class KMeansRun:
             if not due:
                 continue
             seeds = [_seed(self.seed, number, epoch + 1) for number in due]
-            running = [
+            arguments = [
                 (self.projection, states[number].centroids_Kd, states[number].counts_K, seed, batch_size)
                 for number, seed in zip(due, seeds, strict=True)
             ]
-            for number, (centroids_Kd, counts_K) in zip(
-                due, self.shards.each("mini_batch_epoch", running), strict=True
-            ):
+            moved = self.shards.each("mini_batch_epoch", arguments)
+            for number, (centroids_Kd, counts_K) in zip(due, moved, strict=True):
                 states[number] = Start(centroids_Kd, counts_K, epoch + 1)
             self._say(len(states) * (epoch + 1), len(states) * self.settings.num_epochs)
             if self._is_due():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ def test_shards_that_know_storage_only_make_the_graph_of_one_process(
         return ShardWorker(task, shard, num_shards, 1, None)
 
     assert [file.name for file in worker(0).audit().files] == ["audit.json", "mean.npy"][: 2 if config.center else 1]
-    assert task.read_audit().to_json() | {"predicted_s": 0} == audit.to_json() | {"predicted_s": 0}
+    assert replace(task.read_audit(), predicted_s=0) == replace(audit, predicted_s=0)
     assert len(task.parts) == 5
     lists = []
     for part in task.parts:
