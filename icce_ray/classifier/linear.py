@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -152,7 +151,7 @@ class LinearClassifier:
     def to_bytes(self) -> bytes:
         """The classifier as a safetensors file, with the scalars as JSON in its header."""
         tensors, numbers = {}, {}
-        for name, value in {**_own_fields(self), **_own_fields(self.outliers)}.items():
+        for name, value in (vars(self) | vars(self.outliers)).items():
             if isinstance(value, np.ndarray):
                 tensors[name] = np.ascontiguousarray(value)
             elif not isinstance(value, OutlierModel):
@@ -205,7 +204,3 @@ def probability_histogram(probability_n: FloatArray) -> npt.NDArray[np.int64]:
     """Number of images by probability, in NUM_PROBABILITY_BINS equal bins from 0 to 1."""
     bins_n = np.minimum((probability_n * NUM_PROBABILITY_BINS).astype(np.int64), NUM_PROBABILITY_BINS - 1)
     return np.bincount(bins_n, minlength=NUM_PROBABILITY_BINS).astype(np.int64)
-
-
-def _own_fields(instance: Any) -> dict[str, Any]:
-    return {field.name: getattr(instance, field.name) for field in fields(instance)}

@@ -124,12 +124,13 @@ class SelfTraining:
             device=device,
             on_step=progress.update if progress is not None else None,
         )
+        num_diverged = len(positions) - len(grid.positions)
         empty = np.empty((0, 0), dtype=np.float32)
-        candidates = [Candidate(-1, -math.inf, math.inf, empty, empty.ravel(), grid.num_diverged)]
+        candidates = [Candidate(-1, -math.inf, math.inf, empty, empty.ravel(), num_diverged)]
         x_nD = self._read(self.holdout_rows)
-        for index, weights_DK, bias_K in zip(grid.positions, grid.weights, grid.biases, strict=True):
+        for index, weights_DK, bias_K in zip(*grid, strict=True):
             agreement, loss = _agreement_and_loss(x_nD @ weights_DK + bias_K, self.holdout_labels)
-            candidates.append(Candidate(positions[index], agreement, loss, weights_DK, bias_K, grid.num_diverged))
+            candidates.append(Candidate(positions[index], agreement, loss, weights_DK, bias_K, num_diverged))
         return _best(candidates)
 
     def finish(self, candidates: Sequence[Candidate]) -> LinearClassifier:

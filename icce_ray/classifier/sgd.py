@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -26,17 +26,15 @@ DIVERGENCE_CHECK_STEPS = 250
 PROGRESS_STEPS = 50
 
 
-@dataclass(frozen=True)
-class Grid:
-    """The classifiers that did not diverge, in the order of their learning rates in the grid."""
+class Grid(NamedTuple):
+    """The G classifiers that did not diverge, in the order of the learning rates."""
 
-    positions: tuple[int, ...]
+    positions: list[int]
     """Their positions among the given learning rates."""
     weights: npt.NDArray[np.float32]
     """(G, D, K)."""
     biases: npt.NDArray[np.float32]
     """(G, K)."""
-    num_diverged: int
 
 
 def batches(num_images: int, batch_size: int, num_steps: int, seed: int) -> Iterator[npt.NDArray[np.int64]]:
@@ -106,12 +104,7 @@ def train_grid(
             if on_step is not None and (step + 1) % PROGRESS_STEPS == 0:
                 on_step(step + 1, num_steps)
     solved = weights.cpu().numpy().reshape(num_dims + 1, len(alive), num_clusters).transpose(1, 0, 2)
-    return Grid(
-        positions=tuple(int(i) for i in alive),
-        weights=np.ascontiguousarray(solved[:, :-1]),
-        biases=np.ascontiguousarray(solved[:, -1]),
-        num_diverged=len(rates) - len(alive),
-    )
+    return Grid(alive.tolist(), np.ascontiguousarray(solved[:, :-1]), np.ascontiguousarray(solved[:, -1]))
 
 
 @contextmanager

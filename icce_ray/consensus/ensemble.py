@@ -8,15 +8,14 @@ array([0, 0, 1, 1], dtype=int32)
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from sklearn.utils import check_random_state
 
-from icce_ray.config import CONSENSUS_METHODS, ConsensusConfig, ConsensusMethod
+from icce_ray.config import ConsensusConfig, validate
 from icce_ray.consensus.best_consensus import EnsembleResult, find_consensus
 from icce_ray.consensus.consensus_memory import check_memory
 from icce_ray.consensus.label_matrix import Heads, check_matrix, encode_heads
@@ -58,20 +57,23 @@ def cluster_ensemble(
         images differ in their labels, or the result is a head that uses fewer.
 
     Raises:
-        InputError: (a ValueError) `labels` is not a matrix of integers, or several with the same images; it has a label
-            below -1, or a head without any label; a parameter is out of its range.
-        ResourceError: (a ValueError) this machine lacks the memory; the message says what is needed.
+        InputError: `labels` is not a matrix of integers, or several with the same images; it has a label below -1, or a
+            head without any label; `n_clusters`, `head_losses` or `neighbors` do not fit it.
+        ConfigError: `methods` or `imbalance` is out of its range.
+        ResourceError: this machine lacks the memory; the message says what is needed.
     """
     heads = encode_heads(_stack(labels))
     num_clusters = _check_num_clusters(n_clusters, heads)
-    if not imbalance >= 1.0:
-        raise InputError(f"imbalance is {imbalance}; it must be at least 1 (1.5: parts up to 1.5 times the average)")
-    config = ConsensusConfig(methods=_check_methods(methods), refine=refine, imbalance=imbalance)
+    given: dict[str, Any] = {"refine": refine, "imbalance": imbalance}
+    if methods is not None:
+        given["methods"] = (methods,) if isinstance(methods, str) else tuple(dict.fromkeys(methods))
+    config = validate(ConsensusConfig, given, "cluster_ensemble")
     losses = _check_losses(head_losses, heads)
     nearest = _check_neighbors(neighbors, heads)
     check_memory(heads, num_clusters, config.methods, has_graph=nearest is not None)
-    seed = _check_seed(random_state)
-    return find_consensus(heads, num_clusters, config, seed=seed, head_losses=losses, nearest=nearest)
+    is_seed = isinstance(random_state, (int, np.integer))
+    seed: Any = random_state if is_seed else check_random_state(random_state).randint(2**31 - 1)
+    return find_consensus(heads, num_clusters, config, seed=int(seed), head_losses=losses, nearest=nearest)
 
 
 def _stack(labels: npt.ArrayLike | Sequence[npt.NDArray[Any]]) -> npt.ArrayLike:
@@ -95,26 +97,12 @@ def _check_num_clusters(n_clusters: int | None, heads: Heads) -> int:
             raise InputError(
                 "every head has a single cluster: there is nothing to combine; give n_clusters, or other heads"
             )
-    try:
-        num_clusters = operator.index(n_clusters)
-    except TypeError:
-        raise InputError(f"n_clusters is {n_clusters!r}; it must be a positive integer") from None
-    if not 1 <= num_clusters <= heads.num_images:
+    if not isinstance(n_clusters, (int, np.integer)) or not 1 <= n_clusters <= heads.num_images:
         raise InputError(
-            f"n_clusters is {num_clusters}; it must lie between 1 and the number of labelled images, {heads.num_images}"
+            f"n_clusters is {n_clusters}; it must be a whole number from 1 to the number of labelled images, "
+            f"{heads.num_images}"
         )
-    return num_clusters
-
-
-def _check_methods(methods: Sequence[str] | None) -> tuple[ConsensusMethod, ...]:
-    if methods is None:
-        return ConsensusConfig().methods
-    names = (methods,) if isinstance(methods, str) else tuple(dict.fromkeys(methods))
-    unknown = [name for name in names if name not in CONSENSUS_METHODS]
-    if unknown or not names:
-        given = f"{unknown[0]!r} is none of them" if unknown else "methods is empty"
-        raise InputError(f"{given}; the consensus functions are {', '.join(CONSENSUS_METHODS)}")
-    return cast(tuple[ConsensusMethod, ...], names)
+    return int(n_clusters)
 
 
 def _check_losses(head_losses: npt.ArrayLike | None, heads: Heads) -> npt.NDArray[np.float64] | None:
@@ -142,14 +130,3 @@ def _check_neighbors(neighbors: npt.ArrayLike | None, heads: Heads) -> npt.NDArr
             "or -1 where there are fewer"
         )
     return nearest
-
-
-def _check_seed(random_state: int | np.random.RandomState | None) -> int:
-    if isinstance(random_state, (int, np.integer)):
-        if random_state < 0:
-            raise InputError(f"random_state is {random_state}; it must not be negative")
-        return int(random_state)
-    try:
-        return int(check_random_state(random_state).randint(2**31 - 1))
-    except ValueError:
-        raise InputError(f"random_state is {random_state!r}; give an integer, a RandomState or None") from None
