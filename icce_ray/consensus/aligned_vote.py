@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.optimize import linear_sum_assignment
 
-from icce_ray.consensus.cluster_counts import count_consensus, largest_rows
+from icce_ray.consensus.cluster_counts import count_consensus
 from icce_ray.consensus.empty_clusters import fill_empty_clusters
 from icce_ray.consensus.label_matrix import MISSING, Counts, Heads, Labels
 from icce_ray.consensus.votes import vote
@@ -28,7 +28,7 @@ def align_heads(counts_KC: npt.NDArray[Any], offsets: Counts) -> Labels:
     cluster of any other head stands for the consensus cluster that holds most of its images.
     """
     num_clusters = len(counts_KC)
-    cluster_of_column = largest_rows(counts_KC)
+    cluster_of_column: Labels = counts_KC.argmax(axis=0).astype(np.int32)
     for start, stop in pairwise(offsets):
         if stop - start == num_clusters:
             rows, columns = linear_sum_assignment(counts_KC[:, start:stop], maximize=True)

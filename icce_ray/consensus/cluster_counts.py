@@ -55,14 +55,3 @@ def anmi(labels_N: npt.NDArray[Any], heads: Heads, num_clusters: int) -> float:
         heads: the label matrix. An image without a label from a head is left out of that head's NMI.
     """
     return anmi_from_counts(count_consensus(labels_N, heads, num_clusters), heads.offsets)
-
-
-def largest_rows(counts_KC: npt.NDArray[Any]) -> npt.NDArray[np.int32]:
-    """Row of the largest count of each column (C,), the first of equal ones: ``argmax(axis=0)``, which numpy does ten
-    times slower on a wide array."""
-    largest_C, row_C = counts_KC[0].copy(), np.zeros(counts_KC.shape[1], dtype=np.int32)
-    for row, counts_C in enumerate(counts_KC[1:], start=1):
-        is_larger = counts_C > largest_C
-        np.copyto(largest_C, counts_C, where=is_larger)
-        np.copyto(row_C, np.int32(row), where=is_larger)
-    return row_C

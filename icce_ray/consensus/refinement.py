@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from icce_ray.consensus.cluster_counts import count_consensus, largest_rows
+from icce_ray.consensus.cluster_counts import count_consensus
 from icce_ray.consensus.label_matrix import PART_LABELS, Counts, HeadLabels, Heads, Labels
 from icce_ray.consensus.votes import rank_votes
 from icce_ray.metrics.nmi import anmi_from_counts, entropy, mutual_information
@@ -110,7 +110,7 @@ def _gain_weights(counts_KC: npt.NDArray[Any], heads: Heads) -> _Weights:
         # The entropy of the consensus appears in the mutual information and, as a square root, in the norm.
         nmi = mutual_information(table) / norm
         size_weight_H[head] = per_image * (nmi / (2 * entropy_consensus) - 1.0 / norm)
-    return _Weights(cell_weight_H, size_weight_H, sizes_KH, largest_rows(counts_KC))
+    return _Weights(cell_weight_H, size_weight_H, sizes_KH, counts_KC.argmax(axis=0).astype(np.int32))
 
 
 def _best_moves(labels_N: Labels, counts_KC: npt.NDArray[Any], heads: Heads) -> tuple[Labels, npt.NDArray[np.float64]]:

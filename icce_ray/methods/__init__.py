@@ -123,10 +123,7 @@ METHODS: dict[str, Method] = {
         version=1,
         needs_graph=False,
         unit="iterations",
-        settings={
-            "sample": {"duplicate_threshold": None},
-            "consensus": {"methods": ("best_head",), "refine": False},
-        },
+        settings={"sample": {"duplicate_threshold": None}, "consensus": {"methods": ("best_head",), "refine": False}},
     ),
     # arXiv 2406.02465 compares these on frozen features.
     "agglomerative": _conventional(20_000, finds_num_clusters=lambda section: section.distance_threshold is not None),

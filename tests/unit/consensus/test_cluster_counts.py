@@ -4,10 +4,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from hypothesis.extra import numpy as hnp
 from sklearn.metrics import normalized_mutual_info_score
 
-from icce_ray.consensus.cluster_counts import anmi, count_consensus, largest_rows
+from icce_ray.consensus.cluster_counts import anmi, count_consensus
 from icce_ray.consensus.label_matrix import HeadLabels, encode_heads
 from icce_ray.metrics.contingency import count_table
 
@@ -41,8 +40,3 @@ def test_anmi_is_the_mean_over_heads_each_on_the_images_it_labels():
         [normalized_mutual_info_score(labels_N[row >= 0], row[row >= 0], average_method="geometric") for row in matrix]
     )
     assert anmi(labels_N, heads, 4) == pytest.approx(expected, abs=1e-12)
-
-
-@given(counts_KC=hnp.arrays(np.int32, st.tuples(st.integers(1, 6), st.integers(0, 9)), elements=st.integers(0, 3)))
-def test_the_largest_row_is_the_first_of_equal_ones(counts_KC):
-    np.testing.assert_array_equal(largest_rows(counts_KC), counts_KC.argmax(axis=0))
