@@ -29,7 +29,7 @@ CHUNK_ROWS = 256
 """Rows scored at a time, few enough for their intermediate results to stay in the processor's cache."""
 NUM_PROBABILITY_BINS = 20
 NOISE, UNKNOWN = -1, -2
-"""In place of an image's cluster: it is known to have none; it is for the classifier to find."""
+"""Special values of a given cluster: the image is known to have none; the classifier predicts it."""
 MODEL_NAME = "classifier.safetensors"
 DESCRIPTION_NAME = "classifier.json"
 """Parts of the classifier artifact."""

@@ -1,4 +1,4 @@
-"""How far an image is from the training images (docs/METHOD.md, "Consensus probability and outliers").
+"""Distance of an image from the training images (docs/METHOD.md, "Consensus probability and outliers").
 
 Each cluster is a Gaussian; all share one covariance, made of the r largest principal directions of the features around
 their cluster means and one noise variance for the remaining dimensions (probabilistic PCA). The outlier score is the

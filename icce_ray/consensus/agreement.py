@@ -1,4 +1,4 @@
-"""How far the heads agree with the consensus, image by image (docs/METHOD.md, "Agreement").
+"""Agreement of the heads with the consensus, per image (docs/METHOD.md, "Agreement").
 
 Shape letters: N images, n images of a part, H heads, C head clusters, K clusters of the consensus.
 """
@@ -20,7 +20,7 @@ MAX_CONFUSED_WITH = 3
 
 
 class Agreement(NamedTuple):
-    """How the heads vote for each image after they are aligned to the consensus."""
+    """Votes of the heads for each image, after they are aligned to the consensus."""
 
     agreement_N: npt.NDArray[np.float32]
     """Share of the heads with a label whose aligned label is the consensus."""

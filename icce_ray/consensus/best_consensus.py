@@ -34,11 +34,11 @@ from icce_ray.consensus.refinement import refine
 MAX_SEEDS, MAX_STARTS = 4, 16
 """Maximum number of tries of a function: METIS seeds, and heads that `vote` starts from."""
 TRIES_BUDGET = 2_000_000
-"""Number of labels (heads x images) times tries, about: large inputs get fewer tries, but at least one."""
+"""Approximate limit of labels (heads x images) times tries: large inputs get fewer tries, at least one."""
 SCREENING_PASSES = 5
 """Refinement passes of each try; only the best try of each function is refined to the end."""
 RECOMBINED = "recombined"
-"""Stands among the names of the functions for their result after the neighbour graph judged recombinations."""
+"""Name of the result that fits the neighbour graph best among the recombinations of all others."""
 FALLBACK: ConsensusMethod = "vote"
 """Used if all functions asked for fail: it needs no partitioner."""
 
@@ -74,10 +74,10 @@ class EnsembleResult:
     skipped: dict[str, str] = field(default_factory=dict)
     """Functions that gave no result, and why."""
     repaired: dict[str, int] = field(default_factory=dict)
-    """Functions whose best try left clusters empty, and how many. They got images if that was possible."""
+    """Number of clusters that each function's best try left empty. They were filled if that was possible."""
 
     def summary(self) -> dict[str, Any]:
-        """JSON-able figures: what was chosen, how well it agrees with the heads, how large the clusters are."""
+        """JSON-able summary: the choice, its agreement with the heads, the sizes of the clusters."""
         has_cluster = self.labels >= 0
         sizes = np.bincount(self.labels[has_cluster])
         sizes = sizes[sizes > 0]

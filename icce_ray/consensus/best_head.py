@@ -1,4 +1,4 @@
-"""The best head as it is: a consensus without a vote (docs/METHOD.md, "Choice of the consensus")."""
+"""The best head, unchanged, as the consensus (docs/METHOD.md, "Choice of the consensus")."""
 
 from __future__ import annotations
 

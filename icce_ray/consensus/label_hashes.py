@@ -1,4 +1,4 @@
-"""Hashes of labels: to break ties without a preference, and to find the images that all heads label alike."""
+"""Hashes of labels, to break ties without bias and to find images that all heads label alike."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ COMMAND = [sys.executable, "-P", "-m", "icce_ray.consensus.partition"]
 
 
 class PartitionError(RuntimeError):
-    """A consensus function is not applicable, now or another time: its graph is too large, or METIS refused it."""
+    """A consensus function does not apply, and a retry would not help: its graph is too large, or METIS refused it."""
 
 
 class _Fault(RuntimeError):

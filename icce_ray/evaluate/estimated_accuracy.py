@@ -1,7 +1,7 @@
 """An estimate of the accuracy of clusters, made without labels [ours] (docs/METHOD.md, "Estimated accuracy").
 
-How sure the clusterings of one method are of each other says little about the truth: they share its mistakes. So the
-clusters are compared with clusterings of other kinds. Three views are taken, and the middle one counts:
+Agreement among clusterings of one method says little about the truth, because they share its mistakes. So the clusters
+are compared with other kinds of clustering. The estimate is the median of three views:
 
 - neighbours: the share of the 20 nearest images that two k-means runs, on other halves of the images, put into the same
   cluster. It follows the share of neighbours with the same label.

@@ -124,7 +124,7 @@ def _from_shards(uris: Sequence[str]) -> list[str]:
 
 
 def _path(uri: str) -> PurePosixPath:
-    """The path of an image as its user knows it: that of a member of a container goes on in the container's folder."""
+    """The path of an image. A member of a container counts as a file in the container's folder."""
     if found := TAR_MEMBER.match(uri):
         return PurePosixPath(found["file"]).parent / found["name"]
     if found := PARQUET_MEMBER.match(uri):
@@ -214,7 +214,7 @@ def _labels(values: Sequence[Any], uri: str) -> list[str]:
 
 
 def _text(value: str) -> str:
-    """`value` in Unicode's normal form C and without spaces around it: what looks equal is equal."""
+    """`value` in Unicode's normal form C and stripped, so that labels that look equal are equal."""
     return unicodedata.normalize("NFC", value.strip())
 
 

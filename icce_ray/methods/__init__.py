@@ -1,11 +1,10 @@
 """The methods: ways to make a label matrix, H clusterings of the same N images (docs/METHOD.md, "Methods").
 
-Everything after a method needs nothing but that matrix, so consensus, agreement, classifier, assignment, report,
-sweeps and the choice of the number of clusters work for every method. A new one is a folder here whose ``job.py`` has
-``run(config, context)`` and writes `icce_ray.methods.clusterings.Clusterings`, its settings as a section of the config,
-and one line in the table below.
+All later stages need only that matrix, so they work for every method. To add one, write a folder here whose ``job.py``
+has ``run(config, context)`` and writes `icce_ray.methods.clusterings.Clusterings`, a section of the config for its
+settings, and an entry in the table below.
 
-This module imports nothing, since the config is checked against it.
+This module imports nothing heavy, since the config is checked against it.
 """
 
 from __future__ import annotations
@@ -26,18 +25,18 @@ class Method:
     version: int
     """Raised by hand when the code would make other clusterings of the same settings."""
     needs_graph: bool
-    """Whether it is handed the neighbour graph."""
+    """Whether it takes the neighbour graph as an input."""
     unit: str
-    """What its progress counts."""
+    """Unit of its progress."""
     settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    """Settings by section that it fills in where the config leaves them open."""
+    """Its own defaults, by section; the config overrides them."""
     free_settings: frozenset[str] = frozenset()
-    """Settings of its section that do not change its result."""
-    knows_its_name: bool = False
-    """Whether its job does something else for another method of the same section."""
+    """Settings of its section that do not affect its result."""
+    depends_on_name: bool = False
+    """Whether its result depends on its name too: several methods share the section."""
     finds_num_clusters: Callable[[Any], bool] = lambda section: False
-    """Whether it finds the number of clusters itself, given its section of the config. Then `num_clusters` is `auto`,
-    and its metrics have the number."""
+    """Whether it finds the number of clusters itself, given its section of the config. If so, `num_clusters` is `auto`,
+    and its metrics hold the number."""
     has_check: bool = False
     """Whether its job has ``check(config)``, which raises a UserError before any work starts."""
 
@@ -71,7 +70,7 @@ def _conventional(
         needs_graph=False,
         unit="steps",
         settings={"sample": {"max_images": max_images}, **settings},
-        knows_its_name=True,
+        depends_on_name=True,
         finds_num_clusters=finds_num_clusters,
         has_check=True,
     )

@@ -1,4 +1,4 @@
-"""What every method makes: several clusterings of the same images, as one label matrix."""
+"""The result of every method: several clusterings of the same images, as one label matrix."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ class Clusterings:
     labels_HN: npt.NDArray[np.int32]
     """Cluster of each image in each clustering; -1 where it has none."""
     losses_H: npt.NDArray[np.float64] | None = None
-    """A loss for each clustering, the lowest is the best; None where the method has none."""
+    """A loss for each clustering, the lower the better; None if the method has none."""
     files: Mapping[str, bytes] = field(default_factory=dict)
-    """More that the method keeps, such as its weights, by file name."""
+    """Further files of the method by name, such as its weights."""
     history: list[dict[str, Any]] = field(default_factory=list)
-    """How the losses went: a row for each epoch, with at least `loss`; empty where there was no training."""
+    """Losses over the training: a row for each epoch, with at least `loss`; empty if nothing was trained."""
     notes: Mapping[str, Any] = field(default_factory=dict)
-    """JSON-able facts about this result, kept beside the losses."""
+    """JSON-able facts about the result, stored with the losses."""
 
     def write(self, output: ArtifactWriter) -> None:
         """Write label_matrix.npy (H x N int32), clusterings.json (losses, history and notes) and the files."""
@@ -40,12 +40,12 @@ class Clusterings:
 
 
 def read_losses(artifact: Artifact) -> npt.NDArray[np.float64] | None:
-    """The loss of each clustering (H,), or None where the method gave none."""
+    """The loss of each clustering (H,); None if the method has none."""
     losses = artifact.read_json(RECORD_NAME)["losses"]
     return None if losses is None else np.asarray(losses, dtype=np.float64)
 
 
 def read_history(artifact: Artifact) -> list[dict[str, Any]]:
-    """How the losses went, a row for each epoch."""
+    """Losses over the training, a row for each epoch."""
     history: list[dict[str, Any]] = artifact.read_json(RECORD_NAME)["history"]
     return history

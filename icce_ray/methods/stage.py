@@ -10,8 +10,8 @@ from icce_ray.stage import Settings, Stage
 
 
 def method_stage(name: str, *, chooses_number: bool = False) -> Stage:
-    """The stage that runs the method `name`. Methods that share a section and its settings share their artifacts,
-    unless they know their names.
+    """The stage that runs the method `name`. Methods with the same section and settings share their artifacts, unless
+    their result depends on the name.
 
     Args:
         chooses_number: whether the method finds the number of clusters of the run.
@@ -22,7 +22,7 @@ def method_stage(name: str, *, chooses_number: bool = False) -> Stage:
         own = getattr(config, method.section).model_dump(exclude=set(method.free_settings))
         found = method.finds_num_clusters(getattr(config, method.section))
         asked = {"num_clusters": AUTO if found else config.num_clusters, "seed": config.seed, method.section: own}
-        return asked | ({"method": name} if method.knows_its_name else {})
+        return asked | ({"method": name} if method.depends_on_name else {})
 
     def check(config: Config) -> None:
         if method.has_check:

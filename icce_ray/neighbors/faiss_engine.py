@@ -76,7 +76,7 @@ class Engine(Protocol):
 
 
 def always_wanted(rule: Rule, error: float) -> float:
-    """The score at which a pair counts whatever else is in its row, or `UNREACHABLE` without a threshold."""
+    """The score from which on a pair is kept regardless of the rest of its row; `UNREACHABLE` without a threshold."""
     return UNREACHABLE if rule.threshold is None else min(rule.threshold - error, UNREACHABLE)
 
 

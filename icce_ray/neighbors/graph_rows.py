@@ -81,7 +81,7 @@ def index_dtype(num_images: int) -> np.dtype[np.integer]:
 
 
 def search_shard(engine: Engine, unit: UnitFeatures, ids: Ids, rule: Rule) -> list[Candidates]:
-    """What a shard finds for the images `ids`, one block of queries after the other."""
+    """A shard's candidates for the images `ids`, block by block of queries."""
     return in_threads(lambda block: search(engine, Queries(unit, block), rule), _blocks(ids), engine.blocks_at_once)
 
 

@@ -93,7 +93,7 @@ def _build_on_shards(
 
 
 class Shards:
-    """The shard actors, started when there is something to do."""
+    """The shard actors, started on first use."""
 
     def __init__(self, task: GraphTask, resources: WorkerResources) -> None:
         self.task = task

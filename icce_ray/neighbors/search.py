@@ -30,7 +30,7 @@ CHUNK_BYTES = 8 * CHUNK_ELEMENTS
 
 @dataclass(frozen=True)
 class Candidates:
-    """What one shard, or several together, found for Q queries.
+    """Candidates of one shard, or of several together, for Q queries.
 
     num_hits_Q: number of images that reach the threshold, before any cut.
     pairs: the rule applied to the images of the shard.

@@ -45,7 +45,7 @@ class GraphPart:
 
 @dataclass(frozen=True)
 class GraphTask:
-    """What every shard has to know: the embeddings, the settings, and where results go."""
+    """The task of all shards: the embeddings, the settings, and where results go."""
 
     embed: Artifact
     config: NeighborsConfig
@@ -113,7 +113,7 @@ class ShardWorker:
         return task.records.write(AUDIT, files, {})
 
     def answer(self, part: GraphPart) -> list[Candidates]:
-        """What this shard finds for the images of a part."""
+        """This shard's candidates for the images of a part."""
         answer = search_shard(self.engine, self.unit, np.arange(part.start, part.stop), self.rule)
         self.num_answers += 1
         return answer

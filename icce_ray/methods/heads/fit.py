@@ -92,7 +92,7 @@ def fit(
 
 
 def find_collapsed_heads(labels_HN: npt.NDArray[np.integer[Any]], num_clusters: int) -> list[int]:
-    """Heads that use fewer than half of the clusters that they could, or fewer than two [ours]."""
+    """Heads that use fewer than half of the available clusters, or fewer than two [ours]."""
     smallest = max(2, min(num_clusters, labels_HN.shape[1]) / 2)
     return [head for head, labels_N in enumerate(labels_HN) if len(np.unique(labels_N)) < smallest]
 
@@ -135,7 +135,7 @@ def _from_all(communicator: Communicator, value: torch.Tensor, device: torch.dev
 
 
 def _is_finished(trainer: HeadTrainer) -> bool:
-    return trainer.epoch == trainer.settings.num_epochs or trainer.labels_rest
+    return trainer.epoch == trainer.settings.num_epochs or trainer.labels_are_stable
 
 
 def _clusterings(trainer: HeadTrainer, num_clusters: int) -> Clusterings:

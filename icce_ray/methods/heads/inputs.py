@@ -1,5 +1,5 @@
-"""What the heads see of the features: rotated, normalised batches, and each head's own random share of their
-dimensions (docs/METHOD.md, "Batch normalisation" and "Architecture")."""
+"""Inputs of the heads: rotated, normalised batches of features, and a random subset of the dimensions for each head
+(docs/METHOD.md, "Batch normalisation" and "Architecture")."""
 
 from __future__ import annotations
 

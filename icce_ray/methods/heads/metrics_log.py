@@ -1,5 +1,5 @@
-"""Figures of the training while it runs: ``metrics.jsonl``, one JSON object for each epoch, in the artifact's folder.
-Where TensorBoard is installed and the folder is local, event files for it, too."""
+"""Live training metrics in the artifact's folder: ``metrics.jsonl``, one JSON object per epoch, and TensorBoard event
+files if TensorBoard is installed and the folder is local."""
 
 from __future__ import annotations
 

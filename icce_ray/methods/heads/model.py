@@ -80,7 +80,7 @@ class PrototypeDtypes:
 
 @dataclass
 class ForwardCache:
-    """What the backward pass needs from the forward pass."""
+    """Intermediate results that the backward pass needs."""
 
     hidden_HnM: torch.Tensor
     activation_HnM: torch.Tensor

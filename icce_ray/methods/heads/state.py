@@ -1,4 +1,4 @@
-"""What training changes: student, teacher, optimiser, prior and balance of some heads."""
+"""The training state of some heads: student, teacher, optimiser, prior and balance."""
 
 from __future__ import annotations
 

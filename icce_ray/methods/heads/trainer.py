@@ -109,8 +109,8 @@ class HeadTrainer:
         return num_steps_per_epoch(self.num_anchors, self.batch_size)
 
     @property
-    def labels_rest(self) -> bool:
-        """Whether fewer labels than `early_stop_change` changed in each of the last three epochs."""
+    def labels_are_stable(self) -> bool:
+        """Whether the share of labels that changed was below `early_stop_change` in each of the last three epochs."""
         limit, last = self.settings.early_stop_change, self.history[-EARLY_STOP_EPOCHS:]
         if limit is None or len(last) < EARLY_STOP_EPOCHS:
             return False

@@ -1,4 +1,4 @@
-"""Figures of the heads during training, from the labels that the steps compute anyway."""
+"""Training metrics of the heads, from the labels that the steps compute anyway."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ MAX_HEAD_PAIRS = 16
 class EpochWatch:
     """Labels of a seeded sample of the images, and cluster sizes, by one worker's heads.
 
-    Every image of `anchors` is labelled once an epoch, at the step that draws it. This takes no extra forward pass; the
-    labels are half an epoch old on average.
+    Each image of `anchors` is labelled once an epoch, at the step that draws it. That takes no extra forward pass, and
+    the labels are half an epoch old on average.
     """
 
     def __init__(

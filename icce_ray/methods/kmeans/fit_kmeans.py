@@ -1,5 +1,5 @@
-"""K-means from several starts over shards (docs/METHOD.md, "K-means"). This module only adds up what shards return, so
-it doesn't matter where they are.
+"""K-means from several starts over shards (docs/METHOD.md, "K-means"). This module only adds up the results of shards,
+wherever they are.
 
 Legend: N images, n images of a shard, D feature dimension, d dimensions of the rows, K clusters, H starts.
 """
@@ -36,10 +36,10 @@ class Shards(Protocol):
     """The shards of one collection, wherever they are."""
 
     def all(self, method: str, *arguments: Any) -> list[Any]:
-        """What a method of `KMeansShard` returns in each shard, in their order."""
+        """Results of a method of `KMeansShard` for every shard, in their order."""
 
     def each(self, method: str, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
-        """What it returns for each tuple of arguments, each in any shard."""
+        """Results of the method for each tuple of arguments, computed by any shards."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Start:
     """With Lloyd's algorithm: the inertia at the beginning of each iteration."""
     is_converged: bool = False
     labels_N: Labels | None = None
-    """With the final inertia, once it is finished."""
+    """Set with the final inertia when it is finished."""
     inertia: float = math.nan
 
 
@@ -85,7 +85,7 @@ class FittedKMeans:
         return int(np.argmin([start.inertia for start in self.starts]))
 
     def clusterings(self, num_images: int) -> Clusterings:
-        """As every method returns them. kmeans.npz has `centroids` (H, K, d), and the projection: `mean` (D,),
+        """The result of the method. kmeans.npz has `centroids` (H, K, d), and the projection: `mean` (D,),
         `components` (D, d), empty if all are kept, and `spherical`."""
         best = self.starts[self.best]
         centroids_HKd = np.stack([start.centroids_Kd for start in self.starts]).astype(np.float32)
@@ -181,7 +181,7 @@ class KMeansRun:
             moved = self.shards.each("mini_batch_epoch", arguments)
             for number, (centroids_Kd, counts_K) in zip(due, moved, strict=True):
                 states[number] = Start(centroids_Kd, counts_K, epoch + 1)
-            self._say(len(states) * (epoch + 1), len(states) * self.settings.num_epochs)
+            self._report(len(states) * (epoch + 1), len(states) * self.settings.num_epochs)
             if self._is_due():
                 for number in due:
                     self._write(number, states[number])
@@ -195,7 +195,7 @@ class KMeansRun:
         limit = self.settings.num_iterations
         while state.step < limit and not state.is_converged:
             state = self.iterate(state)
-            self._say(
+            self._report(
                 number * limit + state.step, self.settings.num_starts * limit,
                 f"start {number + 1}, inertia {state.inertias[-1] / self.num_images:.5g} per image",
             )  # fmt: skip
@@ -244,7 +244,7 @@ class KMeansRun:
         self._write(number, finished)
         return finished
 
-    def _say(self, done: int, total: int, note: str = "") -> None:
+    def _report(self, done: int, total: int, note: str = "") -> None:
         if self.progress is not None:
             self.progress.update(done, total, note)
 
@@ -276,11 +276,11 @@ class KMeansRun:
         record = None if self.records is None else self.records.read(f"start-{number:04d}")
         if record is None or self.records is None:
             return None
-        folder, said = self.records.folder, record.metrics
+        folder, metrics = self.records.folder, record.metrics
         arrays = [np.load(io.BytesIO(folder.read_bytes(file.name)), allow_pickle=False) for file in record.files]
         return Start(
-            arrays[0], arrays[1], said["step"], tuple(said["inertias"]), said["converged"],
-            arrays[2] if len(arrays) > 2 else None, said["inertia"],
+            arrays[0], arrays[1], metrics["step"], tuple(metrics["inertias"]), metrics["converged"],
+            arrays[2] if len(arrays) > 2 else None, metrics["inertia"],
         )  # fmt: skip
 
 
@@ -303,7 +303,7 @@ def _project(
         settings.spherical,
     )  # fmt: skip
     if records is not None:
-        # Written down, since another machine might round otherwise.
+        # Stored, since another machine might round differently.
         file = ArtifactWriter(records.folder).write_bytes(f"{PROJECTION}.npz", projection.to_bytes())
         records.write(PROJECTION, [file], {})
     return projection

@@ -128,7 +128,7 @@ class KMeansShard:
         # Imported here, because it takes 85 MB, and one shard needs it.
         from sklearn.cluster import kmeans_plusplus
 
-        with threadpool_limits(1):  # a product on several threads may be rounded otherwise
+        with threadpool_limits(1):  # several threads may round a product differently
             centroids_Kd, _ = kmeans_plusplus(rows_nd.astype(np.float64), num_clusters, random_state=seed)
         return np.asarray(centroids_Kd, dtype=np.float32)
 
@@ -137,7 +137,7 @@ class KMeansShard:
         return self.label(projection, centroids_Kd)[1]
 
     def farthest(self, projection: Projection, centroids_Kd: Floats, number: int) -> list[Far]:
-        """The rows farthest from their centroids, at most so many; none that is its centroid."""
+        """The rows farthest from their centroids, at most `number`, without those that equal their centroid."""
         labels_n, _ = self.label(projection, centroids_Kd)
         rows_nd = self._rows(projection)
 
@@ -223,9 +223,9 @@ class KMeansShard:
             return np.concatenate([np.empty(0, np.int32), *labels]), sums
         labels_n = np.empty(len(rows_nd), np.int32)
 
-        def some(each: range) -> Sums:
+        def assign_blocks(numbers: range) -> Sums:
             sums = Sums.zeros(*centroids_Kd.shape)
-            for number in each:
+            for number in numbers:
                 rows, first = rows_of(blocks[number]), blocks[number][0] - start
                 labels_n[first : first + len(rows)] = nearest(rows, centroids_Kd)
                 sums.add(rows, labels_n[first : first + len(rows)])
@@ -234,7 +234,7 @@ class KMeansShard:
         # Each thread adds up its own blocks: sums of all blocks at a time would not fit into memory.
         threads = range(self.num_threads)
         return labels_n, Sums.join(
-            self._in_threads(some, [range(each, len(blocks), self.num_threads) for each in threads])
+            self._in_threads(assign_blocks, [range(each, len(blocks), self.num_threads) for each in threads])
         )
 
     def _in_threads(self, function: Callable[[Any], R], items: Any) -> list[R]:

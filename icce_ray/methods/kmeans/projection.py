@@ -1,5 +1,5 @@
-"""What is done to the features before k-means: centring, PCA, unit length, and rounding to a grid on which sums are
-exact (docs/METHOD.md, "K-means").
+"""Preparation of the features for k-means: centring, PCA, unit length, and rounding to a grid on which sums are exact
+(docs/METHOD.md, "K-means").
 
 Mean and covariance come from sums over fixed parts of the images, added in the order of the parts, so they don't depend
 on how the parts are divided over workers.

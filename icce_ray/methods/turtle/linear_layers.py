@@ -19,7 +19,7 @@ Layers = Sequence[tuple[torch.Tensor, torch.Tensor]]
 
 
 class AdamParameters:
-    """Tensors, changed in place by Adam, and what Adam remembers of them."""
+    """Tensors that Adam changes in place, and its state."""
 
     def __init__(self, tensors: Sequence[torch.Tensor], learning_rate: float) -> None:
         self.tensors = list(tensors)

@@ -33,7 +33,7 @@ HISTORY_ROWS = 100
 
 @dataclass(frozen=True)
 class FinishedRuns:
-    """What the runs of a block have found. C = R K columns, those of the runs side by side."""
+    """Results of the runs of a block. C = R K columns, those of the runs side by side."""
 
     labels_RN: npt.NDArray[np.int32]
     layers: Layers
