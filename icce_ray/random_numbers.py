@@ -1,6 +1,6 @@
-"""Random numbers without a state: a hash of numbers instead of a generator, so that the order of draws doesn't matter.
+"""Seeded draws: hashes of numbers, for which the order of draws doesn't matter, and samples of rows.
 
-SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014).
+The hash is SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014).
 """
 
 from __future__ import annotations
@@ -27,3 +27,10 @@ def mix64(states: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     mixed = (states ^ (states >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return mixed ^ (mixed >> np.uint64(31))
+
+
+def sampled_rows(num_rows: int, max_rows: int, seed: int) -> npt.NDArray[np.int64]:
+    """A uniform sample of the numbers 0..num_rows-1, ascending; all of them if there are at most `max_rows`."""
+    if num_rows <= max_rows:
+        return np.arange(num_rows)
+    return np.sort(np.random.default_rng(seed).choice(num_rows, max_rows, replace=False))

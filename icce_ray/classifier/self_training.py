@@ -25,6 +25,7 @@ from icce_ray.classifier.linear import LinearClassifier, center_and_scale, proba
 from icce_ray.classifier.outliers import fit_outlier_rule
 from icce_ray.config import ClassifierConfig
 from icce_ray.errors import InputError
+from icce_ray.random_numbers import sampled_rows
 from icce_ray.runtime.progress import Progress
 
 Float32Array = npt.NDArray[np.float32]
@@ -152,7 +153,9 @@ class SelfTraining:
         predicted_n = logits_nK.argmax(axis=1)
         probability_n = calibrate(logits_nK, temperature, floor).max(axis=1)
 
-        sample_nD = self._read(self.train_rows[_sample(len(self.train_rows), MAX_OUTLIER_IMAGES, self.sample_seed)])
+        sample_nD = self._read(
+            self.train_rows[sampled_rows(len(self.train_rows), MAX_OUTLIER_IMAGES, self.sample_seed)]
+        )
         sample_labels_n = (sample_nD @ best.weights + best.bias).argmax(axis=1)
         outliers, threshold = fit_outlier_rule(sample_nD, sample_labels_n, self.num_clusters, self.outlier_quantile)
         return LinearClassifier(
@@ -248,12 +251,6 @@ def _mean_and_scale(features_ND: FloatArray, rows: IntArray) -> tuple[Float32Arr
         squares_N[chunk] = ((features_ND[rows[chunk]] - mean_D).astype(np.float64) ** 2).sum(axis=1)
     square = float(np.median(squares_N)) or float(squares_N.mean())
     return mean_D, math.sqrt(square / features_ND.shape[1]) or 1.0
-
-
-def _sample(num_images: int, max_images: int, seed: int) -> IntArray:
-    if num_images <= max_images:
-        return np.arange(num_images)
-    return np.sort(np.random.default_rng(seed).choice(num_images, max_images, replace=False))
 
 
 def _chunks(num_rows: int) -> Iterator[slice]:

@@ -21,6 +21,7 @@ from sklearn.cluster import AgglomerativeClustering, KMeans
 from icce_ray.metrics.label_free_scores import project_pca
 from icce_ray.metrics.true_label_scores import clustering_accuracy
 from icce_ray.neighbors.search import most_similar
+from icce_ray.random_numbers import sampled_rows
 from icce_ray.sample.unit_features import prepare
 
 MAX_IMAGES = 3_000
@@ -45,8 +46,7 @@ def estimate_accuracy(
         None for fewer than two clusters, or fewer than MIN_IMAGES_PER_CLUSTER images per cluster.
     """
     rows = np.flatnonzero(clusters_n >= 0)
-    if len(rows) > MAX_IMAGES:
-        rows = np.sort(np.random.default_rng(seed).choice(rows, MAX_IMAGES, replace=False))
+    rows = rows[sampled_rows(len(rows), MAX_IMAGES, seed)]
     clusters = clusters_n[rows]
     num_clusters = len(np.unique(clusters))
     if num_clusters < 2 or len(rows) < max(NUM_NEAREST + 1, MIN_IMAGES_PER_CLUSTER * num_clusters):

@@ -25,7 +25,7 @@ from icce_ray.metrics.true_label_scores import (
     evaluate_with_noise,
     match_clusters,
 )
-from icce_ray.random_numbers import id_hashes
+from icce_ray.random_numbers import id_hashes, sampled_rows
 from icce_ray.runtime.progress import Progress
 from icce_ray.sample.training_set import training_rows, training_set
 from icce_ray.sample.unit_features import prepare
@@ -110,7 +110,7 @@ def _estimate(
     matrix_ND: npt.NDArray[np.floating], labels_N: npt.NDArray[np.integer], seed: int
 ) -> tuple[float, dict[str, float]] | None:
     """The estimated accuracy of the clusters, from a sample of the images trained on."""
-    rows = _sampled_rows(len(labels_N), SAMPLED_IMAGES, seed)
+    rows = sampled_rows(len(labels_N), SAMPLED_IMAGES, seed)
     return estimate_accuracy(matrix_ND[rows], labels_N[rows], seed=seed)
 
 
@@ -119,18 +119,12 @@ def _scorer(
 ) -> Callable[[npt.NDArray[np.integer]], dict[str, float | None]]:
     """A function that scores labels (N,) without labels, from a sample of the images trained on. Both scores are
     measured in the first principal components, which takes seconds where the features themselves take minutes."""
-    rows = _sampled_rows(len(matrix_ND), MAX_IMAGES, config.seed)
+    rows = sampled_rows(len(matrix_ND), MAX_IMAGES, config.seed)
     features_nD = np.asarray(matrix_ND[rows], dtype=np.float32)
     points = {"pca": project_pca(prepare(features_nD, center=True)[:], config.seed)}
     if config.evaluate.silhouette_umap:
         points["umap"] = project_umap(features_nD, config.seed)
     return lambda labels_N: label_free_scores(points["pca"], points, labels_N[rows], random_state=config.seed)
-
-
-def _sampled_rows(num_rows: int, most: int, seed: int) -> npt.NDArray[np.int64]:
-    if num_rows <= most:
-        return np.arange(num_rows)
-    return np.sort(np.random.default_rng(seed).choice(num_rows, most, replace=False))
 
 
 def describe(labels_N: npt.NDArray[np.integer], classes_N: npt.NDArray[np.integer] | None) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import numpy.typing as npt
 from icce_ray.config import Config
 from icce_ray.embed.feature_matrix import load_features
 from icce_ray.metrics.label_free_scores import project_pca, project_umap
+from icce_ray.random_numbers import sampled_rows
 from icce_ray.runtime.machine import has_umap
 from icce_ray.sample.training_set import training_set
 from icce_ray.stage import StageContext
@@ -29,9 +30,7 @@ def spaces() -> list[str]:
 
 def sample(num_images: int) -> npt.NDArray[np.int64]:
     """The rows that are scored, ascending: all of them up to MAX_IMAGES."""
-    if num_images <= MAX_IMAGES:
-        return np.arange(num_images)
-    return np.sort(np.random.default_rng(SEED).choice(num_images, MAX_IMAGES, replace=False))
+    return sampled_rows(num_images, MAX_IMAGES, SEED)
 
 
 def run(config: Config, context: StageContext) -> dict[str, Any]:
