@@ -4,8 +4,8 @@ N(i) = all images at least `threshold` similar to i. If these are fewer than `mi
 similar. If they are more than `max_neighbors`: a uniform random subset, drawn by a hash of (seed, i, j), so that it
 doesn't depend on how the work is divided.
 
-A pair so close to a border that its score might be on the wrong side is scored again in float64, and the order is total
-(similarity, then the lower id). So the neighbours depend neither on how pairs were found nor on their order.
+Pairs whose score is within its error of a border are scored again in float64, and ties go to the lower id. So the
+neighbours don't depend on how pairs were found, nor on their order.
 
 Legend: Q queries, P pairs, k list length, R some of the rows.
 """
@@ -72,8 +72,7 @@ class PairList:
 
 
 def keep(pairs: PairList, num_hits_Q: Ids, ids_Q: Ids, rule: Rule, error: float, exact: Exact) -> PairList:
-    """Apply the rule to any superset of the pairs it keeps. It is idempotent, and may be applied to some of the pairs
-    first.
+    """Apply the rule to a superset of the pairs that it keeps. It is idempotent, so parts may be reduced first.
 
     Args:
         pairs: in any order, each once.

@@ -84,8 +84,8 @@ class FaissEngine(Engine):
     """Holds the rows of a shard in float32, with a column of ones: if the queries have minus their radius there, one
     range search serves queries of different radii.
 
-    A block holds every m-th image. So each is a sample of the shard, however the images are sorted: the scores of the
-    first block show which scores of the others can matter, and later blocks show it better.
+    A block holds every m-th image, so each is a sample of the shard even if the images are sorted. The first block
+    bounds the scores that can matter in the others, and later blocks tighten the bound.
 
     Args:
         unit: the features of all images.

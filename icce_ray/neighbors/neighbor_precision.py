@@ -4,7 +4,7 @@ Two images are taken to be of one class if k-means puts them into one cluster fr
 neighbours for which that holds follows the share with the same label: for lists of 60 to N/K neighbours within 5 points
 on CIFAR-10 and Fashion-MNIST features, centred or not, and up to 8 points below on digits. A single run overestimates
 the precision if classes overlap (by 10 points on CIFAR-10), because its borders lie where neighbours are few; two runs
-disagree there. The estimate cannot know which clusters are meant: raw pixels of photos cluster well by something other
+disagree there. The estimate cannot tell which clusters are wanted: raw pixels of photos cluster well by something other
 than their labels.
 
 Legend: N images, D feature dimension, K clusters, R k-means runs, P pairs.

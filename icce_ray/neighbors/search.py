@@ -1,8 +1,8 @@
 """Search by the adaptive rule, exact to the last tie, shard by shard.
 
-A shard answers each query by the rule applied to its own images: all that are similar enough or, if they are fewer than
-`min_neighbors`, its most similar. Whatever belongs into a row of the graph is in some shard's answer, so applying the
-rule once more to the union of the answers gives the row. Shards, blocks, threads and engine don't change the result.
+A shard applies the rule to its own images: its answer to a query has all that are similar enough or, if they are fewer
+than `min_neighbors`, its most similar. Every neighbour is in some shard's answer, so applying the rule again to all
+answers gives the row of the graph. Shards, blocks, threads and engine don't change the result.
 
 Legend: D feature dimension, n images of the shard, Q queries, P pairs, k list length.
 """

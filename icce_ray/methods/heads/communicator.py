@@ -17,11 +17,9 @@ class Communicator(Protocol):
 
     def gather(self, rows: torch.Tensor, num_rows: Sequence[int]) -> torch.Tensor:
         """The rows of all workers, in the order of ranks, on every worker. `num_rows`: of each worker."""
-        ...
 
     def gather_on_first(self, rows: torch.Tensor, num_rows: Sequence[int]) -> torch.Tensor:
         """The rows of all workers on the worker of rank 0; on the others an empty tensor."""
-        ...
 
 
 class SingleWorker:
@@ -33,8 +31,7 @@ class SingleWorker:
     def gather(self, rows: torch.Tensor, num_rows: Sequence[int]) -> torch.Tensor:
         return rows
 
-    def gather_on_first(self, rows: torch.Tensor, num_rows: Sequence[int]) -> torch.Tensor:
-        return rows
+    gather_on_first = gather
 
 
 class TorchDistributed:
