@@ -17,13 +17,9 @@ import numpy.typing as npt
 import safetensors
 import safetensors.numpy
 
-from icce_ray.classifier.calibration import calibrate
-from icce_ray.classifier.outliers import OutlierModel
+from icce_ray.classifier.calibration import FloatArray, IntArray, calibrate
+from icce_ray.classifier.outliers import Float32Array, OutlierModel
 from icce_ray.errors import InputError
-
-Float32Array = npt.NDArray[np.float32]
-FloatArray = npt.NDArray[np.floating]
-IntArray = npt.NDArray[np.integer]
 
 CHUNK_ROWS = 256
 """Rows scored at a time, few enough for their intermediate results to stay in the processor's cache."""

@@ -17,20 +17,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 from scipy.special import logsumexp
 
-from icce_ray.classifier.calibration import calibrate, expected_calibration_error, fit_calibration
+from icce_ray.classifier.calibration import FloatArray, IntArray, calibrate, expected_calibration_error, fit_calibration
 from icce_ray.classifier.linear import LinearClassifier, center_and_scale, probability_histogram
-from icce_ray.classifier.outliers import fit_outlier_rule
+from icce_ray.classifier.outliers import Float32Array, fit_outlier_rule
 from icce_ray.config import ClassifierConfig
 from icce_ray.errors import InputError
 from icce_ray.random_numbers import sampled_rows
 from icce_ray.runtime.progress import Progress
-
-Float32Array = npt.NDArray[np.float32]
-FloatArray = npt.NDArray[np.floating]
-IntArray = npt.NDArray[np.integer]
 
 NUM_EPOCHS = 100
 MIN_STEPS, MAX_STEPS = 1_000, 12_500
