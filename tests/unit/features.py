@@ -25,12 +25,13 @@ def similarity_units(base: npt.NDArray[np.floating]) -> npt.NDArray[np.int64]:
 
 def nearest(units: npt.NDArray[np.int64], image: int, k: int) -> list[int]:
     """The k most similar others; of equally similar ones the lower ids."""
-    others = [j for j in range(len(units)) if j != image]
-    return sorted(others, key=lambda j: (-units[image, j], j))[:k]
+    order = np.argsort(-units[image], kind="stable")
+    return order[order != image][:k].tolist()
 
 
 def above(units: npt.NDArray[np.int64], image: int, threshold: float) -> list[int]:
-    return [j for j in range(len(units)) if j != image and units[image, j] >= round(threshold / RESOLUTION)]
+    found = np.flatnonzero(units[image] >= round(threshold / RESOLUTION))
+    return found[found != image].tolist()
 
 
 def neighbor_lists(base: npt.NDArray[np.floating], threshold: float | None, min_neighbors: int) -> list[list[int]]:

@@ -140,7 +140,7 @@ def test_scores_that_the_engine_gets_wrong_within_its_bound_change_nothing(
     assert found == reference.neighbor_lists(prepared[:], 0.7, 15)
 
 
-@pytest.mark.parametrize("dim", [3, 64, 700])
+@pytest.mark.parametrize("dim", [3, 64, 300])
 @pytest.mark.parametrize("engine", ENGINES)
 def test_scores_are_within_the_error_that_an_engine_states(engine: str, dim: int) -> None:
     prepared = prepare(np.random.default_rng(dim).standard_normal((150, dim)).astype(np.float32), center=True)
@@ -152,15 +152,15 @@ def test_scores_are_within_the_error_that_an_engine_states(engine: str, dim: int
 
 
 @pytest.mark.usefixtures("_small_blocks")
-@pytest.mark.parametrize("k", [1, 7, 40, 299, 1000])
+@pytest.mark.parametrize("k", [1, 40, 149, 1000])
 @pytest.mark.parametrize("center", [True, False])
 def test_the_most_similar_are_those_of_brute_force_with_ties_to_the_lower_id(k: int, center: bool) -> None:
-    prepared = prepare(reference.awkward_features(300, 5), center)
+    prepared = prepare(reference.awkward_features(150, 5), center)
     base = prepared[:]
     units = reference.similarity_units(base)
-    similarities, ids = most_similar(prepared, np.arange(300), k)
-    assert ids.shape == (300, min(k, 299))
-    for image in range(300):
+    similarities, ids = most_similar(prepared, np.arange(150), k)
+    assert ids.shape == (150, min(k, 149))
+    for image in range(150):
         assert sorted(ids[image].tolist()) == sorted(reference.nearest(units, image, k))
     np.testing.assert_allclose(similarities, np.take_along_axis(base @ base.T, ids, axis=1), atol=1e-6)
     assert (np.diff(similarities, axis=1) <= 0).all()
