@@ -41,8 +41,8 @@ from icce_ray.store import Artifact, ArtifactWriter, Folder
 
 RAY_START_S, WORKER_START_S = 8.0, 2.0
 """Of a run that uses Ray, on two cores."""
-RAY_BYTES, WORKER_BYTES = 700_000_000, 500_000_000
-"""Memory of Ray's own processes, and of a worker with its imports."""
+WORKER_BYTES = 400_000_000
+"""Memory of a worker on Ray with its imports."""
 MAX_READ_ROWS = 65_536
 MAX_DECODED = 64
 """Images of the sample that are read and decoded here, to time only that."""
@@ -261,8 +261,8 @@ def _embed_sample(config: Config, listing: Listing, num_samples: int, folder: Pa
 
 
 def _memory(config: Config, num_images: int, sample: _Sample, pilot: PilotRun, here: bool) -> dict[str, int]:
-    """Peak memory by stage: that of this process, and what the stage computes for itself before it starts. A run that
-    uses Ray has all its workers on this machine."""
+    """Peak memory by stage: that of this process, and what the stage computes for itself before it starts. In a run
+    that uses Ray, the driver imports less, and Ray's own processes take what that saves; its workers come on top."""
     n, dim = min(num_images, config.sample.max_images or num_images), sample.features_nD.shape[1]
     features = 4 * n * dim
     shards = config.resources.neighbors.num_workers
@@ -287,9 +287,7 @@ def _memory(config: Config, num_images: int, sample: _Sample, pilot: PilotRun, h
     if not here:
         workers = {"neighbors": shards, "method": config.resources.method.num_workers}
         needed = {name: number + WORKER_BYTES * workers.get(name, 1) for name, number in needed.items()}
-        needed["assign"] = WORKER_BYTES
-    base_bytes = sample.base_bytes + (0 if here else RAY_BYTES)
-    return {name: base_bytes + needed.get(name, 0) for name in ("images", *pilot.seconds, *needed)}
+    return {name: sample.base_bytes + needed.get(name, 0) for name in ("images", *pilot.seconds, *needed)}
 
 
 def _backbone_bytes(config: Config) -> int:

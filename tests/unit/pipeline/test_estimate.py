@@ -59,7 +59,7 @@ def test_every_stage_is_estimated_for_ready_made_embeddings(tmp_path: Path, monk
     larger = estimate.estimate(build_config(on_ray, "run.yaml"), num_samples=40, quiet=True)
     more = {stage.stage: stage.memory_bytes - stages[stage.stage].memory_bytes for stage in larger.stages}
     assert more["method"] - more["neighbors"] == pytest.approx(estimate.WORKER_BYTES, rel=0.2), "another worker"
-    assert more["report"] == pytest.approx(estimate.RAY_BYTES, rel=0.2)
+    assert more["report"] < estimate.WORKER_BYTES / 10
     (hint,) = found.shortcuts
     assert hint.startswith("method takes long. Shorter: fewer heads (heads.num_heads, now 50)")
     text = "\n".join(found.lines())
