@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from icce_ray.config import build_config
 from icce_ray.errors import ResourceError
 from icce_ray.metrics.true_label_scores import normalized_mutual_info
 from icce_ray.pipeline import run as pipeline
+from icce_ray.runtime import ray_cluster as connection
 from icce_ray.store import Artifact, Folder
 from icce_ray.sweeps.job import draw, make_searcher
 from icce_ray.sweeps.sweep import SweepResult, run_sweep
@@ -34,6 +36,14 @@ from icce_ray.sweeps.sweep_config import Sweep, build_sweep, load_sweep
 NUM_IMAGES, NUM_CLUSTERS = 160, 4
 SHARED = ("images", "embed", "sample", "neighbors", "silhouette_spaces")
 HEADS = {"num_heads": 2, "num_epochs": 4, "hidden_dim": 16, "bottleneck_dim": 8, "batch_size": 32, "warmup_epochs": 1}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _as_if_sweeps_had_started_ray(ray_cluster: None) -> Iterator[None]:
+    """Shared stages and the job of the ensemble, which are small, then run in this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(connection, "_started_here", True)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +69,8 @@ def sweep_of(data: Path, output: Path, space: dict[str, Any], **settings: Any) -
         "classifier": {"num_iterations": 50, "learning_rates": [0.01, 0.1]},
     }
     changes = settings.pop("base", {})
-    return {"base": base | changes, "space": space, "metric": "anmi", "ensemble": None} | settings
+    # Two trials at a time, on four CPUs: more would start more processes.
+    return {"base": base | changes, "space": space, "metric": "anmi", "ensemble": None, "cpus_per_run": 2} | settings
 
 
 def finished(output: Path, stage: str) -> list[Artifact]:
@@ -68,7 +79,7 @@ def finished(output: Path, stage: str) -> list[Artifact]:
 
 
 @pytest.fixture(scope="module")
-def first(ray_cluster: None, data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[SweepResult, str, Path]:
+def first(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[SweepResult, str, Path]:
     """A sweep with trials that finish, that fail by themselves, and that fail before they start; what it printed; and
     its output."""
     out = tmp_path_factory.mktemp("first") / "out"
@@ -116,7 +127,7 @@ def test_shared_stages_are_made_once_failures_stay_their_own_and_the_best_are_po
     assert len(config.consensus.extra_runs) == 1
 
 
-def test_more_cpus_than_a_machine_has_are_refused(ray_cluster: None, data: Path, tmp_path: Path) -> None:
+def test_more_cpus_than_a_machine_has_are_refused(data: Path, tmp_path: Path) -> None:
     asked = build_sweep(sweep_of(data, tmp_path / "out", {"num_clusters": [4]}, cpus_per_run=5), "s")
     with pytest.raises(ResourceError, match="cpus_per_run: 5 CPUs asked for, but the largest machine has 4"):
         run_sweep(asked, quiet=True)
@@ -167,7 +178,7 @@ def test_a_killed_sweep_goes_on_by_the_same_command_and_leaves_what_was_finished
     address = ray.get_runtime_context().gcs_address
     base = {"heads": HEADS | {"num_epochs": 30}, "resources": {"ray_address": address}}
     # With two CPUs for each run, one trial runs at a time.
-    swept = sweep_of(data, out, {"heads.learning_rate": [1e-3, 3e-3]}, base=base, seeds=[0, 1], cpus_per_run=2)
+    swept = sweep_of(data, out, {"heads.learning_rate": [1e-3, 3e-3]}, base=base, seeds=[0, 1])
     (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(swept))
     command = ["sweep", str(tmp_path / "sweep.yaml"), "--json"]
     with subprocess.Popen(
@@ -229,7 +240,7 @@ def test_a_searcher_without_its_package_is_refused_with_what_to_install() -> Non
 
 
 @pytest.mark.slow
-def test_methods_are_compared_by_how_alike_their_clusters_are(ray_cluster: None, data: Path, tmp_path: Path) -> None:
+def test_methods_are_compared_by_how_alike_their_clusters_are(data: Path, tmp_path: Path) -> None:
     asked = sweep_of(data, tmp_path / "out", {"method": ["agglomerative", "gmm", "spectral", "hdbscan"]})
     del asked["metric"]
     result = run_sweep(build_sweep(asked, "sweep.yaml"), quiet=True)

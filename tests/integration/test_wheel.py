@@ -1,4 +1,4 @@
-"""The package as it is installed: a wheel, in a folder of its own, without the repository."""
+"""The package as it is installed: the files of its wheel, in a folder of their own, without the repository."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ def test_the_wheel_holds_every_file_of_the_package_and_the_licence(wheel: Path) 
 @pytest.mark.slow
 def test_the_installed_package_clusters(wheel: Path, tmp_path: Path) -> None:
     target = tmp_path / "installed"
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", str(target)]
-    subprocess.run([*command, str(wheel)], check=True, timeout=300)
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(target)
     features = np.random.default_rng(0).normal(size=(60, 4)).astype(np.float32)
     features[:30] += 6
     np.save(tmp_path / "x.npy", features)
