@@ -14,8 +14,8 @@ from icce_ray.embed.part_hashes import HASH_BYTES, Hashes
 from icce_ray.errors import DamagedArtifactError
 from icce_ray.store import Folder
 
-IMAGES_PER_PASS = 2**26
-"""Images whose contents are compared at once, in 2.7 GB of memory. More are divided by hash, and read as often."""
+IMAGES_PER_PASS = 2**25
+"""Images whose contents are compared at once, in 1.4 GB of memory. More are divided by hash, and read as often."""
 READ_THREADS = 8
 
 Ids = npt.NDArray[np.int64]

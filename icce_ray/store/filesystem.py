@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import uuid
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from icce_ray.store import s3
 
 OBJECT_STORES = ("s3", "gs", "gcs", "abfs", "abfss", "hdfs", "viewfs")
 """Schemes that :func:`open_uri` takes, besides local paths and ``file``."""
+REMOVE_THREADS = 8
 
 
 def open_uri(uri: str) -> tuple[pafs.FileSystem, str]:
@@ -205,8 +207,8 @@ class Folder:
     def clear(self) -> None:
         """Remove the folder and all files in it, finished or not."""
         if self.s3_options is not None:
-            for name in list(self.sizes()):
-                self.remove(name)
+            with ThreadPoolExecutor(REMOVE_THREADS) as threads:
+                list(threads.map(self.remove, self.sizes()))
         elif self.filesystem.get_file_info(self.path).type == pafs.FileType.Directory:
             self.filesystem.delete_dir(self.path)
 
