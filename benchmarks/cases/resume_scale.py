@@ -28,8 +28,8 @@ from icce_ray.store import Artifact, ArtifactWriter, Folder, Part, PartRecord, P
 
 SETTINGS: dict[str, Any] = {
     "num_parts": 50,
-    "retried_parts": [10_000, 20_000],
-    "num_items": [12_800, 51_200],
+    "retried_parts": [2_000, 4_000],
+    "num_items": [12_800, 25_600],
     "images_per_item": 512,
     "dim": 768,
     "max_share": 0.03,

@@ -25,7 +25,7 @@ from icce_ray.embed.part_hashes import PartHashes, of_column, read_hashes_file, 
 from icce_ray.errors import DamagedArtifactError
 from icce_ray.images.decoding import Preprocessing, SeveralViews
 from icce_ray.store import Artifact, Folder, Part
-from icce_ray.store.artifact import check_unfinished
+from icce_ray.store.artifact_writer import check_unfinished
 from icce_ray.store.part_records import PartRecord, PartRecords
 
 MIN_IMAGES_PER_ITEM = 16

@@ -9,10 +9,8 @@ its inputs.
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
-import io
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
@@ -21,20 +19,18 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from icce_ray.errors import DamagedArtifactError, WorkerError
+from icce_ray.errors import DamagedArtifactError
 from icce_ray.store.cache import cache_entry
-from icce_ray.store.filesystem import Folder, open_uri
+from icce_ray.store.filesystem import Folder
 from icce_ray.store.parts_table import Part, PartsTable
 
 SCHEMA_VERSION = 2
 MANIFEST_NAME = "manifest.json"
 MAX_LISTED_PARTS = 900
 """Up to here one page of a listing shows whether all parts are there; more are checked when they are read."""
-RECORDED_LIBRARIES = ("icce_ray", "numpy", "torch", "faiss-cpu", "ray", "timm", "pyarrow", "pymetis")
 CHECK_THREADS = 8
 
 
@@ -251,150 +247,6 @@ class Artifact:
             raise DamagedArtifactError(f"{uri}: the bytes are not those that were written")
 
 
-class ArtifactWriter:
-    """Collects the parts of an artifact and commits it. It can be pickled: workers write parts and return them to the
-    driver, which calls :meth:`add` and, at the end, :meth:`commit`.
-
-    Args:
-        folder: the artifact's.
-        amends: whether the artifact is finished and is amended. Otherwise a writer that lost its claim, on S3, must not
-            write into what another job has finished.
-    """
-
-    def __init__(self, folder: Folder, *, amends: bool = False) -> None:
-        self.folder = folder
-        self._amends = amends
-        self.parts: dict[str, Part] = {}
-
-    def add(self, part: Part) -> None:
-        self.parts[part.name] = part
-
-    def write_bytes(
-        self,
-        name: str,
-        data: bytes | memoryview,
-        *,
-        rows: int | None = None,
-        dtype: str | None = None,
-        shape: tuple[int, ...] | None = None,
-    ) -> Part:
-        """Write a part atomically and add it to the manifest.
-
-        Raises:
-            WorkerError: another job has finished the artifact.
-        """
-        if not self._amends:
-            check_unfinished(self.folder)
-        self.folder.write_bytes(name, data)
-        digest = hashlib.sha256(data).hexdigest()
-        part = Part(name=name, num_bytes=len(data), sha256=digest, rows=rows, dtype=dtype, shape=shape)
-        self.add(part)
-        return part
-
-    def write_json(self, name: str, value: Any) -> Part:
-        return self.write_bytes(name, json.dumps(value, indent=1).encode())
-
-    def write_table(self, name: str, table: pa.Table) -> Part:
-        sink = io.BytesIO()
-        pq.write_table(table, sink, compression="zstd")
-        return self.write_bytes(name, sink.getbuffer(), rows=table.num_rows)
-
-    def write_tables(self, name: str, schema: pa.Schema, tables: Iterable[pa.Table]) -> Part:
-        """Write a table that comes in pieces, without holding it in memory uncompressed."""
-        rows = 0
-        sink = io.BytesIO()
-        with pq.ParquetWriter(sink, schema, compression="zstd") as writer:
-            for table in tables:
-                writer.write_table(table)
-                rows += len(table)
-        return self.write_bytes(name, sink.getbuffer(), rows=rows)
-
-    def write_array(self, name: str, array: npt.NDArray[Any]) -> Part:
-        """Write an array as .npy."""
-        sink = io.BytesIO()
-        np.save(sink, array, allow_pickle=False)
-        rows = array.shape[0] if array.ndim else None
-        return self.write_bytes(name, sink.getbuffer(), rows=rows, dtype=str(array.dtype), shape=array.shape)
-
-    def copy_file(self, name: str, uri: str) -> Part:
-        """Copy the file at `uri` as a part, without holding it in memory. A copy that was interrupted is in no manifest
-        and is made again."""
-        filesystem, path = open_uri(uri)
-        with filesystem.open_input_file(path) as file:
-            digest, num_bytes = hashlib.file_digest(file, "sha256").hexdigest(), file.size()
-        target = self.folder.filesystem
-        target.create_dir(self.folder.path)
-        pafs.copy_files(path, f"{self.folder.path}/{name}", source_filesystem=filesystem, destination_filesystem=target)
-        part = Part(name=name, num_bytes=num_bytes, sha256=digest)
-        self.add(part)
-        return part
-
-    def commit(
-        self,
-        *,
-        stage: str,
-        fingerprint: str,
-        inputs: Mapping[str, str],
-        config: Mapping[str, Any],
-        metrics: Mapping[str, Any],
-        seconds: float,
-        revision: int = 0,
-        exclusive: bool = False,
-    ) -> Artifact:
-        """Write the table of parts, then the manifest. From then on the artifact exists.
-
-        Args:
-            revision: above 0 if this amends a finished artifact.
-            exclusive: fail if there is a manifest already.
-
-        Raises:
-            WorkerError: with `exclusive`, if another job finished the artifact in the meantime with other parts.
-        """
-        table = PartsTable.of(self.parts.values()).to_bytes()
-        digest = hashlib.sha256(table).hexdigest()
-        parts = Part(name=f"parts-{digest[:12]}.parquet", num_bytes=len(table), sha256=digest, rows=len(self.parts))
-        self.folder.write_bytes(parts.name, table)
-        manifest = Manifest(
-            stage=stage,
-            fingerprint=fingerprint,
-            inputs=dict(inputs),
-            parts=parts,
-            config=dict(config),
-            metrics=dict(metrics),
-            libraries=_library_versions(),
-            seconds=round(seconds, 3),
-            revision=revision,
-        )
-        data = manifest.model_dump_json(indent=1).encode()
-        if not exclusive:
-            self.folder.write_bytes(MANIFEST_NAME, data)
-            return Artifact(self.folder, manifest)
-        try:
-            self.folder.create_bytes(MANIFEST_NAME, data)
-        except FileExistsError:
-            there = Artifact.find(self.folder)
-            if there is None or there.manifest.parts != manifest.parts:
-                Artifact.discard_damage(self.folder)
-                raise WorkerError(
-                    f"{self.folder.uri}: another job wrote this artifact at the same time; run the command again"
-                ) from None
-            return there
-        return Artifact(self.folder, manifest)
-
-
-def check_unfinished(folder: Folder) -> None:
-    """Before a part is written where a lost claim is possible.
-
-    Raises:
-        WorkerError: another job has finished the artifact.
-    """
-    if folder.s3_options is not None and folder.exists(MANIFEST_NAME):
-        raise WorkerError(
-            f"{folder.uri}: another job has finished this artifact meanwhile, so this one stops; run the same command "
-            "again, which uses its result"
-        )
-
-
 def is_sound(folder: Folder, part: Part) -> bool:
     """Whether the part's file is there, with the bytes that were written."""
     if folder.size(part.name) != part.num_bytes:
@@ -404,13 +256,3 @@ def is_sound(folder: Folder, part: Part) -> bool:
     except FileNotFoundError:
         return False
     return hashlib.sha256(data).hexdigest() == part.sha256
-
-
-def _library_versions() -> dict[str, str]:
-    versions = {}
-    for library in RECORDED_LIBRARIES:
-        try:
-            versions[library] = importlib.metadata.version(library)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return versions
