@@ -1,4 +1,4 @@
-"""Peak memory of the tables that the embed stage writes at its end, for one listing and for one four times as long.
+"""Peak memory of the tables that the embed stage writes at its end, for one listing and for one three times as long.
 
 The listing, the hashes beside the parts and the records are invented; a hundredth of the images have failed, and a
 tenth are duplicates. From the two peaks follows that of `wanted` images: up to `IMAGES_PER_PASS` images the comparison
@@ -24,7 +24,7 @@ from icce_ray.images.listing import SCHEMA, Listing
 from icce_ray.stage import StageContext
 from icce_ray.store import Artifact, ArtifactWriter, Folder, Part, PartRecord
 
-SETTINGS: dict[str, Any] = {"num_images": [1_000_000, 4_000_000], "wanted": 100_000_000, "max_gb": 4.0}
+SETTINGS: dict[str, Any] = {"num_images": [1_000_000, 3_000_000], "wanted": 100_000_000, "max_gb": 4.0}
 SIZE = 65_536
 
 
