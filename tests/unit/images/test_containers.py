@@ -4,6 +4,7 @@ import io
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -13,8 +14,12 @@ import pytest
 from icce_ray.config import Config, EvaluateConfig
 from icce_ray.errors import InputError
 from icce_ray.evaluate.labels import load_labels
-from icce_ray.images.containers import Cell, Span, file_of, labels_beside, locate
+from icce_ray.images import job
+from icce_ray.images.containers import Cell, Span, file_of, labels_beside, locate, members
+from icce_ray.images.file_shards import File
+from icce_ray.images.listing import Listing
 from icce_ray.images.read_images import read_image
+from icce_ray.pipeline import run as pipeline
 
 Listed = Callable[[Config], pa.Table]
 
@@ -24,6 +29,7 @@ def config_for(*uris: Path, **images: str) -> Config:
 
 
 def write_tar(path: Path, files: dict[str, bytes]) -> None:
+    path.parent.mkdir(exist_ok=True)
     with tarfile.open(path, "w") as tar:
         for name, data in files.items():
             member = tarfile.TarInfo(name)
@@ -187,3 +193,31 @@ def test_the_label_of_an_image_in_a_tar_is_the_cls_file_of_its_key(listed: Liste
         InputError, match=r"1 of 2 images have no \.cls file beside them in a tar shard, e\.g\. .*c\.jpg"
     ):
         load_labels(evaluate, uris, np.array([1, 2]))
+
+
+def test_shards_that_were_opened_before_a_kill_are_not_opened_again(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for number in range(5):
+        write_tar(tmp_path / "photos" / f"{number}.tar", {f"{number}-{n}.png": b"x" * n for n in range(3)})
+        (tmp_path / "photos" / f"{number}.png").write_bytes(b"y")
+    config = config_for(tmp_path / "photos").model_copy(update={"output": str(tmp_path / "out")})
+    opened: list[str] = []
+    killed_at = ["2.tar"]
+
+    def members_or_kill(container: File, *arguments: Any) -> Any:
+        opened.append(Path(container.uri).name)
+        if opened[-1] in killed_at:
+            raise KeyboardInterrupt
+        return members(container, *arguments)
+
+    monkeypatch.setattr(job, "members", members_or_kill)
+    monkeypatch.setattr(job, "CONTAINERS_PER_TASK", 1)
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.run_stage(config, pipeline.plan(config)[0], {}, True)
+    killed_at.clear()
+    artifact = pipeline.run_stage(config, pipeline.plan(config)[0], {}, True)
+    assert opened == ["0.tar", "1.tar", "2.tar", "2.tar", "3.tar", "4.tar"]
+    names = [row.uri.rpartition("/")[2] for row in Listing(artifact).rows(0, 100)]
+    assert names == [name for n in range(5) for name in (f"{n}.png", *(f"{n}-{k}.png" for k in range(3)))]
+    assert sorted(path.name for path in Path(artifact.folder.uri).iterdir() if path.name.startswith("members")) == []
