@@ -1,4 +1,4 @@
-"""The command ``icce-ray``: cluster, run, sweep, compare, estimate, assign, apply, cut, export, status."""
+"""The command ``icce-ray``: cluster, run, sweep, compare, estimate, assign, cut, forget, gc, status."""
 
 from __future__ import annotations
 
@@ -101,6 +101,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add_debug_argument(export)
     export.set_defaults(function=_export)
 
+    forget = commands.add_parser("forget", help="remove images from a finished run and everything beside it")
+    forget.add_argument(
+        "run", metavar="RUN", help="a run's YAML config, its output folder, or its record (runs/*.json)"
+    )
+    forget.add_argument("--uris", required=True, metavar="FILE", help=".txt or .parquet list of the images")
+    forget.add_argument("--json", action="store_true", help="print the result as JSON on the last line of stdout")
+    forget.add_argument("--quiet", action="store_true", help="no progress on stderr")
+    add_debug_argument(forget)
+    forget.set_defaults(function=_forget)
+
+    gc = commands.add_parser("gc", help="list artifacts that no run refers to any more, or remove them")
+    gc.add_argument("output", metavar="OUTPUT", help="the output folder of runs")
+    gc.add_argument("--delete", action="store_true", help="remove them")
+    add_debug_argument(gc)
+    gc.set_defaults(function=_gc)
+
     estimate = commands.add_parser("estimate", help="say what each stage of a run will take: time, memory, storage")
     estimate.add_argument("config", metavar="CONFIG", help="a YAML file")
     estimate.add_argument("--set", action="append", default=[], metavar="A.B=C", dest="overrides")
@@ -187,6 +203,19 @@ def _export(arguments: argparse.Namespace) -> str:
         quiet=arguments.quiet,
     )
     return written.sentence(arguments.output)
+
+
+def _forget(arguments: argparse.Namespace) -> str:
+    from icce_ray.forget import forget_images
+
+    found = forget_images(arguments.run, arguments.uris, quiet=arguments.quiet)
+    return "\n".join([*found.lines(), *([json.dumps(found.to_json())] if arguments.json else [])])
+
+
+def _gc(arguments: argparse.Namespace) -> str:
+    from icce_ray.collect_garbage import collect_garbage
+
+    return "\n".join(collect_garbage(arguments.output, delete=arguments.delete).lines())
 
 
 def _estimate(arguments: argparse.Namespace) -> str:

@@ -71,7 +71,9 @@ class EmbedTask:
         """Finished artifacts of the same model with another listing."""
         found = []
         for artifact in filter(None, map(Artifact.find, self.folders[1:])):
-            images = Artifact.find(Folder.at(self.config.output) / "images" / artifact.manifest.inputs["images"])
+            images = Artifact.find(
+                Folder.at(self.config.output) / "images" / artifact.manifest.inputs["images"].partition(".")[0]
+            )
             if images is not None:
                 found.append(ReusableParts(artifact, Listing(images)))
         return found

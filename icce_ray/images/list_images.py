@@ -29,6 +29,7 @@ from icce_ray.errors import InputError
 from icce_ray.images.containers import file_of, locate
 from icce_ray.images.embedding_files import open_embedding_sets, open_embeddings
 from icce_ray.images.file_shards import File, FileShards
+from icce_ray.images.forgotten import read_forgotten, uri_hash
 from icce_ray.images.image_files import Sources, list_files
 from icce_ray.images.job import open_containers
 from icce_ray.images.listing import (
@@ -187,13 +188,21 @@ def _write_files(
             files.skipped.update(record.metrics["skipped"])
         yield from _with_members(files.unknown(), opened, context.output.folder)
 
-    metrics = _write(entries(), context, digest, files.digest, files.skipped, last)
+    wanted = _without_forgotten(entries(), config.output)
+    metrics = _write(wanted, context, digest, files.digest, files.skipped, last)
     for record in opened:
         for part in record.files:
             context.output.folder.remove(part.name)
     PartRecords(context.output.folder, "").clear()
     files.folder.clear()
     return metrics
+
+
+def _without_forgotten(tables: Iterable[pa.Table], output: str) -> Iterable[pa.Table]:
+    forgotten = read_forgotten(output)
+    if not forgotten:
+        return tables
+    return (table.filter([uri_hash(uri) not in forgotten for uri in table["uri"].to_pylist()]) for table in tables)
 
 
 def _with_members(files: Iterable[pa.Table], opened: Sequence[PartRecord], folder: Folder) -> Iterator[pa.Table]:

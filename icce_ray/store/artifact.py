@@ -173,6 +173,10 @@ class Artifact:
         """Changes with the content of any of these parts."""
         return self._parts.checksum(prefix)
 
+    def part_folders(self) -> list[str]:
+        """The folders of other artifacts, below the output, that hold parts of this one."""
+        return self._parts.folders()
+
     def file_names(self) -> list[str]:
         """All files of the artifact, the manifest last."""
         return [*self.part_names(), self.manifest.parts.name, MANIFEST_NAME]

@@ -122,6 +122,11 @@ class PartsTable:
             digest.update(name.encode() + b"\0" + content.as_py())
         return digest.hexdigest()
 
+    def folders(self) -> list[str]:
+        """The folders of other artifacts that hold parts."""
+        folders: list[str] = self._column("folder").drop_null().unique().cast(pa.string()).to_pylist()
+        return folders
+
     def own_parts_are_among(self, sizes: Mapping[str, int]) -> bool:
         """Whether the parts in the artifact's own folder have the `sizes` that a listing of it gives."""
         own = self._table.filter(pc.is_null(self._column("folder")))

@@ -1,18 +1,26 @@
-"""A collection that lives: a refit after a refresh keeps the numbers of the clusters."""
+"""A collection that lives: refits that keep the numbers of the clusters, takedowns, and what is left over."""
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from icce_ray.assign.new_images import assign_images
+from icce_ray.collect_garbage import collect_garbage
 from icce_ray.config import Config
+from icce_ray.errors import BusyError
+from icce_ray.forget import forget_images
 from icce_ray.pipeline.plan import plan
 from icce_ray.pipeline.run import run_pipeline
-from icce_ray.store import Artifact
+from icce_ray.store import Artifact, Claim, Folder
+from icce_ray.store.cache import cache_folder
 
 COLORS = {"red": (220, 40, 30), "green": (40, 190, 60), "blue": (30, 60, 210), "grey": (120, 120, 120)}
 pytestmark = pytest.mark.slow
@@ -76,3 +84,176 @@ def test_a_refit_keeps_the_numbers_and_names_the_new_cluster(tmp_path: Path, ref
     again = run_pipeline(grown, quiet=True)
     assert again.run == second.run
     assert len(again.finished_before) == len(again.seconds)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with 60 images, a run over them, and the assignments of 8 more."""
+    folder = tmp_path_factory.mktemp("living")
+    write_images(folder / "images", ["red", "green", "blue"], range(10, 30))
+    write_images(folder / "day", ["red"], range(40, 48), seed=2)
+    run_pipeline(settings(folder), quiet=True)
+    assign_images(folder / "out", images=folder / "day", quiet=True)
+    return folder
+
+
+@pytest.fixture
+def copied(finished: Path, tmp_path: Path) -> Path:
+    """A copy of its output; the images stay where they are."""
+    shutil.copytree(finished / "out", tmp_path / "out", symlinks=True)
+    return tmp_path
+
+
+def config_of(finished: Path, copied: Path) -> Config:
+    return settings(finished).model_copy(update={"output": str(copied / "out")})
+
+
+def names_of(finished: Path) -> list[str]:
+    """The images by id."""
+    return sorted(path.name for path in (finished / "images").iterdir())
+
+
+def list_of(folder: Path, uris: list[str]) -> str:
+    (folder / "takedown.txt").write_text("\n".join(uris))
+    return str(folder / "takedown.txt")
+
+
+def texts(folder: Path) -> Iterator[tuple[Path, str]]:
+    """Everything that lies in an output, Parquet unpacked."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            yield path, path.read_bytes().decode("latin-1")
+            if path.suffix == ".parquet":
+                yield path, str(pq.read_table(path).to_pylist())
+
+
+def traces(output: Path, uris: list[str]) -> set[str]:
+    return {str(path) for path, text in texts(output) for uri in uris if uri.rpartition("/")[2] in text}
+
+
+def check_all(output: Path) -> None:
+    """Every finished artifact has the bytes that its manifest promises, and no other tables of parts."""
+    for folder in output.glob("*/*"):
+        if (folder / "manifest.json").exists():
+            found = Artifact.find(Folder.at(folder))
+            assert found is not None, folder
+            for name in found.part_names():
+                found.read_bytes(name)
+            assert len(list(folder.glob("parts-*.parquet"))) == 1
+
+
+def embeddings(output: Path) -> dict[int, list[float]]:
+    """By id, of the run itself; the folder of the day has ids of its own."""
+    found = [Artifact.find(Folder.at(folder)) for folder in (output / "embed").iterdir()]
+    (one,) = (one for one in found if one is not None and one.metrics["num_images"] > 30)
+    tables = [one.read_table(name) for name in one.part_names("part-")]
+    return {row["image_id"]: row["embedding"] for table in tables for row in table.to_pylist()}
+
+
+def test_a_takedown_leaves_no_trace_and_the_next_run_does_without_the_images(finished: Path, copied: Path) -> None:
+    config, output = config_of(finished, copied), copied / "out"
+    ids, names = [3, 17], names_of(finished)
+    uris = [str(finished / "images" / names[image_id]) for image_id in ids] + [str(finished / "day" / "41-red.png")]
+    before, vectors = clusters(config), embeddings(output)
+    assert len(traces(output, uris)) > 5
+    cached = [cache_folder() / stage / folder.name for stage in ("embed", "sample")
+              for folder in (output / stage).iterdir()]  # fmt: skip
+    assert any(path.exists() for path in cached)
+    found = forget_images(str(output), list_of(copied, [*uris, "/no/such.png"]), quiet=True)
+    assert (found.num_images, found.num_unknown, len(found.pages)) == (3, 1, 1)
+    assert traces(output, uris) == set()
+    assert embeddings(output) == {image_id: row for image_id, row in vectors.items() if image_id not in ids}
+    assert not [path for path in cached if path.exists()]
+    check_all(output)
+    # The files are still there. The next run uses the other embeddings again, and keeps ids and numbers.
+    result = run_pipeline(config, refresh=True, quiet=True)
+    gone = [names[image_id] for image_id in ids]
+    assert clusters(config) == {name: cluster for name, cluster in before.items() if name not in gone}
+    assert artifact(config, "embed").metrics["num_embedded"] == 0
+    assert result.num_errors == 2
+    assert traces(output, uris) == set()
+    again = forget_images(str(output), list_of(copied, uris), quiet=True)
+    assert (again.num_images, again.num_parts) == (3, 0)
+
+
+def test_only_parts_that_hold_the_images_are_read(
+    finished: Path, copied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, read_bytes = list[str](), Folder.read_bytes
+
+    def counted(folder: Folder, name: str, num_bytes: int | None = None) -> bytes:
+        read.append(f"{folder.path.rpartition('/out/')[2]}/{name}")
+        return read_bytes(folder, name, num_bytes)
+
+    monkeypatch.setattr(Folder, "read_bytes", counted)
+    uri = str(finished / "images" / names_of(finished)[20])
+    forget_images(str(copied / "out"), list_of(copied, [uri]), quiet=True)
+    assert {name.rpartition("/")[2] for name in read if name.startswith("embed/") and "/part-" in name} == {
+        "part-00001.parquet"
+    }
+    of_models = [name for name in read if name.startswith(("method/", "consensus/", "classifier/"))]
+    assert not [name for name in of_models if not name.endswith("manifest.json") and "/parts-" not in name]
+
+
+def test_a_takedown_that_is_killed_anywhere_is_continued(
+    finished: Path, copied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = names_of(finished)
+    # The first of its part, the last of another, and one in the middle.
+    uris = [str(finished / "images" / names[image_id]) for image_id in (16, 47, 20)]
+    takedown, write_bytes, remove = list_of(copied, uris), Folder.write_bytes, Folder.remove
+    for allowed in range(100):
+        output, done = copied / f"out-{allowed}", list[str]()
+        shutil.copytree(copied / "out", output, symlinks=True)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(Folder, "write_bytes", stopping(write_bytes, done, allowed))
+            patched.setattr(Folder, "remove", stopping(remove, done, allowed))
+            try:
+                forget_images(str(output), takedown, quiet=True)
+            except KeyboardInterrupt:
+                pass
+            else:
+                assert len(done) > 10
+                return
+        forget_images(str(output), takedown, quiet=True)
+        assert traces(output, uris) == set(), allowed
+        check_all(output)
+        shutil.rmtree(output)
+    raise AssertionError("it never ended")
+
+
+def stopping(method: Callable[..., None], done: list[str], allowed: int) -> Callable[..., None]:
+    """A method that fails once so many calls were made."""
+
+    def call(folder: Folder, name: str, *data: bytes) -> None:
+        done.append(name)
+        if len(done) > allowed:
+            raise KeyboardInterrupt
+        method(folder, name, *data)
+
+    return call
+
+
+def test_gc_removes_what_no_run_refers_to_and_nothing_else(finished: Path, copied: Path) -> None:
+    config, output = config_of(finished, copied), copied / "out"
+    assert collect_garbage(str(output)).sizes == {}
+    stray = output / "consensus" / "0123456789abcdef"
+    shutil.copytree(next((output / "consensus").iterdir()), stray)
+    unfinished = output / "method" / "fedcba9876543210"
+    unfinished.mkdir()
+    (unfinished / "part").write_bytes(b"12345")
+    num_bytes = sum(path.stat().st_size for path in stray.iterdir())
+    found = collect_garbage(str(output))
+    assert found.sizes == {"consensus/0123456789abcdef": num_bytes, "method/fedcba9876543210": 5}
+    assert stray.exists()
+    with Claim(Folder.at(unfinished)):
+        assert list(collect_garbage(str(output), delete=True).sizes) == ["consensus/0123456789abcdef"]
+        with pytest.raises(BusyError):
+            forget_images(str(output), list_of(copied, ["/a.png"]), quiet=True)
+    assert list(collect_garbage(str(output), delete=True).sizes) == ["method/fedcba9876543210"]
+    assert not stray.exists()
+    again = run_pipeline(config, quiet=True)
+    assert len(again.finished_before) == len(again.seconds)
+    day = assign_images(output, images=finished / "day", quiet=True)
+    assert set(day.seconds.values()) == {0.0}

@@ -1,0 +1,41 @@
+"""The images that a user had removed (``icce-ray forget``): hashes of their URIs, kept in the output.
+
+No listing of this output takes them up again, though their files may still be there. Where a listing had them, a
+placeholder keeps their ids.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+
+from icce_ray.store import Folder
+
+FORGOTTEN_FOLDER, FORGOTTEN_NAME = "forgotten", "uri_hashes"
+PREFIX = "forgotten:"
+HASH_BYTES = 32
+
+Hashes = frozenset[bytes]
+
+
+def uri_hash(uri: str) -> bytes:
+    return hashlib.sha256(uri.encode()).digest()
+
+
+def placeholder(digest: bytes) -> str:
+    """Stands for the URI of a forgotten image."""
+    return PREFIX + digest.hex()
+
+
+def read_forgotten(output: str) -> Hashes:
+    """The hashes of all forgotten URIs."""
+    try:
+        data = (Folder.at(output) / FORGOTTEN_FOLDER).read_bytes(FORGOTTEN_NAME)
+    except FileNotFoundError:
+        return frozenset()
+    return frozenset(data[start : start + HASH_BYTES] for start in range(0, len(data), HASH_BYTES))
+
+
+def add_forgotten(output: str, hashes: Iterable[bytes]) -> None:
+    together = sorted(read_forgotten(output) | set(hashes))
+    (Folder.at(output) / FORGOTTEN_FOLDER).write_bytes(FORGOTTEN_NAME, b"".join(together))
