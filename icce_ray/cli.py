@@ -1,4 +1,4 @@
-"""The command ``icce-ray``: cluster, run, sweep, compare, estimate, assign, cut, forget, gc, status."""
+"""The command ``icce-ray``: cluster, run, sweep, compare, estimate, assign, apply, cut, export, forget, gc, status."""
 
 from __future__ import annotations
 
