@@ -36,6 +36,8 @@ from icce_ray.errors import InputError
 from icce_ray.images.forgotten import add_forgotten, placeholder, uri_hash
 from icce_ray.images.listing import LISTING_PREFIX, REMOVED
 from icce_ray.images.uri_lists import named_images
+from icce_ray.pipeline.all_images import ALL_IMAGES_NAME
+from icce_ray.pipeline.latest import ASSIGNMENTS_NAME
 from icce_ray.pipeline.plan import connect_storage
 from icce_ray.store import Artifact, ArtifactWriter, Claim, Folder, Part
 from icce_ray.store.artifact import MANIFEST_NAME
@@ -324,7 +326,7 @@ def _forget_in_latest(root: Folder, uris: Collection[str], without_page: bool) -
         for name in list(latest.sizes()):
             if name.startswith("report/") and without_page:
                 latest.remove(name)
-            elif name == "assignments.parquet":
+            elif name == ASSIGNMENTS_NAME or name.startswith(ALL_IMAGES_NAME):
                 table = pq.read_table(pa.BufferReader(latest.read_bytes(name)))
                 kept = table.filter(pc.invert(pc.is_in(table["uri"], names)))
                 if len(kept) < len(table):

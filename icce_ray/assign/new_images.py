@@ -25,6 +25,7 @@ from icce_ray.errors import InputError
 from icce_ray.images.embedding_files import open_embeddings
 from icce_ray.images.list_images import source_digest
 from icce_ray.images.stage import IMAGES
+from icce_ray.pipeline.all_images import add_new_images
 from icce_ray.pipeline.find_run import find_stage
 from icce_ray.pipeline.plan import PlannedStage, plan
 from icce_ray.pipeline.run import check_stages, run_stages
@@ -78,6 +79,8 @@ class AssignResult:
     """Images of each new cluster that is offered."""
     errors: str | None
     """A Parquet table: image_id, uri, reason; None for ready-made embeddings."""
+    all_images: str | None
+    """Folder of the assignments of the run's images and of all new ones; None if the output has another newest run."""
     drift: dict[str, Any]
     """How the images differ from the training images, see drift.py."""
     seconds: dict[str, float]
@@ -124,7 +127,7 @@ def assign_images(
     artifacts = {"classifier": model} | {step.name: step.artifact for step in planned if step.artifact is not None}
     check_stages(config, [step.stage for step in planned if step.artifact is None])
     seconds = run_stages(config, planned, artifacts, quiet)
-    result = _sum_up(artifacts, seconds)
+    result = _sum_up(artifacts, seconds, add_new_images(place, artifacts["assign"]))
     if not quiet:
         print(_summary(result, time.monotonic() - started), file=sys.stderr, flush=True)
     return result
@@ -168,7 +171,7 @@ def _config_for(model: Artifact, settings: Settings, overrides: list[str]) -> Co
     return config.with_num_clusters(1)
 
 
-def _sum_up(artifacts: dict[str, Artifact], seconds: dict[str, float]) -> AssignResult:
+def _sum_up(artifacts: dict[str, Artifact], seconds: dict[str, float], all_images: str | None) -> AssignResult:
     made, embed = artifacts["assign"], artifacts.get("embed")
     return AssignResult(
         num_images=made.metrics["num_images"],
@@ -182,6 +185,7 @@ def _sum_up(artifacts: dict[str, Artifact], seconds: dict[str, float]) -> Assign
         new_clusters=made.folder.file_uri(NEW_CLUSTERS_NAME),
         new_cluster_sizes=made.metrics["new_cluster_sizes"],
         errors=embed.folder.file_uri("errors.parquet") if embed is not None else None,
+        all_images=all_images,
         drift=made.read_json("drift.json"),
         seconds=seconds,
     )
@@ -203,6 +207,8 @@ def _summary(result: AssignResult, total_s: float) -> str:
         images = ", ".join(f"{size:,}" for size in sizes[:NEW_CLUSTERS_SHOWN])
         lines.append(f"new clusters {len(sizes):,} among the outliers, the largest of {images} images")
         lines.append(f"             {result.new_clusters}")
+    if result.all_images:
+        lines.append(f"all images   {result.all_images}")
     if result.num_errors:
         lines.append(f"errors       {result.errors}")
     return "\n".join(lines)

@@ -1,6 +1,7 @@
 """``<output>/latest``: the newest finished run under names that a person can guess.
 
     latest/assignments.parquet    a row per image: a file, or a folder of parts
+    latest/all_images/            the same, and new images that its model labelled (icce_ray.pipeline.all_images)
     latest/report/                report.html and what belongs to it
     latest/model/                 the folder that `icce_ray.load` reads
     latest/summary.json           the run's name and figures
@@ -25,6 +26,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from icce_ray.errors import BusyError
+from icce_ray.pipeline.all_images import copies_of, place_of
 from icce_ray.store import Artifact, Claim, Folder
 from icce_ray.store.claim import CLAIM_NAME
 from icce_ray.store.run_records import LATEST_FOLDER, RUNS_FOLDER, SUMMARY_NAME, read_latest
@@ -63,6 +65,7 @@ def publish(
     summary = {**result, "run": run, "stages": {name: artifact.fingerprint for name, artifact in artifacts.items()}}
     entries = {ASSIGNMENTS_NAME: artifacts["assign"].folder / "assignments"}
     entries |= {name: artifacts[stage].folder for stage, name in FOLDERS.items() if stage in artifacts}
+    entries[place_of(artifacts["assign"])] = entries[ASSIGNMENTS_NAME]
     latest = root / LATEST_FOLDER
     if root.local_path is not None and _link(root.local_path, entries, summary, is_new):
         return {name: latest.file_uri(name) for name in entries}
@@ -81,7 +84,8 @@ def _link(root: Path, entries: Mapping[str, Folder], summary: Mapping[str, Any],
             parts = sorted(Path(folder.path).glob("*.parquet"))
             # A single part is an ordinary file, which every program opens.
             target = parts[0] if name == ASSIGNMENTS_NAME and len(parts) == 1 else Path(folder.path)
-            _replace_link(run / name, os.path.relpath(target, run))
+            (run / name).parent.mkdir(parents=True, exist_ok=True)
+            _replace_link(run / name, os.path.relpath(target, (run / name).parent))
         if is_new or not (run / SUMMARY_NAME).exists():
             Folder.at(run).write_bytes(SUMMARY_NAME, _to_json(summary))
         _replace_link(latest, os.path.relpath(run, root))
@@ -136,6 +140,7 @@ def _copy_all(latest: Folder, artifacts: Mapping[str, Artifact], summary: dict[s
         left_out.append(ASSIGNMENTS_NAME)
     else:
         _join(latest, artifacts["assign"], artifacts["assign"].part_names("assignments/"))
+        copies |= copies_of(artifacts["assign"])
     for name in latest.sizes().keys() - copies.keys() - {ASSIGNMENTS_NAME, CLAIM_NAME} | set(left_out):
         latest.remove(name)
     filesystem = latest.filesystem
