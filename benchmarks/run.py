@@ -27,6 +27,7 @@ CASES = {
     "cluster-count": "the number of clusters that `auto` chooses, for 7, 20 and 60 planted ones and for real features",
     "consensus": "the consensus at ImageNet's size and a tenth of it: seconds, memory, NMI to planted labels",
     "content-index": "the index of image contents, per image: time, bytes, memory and its start, before and now",
+    "daily-arrival": "bytes of the base that a day's new images read, and bytes written for each new one, counted",
     "defaults": "the trainer's settings varied one at a time around their defaults, and the ablation, on real features",
     "demo": "the demo: seconds by stage, and its accuracy against k-means, Ward and spectral clustering",
     "embed": "the embed stage against a plain PyTorch loop over the same files; on a GPU, a ViT-L against its peak",

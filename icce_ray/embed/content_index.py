@@ -24,8 +24,10 @@ from icce_ray.embed.embedding_parts import is_part_file, read_hashes
 from icce_ray.embed.hash_table import NO_FILE, HashTable, Keys
 from icce_ray.embed.part_hashes import Hashes, hashes_name, num_hashes, to_bytes
 from icce_ray.store import Folder
+from icce_ray.store.output_artifacts import read_manifest
 
 LOAD_THREADS = 16
+MAX_TIMES = 100
 LOAD_TOGETHER = 64
 """Files of hashes that are read before their keys are added."""
 CONTENTS_PER_SHARD = 50_000_000
@@ -259,15 +261,22 @@ class ShardedIndex:
         return [(found, answers[shard]) for shard, found in places.items()]
 
 
-def siblings(root: Folder, own: Folder, model: str) -> list[Folder]:
-    """The folders of other ``embed`` artifacts below `root` made by the same model, finished or not."""
+def siblings(root: Folder, own: Folder, model: str, num_images: int) -> list[Folder]:
+    """The folders of other ``embed`` artifacts below `root` made by the same model, finished or not. One with more than
+    MAX_TIMES the `num_images` to be embedded is left out: reading its hashes would take longer."""
     found = []
     for name in root.folder_names():
         folder = root / name
-        if folder.uri == own.uri:
+        if folder.uri == own.uri or _num_images(folder) > MAX_TIMES * num_images:
             continue
         first = next((part for part in folder.names() if is_part_file(part)), None)
         hashes = read_hashes(folder, first) if first is not None else None
         if hashes is not None and hashes.model == hashlib.sha256(model.encode()).digest():
             found.append(folder)
     return found
+
+
+def _num_images(folder: Folder) -> int:
+    """Of a finished artifact; 0 if it is not finished."""
+    artifact = read_manifest(folder)
+    return artifact.metrics.get("num_images", 0) if artifact is not None else 0

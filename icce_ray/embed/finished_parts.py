@@ -185,8 +185,9 @@ class Tally:
         }
 
     def _hashed_parts(self, failed_ids: Ids) -> Iterator[HashedPart]:
-        folder = self._context.output.folder
+        own = self._context.output.folder
         for start, stop, file in sorted(self._files, key=lambda place: place[0]):
+            folder = own if file.folder is None else own.parent.parent / file.folder
             first, last = np.searchsorted(failed_ids, [start, stop])
             yield HashedPart(folder, file.name, start, stop, failed_ids[first:last])
 

@@ -3,7 +3,7 @@
 An actor writes its part and the part's record to storage itself and returns a few numbers, so each part is there once
 and whole, or not at all, whoever dies. Small runs do without Ray.
 
-A resumed run uses the recorded parts; parts of other finished artifacts with the same images are copied; contents that
+A resumed run uses the recorded parts; parts of other finished artifacts with the same images are shared; contents that
 were embedded before are not embedded again.
 """
 
@@ -40,7 +40,7 @@ from icce_ray.embed.finished_parts import Tally
 from icce_ray.embed.gather_embeddings import known_hashes
 from icce_ray.embed.part_embedder import ITEMS_AT_ONCE, EmbedTask, PartEmbedder, embed_here
 from icce_ray.embed.ready_made import rewrite_embeddings
-from icce_ray.embed.reuse_parts import ReusableParts, copy_parts
+from icce_ray.embed.reuse_parts import ReusableParts, reuse_parts
 from icce_ray.embed.work_items import OpenPart, OpenParts, WorkItems, join_items, joined, remove_items
 from icce_ray.images.decoding_process import decode_or_die
 from icce_ray.images.listing import REMOVED, Listing
@@ -92,11 +92,11 @@ def run(config: Config, context: StageContext) -> dict[str, Any]:
     num_items = items_per_part(len(listing), size, sum(task.plan.dims))
     missing, done = tally.resume(plan_parts(len(listing), num_items * size), task.records)
     pending = []
-    for part, copied in copy_parts(missing, listing, task.reusable(), task.records):
-        if copied is None:
+    for part, reused in reuse_parts(missing, listing, task.reusable(), task.records):
+        if reused is None:
             pending.append(OpenPart(part, WorkItems(part, size)))
         else:
-            tally.add_earlier(copied)
+            tally.add_earlier(reused)
     _embed_all(task, OpenParts(pending, done), tally, context.progress, len(listing))
     return tally.finish(task.plan.names[0]) | _layout(task.plan, num_items * size)
 

@@ -34,6 +34,7 @@ from icce_ray.embed.work_items import OpenParts, join_items, joined
 from icce_ray.images.decoding import Pixels
 from icce_ray.images.decoding_process import DecodingProcess
 from icce_ray.images.listing import Listing
+from icce_ray.images.stage import num_listed
 from icce_ray.runtime.machine import usable_cpus
 from icce_ray.runtime.threads import Turns
 from icce_ray.store import Artifact, Folder
@@ -60,7 +61,7 @@ class EmbedTask:
     def of(cls, config: Config, images: Artifact, folder: Folder) -> EmbedTask:
         plan = plan_embedding(config.embed)
         model = model_key(embed_settings(config.embed, config.embeddings, config.seed), plan)
-        folders = [folder, *siblings(Folder.at(config.output) / "embed", folder, model)]
+        folders = [folder, *siblings(Folder.at(config.output) / "embed", folder, model, num_listed(images))]
         return cls(config, images, folders, plan, model, uuid.uuid4().hex)
 
     @property

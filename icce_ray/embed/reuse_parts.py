@@ -11,11 +11,11 @@ from icce_ray.embed.embedding_parts import ERRORS_NAME, PartRange, plan_parts, r
 from icce_ray.embed.feature_matrix import PART_PREFIX
 from icce_ray.embed.part_hashes import write_hashes
 from icce_ray.errors import DamagedArtifactError
-from icce_ray.images.listing import Listing
+from icce_ray.images.listing import REMOVED, Listing
 from icce_ray.store import Artifact
 from icce_ray.store.part_records import PartRecord, PartRecords
 
-COPY_THREADS = 8
+REUSE_THREADS = 8
 SAME = ["uri", "size_bytes", "etag", "problem"]
 """Columns of the listing: images that agree in them are the same file."""
 
@@ -44,12 +44,13 @@ class ReusableParts:
         metrics = {"start": part.start, "num_images": part.num_images, "errors": errors, "num_embedded": 0}
         return PartRecord(name=part.name, files=(self._artifact.part(self._files[part]),), metrics=metrics)
 
-    def copy(self, part: PartRange, listing: Listing, records: PartRecords) -> PartRecord | None:
-        """Copy a part, if there is one of the same images.
+    def reuse(self, part: PartRange, listing: Listing, records: PartRecords) -> PartRecord | None:
+        """Take over a part, if there is one of the same images: the other artifact refers to its file, and nothing is
+        read. A part with images that may be tried again is copied, since that writes its file anew.
 
         Args:
             part: what it covers in `listing`.
-            listing: the images of the artifact it is copied into.
+            listing: the images of the other artifact.
             records: of that artifact.
         """
         if part not in self._files:
@@ -58,25 +59,32 @@ class ReusableParts:
         if not here.equals(there):
             return None
         record = self.record(part)
+        (file,) = record.files
+        owner = self._artifact.folder_of(file)
+        if all(reason == REMOVED for _, reason in record.metrics["errors"]):
+            if owner.size(file.name) != file.num_bytes:
+                return None
+            folder = file.folder or f"{owner.parent.path.rpartition('/')[2]}/{owner.path.rpartition('/')[2]}"
+            return records.write(part.name, [file.model_copy(update={"folder": folder})], record.metrics)
         try:
-            data = self._artifact.read_bytes(record.files[0].name)
+            data = self._artifact.read_bytes(file.name)
         except DamagedArtifactError:
             return None
-        if hashes := read_hashes(self._artifact.folder, record.files[0].name):
+        if hashes := read_hashes(owner, file.name):
             write_hashes(records.folder, part.file_name, hashes)
         records.folder.write_bytes(part.file_name, data)
-        file = record.files[0].model_copy(update={"name": part.file_name})
+        file = file.model_copy(update={"name": part.file_name, "folder": None})
         return records.write(part.name, [file], record.metrics)
 
 
-def copy_parts(
+def reuse_parts(
     parts: Sequence[PartRange], listing: Listing, sources: Sequence[ReusableParts], records: PartRecords
 ) -> Iterator[tuple[PartRange, PartRecord | None]]:
-    """Copy what the sources have of `parts`; each part, with None if no source has it."""
+    """Take over what the sources have of `parts`; each part, with None if no source has it."""
 
-    def copy(part: PartRange) -> PartRecord | None:
-        copies = (source.copy(part, listing, records) for source in sources)
-        return next((copied for copied in copies if copied is not None), None)
+    def reuse(part: PartRange) -> PartRecord | None:
+        found = (source.reuse(part, listing, records) for source in sources)
+        return next((record for record in found if record is not None), None)
 
-    with ThreadPoolExecutor(COPY_THREADS) as threads:
-        yield from zip(parts, threads.map(copy, parts), strict=True)
+    with ThreadPoolExecutor(REUSE_THREADS) as threads:
+        yield from zip(parts, threads.map(reuse, parts), strict=True)

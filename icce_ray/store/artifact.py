@@ -117,8 +117,8 @@ class Artifact:
             folder.remove(MANIFEST_NAME)
             folder.remove(manifest.parts.name)
         for part in parts:
-            if part.name in damaged and part.folder is None:
-                folder.remove(part.name)
+            if part.name in damaged:
+                artifact.folder_of(part).remove(part.name)
         return damaged
 
     def __getstate__(self) -> dict[str, Any]:

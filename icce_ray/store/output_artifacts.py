@@ -22,13 +22,16 @@ def find_artifacts(root: Folder) -> Artifacts:
     for stage in root.folder_names():
         for name in (root / stage).folder_names():
             if FINGERPRINT.fullmatch(name):
-                folder = root / stage / name
-                try:
-                    manifest = Manifest.model_validate_json(folder.read_bytes(MANIFEST_NAME))
-                    found[f"{stage}/{name}"] = Artifact(folder, manifest)
-                except (FileNotFoundError, ValidationError):
-                    found[f"{stage}/{name}"] = None
+                found[f"{stage}/{name}"] = read_manifest(root / stage / name)
     return found
+
+
+def read_manifest(folder: Folder) -> Artifact | None:
+    """The artifact in a folder, without a look at its parts; None if it is unfinished."""
+    try:
+        return Artifact(folder, Manifest.model_validate_json(folder.read_bytes(MANIFEST_NAME)))
+    except (FileNotFoundError, ValidationError):
+        return None
 
 
 def inputs_of(artifact: Artifact) -> list[str]:

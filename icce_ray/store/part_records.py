@@ -71,7 +71,7 @@ class PartRecords:
     def read(self, name: str) -> PartRecord | None:
         """The part's record, or None if there is no valid one: its files must have the bytes that were written."""
         record = self._parse(name)
-        return record if record is not None and all(is_sound(self.folder, file) for file in record.files) else None
+        return record if record is not None and all(is_sound(self.folder, file) for file in _own(record)) else None
 
     def read_all(self, *, check_files: bool = True) -> dict[str, PartRecord]:
         """All valid records by name, in the order of their names. The folder is listed once.
@@ -89,9 +89,9 @@ class PartRecords:
             records = [record for record in threads.map(self._parse, names) if record is not None]
 
             def is_valid(record: PartRecord) -> bool:
-                if any(sizes.get(file.name) != file.num_bytes for file in record.files):
+                if any(sizes.get(file.name) != file.num_bytes for file in _own(record)):
                     return False
-                return not check_files or all(is_sound(self.folder, file) for file in record.files)
+                return not check_files or all(is_sound(self.folder, file) for file in _own(record))
 
             valid = list(threads.map(is_valid, records))
         return {record.name: record for record, is_kept in zip(records, valid, strict=True) if is_kept}
@@ -111,6 +111,11 @@ class PartRecords:
             return PartRecord.model_validate(content) if content.pop("source") == self.source else None
         except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError, ValidationError):
             return None
+
+
+def _own(record: PartRecord) -> list[Part]:
+    """Files that another artifact holds are checked when they are read."""
+    return [file for file in record.files if file.folder is None]
 
 
 def _file_name(name: str) -> str:

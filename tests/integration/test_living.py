@@ -176,6 +176,12 @@ def test_a_takedown_leaves_no_trace_and_the_next_run_does_without_the_images(fin
     assert traces(output, uris) == set()
     again = forget_images(str(output), list_of(copied, uris), quiet=True)
     assert (again.num_images, again.num_parts) == (3, 0)
+    # Parts that two artifacts share are right in both.
+    assert artifact(config, "embed").part_folders()
+    uris = [str(finished / "images" / names[40])]
+    forget_images(str(output), list_of(copied, uris), quiet=True)
+    assert traces(output, uris) == set()
+    check_all(output)
 
 
 def test_only_parts_that_hold_the_images_are_read(

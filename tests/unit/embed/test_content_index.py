@@ -29,7 +29,7 @@ from icce_ray.embed.embedding_parts import PartRange, part_table, write_part
 from icce_ray.embed.gather_embeddings import VectorReader, gather, known_hashes
 from icce_ray.embed.hash_table import HashTable
 from icce_ray.embed.part_hashes import hashes_name
-from icce_ray.store import Folder
+from icce_ray.store import ArtifactWriter, Folder
 from icce_ray.store.part_records import PartRecords
 
 
@@ -260,7 +260,17 @@ def test_only_artifacts_of_the_same_model_are_siblings(tmp_path: Path) -> None:
     for name, model in (("a", "m"), ("b", "another"), ("own", "m")):
         write(root / name, 0, [1], model)
     (root / "empty").write_bytes("notes.txt", b"")
-    assert [folder.uri for folder in siblings(root, root / "own", "m")] == [f"{tmp_path}/a"]
+    assert [folder.uri for folder in siblings(root, root / "own", "m", 5)] == [f"{tmp_path}/a"]
+
+
+def test_a_finished_artifact_that_is_far_larger_is_not_looked_at(tmp_path: Path) -> None:
+    root = Folder.at(tmp_path)
+    write(root / "a", 0, [1], "m")
+    ArtifactWriter(root / "a").commit(
+        stage="embed", fingerprint="a", inputs={}, config={}, metrics={"num_images": 1000}, seconds=0.0
+    )
+    assert siblings(root, root / "own", "m", 9) == []
+    assert [folder.uri for folder in siblings(root, root / "own", "m", 10)] == [f"{tmp_path}/a"]
 
 
 def test_the_model_key_counts_what_decides_an_embedding_and_nothing_else(tmp_path: Path) -> None:

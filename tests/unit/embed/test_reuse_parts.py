@@ -9,7 +9,7 @@ import pytest
 
 from icce_ray.embed.embedding_parts import ERRORS_NAME, PartRange, part_table, plan_parts
 from icce_ray.embed.part_hashes import read_hashes_file
-from icce_ray.embed.reuse_parts import ReusableParts, copy_parts
+from icce_ray.embed.reuse_parts import ReusableParts, reuse_parts
 from icce_ray.images.listing import Entry, Listing, entry_tables, numbered
 from icce_ray.store import Artifact, ArtifactWriter, Folder
 from icce_ray.store.part_records import PartRecords
@@ -54,10 +54,10 @@ def test_a_part_has_the_record_it_was_written_with(source: ReusableParts) -> Non
     assert [record.files[0].rows for record in records] == [3, 3, 1]
 
 
-def test_parts_of_the_same_images_are_copied_and_no_others(source: ReusableParts, tmp_path: Path) -> None:
+def test_parts_of_the_same_images_are_taken_over_and_no_others(source: ReusableParts, tmp_path: Path) -> None:
     changed = [*ENTRIES[:6], ENTRIES[6]._replace(etag="later"), *ENTRIES[7:], Entry("/new.png", 100, "now")]
     listing, records = listing_of(tmp_path / "more", changed), PartRecords(Folder.at(tmp_path / "copy"), "source")
-    copied = dict(copy_parts(plan_parts(11, 4), listing, [source], records))
+    copied = dict(reuse_parts(plan_parts(11, 4), listing, [source], records))
     assert [part.index for part, finished in copied.items() if finished is not None] == [0]
     finished = copied[PartRange(0, 0, 4)]
     assert finished is not None
@@ -66,6 +66,7 @@ def test_parts_of_the_same_images_are_copied_and_no_others(source: ReusableParts
     assert [row.tobytes().hex() for row in hashes.hashes_nB] == [f"{number:064x}" for number in (0, 2, 3)]
     (record,) = records.read_all().values()
     assert (record.files, record.metrics["errors"]) == (finished.files, [[1, "truncated"]])
+    # It has an image that may be tried again, so it is a copy.
     original = (tmp_path / "source" / "part-00000.parquet").read_bytes()
     assert (tmp_path / "copy" / "part-00000.parquet").read_bytes() == original
 
@@ -74,5 +75,41 @@ def test_a_damaged_part_is_not_copied(source: ReusableParts, tmp_path: Path) -> 
     path = tmp_path / "source" / "part-00001.parquet"
     path.write_bytes(path.read_bytes()[:-1] + b"x")
     listing, records = listing_of(tmp_path / "same", ENTRIES), PartRecords(Folder.at(tmp_path / "copy"), "source")
-    copied = copy_parts(source.parts, listing, [source], records)
+    copied = reuse_parts(source.parts, listing, [source], records)
     assert [finished is not None for _, finished in copied] == [True, False, True]
+
+
+def test_a_part_without_failed_images_is_referred_to_and_not_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "embed" / "base"
+    writer = ArtifactWriter(Folder.at(path))
+    for part in plan_parts(10, 4):
+        ids = np.arange(part.start, part.stop)
+        writer.write_table(part.file_name, part_table(ids, np.repeat(ids[:, None], 2, axis=1).astype(np.float16)))
+    errors = pa.table({"image_id": pa.array([], pa.int64()), "reason": pa.array([], pa.string())})
+    writer.write_table(ERRORS_NAME, errors)
+    base = ReusableParts(commit(writer, images_per_part=4), listing_of(tmp_path / "images", ENTRIES))
+    grown = listing_of(tmp_path / "grown", [*ENTRIES, Entry("/new.png", 1, "now")])
+    records = PartRecords(Folder.at(tmp_path / "embed" / "next"), "source")
+    with monkeypatch.context() as patched:
+        patched.setattr(base, "_artifact", _Unread(base._artifact))
+        found = dict(reuse_parts(plan_parts(11, 4), grown, [base], records))
+    reused = [record for record in found.values() if record is not None]
+    assert [record.files[0].folder for record in reused] == ["embed/base"] * 2
+    assert [record.files for record in records.read_all().values()] == [record.files for record in reused]
+    following = ArtifactWriter(records.folder)
+    for record in reused:
+        following.add(record.files[0])
+    artifact = commit(following)
+    ids = [artifact.read_table(name)["image_id"].to_pylist() for name in artifact.part_names()]
+    assert ids == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    (path / "part-00001.parquet").unlink()
+    assert base.reuse(base.parts[1], grown, records) is None
+
+
+class _Unread:
+    """An artifact whose parts must not be read."""
+
+    def __init__(self, artifact: Artifact) -> None:
+        self.part, self.folder_of = artifact.part, artifact.folder_of

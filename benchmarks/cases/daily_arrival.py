@@ -1,0 +1,116 @@
+"""Tomorrow's images: the bytes of the base that are read, and the bytes that are written for each new one, counted.
+
+A run over a base of digits; then a day's images are added to the folder and the listing is refreshed (images and
+embeddings only), and other days are labelled with the model. Every read and write of the output goes through `Folder`.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from icce_ray.assign.new_images import assign_images
+from icce_ray.config import Config
+from icce_ray.embed.stage import EMBED
+from icce_ray.images.stage import IMAGES
+from icce_ray.pipeline.plan import plan
+from icce_ray.pipeline.run import finished_artifacts, refresh_listing, run_pipeline, run_stages
+from icce_ray.store import Artifact, Folder
+
+SETTINGS: dict[str, Any] = {"base": 1040, "refreshed": 250, "day": 250, "small_day": 8}
+MAX_READ, MAX_WRITTEN = 0.02, 2.0
+
+
+def run(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, bool]]:
+    images = iter((load_digits().images * 15.9).astype(np.uint8))
+    figures: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory(prefix="icce_ray-daily-") as place:
+        folder = Path(place)
+        config = Config.model_validate(
+            {
+                "images": {"uri": str(folder / "images")},
+                "num_clusters": 10,
+                "output": str(folder / "out"),
+                "method": "kmeans",
+                "embed": {"backbone": "pixels", "image_size": 24, "grayscale": True},
+                "classifier": {"num_iterations": 200},
+            }
+        )
+        write(folder / "images", images, settings["base"], "base")
+        run_pipeline(config, quiet=True)
+        base = finished_artifacts(plan(config))
+        base_bytes = sum(base[stage].num_bytes() for stage in ("embed", "assign"))
+        for name in ("day", "small_day"):
+            write(folder / name, images, settings[name], name)
+            with counted() as (read, written):
+                assign_images(folder / "out", images=folder / name, quiet=True)
+            figures |= of_day(name, read, written, base, base_bytes)
+        write(folder / "images", images, settings["refreshed"], "later")
+        refresh_listing(config, quiet=True)
+        stages = plan(config, (IMAGES, EMBED))
+        artifacts = finished_artifacts(stages)
+        with counted() as (read, written):
+            run_stages(config, stages, artifacts, quiet=True)
+        figures |= of_day("refresh", read, written, base, base_bytes)
+        table = pd.read_parquet(folder / "out" / "latest" / "all_images")
+        figures["rows_of_all_images"] = len(table)
+    for name, value in figures.items():
+        print(f"{name:24} {value:.4g}", flush=True)
+    days = settings["day"] + settings["small_day"]
+    return figures, {
+        "a small day reads nothing of the base": figures["small_day_read"] == 0,
+        f"another reads its hashes, below {MAX_READ:.0%}": figures["day_read"] < MAX_READ,
+        f"so does a refresh, below {MAX_READ:.0%}": figures["refresh_read"] < MAX_READ,
+        f"a day writes at most {MAX_WRITTEN:g} bytes for each new one": figures["day_written"] <= MAX_WRITTEN,
+        f"a refresh writes at most {MAX_WRITTEN:g}": figures["refresh_written"] <= MAX_WRITTEN,
+        "one table has all images": figures["rows_of_all_images"] == settings["base"] + days,
+    }
+
+
+def write(folder: Path, images: Iterator[Any], number: int, name: str) -> None:
+    folder.mkdir(exist_ok=True)
+    for index in range(number):
+        Image.fromarray(next(images)).resize((24, 24)).save(folder / f"{name}-{index:04d}.png")
+
+
+@contextmanager
+def counted() -> Iterator[tuple[Counter[str], Counter[str]]]:
+    """Bytes read and written by file."""
+    read, written = Counter[str](), Counter[str]()
+    read_bytes, write_bytes = Folder.read_bytes, Folder.write_bytes
+
+    def reading(folder: Folder, name: str, num_bytes: int | None = None) -> bytes:
+        data = read_bytes(folder, name, num_bytes)
+        read[f"{folder.path}/{name}"] += len(data)
+        return data
+
+    def writing(folder: Folder, name: str, data: bytes | memoryview, **options: Any) -> None:
+        written[f"{folder.path}/{name}"] += len(data)
+        write_bytes(folder, name, data, **options)
+
+    Folder.read_bytes, Folder.write_bytes = reading, writing  # type: ignore[method-assign]
+    try:
+        yield read, written
+    finally:
+        Folder.read_bytes, Folder.write_bytes = read_bytes, write_bytes  # type: ignore[method-assign]
+
+
+def of_day(
+    name: str, read: Counter[str], written: Counter[str], base: dict[str, Artifact], base_bytes: int
+) -> dict[str, float]:
+    """The share of the base that was read, and bytes written for each byte of new embeddings and assignments."""
+    places = tuple(f"{base[stage].folder.path}/" for stage in ("embed", "assign"))
+    of_base = {path: num_bytes for path, num_bytes in read.items() if path.startswith(places)}
+    data = [num for path, num in of_base.items() if not path.endswith("manifest.json") and "/parts-" not in path]
+    new = sum(num_bytes for path, num_bytes in written.items() if "/part-" in path and path.endswith(".parquet"))
+    new -= sum(num_bytes for path, num_bytes in written.items() if "/candidates/" in path or "/outliers/" in path)
+    return {f"{name}_read": sum(data) / base_bytes, f"{name}_written": sum(written.values()) / new}
