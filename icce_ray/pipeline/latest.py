@@ -65,9 +65,9 @@ def publish(
     summary = {**result, "run": run, "stages": {name: artifact.fingerprint for name, artifact in artifacts.items()}}
     entries = {ASSIGNMENTS_NAME: artifacts["assign"].folder / "assignments"}
     entries |= {name: artifacts[stage].folder for stage, name in FOLDERS.items() if stage in artifacts}
-    entries[place_of(artifacts["assign"])] = entries[ASSIGNMENTS_NAME]
+    links = entries | {place_of(artifacts["assign"]): entries[ASSIGNMENTS_NAME]}
     latest = root / LATEST_FOLDER
-    if root.local_path is not None and _link(root.local_path, entries, summary, is_new):
+    if root.local_path is not None and _link(root.local_path, links, summary, is_new):
         return {name: latest.file_uri(name) for name in entries}
     left_out = _copy(root, artifacts, summary, is_new)
     return {name: folder.uri if name in left_out else latest.file_uri(name) for name, folder in entries.items()}
