@@ -204,7 +204,9 @@ def test_a_part_may_lie_in_the_folder_of_another_artifact(tmp_path: Path) -> Non
     assert second.read_table("table.parquet")["image_id"].to_pylist() == [1, 2, 3]
     (tmp_path / "toy" / "first" / "labels.npy").write_bytes(b"?")
     assert Artifact.discard_damage(writer.folder) == ["labels.npy"]
-    assert (tmp_path / "toy" / "first" / "labels.npy").exists()
+    # The file is of use to neither; without it, nobody refers to it again.
+    assert not (tmp_path / "toy" / "first" / "labels.npy").exists()
+    assert Artifact.find(first.folder) is None
 
 
 def test_the_manifest_does_not_grow_with_the_parts(tmp_path: Path) -> None:
