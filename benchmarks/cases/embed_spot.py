@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-SETTINGS: dict[str, Any] = {"num_images": 4096, "num_copies": 128, "images_per_item": 16, "max_redone": 0.05}
+SETTINGS: dict[str, Any] = {"num_images": 1536, "num_copies": 64, "images_per_item": 8, "max_redone": 0.05}
 ROOT = Path(__file__).resolve().parents[2]
 COUNTING = """
-import os
+import os, time
 from icce_ray.embed.networks import PixelsBackbone
 embed = PixelsBackbone.embed
 
@@ -29,6 +29,7 @@ def counting_embed(self, images):
     log = os.open(os.environ["ICCE_SPOT_LOG"], os.O_APPEND | os.O_CREAT | os.O_WRONLY)
     os.write(log, len({image.tobytes() for image in images}).to_bytes(4, "little"))  # without what fills the batch up
     os.close(log)
+    time.sleep(0.1)  # in which most of the kills come
     return embed(self, images)
 
 PixelsBackbone.embed = counting_embed
