@@ -36,6 +36,7 @@ CASES = {
     "faults": "runs that are killed, cut off from their storage, or find damage: how many lose nothing",
     "gpu-overlap": "how busy an embedding actor keeps a device of given speed, on storage of given latency",
     "heads": "the trainer against a plain PyTorch loop over heads",
+    "heads-scale": "training on 1, 2 and 4 workers: bytes, collectives, step time against the work divided, memory",
     "kmeans": "k-means on two shards against faiss.Kmeans with two threads, and what it costs at 100M and 1B images",
     "manifest-scale": "memory and time of finding an artifact of two million parts",
     "listing-scale": "keys/s of listing a bucket that takes 100 ms a page, and what a kill costs",
