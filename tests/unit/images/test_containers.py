@@ -187,12 +187,12 @@ def test_the_label_of_an_image_in_a_tar_is_the_cls_file_of_its_key(listed: Liste
     assert [uri.rpartition("/")[2] for uri in uris] == ["1.jpg", "1.big.jpg", "c.jpg", "d.jpg"]
     assert labels_beside(uris) == ["7", "8", None, None]
     evaluate = EvaluateConfig(labels="cls")
-    labels = load_labels(evaluate, uris, np.array([1, 0]))
+    labels = load_labels(evaluate, [uris[1], uris[0]], np.array([1, 0]), len(uris))
     assert (labels.classes.tolist(), labels.names) == ([1, 0], ("7", "8"))
     with pytest.raises(
         InputError, match=r"1 of 2 images have no \.cls file beside them in a tar shard, e\.g\. .*c\.jpg"
     ):
-        load_labels(evaluate, uris, np.array([1, 2]))
+        load_labels(evaluate, uris[1:3], np.array([1, 2]), len(uris))
 
 
 def test_shards_that_were_opened_before_a_kill_are_not_opened_again(
