@@ -78,12 +78,17 @@ RATES = {
         "`neighbors-gpu`, 2026-11-27-gpu.txt: one H200 and 16 CPUs, 1,024 dimensions, merge included",
     ),
     "gpu_memory": Rate(3.35e12, "bytes/s", "data sheet", "H100 SXM"),
-    "link": Rate(450e9, "bytes/s between GPUs, each way", "data sheet", "NVLink 4"),
+    "collective": Rate(25e-6, "s for a message between all GPUs of a machine", "assumed", ""),
     "cpu": Rate(48e9, "FLOP/s in float32 per CPU", "data sheet", "AVX2: 3 GHz x 2 x 16 FLOP, two CPUs per core"),
     "cpu_share": Rate(0.5, "of that", "assumed", "of all products on CPUs"),
     "network": Rate(12.5e9, "bytes/s per machine", "data sheet", "100 Gbit/s"),
     "network_share": Rate(0.5, "of that", "assumed", ""),
-    "list": Rate(1e4, "objects/s", "assumed", "sequential, pages of 1,000 in 0.1 s"),
+    "list": Rate(
+        55714.8,
+        "objects/s: ranges of keys, 16 requests at a time",
+        "measured",
+        "`listing-scale`, 2026-11-29-listing.txt: pages of 1,000 keys that take 0.1 s, one process on 2 busy CPUs",
+    ),
 }
 
 
@@ -206,12 +211,13 @@ def flop_per_pair() -> float:
 
 
 def step_seconds(num_gpus: int = 1) -> float:
-    """A training step: the products, then 40 P bytes read and written (student, teacher, gradient, two moments), then
-    the gradient's exchange between GPUs."""
-    products = BATCH_PAIRS * flop_per_pair() / (num_gpus * _rate("gpu") * _rate("heads_share"))
+    """A training step: the products, then 40 P bytes read and written (student, teacher, gradient, two moments), both
+    for the heads of the fullest GPU; then a message with the agreements of H heads on B pairs, of some kB."""
+    products = BATCH_PAIRS * flop_per_pair() / (_rate("gpu") * _rate("heads_share"))
     update = 2 * 20.0 * head_parameters() / _rate("gpu_memory")
-    exchange = 2 * (num_gpus - 1) / num_gpus * 4.0 * head_parameters() / _rate("link")
-    return products + update + exchange
+    num_heads = HeadsConfig().num_heads
+    share = math.ceil(num_heads / num_gpus) / num_heads
+    return share * (products + update) + (_rate("collective") if num_gpus > 1 else 0.0)
 
 
 def heads_seconds(trained: int) -> float:
@@ -236,8 +242,9 @@ def assign_seconds(num_images: int, plan: Plan) -> float:
 
 
 def storage_bytes(num_images: int, trained: int) -> dict[str, int]:
-    """Before compression. An embedding is D float16 values with its id and hash."""
-    row = 2 * DIM + 8 + 64
+    """Before compression. An embedding is D float16 values with its id and hash, and the hash once more in a file that
+    is read without the embeddings."""
+    row = 2 * DIM + 8 + 64 + 32
     sample = trained * row if trained < num_images else 0
     return {
         "listing": num_images * (8 + URI_BYTES + 8 + 32),
@@ -310,7 +317,7 @@ What to start for 1 million to 1 billion images with the default settings: DINOv
 heads, 1,000 clusters, 50 epochs, at most 2 million images to train on (`sample.max_images`).
 
 **None of this has been run at these sizes.** The work is counted by the formulas below. The rates are listed at the
-end, each with its source: four were measured in this repository, two of them on two shared CPUs and two on one H200
+end, each with its source: five were measured in this repository, three of them on two shared CPUs and two on one H200
 GPU; the others come from data sheets or are assumed. Take the times as orders of magnitude. `icce-ray estimate
 run.yaml` embeds a sample on your own machines and tells you images/s, time, storage and memory. On a GPU,
 `benchmarks/run.py embed`, `heads` and `neighbors-scale` measure the rates that are assumed here.
@@ -345,27 +352,28 @@ p K) is the number of parameters of all heads. The three parts of `embed` work a
 
 Consequences:
 
-- **A billion single objects take a day to list.** One process lists them page by page. Put images into tar shards of
-  about ten thousand each: this needs a ten-thousandth of the requests, and files are read sequentially. 64 GPUs take
-  150,000 images per second, while S3 answers about 5,500 requests per second for each prefix. Reading the shards'
-  tables of contents is not counted here.
+- **A billion single objects take hours to list**, once: what was listed is kept, also by a run that is killed. An S3
+  Inventory as `images.uri` saves the listing. Better, put images into tar shards of about ten thousand each: 64 GPUs
+  take 150,000 images per second, while S3 answers about 5,500 requests per second for each prefix, and neighbouring
+  images of a shard are read in one request (1,000 images of 100 kB in 16, **measured**, `tar-reads`). To open a shard
+  of small images, its bytes are read once more, by tasks on all machines; this is not counted here.
 - **Decoding needs about 25 CPUs for each H100.** Machines with fewer CPUs wait for them, hence the machines that only
   decode.
-- **Training takes the same time from 2 million images on**, and one GPU is enough. With more GPUs, at 1,024 pairs per
-  step, most of the time is spent waiting for each other:
+- **Training takes the same time from 2 million images on**, and one GPU is enough. More GPUs divide the heads:
 
 {gpus}
 
 - **The config for 64 GPUs searches on CPUs**, so that the GPUs can be released in the meantime. With
   `resources.neighbors: {{num_workers: 8, gpus_per_worker: 1, cpus_per_worker: 16}}` the search takes a quarter of a
   minute instead.
-- Not counted: starting machines, Ray's own work for each part, the audit of the neighbours, the report.
+- Not counted: starting machines, Ray's own work for each of the work items of 512 images, the audit of the
+  neighbours, the report.
 
 ## Storage
 
-Before compression, with URIs of 60 characters. An embedding takes 2 D bytes and 72 for its id and hash. Above 2 million
-images the sample is stored a second time. The graph has at most 1,000 neighbours of 4 bytes for each image that is
-trained on.
+Before compression, with URIs of 60 characters. An embedding takes 2 D bytes and 72 for its id and hash; a file of
+hashes beside each part takes 32 bytes for each image. Above 2 million images the sample is stored a second time. The
+graph has at most 1,000 neighbours of 4 bytes for each image that is trained on.
 
 {storage}
 
@@ -386,10 +394,14 @@ The sums that the stages check before they start.
 - **embed** holds a few parts for any N: the whole job peaked at 1.5 GB with 2,000 and with 20,000 images
   (**measured**, `embed-memory`). A GPU's batch size is found by trying.
 - **On disk**: each machine that trains or searches holds the features in one file (2 D n bytes, under `ICCE_CACHE`).
-  The driver keeps a table of contents in a temporary file: about 100 bytes per image (counted from its columns).
 - **The index of contents** holds 32 bytes of memory per image and takes some 3 microseconds of a CPU for each
   (**measured**, `content-index`). Above 50 million images it is divided among several processes on different machines.
   A resumed run reads 32 bytes per image at its start.
+- **The driver** holds no ids or hashes of the images. Embeddings are joined to parts of at most 65,536 rows or 64 MiB:
+  60,000 parts for a billion images. To read a table of two million parts takes 6 s and 0.5 GB (**measured**,
+  `manifest-scale`). The driver keeps 12 bytes for each image that failed. The tables of errors and duplicates are made on the
+  driver: 2.9 GB for 100 million images (extrapolated from 1 and 3 million, `table-memory`), of which duplicates take
+  about 30 passes over the hashes of a billion images. This is the next bound.
 
 ## Rates
 

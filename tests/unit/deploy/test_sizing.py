@@ -47,7 +47,9 @@ def test_measured_rates_are_those_of_the_results() -> None:
     flop = 2 * num_images**2 * dim
     assert RATES["search_share"].value == pytest.approx(flop / search_s / RATES["gpu"].value, rel=5e-3)
     measured = {name for name, rate in RATES.items() if rate.kind == "measured"}
-    assert measured == {"job", "consensus", "heads_share", "search_share"}
+    listing = results("2026-11-29-listing.txt", "listing-scale")
+    assert RATES["list"].value == pytest.approx(listing["figures"]["in_ranges"], rel=1e-4)
+    assert measured == {"job", "consensus", "heads_share", "list", "search_share"}
     for name in measured:
         assert (RESULTS / re.findall(r"[\w-]+\.txt", RATES[name].source)[0]).exists()
 
