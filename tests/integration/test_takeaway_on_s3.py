@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -55,7 +56,9 @@ def test_the_newest_run_is_copied_and_nothing_of_the_one_before_stays(bucket: An
         assert icce_ray.load(f"{OUTPUT}/latest/model").description["name"] == name
         tables = [key for key in found if "/parts-" in key]
         assert [key.split("/")[0] for key in sorted(tables)] == ["model", "report"]
-        assert set(found) - set(tables) == {
+        of_all = [key for key in found if key.startswith("all_images/")]
+        assert {re.findall("source=([^/]+)/", key)[0] for key in of_all} == {name}
+        assert set(found) - set(tables) - set(of_all) == {
             "assignments.parquet",
             "report/report.html",
             "report/data/pictures.bin",

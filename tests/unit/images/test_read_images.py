@@ -32,6 +32,8 @@ class Store:
     def __init__(self) -> None:
         self.answer: Answer = lambda key: LISTING
         self.seen: list[str] = []
+        self.ranges: list[tuple[str, str | None]] = []
+        """Key and range of each request."""
 
 
 @pytest.fixture
@@ -42,6 +44,7 @@ def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
         def do_GET(self) -> None:
             key = self.path.partition("?")[0].removeprefix("/photos").removeprefix("/")
             told.seen.append(key)
+            told.ranges.append((key, self.headers["Range"]))
             found = told.answer(key)
             if callable(found):
                 found(self)
@@ -110,6 +113,7 @@ def test_credentials_that_are_refused_later_on_are_the_message(store: Store) -> 
 def test_neighbours_in_a_shard_are_read_together_and_each_byte_once(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(read_images, "READ_TIMEOUTS_S", (60.0,) * 8)  # a busy machine answers late
     monkeypatch.setattr(read_images, "MAX_RANGE_BYTES", 100)
     monkeypatch.setattr(read_images, "MAX_GAP_BYTES", 10)
     shard = bytes(range(256)) * 2
@@ -125,8 +129,10 @@ def test_neighbours_in_a_shard_are_read_together_and_each_byte_once(
     assert [found[number] for number in range(6)] == [shard[at : at + size] for _, at, size in spans[:6]]
     assert str(found[6]).startswith("unreadable: ")  # its shard ends before it
     assert found[7] == shard[7:10]
-    # Up to the damage, up to 100 bytes, behind the gap; all of the second shard is tried, then its images.
-    assert store.seen.count("0.tar") == 3
+    # Up to the damage, up to 100 bytes, behind the gap; and perhaps one byte, to see whether the store answers while
+    # the second shard cannot be read.
+    asked = sorted(span or "all" for key, span in store.ranges if key == "0.tar")
+    assert [span for span in asked if span != "bytes=0-0"] == ["bytes=0-29", "bytes=112-120", "bytes=40-100"]
     store.seen.clear()
     assert read_images.read_image(rows[0].uri, 30) == shard[:30]
     assert store.seen == ["0.tar"]
