@@ -108,7 +108,7 @@ def _measured(kind: str, folder: str, settings: dict[str, Any]) -> tuple[float, 
 
 def _stage(folder: str, settings: dict[str, Any]) -> None:
     from icce_ray.config import Config
-    from icce_ray.embed import job
+    from icce_ray.embed import embed_images
     from icce_ray.images import list_images
     from icce_ray.runtime.progress import Progress
     from icce_ray.runtime.ray_cluster import disconnect
@@ -123,7 +123,7 @@ def _stage(folder: str, settings: dict[str, Any]) -> None:
         embed=embed | {"weights": "random", "features": "cls"},  # type: ignore[arg-type]
     )
     inputs: dict[str, Artifact] = {}
-    for name, stage in (("images", list_images), ("embed", job)):
+    for name, stage in (("images", list_images), ("embed", embed_images)):
         writer = ArtifactWriter(Folder.at(f"{settings['output']}/{name}"))
         metrics = stage.run(config, StageContext(writer, inputs, Progress(name, quiet=True)))
         inputs[name] = writer.commit(

@@ -1,10 +1,7 @@
-"""The ``embed`` stage on Ray Data: read and decode in tasks, embed and write in actors, one row per part.
+"""The ``embed`` stage on Ray Data: read and decode in tasks, embed and write in actors, one row for each work item.
 
-An actor writes its part and the part's record to storage itself and returns a few numbers, so each part is there once
-and whole, or not at all, whoever dies. Small runs do without Ray.
-
-A resumed run uses the recorded parts; parts of other finished artifacts with the same images are shared; contents that
-were embedded before are not embedded again.
+An actor writes its item and the item's record to storage itself and returns the record, so each item is there once and
+whole, or not at all, whoever dies.
 """
 
 from __future__ import annotations
@@ -15,9 +12,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager, suppress
-from dataclasses import replace
+from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import islice
 from typing import Any, cast
@@ -25,37 +20,24 @@ from typing import Any, cast
 import pyarrow as pa
 
 from icce_ray import errors
-from icce_ray.config import PIXELS, Config
-from icce_ray.embed.backbone_plan import EmbeddingPlan
+from icce_ray.config import PIXELS
 from icce_ray.embed.content_index import ContentIndex, ShardedIndex, num_shards
 from icce_ray.embed.decode_and_embed import NOTHING_DECODED, Outcome, decoded_from_table, decoded_to_table
-from icce_ray.embed.embedding_parts import (
-    PartRange,
-    images_per_item,
-    items_per_part,
-    plan_parts,
-    revision_of,
-)
-from icce_ray.embed.finished_parts import Tally
+from icce_ray.embed.embedding_parts import PartRange
 from icce_ray.embed.gather_embeddings import known_hashes
-from icce_ray.embed.part_embedder import ITEMS_AT_ONCE, EmbedTask, PartEmbedder, embed_here
-from icce_ray.embed.ready_made import rewrite_embeddings
-from icce_ray.embed.reuse_parts import ReusableParts, reuse_parts
-from icce_ray.embed.work_items import OpenPart, OpenParts, WorkItems, join_items, joined, remove_items
+from icce_ray.embed.part_embedder import ITEMS_AT_ONCE, EmbedTask, PartEmbedder
+from icce_ray.embed.work_items import OpenPart, OpenParts, join_items, joined
 from icce_ray.images.decoding_process import decode_or_die
-from icce_ray.images.listing import REMOVED, Listing
+from icce_ray.images.listing import Listing
 from icce_ray.images.uris import is_remote
 from icce_ray.runtime.cluster_resources import (
     available_cpus,
     cpus_beside,
     largest_machine_cpus,
-    wait_for_machines,
     worker_cpus,
 )
 from icce_ray.runtime.progress import Progress
-from icce_ray.runtime.ray_cluster import connect, runs_here
 from icce_ray.runtime.threads import repeating
-from icce_ray.stage import StageContext
 from icce_ray.store import Artifact, Folder
 from icce_ray.store.part_records import PartRecord
 from icce_ray.store.s3 import use_s3
@@ -70,71 +52,6 @@ ITEMS_PER_WAVE = 32_768
 """Work items that Ray Data is given at a time. For each wave it starts the actors again."""
 ITEMS_PER_ACTOR = ITEMS_AT_ONCE + 2
 """Decoded items for each actor: those that it works on, and those that wait."""
-
-
-def run(config: Config, context: StageContext) -> dict[str, Any]:
-    """Embed all images of the ``images`` artifact.
-
-    Returns:
-        Metrics: those of :meth:`Tally.finish`; images_per_part; with several backbones feature_sets and dims of all.
-
-    Raises:
-        InputError: more failed images than `embed.max_error_rate` allows.
-        ConfigError, ResourceError: the backbone cannot be built, as in :func:`build_backbone`.
-        WorkerError: workers died, or storage failed, more often than retries could repair.
-    """
-    if config.embeddings.uri is not None:
-        return rewrite_embeddings(config.embeddings, context)
-    listing = Listing(context.inputs["images"])
-    task = _task(config, context, len(listing))
-    tally = Tally(context, listing, config.embed.max_error_rate)
-    size = images_per_item(len(listing), task.plan.preprocessing)
-    num_items = items_per_part(len(listing), size, sum(task.plan.dims))
-    missing, done = tally.resume(plan_parts(len(listing), num_items * size), task.records)
-    pending = []
-    for part, reused in reuse_parts(missing, listing, task.reusable(), task.records):
-        if reused is None:
-            pending.append(OpenPart(part, WorkItems(part, size)))
-        else:
-            tally.add_earlier(reused)
-    _embed_all(task, OpenParts(pending, done), tally, context.progress, len(listing))
-    return tally.finish(task.plan.names[0]) | _layout(task.plan, num_items * size)
-
-
-def retry(config: Config, context: StageContext, artifact: Artifact) -> dict[str, Any] | None:
-    """Try the images of a finished artifact's errors table again, and only those: their parts are amended, under new
-    names beside the old ones.
-
-    Returns:
-        Metrics as :func:`run`, for a manifest that replaces the old one; None if all images failed again.
-
-    Raises:
-        DamagedArtifactError: a part of the artifact that is amended is damaged. Otherwise as :func:`run`.
-    """
-    listing = Listing(context.inputs["images"])
-    task = _task(config, context, len(listing))
-    tally = Tally(context, listing, config.embed.max_error_rate)
-    earlier, size = ReusableParts(artifact, listing), images_per_item(len(listing), task.plan.preprocessing)
-    amended: dict[str, OpenPart] = {}
-    for part in earlier.parts:
-        record = earlier.record(part)
-        (file,), failed = record.files, record.metrics["errors"]
-        if any(reason != REMOVED for _, reason in failed):
-            again = replace(part, revision=revision_of(file.name) + 1)
-            items = WorkItems(again, size).with_images([image_id for image_id, _ in failed])
-            amended[again.name] = OpenPart(again, items, record)
-        else:
-            tally.add_earlier(record)
-    missing, done = tally.resume([open_part.part for open_part in amended.values()], task.records)
-    pending = OpenParts([amended[part.name] for part in missing], done)
-    _embed_all(task, pending, tally, context.progress, len(listing))
-    metrics = tally.finish(task.plan.names[0]) | _layout(task.plan, artifact.metrics["images_per_part"])
-    return metrics if metrics["num_errors"] < artifact.metrics["num_errors"] else None
-
-
-def _layout(plan: EmbeddingPlan, images_per_part: int) -> dict[str, Any]:
-    sets = {"feature_sets": plan.names, "dims": plan.dims} if len(plan.names) > 1 else {}
-    return sets | {"images_per_part": images_per_part}
 
 
 class Embedder:
@@ -277,40 +194,7 @@ def _listing(images: Artifact) -> Listing:
     return _listings[key]
 
 
-def _task(config: Config, context: StageContext, num_images: int) -> EmbedTask:
-    images, folder = context.inputs["images"], context.output.folder
-    if runs_here(config.resources, num_images):
-        return EmbedTask.of(config, images, folder)
-    # Both can take seconds: one imports timm if the plan is not known yet, the other waits for Ray's processes.
-    with ThreadPoolExecutor(1) as threads:
-        task = threads.submit(EmbedTask.of, config, images, folder)
-        connect(config.resources)
-        return task.result()
-
-
-def _embed_all(task: EmbedTask, pending: OpenParts, tally: Tally, progress: Progress, num_images: int) -> None:
-    for record in pending.done.values():
-        tally.add_earlier(record)
-    if pending.whole or len(pending):
-        _embed_pending(task, pending, tally, progress, num_images)
-    remove_items(task.folders[0])
-    task.records.clear()
-
-
-def _embed_pending(task: EmbedTask, pending: OpenParts, tally: Tally, progress: Progress, num_images: int) -> None:
-    resources = task.config.resources
-    if runs_here(resources, num_images):
-        parts = embed_here(task, pending, tally.add_batch)
-    else:
-        wait_for_machines(resources, "embed", progress.note)
-        parts = _embed_on_ray(task, pending, tally.add_batch, progress)
-    # Closed, so that a run that stops because of its errors doesn't leave its workers working.
-    with closing(parts) as finished:
-        for part in finished:
-            tally.add(part)
-
-
-def _embed_on_ray(
+def embed_on_ray(
     task: EmbedTask, pending: OpenParts, on_batch: Callable[[PartRange, int], None], progress: Progress
 ) -> Generator[PartRecord, None, None]:
     """Embed the `pending` parts; yields each as it is finished, in any order. Ray Data keeps figures of every item in

@@ -216,7 +216,7 @@ def _read_sample(config: Config, num_samples: int) -> _Sample:
 
 def _embed_sample(config: Config, listing: Listing, num_samples: int, folder: Path, quiet: bool) -> _Sample:
     """Embed a sample as the run would: in this process, or on the cluster that it would use."""
-    from icce_ray.embed.job import run
+    from icce_ray.embed.embed_images import run
     from icce_ray.runtime.cluster_resources import available_cpus, available_gpus, check_resources
     from icce_ray.runtime.ray_cluster import connect
 

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from icce_ray.config import Config, ResourcesConfig
-from icce_ray.embed import embedding_parts, job, part_embedder, work_items
+from icce_ray.embed import embed_images, embedding_parts, job, part_embedder, work_items
 from icce_ray.embed.backbone_plan import plan_backbone
 from icce_ray.embed.build_backbone import build_backbone
 from icce_ray.embed.feature_matrix import feature_set_names, load_features
@@ -77,7 +77,7 @@ def config_for(photos: Path, tmp_path: Path, *, num_workers: int = 1, **embed: A
 def run_stage(config: Config, folder: Path) -> Artifact:
     """The images stage and the embed stage, as the pipeline runs them."""
     inputs: dict[str, Artifact] = {}
-    for name, stage in (("images", list_images), ("embed", job)):
+    for name, stage in (("images", list_images), ("embed", embed_images)):
         writer = ArtifactWriter(Folder.at(folder / name))
         metrics = stage.run(config, StageContext(writer, inputs, Progress(name, quiet=True)))
         inputs[name] = writer.commit(

@@ -24,7 +24,7 @@ from icce_ray.assign.labeling import SCHEMA
 from icce_ray.assign.new_images import AssignResult
 from icce_ray.classifier import job as classifier_job
 from icce_ray.config import Config
-from icce_ray.embed import job as embed_job
+from icce_ray.embed import embed_images
 from icce_ray.errors import InputError
 from icce_ray.images import list_images
 from icce_ray.pipeline.plan import plan, run_name
@@ -84,7 +84,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, ray_cluster: None) -> Path:
 
     stages = {
         "images": list_images.run,
-        "embed": embed_job.run,
+        "embed": embed_images.run,
         "consensus": consensus,
         "classifier": classifier_job.run,
     }
