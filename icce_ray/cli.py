@@ -102,9 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     export.set_defaults(function=_export)
 
     forget = commands.add_parser("forget", help="remove images from a finished run and everything beside it")
-    forget.add_argument(
-        "run", metavar="RUN", help="a run's YAML config, its output folder, or its record (runs/*.json)"
-    )
+    forget.add_argument("run", metavar="RUN", help=RUN)
     forget.add_argument("--uris", required=True, metavar="FILE", help=".txt or .parquet list of the images")
     forget.add_argument("--json", action="store_true", help="print the result as JSON on the last line of stdout")
     forget.add_argument("--quiet", action="store_true", help="no progress on stderr")

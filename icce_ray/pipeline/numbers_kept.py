@@ -31,9 +31,13 @@ def with_numbers_from(config: C, asked: Config, images: str) -> C:
     if config.consensus.numbers_from != AUTO:
         return config
     last = _read(asked)
-    run = NONE if last is None else last["numbers_from"] if last["images"] == images else last["run"]
-    if run != NONE and not (Folder.at(config.output) / RUNS_FOLDER).exists(f"{run}.json"):
-        run = NONE  # removed since
+    if last is None:
+        run = NONE
+    elif last["images"] == images:
+        run = last["numbers_from"]  # also if that run was removed since: the result stays the same
+    else:
+        there = (Folder.at(config.output) / RUNS_FOLDER).exists(f"{last['run']}.json")
+        run = last["run"] if there else NONE
     return config.model_copy(update={"consensus": config.consensus.model_copy(update={"numbers_from": run})})
 
 

@@ -33,12 +33,13 @@ async function show() {
   for (const link of document.querySelectorAll("#tabs a")) {
     link.toggleAttribute("aria-current", link.hash === `#${key === "cluster" ? "clusters" : key}`);
   }
-  const made = el("div");
+  const made = el("div"), place = location.hash;
   try {
     await VIEWS[key][1](made, decodeURIComponent(rest.join("/")));
   } catch (error) {
     made.append(el("p", {className: "problem", role: "alert"}, error.message));
   }
+  if (location.hash !== place) return;  // another view was opened while this one was loading
   document.getElementById("view").replaceChildren(made);
   document.body.dataset.view = location.hash.slice(1);
   document.dispatchEvent(new Event("shown"));

@@ -332,6 +332,7 @@ def test_diagrams_have_legends_values_numbers_and_words(opened: Opened) -> None:
     opened.tab.mouse.move(box["x"] + box["width"] - 12, box["y"] + box["height"] / 2)
     assert training.locator(".plot-value").inner_text() == "8: mean of the heads 0.375, best head 0.3125"
     training.locator("summary").click()
+    training.locator("tbody tr").first.wait_for()
     assert training.locator("tbody tr").count() == 16
     assert training.locator("tbody tr").first.inner_text() == "mean of the heads\t1\t3"
     line = training.locator("path").first.get_attribute("d")
