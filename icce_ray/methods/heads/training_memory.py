@@ -16,7 +16,7 @@ MAX_HELD_BYTES = 2 * 1024**3
 MAX_HELD_SHARE = 0.5
 STATE_COPIES = 4
 """Student, teacher and the two moments of AdamW."""
-WORK_ARRAYS = 7
+WORK_ARRAYS = 8
 """Largest number of n x K arrays that a block of heads needs at a time."""
 
 
@@ -27,7 +27,7 @@ def training_bytes(
     """Memory of the worker with most heads, in bytes:
 
     ``16 h (S M + M P + P K)`` parameters and moments, ``4 h n K`` targets,
-    for each head that is computed at the same time ``7 * 4 n K`` work arrays, ``4 (S M + M P + P K)`` its gradient,
+    for each head that is computed at the same time ``8 * 4 n K`` work arrays, ``4 (S M + M P + P K)`` its gradient,
     ``16 K P`` more for its prototypes, ``6 n (M + P)`` activations and ``2 n S`` inputs,
     ``24 n D`` three batches, ``8 h N`` labels, ``4 N D`` features where they are held (:func:`max_held_bytes`).
     """

@@ -26,7 +26,7 @@ def needed(num_heads: int = 16, num_clusters: int = 100, **changes: int) -> int:
 def test_memory_grows_with_heads_times_clusters() -> None:
     per_head_and_cluster = 16 * 256 + 4 * 2048
     assert needed(num_clusters=1100) - needed(num_clusters=100) == 1000 * (
-        16 * per_head_and_cluster + 28 * 2048 + 20 * 256
+        16 * per_head_and_cluster + 32 * 2048 + 20 * 256
     )
     assert needed(num_heads=32) < 2 * needed()
 
