@@ -2,7 +2,7 @@
 
 A record is a small JSON file beside the parts, ``<artifact>/records/<name>.json``. It is written after the part's
 files, so a part with a record is whole. A record counts only while it is valid: made from the same source, with every
-file still there in the recorded size.
+file still there in the recorded size, also those that another artifact holds.
 
 Usage, in a stage::
 
@@ -74,7 +74,7 @@ class PartRecords:
         return record if record is not None and all(is_sound(self.folder, file) for file in _own(record)) else None
 
     def read_all(self, *, check_files: bool = True) -> dict[str, PartRecord]:
-        """All valid records by name, in the order of their names. The folder is listed once.
+        """All valid records by name, in the order of their names. Each folder with files of theirs is listed once.
 
         Args:
             check_files: read the files and compare their checksums; otherwise only their sizes.
@@ -87,10 +87,14 @@ class PartRecords:
         )
         with ThreadPoolExecutor(READ_THREADS) as threads:
             records = [record for record in threads.map(self._parse, names) if record is not None]
+            others = {file.folder for record in records for file in record.files if file.folder is not None}
+            listed = {name: (self.folder.parent.parent / name).sizes() for name in others}
 
             def is_valid(record: PartRecord) -> bool:
-                if any(sizes.get(file.name) != file.num_bytes for file in _own(record)):
-                    return False
+                for file in record.files:
+                    there = sizes if file.folder is None else listed[file.folder]
+                    if there.get(file.name) != file.num_bytes:
+                        return False
                 return not check_files or all(is_sound(self.folder, file) for file in _own(record))
 
             valid = list(threads.map(is_valid, records))
@@ -114,7 +118,7 @@ class PartRecords:
 
 
 def _own(record: PartRecord) -> list[Part]:
-    """Files that another artifact holds are checked when they are read."""
+    """The checksums of files that another artifact holds are compared when they are read."""
     return [file for file in record.files if file.folder is None]
 
 

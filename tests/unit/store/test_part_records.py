@@ -93,3 +93,20 @@ def test_a_worker_can_be_handed_the_records(folder: Folder, records: PartRecords
     received = pickle.loads(pickle.dumps(records))
     written = received.write("part-0", [write_file(folder, "part-0.npy")], {})
     assert records.read("part-0") == written
+
+
+@pytest.mark.parametrize("damage", ["remove", "truncate", "remove all"])
+def test_a_record_of_a_file_that_another_artifact_no_longer_holds_does_not_count(tmp_path: Path, damage: str) -> None:
+    owner, folder = Folder.at(tmp_path / "embed" / "base"), Folder.at(tmp_path / "embed" / "next")
+    files = [write_file(owner, name).model_copy(update={"folder": "embed/base"}) for name in ("a.bin", "b.bin")]
+    records = PartRecords(folder, "source")
+    for file in files:
+        records.write(file.name.removesuffix(".bin"), [file], {})
+    assert list(records.read_all(check_files=False)) == ["a", "b"]
+    if damage == "remove all":
+        owner.clear()
+    elif damage == "remove":
+        owner.remove("a.bin")
+    else:
+        owner.write_bytes("a.bin", b"r")
+    assert list(records.read_all(check_files=False)) == ([] if damage == "remove all" else ["b"])
