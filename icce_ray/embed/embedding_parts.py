@@ -172,13 +172,13 @@ def write_part(
     return records.write(part.name, [file], metrics | counts)
 
 
-def read_part(folder: Folder, name: str) -> pa.Table:
+def read_part(folder: Folder, name: str, sha256: str | None = None) -> pa.Table:
     """The content of the part file `name`.
 
     Raises:
-        DamagedArtifactError: it is missing or damaged.
+        DamagedArtifactError: it is missing or damaged, or its checksum is not `sha256`.
     """
-    return _read(folder, name)
+    return _read(folder, name, sha256=sha256)
 
 
 def read_hashes(folder: Folder, name: str) -> PartHashes | None:
@@ -214,10 +214,12 @@ def revision_of(name: str) -> int:
     return int(found["revision"] or 0)
 
 
-def _read(folder: Folder, name: str, columns: list[str] | None = None) -> pa.Table:
+def _read(folder: Folder, name: str, columns: list[str] | None = None, sha256: str | None = None) -> pa.Table:
     try:
-        source = pa.BufferReader(folder.read_bytes(name))
-        table = pq.read_table(source, columns=columns, page_checksum_verification=True)
+        data = folder.read_bytes(name)
+        if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
+            raise ValueError("the bytes are not those that were written")
+        table = pq.read_table(pa.BufferReader(data), columns=columns, page_checksum_verification=True)
         if columns is not None:
             table = table.select(columns)  # raises if one is missing
     except Exception as error:  # whatever a damaged file makes the reader raise

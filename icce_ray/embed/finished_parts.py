@@ -7,6 +7,7 @@ import time
 from array import array
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from typing import Any
 
@@ -20,7 +21,7 @@ from icce_ray.errors import InputError
 from icce_ray.images.listing import REMOVED, Listing
 from icce_ray.stage import StageContext
 from icce_ray.store import Part
-from icce_ray.store.part_records import PartRecord, PartRecords
+from icce_ray.store.part_records import READ_THREADS, PartRecord, PartRecords
 
 DUPLICATES_NAME = "duplicates.parquet"
 ERRORS_SCHEMA = pa.schema([("image_id", pa.int64()), ("uri", pa.string()), ("reason", pa.string())])
@@ -64,17 +65,20 @@ class Tally:
 
     def resume(self, parts: Sequence[PartRange], records: PartRecords) -> tuple[list[PartRange], dict[str, PartRecord]]:
         """Take in the parts that an earlier run finished. The parts themselves are not read: damage is noticed by the
-        stage that reads them.
+        stage that reads them. Work items are: a damaged one is done again.
 
         Returns:
-            The parts that are left to do, and the records of their work items and others, by name.
+            The parts that are left to do, and the records of finished work items, by name.
         """
         found = records.read_all(check_files=False)
         finished = [found.pop(part.name) for part in parts if part.name in found]
         for record in finished:
             self.add_earlier(record)
         names = {record.name for record in finished}
-        return [part for part in parts if part.name not in names], found
+        with ThreadPoolExecutor(READ_THREADS) as threads:
+            items = threads.map(records.read, [name for name in found if name.startswith(ITEM)])
+            done = {record.name: record for record in items if record is not None}
+        return [part for part in parts if part.name not in names], done
 
     def add_earlier(self, record: PartRecord) -> None:
         """Take in a part, or a work item, that an earlier run made."""

@@ -274,7 +274,7 @@ def embed_on_ray(
         ):
             warnings.simplefilter("ignore")  # Ray Data warns of max_retries, which it has no parameter for yet
             yield from joined(finished_items(), pending, join)
-    except (errors.UserError, errors.WorkerError):
+    except (errors.UserError, errors.WorkerError, errors.DamagedArtifactError):
         raise
     except (ray.exceptions.RayError, RuntimeError, OSError, ValueError) as error:
         raise errors.WorkerError(
@@ -312,7 +312,7 @@ def _join(task: EmbedTask, shards: list[Any], whole: OpenPart, items: list[PartR
     use_s3(task.config.storage)
     try:
         return _to_row(join_items(task.records, _sharded(shards), whole, items).model_dump_json())
-    except (errors.UserError, errors.WorkerError) as error:
+    except (errors.UserError, errors.WorkerError, errors.DamagedArtifactError) as error:
         return _to_row(error=_to_text(error))
 
 

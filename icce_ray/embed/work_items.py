@@ -170,7 +170,7 @@ def _write_joined(records: PartRecords, index: Index, whole: OpenPart, items: Se
         metrics = {"start": whole.part.start, "num_images": whole.part.num_images, "errors": errors, "joined": True}
         return records.write(whole.part.name, whole.earlier.files, metrics | counts)
     earlier = whole.earlier.files if whole.earlier is not None else ()
-    tables = [read_part(records.folder, file.name) for file in (*earlier, *files)]
+    tables = [read_part(records.folder, file.name, file.sha256) for file in (*earlier, *files)]
     table = pa.concat_tables(tables)
     if earlier:
         table = table.sort_by("image_id")

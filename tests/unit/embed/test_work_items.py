@@ -168,6 +168,17 @@ def test_a_damaged_item_is_not_joined(tmp_path: Path) -> None:
     assert not records.folder.exists("part-00000.parquet")
 
 
+def test_an_item_that_can_be_read_but_has_other_bytes_is_not_joined(tmp_path: Path) -> None:
+    records = PartRecords(Folder.at(tmp_path), "source")
+    part = OpenPart(plan_parts(8, 8)[0], WorkItems(plan_parts(8, 8)[0], SIZE))
+    found = [write(records, item) for item in part.items]
+    path = tmp_path / "item-00001.parquet"
+    path.write_bytes(path.read_bytes().replace(b"parquet-cpp-arrow", b"parquet-cpp-arroW"))
+    assert read_part(records.folder, path.name).num_rows == 4
+    with pytest.raises(DamagedArtifactError, match="item-00001"):
+        join(records, part, found)
+
+
 def test_a_join_whose_worker_died_at_its_end_is_completed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     records = PartRecords(Folder.at(tmp_path), "source")
     part = OpenPart(plan_parts(8, 8)[0], WorkItems(plan_parts(8, 8)[0], SIZE))

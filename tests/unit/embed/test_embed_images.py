@@ -1,0 +1,125 @@
+"""The stage around the work on items, which a fake does here: what a run, a retry and a resumed run embed."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from icce_ray.config import Config
+from icce_ray.embed import embed_images, job
+from icce_ray.embed.embedding_parts import part_table, write_part
+from icce_ray.embed.work_items import OpenParts, join_items, joined
+from icce_ray.errors import DamagedArtifactError
+from icce_ray.images.listing import Entry, entry_tables, numbered
+from icce_ray.stage import StageContext
+from icce_ray.store import Artifact, ArtifactWriter, Folder, PartRecords
+
+NUM_IMAGES, IMAGES_PER_ITEM, ITEMS_PER_PART = 40, 4, 2
+
+
+def commit(writer: ArtifactWriter, metrics: dict[str, Any]) -> Artifact:
+    return writer.commit(stage="x", fingerprint="0", inputs={}, config={}, metrics=metrics, seconds=0.0)
+
+
+class FakeEmbed:
+    """Runs the stage at `root`. `bad` images fail; a run dies after `dies_after` items."""
+
+    def __init__(self, root: Path) -> None:
+        self.folder = Folder.at(root / "embed")
+        self.records = PartRecords(self.folder, "source")
+        self.bad: dict[int, str] = {}
+        self.dies_after = NUM_IMAGES
+        self.done: list[str] = []
+        writer = ArtifactWriter(Folder.at(root / "images"))
+        entries = [Entry(f"/{number}.png", 100, "now") for number in range(NUM_IMAGES)]
+        writer.write_table("images-00000.parquet", numbered(pa.concat_tables(entry_tables(entries))))
+        self.images = commit(writer, {})
+        embed = {"backbone": "pixels", "image_size": 4, "max_error_rate": 1.0}
+        self.config = Config(images={"uri": "x"}, num_clusters=2, output=str(root), embed=embed)
+
+    def task(self, *arguments: Any) -> Any:
+        plan = SimpleNamespace(names=["pixels"], dims=(3,), preprocessing=None)
+        return SimpleNamespace(
+            config=self.config, plan=plan, records=self.records, folders=[self.folder], reusable=lambda: []
+        )
+
+    def embed(self, task: Any, pending: OpenParts, on_batch: Any) -> Any:
+        index: Any = SimpleNamespace(finish=lambda *values: None)
+        return joined(self._items(pending), pending, partial(join_items, self.records, index))
+
+    def _items(self, pending: OpenParts) -> Any:
+        self.done = []
+        for item in pending:
+            if len(self.done) == self.dies_after:
+                raise KeyboardInterrupt
+            self.done.append(item.name)
+            covered = item.only or range(item.start, item.stop)
+            ids = np.array([i for i in covered if i not in self.bad], np.int64)
+            hashes = pa.array([f"{image_id:064x}" for image_id in ids], pa.string())
+            table = part_table(ids, np.repeat(ids[:, None], 3, axis=1).astype(np.float16), hashes)
+            yield write_part(self.records, item, table, [(i, self.bad[i]) for i in covered if i in self.bad])
+
+    def context(self, amends: bool = False) -> StageContext:
+        progress: Any = SimpleNamespace(update=lambda *values, **named: None, note=lambda text: None)
+        return StageContext(ArtifactWriter(self.folder, amends=amends), {"images": self.images}, progress)
+
+    def run(self) -> Artifact:
+        context = self.context()
+        return commit(context.output, embed_images.run(self.config, context))
+
+    def retry(self, artifact: Artifact) -> Any:
+        return embed_images.retry(self.config, self.context(amends=True), artifact)
+
+
+@pytest.fixture
+def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeEmbed:
+    found = FakeEmbed(tmp_path)
+    monkeypatch.setattr(embed_images, "_task", found.task)
+    monkeypatch.setattr(embed_images, "runs_here", lambda *values: True)
+    monkeypatch.setattr(embed_images, "embed_here", found.embed)
+    monkeypatch.setattr(embed_images, "images_per_item", lambda *values: IMAGES_PER_ITEM)
+    monkeypatch.setattr(embed_images, "items_per_part", lambda *values: ITEMS_PER_PART)
+    return found
+
+
+def killed(*values: Any) -> Any:
+    raise KeyboardInterrupt
+
+
+def change_a_byte(folder: Folder, name: str) -> None:
+    data = bytearray(folder.read_bytes(name))
+    data[len(data) // 2] ^= 1
+    folder.write_bytes(name, bytes(data))
+
+
+def test_an_item_that_was_damaged_is_made_again(fake: FakeEmbed) -> None:
+    fake.dies_after = 5
+    with pytest.raises(KeyboardInterrupt):
+        fake.run()
+    fake.dies_after = NUM_IMAGES
+    change_a_byte(fake.folder, "item-00004.parquet")
+    assert fake.run().metrics["num_images"] == NUM_IMAGES
+    assert fake.done == [f"item-{number:05d}" for number in range(4, 10)]
+
+
+def test_a_damaged_item_is_told_as_such_by_a_worker_that_joins(monkeypatch: pytest.MonkeyPatch) -> None:
+    def join(*values: Any) -> Any:
+        raise DamagedArtifactError("item-00001.parquet: damaged")
+
+    for name, replacement in (
+        ("join_items", join),
+        ("use_s3", lambda storage: None),
+        ("_sharded", lambda shards: None),
+    ):
+        monkeypatch.setattr(job, name, replacement)
+    task: Any = SimpleNamespace(config=SimpleNamespace(storage=None), records=None)
+    whole: Any = None
+    (row,) = job._join(task, [], whole, []).to_pylist()
+    with pytest.raises(DamagedArtifactError, match="item-00001"):
+        job._from_row(row)
