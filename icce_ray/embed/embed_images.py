@@ -20,6 +20,7 @@ from icce_ray.embed.part_embedder import EmbedTask, embed_here
 from icce_ray.embed.ready_made import rewrite_embeddings
 from icce_ray.embed.reuse_parts import ReusableParts, reuse_parts
 from icce_ray.embed.work_items import OpenPart, OpenParts, WorkItems, remove_items
+from icce_ray.errors import DamagedArtifactError
 from icce_ray.images.listing import REMOVED, Listing
 from icce_ray.runtime.cluster_resources import wait_for_machines
 from icce_ray.runtime.progress import Progress
@@ -54,7 +55,7 @@ def run(config: Config, context: StageContext) -> dict[str, Any]:
         else:
             tally.add_earlier(reused)
     _embed_all(task, OpenParts(pending, done), tally, context.progress, len(listing))
-    return tally.finish(task.plan.names[0]) | _layout(task.plan, num_items * size)
+    return _finish(task, tally) | _layout(task.plan, num_items * size)
 
 
 def retry(config: Config, context: StageContext, artifact: Artifact) -> dict[str, Any] | None:
@@ -84,7 +85,7 @@ def retry(config: Config, context: StageContext, artifact: Artifact) -> dict[str
     missing, done = tally.resume([open_part.part for open_part in amended.values()], task.records)
     pending = OpenParts([amended[part.name] for part in missing], done)
     _embed_all(task, pending, tally, context.progress, len(listing))
-    metrics = tally.finish(task.plan.names[0]) | _layout(task.plan, artifact.metrics["images_per_part"])
+    metrics = _finish(task, tally) | _layout(task.plan, artifact.metrics["images_per_part"])
     return metrics if metrics["num_errors"] < artifact.metrics["num_errors"] else None
 
 
@@ -109,8 +110,18 @@ def _embed_all(task: EmbedTask, pending: OpenParts, tally: Tally, progress: Prog
         tally.add_earlier(record)
     if pending.whole or len(pending):
         _embed_pending(task, pending, tally, progress, num_images)
+
+
+def _finish(task: EmbedTask, tally: Tally) -> dict[str, Any]:
+    """What a resumed run needs goes last: a run that is killed meanwhile has nothing to embed again."""
+    try:
+        metrics = tally.finish(task.plan.names[0])
+    except DamagedArtifactError:
+        task.records.discard_damage()
+        raise
     remove_items(task.folders[0])
     task.records.clear()
+    return metrics
 
 
 def _embed_pending(task: EmbedTask, pending: OpenParts, tally: Tally, progress: Progress, num_images: int) -> None:

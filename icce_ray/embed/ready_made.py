@@ -40,9 +40,10 @@ def rewrite_embeddings(config: EmbeddingsConfig, context: StageContext) -> dict[
     pending, _ = tally.resume(plan_parts(len(listing), size), records)
     for part in _write_parts(sets, dims, pending, records):
         tally.add(part)
+    metrics = tally.finish("ready-made", has_hashes=False)
     records.clear()
     names = ["ready-made", *(f"ready-made {number}" for number in range(2, len(sets) + 1))]
-    return tally.finish(names[0], has_hashes=False) | ({"feature_sets": names, "dims": dims} if len(sets) > 1 else {})
+    return metrics | ({"feature_sets": names, "dims": dims} if len(sets) > 1 else {})
 
 
 def _write_parts(

@@ -100,6 +100,11 @@ class PartRecords:
             valid = list(threads.map(is_valid, records))
         return {record.name: record for record, is_kept in zip(records, valid, strict=True) if is_kept}
 
+    def discard_damage(self) -> None:
+        """Forget the parts whose files no longer have the bytes that were written."""
+        for name in self.read_all(check_files=False).keys() - self.read_all().keys():
+            self.remove(name)
+
     def remove(self, name: str) -> None:
         """Forget a part."""
         self.folder.remove(_file_name(name))

@@ -11,9 +11,11 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from icce_ray.config import Config
-from icce_ray.embed import embed_images, job
+from icce_ray.config import Config, EmbeddingsConfig
+from icce_ray.embed import embed_images, finished_parts, job
 from icce_ray.embed.embedding_parts import part_table, write_part
+from icce_ray.embed.part_hashes import hashes_name
+from icce_ray.embed.ready_made import rewrite_embeddings
 from icce_ray.embed.work_items import OpenParts, join_items, joined
 from icce_ray.errors import DamagedArtifactError
 from icce_ray.images.listing import Entry, entry_tables, numbered
@@ -98,6 +100,41 @@ def change_a_byte(folder: Folder, name: str) -> None:
     folder.write_bytes(name, bytes(data))
 
 
+def test_a_run_that_is_killed_at_its_end_embeds_nothing_again(fake: FakeEmbed, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake.bad = {3: "truncated"}
+    with monkeypatch.context() as patched:
+        patched.setattr(finished_parts, "find_duplicates", killed)
+        with pytest.raises(KeyboardInterrupt):
+            fake.run()
+    artifact = fake.run()
+    assert fake.done == [f"item-{number:05d}" for number in range(10)]  # of the first run
+    assert not fake.records.read_all()
+    fake.bad, fake.done = {}, []
+    with monkeypatch.context() as patched:
+        patched.setattr(finished_parts, "find_duplicates", killed)
+        with pytest.raises(KeyboardInterrupt):
+            fake.retry(artifact)
+    assert fake.done == ["item-00000.r1"]
+    fake.done = []
+    assert fake.retry(artifact)["num_errors"] == 0
+    assert fake.done == []
+
+
+def test_a_part_that_is_found_damaged_at_the_end_is_made_again_by_the_next_run(
+    fake: FakeEmbed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr(finished_parts, "find_duplicates", killed)
+        with pytest.raises(KeyboardInterrupt):
+            fake.run()
+    change_a_byte(fake.folder, "part-00002.parquet")
+    fake.folder.remove(hashes_name("part-00002.parquet"))
+    with pytest.raises(DamagedArtifactError, match="part-00002"):
+        fake.run()
+    assert fake.run().metrics["num_images"] == NUM_IMAGES
+    assert fake.done == ["item-00004", "item-00005"]
+
+
 def test_an_item_that_was_damaged_is_made_again(fake: FakeEmbed) -> None:
     fake.dies_after = 5
     with pytest.raises(KeyboardInterrupt):
@@ -123,3 +160,13 @@ def test_a_damaged_item_is_told_as_such_by_a_worker_that_joins(monkeypatch: pyte
     (row,) = job._join(task, [], whole, []).to_pylist()
     with pytest.raises(DamagedArtifactError, match="item-00001"):
         job._from_row(row)
+
+
+def test_ready_made_embeddings_are_not_read_again_after_a_kill_at_the_end(
+    fake: FakeEmbed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    np.save(tmp_path / "rows.npy", np.ones((NUM_IMAGES, 3), np.float32))
+    monkeypatch.setattr(finished_parts.Tally, "finish", lambda *values, **named: killed())
+    with pytest.raises(KeyboardInterrupt):
+        rewrite_embeddings(EmbeddingsConfig(uri=str(tmp_path / "rows.npy")), fake.context())
+    assert (tmp_path / "embed" / "records" / "part-00000.json").exists()
