@@ -83,6 +83,8 @@ def retry(config: Config, context: StageContext, artifact: Artifact) -> dict[str
         else:
             tally.add_earlier(record)
     missing, done = tally.resume([open_part.part for open_part in amended.values()], task.records)
+    for part in missing:
+        tally.add_untouched(part.num_images - sum(item.num_images for item in amended[part.name].items))
     pending = OpenParts([amended[part.name] for part in missing], done)
     _embed_all(task, pending, tally, context.progress, len(listing))
     metrics = _finish(task, tally) | _layout(task.plan, artifact.metrics["images_per_part"])

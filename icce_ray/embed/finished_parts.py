@@ -87,6 +87,11 @@ class Tally:
         self._add_file(record)
         self._started = time.monotonic()
 
+    def add_untouched(self, num_images: int) -> None:
+        """Take in images of amended parts that lie in no work item."""
+        self._num_done += num_images
+        self._num_resumed += num_images
+
     def add(self, record: PartRecord) -> None:
         """Take in a finished part, or a work item of one: images count when their item is finished.
 

@@ -100,6 +100,16 @@ def change_a_byte(folder: Folder, name: str) -> None:
     folder.write_bytes(name, bytes(data))
 
 
+def test_images_that_failed_are_tried_again_where_parts_have_several_items(fake: FakeEmbed) -> None:
+    fake.bad = {3: "truncated", 21: "missing", 22: "missing"}
+    artifact = fake.run()
+    assert artifact.metrics["num_errors"] == 3
+    fake.bad = {21: "missing"}
+    metrics = fake.retry(artifact)
+    assert fake.done == ["item-00000.r1", "item-00005.r1"]
+    assert (metrics["num_images"], metrics["num_errors"]) == (39, 1)
+
+
 def test_a_run_that_is_killed_at_its_end_embeds_nothing_again(fake: FakeEmbed, monkeypatch: pytest.MonkeyPatch) -> None:
     fake.bad = {3: "truncated"}
     with monkeypatch.context() as patched:
