@@ -96,7 +96,8 @@ class Artifact:
     @staticmethod
     def discard_damage(folder: Folder) -> list[str]:
         """If the manifest and the parts of an artifact disagree, remove the manifest and the damaged parts. Sound
-        parts stay, so that the stage can resume with them.
+        parts stay, so that the stage can resume with them. A damaged part that another artifact holds is judged by
+        that one's manifest: it may have been written anew since, and be sound.
 
         Returns:
             Names of the missing or damaged parts. If it is empty, nothing was removed.
@@ -112,14 +113,17 @@ class Artifact:
             return [MANIFEST_NAME]
         with ThreadPoolExecutor(CHECK_THREADS) as threads:
             sound = threads.map(lambda part: is_sound(artifact.folder_of(part), part), parts)
-            damaged = [part.name for part, is_whole in zip(parts, sound, strict=True) if not is_whole]
+            damaged = [part for part, is_whole in zip(parts, sound, strict=True) if not is_whole]
         if damaged:
             folder.remove(MANIFEST_NAME)
             folder.remove(manifest.parts.name)
-        for part in parts:
-            if part.name in damaged:
-                artifact.folder_of(part).remove(part.name)
-        return damaged
+        owners = {owner.uri: owner for owner in map(artifact.folder_of, damaged)}
+        for part in damaged:
+            if artifact.folder_of(part).uri == folder.uri:
+                folder.remove(part.name)
+        for uri in owners.keys() - {folder.uri}:
+            Artifact.discard_damage(owners[uri])
+        return [part.name for part in damaged]
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the table, which every process reads for itself."""

@@ -209,6 +209,34 @@ def test_a_part_may_lie_in_the_folder_of_another_artifact(tmp_path: Path) -> Non
     assert Artifact.find(first.folder) is None
 
 
+def test_a_file_that_is_sound_for_its_owner_stays_when_another_artifact_refers_to_older_bytes(tmp_path: Path) -> None:
+    first = write_artifact(Folder.at(tmp_path / "toy" / "first"))
+    writer = ArtifactWriter(Folder.at(tmp_path / "toy" / "second"))
+    writer.add(first.part("labels.npy").model_copy(update={"folder": "toy/first"}))
+    writer.write_json("own.json", 1)
+    writer.commit(stage="toy", fingerprint="s", inputs={}, config={}, metrics={}, seconds=0)
+    amending = ArtifactWriter(first.folder, amends=True)
+    amending.write_array("labels.npy", np.arange(7))
+    amending.commit(stage="toy", fingerprint="f", inputs={}, config={}, metrics={}, seconds=0)
+    assert Artifact.discard_damage(writer.folder) == ["labels.npy"]
+    assert Artifact.find(writer.folder) is None
+    assert Artifact.discard_damage(first.folder) == []
+    amended = Artifact.find(first.folder)
+    assert amended is not None
+    assert len(amended.read_array("labels.npy")) == 7
+
+
+def test_artifacts_that_refer_to_each_other_or_themselves_can_be_discarded(tmp_path: Path) -> None:
+    names = ("first", "second")
+    for owner, other in (names, names[::-1]):
+        writer = ArtifactWriter(Folder.at(tmp_path / "toy" / owner))
+        for name, folder in ((other, other), (owner, owner)):
+            writer.add(Part(name=f"{name}.bin", num_bytes=1, sha256="0" * 64, folder=f"toy/{folder}"))
+        writer.commit(stage="toy", fingerprint="s", inputs={}, config={}, metrics={}, seconds=0)
+    assert Artifact.discard_damage(writer.folder) == ["first.bin", "second.bin"]
+    assert not (tmp_path / "toy" / "first" / MANIFEST_NAME).exists()
+
+
 def test_the_manifest_does_not_grow_with_the_parts(tmp_path: Path) -> None:
     sizes = []
     for count in (10, 1000):
