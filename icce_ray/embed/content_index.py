@@ -74,10 +74,11 @@ class Index(Protocol):
 
 def keys_of(hashes: list[str]) -> Keys:
     """Hexadecimal hashes -> the keys by which the index knows them."""
-    return _keys(to_bytes(hashes))
+    return to_keys(to_bytes(hashes))
 
 
-def _keys(hashes_nB: Hashes) -> Keys:
+def to_keys(hashes_nB: Hashes) -> Keys:
+    """As :func:`keys_of`."""
     return np.ascontiguousarray(hashes_nB[:, -8:]).view(np.uint64)[:, 0]
 
 
@@ -115,7 +116,7 @@ class ContentIndex:
 
         def load(place: int, name: str) -> tuple[Keys, Rows]:
             hashes = read_hashes(folders[place], name)
-            keys = _keys(hashes.hashes_nB) if hashes else np.empty(0, np.uint64)
+            keys = to_keys(hashes.hashes_nB) if hashes else np.empty(0, np.uint64)
             ours = np.flatnonzero(_shards(keys, num_shards) == shard)
             return keys[ours], ours.astype(np.uint32)
 

@@ -16,8 +16,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pyarrow as pa
 
-from icce_ray.embed.content_index import Index, keys_of
-from icce_ray.embed.embedding_parts import ITEM, PartRange, read_part, write_part
+from icce_ray.embed.content_index import Index, to_keys
+from icce_ray.embed.embedding_parts import ITEM, PartRange, read_hashes, read_part, write_part
 from icce_ray.embed.part_hashes import hashes_name
 from icce_ray.store import Folder, PartRecord, PartRecords
 
@@ -154,7 +154,11 @@ def join_items(records: PartRecords, index: Index, whole: OpenPart, items: Seque
         DamagedArtifactError: a file is missing or damaged.
     """
     # A worker that died may have recorded the part already, and removed some of the items.
-    record = records.read(whole.part.name) or _write_joined(records, index, whole, items)
+    record = records.read(whole.part.name) or _write_joined(records, whole, items)
+    (file,) = record.files
+    if file.name == whole.part.file_name and (hashes := read_hashes(records.folder, file.name)) is not None:
+        # The index knows the contents in the items' files, which go now.
+        index.finish(file.name, to_keys(hashes.hashes_nB), np.arange(len(hashes.hashes_nB), dtype=np.uint32))
     for item in items:
         records.remove(item.name)
         for file in item.files:
@@ -162,7 +166,7 @@ def join_items(records: PartRecords, index: Index, whole: OpenPart, items: Seque
     return record
 
 
-def _write_joined(records: PartRecords, index: Index, whole: OpenPart, items: Sequence[PartRecord]) -> PartRecord:
+def _write_joined(records: PartRecords, whole: OpenPart, items: Sequence[PartRecord]) -> PartRecord:
     files = [file for record in items for file in record.files]
     errors = [tuple(error) for record in items for error in record.metrics["errors"]]
     counts = {name: sum(record.metrics.get(name, 0) for record in items) for name in ("num_embedded", "num_stretched")}
@@ -175,10 +179,7 @@ def _write_joined(records: PartRecords, index: Index, whole: OpenPart, items: Se
     if earlier:
         table = table.sort_by("image_id")
     table = table.combine_chunks().replace_schema_metadata(tables[0].schema.metadata)
-    record = write_part(records, whole.part, table, errors, joined=True, **counts)
-    hashes = table["content_hash"].to_pylist()  # which the index knows in the items' files
-    index.finish(whole.part.file_name, keys_of(hashes), np.arange(len(hashes), dtype=np.uint32))
-    return record
+    return write_part(records, whole.part, table, errors, joined=True, **counts)
 
 
 def remove_items(folder: Folder) -> None:

@@ -183,10 +183,16 @@ def test_a_join_whose_worker_died_at_its_end_is_completed(tmp_path: Path, monkey
     records = PartRecords(Folder.at(tmp_path), "source")
     part = OpenPart(plan_parts(8, 8)[0], WorkItems(plan_parts(8, 8)[0], SIZE))
     found = [write(records, item) for item in part.items]
-    expected = join(records, part, found)
+    index = NoIndex()
+    expected = join(records, part, found, index)
+    expected_told = [values.tolist() for values in index.told[0][1:]]
+    assert expected_told[1] == list(range(7))
     found = [write(records, item) for item in part.items][:1] + found[1:]
     records.folder.remove("item-00001.parquet")
-    assert join(records, part, found).files == expected.files
+    index = NoIndex()
+    assert join(records, part, found, index).files == expected.files
+    ((file, keys, rows),) = index.told
+    assert (file, keys.tolist(), rows.tolist()) == ("part-00000.parquet", *expected_told)
     assert records.folder.names() == ["part-00000.hashes", "part-00000.parquet"]
 
 
