@@ -185,8 +185,8 @@ def _write_joined(records: PartRecords, whole: OpenPart, items: Sequence[PartRec
 def remove_items(folder: Folder) -> None:
     """Remove the items' files that a killed run has left."""
     for name in folder.names():
-        if name.startswith(ITEM) and name.endswith(".parquet"):
-            _remove(folder, name)
+        if name.startswith(f"{ITEM}-"):
+            folder.remove(name)
 
 
 def _remove(folder: Folder, part_file: str) -> None:

@@ -200,5 +200,6 @@ def test_what_killed_runs_left_of_items_is_removed(tmp_path: Path) -> None:
     records = PartRecords(Folder.at(tmp_path), "source")
     write(records, next(iter(open_parts())))
     write(records, plan_parts(45, 16)[0])
+    records.folder.write_bytes("item-00007.hashes", b"of an item that was killed before its file was there")
     remove_items(records.folder)
     assert records.folder.names() == ["part-00000.hashes", "part-00000.parquet"]

@@ -23,6 +23,7 @@ from icce_ray.methods import METHODS
 from icce_ray.pipeline.stages import stages_of
 from icce_ray.report.stage import REPORT
 from icce_ray.stage import Stage, StageContext
+from icce_ray.store import Artifact, ArtifactWriter, Folder
 
 ran: list[str] = []
 
@@ -428,6 +429,41 @@ def test_the_summary_says_what_came_out_and_where_it_lies(tmp_path: Path, capsys
     assert (latest / "report").resolve() == Path(result.report).parent
     pipeline.run_pipeline(config_for(tmp_path, evaluate={"labels": "folder"}))
     assert capsys.readouterr().err.count("finished before") == len(ALL)
+
+
+def test_a_retry_leaves_nothing_of_the_parts_that_it_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = Folder.at(tmp_path / "embed")
+    writer = ArtifactWriter(folder)
+    for name in ("part-00000", "part-00001"):
+        writer.write_bytes(f"{name}.parquet", b"?")
+        folder.write_bytes(f"{name}.hashes", b"?")
+    commit: dict[str, Any] = {"stage": "embed", "fingerprint": "e", "inputs": {}, "config": {}, "seconds": 0.0}
+    writer.write_table("errors.parquet", pa.table({"reason": ["truncated"]}))
+    artifact = writer.commit(**commit, metrics={"num_errors": 1})
+
+    def retry(config: Config, context: StageContext, artifact: Artifact) -> dict[str, Any]:
+        context.output.add(artifact.part("part-00001.parquet"))
+        context.output.write_bytes("part-00000.r1.parquet", b"?")
+        folder.write_bytes("part-00000.r1.hashes", b"?")
+        context.output.write_table("errors.parquet", pa.table({"reason": pa.array([], pa.string())}))
+        return {"num_errors": 0}
+
+    monkeypatch.setitem(sys.modules, "toy_embed", types.SimpleNamespace(retry=retry))
+    monkeypatch.setattr(pipeline, "check_stages", lambda *values: None)
+    stage: Any = types.SimpleNamespace(
+        module="toy_embed", unit="images", inputs=("images",), config_of=lambda config: config
+    )
+    step: Any = types.SimpleNamespace(
+        name="embed", stage=stage, artifact=artifact, folder=folder, fingerprint="e", input_fingerprints={}
+    )
+    images: Any = types.SimpleNamespace(name="images", artifact=artifact)
+    assert pipeline.retry_failed_images(config_for(tmp_path), [images, step], True)
+    assert [name for name in folder.names() if name.startswith("part-")] == [
+        "part-00000.r1.hashes",
+        "part-00000.r1.parquet",
+        "part-00001.hashes",
+        "part-00001.parquet",
+    ]
 
 
 def test_workers_that_do_not_fit_are_refused_with_the_numbers() -> None:
