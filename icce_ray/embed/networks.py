@@ -107,7 +107,15 @@ class TimmBackbone:
 
         self._forward = torch.compile(self._forward)
 
-    def load(self, images_BHWC: Pixels) -> torch.Tensor:
+    def load(self, images_BHWC: Pixels) -> Pixels | torch.Tensor:
+        import torch
+
+        try:
+            return self._to_device(images_BHWC)
+        except torch.cuda.OutOfMemoryError:
+            return images_BHWC  # for `embed`, which halves them
+
+    def _to_device(self, images_BHWC: Pixels) -> torch.Tensor:
         import torch
 
         # A copy: the array may be shared memory, and torch would write to it.
@@ -123,8 +131,6 @@ class TimmBackbone:
     def embed(self, images_BHWC: Pixels | torch.Tensor) -> Features:
         import torch
 
-        if isinstance(images_BHWC, np.ndarray):
-            images_BHWC = self.load(images_BHWC)
         try:
             return self._embed(images_BHWC)
         except torch.cuda.OutOfMemoryError:
@@ -135,9 +141,10 @@ class TimmBackbone:
         half = len(images_BHWC) // 2
         return np.concatenate([self.embed(images_BHWC[:half]), self.embed(images_BHWC[half:])])
 
-    def _embed(self, pixels: torch.Tensor) -> Features:
+    def _embed(self, images_BHWC: Pixels | torch.Tensor) -> Features:
         import torch
 
+        pixels = self._to_device(images_BHWC) if isinstance(images_BHWC, np.ndarray) else images_BHWC
         reduced = self._dtype != torch.float32
         with torch.inference_mode(), torch.autocast(self._device.type, self._dtype, enabled=reduced):
             scaled = (pixels.float() / 255.0 - self._mean) / self._std

@@ -110,6 +110,24 @@ def test_a_batch_that_does_not_fit_is_halved_until_it_does(monkeypatch: pytest.M
         backbone.embed(random_images(2))
 
 
+def test_a_batch_that_does_not_fit_on_its_way_to_the_device_is_halved_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    backbone = build(config_for(precision="float32"))
+    whole = backbone.embed(random_images(11))
+    original = torch.from_numpy
+
+    def little_memory(images: np.ndarray) -> torch.Tensor:
+        if len(images) > limit:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return original(images)
+
+    monkeypatch.setattr(torch, "from_numpy", little_memory)
+    limit = 3
+    np.testing.assert_allclose(backbone.embed(backbone.load(random_images(11))), whole, atol=1e-3)
+    limit = 0
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        backbone.embed(backbone.load(random_images(2)))
+
+
 @pytest.mark.parametrize(("saturates_at", "expected"), [(16, 16), (128, 128), (10**9, MAX_BATCH_SIZE)])
 def test_the_batch_is_doubled_for_as_long_as_that_is_faster(saturates_at: int, expected: int) -> None:
     now, shapes = 0.0, []
