@@ -271,6 +271,10 @@ class KMeansRun:
                 "inertia": 0.0 if state.labels_N is None else state.inertia,
             },
         )  # fmt: skip
+        kept = {file.name for file in files}
+        for file_name in self.records.folder.names():
+            if file_name.startswith(f"{name}-") and file_name not in kept:
+                self.records.folder.remove(file_name)
 
     def _read(self, number: int) -> Start | None:
         record = None if self.records is None else self.records.read(f"start-{number:04d}")

@@ -246,6 +246,8 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(
     steps = 15 if algorithm == "lloyd" else 3
     with pytest.raises(KeyboardInterrupt):
         fit(features, records=records, progress=EndAfter(steps), **settings)
+    kept = {f.name for name, r in records.read_all().items() if name.startswith("start-") for f in r.files}
+    assert {name for name in records.folder.names() if name.startswith("start-")} == kept
     resumed = EndAfter(1000)
     fitted = fit(features, num_shards=3, records=records, progress=resumed, **settings)
     total = expected.starts[0].step + expected.starts[1].step if algorithm == "lloyd" else 6
