@@ -24,6 +24,7 @@ import pyarrow.parquet as pq
 from icce_ray.config import EvaluateConfig
 from icce_ray.errors import InputError
 from icce_ray.images.containers import PARQUET_MEMBER, TAR_MEMBER, labels_beside
+from icce_ray.images.listing import Listing
 from icce_ray.store.filesystem import open_uri
 
 FOLDER = "folder"
@@ -31,6 +32,8 @@ WEBDATASET = "cls"
 ENDINGS = (".npy", ".csv", ".parquet")
 MAX_SHOWN = 3
 MAX_DIGITS = 19
+ROWS_AT_ONCE = 2**20
+"""Rows of the listing that are looked through at a time."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,24 @@ def load_labels(
     rows_n = _match(evaluate, names, uris)
     found = np.flatnonzero(rows_n >= 0)
     return _encode(image_ids[found], [labels[row] for row in rows_n[found]])
+
+
+def named_images(evaluate: EvaluateConfig, listing: Listing) -> npt.NDArray[np.int64]:
+    """The ids of all images that a label file with names has a label for, (n,) ascending, in memory for those alone
+    that one of its names could mean.
+
+    Raises:
+        InputError: as :func:`check_labels`.
+    """
+    _, names = _read(evaluate)
+    ends = {_text(name).rpartition("/")[2] for name in names or ()}
+    ids, uris = [], []
+    for start in range(0, len(listing), ROWS_AT_ONCE):
+        for image_id, uri in enumerate(listing.table(start, start + ROWS_AT_ONCE)["uri"].to_pylist(), start):
+            if _text(_path(uri).name) in ends or _text(uri).rpartition("/")[2] in ends:
+                ids.append(image_id)
+                uris.append(uri)
+    return load_labels(evaluate, uris, np.array(ids, dtype=np.int64), len(listing)).image_ids
 
 
 def check_labels(evaluate: EvaluateConfig, uris: Sequence[str] | None = None) -> None:

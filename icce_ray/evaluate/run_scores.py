@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from icce_ray.config import Config
 from icce_ray.corrections.stage import consensus_of
 from icce_ray.embed.feature_matrix import load_features
 from icce_ray.evaluate.estimated_accuracy import MAX_IMAGES, estimate_accuracy
-from icce_ray.evaluate.labels import TrueLabels, load_labels
+from icce_ray.evaluate.labels import TrueLabels, load_labels, named_images
 from icce_ray.evaluate.method_clusterings import method_clusterings, nmi_matrix
 from icce_ray.images.listing import Listing
 from icce_ray.methods.clusterings import read_losses
@@ -68,13 +69,16 @@ def run(config: Config, context: StageContext) -> dict[str, Any]:
         metrics["estimated_accuracy"] = estimate[0]
     classes_N = None
     if config.evaluate.labels is not None:
-        table = _read_assignments(inputs["assign"], ["image_id", "cluster", "agreement"], config.seed)
+        assign, listing, named = inputs["assign"], Listing(inputs["images"]), None
+        if config.evaluate.uri_column is not None and assign.num_rows(ASSIGNMENTS).sum() > MAX_SCORED:
+            # Drawn from all images, the sample might hold none of the few that have a label.
+            named = named_images(config.evaluate, listing)
+        table = _read_assignments(assign, ["image_id", "cluster", "agreement"], config.seed, named)
         image_ids = table["image_id"].to_numpy()
-        listing = Listing(inputs["images"])
         labels = load_labels(config.evaluate, listing.uris(image_ids).to_pylist(), image_ids, len(listing))
         names = pa.array(labels.names, pa.string()).take(pa.array(labels.classes)).dictionary_encode()
         context.output.write_table(LABELS_NAME, pa.table({"image_id": labels.image_ids, "label": names}))
-        if len(labels.image_ids) < inputs["assign"].num_rows(ASSIGNMENTS).sum():
+        if len(labels.image_ids) < assign.num_rows(ASSIGNMENTS).sum():
             metrics["num_labelled"] = len(labels.image_ids)
         table = table.take(pa.array(np.searchsorted(image_ids, labels.image_ids)))
         classes_N = labels.classes_of(features.image_ids)
@@ -181,12 +185,18 @@ def evaluate(
     return metrics
 
 
-def _read_assignments(assign: Artifact, columns: list[str], seed: int) -> pa.Table:
-    """Columns of the assignments by ascending image_id: of all, or of some MAX_SCORED images drawn by their ids."""
-    share = MAX_SCORED / max(1, int(assign.num_rows(ASSIGNMENTS).sum()))
+def _read_assignments(
+    assign: Artifact, columns: list[str], seed: int, image_ids: npt.NDArray[np.int64] | None = None
+) -> pa.Table:
+    """Columns of the assignments by ascending image_id: of all images, or of those given; of some MAX_SCORED of them
+    drawn by their ids if there are more."""
+    num_images = int(assign.num_rows(ASSIGNMENTS).sum()) if image_ids is None else len(image_ids)
+    share = MAX_SCORED / max(1, num_images)
     tables = []
     for name in assign.part_names(ASSIGNMENTS):
         table = assign.read_table(name).select(columns)
+        if image_ids is not None:
+            table = table.filter(pc.is_in(table["image_id"], pa.array(image_ids)))
         if share < 1:
             hashes_n = id_hashes(table["image_id"].to_numpy(), seed + 1)  # another draw than that of the sample stage
             table = table.filter(pa.array(hashes_n < np.uint64(share * 2**64)))

@@ -10,7 +10,7 @@ from sklearn.metrics import adjusted_rand_score
 
 from icce_ray.config import Config
 from icce_ray.embed.embedding_parts import part_table
-from icce_ray.evaluate import run_scores
+from icce_ray.evaluate import labels, run_scores
 from icce_ray.evaluate.labels import TrueLabels
 from icce_ray.evaluate.run_scores import evaluate, run
 from icce_ray.runtime.progress import Progress
@@ -124,6 +124,20 @@ def test_of_many_images_a_sample_drawn_by_their_ids_is_scored(tmp_path: Path, mo
     assert 4 < len(ids) == metrics["num_labelled"] < 25
     assert ids == sorted(set(ids))
     assert metrics["acc"] == metrics["head_acc_best"] == 1.0
+
+
+def test_the_few_images_with_a_label_are_all_found_among_many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_scores, "MAX_SCORED", 12)
+    monkeypatch.setattr(labels, "ROWS_AT_ONCE", 7)
+    named = [3, 17, 31, 40, 59]
+    names = [f"{'abc'[TRUE[number]]}/{number}.png" if number < 31 else f"{number}.png" for number in named]
+    rows = "\n".join(f"{name},{TRUE[number]}" for name, number in zip(names, named, strict=True))
+    (tmp_path / "labels.csv").write_text(f"uri,label\n{rows}\n")
+    config, context = planted(tmp_path, str(tmp_path / "labels.csv"))
+    of_names = config.evaluate.model_copy(update={"uri_column": "uri"})
+    metrics = run(config.model_copy(update={"evaluate": of_names}), context)
+    assert pq.read_table(tmp_path / "evaluate" / "labels.parquet")["image_id"].to_pylist() == named
+    assert (metrics["num_labelled"], metrics["acc"]) == (5, 1.0)
 
 
 def test_without_labels_there_is_an_estimate_only(tmp_path: Path) -> None:
