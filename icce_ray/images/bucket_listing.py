@@ -31,6 +31,8 @@ MIN_PAGES = 3
 """Pages of a call after which ranges are divided: fewer are not worth it."""
 MAX_AGE_S = 24 * 3600.0
 """Shards that are older are listed again: the bucket may have changed."""
+ALL = "all"
+"""The record of a finished listing. It names the records of the shards and has no files itself."""
 LOWEST, HIGHEST_ASCII, HIGHEST = 0x20, 0x7F, 0x10FFFF
 SURROGATES = range(0xD800, 0xE000)
 
@@ -62,9 +64,24 @@ class BucketPrefix:
         return PartRecords(self.folder, hashlib.sha256(self.uri.encode()).hexdigest())
 
     def finished(self, oldest: float) -> list[PartRecord]:
-        """The records of the ranges that were listed since `oldest`, in seconds since 1970."""
-        records = self.records.read_all(check_files=False).values()
-        return [record for record in records if record.metrics["listed_at"] >= oldest]
+        """The records of the ranges that were listed since `oldest`, in seconds since 1970. ALL, of all keys, is among
+        them only if all records are there that it names."""
+        records = self.records.read_all(check_files=False)
+        if ALL in records and not records.keys() >= set(records[ALL].metrics["shards"]):
+            del records[ALL]
+        return [record for record in records.values() if record.metrics["listed_at"] >= oldest]
+
+    def without_overlaps(self, finished: Sequence[PartRecord]) -> list[PartRecord]:
+        """Removes the records of keys that others have: a task whose worker died listed them and was repeated."""
+        kept: list[PartRecord] = []
+        until: str | None = ""
+        for record in sorted(finished, key=lambda record: _keys_of(record).after):
+            if until is not None and _keys_of(record).after >= until:
+                kept.append(record)
+                until = _keys_of(record).until
+            else:
+                self.records.remove(record.name)
+        return kept
 
 
 def object_file(
@@ -85,10 +102,14 @@ def object_file(
     return classify(File(root + key, num_bytes, etag and etag.strip('"')), others, tables)
 
 
+def _keys_of(record: PartRecord) -> KeyRange:
+    return KeyRange(*record.metrics["keys"])
+
+
 def missing_ranges(finished: Sequence[PartRecord]) -> list[KeyRange]:
     """What finished ranges leave of all keys."""
     missing, position = [], ""
-    for keys in sorted((KeyRange(*record.metrics["keys"]) for record in finished), key=lambda keys: keys.after):
+    for keys in sorted(map(_keys_of, finished), key=lambda keys: keys.after):
         if keys.after > position:
             missing.append(KeyRange(position, keys.after))
         if keys.until is None:
@@ -237,7 +258,9 @@ class _Call:
 
     def _page(self, after: str, **settings: Any) -> dict[str, Any]:
         start = {"StartAfter": self._key + after} if after else {}
-        return next(iter(s3.list_pages(self.prefix.uri, self.prefix.storage, **start, **settings)))
+        pages = s3.list_pages(self.prefix.uri, self.prefix.storage, **start, **settings)
+        # A store may answer with no keys although there are more.
+        return next(page for page in pages if page.get("Contents") or not page.get("IsTruncated"))
 
 
 def _points_between(after: str, until: str | None, thread: int) -> Iterator[str]:

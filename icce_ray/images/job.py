@@ -16,7 +16,16 @@ from typing import Any
 import pyarrow as pa
 
 from icce_ray.config import Config, ImagesConfig, ResourcesConfig, StorageConfig
-from icce_ray.images.bucket_listing import MAX_AGE_S, NUM_THREADS, BucketPrefix, KeyRange, list_ranges, missing_ranges
+from icce_ray.errors import WorkerError
+from icce_ray.images.bucket_listing import (
+    ALL,
+    MAX_AGE_S,
+    NUM_THREADS,
+    BucketPrefix,
+    KeyRange,
+    list_ranges,
+    missing_ranges,
+)
 from icce_ray.images.containers import members
 from icce_ray.images.file_shards import File
 from icce_ray.images.inventory import Inventory, list_data_file, shard_name
@@ -41,13 +50,20 @@ def list_bucket(prefix: BucketPrefix, resources: ResourcesConfig, progress: Prog
 
     Raises:
         OSError, InputError, WorkerError: as :func:`list_ranges`.
+        WorkerError: another job removed shards meanwhile.
     """
     oldest = time.time() - MAX_AGE_S
-    pending = deque(missing_ranges(finished := prefix.finished(oldest)))
+    finished = prefix.finished(oldest)
+    if any(record.name == ALL for record in finished):
+        pending = deque[KeyRange]()
+    else:
+        prefix.records.remove(ALL)
+        finished = prefix.without_overlaps(finished)
+        pending = deque(missing_ranges(finished))
     if finished and pending:
         progress.note("the listing that was begun goes on")
-    num_keys = sum(record.metrics["num_keys"] for record in finished)
-    if pending:
+    while pending:
+        num_keys = _num_keys(finished)
         # Most buckets are listed before Ray would have started.
         left, listed = list_ranges(list(pending), prefix)
         pending, num_keys = deque(left), num_keys + listed
@@ -59,11 +75,25 @@ def list_bucket(prefix: BucketPrefix, resources: ResourcesConfig, progress: Prog
                 pending.extend(left)
                 num_keys += listed
                 progress.update(num_keys, None)
-        finished = prefix.finished(oldest)
+        found = prefix.finished(oldest)
+        if _num_keys(found) < num_keys:
+            raise WorkerError(
+                f"{prefix.uri}: of {num_keys:,} keys that were listed, {_num_keys(found):,} are left in "
+                f"{prefix.folder.uri}; has another job removed files there? The same command lists the rest again"
+            )
+        finished = prefix.without_overlaps(found)
+        if len(finished) < len(found):
+            pending = deque(missing_ranges(finished))
+            continue
         everything = {"keys": ("", None), "ends": [], "others": {}, "tables": [], "num_keys": 0}
         listed_at = min(record.metrics["listed_at"] for record in finished)
-        prefix.records.write("all", (), everything | {"listed_at": listed_at})
+        shards = [record.name for record in finished]
+        prefix.records.write(ALL, (), everything | {"listed_at": listed_at, "shards": shards})
     return [record for record in finished if record.files or record.metrics["others"] or record.metrics["tables"]]
+
+
+def _num_keys(records: Sequence[PartRecord]) -> int:
+    return sum(record.metrics["num_keys"] for record in records)
 
 
 class _Items:
