@@ -144,6 +144,10 @@ class FileShards:
     def __len__(self) -> int:
         return sum(shard.num_rows for shard in self._shards)
 
+    @property
+    def is_on_storage(self) -> bool:
+        return any(shard.held is None for shard in self._shards)
+
     def tables(self) -> Iterator[pa.Table]:
         """All files in order."""
         return (shard.load() for shard in self._shards)

@@ -11,6 +11,7 @@ import hashlib
 import os
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -62,9 +63,18 @@ def list_files(sources: Sources) -> FileShards:
     """
     skipped: Counter[str] = Counter()
     shards: list[Shard] = []
-    for number, uri in enumerate(sources.images.uris):
-        shards += _shards_of_source(uri, f"source-{number}", sources, skipped)
-    return FileShards(shards, sources.folder, skipped)
+    # The claim is that of the folder which `icce-ray gc` and `icce-ray forget` look at.
+    try:
+        with Claim(sources.folder) if any(map(_is_listed_in_parts, sources.images.uris)) else nullcontext():
+            for number, uri in enumerate(sources.images.uris):
+                shards += _shards_of_source(uri, f"source-{number}", sources, skipped)
+            return FileShards(shards, sources.folder, skipped)
+    except PermissionError as error:
+        raise InputError(f"output: {sources.output!r} cannot be written to: {error}") from None
+
+
+def _is_listed_in_parts(uri: str) -> bool:
+    return s3.is_s3(uri) or uri.endswith(MANIFEST_NAME)
 
 
 def _shards_of_source(uri: str, name: str, sources: Sources, skipped: Counter[str]) -> Iterator[Shard]:
@@ -83,7 +93,13 @@ def _shards_of_source(uri: str, name: str, sources: Sources, skipped: Counter[st
             below = _files_below(filesystem, path, uri, sources.output, skipped)
             taken = (file for file in map(found.take, _counted(below, sources.progress)) if file is not None)
             yield from shards_of(taken, sources.folder, name)
-        yield from shards_of(found.rest(skipped), sources.folder, f"{name}-tables")
+        try:
+            yield from shards_of(found.rest(skipped), sources.folder, f"{name}-tables")
+        except InputError:
+            # The user will change what lies there: the next run has to look again.
+            if found.folder is not None:
+                found.folder.clear()
+            raise
         return
     if info.type == pafs.FileType.File and info.base_name == MANIFEST_NAME:
         found = _Folder(uri, sources.images, is_parquet=False)
@@ -109,9 +125,8 @@ def _bucket_shards(uri: str, name: str, sources: Sources, found: _Folder) -> Ite
     folder = sources.folder / f"{name}-{hashlib.sha256(where.encode()).hexdigest()[:16]}"
     classify = partial(_file_of_bucket, output=sources.output)
     try:
-        with Claim(folder):
-            listed = BucketPrefix(where, folder, sources.storage, classify)
-            yield from _recorded(list_bucket(listed, sources.resources, sources.progress), folder, found)
+        listed = BucketPrefix(where, folder, sources.storage, classify)
+        yield from _recorded(list_bucket(listed, sources.resources, sources.progress), folder, found)
     except OSError as error:
         raise InputError(f"images.uri: {uri} cannot be listed: {error}") from None
 
@@ -122,12 +137,12 @@ def _inventory_shards(
     folder = sources.folder / f"{name}-{hashlib.sha256(uri.encode()).hexdigest()[:16]}"
     classify = partial(_file_of_bucket, output=sources.output)
     inventory = open_inventory(filesystem, path, uri, folder, sources.storage, classify)
-    with Claim(folder):
-        yield from _recorded(list_inventory(inventory, sources.resources, sources.progress), folder, found)
+    yield from _recorded(list_inventory(inventory, sources.resources, sources.progress), folder, found)
 
 
 def _recorded(records: list[PartRecord], folder: Folder, found: _Folder) -> Iterator[Shard]:
     """The shards that tasks wrote and recorded."""
+    found.folder = folder
     for record in records:
         found.add(Counter(record.metrics["others"]), [File(*file) for file in record.metrics["tables"]])
         for part, (first, last) in zip(record.files, record.metrics["ends"], strict=True):
@@ -148,6 +163,8 @@ class _Folder:
         self._others: Counter[str] = Counter()
         self._tables: list[File] = []
         self.has_images = False
+        self.folder: Folder | None = None
+        """Where the shards lie that tasks wrote."""
 
     def add(self, others: Counter[str], tables: list[File]) -> None:
         self._others += others

@@ -15,6 +15,7 @@ import hashlib
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -26,6 +27,7 @@ import pyarrow.parquet as pq
 
 from icce_ray.config import Config, EmbeddingsConfig, ImagesConfig
 from icce_ray.errors import InputError
+from icce_ray.images.bucket_listing import ALL
 from icce_ray.images.containers import file_of, locate
 from icce_ray.images.embedding_files import open_embedding_sets, open_embeddings
 from icce_ray.images.file_shards import File, FileShards
@@ -47,8 +49,9 @@ from icce_ray.images.uri_lists import named_images
 from icce_ray.images.uris import is_remote
 from icce_ray.runtime.progress import Progress
 from icce_ray.stage import StageContext
-from icce_ray.store import Artifact, Folder, fingerprint
+from icce_ray.store import Artifact, Claim, Folder, fingerprint
 from icce_ray.store.filesystem import open_uri
+from icce_ray.store.part_records import FOLDER_NAME as RECORDS_FOLDER
 from icce_ray.store.part_records import PartRecord, PartRecords
 
 PART_ROWS = 65_536
@@ -161,6 +164,10 @@ def find_changes(config: Config, progress: Progress) -> Refresh | None:
     last = _last_listing(config.images, config.output)
     if last is None:
         return None
+    sources = _sources_folder(config)
+    for name in sources.folder_names():
+        if (sources / name).exists(f"{RECORDS_FOLDER}/{ALL}.json"):
+            (sources / name).clear()  # of a refresh that was killed after it had listed the bucket
     digest, files = _list(config, progress)
     if digest == last.metrics["digest"]:
         files.folder.clear()
@@ -188,8 +195,9 @@ def _write_files(
             files.skipped.update(record.metrics["skipped"])
         yield from _with_members(files.unknown(), opened, context.output.folder)
 
-    wanted = _without_forgotten(entries(), config.output)
-    metrics = _write(wanted, context, digest, files.digest, files.skipped, last)
+    with Claim(files.folder) if files.is_on_storage else nullcontext():
+        wanted = _without_forgotten(entries(), config.output)
+        metrics = _write(wanted, context, digest, files.digest, files.skipped, last)
     for record in opened:
         for part in record.files:
             context.output.folder.remove(part.name)
@@ -281,6 +289,11 @@ def _key(config: Config) -> str:
     return fingerprint("files", 1, {"images": config.images.model_dump(mode="json")}, {"output": config.output})
 
 
+def _sources_folder(config: Config) -> Folder:
+    """Where shards of many files are written."""
+    return Folder.at(config.output) / "images" / _key(config)
+
+
 def _last_listing(images: ImagesConfig, output: str) -> Artifact | None:
     """The newest finished listing of the same sources under this output. Not by time: the clocks of machines differ."""
     root = Folder.at(output) / "images"
@@ -335,7 +348,7 @@ def _embeddings_digest(embeddings: EmbeddingsConfig, images: ImagesConfig) -> st
 
 def _list(config: Config, progress: Progress) -> tuple[str, FileShards]:
     """The files that are there now, and the digest of their listing: that of the last one if they are the same."""
-    folder = Folder.at(config.output) / "images" / _key(config)
+    folder = _sources_folder(config)
     files = list_files(Sources(config.images, config.output, folder, config.storage, config.resources, progress))
     last = _last_listing(config.images, config.output)
     is_same = last is not None and last.metrics["files_digest"] == files.digest

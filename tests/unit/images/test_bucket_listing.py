@@ -7,12 +7,14 @@ import time
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from icce_ray.config import Config, ResourcesConfig, StorageConfig
+from icce_ray.errors import BusyError, InputError, WorkerError
 from icce_ray.images import bucket_listing, image_files, job, list_images
 from icce_ray.images.bucket_listing import BucketPrefix, KeyRange, list_ranges, missing_ranges
 from icce_ray.images.file_kinds import take_file
@@ -20,7 +22,8 @@ from icce_ray.images.file_shards import FileShards
 from icce_ray.images.job import list_bucket
 from icce_ray.runtime.progress import Progress
 from icce_ray.runtime.ray_cluster import run_here
-from icce_ray.store import Folder, s3
+from icce_ray.store import Claim, Folder, s3
+from icce_ray.store.output_artifacts import find_artifacts
 
 
 class StubBucket:
@@ -164,3 +167,126 @@ def test_an_error_of_the_storage_ends_the_listing(monkeypatch: pytest.MonkeyPatc
 
 def test_file_shards_without_files() -> None:
     assert len(FileShards([], Folder.at("unused"), Counter())) == 0
+
+
+def prefix_in(folder: Path) -> BucketPrefix:
+    return BucketPrefix("s3://photos/all/", Folder.at(folder), StorageConfig(), take_file)
+
+
+@pytest.fixture
+def keys(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    monkeypatch.setattr(bucket_listing, "SHARD_KEYS", 50)
+    return [f"all/{n:05d}.jpg" for n in range(1000)]
+
+
+@pytest.mark.parametrize("removed", ["files", "records"])
+def test_a_listing_that_lost_shards_lists_them_again(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, keys: list[str], removed: str
+) -> None:
+    stub(monkeypatch, keys)
+    uris, _ = listed(tmp_path)
+    lost = sorted(path for path in (tmp_path / removed).iterdir() if path.name != "all.json")[3:9]
+    for path in lost:
+        path.unlink()
+    assert listed(tmp_path)[0] == uris
+    assert listed(tmp_path)[0] == uris
+
+
+def test_a_listing_whose_shards_are_removed_meanwhile_fails(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, keys: list[str]
+) -> None:
+    def list_and_lose(*args: Any) -> Any:
+        answer = list_ranges(*args)
+        next((tmp_path / "files").iterdir()).unlink()
+        return answer
+
+    stub(monkeypatch, keys)
+    monkeypatch.setattr(job, "list_ranges", list_and_lose)
+    with pytest.raises(WorkerError, match="of 1,000 keys that were listed, 9"):
+        listed(tmp_path)
+    monkeypatch.setattr(job, "list_ranges", list_ranges)
+    assert len(listed(tmp_path)[0]) == 1000
+
+
+def test_a_range_that_was_listed_twice_counts_once(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, keys: list[str]
+) -> None:
+    stub(monkeypatch, keys + [key.replace("jpg", "csv") for key in keys])
+    list_ranges([KeyRange("00100.jpg", "00303.jpg")], prefix_in(tmp_path))  # by a task whose worker died
+    first = True
+
+    def repeated(*args: Any) -> Any:
+        nonlocal first
+        answer = list_ranges([KeyRange("00250.jpg", "00500.jpg")], prefix_in(tmp_path)) if first else ([], 0)
+        first = False
+        left, number = list_ranges(*args)
+        return [*answer[0], *left], number
+
+    monkeypatch.setattr(job, "list_ranges", repeated)
+    uris, ranges = listed(tmp_path)
+    assert uris == [f"s3://photos/{key}" for key in keys]
+    records = prefix_in(tmp_path).finished(0.0)
+    assert sum(record.metrics["others"].get(".csv", 0) for record in records) == 1000
+    assert all(first.until is not None and first.until <= second.after for first, second in pairwise(ranges))
+
+
+def test_an_answer_without_keys_is_not_the_end(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    keys = [f"all/{n:05d}.jpg" for n in range(300)]
+    bucket = stub(monkeypatch, keys)
+    answer = bucket.list_objects_v2
+
+    def in_turn(ContinuationToken: str = "", **asked: Any) -> dict[str, Any]:
+        return answer(**asked) if ContinuationToken else {"IsTruncated": True, "NextContinuationToken": "x"}
+
+    monkeypatch.setattr(bucket, "list_objects_v2", in_turn)
+    assert listed(tmp_path)[0] == [f"s3://photos/{key}" for key in keys]
+
+
+def bucket_config(monkeypatch: pytest.MonkeyPatch, output: Path) -> Config:
+    monkeypatch.setattr(image_files, "open_uri", lambda uri: (NoDirectory(), "photos/all"))
+    return Config(output=str(output), num_clusters=2, images={"uri": "s3://photos/all/"})
+
+
+def list_files_of(config: Config) -> list[str]:
+    with run_here(1):
+        _, files = list_images._list(config, Progress("images", quiet=True))
+    return [uri for table in files.tables() for uri in table["uri"].to_pylist()]
+
+
+def test_a_bucket_without_images_is_listed_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    config = bucket_config(monkeypatch, tmp_path)
+    stub(monkeypatch, ["all/readme.txt"])
+    with pytest.raises(InputError, match="no images in"):
+        list_files_of(config)
+    stub(monkeypatch, ["all/readme.txt", "all/a.jpg"])
+    assert list_files_of(config) == ["s3://photos/all/a.jpg"]
+
+
+def test_a_refresh_does_not_use_what_a_killed_one_had_listed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    config = bucket_config(monkeypatch, tmp_path)
+    last = SimpleNamespace(metrics={"digest": "x", "files_digest": "y", "generation": 0})
+    monkeypatch.setattr(list_images, "_last_listing", lambda *_: last)
+    stub(monkeypatch, ["all/a.jpg"])
+    list_files_of(config)
+    stub(monkeypatch, ["all/a.jpg", "all/b.jpg"])
+    with run_here(1):
+        refresh = list_images.find_changes(config, Progress("images", quiet=True))
+    assert refresh is not None
+    assert len(refresh.files) == 2
+
+
+def test_gc_and_forget_see_that_a_bucket_is_being_listed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    config = bucket_config(monkeypatch, tmp_path)
+    bucket = stub(monkeypatch, ["all/a.jpg"])
+    answer, claimed = bucket.list_objects_v2, list[str]()
+
+    def during(**asked: Any) -> dict[str, Any]:
+        for key in find_artifacts(Folder.at(tmp_path)):
+            with pytest.raises(BusyError), Claim(Folder.at(tmp_path) / key):
+                pass
+            claimed.append(key)
+        return answer(**asked)
+
+    monkeypatch.setattr(bucket, "list_objects_v2", during)
+    list_files_of(config)
+    assert claimed == [f"images/{list_images._key(config)}"]
