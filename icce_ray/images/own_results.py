@@ -8,6 +8,7 @@ from pathlib import Path
 
 from icce_ray.images.folder_walk import identity_of
 from icce_ray.images.uris import is_remote
+from icce_ray.store.run_records import LATEST_FOLDER, RUNS_FOLDER
 
 RESULT_FOLDERS = (
     "images",
@@ -17,6 +18,7 @@ RESULT_FOLDERS = (
     "neighbors",
     "method",
     "consensus",
+    "corrections",
     "classifier",
     "assign",
     "evaluate",
@@ -24,9 +26,11 @@ RESULT_FOLDERS = (
     "silhouette_spaces",
     "trial_scores",
     "sweep",
+    "comparison",
 )
 """Folders of an output whose subfolders hold artifacts."""
-RESULT = re.compile(rf"/(?:runs|(?:{'|'.join(RESULT_FOLDERS)})/[0-9a-f]{{16}})/")
+RUN_FOLDERS = (RUNS_FOLDER, LATEST_FOLDER)
+RESULT = re.compile(rf"/(?:{'|'.join(RUN_FOLDERS)}|(?:{'|'.join(RESULT_FOLDERS)})/[0-9a-f]{{16}})/")
 
 
 def is_result(uri: str, output: str) -> bool:
@@ -36,11 +40,12 @@ def is_result(uri: str, output: str) -> bool:
 
 
 def result_folders(output: str) -> frozenset[tuple[int, int]]:
-    """What the engine wrote: (device, inode) of each folder of an artifact and of that of the run records."""
+    """What the engine wrote: (device, inode) of each folder of an artifact, that of the run records and the
+    one that ``latest`` leads to."""
     if is_remote(output):
         return frozenset()
     root = Path(output).expanduser()
-    folders = [root / "runs"]
+    folders = [root / name for name in RUN_FOLDERS]
     for stage in RESULT_FOLDERS:
         with suppress(OSError):
             folders += [folder for folder in (root / stage).iterdir() if RESULT.match(f"/{stage}/{folder.name}/")]
