@@ -61,6 +61,8 @@ def read_image(uri: str, size_bytes: int | None = None) -> bytes | str:
     """
     if size_bytes is not None and size_bytes > MAX_FILE_BYTES:
         return f"unreadable: over the limit of {MAX_FILE_BYTES} bytes"
+    if size_bytes == 0 and isinstance(locate(uri), Span):
+        return b""  # a range of no bytes cannot be asked for
     began = last_answer = time.monotonic()
     attempt = 0
     while True:

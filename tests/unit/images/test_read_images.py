@@ -138,6 +138,15 @@ def test_neighbours_in_a_shard_are_read_together_and_each_byte_once(
     assert store.seen == ["0.tar"]
 
 
+@pytest.mark.parametrize("has_neighbours", [False, True])
+def test_an_empty_member_of_a_shard_has_no_bytes_with_or_without_neighbours(store: Store, has_neighbours: bool) -> None:
+    store.answer = lambda key: b"abcdefgh" if key else LISTING
+    spans = [("0.tar", 0, 3), ("0.tar", 3, 0), ("0.tar", 4, 2)] if has_neighbours else [("0.tar", 3, 0)]
+    rows = [ListedImage(start, Span(f"s3://photos/{tar}", start, num).uri("x.png"), num, None) for tar, start, num in spans]  # fmt: skip  # noqa: E501
+    assert {row.image_id: data for row, data in read_images.read_images(rows)}[3] == b""
+    assert len(store.seen) == has_neighbours
+
+
 def test_an_object_of_unknown_size_is_not_read_beyond_the_limit(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(read_images, "MAX_FILE_BYTES", 10)
     store.answer = lambda key: b"x" * 11 if key else LISTING
