@@ -196,7 +196,7 @@ def _write_files(
         yield from _with_members(files.unknown(), opened, context.output.folder)
 
     with Claim(files.folder) if files.is_on_storage else nullcontext():
-        wanted = _without_forgotten(entries(), config.output)
+        wanted = _without_forgotten(entries(), config.output, files.skipped)
         metrics = _write(wanted, context, digest, files.digest, files.skipped, last)
     for record in opened:
         for part in record.files:
@@ -206,11 +206,15 @@ def _write_files(
     return metrics
 
 
-def _without_forgotten(tables: Iterable[pa.Table], output: str) -> Iterable[pa.Table]:
+def _without_forgotten(tables: Iterable[pa.Table], output: str, skipped: Counter[str]) -> Iterator[pa.Table]:
     forgotten = read_forgotten(output)
-    if not forgotten:
-        return tables
-    return (table.filter([uri_hash(uri) not in forgotten for uri in table["uri"].to_pylist()]) for table in tables)
+    for table in tables:
+        if forgotten:
+            is_kept = [uri_hash(uri) not in forgotten for uri in table["uri"].to_pylist()]
+            if not all(is_kept):
+                skipped["forgotten"] += is_kept.count(False)
+                table = table.filter(is_kept)
+        yield table
 
 
 def _with_members(files: Iterable[pa.Table], opened: Sequence[PartRecord], folder: Folder) -> Iterator[pa.Table]:

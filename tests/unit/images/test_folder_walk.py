@@ -13,11 +13,14 @@ import pytest
 
 from icce_ray.config import Config
 from icce_ray.errors import InputError
-from icce_ray.images import folder_walk
-from icce_ray.images.own_results import RESULT_FOLDERS
+from icce_ray.images import folder_walk, list_images
+from icce_ray.images.forgotten import add_forgotten, uri_hash
+from icce_ray.images.own_results import RESULT_FOLDERS, is_result
 from icce_ray.images.read_images import read_image
 from icce_ray.pipeline.plan import stages_of
-from icce_ray.stage import Stage
+from icce_ray.runtime.progress import Progress
+from icce_ray.stage import Stage, StageContext
+from icce_ray.store import ArtifactWriter, Folder
 from icce_ray.store.filesystem import open_uri
 from icce_ray.sweeps.trial import SCORES, SPACES
 
@@ -148,12 +151,39 @@ def test_only_what_the_engine_wrote_is_left_out_below_the_output(outcome: Outcom
     assert len(outcome(photos, output=str(tmp_path / "another"))[0]) > len(mine)
 
 
+@pytest.mark.parametrize("is_linked", [False, True])
+def test_results_under_their_plain_names_are_left_out_too(outcome: Outcome, tmp_path: Path, is_linked: bool) -> None:
+    write_files(tmp_path, "a.png", "late/latest/b.png", f"comparison/{FINGERPRINT}/c.png", "runs/1/report/d.png")
+    if is_linked:
+        (tmp_path / "latest").symlink_to("runs/1")
+    else:
+        write_files(tmp_path, "latest/report/d.png", "latest/e.png")
+    assert outcome(tmp_path, output=str(tmp_path)) == (["a.png", "late/latest/b.png"], {})
+
+
+def test_results_in_a_bucket_are_known_by_their_keys() -> None:
+    folders = ("latest", "latest/report", "runs", f"corrections/{FINGERPRINT}", f"comparison/{FINGERPRINT}")
+    assert all(is_result(f"s3://b/out/{folder}/x.png", "s3://b/out/") for folder in folders)
+    mine = ("late/x.png", "latest.png", "comparison/x.png", "a/latest/x.png")
+    assert not any(is_result(f"s3://b/out/{name}", "s3://b/out/") for name in mine)
+
+
+def test_forgotten_images_are_counted(tmp_path: Path) -> None:
+    write_files(tmp_path, "photos/a.png", "photos/b.png")
+    output = str(tmp_path / "out")
+    add_forgotten(output, [uri_hash(str(tmp_path / "photos" / "a.png"))])
+    config = Config(output=output, num_clusters=2, images={"uri": str(tmp_path / "photos")})
+    writer = ArtifactWriter(Folder.at(tmp_path / "listing"))
+    metrics = list_images.run(config, StageContext(writer, {}, Progress("images", quiet=True)))
+    assert (metrics["num_images"], metrics["skipped"]) == (1, {"forgotten": 1})
+
+
 def test_every_stage_is_known_by_the_folder_of_its_results() -> None:
     base = {"output": "o", "images": {"uri": "i"}}
     configs = [Config(**base, num_clusters=2, evaluate={"labels": "folder"}), Config(**base, num_clusters="auto")]
     names = {stage.name for config in configs for stage in stages_of(config) if isinstance(stage, Stage)}
     assert names
-    assert names | {SPACES.name, SCORES.name, "sweep"} == set(RESULT_FOLDERS)
+    assert names | {SPACES.name, SCORES.name, "corrections", "sweep", "comparison"} == set(RESULT_FOLDERS)
 
 
 def list_file(listed: Listed, tmp_path: Path, *entries: str) -> dict[str, str | None]:
