@@ -43,7 +43,6 @@ def test_nothing_but_the_package_is_needed_to_search_neighbours() -> None:
 def test_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """With fewer heads and epochs, so that it takes seconds."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("MPLBACKEND", "Agg")
     notebook = json.loads((REPOSITORY / "docs" / "first_clusters.ipynb").read_text())
     names: dict[str, Any] = {}
     for cell in notebook["cells"]:
