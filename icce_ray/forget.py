@@ -42,7 +42,7 @@ from icce_ray.pipeline.plan import connect_storage
 from icce_ray.store import Artifact, ArtifactWriter, Claim, Folder, Part
 from icce_ray.store.artifact import MANIFEST_NAME
 from icce_ray.store.cache import cache_folder
-from icce_ray.store.output_artifacts import find_artifacts, with_inputs
+from icce_ray.store.output_artifacts import Artifacts, find_artifacts, inputs_of, with_inputs
 from icce_ray.store.run_records import LATEST_FOLDER, RUNS_FOLDER, read_records
 
 STAGES = ("embed", "sample", "corrections", "assign", "evaluate")
@@ -117,19 +117,24 @@ def forget_images(run: str, uris: str, *, quiet: bool = False) -> Takedown:
     for key, artifact in artifacts.items():
         if artifact is None:
             continue
-        sources = [found[one] for one in with_inputs({key}, artifacts) if one in found]
-        if not sources or artifact.manifest.stage not in STAGES + PAGES:
+        is_page = artifact.manifest.stage in PAGES
+        own = _listing_of(key, artifacts)
+        if is_page:
+            is_concerned = not found.keys().isdisjoint(with_inputs({key}, artifacts))
+        else:
+            is_concerned = artifact.manifest.stage in STAGES and own in found
+        if not is_concerned:
             continue
         shutil.rmtree(cache_folder() / artifact.manifest.stage / artifact.fingerprint, ignore_errors=True)
         if not quiet:
             print(f"forget: {key}", file=sys.stderr, flush=True)
         with Claim(artifact.folder):
-            if artifact.manifest.stage in PAGES:
+            if is_page:
                 pages.append(artifact.folder.uri)
                 artifact.folder.remove(MANIFEST_NAME)
             else:
-                same_content |= _forget_in(artifact, sources[0], amended)
-        if artifact.manifest.stage in PAGES:
+                same_content |= _forget_in(artifact, found[own], amended)
+        if is_page:
             artifact.folder.clear()
     _forget_in_corrections(root / KEPT_FOLDER, set(wanted.values()))
     _forget_in_latest(root, set(wanted.values()), bool(pages))
@@ -138,6 +143,18 @@ def forget_images(run: str, uris: str, *, quiet: bool = False) -> Takedown:
             _forget_in_listing(listings[key], wanted, amended)
     num_found = len({uri for one in found.values() for uri in one.hashes})
     return Takedown(num_found, len(wanted) - num_found, len(same_content), amended.num_parts, tuple(pages))
+
+
+def _listing_of(key: str, artifacts: Artifacts) -> str:
+    """The listing that an artifact's ids belong to, "" if there is none: the nearest of its inputs. Assignments of new
+    images are also made from a model, whose images another listing has."""
+    keys = [key]
+    while keys:
+        for one in keys:
+            if one.startswith("images/"):
+                return one
+        keys = [one for key in keys if (artifact := artifacts.get(key)) is not None for one in inputs_of(artifact)]
+    return ""
 
 
 @dataclass(frozen=True)
