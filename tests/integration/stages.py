@@ -35,6 +35,13 @@ def run_until(last: str, config: Config) -> dict[str, Artifact]:
     return artifacts
 
 
+def artifact(config: Config, stage: str) -> Artifact:
+    """The finished artifact of a stage of the run with this config."""
+    found = next(step.artifact for step in pipeline.plan(config) if step.name == stage)
+    assert found is not None
+    return found
+
+
 @contextmanager
 def without_ray() -> Iterator[None]:
     """Runs in this block use no Ray unless they ask for it, although the tests of this process share one."""

@@ -21,8 +21,8 @@ from icce_ray.pipeline.plan import is_complete, plan
 from icce_ray.pipeline.stages import stages_of
 from icce_ray.runtime.progress import Progress
 from icce_ray.stage import StageContext
-from icce_ray.store import Artifact, ArtifactWriter, Folder
-from tests.integration.stages import run_until, without_ray
+from icce_ray.store import ArtifactWriter, Folder
+from tests.integration.stages import artifact, run_until, without_ray
 
 pytestmark = pytest.mark.slow
 
@@ -56,12 +56,6 @@ def config_for(folder: Path, **changes: Any) -> Config:
     return build_config(base | SECTIONS | changes, "test")
 
 
-def stage_of(config: Config, name: str) -> Artifact:
-    artifact = next(step.artifact for step in plan(config) if step.name == name)
-    assert artifact is not None
-    return artifact
-
-
 def test_a_run_chooses_and_is_then_the_run_of_that_number(
     folder: Path, features: np.ndarray, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -76,7 +70,7 @@ def test_a_run_chooses_and_is_then_the_run_of_that_number(
     assert f"{NUM_CLUSTERS} clusters were chosen, tried 2 to 9" in said
     assert json.loads(json.dumps(result.to_json()))["num_clusters_range"] == [low, high]
     page = Path(result.report).read_text()
-    assert stage_of(config, "cluster_count").metrics["choice"] in page
+    assert artifact(config, "cluster_count").metrics["choice"] in page
     assert f"chosen: {NUM_CLUSTERS}" in page
 
     again = run_pipeline(config, quiet=True)
@@ -105,7 +99,7 @@ def test_a_run_chooses_and_is_then_the_run_of_that_number(
     estimator = ICCE("auto", random_state=0, heads=heads, **sizes, **sections).fit(features)
     assert estimator.n_clusters_ == NUM_CLUSTERS
     assert (estimator.cluster_count_.low, estimator.cluster_count_.high) == (low, high)
-    counted = stage_of(config, "cluster_count")
+    counted = artifact(config, "cluster_count")
     there, here = counted.read_table("by_seed.parquet").to_pandas(), estimator.cluster_count_.by_seed().to_pandas()
     np.testing.assert_allclose(there, here, atol=1e-5)
     clusters = pq.read_table(result.assignments).sort_by("image_id")["cluster"].to_numpy()

@@ -17,7 +17,7 @@ from icce_ray.config import Config
 from icce_ray.errors import InputError
 from icce_ray.pipeline.plan import plan
 from icce_ray.pipeline.run import run_pipeline
-from icce_ray.store import Artifact
+from tests.integration.stages import artifact
 
 COLORS = {"red": (220, 40, 30), "green": (40, 190, 60), "blue": (30, 60, 210)}
 pytestmark = pytest.mark.slow
@@ -45,12 +45,6 @@ def settings(folder: Path) -> Config:
             "classifier": {"num_iterations": 200},
         }
     )
-
-
-def artifact(config: Config, stage: str) -> Artifact:
-    found = next(step.artifact for step in plan(config) if step.name == stage)
-    assert found is not None
-    return found
 
 
 def clusters(config: Config) -> dict[str, int]:

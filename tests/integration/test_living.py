@@ -19,10 +19,10 @@ from icce_ray.collect_garbage import collect_garbage
 from icce_ray.config import Config
 from icce_ray.errors import BusyError
 from icce_ray.forget import forget_images
-from icce_ray.pipeline.plan import plan
 from icce_ray.pipeline.run import run_pipeline
 from icce_ray.store import Artifact, Claim, Folder
 from icce_ray.store.cache import cache_folder
+from tests.integration.stages import artifact
 
 COLORS = {"red": (220, 40, 30), "green": (40, 190, 60), "blue": (30, 60, 210), "grey": (120, 120, 120)}
 pytestmark = pytest.mark.slow
@@ -49,12 +49,6 @@ def settings(folder: Path, num_clusters: int = 3, seed: int = 0) -> Config:
             "classifier": {"num_iterations": 100},
         }
     )
-
-
-def artifact(config: Config, stage: str) -> Artifact:
-    found = next(step.artifact for step in plan(config) if step.name == stage)
-    assert found is not None
-    return found
 
 
 def clusters(config: Config) -> dict[str, int]:

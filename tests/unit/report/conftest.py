@@ -62,12 +62,7 @@ def write_images(folder: Path) -> None:
 
 @pytest.fixture(scope="session")
 def planted_run(tmp_path_factory: pytest.TempPathFactory) -> PlantedRun:
-    folder = tmp_path_factory.mktemp("planted")
-    write_images(folder / "images")
-    config = Config.model_validate(
-        {"images": {"uri": str(folder / "images")}, "num_clusters": 4, "output": str(folder / "out")}
-    )
-    return build_run(config, folder / "out", rows_per_part=32)
+    return build_run_of_images(tmp_path_factory.mktemp("planted"))
 
 
 @pytest.fixture(scope="session")
@@ -78,12 +73,15 @@ def make_run() -> Callable[..., PlantedRun]:
 @pytest.fixture(scope="session")
 def combined_run(tmp_path_factory: pytest.TempPathFactory) -> PlantedRun:
     """Two methods combined, with seven images as noise."""
-    folder = tmp_path_factory.mktemp("combined")
+    return build_run_of_images(tmp_path_factory.mktemp("combined"), num_noise=7)
+
+
+def build_run_of_images(folder: Path, num_noise: int = 0) -> PlantedRun:
     write_images(folder / "images")
     config = Config.model_validate(
         {"images": {"uri": str(folder / "images")}, "num_clusters": 4, "output": str(folder / "out")}
     )
-    return build_run(config, folder / "out", rows_per_part=32, num_noise=7)
+    return build_run(config, folder / "out", rows_per_part=32, num_noise=num_noise)
 
 
 def build_run(config: Config, root: Path, rows_per_part: int, num_noise: int = 0) -> PlantedRun:
