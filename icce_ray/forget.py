@@ -57,7 +57,7 @@ Ids = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Takedown:
-    """What was removed."""
+    """The result of a takedown."""
 
     num_images: int
     """Images of the list that a listing in the output has or had."""

@@ -6,7 +6,7 @@ from icce_ray.config import Config
 from icce_ray.stage import Settings, Stage, num_clusters_and_seed
 
 AUTO, NONE = "auto", "none"
-"""Of `consensus.numbers_from`, besides the name of a run."""
+"""Values of `consensus.numbers_from` besides the name of a run."""
 
 
 def _settings(config: Config) -> Settings:

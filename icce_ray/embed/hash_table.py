@@ -77,7 +77,7 @@ class HashTable:
             is_left = ~is_here if insert else ~is_here & is_full
             new = ~is_here & ~is_full
             if insert and new.any():
-                # Of several keys that want a slot, the last one gets it. All look again.
+                # If several keys want the same slot, the last one gets it; then all look again.
                 taken, numbers = buckets[new] * BUCKET + empty[new].argmax(axis=1), np.arange(np.count_nonzero(new))
                 self._keys[taken], self.files[taken], self.rows[taken] = keys[left[new]], NO_FILE, numbers
                 self.num_keys += int(np.count_nonzero(self.rows[taken] == numbers))

@@ -143,8 +143,8 @@ def joined(
 
 
 def join_items(records: PartRecords, index: Index, whole: OpenPart, items: Sequence[PartRecord]) -> PartRecord:
-    """Write a part from its finished items, record it, and remove the items' files. Whoever is killed meanwhile, the
-    items' files are there until the part is recorded.
+    """Write a part from its finished items, record it, and remove the items' files. These stay
+    until the part is recorded, so a worker that is killed in between loses nothing.
 
     Returns:
         The part's record, with `joined` in its metrics: its images have been counted with the items. A part that is

@@ -36,7 +36,7 @@ from icce_ray.store import Artifact
 METRICS_NAME = "metrics.json"
 ASSIGNMENTS = "assignments/"
 MAX_SCORED = 2_000_000
-"""Of more images, so many are compared with their true labels."""
+"""If there are more images, a sample of about this size is compared with the true labels."""
 SAMPLED_IMAGES = 2 * MAX_IMAGES
 """Images that are read for the estimate, since some of them may be noise."""
 LABELS_NAME = "labels.parquet"

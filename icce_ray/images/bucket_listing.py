@@ -49,7 +49,7 @@ class KeyRange(NamedTuple):
 
 @dataclass(frozen=True)
 class BucketPrefix:
-    """What is listed. Pickles."""
+    """The prefix that is listed. It can be pickled."""
 
     uri: str
     """``s3://bucket/prefix/``, or a bucket."""

@@ -121,8 +121,8 @@ class FileShards:
     """All files.
 
     Args:
-        shards: in any order. Of several files with the same URI, that of the first shard is kept; of several names of
-            the same local file, the first in order, one that no symbolic link leads to before others.
+        shards: in any order. If several files have the same URI, the one in the first shard is kept. If a local file
+            has several names, the first is kept; names that no symbolic link leads to come before others.
         folder: shards that do not fit into memory are written there.
         skipped: what the sources hold besides, by kind.
     """
