@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 
 from icce_ray.store import Artifact, ArtifactWriter, Folder, Part
 from icce_ray.store.artifact import MANIFEST_NAME
-from icce_ray.store.parts_table import SCHEMA, PartsTable
+from icce_ray.store.parts_table import SCHEMA, parts_bytes, table_bytes
 
 SETTINGS: dict[str, Any] = {"num_parts": 2_000_000, "listed_parts": 100_000, "max_bytes": 100e6, "max_s": 2.0}
 ROWS_PER_PART = 65_536
@@ -44,11 +44,11 @@ def run(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, bool]]:
                 value * num_parts / num_listed
             )
     for name, values in figures.items():
-        print(f"{name:50} {values['bytes'] / 1e6:10,.1f} MB {values['seconds']:8.3f} s")
-    found = figures[f"find, {num_parts:,} parts"]
+        print(f"{name:50} {values['bytes'] / 1e6:10,.1f} MB {values['seconds']:8.3f} s, {values['cpu_s']:.3f} of CPU")
+    used = figures[f"find and use, {num_parts:,} parts"]
     bounds = {
-        f"find below {settings['max_bytes'] / 1e6:g} MB": found["bytes"] < settings["max_bytes"],
-        f"find below {settings['max_s']:g} s": found["seconds"] < settings["max_s"],
+        f"found and used below {settings['max_bytes'] / 1e6:g} MB": used["bytes"] < settings["max_bytes"],
+        f"found and used below {settings['max_s']:g} s of CPU": used["cpu_s"] < settings["max_s"],
     }
     return figures, bounds
 
@@ -70,7 +70,7 @@ def write(folder: str, count: int) -> None:
     artifact = ArtifactWriter(Folder.at(folder)).commit(
         stage="embed", fingerprint="0", inputs={}, config={}, metrics={}, seconds=0.0
     )
-    data = PartsTable(pa.table(columns, schema=SCHEMA)).to_bytes()
+    data = table_bytes(pa.table(columns, schema=SCHEMA))
     parts = Part(name="parts.parquet", num_bytes=len(data), sha256=hashlib.sha256(data).hexdigest(), rows=count)
     artifact.folder.write_bytes(parts.name, data)
     artifact.folder.write_bytes(
@@ -87,7 +87,7 @@ def write_list(folder: str, count: int) -> None:
 def measure(what: str, folder: str) -> dict[str, float]:
     """Seconds, and how much the peak of this process grows."""
     json.dumps(pq.read_metadata(_tiny()).to_dict())  # what the first use of a library takes
-    peak, began = _peak(), time.perf_counter()
+    peak, began, cpu_began = _peak(), time.perf_counter(), time.process_time()
     if what == "listed":
         parts = [Part(**part) for part in json.loads(Path(folder, MANIFEST_NAME).read_bytes())]
         assert len({part.name: part for part in parts}) == len(parts)
@@ -97,7 +97,11 @@ def measure(what: str, folder: str) -> dict[str, float]:
         if what == "find and use":
             rows = artifact.num_rows("part-")
             assert artifact.part(f"part-x{len(rows) - 1:010d}.parquet").num_bytes * len(rows) == artifact.num_bytes()
-    return {"seconds": time.perf_counter() - began, "bytes": float(_peak() - peak)}
+    return {
+        "seconds": time.perf_counter() - began,
+        "cpu_s": time.process_time() - cpu_began,
+        "bytes": float(_peak() - peak),
+    }
 
 
 def _peak() -> int:
@@ -105,4 +109,4 @@ def _peak() -> int:
 
 
 def _tiny() -> pa.BufferReader:
-    return pa.BufferReader(PartsTable.of([]).to_bytes())
+    return pa.BufferReader(parts_bytes([]))

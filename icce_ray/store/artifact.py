@@ -32,6 +32,8 @@ MANIFEST_NAME = "manifest.json"
 MAX_LISTED_PARTS = 900
 """Up to here one page of a listing shows whether all parts are there; more are checked when they are read."""
 CHECK_THREADS = 8
+LARGE_TABLE_BYTES = 2**22
+"""A local table of parts of this size is not held in memory."""
 
 
 def fingerprint(stage: str, version: int, settings: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
@@ -131,14 +133,20 @@ class Artifact:
 
     @cached_property
     def _parts(self) -> PartsTable:
-        file = self.manifest.parts
+        file, local_folder = self.manifest.parts, self.folder.local_path
         try:
-            data = self.folder.read_bytes(file.name, file.num_bytes)
+            if local_folder is None or file.num_bytes < LARGE_TABLE_BYTES:
+                data = self.folder.read_bytes(file.name, file.num_bytes)
+                self._check(file, hashlib.sha256(data).hexdigest())
+                source = pa.BufferReader(data)
+            else:
+                source = pa.OSFile(str(local_folder / file.name))
+                with (local_folder / file.name).open("rb") as opened:
+                    self._check(file, hashlib.file_digest(opened, "sha256").hexdigest())
         except FileNotFoundError:
             raise DamagedArtifactError(f"{self.folder.file_uri(file.name)}: the table of parts is missing") from None
-        self._check(file, hashlib.sha256(data).hexdigest())
         try:
-            return PartsTable.from_bytes(data)
+            return PartsTable(source)
         except ValueError as error:
             raise DamagedArtifactError(
                 f"{self.folder.file_uri(file.name)}: this is no table of parts: {error}"

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from icce_ray.errors import WorkerError
 from icce_ray.store.artifact import MANIFEST_NAME, Artifact, Manifest
 from icce_ray.store.filesystem import Folder, open_uri
-from icce_ray.store.parts_table import Part, PartsTable
+from icce_ray.store.parts_table import Part, parts_bytes
 
 RECORDED_LIBRARIES = ("icce_ray", "numpy", "torch", "faiss-cpu", "ray", "timm", "pyarrow", "pymetis")
 
@@ -122,7 +122,7 @@ class ArtifactWriter:
         Raises:
             WorkerError: with `exclusive`, if another job finished the artifact in the meantime with other parts.
         """
-        table = PartsTable.of(self.parts.values()).to_bytes()
+        table = parts_bytes(self.parts.values())
         digest = hashlib.sha256(table).hexdigest()
         parts = Part(name=f"parts-{digest[:12]}.parquet", num_bytes=len(table), sha256=digest, rows=len(self.parts))
         self.folder.write_bytes(parts.name, table)

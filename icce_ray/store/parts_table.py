@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import io
+from array import array
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import PurePosixPath
 
 import numpy as np
@@ -27,6 +28,8 @@ SCHEMA = pa.schema(
         ("shape", pa.list_(pa.int64())),
     ]
 )
+ROWS_PER_GROUP = 16_384
+"""Rows of the file that are read together."""
 LEADS_OUT = r"^[./]*$|^/|\\|\x00|(^|/)\.\.(/|$)"
 """A table on storage may come from anywhere: its names must not lead out of the artifact's folder."""
 
@@ -55,97 +58,121 @@ class Part(BaseModel):
     """The folder of another artifact that holds the file, below the output; None: the artifact's own."""
 
 
+def table_bytes(table: pa.Table) -> bytes:
+    """The file of a table of SCHEMA, sorted by name."""
+    sink = io.BytesIO()
+    pq.write_table(table, sink, compression="zstd", row_group_size=ROWS_PER_GROUP)
+    return sink.getvalue()
+
+
+def parts_bytes(parts: Iterable[Part]) -> bytes:
+    """The file of a table of these parts."""
+    rows = [
+        {**part.model_dump(), "sha256": bytes.fromhex(part.sha256)}
+        for part in sorted(parts, key=lambda part: part.name)
+    ]
+    return table_bytes(pa.Table.from_pylist(rows, SCHEMA))
+
+
 class PartsTable:
-    """The parts in the order of their names. Parts whose names begin alike are neighbours, so that no method but
-    :meth:`names` makes an object for each.
+    """The parts in the order of their names. A call reads the row groups that it asks about, a few columns of each, and
+    no call but :meth:`names` makes an object for each part. It keeps the group it read last.
 
     Args:
-        table: of SCHEMA, sorted by name.
+        file: to read from. Nearly all of it are checksums, which compress badly.
+
+    Raises:
+        ValueError (or one of Arrow's errors, which are ValueErrors): it is no table of parts.
     """
 
-    def __init__(self, table: pa.Table) -> None:
-        self._table = table.combine_chunks()
-        self._names = self._column("name")
-
-    @classmethod
-    def of(cls, parts: Iterable[Part]) -> PartsTable:
-        rows = [
-            {**part.model_dump(), "sha256": bytes.fromhex(part.sha256)}
-            for part in sorted(parts, key=lambda part: part.name)
-        ]
-        return cls(pa.Table.from_pylist(rows, SCHEMA))
-
-    @classmethod
-    def from_bytes(cls, data: bytes) -> PartsTable:
-        """Raises ValueError (or one of Arrow's errors, which are ValueErrors): it is no table of parts."""
-        table = pq.read_table(pa.BufferReader(data))
-        if table.schema != SCHEMA:
-            raise ValueError(f"columns {table.schema.names}")
-        for names in (table["name"], table["folder"].unique().cast(pa.string())):
-            if pc.any(pc.match_substring_regex(names, LEADS_OUT)).as_py():
-                raise ValueError("a name that leads out of the folder")
-        return cls(table)
-
-    def to_bytes(self) -> bytes:
-        sink = io.BytesIO()
-        pq.write_table(self._table, sink, compression="zstd", row_group_size=max(1, len(self)))
-        return sink.getvalue()
+    def __init__(self, file: pa.NativeFile) -> None:
+        self._file = file
+        self._metadata = pq.read_metadata(file)
+        if (schema := self._metadata.schema.to_arrow_schema()) != SCHEMA:
+            raise ValueError(f"columns {schema.names}")
+        self._firsts, self._lasts = list[str](), list[str]()
+        for number in range(self._metadata.num_row_groups):
+            table = self._read(number, ["name", "folder"])
+            for names in (table["name"], table["folder"].unique().cast(pa.string())):
+                if pc.any(pc.match_substring_regex(names, LEADS_OUT)).as_py():
+                    raise ValueError("a name that leads out of the folder")
+            if len(table):
+                self._firsts.append(table["name"][0].as_py())
+                self._lasts.append(table["name"][-1].as_py())
+        self._last: tuple[int, pa.Table] | None = None
 
     def __len__(self) -> int:
-        return len(self._table)
+        num_rows: int = self._metadata.num_rows
+        return num_rows
 
     def names(self, prefix: str = "") -> list[str]:
-        names: list[str] = self._names[self._rows_of(prefix)].to_pylist()
-        return names
+        return [name for table in self._tables(prefix, "name") for name in table["name"].to_pylist()]
 
     def part(self, name: str) -> Part:
         """Raises KeyError: there is no such part."""
-        row = bisect_left(range(len(self)), name, key=self._name)
-        if row == len(self) or self._name(row) != name:
+        number = bisect_left(self._lasts, name)
+        held = self._last  # another thread may replace it
+        if held is None or held[0] != number:
+            if number == len(self._lasts):
+                raise KeyError(name)
+            held = self._last = number, self._read(number, SCHEMA.names)
+        table = held[1]
+        row = bisect_left(range(len(table)), name, key=lambda row: table["name"][row].as_py())
+        if row == len(table) or table["name"][row].as_py() != name:
             raise KeyError(name)
-        (values,) = self._table.slice(row, 1).to_pylist()
+        (values,) = table.slice(row, 1).to_pylist()
         return Part(**{**values, "sha256": values["sha256"].hex()})
 
     def num_rows(self, prefix: str) -> npt.NDArray[np.int64]:
         """The rows of each part; 0 where they are unknown."""
-        rows: npt.NDArray[np.int64] = self._column("rows")[self._rows_of(prefix)].fill_null(0).to_numpy()
-        return rows
+        rows = array("q")
+        for table in self._tables(prefix, "rows"):
+            rows.frombytes(table["rows"].fill_null(0).to_numpy().tobytes())
+        return np.frombuffer(rows, np.int64)
 
     def num_bytes(self, prefix: str) -> int:
         """Of all parts together."""
-        return pc.sum(self._column("num_bytes")[self._rows_of(prefix)]).as_py() or 0
+        return sum(pc.sum(table["num_bytes"]).as_py() or 0 for table in self._tables(prefix, "num_bytes"))
 
     def checksum(self, prefix: str) -> str:
         """Of the names and the contents of all parts together."""
         digest = hashlib.sha256()
-        for name, content in zip(self.names(prefix), self._column("sha256")[self._rows_of(prefix)], strict=True):
-            digest.update(name.encode() + b"\0" + content.as_py())
+        for table in self._tables(prefix, "name", "sha256"):
+            for name, content in zip(table["name"].to_pylist(), table["sha256"].to_pylist(), strict=True):
+                digest.update(name.encode() + b"\0" + content)
         return digest.hexdigest()
 
     def folders(self) -> list[str]:
         """The folders of other artifacts that hold parts."""
-        folders: list[str] = self._column("folder").drop_null().unique().cast(pa.string()).to_pylist()
-        return folders
+        found: dict[str, None] = {}
+        for table in self._tables("", "folder"):
+            found |= dict.fromkeys(table["folder"].drop_null().unique().cast(pa.string()).to_pylist())
+        return list(found)
 
     def own_parts_are_among(self, sizes: Mapping[str, int]) -> bool:
         """Whether the parts in the artifact's own folder have the `sizes` that a listing of it gives."""
-        own = self._table.filter(pc.is_null(self._column("folder")))
-        return all(
-            sizes.get(name) == size
-            for name, size in zip(own["name"].to_pylist(), own["num_bytes"].to_pylist(), strict=True)
-        )
+        for table in self._tables("", "name", "folder", "num_bytes"):
+            own = table.filter(pc.is_null(table["folder"]))
+            if any(
+                sizes.get(name) != size
+                for name, size in zip(own["name"].to_pylist(), own["num_bytes"].to_pylist(), strict=True)
+            ):
+                return False
+        return True
 
-    def _name(self, row: int) -> str:
-        name: str = self._names[row].as_py()
-        return name
+    def _tables(self, prefix: str, *columns: str) -> Iterator[pa.Table]:
+        """These columns of the parts whose names begin with `prefix`, group by group. Names are read at the ends of
+        the range only, unless they are asked for."""
+        num = len(prefix)
+        first = bisect_left(self._lasts, prefix, key=lambda name: name[:num])
+        for number in range(first, bisect_right(self._firsts, prefix, key=lambda name: name[:num])):
+            if self._firsts[number].startswith(prefix) and self._lasts[number].startswith(prefix):
+                yield self._read(number, columns)
+            else:
+                table = self._read(number, ["name", *columns])
+                yield table.filter(pc.starts_with(table["name"], prefix))
 
-    def _column(self, name: str) -> pa.Array:
-        column = self._table[name]
-        return column.chunk(0) if column.num_chunks else pa.array([], column.type)
-
-    def _rows_of(self, prefix: str) -> slice:
-        def start(row: int) -> str:
-            return self._name(row)[: len(prefix)]
-
-        rows = range(len(self))
-        return slice(bisect_left(rows, prefix, key=start), bisect_right(rows, prefix, key=start))
+    def _read(self, group: int, columns: Sequence[str]) -> pa.Table:
+        # Opened anew: one that is open cannot be used by several threads.
+        file = pq.ParquetFile(self._file, metadata=self._metadata)
+        return file.read_row_group(group, list(dict.fromkeys(columns)), use_threads=False)

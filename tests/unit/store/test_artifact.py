@@ -167,8 +167,12 @@ def test_a_table_whose_names_lead_out_of_its_folder_is_no_artifact(tmp_path: Pat
     assert (tmp_path / "victim").read_text() == "precious"
 
 
+@pytest.mark.parametrize("large_bytes", [0, 2**22])
 @pytest.mark.parametrize("damage", ["truncate", "remove", "change"])
-def test_an_artifact_without_its_table_of_parts_is_unfinished(tmp_path: Path, damage: str) -> None:
+def test_an_artifact_without_its_table_of_parts_is_unfinished(
+    tmp_path: Path, damage: str, large_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(artifact_module, "LARGE_TABLE_BYTES", large_bytes)
     table = tmp_path / write_artifact(Folder.at(tmp_path)).manifest.parts.name
     data = table.read_bytes()
     table.unlink() if damage == "remove" else table.write_bytes(data[:-1] + (b"?" if damage == "change" else b""))
@@ -181,6 +185,7 @@ def test_a_large_artifact_is_found_without_a_listing_and_damage_is_noticed_when_
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(artifact_module, "MAX_LISTED_PARTS", 2)
+    monkeypatch.setattr(artifact_module, "LARGE_TABLE_BYTES", 0)
     write_artifact(Folder.at(tmp_path))
     (tmp_path / "labels.npy").unlink()
     monkeypatch.setattr(Folder, "sizes", lambda folder: pytest.fail("listed"))
