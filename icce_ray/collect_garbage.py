@@ -1,7 +1,8 @@
 """``icce-ray gc OUTPUT``: remove artifacts that nothing refers to any more.
 
 Kept are the artifacts of every run that is recorded (``runs/*.json``), the assignments of new images, sweeps, the
-newest listing of each source, and whatever these were made from or share parts with. What a job is writing is kept.
+newest listing of each source, and whatever these were made from or share parts with. What a job is writing is kept, and
+for two weeks what a command uses that labels new images, compares or sweeps, also if it was killed.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from icce_ray.errors import BusyError, InputError
 from icce_ray.store import Artifact, Claim, Folder
 from icce_ray.store.artifact import MANIFEST_NAME
 from icce_ray.store.output_artifacts import Artifacts, find_artifacts, with_inputs
-from icce_ray.store.run_records import read_records
+from icce_ray.store.run_records import read_records, take_unfinished
 
 ALWAYS_KEPT = ("sweep", "comparison")
 """Stages whose artifacts are results that no run refers to."""
@@ -48,10 +49,13 @@ def collect_garbage(output: str, *, delete: bool = False) -> Garbage:
     """
     root = Folder.at(output)
     records = read_records(output)
+    used = take_unfinished(output, remove_old=delete)
     if not records:
         raise InputError(f"{output}: no runs there, so nothing says what is still needed; give the `output` of runs")
-    artifacts = find_artifacts(root)
-    wanted = {f"{stage}/{fingerprint}" for record in records for stage, fingerprint in record["stages"].items()}
+    artifacts = find_artifacts(root)  # after the records: what begins from now on is not among them
+    wanted = {
+        f"{stage}/{fingerprint}" for record in [*records, *used] for stage, fingerprint in record["stages"].items()
+    }
     wanted |= {key for key, artifact in artifacts.items() if artifact is not None and _is_result(artifact)}
     kept = with_inputs(wanted | _newest_listings(artifacts), artifacts)
     sizes = {}

@@ -39,7 +39,7 @@ from icce_ray.runtime.ray_cluster import lost_ray
 from icce_ray.runtime.storage_watch import outages_told
 from icce_ray.stage import Stage, StageContext
 from icce_ray.store import Artifact, ArtifactWriter, Claim, Folder, fingerprint
-from icce_ray.store.run_records import remove_record, write_record
+from icce_ray.store.run_records import remove_record, write_record, write_unfinished
 
 MAX_CHECKED = 2_000_000
 """With more images, labels are compared with the images only when these are scored."""
@@ -171,11 +171,13 @@ def run_stages(
         planned: the stages.
         artifacts: finished artifacts by stage name.
         quiet: print no progress.
-        told: kept informed of how far each stage is.
+        told: kept informed of how far each stage is. None if this is no recorded run.
 
     Returns:
         The seconds spent on each stage.
     """
+    if told is None and any(step.name not in artifacts for step in planned):
+        write_unfinished(config.output, run_name(planned), fingerprints_of(planned))
     seconds = dict.fromkeys((step.name for step in planned), 0.0)
     redone: set[str] = set()
     while step := next((step for step in planned if step.name not in artifacts), None):

@@ -1,8 +1,10 @@
-"""Records of runs beside their artifacts: ``<output>/runs/<run>.json`` says which artifacts belong to a run."""
+"""Records of runs beside their artifacts: ``<output>/runs/<run>.json`` says which artifacts belong to a run, and
+``runs/unfinished/<name>.json`` which ones a command uses that no run records: for new images, or in a sweep."""
 
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +12,9 @@ from icce_ray.errors import InputError
 from icce_ray.store.filesystem import Folder
 
 RUNS_FOLDER = "runs"
+UNFINISHED_FOLDER = "unfinished"
+MAX_UNFINISHED_S = 14 * 86_400.0
+"""Artifacts of a command that began longer ago are no longer kept for it."""
 LATEST_FOLDER = "latest"
 SUMMARY_NAME = "summary.json"
 """In ``<output>/latest``: the newest finished run, see :mod:`icce_ray.pipeline.latest`."""
@@ -38,8 +43,33 @@ def write_record(
     if result is None and folder.exists(f"{run}.json"):
         return
     record = {"run": run, "stages": dict(fingerprints), "config": dict(config), "result": result}
+    _write(output, f"{run}.json", record)
+
+
+def write_unfinished(output: str, name: str, fingerprints: Mapping[str, str]) -> None:
+    """Note, before they are made, the artifacts of a command that no run records, so that they are kept.
+
+    Raises:
+        InputError: the output cannot be written to.
+    """
+    _write(output, f"{UNFINISHED_FOLDER}/{name}.json", {"stages": dict(fingerprints), "began": time.time()})
+
+
+def take_unfinished(output: str, *, remove_old: bool) -> list[dict[str, Any]]:
+    """The notes of :func:`write_unfinished` that are no older than MAX_UNFINISHED_S. The others may be removed."""
+    folder, found = Folder.at(output) / RUNS_FOLDER / UNFINISHED_FOLDER, []
+    for name in folder.names():
+        record = json.loads(folder.read_bytes(name))
+        if time.time() - record["began"] <= MAX_UNFINISHED_S:
+            found.append(record)
+        elif remove_old:
+            folder.remove(name)
+    return found
+
+
+def _write(output: str, name: str, record: Mapping[str, Any]) -> None:
     try:
-        folder.write_bytes(f"{run}.json", json.dumps(record, indent=1).encode())
+        (Folder.at(output) / RUNS_FOLDER).write_bytes(name, json.dumps(record, indent=1).encode())
     except OSError as error:
         raise InputError(f"output: {output!r} cannot be written to: {error}") from None
 

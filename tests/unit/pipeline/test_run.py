@@ -24,6 +24,7 @@ from icce_ray.pipeline.stages import stages_of
 from icce_ray.report.stage import REPORT
 from icce_ray.stage import Stage, StageContext
 from icce_ray.store import Artifact, ArtifactWriter, Folder
+from icce_ray.store.run_records import take_unfinished
 
 ran: list[str] = []
 
@@ -135,6 +136,22 @@ def test_the_same_run_again_does_nothing_and_gives_the_same(tmp_path: Path) -> N
     assert second.pop("finished_before") == tuple(ALL)
     assert second.pop("seconds") == dict.fromkeys(ALL, 0.0)
     assert second.items() <= first.items()
+
+
+def test_the_artifacts_of_stages_that_no_run_records_are_noted_before_they_are_made(tmp_path: Path) -> None:
+    config, noted = config_for(tmp_path), []
+
+    def spy(config: Config, context: StageContext) -> dict[str, Any]:
+        noted.extend(take_unfinished(config.output, remove_old=False))
+        return images(config, context)
+
+    sys.modules["toy_images"].run = spy  # type: ignore[attr-defined]
+    planned = plan_module.plan(config)
+    pipeline.run_stages(config, planned, artifacts := {}, True)
+    assert noted[0]["stages"] == {step.name: step.fingerprint for step in planned}
+    next((tmp_path / "out" / "runs" / "unfinished").iterdir()).unlink()
+    pipeline.run_stages(config, planned, artifacts, True)
+    assert take_unfinished(config.output, remove_old=False) == []
 
 
 @pytest.mark.parametrize(
