@@ -276,10 +276,11 @@ def test_cleanlab_finds_label_issues(run: Path, tmp_path: Path) -> None:
     assert cleanlab.filter.find_label_issues(labels, probabilities).shape == (NUM_IMAGES - 1,)
 
 
-def test_fiftyone_imports_the_dataset(run: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("copy", [False, True])
+def test_fiftyone_imports_the_dataset(run: Path, tmp_path: Path, copy: bool) -> None:
     """Needs a MongoDB, which FiftyOne starts or finds at FIFTYONE_DATABASE_URI."""
     fiftyone = pytest.importorskip("fiftyone")
-    export_run(run, "fiftyone", tmp_path / "fo", quiet=True)
+    export_run(run, "fiftyone", tmp_path / "fo", copy=copy, quiet=True)
     try:
         dataset = fiftyone.Dataset.from_dir(
             dataset_dir=str(tmp_path / "fo"), dataset_type=fiftyone.types.FiftyOneDataset
@@ -287,9 +288,20 @@ def test_fiftyone_imports_the_dataset(run: Path, tmp_path: Path) -> None:
     except (fiftyone.core.config.FiftyOneConfigError, ConnectionError) as error:
         pytest.skip(f"no MongoDB here: {error}")
     sample = dataset.match({"image_id": 8}).first()
-    assert (sample.filepath, sample.cluster.label, sample.is_outlier) == (sample.uri, "2", False)
+    assert (pixel(sample.filepath), sample.cluster.label, sample.is_outlier) == (8, "2", False)
+    assert sample.filepath.startswith(str(tmp_path / "fo" / "data")) is copy
     np.testing.assert_allclose(sample.embedding, FEATURES[8])
     assert sample.agreement == pytest.approx(8 / 20)
+    assert dataset.count_values("cluster.label") == {"0": 10, "1": 9 - copy, "2": 10, "noise": 1}
+    dataset.compute_metadata(skip_failures=True, num_workers=1)
+    assert dataset.match({"image_id": 8}).first().metadata.width == 6
+
     assert dataset.list_brain_runs() == ["icce_map", "icce_similarity"]
-    assert dataset.load_brain_results("icce_map").points.shape == (NUM_IMAGES, 2)
+    in_map = dataset.load_brain_results("icce_map")
+    assert in_map.points.shape == (len(dataset), 2)
+    assert in_map.sample_ids.tolist() == dataset.values("id")
+    similar = dataset.sort_by_similarity(sample.id, brain_key="icce_similarity", k=5).values("image_id")
+    present = np.array(dataset.values("image_id"))
+    unit_NE = FEATURES[present] / np.linalg.norm(FEATURES[present], axis=1, keepdims=True)
+    assert similar == present[np.argsort(unit_NE @ unit_NE[present == 8][0])[:-6:-1]].tolist()
     dataset.delete()
