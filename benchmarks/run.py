@@ -33,6 +33,7 @@ CASES = {
     "embed": "the embed stage against a plain PyTorch loop over the same files; on a GPU, a ViT-L against its peak",
     "embed-memory": "peak memory of the whole embedding job, driver and Ray included, at 2,000 and at 20,000 images",
     "embed-spot": "an embedding whose actors, index and driver are killed: the same bytes, and what is done twice",
+    "estimate": "what `icce-ray estimate` says of every stage of the demo against what the run takes",
     "faults": "runs that are killed, cut off from their storage, or find damage: how many lose nothing",
     "gpu-overlap": "how busy an embedding actor keeps a device of given speed, on storage of given latency",
     "heads": "the trainer against a plain PyTorch loop over heads",

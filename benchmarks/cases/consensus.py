@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import os
 import tempfile
-import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from cases.process_memory import tree_bytes
+from cases.process_memory import MemoryWatch
 from icce_ray.config import Config, ConsensusConfig
 from icce_ray.consensus.consensus_memory import coordinator_bytes, worker_bytes
 from icce_ray.consensus.ensemble import cluster_ensemble
@@ -37,7 +36,6 @@ SETTINGS: dict[str, Any] = {
 }
 MAX_SECONDS, MAX_SMALL_SECONDS = 180.0, 20.0
 MAX_BYTES = 4_000_000_000
-SAMPLE_INTERVAL_S = 0.5
 
 
 def run(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, bool]]:
@@ -104,26 +102,21 @@ def run_stage(heads_HN: Any, nearest_Nk: Any, num_clusters: int) -> tuple[dict[s
         config = Config(output=folder, num_clusters=num_clusters, embeddings={"uri": "unused.npy"})
         connect(config.resources)
         output = ArtifactWriter(Folder.at(Path(folder) / "consensus"))
-        before, peak, finished = tree_bytes(os.getpid()), 0, threading.Event()
-
-        def watch() -> None:
-            nonlocal peak
-            while not finished.wait(SAMPLE_INTERVAL_S):
-                peak = max(peak, tree_bytes(os.getpid()))
-
-        watcher = threading.Thread(target=watch, daemon=True)
-        watcher.start()
         started = time.perf_counter()
-        job.run(config, StageContext(output, {"method": heads, "neighbors": graph}, Progress("consensus")))
+        with MemoryWatch() as memory:
+            job.run(config, StageContext(output, {"method": heads, "neighbors": graph}, Progress("consensus")))
         seconds = time.perf_counter() - started
-        finished.set()
-        watcher.join()
         disconnect()
         labels_N = np.load(Path(folder) / "consensus" / "labels.npy")
     num_images, num_clusters_H = heads_HN.shape[1], np.full(len(heads_HN), num_clusters)
     stated = coordinator_bytes(num_images, num_clusters_H, num_clusters, ConsensusConfig().methods, has_graph=True)
     stated += len(os.sched_getaffinity(0)) * worker_bytes(num_images, num_clusters_H, num_clusters)
-    return {"seconds": seconds, "bytes": peak, "idle_bytes": before, "stated_bytes": stated}, labels_N
+    return {
+        "seconds": seconds,
+        "bytes": memory.peak(),
+        "idle_bytes": memory.seen[0][1],
+        "stated_bytes": stated,
+    }, labels_N
 
 
 def planted_heads(num_images: int, num_heads: int, num_clusters: int, noise: float, seed: int = 0) -> tuple[Any, Any]:

@@ -17,10 +17,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from cases.process_memory import tree_bytes
+from cases.process_memory import MemoryWatch
 
 SETTINGS: dict[str, Any] = {"num_images": [2000, 20_000], "image_size": 64, "max_ratio": 1.2, "repeats": 1}
-SAMPLE_S = 0.2
 JOB = """
 import sys
 from icce_ray.pipeline import run as pipeline
@@ -73,10 +72,9 @@ def run_job(folder: Path, count: int, image_size: int, repeat: int) -> float:
         "resources": {"object_store_bytes": 200_000_000},
     }
     config.write_text(json.dumps(settings))
-    peak = 0.0
-    with subprocess.Popen([sys.executable, "-c", JOB, str(config), str(count)]) as job:
-        while job.poll() is None:
-            peak = max(peak, tree_bytes(job.pid))
-            time.sleep(SAMPLE_S)
-    assert job.returncode == 0
-    return peak
+    with (
+        subprocess.Popen([sys.executable, "-c", JOB, str(config), str(count)]) as job,
+        MemoryWatch(job.pid) as memory,
+    ):
+        assert job.wait() == 0
+    return memory.peak()

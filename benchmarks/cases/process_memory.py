@@ -3,7 +3,40 @@
 from __future__ import annotations
 
 import os
+import threading
+import time
 from pathlib import Path
+from typing import Any
+
+SAMPLE_S = 0.25
+
+
+class MemoryWatch:
+    """Samples the memory of a process and its descendants while the body of the ``with`` runs."""
+
+    def __init__(self, root: int | None = None) -> None:
+        self.root = os.getpid() if root is None else root
+        self.seen = [(time.time(), tree_bytes(self.root))]
+        """Time and bytes of each sample."""
+        self._finished = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def _watch(self) -> None:
+        while not self._finished.wait(SAMPLE_S):
+            self.seen.append((time.time(), tree_bytes(self.root)))
+
+    def __enter__(self) -> MemoryWatch:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._finished.set()
+        self._thread.join()
+
+    def peak(self, since: float = 0.0, until: float = float("inf")) -> int:
+        """The largest sample between two times, with the last one before them."""
+        before = [used for moment, used in self.seen if moment < since][-1:]
+        return max(before + [used for moment, used in self.seen if since <= moment <= until], default=self.seen[0][1])
 
 
 def tree_bytes(root: int) -> int:

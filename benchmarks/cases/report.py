@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from cases.process_memory import tree_bytes
+from cases.process_memory import MemoryWatch, tree_bytes
 from icce_ray.config import Config
 from icce_ray.pipeline.run import run_pipeline
 
@@ -40,6 +40,17 @@ FRAMES = """async () => {
     spent.push(performance.now() - began);
   }
   return spent.sort((a, b) => a - b);
+}"""
+
+FIRST_PICTURE = """async () => {
+  let address = null;
+  while (!address) {
+    await new Promise(requestAnimationFrame);
+    address = document.querySelector(".picture[style]")?.style.backgroundImage.slice(5, -2);
+  }
+  const image = new Image();
+  image.src = address;
+  await image.decode();
 }"""
 
 
@@ -84,12 +95,14 @@ def make_page(place: Path, num_images: int, shown: int, settings: dict[str, Any]
         "report": {"max_images": shown, "map": "pca"},
         "output": str(place / "out"),
     })  # fmt: skip
-    result = run_pipeline(config, quiet=True)
+    with MemoryWatch() as memory:
+        result = run_pipeline(config, quiet=True)
     page = Path(result.report.removeprefix("file://"))
     sizes = [file.stat().st_size for file in page.parent.rglob("*") if file.name != "manifest.json"]
     return page, {
         "shown": min(shown, num_images),
         "report_s": result.seconds["report"],
+        "peak_mb": round(memory.peak() / 1e6),
         "run_s": round(sum(result.seconds.values()), 1),
         "page_mb": round(page.stat().st_size / 1e6, 2),
         "folder_mb": round(sum(sizes) / 1e6, 1),
@@ -110,6 +123,8 @@ def in_browser(page: Path) -> dict[str, float]:
         tab.goto(page.as_uri())
         tab.wait_for_selector("html[data-ready]")
         ready_s = time.monotonic() - began
+        tab.evaluate(FIRST_PICTURE)
+        picture_s = time.monotonic() - began
         began = time.monotonic()
         tab.evaluate("location.hash = 'map'")
         tab.wait_for_function("document.querySelector('canvas')?.width > 300")
@@ -122,6 +137,7 @@ def in_browser(page: Path) -> dict[str, float]:
         browser.close()
     return {
         "ready_s": round(ready_s, 2),
+        "picture_s": round(picture_s, 2),
         "map_s": round(map_s, 2),
         "frame_ms": round(float(np.median(frames)), 1),
         "worst_frame_ms": round(float(frames[-1]), 1),

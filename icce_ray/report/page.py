@@ -310,6 +310,7 @@ def _core(
             "true": [[label, metrics[key]] for key, label in SCORES if key in metrics],
         },
         "clusters": clusters,
+        "changes": inputs["consensus"].metrics.get("numbers"),
         "confusion": content.confusion(CONFUSED_PAIRS),
         "tree": {name: getattr(tree, name).tolist() for name in ("left", "right", "similarity", "size")},
         "least_certain": [position[image] for image in content.least_certain],

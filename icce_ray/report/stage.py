@@ -19,7 +19,7 @@ def _check(config: Config) -> None:
 REPORT = Stage(
     "report",
     "icce_ray.report.page",
-    6,
+    7,
     (
         "images",
         "embed",

@@ -23,6 +23,7 @@ function showWall(view) {
   };
   view.append(
     summaryTiles(),
+    changesNote(),
     el("div", {className: "controls"},
       el("label", {}, "Order ", el("select", {name: "wall-order", onchange: (event) => { wall.order = event.target.value; fillIn(); }},
         ...Object.entries(WALL_ORDERS).map(([key, [text]]) => el("option", {value: key, selected: key === wall.order}, text)))),
@@ -31,6 +32,28 @@ function showWall(view) {
       el("span", {className: "soft grow"}, sampleNote())),
     cards);
   fillIn();
+}
+
+/** What became of a cluster since the run whose numbers this one keeps: words, or none. */
+function changeOf(cluster) {
+  const {new: added = [], split = [], merged = [], renumbered = []} = CORE.changes ?? {};
+  return [
+    ...(added.includes(cluster) ? ["new"] : []),
+    ...split.filter(([number]) => number === cluster).map(([, old]) => `split off from ${old}`),
+    ...merged.filter(([, number]) => number === cluster).map(([old]) => `took in ${old}`),
+    ...renumbered.filter(([, number]) => number === cluster).map(([old]) => `was ${old}`),
+  ].join(", ");
+}
+
+/** What changed in all clusters, with links to those that are here; nothing if no run came before. */
+function changesNote() {
+  if (!CORE.changes) return "";
+  const {num_kept: kept, gone, run} = CORE.changes;
+  const changed = [...BASE.keys()].filter(changeOf).sort((a, b) => a - b);
+  return el("p", {className: "soft changes"},
+    `Since the run ${run}: ${count(kept, "cluster keeps its number", "clusters keep their numbers")}`,
+    ...changed.flatMap((cluster) => [", ", clusterLink(cluster), ` ${changeOf(cluster)}`]),
+    gone.length ? `, gone: ${gone.join(", ")}` : "");
 }
 
 function sampleNote() {
@@ -44,7 +67,7 @@ function card({cluster, size, agreement}) {
   const rows = members.get(cluster);
   return el("article", {className: "card"},
     el("a", {className: "card-head", href: cluster === NOISE ? "#noise" : `#cluster/${cluster}`},
-      dot(cluster), el("strong", {}, nameOf(cluster)), el("span", {className: "soft"}, count(size, "image")),
+      dot(cluster), el("strong", {}, nameOf(cluster)), el("span", {className: "soft"}, [count(size, "image"), changeOf(cluster)].filter(Boolean).join(", ")),
       el("span", {className: "soft end", title: "mean share of the clusterings that agree with an image's cluster"}, percent(agreement)),
       meter(agreement, "agreement")),
     el("div", {className: "row8"}, ...rows.slice(0, EXEMPLARS_ON_WALL).map((row) => tile(row, rows))));
@@ -88,7 +111,7 @@ function showCluster(view, argument) {
         ...others.map((other) => el("option", {value: other}, nameOf(other))))),
     el("p", {className: "soft"},
       `${count(size, "image")}${rows.length < size ? `, ${rows.length.toLocaleString("en")} of them here: a uniform sample` : ""}; `
-      + `agreement ${percent(agreement)}, consensus probability ${percent(probability)}, ${count(outliers, "outlier")}`,
+      + `${changeOf(cluster) && `${changeOf(cluster)}; `}agreement ${percent(agreement)}, consensus probability ${percent(probability)}, ${count(outliers, "outlier")}`,
       ...(confused.length ? ["; most confused with ", ...confused.flatMap(([, other, part], i) => [
         i ? ", " : "", el("a", {href: `#cluster/${cluster}/${other}`}, `${nameOf(other)} (${percent(part)})`)])] : [])),
     second === undefined ? grid(rows) : grid(rows, {order: "probability", filters: {second}}));

@@ -142,7 +142,16 @@ def build_run(config: Config, root: Path, rows_per_part: int, num_noise: int = 0
     together = np.array([[1.0, 0.4, 0.1, 0.0], [0.4, 1.0, 0.2, 0.0], [0.1, 0.2, 1.0, 0.0], [0.0, 0.0, 0.0, 0.0]])
     tree = merge_clusters(together, np.bincount(labels[labels >= 0], minlength=4))
     output.write_table(HIERARCHY_NAME, tree.to_table())
-    inputs["consensus"] = commit(output, "consensus", config, {"anmi": 0.8123})
+    numbers = {
+        "run": "before",
+        "num_kept": 2,
+        "new": [0],
+        "split": [],
+        "merged": [[5, 1]],
+        "gone": [6],
+        "renumbered": [],
+    }
+    inputs["consensus"] = commit(output, "consensus", config, {"anmi": 0.8123, "numbers": numbers})
 
     classifier = fit_classifier(
         features[rows],

@@ -141,6 +141,18 @@ def test_a_cluster_shows_all_its_images_in_the_order_asked_for(opened: Opened, m
     assert "3 of 33 images" in opened.text()
 
 
+def test_the_wall_says_what_changed_since_the_run_before(opened: Opened) -> None:
+    opened.go("clusters")
+    assert opened.text(".changes") == (
+        "Since the run before: 2 clusters keep their numbers,  Cluster 0 new,  Cluster 1 took in 5, gone: 6"
+    )
+    cards = opened.tab.locator(".card-head")
+    assert cards.filter(has_text="Cluster 0").locator(".soft").first.inner_text().endswith("images, new")
+    opened.tab.click(".changes a >> text=Cluster 1")
+    opened.tab.wait_for_selector("body[data-view='cluster/1']")
+    assert "images; took in 5; agreement" in opened.text()
+
+
 def test_many_images_are_paged(browser: Any, reports: dict[str, Path]) -> None:
     page = Opened(browser, reports["single"])
     page.go("search/.png")
