@@ -34,6 +34,7 @@ CASES = {
     "embed-memory": "peak memory of the whole embedding job, driver and Ray included, at 2,000 and at 20,000 images",
     "embed-spot": "an embedding whose actors, index and driver are killed: the same bytes, and what is done twice",
     "estimate": "what `icce-ray estimate` says of every stage of the demo against what the run takes",
+    "estimated-accuracy": "the accuracy that a run estimates without labels against the true one, on real features",
     "faults": "runs that are killed, cut off from their storage, or find damage: how many lose nothing",
     "gpu-overlap": "how busy an embedding actor keeps a device of given speed, on storage of given latency",
     "heads": "the trainer against a plain PyTorch loop over heads",

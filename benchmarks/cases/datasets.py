@@ -19,7 +19,9 @@ FILES = {
     "cifar10_v1": ("cifar10_test_v1.npy", "cifar10_test_labels.npy"),
     "cifar10_lite2": ("cifar10_lite2_pca256.npy", "cifar10_lite2_labels.npy"),
     "imagenette": ("imagenette_lite2_pca256.npy", "imagenette_labels.npy"),
+    "imagenette_raw": ("imagenette_lite2.npy", "imagenette_labels.npy"),
     "trashnet": ("trashnet_lite2_pca256.npy", "trashnet_labels.npy"),
+    "trashnet_raw": ("trashnet_lite2.npy", "trashnet_labels.npy"),
     "fmnist_2000": ("fmnist_2000_v1.npy", "fmnist_2000_labels.npy"),
 }
 NAMES = ("digits", "cifar10_mix", "cifar10_v1", "fmnist_2000")
