@@ -57,7 +57,7 @@ class StoredHeads(Heads):
     def rows(self, start: int, stop: int, first: int, end: int) -> list[npt.NDArray[Any]]:
         """The labels as they are stored, of the images start..stop-1 by the heads first..end-1."""
         wanted = self.order[first:end]
-        matrices = {run: self.runs[run].read_array(LABELS_NAME) for run, _ in wanted}
+        matrices = {run: self.runs[run].read_array(LABELS_NAME) for run in {run for run, _ in wanted}}
         return [matrices[run][row, start:stop] for run, row in wanted]
 
 
