@@ -6,12 +6,18 @@ of which the generalisation score chooses one. The combination is the consensus 
 ten starts of k-means, each with the same weight, judged by the same graph as in a run of `method: [icce, turtle,
 kmeans]`. TEMI gets a search of its own over learning rate and epochs: the
 values that are best on the sets that our constants were chosen on. A method is a line of METHODS.
+
+All sets are measured with one seed before the next seed begins. With `results`, a file of JSON lines, each result is
+kept as it comes: a run goes on where another one stopped, and prints the results of both.
 """
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable
+from itertools import product
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -38,7 +44,6 @@ SETTINGS: dict[str, Any] = {
         "temi",
         "icce, equal clusters",
         "icce",
-        "combination",
     ],
     "seeds": [0, 1, 2],
     "num_heads": 16,
@@ -46,6 +51,7 @@ SETTINGS: dict[str, Any] = {
     "heads": {},
     "neighbors": {},
     "temi_search": [[1, 1]],
+    "results": None,
 }
 """`temi_search`: factors of the learning rate and of the epochs."""
 
@@ -65,9 +71,21 @@ def icce(features: datasets.Floats, num_clusters: int, seed: int, settings: dict
 
 
 def our_defaults(features: datasets.Floats, num_clusters: int, seed: int, settings: dict[str, Any]) -> Rows:
+    started = time.process_time()
     fitted = icce(features, num_clusters, seed, settings, heads=settings["heads"], neighbors=settings["neighbors"])
-    lowest_loss = fitted.head_labels_[fitted.head_losses_.argmin()]
-    return {"icce": fitted.labels_, "icce, lowest loss": lowest_loss, "icce, heads": fitted.head_labels_}
+    print(f"  icce alone: {time.process_time() - started:.1f} s")
+    rows = [
+        fitted.head_labels_,
+        TURTLE(num_clusters, random_state=seed).fit(features).label_matrix_,
+        KMeans(num_clusters, random_state=seed).fit(features).label_matrix_,
+    ]
+    nearest = NearestNeighbors(n_neighbors=10).fit(unit(features)).kneighbors(return_distance=False)
+    return {
+        "icce": fitted.labels_,
+        "icce, lowest loss": fitted.head_labels_[fitted.head_losses_.argmin()],
+        "icce, heads": fitted.head_labels_,
+        "combination": cluster_ensemble(rows, num_clusters, neighbors=nearest, random_state=seed).labels,
+    }
 
 
 def temi(features: datasets.Floats, num_clusters: int, seed: int, settings: dict[str, Any]) -> Rows:
@@ -78,17 +96,6 @@ def temi(features: datasets.Floats, num_clusters: int, seed: int, settings: dict
         fitted = icce(features, num_clusters, seed, settings, method="temi", epochs=num_epochs, heads=heads)
         rows[f"temi, rate {5e-4 * rate:g}, {num_epochs} epochs"] = fitted.labels_
     return rows
-
-
-def combination(features: datasets.Floats, num_clusters: int, seed: int, settings: dict[str, Any]) -> Rows:
-    heads = icce(features, num_clusters, seed, settings, heads=settings["heads"], neighbors=settings["neighbors"])
-    rows = [
-        heads.head_labels_,
-        TURTLE(num_clusters, random_state=seed).fit(features).label_matrix_,
-        KMeans(num_clusters, random_state=seed).fit(features).label_matrix_,
-    ]
-    nearest = NearestNeighbors(n_neighbors=10).fit(unit(features)).kneighbors(return_distance=False)
-    return {"combination": cluster_ensemble(rows, num_clusters, neighbors=nearest, random_state=seed).labels}
 
 
 METHODS: dict[str, Callable[..., Rows]] = {
@@ -107,56 +114,72 @@ METHODS: dict[str, Callable[..., Rows]] = {
         ).labels_
     },
     "icce": our_defaults,
-    "combination": combination,
 }
 
 
 def run(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, bool]]:
-    figures: dict[str, Any] = {}
-    print(
-        f"{'set':21} {'method':28} {'ACC':>12} {'NMI':>12} {'ARI':>12} {'s':>6} {'used':>5}   seeds {settings['seeds']}"
-    )
-    for name in settings["datasets"]:
+    kept = Path(settings["results"]) if settings["results"] else None
+    results = [json.loads(line) for line in kept.read_text().splitlines()] if kept and kept.exists() else []
+    done = {(result["set"], result["method"], result["seed"]) for result in results}
+    for seed, name, method in product(settings["seeds"], settings["datasets"], settings["methods"]):
         data = datasets.load(name, settings["max_images"] if not name.startswith("weak") else None)
         if data is None:
             print(f"{name:21} left out: its files are not in {datasets.data_folder()}")
-            continue
-        figures[name] = {}
-        for method in settings["methods"]:
-            for row, scores in measure(*data, method, settings).items():
-                figures[name][row] = scores
-                texts = [f"{scores[key][0]:6.2f} ±{scores[key][1]:4.1f}" for key in ("acc", "nmi", "ari")]
-                print(
-                    f"{name:21} {row:28} {' '.join(texts)} {scores['seconds']:6.1f} {scores['used']:5.1f}", flush=True
-                )
+        elif (name, method, seed) not in done:
+            results.append(
+                {"set": name, "method": method, "seed": seed, "rows": measure(*data, method, seed, settings)}
+            )
+            print(f"  seed {seed} {name:21} {method}", flush=True)
+            if kept:
+                with kept.open("a") as file:
+                    file.write(json.dumps(results[-1]) + "\n")
+    figures = collect(results)
+    print(f"{'set':21} {'method':28} {'ACC':>12} {'NMI':>12} {'ARI':>12} {'s':>6} {'used':>5} seeds")
+    for name, rows in figures.items():
+        for row, scores in rows.items():
+            texts = [f"{scores[key][0]:6.2f} ±{scores[key][1]:4.1f}" for key in ("acc", "nmi", "ari")]
+            print(
+                f"{name:21} {row:28} {' '.join(texts)} {scores['seconds']:6.1f} {scores['used']:5.1f} {scores['seeds']}"
+            )
     return figures, judge(figures)
 
 
 def measure(
-    features: datasets.Floats, labels: datasets.Labels, method: str, settings: dict[str, Any]
-) -> dict[str, dict[str, Any]]:
-    """By row: mean and deviation over seeds of ACC, NMI and ARI (percent), median seconds, and the share of clusters
-    that are used (percent; of heads, their means)."""
+    features: datasets.Floats, labels: datasets.Labels, method: str, seed: int, settings: dict[str, Any]
+) -> dict[str, dict[str, float]]:
+    """By row: ACC, NMI and ARI (percent), the CPU seconds of all rows together, and the share of clusters that are used
+    (percent). Of heads, the means."""
     num_clusters = len(np.unique(labels))
-    found: dict[str, list[tuple[float, ...]]] = {}
-    for seed in settings["seeds"]:
-        started = time.perf_counter()
-        rows = METHODS[method](features, num_clusters, seed, settings)
-        seconds = time.perf_counter() - started
-        for row, predicted in rows.items():
-            scores = [evaluate_clustering(labels, one) for one in np.atleast_2d(predicted)]
-            means = [100 * np.mean([score[key] for score in scores]) for key in ("acc", "nmi", "ari")]
-            used = 100 * np.mean([len(np.unique(one)) for one in np.atleast_2d(predicted)]) / num_clusters
-            found.setdefault(row, []).append((*means, seconds, used))
-    return {
-        row: {
-            key: [round(float(np.mean(values)), 2), round(float(np.std(values)), 2)]
-            for key, values in zip(("acc", "nmi", "ari"), list(zip(*seeds, strict=True))[:3], strict=True)
+    started = time.process_time()
+    rows = METHODS[method](features, num_clusters, seed, settings)
+    seconds = time.process_time() - started
+    found = {}
+    for row, predicted in rows.items():
+        scores = [evaluate_clustering(labels, one) for one in np.atleast_2d(predicted)]
+        used = 100 * np.mean([len(np.unique(one)) for one in np.atleast_2d(predicted)]) / num_clusters
+        means = {key: float(100 * np.mean([score[key] for score in scores])) for key in ("acc", "nmi", "ari")}
+        found[row] = means | {"seconds": seconds, "used": float(used)}
+    return found
+
+
+def collect(results: list[dict[str, Any]]) -> dict[str, Any]:
+    """By set and row: mean and deviation over seeds of ACC, NMI and ARI, the median CPU seconds, the clusters used."""
+    figures: dict[str, Any] = {}
+    found: dict[tuple[str, str], list[dict[str, float]]] = {}
+    for result in results:
+        for row, scores in result["rows"].items():
+            found.setdefault((result["set"], row), []).append(scores)
+    for (name, row), seeds in found.items():
+        values = {key: [scores[key] for scores in seeds] for key in seeds[0]}
+        figures.setdefault(name, {})[row] = {
+            key: [round(float(np.mean(values[key])), 2), round(float(np.std(values[key])), 2)]
+            for key in ("acc", "nmi", "ari")
+        } | {
+            "seconds": round(float(np.median(values["seconds"])), 1),
+            "used": round(float(np.mean(values["used"])), 1),
+            "seeds": len(seeds),
         }
-        | {"seconds": round(float(np.median([seed[3] for seed in seeds])), 1)}
-        | {"used": round(float(np.mean([seed[4] for seed in seeds])), 1)}
-        for row, seeds in found.items()
-    }
+    return figures
 
 
 def judge(figures: dict[str, Any]) -> dict[str, bool]:
