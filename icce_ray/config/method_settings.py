@@ -189,8 +189,8 @@ class ConsensusConfig(Section):
     refine: bool = True
     """Reassign images as long as that raises the average NMI. Paper: false."""
     recombine: bool = True
-    """Recombine the clusterings and the consensus, and keep what fits the neighbour graph best, if the method has one.
-    Paper: false."""
+    """Recombine the clusterings and the consensus, cut the neighbour graph, and keep what holds together best on it, if
+    the method has one. Paper: false."""
     numbers_from: str = "auto"
     """The run whose clusters keep their numbers here: a name or the place of a record, as in `extra_runs`; or `none`.
     `auto`: the newest run under `output` with the same settings and other images, so clusters keep their numbers when

@@ -30,6 +30,8 @@ from icce_ray.consensus.neighbor_score import Nearest, NeighborScore
 from icce_ray.consensus.partition import PartitionError
 from icce_ray.consensus.recombination import MAX_CLUSTERS, recombine
 from icce_ray.consensus.refinement import refine
+from icce_ray.consensus.spectral_cut import spectral_cut
+from icce_ray.metrics.size_agreement import MAX_IMAGES, MIN_SIZE_AGREEMENT, size_agreement
 
 MAX_SEEDS, MAX_STARTS = 4, 16
 """Maximum number of tries of a function: METIS seeds, and heads that `vote` starts from."""
@@ -37,8 +39,11 @@ TRIES_BUDGET = 2_000_000
 """Approximate limit of labels (heads x images) times tries: large inputs get fewer tries, at least one."""
 SCREENING_PASSES = 5
 """Refinement passes of each try; only the best try of each function is refined to the end."""
-RECOMBINED = "recombined"
-"""Name of the result that fits the neighbour graph best among the recombinations of all others."""
+RECOMBINED, SPECTRAL = "recombined", "spectral"
+"""Names of the results that the neighbour graph takes part in: the best recombination of all others, and its cut."""
+MAX_LEAVING, MAX_LEFT = 0.07, 0.5
+"""The graph is a good witness if at most this share of its edges leaves the clusters, or at most this part of what
+leaves those of the consensus."""
 FALLBACK: ConsensusMethod = "vote"
 """Used if all functions asked for fail: it needs no partitioner."""
 
@@ -53,8 +58,8 @@ class EnsembleResult:
     labels: Labels
     """(N,) int32, 0..K-1; -1 for noise, the images that no head labels."""
     method: str
-    """The consensus function that these labels are from: the one with the highest ANMI; or `recombined`, if there was a
-    neighbour graph."""
+    """The consensus function that these labels are from: the one with the highest ANMI. With a neighbour graph, that,
+    `recombined` or `spectral`."""
     anmi: dict[str, float]
     """ANMI of each function that was tried, after refinement if that is on."""
     start_anmi: dict[str, float]
@@ -68,7 +73,8 @@ class EnsembleResult:
     second_choice: Labels
     """(N,) int32: the cluster with the most votes besides the consensus; -1 if no head votes for another."""
     graph_scores: dict[str, float]
-    """Score on the neighbour graph of each function that was tried and of `recombined`; empty without a graph."""
+    """By method: the share of a cluster's edges in the neighbour graph that stay within it, in the mean over clusters;
+    edges weigh as many heads as join their ends. Empty without a graph."""
     hierarchy: Hierarchy
     """The clusters merged step by step, those that the heads confuse most first; `hierarchy.cut(n)` leaves n groups."""
     skipped: dict[str, str] = field(default_factory=dict)
@@ -161,11 +167,17 @@ def find_consensus(
         report(len(config.methods), total, "recombination")
         score = NeighborScore(heads, nearest)
         labels = [one.labels_N for one in best_tries.values()]
-        graph_scores = dict(zip(best_tries, score.scores(labels, num_clusters), strict=True))
-        best = recombine(score, [best_tries[chosen].labels_N, *labels], num_clusters, seed=seeds[0])
-        graph_scores[RECOMBINED] = best.score
-        best_tries[RECOMBINED] = _Try(anmi(best.labels_N, heads, num_clusters), best.labels_N, 0)
-        chosen = RECOMBINED
+        made = {
+            RECOMBINED: recombine(score, [best_tries[chosen].labels_N, *labels], num_clusters, seed=seeds[0]).labels_N
+        }
+        try:
+            made[SPECTRAL] = spectral_cut(score, len(np.unique(best_tries[chosen].labels_N)), seed=seeds[0])
+        except PartitionError as error:
+            skipped[SPECTRAL] = str(error)
+        best_tries |= {name: _Try(anmi(labels_N, heads, num_clusters), labels_N, 0) for name, labels_N in made.items()}
+        shares = score.mean_shares([one.labels_N for one in best_tries.values()], num_clusters)
+        graph_scores = dict(zip(best_tries, shares, strict=True))
+        chosen = _judge(graph_scores, chosen, list(made), heads)
     report(total - 1, total, "agreement")
     labels_N = best_tries[chosen].labels_N
     counts_KC = count_consensus(labels_N, heads, num_clusters)
@@ -184,6 +196,17 @@ def find_consensus(
         skipped=skipped,
         repaired={method: best.num_empty for method, best in best_tries.items() if best.num_empty},
     )
+
+
+def _judge(graph_scores: dict[str, float], consensus: str, made: list[str], heads: Heads) -> str:
+    """The method whose labels are kept (docs/METHOD.md, "Choice on the graph"): the consensus, or what the graph made."""
+    best = max((consensus, *made), key=graph_scores.__getitem__)
+    leaving, left_before = 1 - graph_scores[best], 1 - graph_scores[consensus]
+    if leaving <= max(MAX_LEAVING, MAX_LEFT * left_before):
+        return best
+    compared_n = np.linspace(0, heads.num_images - 1, min(heads.num_images, MAX_IMAGES)).astype(np.int64)
+    labels_Hn = np.stack([heads.labels_of(head)[compared_n] for head in range(heads.num_heads)])
+    return RECOMBINED if size_agreement(labels_Hn) >= MIN_SIZE_AGREEMENT else consensus
 
 
 def _run_method(

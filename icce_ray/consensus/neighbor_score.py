@@ -8,7 +8,7 @@ Shape letters: N images, n images of a part, k neighbours, H heads, K clusters, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -52,18 +52,30 @@ class NeighborScore:
         self.weights_Nk = np.concatenate(weights)
         self.degree_N = self.weights_Nk.sum(axis=1, dtype=np.int64)
         for (start, stop), weights_nk in zip(self.parts, weights, strict=True):
-            np.add.at(self.degree_N, _ids(nearest, start, stop), weights_nk)
+            np.add.at(self.degree_N, neighbor_ids(nearest, start, stop), weights_nk)
         self.total = int(self.degree_N.sum())
 
     def scores(self, clusterings: Sequence[Labels], num_clusters: int) -> list[float]:
         """The score of each clustering, with labels 0..num_clusters-1."""
-        labels_PN = np.stack(clusterings)
-        parts = self.heads.map(_within_part, self.parts, labels_PN, self.nearest, self.weights_Nk)
-        within_P = np.sum(list(parts), axis=0)
         return [
-            self._score(within, self._volumes(labels_N, num_clusters))
-            for within, labels_N in zip(within_P, labels_PN, strict=True)
+            self._score(within_K.sum(), volumes_K) for within_K, volumes_K in self._within(clusterings, num_clusters)
         ]
+
+    def mean_shares(self, clusterings: Sequence[Labels], num_clusters: int) -> list[float]:
+        """For each clustering, the share of the weight at a cluster that stays within it, in the mean over clusters."""
+        return [
+            float(np.sort(within_K / np.maximum(volumes_K, 1)).mean())
+            for within_K, volumes_K in self._within(clusterings, num_clusters)
+        ]
+
+    def _within(
+        self, clusterings: Sequence[Labels], num_clusters: int
+    ) -> Iterator[tuple[Counts, npt.NDArray[np.float64]]]:
+        """For each clustering, the weight within its clusters (K,), and at them (K,)."""
+        labels_PN = np.stack(clusterings)
+        parts = self.heads.map(_within_part, self.parts, labels_PN, num_clusters, self.nearest, self.weights_Nk)
+        for within_K, labels_N in zip(np.sum(list(parts), axis=0), labels_PN, strict=True):
+            yield within_K, self._volumes(labels_N, num_clusters)
 
     def measure(self, clusterings: Sequence[Labels], num_clusters: int) -> list[tuple[float, Moves]]:
         """The score of each clustering, with labels 0..num_clusters-1, and its moves."""
@@ -98,7 +110,7 @@ def edge_parts(num_images: int, num_neighbors: int) -> list[tuple[int, int]]:
     return [(start, min(start + step, num_images)) for start in range(0, num_images, step)]
 
 
-def _ids(nearest: Nearest, start: int, stop: int) -> npt.NDArray[np.int64]:
+def neighbor_ids(nearest: Nearest, start: int, stop: int) -> npt.NDArray[np.int64]:
     """Neighbours (n, k) of some images; where there is none, the image itself."""
     ids_nk = nearest[start:stop].astype(np.int64)
     return np.where(ids_nk >= 0, ids_nk, np.arange(start, stop)[:, None])
@@ -106,7 +118,7 @@ def _ids(nearest: Nearest, start: int, stop: int) -> npt.NDArray[np.int64]:
 
 def _weigh_part(heads: Heads, start: int, stop: int, nearest: Nearest) -> npt.NDArray[np.uint16]:
     """Number of heads (n, k) that put an image and its neighbour into one cluster; 0 where there is no neighbour."""
-    ids_nk, own_n = _ids(nearest, start, stop), np.arange(start, stop)
+    ids_nk, own_n = neighbor_ids(nearest, start, stop), np.arange(start, stop)
     weights_nk = np.zeros(ids_nk.shape, dtype=np.uint16)
     for head in range(heads.num_heads):
         labels_N = heads.labels_of(head)
@@ -117,12 +129,22 @@ def _weigh_part(heads: Heads, start: int, stop: int, nearest: Nearest) -> npt.ND
 
 
 def _within_part(
-    heads: Heads, start: int, stop: int, labels_PN: Labels, nearest: Nearest, weights_Nk: npt.NDArray[np.uint16]
+    heads: Heads,
+    start: int,
+    stop: int,
+    labels_PN: Labels,
+    num_clusters: int,
+    nearest: Nearest,
+    weights_Nk: npt.NDArray[np.uint16],
 ) -> Counts:
-    """Weight within the clusters (P,) of the edges of some images, in both directions."""
-    ids_nk, weights_nk = _ids(nearest, start, stop), weights_Nk[start:stop]
-    within = [(weights_nk * (labels_N[ids_nk] == labels_N[start:stop, None])).sum() for labels_N in labels_PN]
-    return 2 * np.array(within, dtype=np.int64)
+    """Weight within each cluster (P, K) of the edges of some images, in both directions."""
+    ids_nk, weights_nk = neighbor_ids(nearest, start, stop), weights_Nk[start:stop]
+    within_PK = np.empty((len(labels_PN), num_clusters), dtype=np.int64)
+    for within_K, labels_N in zip(within_PK, labels_PN, strict=True):
+        own_n = labels_N[start:stop]
+        to_own_n = (weights_nk * (labels_N[ids_nk] == own_n[:, None])).sum(axis=1)
+        within_K[:] = sum_weights(own_n, to_own_n, num_clusters)
+    return 2 * within_PK
 
 
 def _measure_part(
@@ -137,7 +159,7 @@ def _measure_part(
 ) -> tuple[Counts, Labels, npt.NDArray[np.float64]]:
     """Weight within the clusters (P,), best other clusters (P, n) and what they gain (P, n), of some images."""
     # Neighbours first: the innermost loops run over images, of which there are more.
-    ids_kn = np.ascontiguousarray(_ids(nearest, start, stop).T)
+    ids_kn = np.ascontiguousarray(neighbor_ids(nearest, start, stop).T)
     weights_kn = np.ascontiguousarray(weights_Nk[start:stop].T, dtype=np.int32)
     within_P = np.zeros(len(labels_PN), dtype=np.int64)
     targets_Pn = np.empty((len(labels_PN), stop - start), dtype=np.int32)
@@ -186,7 +208,7 @@ def _count_between(
     nearest: Nearest,
     weights_Nk: npt.NDArray[np.uint16],
 ) -> npt.NDArray[np.float64]:
-    pairs_nk = cells_N[start:stop, None].astype(np.int64) * num_cells + cells_N[_ids(nearest, start, stop)]
+    pairs_nk = cells_N[start:stop, None].astype(np.int64) * num_cells + cells_N[neighbor_ids(nearest, start, stop)]
     weights = sum_weights(pairs_nk.ravel(), weights_Nk[start:stop].ravel(), num_cells**2)
     return weights.reshape(num_cells, num_cells)
 

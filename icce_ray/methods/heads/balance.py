@@ -6,10 +6,7 @@ H heads of a block, K clusters, n rows, P bottleneck width.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
-import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 
@@ -22,9 +19,9 @@ FALL, LAST_FALL = 0.2, 0.5
 """The balance falls from 1 to 0 within the first part of the training, and not any more after the second."""
 RISE = 0.2
 """How far it rises after an epoch if it is too low."""
-COMPARISON, MIN_SIZE_AGREEMENT = 0.6, 0.3
-"""If the heads agree less than this about sizes, after this part of the training, those that have lost clusters are
-balanced again."""
+COMPARISON = 0.6
+"""If the heads disagree about sizes after this part of the training, those that have lost clusters are balanced
+again."""
 LAST_RENEWAL = 0.7
 """Part of the training after which prototypes are not renewed, so that the labels come to rest."""
 
@@ -38,21 +35,6 @@ def has_too_many_empty(sizes_HK: torch.Tensor) -> torch.Tensor:
 def comparison_epoch(num_epochs: int) -> int:
     """Number of the epoch, from 1, after which the heads compare the sizes of their clusters."""
     return max(1, round(COMPARISON * num_epochs))
-
-
-def size_agreement(labels_HN: npt.NDArray[np.integer[Any]]) -> float:
-    """How far heads agree which images lie in large clusters, -1 to 1: the mean over pairs of heads of the correlation
-    of the logarithms of the sizes of the images' clusters. A head with equal clusters counts 0. 1 for a single head."""
-    num_heads = len(labels_HN)
-    if num_heads == 1:
-        return 1.0
-    logs_HN = np.stack([np.log(np.bincount(labels_N)[labels_N]) for labels_N in labels_HN])
-    logs_HN -= logs_HN.mean(axis=1, keepdims=True)
-    norm_H1 = np.linalg.norm(logs_HN, axis=1, keepdims=True)
-    unit_HN = np.divide(logs_HN, norm_H1, out=np.zeros_like(logs_HN), where=norm_H1 > 1e-9)
-    products = (unit_HN.sum(axis=0) ** 2).sum() - (unit_HN**2).sum()
-    # Rounded, since workers on other processors may compute the last bits differently, and all must decide alike.
-    return round(float(products) / (num_heads * (num_heads - 1)), 6)
 
 
 def move_balance(balance_H: torch.Tensor, needs_more_H: torch.Tensor, epoch: int, num_epochs: int) -> None:

@@ -23,12 +23,10 @@ import torch
 from icce_ray.config import HeadsConfig
 from icce_ray.methods.heads.balance import (
     LAST_RENEWAL,
-    MIN_SIZE_AGREEMENT,
     comparison_epoch,
     has_too_many_empty,
     move_balance,
     renew_prototypes,
-    size_agreement,
 )
 from icce_ray.methods.heads.communicator import Communicator
 from icce_ray.methods.heads.compiled_step import choose_passes
@@ -42,6 +40,7 @@ from icce_ray.methods.heads.step import Batch, HeadBlock, StepValues
 from icce_ray.methods.heads.teacher import pair_weights
 from icce_ray.methods.heads.training_memory import training_bytes
 from icce_ray.methods.heads.watch import EpochWatch, mean_pairwise_nmi
+from icce_ray.metrics.size_agreement import MIN_SIZE_AGREEMENT, size_agreement
 from icce_ray.neighbors.graph import NeighborGraph
 from icce_ray.runtime.machine import available_memory_bytes, matmul_dtype, require_memory
 from icce_ray.runtime.threads import ThreadPool

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from sklearn.cluster import SpectralClustering
 
 from icce_ray.config import ConsensusConfig
-from icce_ray.consensus import best_consensus, label_matrix, recombination
-from icce_ray.consensus.best_consensus import RECOMBINED, find_consensus
+from icce_ray.consensus import best_consensus, label_matrix, recombination, spectral_cut
+from icce_ray.consensus.best_consensus import RECOMBINED, SPECTRAL, find_consensus
 from icce_ray.consensus.ensemble import cluster_ensemble
 from icce_ray.consensus.label_matrix import encode_heads
 from icce_ray.consensus.neighbor_score import RESOLUTION, NeighborScore
@@ -49,6 +50,11 @@ def plain_score(weights_NN, labels_N):
     return score
 
 
+def plain_share(weights_NN, labels_N):
+    inside_K = [labels_N == cluster for cluster in np.unique(labels_N)]
+    return np.mean([weights_NN[np.ix_(inside, inside)].sum() / weights_NN[inside].sum() for inside in inside_K])
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_the_score_is_that_of_a_plain_loop_whatever_the_parts(seed, monkeypatch):
     heads, matrix, nearest_Nk = random_case(seed)
@@ -58,6 +64,9 @@ def test_the_score_is_that_of_a_plain_loop_whatever_the_parts(seed, monkeypatch)
     weights_NN = plain_weights(matrix, nearest_Nk)
     np.testing.assert_allclose(scores, [plain_score(weights_NN, labels_N) for labels_N in clusterings], atol=1e-14)
     assert scores == [score for score, _ in measured]
+    np.testing.assert_allclose(
+        whole.mean_shares(clusterings, 7), [plain_share(weights_NN, labels_N) * 6 / 7 for labels_N in clusterings]
+    )
     np.testing.assert_array_equal(
         whole.between(clusterings[0], 6),
         [[weights_NN[np.ix_(clusterings[0] == a, clusterings[0] == b)].sum() for b in range(6)] for a in range(6)],
@@ -65,6 +74,7 @@ def test_the_score_is_that_of_a_plain_loop_whatever_the_parts(seed, monkeypatch)
     monkeypatch.setattr("icce_ray.consensus.neighbor_score.PART_LABELS", 4 * 7)
     parts = NeighborScore(heads, nearest_Nk)
     assert parts.scores(clusterings, 6) == scores
+    assert parts.mean_shares(clusterings, 6) == whole.mean_shares(clusterings, 6)
     for (score, moves), (part_score, part_moves) in zip(measured, parts.measure(clusterings, 6), strict=True):
         assert score == part_score
         np.testing.assert_array_equal(moves.target_N, part_moves.target_N)
@@ -135,19 +145,50 @@ def test_the_light_cells_of_an_overlay_join_heavy_ones(planted, near, monkeypatc
     assert clustering_accuracy(labels_N, found_N) > 0.75
 
 
-def test_unequal_groups_are_recovered_from_heads_of_which_none_is_right(planted, near):
+@pytest.mark.parametrize(
+    ("sizes", "shares", "expected"),
+    [
+        ([50, 50], (0.94, 0.95, 0.96), SPECTRAL),
+        ([50, 50], (0.96, 0.95, 0.94), "vote"),
+        ([50, 50], (0.6, 0.7, 0.81), SPECTRAL),
+        ([50, 50], (0.6, 0.7, 0.79), "vote"),
+        ([80, 20], (0.6, 0.7, 0.79), RECOMBINED),
+    ],
+)
+def test_a_graph_whose_edges_leave_the_clusters_is_asked_only_where_sizes_are_known(sizes, shares, expected):
+    labels_N = np.repeat([0, 1], sizes)
+    heads = encode_heads(np.stack([labels_N, 1 - labels_N, np.roll(labels_N, 2)]))
+    scores = dict(zip(("vote", RECOMBINED, SPECTRAL), shares, strict=True))
+    assert best_consensus._judge(scores, "vote", [RECOMBINED, SPECTRAL], heads) == expected
+
+
+def test_the_spectral_cut_is_that_of_scikit_learn(planted, near):
+    labels_N, matrix = planted([200, 60, 30], 5, 0.3)
+    nearest_Nk = near(labels_N, 0.8)
+    score = NeighborScore(encode_heads(matrix), nearest_Nk)
+    weights_NN = plain_weights(matrix, nearest_Nk)
+    expected_N = SpectralClustering(3, affinity="precomputed", random_state=0).fit_predict(weights_NN)
+    found_N = spectral_cut.spectral_cut(score, 3, seed=0)
+    assert adjusted_rand_index(expected_N, found_N) == 1.0
+    assert adjusted_rand_index(labels_N, found_N) > 0.9
+
+
+def test_unequal_groups_are_recovered_from_heads_of_which_none_is_right(planted, near, monkeypatch):
     """A third of each head is noise, and each head merges two groups and splits a third one."""
     labels_N, matrix = planted([400, 150, 60, 30, 15], 8, 0.3, merges=True)
     nearest_Nk = near(labels_N, 0.8)
     without = cluster_ensemble(matrix, 5, methods=["vote"], random_state=0)
     found = cluster_ensemble(matrix, 5, methods=["vote"], random_state=0, neighbors=nearest_Nk)
-    assert found.method == RECOMBINED
+    assert found.method in (RECOMBINED, SPECTRAL)
+    assert found.graph_scores[found.method] == max(found.graph_scores.values())
+    assert found.anmi[found.method] == found.consensus_anmi
     assert adjusted_rand_index(labels_N, found.labels) > max(0.97, adjusted_rand_index(labels_N, without.labels))
-    best = max(score for method, score in found.graph_scores.items() if method != RECOMBINED)
-    assert found.graph_scores[RECOMBINED] >= best
-    assert found.anmi[RECOMBINED] == found.consensus_anmi
-    assert without.graph_scores == {}
-    assert without.method != RECOMBINED
+    assert (without.method, without.graph_scores) == ("vote", {})
+    monkeypatch.setattr(spectral_cut, "MAX_WORK", 1000)
+    recombined = cluster_ensemble(matrix, 5, methods=["vote"], random_state=0, neighbors=nearest_Nk)
+    assert recombined.method == RECOMBINED
+    assert recombined.skipped == {SPECTRAL: "655 images and 5 clusters: 16,375 are over the limit of 1,000"}
+    assert adjusted_rand_index(labels_N, recombined.labels) > 0.97
 
 
 def test_heads_with_other_numbers_of_clusters_take_part(planted, near):
