@@ -155,8 +155,8 @@ def run(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, bool]]:
 def measure(
     features: datasets.Floats, labels: datasets.Labels, method: str, seed: int, settings: dict[str, Any]
 ) -> dict[str, dict[str, float]]:
-    """By row: ACC, NMI and ARI (percent), the CPU seconds (the combination's without those of the heads that icce has trained), and the share of clusters that are used
-    (percent). Of heads, the means."""
+    """By row: ACC, NMI and ARI (percent), CPU seconds, and the share of clusters that are used (percent). Of heads, the
+    means. The seconds of a combination are without those of heads that icce has trained."""
     num_clusters = len(np.unique(labels))
     started = time.process_time()
     rows = METHODS[method](features, num_clusters, seed, settings)

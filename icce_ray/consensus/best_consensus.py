@@ -199,7 +199,7 @@ def find_consensus(
 
 
 def _judge(graph_scores: dict[str, float], consensus: str, made: list[str], heads: Heads) -> str:
-    """The method whose labels are kept (docs/METHOD.md, "Choice on the graph"): the consensus, or what the graph made."""
+    """The method whose labels are kept (docs/METHOD.md, "Choice on the graph"): `consensus` or one of `made`."""
     best = max((consensus, *made), key=graph_scores.__getitem__)
     leaving, left_before = 1 - graph_scores[best], 1 - graph_scores[consensus]
     if leaving <= max(MAX_LEAVING, MAX_LEFT * left_before):

@@ -49,8 +49,8 @@ def cluster_ensemble(
         imbalance: weight of METIS's heaviest part allowed, relative to the average.
         head_losses: (H,) losses of the heads of a single matrix, for `best_head`.
         neighbors: (N, k) integers, the images most similar to each image, -1 where there are fewer; 10 are a good
-            number. With them, the clusterings and the consensus are recombined, the graph is cut, and what holds together
-            best on it is kept instead of what has the highest ANMI.
+            number. With them, the clusterings and the consensus are recombined, the graph is cut, and it takes part in
+            the choice.
 
     Returns:
         The labels, 0..K-1, and what is known about them. Each of the K clusters has an image, unless fewer than K
