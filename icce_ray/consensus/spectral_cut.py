@@ -48,5 +48,6 @@ def spectral_cut(score: NeighborScore, num_clusters: int, *, seed: int) -> Label
             _, vectors_NK = eigsh(graph, k=num_clusters, which="LA", v0=start_N, tol=TOLERANCE)
         except ArpackNoConvergence as error:
             raise PartitionError(f"the eigenvectors were not found: {error}") from error
-        clusters = KMeans(num_clusters, n_init=NUM_STARTS, random_state=seed).fit_predict(vectors_NK * scale_N[:, None])
-    return clusters.astype(np.int32)
+        k_means = KMeans(num_clusters, n_init=NUM_STARTS, random_state=seed)
+        clusters_N: Labels = k_means.fit_predict(vectors_NK * scale_N[:, None]).astype(np.int32)
+    return clusters_N
