@@ -1,5 +1,5 @@
-"""Checkpoints of the trainer. At each, every worker writes a safetensors file with the state of its heads; any number
-of workers can resume from them."""
+"""Checkpoints of the trainer. At each, every worker saves the state of its heads; any number of workers can resume from
+them."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 
-from icce_ray.methods.saved_state import SavedState, from_bytes, to_bytes
+from icce_ray.methods.saved_state import SavedState, read_state, save_state
 from icce_ray.store import Folder
+from icce_ray.store.part_records import PartRecords
 
-NAME = re.compile(r"epoch-(\d+)-heads-(\d+)-(\d+)\.safetensors")
+NAME = re.compile(r"(epoch-(\d+)-heads-(\d+)-(\d+))\.safetensors")
 FOLDER_NAME = "checkpoints"
 
 
@@ -19,20 +20,21 @@ class CheckpointFolder:
     """The checkpoints of a run, beside the artifact that it will write."""
 
     def __init__(self, folder: Folder) -> None:
-        self.folder = folder / FOLDER_NAME
+        self.records = PartRecords(folder / FOLDER_NAME, "heads")
         self._epochs: list[int] = []
 
     def save(self, tensors: dict[str, torch.Tensor], values: dict[str, Any], heads: range) -> None:
         """Write the state of `heads` after ``values["epoch"]`` epochs. The worker of head 0 removes the checkpoints of
         all workers but the last two, which are complete: workers save at the same epochs, and wait for each other in
         between."""
-        name = f"epoch-{values['epoch']:06d}-heads-{heads.start:05d}-{heads.stop:05d}.safetensors"
-        self.folder.write_bytes(name, to_bytes(tensors, values))
+        name = f"epoch-{values['epoch']:06d}-heads-{heads.start:05d}-{heads.stop:05d}"
+        save_state(self.records, name, tensors, values)
         self._epochs.append(values["epoch"])
         if heads.start == 0 and len(self._epochs) > 1:
             for epoch, _, name in self._files():
                 if epoch < self._epochs[-2]:
-                    self.folder.remove(name)
+                    self.records.remove(name)
+                    self.records.folder.remove(f"{name}.safetensors")
 
     def load(self, heads: range, max_epoch: int | None = None) -> SavedState | None:
         """The newest state of `heads`, up to `max_epoch`, all of whose files are whole; None if there is none."""
@@ -47,8 +49,7 @@ class CheckpointFolder:
         return None
 
     def clear(self) -> None:
-        for name in self.folder.names():
-            self.folder.remove(name)
+        self.records.folder.clear()
 
     def _read(self, heads: range, files: list[tuple[range, str]]) -> SavedState | None:
         """Join the state of `heads` from files, each of which has some of them."""
@@ -60,7 +61,7 @@ class CheckpointFolder:
             if found is None:
                 return None
             saved, name = found
-            state = from_bytes(self.folder.read_bytes(name))
+            state = read_state(self.records, name)
             if state is None:
                 return None
             tensors, values = state
@@ -71,6 +72,6 @@ class CheckpointFolder:
         return {name: torch.cat([part[name] for part in joined]) for name in joined[0]}, values
 
     def _files(self) -> list[tuple[int, range, str]]:
-        """Epoch, heads and name of every checkpoint file."""
-        matches = [match for name in self.folder.names() if (match := NAME.fullmatch(name))]
-        return [(int(match[1]), range(int(match[2]), int(match[3])), match[0]) for match in matches]
+        """Epoch, heads and name of every checkpoint."""
+        matches = [match for name in self.records.folder.names() if (match := NAME.fullmatch(name))]
+        return [(int(match[2]), range(int(match[3]), int(match[4])), match[1]) for match in matches]

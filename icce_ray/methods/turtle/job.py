@@ -21,6 +21,8 @@ from icce_ray.stage import StageContext
 from icce_ray.store import Artifact
 from icce_ray.store.part_records import PartRecords
 
+RUNS_FOLDER = "runs"
+
 
 def run(config: Config, context: StageContext) -> dict[str, Any]:
     """Train all runs on all feature sets: label_matrix.npy (runs x N int32), clusterings.json (losses, which are 1 -
@@ -36,11 +38,10 @@ def run(config: Config, context: StageContext) -> dict[str, Any]:
         WorkerError: the loss was not finite, or workers died more often than training is restarted.
     """
     features = training_set(context.inputs)
-    records = PartRecords(context.output.folder, f"{features.identity}-{METHODS['turtle'].version}")
+    records = PartRecords(context.output.folder / RUNS_FOLDER, f"{features.identity}-{METHODS['turtle'].version}")
     num_images = load_features(features).num_images
     # Imported here: torch takes seconds, and workers of another process need it as well.
     from icce_ray.methods.turtle.run_block import run_blocks
-    from icce_ray.methods.turtle.run_folder import RunFolder
     from icce_ray.methods.turtle.train_runs import clusterings_of, read_runs
 
     blocks = run_blocks(config.turtle.num_runs, config.num_clusters)
@@ -53,12 +54,11 @@ def run(config: Config, context: StageContext) -> dict[str, Any]:
         max_workers=len(blocks),
         backend="gloo",  # on GPUs too: the workers exchange nothing
     )
-    folder = RunFolder(records)
-    finished = [found for runs in blocks if (found := read_runs(folder, runs)) is not None]
+    finished = [found for runs in blocks if (found := read_runs(records, runs)) is not None]
     assert len(finished) == len(blocks)
     clusterings = clusterings_of(finished)
     clusterings.write(context.output)
-    folder.clear()
+    records.folder.clear()
     scores: list[float] = clusterings.notes["generalization_scores"]
     return {
         "num_runs": len(scores),
@@ -84,7 +84,6 @@ def _work(
     import torch
     import torch.distributed as dist
 
-    from icce_ray.methods.turtle.run_folder import RunFolder
     from icce_ray.methods.turtle.train_runs import train_runs
 
     torch.set_num_threads(num_threads)
@@ -99,7 +98,7 @@ def _work(
             device=device,
             num_threads=num_threads,
             progress=progress,
-            folder=RunFolder(records),
+            records=records,
         )
     except (FloatingPointError, UserError) as error:
         if rank:

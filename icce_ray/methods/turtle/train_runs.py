@@ -14,16 +14,17 @@ import torch
 
 from icce_ray.config import TurtleConfig
 from icce_ray.methods.clusterings import Clusterings
+from icce_ray.methods.saved_state import read_state, save_state
 from icce_ray.methods.turtle.feature_scaling import label_rows, prepare_features
 from icce_ray.methods.turtle.linear_layers import Layers
 from icce_ray.methods.turtle.run_block import RunBlock
-from icce_ray.methods.turtle.run_folder import RunFolder
 from icce_ray.methods.turtle.turtle_memory import training_bytes
 from icce_ray.metrics.label_free_scores import generalization_score, project_pca
 from icce_ray.runtime.machine import available_memory_bytes, matmul_dtype, require_memory
 from icce_ray.runtime.progress import Progress
 from icce_ray.runtime.threads import ThreadPool
 from icce_ray.sample.training_set import sample_ids
+from icce_ray.store.part_records import PartRecords
 
 WEIGHTS_NAME = "turtle.safetensors"
 MIN_SCORED, SCORED_PER_CLUSTER = 5_000, 20
@@ -55,7 +56,7 @@ def train_runs(
     device: torch.device | str = "cpu",
     num_threads: int | None = None,
     progress: Progress | None = None,
-    folder: RunFolder | None = None,
+    records: PartRecords | None = None,
 ) -> list[FinishedRuns]:
     """Train some of the blocks of runs, one after the other.
 
@@ -68,7 +69,7 @@ def train_runs(
         device: where to compute.
         num_threads: CPU threads; None: torch's setting. They do not change the result.
         progress: told of the steps.
-        folder: where finished runs and checkpoints are kept, and looked for first.
+        records: of finished blocks and checkpoints, which are looked for first.
 
     Raises:
         FloatingPointError: a loss is not finite.
@@ -77,7 +78,7 @@ def train_runs(
     device = torch.device(device)
     num_threads = num_threads or torch.get_num_threads()
     dtype = matmul_dtype(settings.precision, device)
-    finished = [None if folder is None else read_runs(folder, runs) for runs in blocks]
+    finished = [None if records is None else read_runs(records, runs) for runs in blocks]
     if all(finished):
         return [found for found in finished if found is not None]
     num_images, dims = len(feature_sets[0]), [features_ND.shape[1] for features_ND in feature_sets]
@@ -105,21 +106,21 @@ def train_runs(
         for number, (runs, found) in enumerate(zip(blocks, finished, strict=True)):
             if found is None:
                 block = RunBlock(spaces, settings, runs, num_clusters=num_clusters, seed=seed, pool=pool)
-                history = _train(block, runs, number, len(blocks), progress, folder)
+                history = _train(block, runs, number, len(blocks), progress, records)
                 layers = block.layers_on_given()
                 labels_RN = label_rows(feature_sets, layers, num_clusters, device=device, pool=pool)
                 scores = [_run_score(points, labels_N, seed) for labels_N in labels_RN]
                 found = FinishedRuns(labels_RN, layers, scores, history)
-                if folder is not None:
-                    _keep(found, folder, runs)
+                if records is not None:
+                    _keep(found, records, runs)
             results.append(found)
     return results
 
 
-def read_runs(folder: RunFolder, runs: range) -> FinishedRuns | None:
+def read_runs(records: PartRecords, runs: range) -> FinishedRuns | None:
     """The runs of a block; None if they are not finished."""
-    kept = folder.read(runs)
-    if kept is None:
+    kept = read_state(records, _name(runs))
+    if kept is None or "scores" not in kept[1]:
         return None
     tensors, values = kept
     layers = [(tensors[f"weights.{space}"], tensors[f"biases.{space}"]) for space in range(len(tensors) // 2)]
@@ -149,11 +150,15 @@ def clusterings_of(blocks: Sequence[FinishedRuns]) -> Clusterings:
     )
 
 
-def _keep(found: FinishedRuns, folder: RunFolder, runs: range) -> None:
+def _name(runs: range) -> str:
+    return f"runs-{runs.start:05d}-{runs.stop:05d}"
+
+
+def _keep(found: FinishedRuns, records: PartRecords, runs: range) -> None:
     tensors = {"labels": torch.from_numpy(found.labels_RN)}
     for space, (weight_DC, bias_C) in enumerate(found.layers):
         tensors |= {f"weights.{space}": weight_DC, f"biases.{space}": bias_C}
-    folder.write(runs, tensors, {"scores": found.scores, "history": found.history})
+    save_state(records, _name(runs), tensors, {"scores": found.scores, "history": found.history})
 
 
 def _score_points(
@@ -175,12 +180,12 @@ def _run_score(
 
 
 def _train(
-    block: RunBlock, runs: range, number: int, num_blocks: int, progress: Progress | None, folder: RunFolder | None
+    block: RunBlock, runs: range, number: int, num_blocks: int, progress: Progress | None, records: PartRecords | None
 ) -> list[dict[str, Any]]:
     """All steps of a block, from its checkpoint on. Returns its history."""
     num_steps = block.settings.num_steps
     history: list[dict[str, Any]] = []
-    if folder is not None and (saved := folder.load_checkpoint(runs)) is not None:
+    if records is not None and (saved := read_state(records, _name(runs))) is not None:
         tensors, values = saved
         block.load(tensors, values["step"])
         history = values["history"]
@@ -200,7 +205,8 @@ def _train(
         if progress is not None:
             done = number * num_steps + block.step
             progress.update(done, num_blocks * num_steps, f"prediction error {np.mean(errors):.3f}")
-        if folder is not None and time.monotonic() - last_saved >= block.settings.checkpoint_interval_s:
-            folder.save_checkpoint(runs, block.tensors(), {"step": block.step, "history": history})
+        if records is not None and time.monotonic() - last_saved >= block.settings.checkpoint_interval_s:
+            values = {"step": block.step, "history": history}
+            save_state(records, _name(runs), block.tensors(), values, f"-{block.step:06d}")
             last_saved = time.monotonic()
     return history

@@ -43,7 +43,8 @@ def test_a_checkpoint_that_lacks_a_worker_or_is_damaged_is_passed_over(tmp_path:
 
 def test_two_epochs_are_kept_of_all_workers_also_those_of_an_earlier_division(tmp_path: Path) -> None:
     def epochs() -> set[str]:
-        return {path.name[6:12] for path in (tmp_path / "checkpoints").iterdir()}
+        folders = (tmp_path / "checkpoints", tmp_path / "checkpoints/records")
+        return {path.name[6:12] for folder in folders for path in folder.glob("epoch-*")}
 
     save(tmp_path, 1, range(3), range(3, 5))
     resumed = CheckpointFolder(Folder.at(tmp_path))

@@ -7,14 +7,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from icce_ray.config import TurtleConfig
 from icce_ray.errors import ResourceError
 from icce_ray.methods.clusterings import Clusterings
 from icce_ray.methods.turtle import train_runs as module
 from icce_ray.methods.turtle.run_block import RunBlock
-from icce_ray.methods.turtle.run_folder import RunFolder
 from icce_ray.methods.turtle.train_runs import clusterings_of, read_runs, train_runs
 from icce_ray.metrics.label_free_scores import generalization_score
 from icce_ray.metrics.true_label_scores import clustering_accuracy
@@ -25,12 +23,14 @@ BLOCKS = [range(2), range(2, 3), range(3, 4)]
 SETTINGS = TurtleConfig(num_runs=4, num_steps=20, inner_steps=5, batch_size=200, learning_rate=0.05)
 
 
-def folder_at(path: Path, source: str = "features") -> RunFolder:
-    return RunFolder(PartRecords(Folder.at(path), source))
+def records_at(path: Path, source: str = "features") -> PartRecords:
+    return PartRecords(Folder.at(path), source)
 
 
-def train(sets: Any, blocks: Any = BLOCKS, folder: RunFolder | None = None, settings: TurtleConfig = SETTINGS) -> Any:
-    return train_runs(sets, settings, blocks, num_clusters=4, seed=3, num_threads=1, folder=folder)
+def train(
+    sets: Any, blocks: Any = BLOCKS, records: PartRecords | None = None, settings: TurtleConfig = SETTINGS
+) -> Any:
+    return train_runs(sets, settings, blocks, num_clusters=4, seed=3, num_threads=1, records=records)
 
 
 def assert_same(one: Clusterings, other: Clusterings) -> None:
@@ -50,8 +50,8 @@ def alone(planted) -> Clusterings:
 @pytest.mark.parametrize("num_workers", [1, 2, 3])
 def test_any_number_of_workers_gives_the_runs_of_one_process(planted, alone, tmp_path: Path, num_workers: int) -> None:
     for rank in reversed(range(num_workers)):
-        train(planted[0][:2], BLOCKS[rank::num_workers], folder_at(tmp_path))
-    found = [read_runs(folder_at(tmp_path), runs) for runs in BLOCKS]
+        train(planted[0][:2], BLOCKS[rank::num_workers], records_at(tmp_path))
+    found = [read_runs(records_at(tmp_path), runs) for runs in BLOCKS]
     assert_same(clusterings_of([runs for runs in found if runs is not None]), alone)
 
 
@@ -68,23 +68,17 @@ def test_a_killed_run_goes_on_from_its_checkpoint(planted, alone, tmp_path: Path
 
     monkeypatch.setattr(RunBlock, "train_step", dying)
     with pytest.raises(KeyboardInterrupt):
-        train(planted[0][:2], BLOCKS, folder_at(tmp_path), settings)
-    found = train(planted[0][:2], BLOCKS, folder_at(tmp_path), settings)
+        train(planted[0][:2], BLOCKS, records_at(tmp_path), settings)
+    found = train(planted[0][:2], BLOCKS, records_at(tmp_path), settings)
     assert steps[35] == steps[36] == 15, "the first block is kept, and the second goes on"
     assert_same(clusterings_of(found), alone)
-    folder_at(tmp_path).clear()
-    assert not Folder.at(tmp_path).sizes()
+    assert len(Folder.at(tmp_path).names()) == len(BLOCKS), "no checkpoint is left"
 
 
-def test_runs_and_checkpoints_of_other_features_do_not_count(planted, tmp_path: Path) -> None:
-    folder = folder_at(tmp_path)
-    folder.save_checkpoint(range(1, 2), {"a": torch.ones(2)}, {"step": 3})
-    train(planted[0][:1], [range(1)], folder)
-    other = folder_at(tmp_path, source="others")
-    assert folder.read(range(1)) is not None
-    assert other.read(range(1)) is None
-    assert folder.load_checkpoint(range(1, 2)) is not None
-    assert other.load_checkpoint(range(1, 2)) is None
+def test_runs_of_other_features_do_not_count(planted, tmp_path: Path) -> None:
+    train(planted[0][:1], [range(1)], records_at(tmp_path))
+    assert read_runs(records_at(tmp_path), range(1)) is not None
+    assert read_runs(records_at(tmp_path, source="others"), range(1)) is None
 
 
 def test_the_loss_of_a_run_is_what_its_generalisation_score_lacks(planted, alone) -> None:
