@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -44,19 +44,6 @@ class AssignPart:
     """First row within the file of ready-made embeddings."""
 
 
-class Source(Protocol):
-    num_rows: int
-
-    def identity(self) -> list[Any]:
-        """JSON-able: changes when the rows or their URIs do."""
-
-    def plan(self) -> list[AssignPart]:
-        """All rows in parts."""
-
-    def read(self, part: AssignPart) -> Iterator[Rows]:
-        """The rows of a part, in order."""
-
-
 class EmbeddedImages:
     """The images of an ``embed`` artifact. A part joins some of its parts."""
 
@@ -66,9 +53,11 @@ class EmbeddedImages:
         self.num_rows = int(embed.num_rows(PART_PREFIX).sum())
 
     def identity(self) -> list[Any]:
+        """JSON-able: changes when the rows or their URIs do."""
         return [self.embed.checksum(PART_PREFIX), self.images.checksum(LISTING_PREFIX)]
 
     def plan(self) -> list[AssignPart]:
+        """All rows in parts."""
         names, sizes = self.embed.part_names(PART_PREFIX), self.embed.num_rows(PART_PREFIX).tolist()
         parts: list[AssignPart] = []
         first_row = 0
@@ -79,6 +68,7 @@ class EmbeddedImages:
         return parts
 
     def read(self, part: AssignPart) -> Iterator[Rows]:
+        """The rows of a part, in order."""
         for name in part.inputs:
             image_ids, features_nD = table_to_arrays(self.embed.read_table(name))
             yield image_ids, features_nD, self._listing.uris(image_ids)
@@ -141,6 +131,9 @@ class EmbeddingFiles:
 
     def _open(self, file: EmbeddingFile) -> Embeddings:
         return ParquetEmbeddings([file], self.column) if self.column is not None else NpyEmbeddings(file)
+
+
+Source = EmbeddedImages | EmbeddingFiles
 
 
 def _row_groups(file: EmbeddingFile) -> list[int]:

@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -53,23 +53,7 @@ class Answers:
     sources_n: npt.NDArray[np.int32]
     """AT, HERE: number of the source."""
     sources: list[Any]
-    """AT: number of the folder and name of the part file. HERE: what was published, for :meth:`Index.fetch`."""
-
-
-class Index(Protocol):
-    """What embedding needs of the index, in this process or in others."""
-
-    def known(self, keys: Keys) -> Flags: ...
-
-    def claim(self, part: str, keys: Keys, force: bool = False) -> Answers: ...
-
-    def publish(self, part: str, keys: Keys, outcomes: dict[str, Outcome]) -> None: ...
-
-    def fetch(self, published: Any) -> dict[str, Outcome]: ...
-
-    def finish(self, part: str, keys: Keys, rows: Rows) -> None: ...
-
-    def forget(self, place: int, part: str) -> None: ...
+    """AT: number of the folder and name of the part file. HERE: what was published, for :meth:`ContentIndex.fetch`."""
 
 
 def keys_of(hashes: list[str]) -> Keys:
@@ -214,7 +198,7 @@ def _shards(keys: Keys, num_shards: int) -> npt.NDArray[np.uint64]:
 
 @dataclass(frozen=True)
 class ShardedIndex:
-    """An index in other processes, divided by hash."""
+    """A :class:`ContentIndex` in other processes, divided by hash."""
 
     num_shards: int
     call: Callable[[str, dict[int, tuple[Any, ...]]], dict[int, Any]]
@@ -260,6 +244,9 @@ class ShardedIndex:
         places = {shard: np.flatnonzero(shards == shard) for shard in np.unique(shards).tolist()}
         answers = self.call(method, {shard: arguments(found) for shard, found in places.items()})
         return [(found, answers[shard]) for shard, found in places.items()]
+
+
+Index = ContentIndex | ShardedIndex
 
 
 def siblings(root: Folder, own: Folder, model: str, num_images: int) -> list[Folder]:

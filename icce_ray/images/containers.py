@@ -205,7 +205,7 @@ def _one_line(error: Exception) -> str:
 
 
 @contextmanager
-def _opened_tar(uri: str) -> Iterator[tuple[tar_shards.Seekable, int]]:
+def _opened_tar(uri: str) -> Iterator[tuple[Any, int]]:
     """A tar for :func:`tar_shards.walk`, and its size in bytes."""
     with _open(uri) as file:
         yield tar_shards.RemoteHeaders(file) if is_remote(uri) else io.BufferedReader(file), file.size()

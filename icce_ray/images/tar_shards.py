@@ -9,7 +9,7 @@ from __future__ import annotations
 import posixpath
 import tarfile
 from collections.abc import Iterator
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 from urllib.parse import quote
 
 BLOCK_BYTES = tarfile.BLOCKSIZE
@@ -30,13 +30,6 @@ NEAR_WINDOW_BYTES = 4 * 2**20
 FAR_WINDOW_BYTES = 2**16
 """Enough for the headers and labels between two large images."""
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
-
-
-class Seekable(Protocol):
-    """What :func:`walk` needs of a file."""
-
-    def seek(self, position: int, /) -> int: ...
-    def read(self, num_bytes: int, /) -> bytes: ...
 
 
 class RemoteHeaders:
@@ -90,7 +83,7 @@ class Damage(NamedTuple):
     reason: str
 
 
-def walk(file: Seekable, file_bytes: int) -> Iterator[Member | Link | Damage]:
+def walk(file: Any, file_bytes: int) -> Iterator[Member | Link | Damage]:
     """All members in order. Behind a damaged header, the next valid one is searched block by block.
 
     A complete shard ends with an end mark (a block of zeros). If the file does not, the last item is a Damage.
@@ -156,7 +149,7 @@ def walk(file: Seekable, file_bytes: int) -> Iterator[Member | Link | Damage]:
         yield Damage(file_bytes, 0, "no end mark: it was cut off or not closed")
 
 
-def _read_extension(file: Seekable, header: tarfile.TarInfo, num_left: int) -> dict[str, str]:
+def _read_extension(file: Any, header: tarfile.TarInfo, num_left: int) -> dict[str, str]:
     """The names and sizes that an extended header states for the next member."""
     if not 0 <= header.size <= MAX_EXTENSION_BYTES:
         raise ValueError("extended header of absurd size")

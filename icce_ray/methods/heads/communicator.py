@@ -1,25 +1,12 @@
-"""How workers exchange results of their heads. Each worker trains some of the heads, so gathering is all they need."""
+"""How workers exchange results of their heads. Each worker trains some of the heads, so gathering is all they need. All
+workers call the same methods in the same order."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
 
 import torch
 import torch.distributed as dist
-
-
-class Communicator(Protocol):
-    """Workers that train some of the heads each. All of them call the same methods in the same order."""
-
-    rank: int
-    num_workers: int
-
-    def gather(self, rows: torch.Tensor, num_rows: Sequence[int]) -> torch.Tensor:
-        """The rows of all workers, in the order of ranks, on every worker. `num_rows`: of each worker."""
-
-    def gather_on_first(self, rows: torch.Tensor, num_rows: Sequence[int]) -> torch.Tensor:
-        """The rows of all workers on the worker of rank 0; on the others an empty tensor."""
 
 
 class SingleWorker:
@@ -42,17 +29,22 @@ class TorchDistributed:
         self.num_workers = dist.get_world_size()
 
     def gather(self, rows: torch.Tensor, num_rows: Sequence[int]) -> torch.Tensor:
+        """The rows of all workers, in the order of ranks, on every worker. `num_rows`: of each worker."""
         received = self._room(rows, num_rows)
         dist.all_gather(received, _padded(rows, max(num_rows)))
         return _joined(received, num_rows)
 
     def gather_on_first(self, rows: torch.Tensor, num_rows: Sequence[int]) -> torch.Tensor:
+        """The rows of all workers on the worker of rank 0; on the others an empty tensor."""
         received = self._room(rows, num_rows) if self.rank == 0 else None
         dist.gather(_padded(rows, max(num_rows)), received)
         return rows[:0] if received is None else _joined(received, num_rows)
 
     def _room(self, rows: torch.Tensor, num_rows: Sequence[int]) -> list[torch.Tensor]:
         return [rows.new_empty((max(num_rows), *rows.shape[1:])) for _ in num_rows]
+
+
+Communicator = SingleWorker | TorchDistributed
 
 
 def _padded(rows: torch.Tensor, num_rows: int) -> torch.Tensor:
