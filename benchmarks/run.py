@@ -43,7 +43,7 @@ CASES = {
     "manifest-scale": "memory and time of finding an artifact of two million parts",
     "listing-scale": "keys/s of listing a bucket that takes 100 ms a page, and what a kill costs",
     "neighbors": "the neighbors stage on two shards against faiss's own knn with two threads",
-    "neighbors-gpu": "the exact graph of 1.28 million images on a GPU: seconds by step, equality with FAISS",
+    "neighbors-gpu": "the exact graph of 1.28 million images on a GPU: seconds by step, equality with a CPU's",
     "neighbors-scale": "counted operations, bytes and predicted time of the graph for 10M to 1B images",
     "proxies": "how well scores without labels rank clusterings of all methods by their true AMI and ACC",
     "refit-ids": "a refit with 1% new images and a new class: which images keep their cluster's number, what is found",

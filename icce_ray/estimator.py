@@ -145,7 +145,7 @@ class ICCE(FeatureClusterer):
             num_clusters=config.num_clusters,
             seed=config.seed,
             progress=self._progress("neighbors", "images"),
-            device=None if torch.device(self.device).type == "cpu" else self.device,
+            device=self.device,
             num_threads=self.n_threads or torch.get_num_threads(),
         )
         trained = fit_heads(

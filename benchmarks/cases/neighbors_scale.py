@@ -16,10 +16,9 @@ import torch
 
 from cases.neighbors import clustered, threshold_for
 from icce_ray.neighbors.adaptive_rule import Rule
-from icce_ray.neighbors.faiss_engine import Engine, FaissEngine, Queries
+from icce_ray.neighbors.queries import Queries
 from icce_ray.neighbors.search import merge, search
 from icce_ray.neighbors.torch_engine import TorchEngine
-from icce_ray.runtime.threads import set_threads
 from icce_ray.sample.unit_features import UnitFeatures, prepare
 
 SETTINGS: dict[str, Any] = {
@@ -39,10 +38,10 @@ def run(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, bool]]:
     prepared = prepare(clustered(settings["measured_images"], settings["dim"]), True)
     threshold = threshold_for(prepared[: 1 << 15], settings["mean_neighbors"] * (1 << 15) // len(prepared))
     rule = Rule(threshold, settings["min_neighbors"], 1000, seed=0)
-    set_threads(1)
-    measured = {"cpu core": rate(FaissEngine(prepared, np.arange(len(prepared))), prepared, rule, settings)}
+    torch.set_num_threads(1)
+    measured = {"cpu core": rate(TorchEngine(prepared, np.arange(len(prepared))), prepared, rule, settings)}
     if torch.cuda.is_available():
-        measured["gpu"] = rate(TorchEngine(prepared, np.arange(len(prepared))), prepared, rule, settings)
+        measured["gpu"] = rate(TorchEngine(prepared, np.arange(len(prepared)), "cuda"), prepared, rule, settings)
     gpu_rate = measured.get("gpu", settings["gpu_pairs_per_s"])
     for name, pairs_per_s in measured.items():
         print(f"{name}: {pairs_per_s:.2e} pairs of {settings['dim']} dimensions a second (all pairs counted)")
@@ -56,7 +55,7 @@ def run(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, bool]]:
     return figures, {}
 
 
-def rate(engine: Engine, prepared: UnitFeatures, rule: Rule, settings: dict[str, Any]) -> float:
+def rate(engine: TorchEngine, prepared: UnitFeatures, rule: Rule, settings: dict[str, Any]) -> float:
     """Pairs of a query and an image per second: the whole search, with the exact second look."""
     ids = np.random.default_rng(0).choice(len(prepared), settings["measured_queries"], replace=False)
     started = time.perf_counter()

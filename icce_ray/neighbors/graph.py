@@ -12,7 +12,6 @@ import numpy.typing as npt
 from icce_ray.config import NeighborsConfig
 from icce_ray.neighbors.audit import Audit, audit_features
 from icce_ray.neighbors.graph_rows import NUM_NEAREST, Rows, merge_shards, part_ranges, search_shard
-from icce_ray.neighbors.search import make_engine
 from icce_ray.runtime.progress import Progress
 from icce_ray.sample.unit_features import prepare
 from icce_ray.store import Artifact
@@ -61,7 +60,7 @@ def build_graph(
     num_clusters: int,
     seed: int,
     progress: Progress | None = None,
-    device: str | None = None,
+    device: str = "cpu",
     num_threads: int = 1,
 ) -> tuple[NeighborGraph, Audit]:
     """Audit the features and build the graph in this process: the oracle of the distributed stage.
@@ -72,15 +71,18 @@ def build_graph(
         num_clusters: K; bounds the automatic threshold.
         seed: seed of the audit's samples and of the random subsets.
         progress: told of finished rows.
-        device: a torch device to search on, with `num_threads` of the CPU; None: the CPU, by FAISS.
+        device: where to search.
+        num_threads: CPU threads of this process.
 
     Raises:
         InputError: features that are not finite, or fewer than two.
     """
+    from icce_ray.neighbors.torch_engine import TorchEngine  # torch takes seconds
+
     unit = prepare(features_ND, config.center)
     audit = audit_features(unit, config, num_clusters=num_clusters, seed=seed)
     rule = audit.rule(config, seed)
-    engine = make_engine(unit, np.arange(len(unit)), device, num_threads)
+    engine = TorchEngine(unit, np.arange(len(unit)), device, num_threads)
     parts: list[Rows] = []
     for start, stop in part_ranges(len(unit)):
         ids = np.arange(start, stop)

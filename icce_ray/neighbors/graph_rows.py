@@ -5,17 +5,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from icce_ray.neighbors.adaptive_rule import PairList, Rule, keep, rank_in_row
-from icce_ray.neighbors.faiss_engine import Engine, Queries
+from icce_ray.neighbors.queries import Queries
 from icce_ray.neighbors.search import QUERY_BLOCK, Candidates, merge, search
 from icce_ray.neighbors.search_memory import MAX_ROWS_PER_PART
 from icce_ray.runtime.threads import in_threads
 from icce_ray.sample.unit_features import Ids, UnitFeatures
+
+if TYPE_CHECKING:
+    from icce_ray.neighbors.torch_engine import TorchEngine
 
 NUM_NEAREST = 10
 """Length of the lists of most similar neighbours."""
@@ -80,7 +83,7 @@ def index_dtype(num_images: int) -> np.dtype[np.integer]:
     return np.dtype(np.int32 if num_images <= 2**31 - 1 else np.int64)
 
 
-def search_shard(engine: Engine, unit: UnitFeatures, ids: Ids, rule: Rule) -> list[Candidates]:
+def search_shard(engine: TorchEngine, unit: UnitFeatures, ids: Ids, rule: Rule) -> list[Candidates]:
     """A shard's candidates for the images `ids`, block by block of queries."""
     return in_threads(lambda block: search(engine, Queries(unit, block), rule), _blocks(ids), engine.blocks_at_once)
 

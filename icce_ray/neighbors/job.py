@@ -59,7 +59,7 @@ def run(config: Config, context: StageContext) -> dict[str, Any]:
 
 def _build_here(task: GraphTask, progress: Progress) -> tuple[PartRecord, list[PartRecord]]:
     """The audit and all parts, made in this process by one shard."""
-    worker = ShardWorker(task, 0, 1, usable_cpus(), None)
+    worker = ShardWorker(task, 0, 1, usable_cpus(), "cpu")
     audited = task.records.read(AUDIT) or worker.audit()
     finished = task.records.read_all()
     for part in task.parts:
@@ -106,7 +106,7 @@ class Shards:
             import ray
 
             num_shards = min(self.resources.num_workers, self.num_images)
-            device = "cuda" if self.resources.gpus_per_worker else None
+            device = "cuda" if self.resources.gpus_per_worker else "cpu"
             actor = ray.remote(ShardWorker).options(
                 num_cpus=worker_cpus(self.resources),
                 num_gpus=self.resources.gpus_per_worker,

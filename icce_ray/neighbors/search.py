@@ -2,7 +2,7 @@
 
 A shard applies the rule to its own images: its answer to a query has all that are similar enough or, if they are fewer
 than `min_neighbors`, its most similar. Every neighbour is in some shard's answer, so applying the rule again to all
-answers gives the row of the graph. Shards, blocks, threads and engine don't change the result.
+answers gives the row of the graph. Shards, blocks, threads and devices don't change the result.
 
 Legend: D feature dimension, n images of the shard, Q queries, P pairs, k list length.
 """
@@ -12,13 +12,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from icce_ray.neighbors.adaptive_rule import PairList, Rule, keep
-from icce_ray.neighbors.faiss_engine import Engine, FaissEngine, Queries
+from icce_ray.neighbors.queries import Queries
 from icce_ray.runtime.threads import in_threads, threads_within
 from icce_ray.sample.unit_features import Floats, Ids, UnitFeatures
+
+if TYPE_CHECKING:
+    from icce_ray.neighbors.torch_engine import TorchEngine
 
 QUERY_BLOCK = 1024
 PAIRS_HELD = 8_000_000
@@ -42,16 +46,7 @@ class Candidates:
     error: float
 
 
-def make_engine(unit: UnitFeatures, ids_n: Ids, device: str | None, num_threads: int) -> Engine:
-    """A shard of the images `ids_n`: on the CPU by FAISS (`device` None), or on a torch device."""
-    if device is None:
-        return FaissEngine(unit, ids_n)
-    from icce_ray.neighbors.torch_engine import TorchEngine
-
-    return TorchEngine(unit, ids_n, device, num_threads)
-
-
-def search(engine: Engine, queries: Queries, rule: Rule) -> Candidates:
+def search(engine: TorchEngine, queries: Queries, rule: Rule) -> Candidates:
     """Search a shard. Memory grows with the number of queries: about `QUERY_BLOCK` at a time."""
     num_queries, error = len(queries), engine.error
     num_hits_Q = np.zeros(num_queries, np.int64)
@@ -91,6 +86,8 @@ def most_similar(unit: UnitFeatures, ids_Q: Ids, k: int) -> tuple[Floats, Ids]:
         similarities (Q, min(k, N-1)) float32 (accurate to float32) and ids (same shape) int64, the most similar first.
         The set of ids is exact; if similarities tie at the end of the list, the lower ids are in.
     """
+    from icce_ray.neighbors.torch_engine import TorchEngine  # torch takes seconds
+
     num_images, dim = unit.shape
     k = min(k, num_images - 1)
     rule = Rule(None, k, None, seed=0)
@@ -98,11 +95,11 @@ def most_similar(unit: UnitFeatures, ids_Q: Ids, k: int) -> tuple[Floats, Ids]:
     chunk = max(k + 1, CHUNK_ELEMENTS // dim)
 
     def answers_of_chunk(start: int) -> list[Candidates]:
-        engine = FaissEngine(unit, np.arange(start, min(start + chunk, num_images)))
+        engine = TorchEngine(unit, np.arange(start, min(start + chunk, num_images)))
         return [search(engine, Queries(unit, block), rule) for block in blocks]
 
     starts, num_threads = range(0, num_images, chunk), threads_within(CHUNK_BYTES)
-    # Few chunks would leave threads idle: then FAISS uses them, within each chunk.
+    # Few chunks would leave threads idle: then torch uses them, within each chunk.
     of_chunks = in_threads(answers_of_chunk, starts, num_threads if len(starts) >= num_threads else 1)
     similarities_Qk, ids_Qk = np.empty((len(ids_Q), k), np.float32), np.empty((len(ids_Q), k), np.int64)
     for number, block in enumerate(blocks):

@@ -4,27 +4,27 @@ from __future__ import annotations
 
 import math
 
-from icce_ray.neighbors.faiss_engine import BASE_BLOCK
 from icce_ray.neighbors.search import PAIRS_HELD, QUERY_BLOCK
 
 MAX_ROWS_PER_PART = 16_384
 """A part is built in memory, then written."""
+SCORED_PAIRS = 2**24
 HIT_BYTES = 40
-"""A hit as FAISS returns it (12 bytes), and our row, column and flags."""
+"""A pair as it is found, and its row, column and flags."""
 PAIR_BYTES = 48
 """A held pair, and its hash and order while rows are cut."""
 
 
 def shard_bytes(num_images: int, dim: int) -> int:
-    """Memory of the features of N images in a shard, float32, and of their order."""
-    return num_images * ((dim + 1) * 4 + 16)
+    """Memory of the features of N images in a shard, float32, and of their ids."""
+    return num_images * (dim * 4 + 8)
 
 
 def worker_bytes(num_images: int, dim: int, mean_neighbors: float) -> int:
     """Memory of one worker besides the features of its shard, at worst."""
-    queries, base, rows = (min(num_images, most) for most in (QUERY_BLOCK, BASE_BLOCK, MAX_ROWS_PER_PART))
-    hits = queries * base * HIT_BYTES + min(PAIRS_HELD, num_images**2) * PAIR_BYTES
-    return hits + int(rows * mean_neighbors * 3 * 8) + (queries + base) * dim * 4
+    queries, rows = (min(num_images, most) for most in (QUERY_BLOCK, MAX_ROWS_PER_PART))
+    hits = min(SCORED_PAIRS, num_images**2) * HIT_BYTES + min(PAIRS_HELD, num_images**2) * PAIR_BYTES
+    return hits + int(rows * mean_neighbors * 3 * 8) + (queries + rows) * dim * 4
 
 
 def needed_bytes(base_bytes: int, worker_bytes: int, num_here: int, num_workers: int) -> int:

@@ -10,6 +10,7 @@ import io
 import json
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -17,14 +18,16 @@ from icce_ray.config import NeighborsConfig
 from icce_ray.embed.feature_matrix import load_features
 from icce_ray.neighbors.adaptive_rule import Rule
 from icce_ray.neighbors.audit import Audit, audit_features
-from icce_ray.neighbors.faiss_engine import Engine
 from icce_ray.neighbors.graph import NEAREST_SUFFIX
 from icce_ray.neighbors.graph_rows import merge_shards, part_ranges, search_shard
-from icce_ray.neighbors.search import Candidates, make_engine
+from icce_ray.neighbors.search import Candidates
 from icce_ray.runtime.threads import set_threads
 from icce_ray.sample.unit_features import UnitFeatures, prepare
 from icce_ray.store import Artifact, ArtifactWriter
 from icce_ray.store.part_records import PartRecord, PartRecords
+
+if TYPE_CHECKING:
+    from icce_ray.neighbors.torch_engine import TorchEngine
 
 AUDIT = "audit"
 MEAN_NAME = "mean.npy"
@@ -72,8 +75,8 @@ class ShardWorker:
     num_shards: int
     num_threads: int
     """CPU threads of searches."""
-    device: str | None
-    """Torch device of searches; None: the CPU, by FAISS."""
+    device: str
+    """Torch device of searches."""
     num_answers: int = 0
 
     def __post_init__(self) -> None:
@@ -97,9 +100,14 @@ class ShardWorker:
         return self.task.read_audit().rule(self.task.config, self.task.seed)
 
     @cached_property
-    def engine(self) -> Engine:
+    def engine(self) -> TorchEngine:
+        import torch  # takes seconds
+
+        from icce_ray.neighbors.torch_engine import TorchEngine
+
+        torch.set_num_threads(self.num_threads)
         start, stop = (len(self.unit) * shard // self.num_shards for shard in (self.shard, self.shard + 1))
-        return make_engine(self.unit, np.arange(start, stop), self.device, self.num_threads)
+        return TorchEngine(self.unit, np.arange(start, stop), self.device, self.num_threads)
 
     def audit(self) -> PartRecord:
         """Audit the features, and leave their mean for the other workers."""

@@ -1,12 +1,13 @@
-"""The search engine for GPUs: blocked half-precision products on the tensor cores.
+"""The part of a search that touches every pair: queries against the images of one shard, on a CPU or a GPU.
 
-FAISS has no range search on GPUs, and its lists are at most 2048 long, so the threshold rule cannot be built on it.
-Here each block of scores is examined where it was computed, in one pass. The images of a block form groups, and only
-groups whose maximum reaches a query's radius are examined further. The k-th highest of the maxima seen so far is a
-lower bound of the k-th highest score, so the same pass also finds the radius. Scores in float16 are accurate to 0.002;
-pairs closer to a border than that are scored again from the float32 rows, in float64. So the neighbours are those of
-float32 on a CPU, ties included. Only pairs that may stay leave the device, since a CPU takes longer to go through all
-pairs that reach the radius than the GPU takes for the products.
+Each block of scores is examined where it was computed, in one pass. The images of a block form groups, and only groups
+whose maximum reaches a query's radius are examined further. The k-th highest of the maxima seen so far is a lower bound
+of the k-th highest score, so the same pass also finds the radius. Scores may be wrong by up to `error`, 0.002 in the
+float16 of a GPU; pairs closer to a border than that are scored again from the float32 rows, in float64. So every device
+finds the same neighbours, ties included. From a GPU only pairs that may stay are fetched, since a CPU takes longer to
+go through all pairs that reach the radius than the GPU takes for the products.
+
+FAISS has no range search on GPUs, and one radius for all queries on CPUs, so the threshold rule is not built on it.
 
 Legend: D feature dimension, n images of the shard, Q queries, B images of a block, G images of a group, T groups of a
 block, P pairs, k list length.
@@ -25,11 +26,12 @@ import torch
 from torch import Tensor
 
 from icce_ray.neighbors.adaptive_rule import PairList, Rule
-from icce_ray.neighbors.faiss_engine import BASE_BLOCK, UNREACHABLE, Queries, always_wanted, as_slice
+from icce_ray.neighbors.queries import UNREACHABLE, Queries, always_wanted
 from icce_ray.runtime.threads import in_threads
-from icce_ray.sample.unit_features import RESOLUTION, Ids, UnitFeatures, in_units
+from icce_ray.sample.unit_features import RESOLUTION, Ids, UnitFeatures, exact_similarity, in_units
 
-SCORES_PER_BLOCK = 2**28
+LOADED_ROWS = 16_384
+SCORES_PER_BLOCK = {"cuda": 2**28, "cpu": 2**22}
 GATHERED_SCORES = 2**24
 PAIRS_ON_DEVICE = 2**23
 RESCORED_ELEMENTS = 2**26
@@ -44,30 +46,33 @@ BLOCK_BYTES = 2**31
 
 
 class TorchEngine:
-    """Holds the rows of a shard on a device, in float16 for the products and in float32 for the second look.
+    """Holds the rows of a shard on a device in float32, and on a GPU in float16 for the products.
 
     Args:
         unit: the features of all images.
         ids_n: the shard's images, ascending.
-        device: where to search; `cpu` gives the same neighbours, slowly.
+        device: `cpu` or a torch device.
         num_threads: CPU threads of this process.
     """
 
-    def __init__(self, unit: UnitFeatures, ids_n: Ids, device: str = "cuda", num_threads: int = 1) -> None:
+    blocks_at_once = 1
+    """Blocks of queries to search at the same time, each in a thread. On CPUs torch has threads of its own."""
+
+    def __init__(self, unit: UnitFeatures, ids_n: Ids, device: str = "cpu", num_threads: int = 1) -> None:
         dim = unit.shape[1]
         self.ids_n = ids_n
-        self.error = half_precision_error(dim)
         self.device = torch.device(device)
+        self.error = half_precision_error(dim) if self.in_halves else (dim + 2) * 2.0**-23 + 2 * RESOLUTION
+        """Bound on the difference between a score and the cosine, `RESOLUTION` included."""
         self._rows_nD = torch.empty((len(ids_n), dim), dtype=torch.float32, device=self.device)
 
         def load(start: int) -> None:
-            block = ids_n[start : start + BASE_BLOCK]
-            self._rows_nD[start : start + len(block)] = torch.from_numpy(unit[as_slice(block)]).to(self.device)
+            block = ids_n[start : start + LOADED_ROWS]
+            self._rows_nD[start : start + len(block)] = torch.from_numpy(unit[_as_slice(block)]).to(self.device)
 
-        in_threads(load, range(0, len(ids_n), BASE_BLOCK), num_threads)
-        self._half_nD = self._rows_nD.half()
+        in_threads(load, range(0, len(ids_n), LOADED_ROWS), num_threads)
+        self._scored_nD = self._rows_nD.half() if self.in_halves else self._rows_nD
         self._ids_n = torch.tensor(ids_n, device=self.device)
-        self.blocks_at_once = 1
         self._streams: SimpleQueue[torch.cuda.Stream] = SimpleQueue()
         if self.device.type == "cuda":
             free, _ = torch.cuda.mem_get_info(self.device)
@@ -78,7 +83,14 @@ class TorchEngine:
         # Split sums in float16 would be off by more than `error`.
         torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
 
+    @property
+    def in_halves(self) -> bool:
+        """Whether products are in float16, and the rule is applied on the device."""
+        return self.device.type == "cuda"
+
     def pairs(self, queries: Queries, rule: Rule) -> Iterator[PairList]:
+        """Pairs of the queries and the shard's images, each at most once, some at a time: all that the rule may keep
+        and all that reach its threshold. There are none of queries that `Queries.unsearched` names."""
         # A stream for each block, so that its copies and waits hold up no other block.
         with self._stream():
             yield from self._pairs(queries, rule)
@@ -97,15 +109,15 @@ class TorchEngine:
 
     def _pairs(self, queries: Queries, rule: Rule) -> Iterator[PairList]:
         features_QD = torch.from_numpy(queries.features).to(self.device)
-        half_QD = features_QD.half()
+        scored_QD = features_QD.to(self._scored_nD.dtype)
         ids_Q = torch.tensor(queries.ids_Q, device=self.device)
         unsearched_Q = torch.tensor(queries.unsearched(rule, self.error), device=self.device)
         border = always_wanted(rule, self.error)
         k = rule.min_neighbors + 1  # the image itself may be among them
-        best_Qk = torch.empty((len(queries), 0), dtype=torch.half, device=self.device)
+        best_Qk = torch.empty((len(queries), 0), dtype=scored_QD.dtype, device=self.device)
         found: list[_Pairs] = []
         for start, stop, group in self._image_blocks(len(queries), k):
-            scores_QB = half_QD @ self._half_nD[start:stop].T
+            scores_QB = scored_QD @ self._scored_nD[start:stop].T
             # Adjacent images fall into different groups, since the collection may be sorted by class.
             scores_QGT = scores_QB.view(len(queries), group, -1)
             maxima_QT = scores_QGT.amax(dim=1)
@@ -114,8 +126,8 @@ class TorchEngine:
                 radius_Q = torch.full((len(queries),), -UNREACHABLE, device=self.device)
             else:
                 radius_Q = (best_Qk.amin(dim=1).float() - 2 * self.error).clamp(max=border)
-            # Scores are halves: one that reaches the radius also reaches the half nearest to it.
-            radius_Q = radius_Q.half().masked_fill(unsearched_Q, UNREACHABLE)
+            # If scores are halves, one that reaches the radius also reaches the half nearest to it.
+            radius_Q = radius_Q.to(scored_QD.dtype).masked_fill(unsearched_Q, UNREACHABLE)
             for pairs in _reached(scores_QGT, maxima_QT, radius_Q, start):
                 found.append(pairs)
                 if sum(map(len, found)) > PAIRS_ON_DEVICE:
@@ -125,6 +137,7 @@ class TorchEngine:
             yield self._kept(_Pairs.join(found), features_QD, ids_Q, rule)
 
     def exact(self, queries: Queries, rows_P: npt.NDArray[np.int32], ids_P: Ids) -> Ids:
+        """As :meth:`Queries.exact`, for images of the shard."""
         if not len(rows_P):
             return np.empty(0, np.int64)
         features_QD = torch.from_numpy(queries.features).to(self.device)
@@ -138,7 +151,7 @@ class TorchEngine:
     def _image_blocks(self, num_queries: int, k: int) -> Iterator[tuple[int, int, int]]:
         """Start and end of each block, and the number of images in its groups. Groups fill a block: the images left
         over start the next one."""
-        step = MAX_GROUP * max(1, SCORES_PER_BLOCK // num_queries // MAX_GROUP)
+        step = MAX_GROUP * max(1, SCORES_PER_BLOCK[self.device.type] // num_queries // MAX_GROUP)
         start = 0
         while start < len(self.ids_n):
             size = min(step, len(self.ids_n) - start)
@@ -148,23 +161,24 @@ class TorchEngine:
             start = stop
 
     def _kept(self, pairs: _Pairs, features_QD: Tensor, ids_Q: Tensor, rule: Rule) -> PairList:
-        """The pairs that `adaptive_rule.keep` would keep or count if there were no others: the hits, and the nearest of
-        rows with fewer than `min_neighbors` hits."""
+        """The pairs without those of an image with itself. From a GPU only those that the rule would keep if there were
+        no others: the hits, and the nearest of rows with fewer than `min_neighbors` hits."""
         num_queries = len(features_QD)
         ids_P = self._ids_n[pairs.columns_P]
         pairs = pairs.take(ids_P != ids_Q[pairs.rows_P])
         is_hit_P = self._is_hit(pairs, features_QD, rule.threshold)
-        num_hits_Q = torch.bincount(pairs.rows_P[is_hit_P], minlength=num_queries)
-        is_kept_P = is_hit_P.clone()
-        short_P = _indices((num_hits_Q < rule.min_neighbors)[pairs.rows_P])
-        is_kept_P[short_P[self._is_nearest(pairs.take(short_P), features_QD, rule.min_neighbors)]] = True
-        kept_P = _indices(is_kept_P)
-        pairs = pairs.take(kept_P)
+        if self.in_halves:
+            num_hits_Q = torch.bincount(pairs.rows_P[is_hit_P], minlength=num_queries)
+            is_kept_P = is_hit_P.clone()
+            short_P = _indices((num_hits_Q < rule.min_neighbors)[pairs.rows_P])
+            is_kept_P[short_P[self._is_nearest(pairs.take(short_P), features_QD, rule.min_neighbors)]] = True
+            kept_P = _indices(is_kept_P)
+            pairs, is_hit_P = pairs.take(kept_P), is_hit_P[kept_P]
         return PairList(
             pairs.rows_P.int().cpu().numpy(),
             self._ids_n[pairs.columns_P].cpu().numpy(),
             pairs.scores_P.cpu().numpy(),
-            is_hit_P[kept_P].cpu().numpy(),
+            is_hit_P.cpu().numpy(),
         )
 
     def _is_hit(self, pairs: _Pairs, features_QD: Tensor, threshold: float | None) -> Tensor:
@@ -194,6 +208,9 @@ class TorchEngine:
         return is_nearest_P
 
     def _units(self, features_QD: Tensor, rows_P: Tensor, columns_P: Tensor) -> Tensor:
+        if not self.in_halves:
+            arrays = (tensor.numpy() for tensor in (features_QD, rows_P, self._rows_nD, columns_P))
+            return torch.from_numpy(exact_similarity(*arrays))
         units_P = torch.empty(len(rows_P), dtype=torch.int64, device=self.device)
         step = max(1, RESCORED_ELEMENTS // features_QD.shape[1])
         for start in range(0, len(rows_P), step):
@@ -269,6 +286,12 @@ def _rank_in_row(sorted_rows_P: Tensor, num_rows: int) -> Tensor:
 
 def _indices(mask_P: Tensor) -> Tensor:
     return mask_P.nonzero(as_tuple=True)[0]
+
+
+def _as_slice(ids_n: Ids) -> slice | Ids:
+    """Consecutive ids as a slice: a memory map then reads them in one go."""
+    is_run = int(ids_n[-1] - ids_n[0]) == len(ids_n) - 1
+    return slice(int(ids_n[0]), int(ids_n[-1]) + 1) if is_run else ids_n
 
 
 def half_precision_error(dim: int) -> float:

@@ -21,12 +21,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import faiss
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from icce_ray.sample.range_search import range_search
 from icce_ray.sample.unit_features import (
     RESOLUTION,
     Floats,
@@ -189,11 +187,10 @@ def auto_threshold(unit: UnitFeatures) -> float:
     k = min(NUM_NEAREST, len(unit) - 1) + 1  # the image itself is among them
     nearest_Qk = np.empty((len(queries_QD), 0), np.float32)
     for start in range(0, len(unit), BASE_BLOCK):
-        base_BD = unit[start : start + BASE_BLOCK]
-        found, _ = faiss.knn(queries_QD, base_BD, min(k, len(base_BD)), metric=faiss.METRIC_INNER_PRODUCT)
-        nearest_Qk = -np.sort(-np.hstack([nearest_Qk, found]), axis=1)[:, :k]
+        cosines = np.hstack([nearest_Qk, queries_QD @ unit[start : start + BASE_BLOCK].T])
+        nearest_Qk = np.partition(cosines, -min(k, cosines.shape[1]), axis=1)[:, -k:]
     # Rounded, so that the rounding errors of other machines and threads give the same threshold.
-    distance = float(f"{AUTO_SHARE_OF_DISTANCE * (1.0 - float(np.median(nearest_Qk[:, -1]))):.3g}")
+    distance = float(f"{AUTO_SHARE_OF_DISTANCE * (1.0 - float(np.median(nearest_Qk.min(axis=1)))):.3g}")
     return 1.0 - distance if distance >= MIN_DISTANCE else 1.0
 
 
@@ -233,12 +230,11 @@ def find_pairs(
     found: list[DuplicatePairs] = []
     for first in range(start, stop, QUERY_BLOCK):
         last = min(first + QUERY_BLOCK, stop)
-        queries_Q = _with_column(projected_nM[first:last], -lowest)
         end = int(np.searchsorted(projected_nM[:, 0], projected_nM[last - 1, 0] + reach, side="right"))
         for base in range(first, end, BASE_BLOCK):
-            base_B = _with_column(projected_nM[base : min(base + BASE_BLOCK, end)], 1.0)
-            lengths_Q, columns_P, _ = range_search(queries_Q, base_B)
-            places_P, others_P = np.repeat(np.arange(first, last), lengths_Q), base + columns_P
+            cosines_QB = projected_nM[first:last] @ projected_nM[base : min(base + BASE_BLOCK, end)].T
+            queries_P, columns_P = np.nonzero(cosines_QB >= lowest)
+            places_P, others_P = first + queries_P, base + columns_P
             later_P = np.flatnonzero(others_P > places_P)
             one_P, other_P = rows_n[places_P[later_P]], rows_n[others_P[later_P]]
             units_P = exact_similarity(unit, one_P, unit, other_P)
@@ -315,7 +311,3 @@ def _to_bytes(arrays: DuplicatePairs | ProjectedRows) -> bytes:
 def _from_bytes(data: bytes) -> dict[str, Any]:
     with np.load(io.BytesIO(data), allow_pickle=False) as stored:
         return dict(stored)
-
-
-def _with_column(rows_nM: Floats, value: float) -> Floats:
-    return np.column_stack([rows_nM, np.full(len(rows_nM), value, np.float32)])

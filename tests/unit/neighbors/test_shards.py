@@ -44,7 +44,7 @@ def test_shards_that_know_storage_only_make_the_graph_of_one_process(
 
     def worker(shard: int) -> ShardWorker:
         """Every call gets a new worker: it has nothing but what lies on storage."""
-        return ShardWorker(task, shard, num_shards, 1, None)
+        return ShardWorker(task, shard, num_shards, 1, "cpu")
 
     assert [file.name for file in worker(0).audit().files] == ["audit.json", "mean.npy"][: 2 if config.center else 1]
     assert replace(task.read_audit(), predicted_s=0) == replace(audit, predicted_s=0)
