@@ -54,7 +54,7 @@ PROJECTION_ERROR = 1e-5
 """Bound on the error of an inner product of projected rows."""
 ROWS_PER_PART = 16_384
 QUERY_BLOCK = 2048
-BASE_BLOCK = 16_384
+BASE_BLOCK = 4096
 
 
 @dataclass(frozen=True)
