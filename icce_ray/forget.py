@@ -113,17 +113,13 @@ def forget_images(run: str, uris: str, *, quiet: bool = False) -> Takedown:
     for key in found:
         if listings[key].manifest.config["embeddings"]["uri"] is not None:
             raise InputError(f"{key}: these images come from ready-made embeddings; remove their rows there, then run")
-    amended, pages, same_content = _Amended(), list[str](), set[int]()
+    pages, same_content, num_parts = list[str](), set[int](), 0
     for key, artifact in artifacts.items():
         if artifact is None:
             continue
-        is_page = artifact.manifest.stage in PAGES
         own = _listing_of(key, artifacts)
-        if is_page:
-            is_concerned = not found.keys().isdisjoint(with_inputs({key}, artifacts))
-        else:
-            is_concerned = artifact.manifest.stage in STAGES and own in found
-        if not is_concerned:
+        is_page = artifact.manifest.stage in PAGES and not found.keys().isdisjoint(with_inputs({key}, artifacts))
+        if not is_page and (artifact.manifest.stage not in STAGES or own not in found):
             continue
         shutil.rmtree(cache_folder() / artifact.manifest.stage / artifact.fingerprint, ignore_errors=True)
         if not quiet:
@@ -133,16 +129,17 @@ def forget_images(run: str, uris: str, *, quiet: bool = False) -> Takedown:
                 pages.append(artifact.folder.uri)
                 artifact.folder.remove(MANIFEST_NAME)
             else:
-                same_content |= _forget_in(artifact, found[own], amended)
+                same, num_written = _forget_in(artifact, found[own])
+                same_content, num_parts = same_content | same, num_parts + num_written
         if is_page:
             artifact.folder.clear()
     _forget_in_corrections(root / KEPT_FOLDER, set(wanted.values()))
     _forget_in_latest(root, set(wanted.values()), bool(pages))
     for key in found:
         with Claim(listings[key].folder):
-            _forget_in_listing(listings[key], wanted, amended)
+            num_parts += _forget_in_listing(listings[key], wanted)
     num_found = len({uri for one in found.values() for uri in one.hashes})
-    return Takedown(num_found, len(wanted) - num_found, len(same_content), amended.num_parts, tuple(pages))
+    return Takedown(num_found, len(wanted) - num_found, len(same_content), num_parts, tuple(pages))
 
 
 def _listing_of(key: str, artifacts: Artifacts) -> str:
@@ -179,35 +176,19 @@ class _Found:
         return cls(np.array(ids, np.int64), tuple(hashes))
 
 
-class _Amended:
-    """Counts what is written."""
-
-    def __init__(self) -> None:
-        self.num_parts = 0
-
-    def commit(self, artifact: Artifact, parts: dict[str, Part], metrics: dict[str, Any], *, revision: int = 0) -> None:
-        """Replace parts of an artifact in its manifest."""
-        if not parts:
-            return
-        self.num_parts += len(parts)
-        manifest, writer = artifact.manifest, ArtifactWriter(artifact.folder, amends=True)
+def _amend(artifact: Artifact, parts: dict[str, Part], metrics: dict[str, Any], *, revision: int) -> int:
+    """Replace parts of an artifact. Returns their number."""
+    if parts:
+        writer = ArtifactWriter(artifact.folder, amends=True)
         for name in artifact.part_names():
             writer.add(parts.get(name) or artifact.part(name))
-        made = writer.commit(
-            stage=manifest.stage,
-            fingerprint=manifest.fingerprint,
-            inputs=manifest.inputs,
-            config=manifest.config,
-            metrics=manifest.metrics | metrics,
-            seconds=manifest.seconds,
-            revision=revision or manifest.revision,
-        )
-        if made.manifest.parts.name != manifest.parts.name:
-            artifact.folder.remove(manifest.parts.name)
+        writer.amend(artifact, artifact.metrics | metrics, revision=revision)
+    return len(parts)
 
 
-def _forget_in(artifact: Artifact, found: _Found, amended: _Amended) -> set[int]:
-    """Remove the images from the parts that hold them. Returns the ids of other images with the same bytes."""
+def _forget_in(artifact: Artifact, found: _Found) -> tuple[set[int], int]:
+    """Remove the images from the parts that hold them. Returns the ids of other images with the same bytes, and the
+    number of parts."""
     names, parts, same = artifact.part_names(), dict[str, Part](), set[int]()
     series = defaultdict(list)
     for name in names:
@@ -234,8 +215,7 @@ def _forget_in(artifact: Artifact, found: _Found, amended: _Amended) -> set[int]
         kept_data = _without_uris(data, lambda uri: uri_hash(uri) in found.hashes)
         if kept_data != data:
             parts[APPLIED_NAME] = ArtifactWriter(artifact.folder, amends=True).write_bytes(APPLIED_NAME, kept_data)
-    amended.commit(artifact, parts, metrics)
-    return same
+    return same, _amend(artifact, parts, metrics, revision=artifact.manifest.revision)
 
 
 def _parts_with(artifact: Artifact, names: list[str], image_ids: Ids) -> list[str]:
@@ -293,8 +273,9 @@ def _same_content(duplicates: pa.Table, image_ids: Ids) -> set[int]:
     return named - set(image_ids.tolist())
 
 
-def _forget_in_listing(listing: Artifact, wanted: dict[bytes, str], amended: _Amended) -> None:
-    """Placeholders instead of the images, which counts as another revision of the listing: the next run trains anew."""
+def _forget_in_listing(listing: Artifact, wanted: dict[bytes, str]) -> int:
+    """Placeholders instead of the images, which counts as another revision of the listing: the next run trains anew.
+    Returns the number of parts."""
     names, parts = pa.array(list(wanted.values()), pa.string()), dict[str, Part]()
     stands_in = pa.array(map(placeholder, wanted), pa.string())
     num_removed = 0
@@ -314,7 +295,7 @@ def _forget_in_listing(listing: Artifact, wanted: dict[bytes, str], amended: _Am
         num_removed += pc.sum(pc.equal(kept["problem"], REMOVED)).as_py() or 0
         if part := _replace(listing, name, table, kept):
             parts[name] = part
-    amended.commit(listing, parts, {"num_removed": num_removed}, revision=listing.manifest.revision + 1)
+    return _amend(listing, parts, {"num_removed": num_removed}, revision=listing.manifest.revision + 1)
 
 
 def _forget_in_corrections(folder: Folder, uris: Collection[str]) -> None:

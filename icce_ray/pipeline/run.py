@@ -267,25 +267,14 @@ def retry_failed_images(config: Config, planned: list[PlannedStage], quiet: bool
     writer, progress = ArtifactWriter(step.folder, amends=True), Progress("retry", step.stage.unit, quiet)
     check_stages(config, [step.stage])
     with Claim(step.folder) as claim:
-        began = time.monotonic()
         module = importlib.import_module(step.stage.module)
         metrics = module.retry(config, StageContext(writer, {"images": images}, progress), artifact)
-        seconds = time.monotonic() - began
         if metrics is None:
             progress.note("the images of the errors table failed again")
             return False
         claim.confirm()
-        amended = writer.commit(
-            stage=step.name,
-            fingerprint=step.fingerprint,
-            inputs=step.input_fingerprints,
-            config=step.stage.config_of(config).model_dump(mode="json"),
-            metrics=metrics,
-            seconds=seconds,
-            revision=artifact.manifest.revision + 1,
-        )
+        amended = writer.amend(artifact, metrics, revision=artifact.manifest.revision + 1)
         for name in set(artifact.file_names()) - set(amended.file_names()):
-            step.folder.remove(name)
             step.folder.remove(hashes_name(name))
     progress.note(f"{num_failed(artifact) - num_failed(amended)} images more can be used")
     return True

@@ -153,6 +153,22 @@ class ArtifactWriter:
             return there
         return Artifact(self.folder, manifest)
 
+    def amend(self, artifact: Artifact, metrics: Mapping[str, Any], *, revision: int) -> Artifact:
+        """Commit the parts as those of a finished artifact, and remove files that it no longer has."""
+        manifest = artifact.manifest
+        amended = self.commit(
+            stage=manifest.stage,
+            fingerprint=manifest.fingerprint,
+            inputs=manifest.inputs,
+            config=manifest.config,
+            metrics=metrics,
+            seconds=manifest.seconds,
+            revision=revision,
+        )
+        for name in set(artifact.file_names()) - set(amended.file_names()):
+            self.folder.remove(name)
+        return amended
+
 
 def check_unfinished(folder: Folder) -> None:
     """Before a part is written where a lost claim is possible.
