@@ -27,11 +27,8 @@ def demo_config() -> dict[str, Any]:
 
 
 def write_demo_images(folder: str | Path) -> int:
-    """Write the digits as ``<folder>/<digit>/<number>.png``, 8-bit grey. Existing files are kept.
-
-    Returns:
-        The number of images.
-    """
+    """Write the digits as ``<folder>/<digit>/<number>.png``, 8-bit grey. Existing files are kept. Returns the number of
+    images."""
     from PIL import Image
     from sklearn.datasets import load_digits
 

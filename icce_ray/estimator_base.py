@@ -22,12 +22,8 @@ class FeatureClusterer(ClusterMixin, BaseEstimator):
     """Clusters the rows of a matrix. Subclasses have the parameters `random_state` and `verbose`."""
 
     def _check_rows(self, X: npt.ArrayLike, num_clusters: int | None = None) -> npt.NDArray[Any]:
-        """The rows to fit, checked.
-
-        Raises:
-            ConfigError: no clusters are asked for.
-            InputError: fewer rows than clusters.
-        """
+        """The rows to fit, checked. Raises ConfigError: no clusters are asked for; InputError: fewer rows than
+        clusters."""
         if num_clusters is not None and num_clusters < 1:
             raise ConfigError(f"{type(self).__name__}: n_clusters is {num_clusters}; at least 1 is needed")
         features_ND: npt.NDArray[Any] = validate_data(self, X, dtype=FLOATS, ensure_min_samples=2)

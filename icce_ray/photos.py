@@ -72,11 +72,8 @@ def cluster_photos(
 
 
 def photo_settings(photos: str, *, num_clusters: str, output: str | None, has_gpu: bool) -> dict[str, Any]:
-    """The settings of ``icce-ray cluster``: with a GPU the defaults on it, else a small backbone and few heads.
-
-    Raises:
-        InputError: `output` is None, and nothing can lie beside the photos.
-    """
+    """The settings of ``icce-ray cluster``: with a GPU the defaults on it, else a small backbone and few heads. Raises
+    InputError: `output` is None, and nothing can lie beside the photos."""
     place = photos.rstrip("/") if is_remote(photos) else os.path.abspath(photos)
     given = Path(output).absolute() if output is not None and not is_remote(output) else output
     settings: dict[str, Any] = {

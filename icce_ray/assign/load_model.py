@@ -59,11 +59,8 @@ def load(path: str | Path, *, device: str = "cpu") -> Model:
 
 
 def find_model(path: str) -> Artifact:
-    """The classifier artifact in the folder `path`, or that of the newest run whose output `path` is.
-
-    Raises:
-        InputError: there is none.
-    """
+    """The classifier artifact in the folder `path`, or that of the newest run whose output `path` is. Raises
+    InputError: there is none."""
     folder = Folder.reachable(path)
     artifact = Artifact.find(folder)
     if artifact is None and (latest := read_latest(path)) is not None:
@@ -175,11 +172,8 @@ class Model:
 
 
 def embed_config(artifact: Artifact, description: dict[str, Any]) -> EmbedConfig:
-    """The settings that embed images like those that the model was trained on.
-
-    Raises:
-        InputError: it was trained on ready-made embeddings.
-    """
+    """The settings that embed images like those that the model was trained on. Raises InputError: it was trained on
+    ready-made embeddings."""
     ready_made = description["embeddings"]["uri"]
     if ready_made is not None:
         raise InputError(
@@ -197,12 +191,8 @@ def embed_config(artifact: Artifact, description: dict[str, Any]) -> EmbedConfig
 
 
 def check_weights(embed: EmbedConfig, description: dict[str, Any]) -> None:
-    """Refuse a weights file other than the one that the model was made with.
-
-    Raises:
-        ConfigError: there is no such file.
-        InputError: its content is different.
-    """
+    """Refuse a weights file other than the one that the model was made with. Raises ConfigError: there is no such file;
+    InputError: its content is different."""
     expected = description["embed_identity"]["embed"].get("weights") or ""
     if expected.startswith("sha256:") and f"sha256:{weights_digest(str(embed.weights))}" != expected:
         raise InputError(

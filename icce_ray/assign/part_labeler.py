@@ -54,12 +54,8 @@ class PartLabeler:
         return {name: value for name, value in vars(self).items() if name not in ("classifier", "_consensus", "_moved")}
 
     def label(self, part: AssignPart) -> tuple[list[Part], Totals]:
-        """Label the images of a part and write its files.
-
-        Raises:
-            InputError: embeddings that cannot be used.
-            DamagedArtifactError: an input is not what its manifest says.
-        """
+        """Label the images of a part and write its files. Raises InputError: embeddings that cannot be used;
+        DamagedArtifactError: an input is not what its manifest says."""
         tables, candidates, totals = [SCHEMA.empty_table()], [CANDIDATES_SCHEMA.empty_table()], []
         outliers = list[pa.Table]()
         row = part.first_row

@@ -22,15 +22,9 @@ from icce_ray.store import Artifact
 
 
 def run(config: Config, context: StageContext) -> dict[str, Any]:
-    """Train the classifier on the features and the consensus, and write the model folder.
-
-    Returns:
-        The metrics of :func:`~icce_ray.classifier.model_folder.write_model`.
-
-    Raises:
-        InputError: every learning rate diverged.
-        WorkerError: workers died more often than they are restarted.
-    """
+    """Train the classifier on the features and the consensus, and write the model folder. Returns the metrics of
+    :func:`~icce_ray.classifier.model_folder.write_model`. Raises InputError: every learning rate diverged; WorkerError:
+    workers died more often than they are restarted."""
     embed, consensus = training_set(context.inputs), consensus_of(context.inputs)
     data: bytes = work_on_workers(
         "classifier",

@@ -99,11 +99,7 @@ class LinearClassifier:
         return logits_nK
 
     def predict_proba(self, features: FloatArray) -> Float32Array:
-        """(n, K) float32 calibrated probabilities of (n, D) features.
-
-        Raises:
-            InputError: wrong number of dimensions.
-        """
+        """(n, K) float32 calibrated probabilities of (n, D) features. Raises InputError: wrong number of dimensions."""
         return calibrate(self.logits(features), self.temperature, self.probability_floor)
 
     def predict(self, features: FloatArray) -> npt.NDArray[np.int32]:
@@ -158,11 +154,8 @@ class LinearClassifier:
 
     @classmethod
     def from_bytes(cls, data: bytes) -> LinearClassifier:
-        """Read what :meth:`to_bytes` wrote.
-
-        Raises:
-            InputError: not a classifier file, or one of another format version.
-        """
+        """Read what :meth:`to_bytes` wrote. Raises InputError: not a classifier file, or one of another format
+        version."""
         try:
             tensors = safetensors.numpy.load(data)
             header_size = int.from_bytes(data[:8], "little")

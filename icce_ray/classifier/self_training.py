@@ -130,11 +130,8 @@ class SelfTraining:
         return _best(candidates)
 
     def finish(self, candidates: Sequence[Candidate]) -> LinearClassifier:
-        """Choose among the candidates, which together cover the grid; calibrate it and fit the outlier rule.
-
-        Raises:
-            InputError: every learning rate diverged.
-        """
+        """Choose among the candidates, which together cover the grid; calibrate it and fit the outlier rule. Raises
+        InputError: every learning rate diverged."""
         best = _best(candidates)
         rates = self.config.learning_rates
         if best.position < 0:
@@ -188,11 +185,8 @@ def fit_classifier(
     progress: Progress | None = None,
     device: str = "cpu",
 ) -> LinearClassifier:
-    """Self-training in this process; arguments as :class:`SelfTraining` and :meth:`SelfTraining.train`.
-
-    Raises:
-        InputError: fewer than 2 labelled images, labels out of range, or every learning rate diverged.
-    """
+    """Self-training in this process; arguments as :class:`SelfTraining` and :meth:`SelfTraining.train`. Raises
+    InputError: fewer than 2 labelled images, labels out of range, or every learning rate diverged."""
     training = SelfTraining(
         features_ND, labels_N, config, num_clusters=num_clusters, seed=seed, outlier_quantile=outlier_quantile
     )

@@ -52,11 +52,8 @@ def build_config(data: dict[str, Any], source: str) -> Config:
 
 
 def validate(model: type[Model], data: dict[str, Any], source: str) -> Model:
-    """Validate `data` as a `model`.
-
-    Raises:
-        ConfigError: names `source`, key, value and what is allowed for every problem found.
-    """
+    """Validate `data` as a `model`. Raises ConfigError: names `source`, key, value and what is allowed for every
+    problem found."""
     try:
         return model.model_validate(data)
     except ValidationError as error:
@@ -64,11 +61,7 @@ def validate(model: type[Model], data: dict[str, Any], source: str) -> Model:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Read the settings in a YAML file.
-
-    Raises:
-        ConfigError: the file cannot be read or holds no settings.
-    """
+    """Read the settings in a YAML file. Raises ConfigError: the file cannot be read or holds no settings."""
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:

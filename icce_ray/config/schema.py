@@ -81,11 +81,7 @@ class ClusteringConfig(Section):
 
     @property
     def num_clusters(self) -> int:
-        """K.
-
-        Raises:
-            ConfigError: it is `auto` and has not been chosen yet.
-        """
+        """K. Raises ConfigError: it is `auto` and has not been chosen yet."""
         if self.given_num_clusters == AUTO:
             raise ConfigError("num_clusters: 'auto' is chosen by a run; a number is needed here")
         return self.given_num_clusters

@@ -35,11 +35,8 @@ _Loader.yaml_implicit_resolvers = {
 
 
 def load_yaml(text: str) -> Any:
-    """The value of a YAML document.
-
-    Raises:
-        ValueError: it is not valid YAML, or holds a value that YAML 1.1 would misread. One line, with the place.
-    """
+    """The value of a YAML document. Raises ValueError: it is not valid YAML, or holds a value that YAML 1.1 would
+    misread. One line, with the place."""
     try:
         loader = _Loader(text)
         node = loader.get_single_node()

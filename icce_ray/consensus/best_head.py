@@ -13,11 +13,8 @@ from icce_ray.consensus.partition import PartitionError
 
 def best_head(heads: Heads, num_clusters: int, *, scores_H: npt.NDArray[np.float64]) -> Labels:
     """The labels (N,) of the head with the highest score (NaN is the lowest), in its own numbers if these are
-    0..num_clusters-1. Only heads that label every image and have at most that many clusters are considered.
-
-    Raises:
-        PartitionError: there is no such head.
-    """
+    0..num_clusters-1. Only heads that label every image and have at most that many clusters are considered. Raises
+    PartitionError: there is no such head."""
     sizes_C = heads.head_cluster_sizes()
     labelled_H = np.array([sizes_C[start:stop].sum() for start, stop in pairwise(heads.offsets)])
     usable = np.flatnonzero((heads.num_clusters <= num_clusters) & (labelled_H == heads.num_images))

@@ -63,10 +63,7 @@ def check_memory(
     heads: Heads, num_clusters: int, methods: Sequence[str], num_workers: int = 1, has_graph: bool = False
 ) -> None:
     """Check, before the work starts, that it fits. Other machines are assumed to have as much memory as this one.
-
-    Raises:
-        ResourceError: it does not; the message says what is needed, what is available, and what to change.
-    """
+    Raises ResourceError: it does not; the message says what is needed, what is available, and what to change."""
     needed = coordinator_bytes(heads.num_images, heads.num_clusters, num_clusters, methods, has_graph)
     needed += num_workers * worker_bytes(heads.num_images, heads.num_clusters, num_clusters)
     require_memory(

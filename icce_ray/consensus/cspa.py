@@ -30,11 +30,8 @@ def co_association(heads: HeadLabels) -> sp.csr_array:
 
 
 def cspa(heads: Heads, num_clusters: int, *, imbalance: float, seeds: list[int]) -> list[Labels]:
-    """Consensus labels (N,), 0..num_clusters-1, for each seed. Clusters may be empty.
-
-    Raises:
-        PartitionError: METIS failed, or there are more than MAX_IMAGES images.
-    """
+    """Consensus labels (N,), 0..num_clusters-1, for each seed. Clusters may be empty. Raises PartitionError: METIS
+    failed, or there are more than MAX_IMAGES images."""
     if heads.num_images > MAX_IMAGES:
         raise PartitionError(
             f"it compares all pairs of images, and {heads.num_images:,} images are over the limit of {MAX_IMAGES:,}"

@@ -19,11 +19,8 @@ its cuts of large graphs are poor."""
 
 
 def hbgf(heads: Heads, num_clusters: int, *, imbalance: float, seeds: list[int]) -> list[Labels]:
-    """Consensus labels (N,), 0..num_clusters-1, for each seed. Clusters may be empty.
-
-    Raises:
-        PartitionError: METIS failed, or the graph is too large for it.
-    """
+    """Consensus labels (N,), 0..num_clusters-1, for each seed. Clusters may be empty. Raises PartitionError: METIS
+    failed, or the graph is too large for it."""
     num_edges = int(heads.head_cluster_sizes().sum())
     if num_edges > MAX_EDGES:
         raise PartitionError(f"its graph has {num_edges:,} edges, over the limit of {MAX_EDGES:,}")

@@ -43,11 +43,7 @@ class Hierarchy:
 
     def cut(self, num_groups: int) -> npt.NDArray[np.int32]:
         """Group of each cluster (K,) int32 if `num_groups` are left. Groups are numbered in the order of their lowest
-        cluster.
-
-        Raises:
-            InputError: `num_groups` is not 1..K.
-        """
+        cluster. Raises InputError: `num_groups` is not 1..K."""
         if not 1 <= num_groups <= self.num_clusters:
             raise InputError(
                 f"{num_groups} groups asked for; the hierarchy has {self.num_clusters} clusters: give a number from 1 "

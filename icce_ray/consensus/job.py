@@ -41,12 +41,8 @@ def _work_on_part(part: tuple[int, ...], function: Callable[..., Any], heads: He
 
 
 def run(config: Config, context: StageContext) -> dict[str, Any]:
-    """Make one clustering of all heads: files and metrics as in `consensus_artifact.run`.
-
-    Raises:
-        InputError, ResourceError: as there.
-        WorkerError: tasks died more often than they are retried.
-    """
+    """Make one clustering of all heads: files and metrics as in `consensus_artifact.run`. Raises InputError,
+    ResourceError: as there; WorkerError: tasks died more often than they are retried."""
     _, num_images = context.inputs["method"].part(LABELS_NAME).shape or (0, 0)
     if runs_here(config.resources, num_images):
         return consensus_artifact.run(config, context)

@@ -25,10 +25,7 @@ def group_equal_images(heads: HeadLabels, num_clusters: int) -> tuple[npt.NDArra
     (N,).
 
     Groups are compared by a 64-bit hash of the labels: among a million groups, two collide with probability 1e-7.
-
-    Raises:
-        PartitionError: there are fewer groups than `num_clusters`.
-    """
+    Raises PartitionError: there are fewer groups than `num_clusters`."""
     keys_N = np.zeros(heads.num_images, dtype=np.uint64)
     for codes_N in heads.codes:
         keys_N = hash_numbers(keys_N, codes_N + 1, seed=0)

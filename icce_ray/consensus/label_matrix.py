@@ -175,11 +175,7 @@ def survey(matrix_Hn: npt.NDArray[Any], start: int = 0) -> Survey:
 
 def check_surveys(surveys: Sequence[Survey]) -> tuple[tuple[npt.NDArray[np.int64], ...], Images]:
     """The labels that each head uses, and the images that none labels, ascending, from the surveys of all parts in
-    order.
-
-    Raises:
-        InputError: a label below -1, or a head without any label.
-    """
+    order. Raises InputError: a label below -1, or a head without any label."""
     lowest = min(part.lowest for part in surveys)
     if lowest < MISSING:
         raise InputError(f"the label matrix holds {lowest}; labels start at 0, and -1 means missing")
@@ -191,11 +187,8 @@ def check_surveys(surveys: Sequence[Survey]) -> tuple[tuple[npt.NDArray[np.int64
 
 
 def check_matrix(shape: tuple[int, ...], dtype: npt.DTypeLike) -> None:
-    """Check that an array of this shape and type can be a label matrix.
-
-    Raises:
-        InputError: not two-dimensional, empty, or not integers.
-    """
+    """Check that an array of this shape and type can be a label matrix. Raises InputError: not two-dimensional, empty,
+    or not integers."""
     if len(shape) != 2:
         raise InputError(f"the label matrix has shape {shape}; it must be two-dimensional: (heads, images)")
     if not np.issubdtype(dtype, np.integer):

@@ -23,11 +23,8 @@ def mcla(heads: Heads, pairs: HeadPairs, num_clusters: int, *, imbalance: float,
 
     There are two results for each seed. METIS balances the weights of the parts, and a head cluster weighs its images
     (Strehl & Ghosh) or 1. With equal weights, a meta-cluster gets about one cluster of each head, however large, which
-    suits unbalanced data: planted power-law clusters are recovered exactly, against two thirds of them.
-
-    Raises:
-        PartitionError: METIS failed, or the graph is too large for it.
-    """
+    suits unbalanced data: planted power-law clusters are recovered exactly, against two thirds of them. Raises
+    PartitionError: METIS failed, or the graph is too large for it."""
     if heads.num_head_clusters <= num_clusters:
         return [vote(heads, np.arange(heads.num_head_clusters), num_clusters, seed=seeds[0], by_mean=True)]
     num_edges = len(pairs.edges.weights)

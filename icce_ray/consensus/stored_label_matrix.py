@@ -64,11 +64,8 @@ class StoredHeads(Heads):
 def open_heads(runs: list[Artifact], heads_type: Callable[..., StoredHeads] = StoredHeads) -> StoredHeads:
     """The heads of `runs`, made by `heads_type`. Their `map` reads the labels once to check and number them.
 
-    Every run has the same weight: the rows of a run with fewer than another are taken several times.
-
-    Raises:
-        InputError: a label matrix that cannot be used, or runs with different numbers of images.
-    """
+    Every run has the same weight: the rows of a run with fewer than another are taken several times. Raises InputError:
+    a label matrix that cannot be used, or runs with different numbers of images."""
     shapes = [_shape(run) for run in runs]
     for run, shape in zip(runs, shapes, strict=True):
         check_matrix(shape, np.dtype(run.part(LABELS_NAME).dtype))

@@ -18,11 +18,8 @@ from icce_ray.store import Artifact, Folder
 
 
 def read_base(given: Corrections, output: str) -> pa.Table:
-    """uri, cluster: the clustering that the corrections were made for.
-
-    Raises:
-        InputError: it is no longer in the output.
-    """
+    """uri, cluster: the clustering that the corrections were made for. Raises InputError: it is no longer in the
+    output."""
     root, made_for = Folder.at(output), given.made_for
     for stage, fingerprint, prefix in (
         ("corrections", made_for.corrections, "base.parquet"),

@@ -71,11 +71,7 @@ class Corrections(_Record):
         return {one.cluster: one.name for one in self.clusters if one.name}
 
     def final_clusters(self) -> list[int]:
-        """For each cluster the one that it is part of after merges.
-
-        Raises:
-            InputError: merges in a circle.
-        """
+        """For each cluster the one that it is part of after merges. Raises InputError: merges in a circle."""
         into = {one.cluster: one.merge_into for one in self.clusters if one.merge_into is not None}
         final = []
         for cluster in range(self.num_clusters):
@@ -90,11 +86,7 @@ class Corrections(_Record):
 
 
 def read_corrections(uri: str) -> Corrections:
-    """Read and check a file.
-
-    Raises:
-        InputError: no such file, another format, or a cluster that does not exist.
-    """
+    """Read and check a file. Raises InputError: no such file, another format, or a cluster that does not exist."""
     try:
         data = json.loads(read_bytes(uri))
         found = Corrections.model_validate(data)
@@ -114,11 +106,7 @@ def read_corrections(uri: str) -> Corrections:
 
 
 def read_bytes(uri: str) -> bytes:
-    """Content of a file.
-
-    Raises:
-        InputError: it cannot be read.
-    """
+    """Content of a file. Raises InputError: it cannot be read."""
     folder, _, name = uri.rpartition("/")
     try:
         return Folder.at(folder or ".").read_bytes(name)

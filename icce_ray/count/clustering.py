@@ -75,11 +75,8 @@ def draw_sample(features_ND: Floats, max_images: int, neighbors: NeighborsConfig
 
 
 def cluster_range(asked: ClusterCountConfig, num_images: int) -> tuple[int, int]:
-    """Fewest and most clusters to choose from, for a set of `num_images`.
-
-    Raises:
-        InputError: there are fewer images in the sample than clusters.
-    """
+    """Fewest and most clusters to choose from, for a set of `num_images`. Raises InputError: there are fewer images in
+    the sample than clusters."""
     num_images = min(num_images, asked.max_images)
     most = asked.max_clusters or max(asked.min_clusters, min(MOST_CLUSTERS, num_images // MIN_IMAGES_PER_CLUSTER))
     if most > num_images:
@@ -91,11 +88,8 @@ def cluster_range(asked: ClusterCountConfig, num_images: int) -> tuple[int, int]
 
 
 def make_clustering(sample: Sample, num_clusters: int, seed: int, heads: HeadsConfig, num_threads: int) -> Clustering:
-    """Train small heads and measure them. `num_threads` does not change the result.
-
-    Raises:
-        WorkerError: the loss was not finite.
-    """
+    """Train small heads and measure them. `num_threads` does not change the result. Raises WorkerError: the loss was
+    not finite."""
     try:
         trained = fit(
             sample.features_nD, sample.graph, heads, num_clusters=num_clusters, seed=seed, num_threads=num_threads

@@ -52,11 +52,8 @@ def count_clusters(
 
 
 def choose_number(num_images: int, asked: ClusterCountConfig, make: Maker, *, seed: int, progress: Progress) -> Choice:
-    """Choose the number of clusters of `num_images` from the clusterings that `make` makes.
-
-    Raises:
-        InputError: fewer images than clusters to choose from.
-    """
+    """Choose the number of clusters of `num_images` from the clusterings that `make` makes. Raises InputError: fewer
+    images than clusters to choose from."""
     low, high = cluster_range(asked, num_images)
     seeds = [(seed + number) % 2**31 for number in range(asked.num_seeds)]
     done = 0

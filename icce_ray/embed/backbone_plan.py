@@ -62,13 +62,9 @@ class EmbeddingPlan:
 
 
 def check_backbones(embed: EmbedConfig) -> None:
-    """Refuse backbones that cannot work, before any work starts. Downloads no weights.
-
-    Raises:
-        ConfigError: an unknown model (with close matches), features it cannot give, an image size it cannot take, a
-            weights file that is missing or of another kind.
-        ResourceError: no weights file is named, and the hub's name cannot be resolved here.
-    """
+    """Refuse backbones that cannot work, before any work starts. Downloads no weights. Raises ConfigError: an unknown
+    model (with close matches), features it cannot give, an image size it cannot take, a weights file that is missing or
+    of another kind; ResourceError: no weights file is named, and the hub's name cannot be resolved here."""
     plan_embedding(embed)
     for index, backbone in enumerate(embed.backbones):
         if backbone.backbone != PIXELS and backbone.weights is None:
@@ -86,11 +82,8 @@ def plan_embedding(embed: EmbedConfig) -> EmbeddingPlan:
 
 
 def plan_backbone(backbone: BackboneConfig) -> BackbonePlan:
-    """Plan one backbone. The plan of a network is remembered. Usage: ``dim = plan_backbone(config.embed).dim``
-
-    Raises:
-        ConfigError: as :func:`check_backbones`.
-    """
+    """Plan one backbone. The plan of a network is remembered. Usage: ``dim = plan_backbone(config.embed).dim``. Raises
+    ConfigError: as :func:`check_backbones`."""
     name, size = backbone.backbone, image_size(backbone)
     if name == PIXELS:
         return _plan_pixels(backbone, size)
@@ -115,11 +108,8 @@ def embed_settings(embed: EmbedConfig, embeddings: EmbeddingsConfig, seed: int) 
     """Everything that determines the content of the ``embed`` artifact, besides the images themselves.
 
     A weights file counts by its content, not its path. `batch_size` and `compile` are left out (they change features by
-    rounding only), and so is `max_error_rate`: when it is raised after a stop, the finished parts are used.
-
-    Raises:
-        ConfigError: the weights file is missing.
-    """
+    rounding only), and so is `max_error_rate`: when it is raised after a stop, the finished parts are used. Raises
+    ConfigError: the weights file is missing."""
     if embeddings.uri is not None:
         return {"embeddings": {"column": embeddings.column}}
     settings = {"max_image_pixels": embed.max_image_pixels} | _backbone_settings(embed, embed.precision, seed)

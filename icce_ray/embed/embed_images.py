@@ -60,14 +60,9 @@ def run(config: Config, context: StageContext) -> dict[str, Any]:
 
 def retry(config: Config, context: StageContext, artifact: Artifact) -> dict[str, Any] | None:
     """Try the images of a finished artifact's errors table again, and only those: their parts are amended, under new
-    names beside the old ones.
-
-    Returns:
-        Metrics as :func:`run`, for a manifest that replaces the old one; None if all images failed again.
-
-    Raises:
-        DamagedArtifactError: a part of the artifact that is amended is damaged. Otherwise as :func:`run`.
-    """
+    names beside the old ones. Returns metrics as :func:`run`, for a manifest that replaces the old one; None if all
+    images failed again. Raises DamagedArtifactError: a part of the artifact that is amended is damaged. Otherwise as
+    :func:`run`."""
     listing = Listing(context.inputs["images"])
     task = _task(config, context, len(listing))
     tally = Tally(context, listing, config.embed.max_error_rate)

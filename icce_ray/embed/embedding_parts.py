@@ -173,11 +173,8 @@ def write_part(
 
 
 def read_part(folder: Folder, name: str, sha256: str | None = None) -> pa.Table:
-    """The content of the part file `name`.
-
-    Raises:
-        DamagedArtifactError: it is missing or damaged, or its checksum is not `sha256`.
-    """
+    """The content of the part file `name`. Raises DamagedArtifactError: it is missing or damaged, or its checksum is
+    not `sha256`."""
     return _read(folder, name, sha256=sha256)
 
 

@@ -65,11 +65,8 @@ class Tally:
 
     def resume(self, parts: Sequence[PartRange], records: PartRecords) -> tuple[list[PartRange], dict[str, PartRecord]]:
         """Take in the parts that an earlier run finished. The parts themselves are not read: damage is noticed by the
-        stage that reads them. Work items are: a damaged one is done again.
-
-        Returns:
-            The parts that are left to do, and the records of finished work items, by name.
-        """
+        stage that reads them. Work items are: a damaged one is done again. Returns the parts that are left to do, and
+        the records of finished work items, by name."""
         found = records.read_all(check_files=False)
         finished = [found.pop(part.name) for part in parts if part.name in found]
         for record in finished:
@@ -93,11 +90,8 @@ class Tally:
         self._num_resumed += num_images
 
     def add(self, record: PartRecord) -> None:
-        """Take in a finished part, or a work item of one: images count when their item is finished.
-
-        Raises:
-            InputError: more images have failed by now than `max_error_rate` of all.
-        """
+        """Take in a finished part, or a work item of one: images count when their item is finished. Raises InputError:
+        more images have failed by now than `max_error_rate` of all."""
         if not record.metrics.get("joined"):
             self._count(record)
         self._add_file(record)

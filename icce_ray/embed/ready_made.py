@@ -25,11 +25,8 @@ from icce_ray.store.part_records import PartRecord, PartRecords
 
 
 def rewrite_embeddings(config: EmbeddingsConfig, context: StageContext) -> dict[str, Any]:
-    """Write the parts that are missing. Metrics as :meth:`Tally.finish`.
-
-    Raises:
-        InputError: embeddings that cannot be used, or that have changed since they were listed.
-    """
+    """Write the parts that are missing. Metrics as :meth:`Tally.finish`. Raises InputError: embeddings that cannot be
+    used, or that have changed since they were listed."""
     listing, sets = Listing(context.inputs["images"]), open_embedding_sets(config)
     if sets[0].num_rows != len(listing):
         raise InputError(f"embeddings.uri: {config.uri} changed while it was being read; run again")

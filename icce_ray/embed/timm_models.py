@@ -16,11 +16,8 @@ from icce_ray.images.decoding import Interpolation, Preprocessing
 
 
 def create_model(name: str, size: int, **options: Any) -> Any:
-    """The timm model without its classification layer; for square inputs of `size` if it depends on that.
-
-    Raises:
-        ConfigError: no such model (with close matches) or weights tag, or an image size that it cannot take.
-    """
+    """The timm model without its classification layer; for square inputs of `size` if it depends on that. Raises
+    ConfigError: no such model (with close matches) or weights tag, or an image size that it cannot take."""
     architecture = name.partition(".")[0]
     if ":" not in name and not timm.is_model(architecture):
         if renamed := timm_name(name):
@@ -55,11 +52,8 @@ def parameter_names(name: str, size: int) -> set[str]:
 
 
 def probe_features(model: Any, name: str, features: str, example: torch.Tensor) -> tuple[str, int]:
-    """The features that `features` stands for, and their dimension, by trying.
-
-    Raises:
-        ConfigError: features that the model cannot give, or an image size that it cannot take.
-    """
+    """The features that `features` stands for, and their dimension, by trying. Raises ConfigError: features that the
+    model cannot give, or an image size that it cannot take."""
     features = _choose_features(model, name, features)
     try:
         with torch.inference_mode():

@@ -65,12 +65,8 @@ def weights_digest(location: str) -> str:
 
 
 def local_weights(location: str) -> Path:
-    """The file on this machine: the file itself, or a copy of the remote file, made once for each content.
-
-    Raises:
-        ConfigError: as :func:`check_weights`.
-        ResourceError: as :func:`check_weights`, or the copy is incomplete.
-    """
+    """The file on this machine: the file itself, or a copy of the remote file, made once for each content. Raises
+    ConfigError: as :func:`check_weights`; ResourceError: as :func:`check_weights`, or the copy is incomplete."""
     check_weights(location)
     filesystem, path = open_uri(location)
     if isinstance(filesystem, pafs.LocalFileSystem):
@@ -146,12 +142,9 @@ def read_weights(path: str) -> dict[str, Any]:
 
 
 def check_hub(name: str) -> None:
-    """Say at once that weights cannot be downloaded here, instead of after a minute of retries on every worker.
-
-    Raises:
-        ConfigError: the hub has no weights for the model.
-        ResourceError: they are not in this machine's cache, and the hub's name does not resolve.
-    """
+    """Say at once that weights cannot be downloaded here, instead of after a minute of retries on every worker. Raises
+    ConfigError: the hub has no weights for the model; ResourceError: they are not in this machine's cache, and the
+    hub's name does not resolve."""
     import timm
     from huggingface_hub import constants, try_to_load_from_cache
 

@@ -82,11 +82,7 @@ def load_labels(
 
 def named_images(evaluate: EvaluateConfig, listing: Listing) -> npt.NDArray[np.int64]:
     """The ids of all images that a label file with names has a label for, (n,) ascending, in memory for those alone
-    that one of its names could mean.
-
-    Raises:
-        InputError: as :func:`check_labels`.
-    """
+    that one of its names could mean. Raises InputError: as :func:`check_labels`."""
     _, names = _read(evaluate)
     ends = {_text(name).rpartition("/")[2] for name in names or ()}
     ids, uris = [], []
@@ -256,11 +252,8 @@ def _check_repeated(evaluate: EvaluateConfig, labels: Sequence[str]) -> None:
 
 
 def _match(evaluate: EvaluateConfig, names: Sequence[str], uris: Sequence[str]) -> npt.NDArray[np.int64]:
-    """(n,) row of the label file for each image, -1 if it has none. A name is a whole URI or the end of one.
-
-    Raises:
-        InputError: none has a label; a name fits several images; an image is named twice.
-    """
+    """(n,) row of the label file for each image, -1 if it has none. A name is a whole URI or the end of one. Raises
+    InputError: none has a label; a name fits several images; an image is named twice."""
     ids_by_uri: dict[str, list[int]] = defaultdict(list)
     for image_id, uri in enumerate(uris):
         ids_by_uri[_text(uri)].append(image_id)

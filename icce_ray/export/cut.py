@@ -42,14 +42,8 @@ def cut_hierarchy(run: str | Path | Result, num_clusters: int) -> npt.NDArray[np
 
 
 def write_cut(run: str | Path, num_clusters: int, output: str | Path) -> int:
-    """Write the group of every image to a Parquet file: image_id, uri, cluster, group (both -1 for noise).
-
-    Returns:
-        Number of images.
-
-    Raises:
-        InputError: as :func:`cut_hierarchy`, or the file cannot be written.
-    """
+    """Write the group of every image to a Parquet file: image_id, uri, cluster, group (both -1 for noise). Returns the
+    number of images. Raises InputError: as :func:`cut_hierarchy`, or the file cannot be written."""
     group_of_K = cut_hierarchy(run, num_clusters)
     assign, _ = stage_of_run(str(run), "assign", what="assignments")
     filesystem, path = open_uri(str(output))

@@ -47,11 +47,8 @@ class Selection:
 
     @classmethod
     def parse(cls, clusters: str | None, min_agreement: float | None) -> Selection:
-        """From the command line: ``3,7-9`` are the clusters 3, 7, 8 and 9.
-
-        Raises:
-            InputError: clusters that are not written like that, or an agreement that is not from 0 to 1.
-        """
+        """From the command line: ``3,7-9`` are the clusters 3, 7, 8 and 9. Raises InputError: clusters that are not
+        written like that, or an agreement that is not from 0 to 1."""
         if min_agreement is not None and not 0.0 <= min_agreement <= 1.0:
             raise InputError(f"--min-agreement {min_agreement:g}: allowed is 0 to 1")
         if clusters is None:

@@ -119,14 +119,8 @@ def missing_ranges(finished: Sequence[PartRecord]) -> list[KeyRange]:
 
 
 def list_ranges(ranges: Sequence[KeyRange], prefix: BucketPrefix) -> tuple[list[KeyRange], int]:
-    """List ranges of keys for CALL_S.
-
-    Returns:
-        What is left of the ranges, and the number of keys that were listed.
-
-    Raises:
-        OSError, InputError, WorkerError: the storage, as :func:`s3.patiently`.
-    """
+    """List ranges of keys for CALL_S. Returns what is left of the ranges, and the number of keys that were listed.
+    Raises OSError, InputError, WorkerError: the storage, as :func:`s3.patiently`."""
     s3.use_s3(prefix.storage)
     calls = _Call(prefix, ranges)
     with ThreadPoolExecutor(NUM_THREADS) as threads:

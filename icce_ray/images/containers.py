@@ -81,11 +81,8 @@ def members(container: File, images: ImagesConfig, skipped: Counter[str]) -> Ite
     """The images in a container, in its order. Only headers are read.
 
     What cannot be read is an entry with a problem. Links of a tar come last. What a tar holds besides images and labels
-    is counted in `skipped`, by ending.
-
-    Raises:
-        InputError: the column of images is not known, or remote storage does not answer.
-    """
+    is counted in `skipped`, by ending. Raises InputError: the column of images is not known, or remote storage does not
+    answer."""
     uri = container.uri
     if uri.lower().endswith(PARQUET_ENDINGS):
         try:

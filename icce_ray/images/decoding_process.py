@@ -37,11 +37,7 @@ class DecodingProcess:
 
     def decode(self, data: bytes, preprocessing: Preprocessing | SeveralViews, *, max_pixels: int) -> Pixels | str:
         """What :func:`decode_image` returns, or KILLER if the process died at it MAX_ATTEMPTS times, or that the image
-        took too long.
-
-        Raises:
-            WorkerError: the process cannot be started, or :meth:`close` was called.
-        """
+        took too long. Raises WorkerError: the process cannot be started, or :meth:`close` was called."""
         with self._using:
             return self._decode(data, preprocessing, max_pixels)
 

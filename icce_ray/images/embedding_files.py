@@ -47,19 +47,13 @@ class Embeddings(Protocol):
         `uri_column` if it has one, else ``<file>#<row of that file>``."""
 
     def blocks(self, num_rows: int, start: int = 0) -> Iterator[npt.NDArray[Any]]:
-        """Rows from `start` on, in order, in blocks (num_rows, D) of `dtype`; the last one may be shorter.
-
-        Raises:
-            InputError: a list of another length, a null, or a value that is not finite.
-        """
+        """Rows from `start` on, in order, in blocks (num_rows, D) of `dtype`; the last one may be shorter. Raises
+        InputError: a list of another length, a null, or a value that is not finite."""
 
 
 def open_embeddings(config: EmbeddingsConfig) -> Embeddings:
-    """Open `config.uri`; only headers are read. Usage: ``open_embeddings(config.embeddings).blocks(65536)``.
-
-    Raises:
-        InputError: nothing there, another format, the wrong number of axes, not floating point, no such column.
-    """
+    """Open `config.uri`; only headers are read. Usage: ``open_embeddings(config.embeddings).blocks(65536)``. Raises
+    InputError: nothing there, another format, the wrong number of axes, not floating point, no such column."""
     assert config.uri is not None
     filesystem, path = open_uri(config.uri)
     info = filesystem.get_file_info(path)
@@ -79,11 +73,8 @@ def open_embeddings(config: EmbeddingsConfig) -> Embeddings:
 
 
 def open_embedding_sets(config: EmbeddingsConfig) -> list[Embeddings]:
-    """Open `config.uri` and all of `config.extra`, as :func:`open_embeddings`.
-
-    Raises:
-        InputError: as there, or the numbers of rows differ.
-    """
+    """Open `config.uri` and all of `config.extra`, as :func:`open_embeddings`. Raises InputError: as there, or the
+    numbers of rows differ."""
     places = (config.uri, *config.extra)
     sets = [open_embeddings(config.model_copy(update={"uri": place})) for place in places]
     for place, found in zip(places, sets, strict=True):

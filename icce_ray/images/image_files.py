@@ -56,11 +56,7 @@ class Sources:
 
 
 def list_files(sources: Sources) -> FileShards:
-    """The files of all of `images.uris`.
-
-    Raises:
-        InputError: nothing there, no images, or a list that cannot be read.
-    """
+    """The files of all of `images.uris`. Raises InputError: nothing there, no images, or a list that cannot be read."""
     skipped: Counter[str] = Counter()
     shards: list[Shard] = []
     # The claim is that of the folder which `icce-ray gc` and `icce-ray forget` look at.

@@ -57,11 +57,7 @@ class Inventory:
 def open_inventory(
     filesystem: pafs.FileSystem, path: str, uri: str, folder: Folder, storage: StorageConfig, classify: Classify
 ) -> Inventory:
-    """Read a manifest.
-
-    Raises:
-        InputError: it is no manifest of an inventory, or one in ORC.
-    """
+    """Read a manifest. Raises InputError: it is no manifest of an inventory, or one in ORC."""
     try:
         with filesystem.open_input_file(path) as file:
             content = json.loads(file.read())
@@ -86,11 +82,7 @@ def shard_name(uri: str) -> str:
 
 
 def list_data_file(uri: str, inventory: Inventory) -> PartRecord:
-    """Write the shards of one data file.
-
-    Raises:
-        InputError: it cannot be read.
-    """
+    """Write the shards of one data file. Raises InputError: it cannot be read."""
     s3.use_s3(inventory.storage)
     others, tables, ends, parts, num_keys = Counter[str](), list[File](), list[list[str]](), list[Part](), 0
 

@@ -46,12 +46,8 @@ LARGE_INVENTORY_BYTES = 2**25
 
 
 def list_bucket(prefix: BucketPrefix, resources: ResourcesConfig, progress: Progress) -> list[PartRecord]:
-    """The records of all shards of a bucket. Those that an earlier, killed listing has finished are used again.
-
-    Raises:
-        OSError, InputError, WorkerError: as :func:`list_ranges`.
-        WorkerError: another job removed shards meanwhile.
-    """
+    """The records of all shards of a bucket. Those that an earlier, killed listing has finished are used again. Raises
+    OSError, InputError, WorkerError: as :func:`list_ranges`; WorkerError: another job removed shards meanwhile."""
     oldest = time.time() - MAX_AGE_S
     finished = prefix.finished(oldest)
     if any(record.name == ALL for record in finished):
@@ -114,11 +110,8 @@ class _Items:
 
 def open_containers(files: list[File], config: Config, writer: ArtifactWriter, progress: Progress) -> list[PartRecord]:
     """The members of containers: a record for each CONTAINERS_PER_TASK of `files`, in order. Its file is a table of
-    their entries; its metrics are `rows`, for each container, and `skipped`. Finished ones are used again.
-
-    Raises:
-        InputError: as :func:`members`.
-    """
+    their entries; its metrics are `rows`, for each container, and `skipped`. Finished ones are used again. Raises
+    InputError: as :func:`members`."""
     waiting = iter(files)
     groups = list(iter(lambda: list(islice(waiting, CONTAINERS_PER_TASK)), []))
     if not groups:
@@ -133,11 +126,8 @@ def open_containers(files: list[File], config: Config, writer: ArtifactWriter, p
 
 
 def list_inventory(inventory: Inventory, resources: ResourcesConfig, progress: Progress) -> list[PartRecord]:
-    """The records of an inventory's data files. Finished ones are used again.
-
-    Raises:
-        InputError: as :func:`list_data_file`.
-    """
+    """The records of an inventory's data files. Finished ones are used again. Raises InputError: as
+    :func:`list_data_file`."""
     is_large = inventory.num_bytes >= LARGE_INVENTORY_BYTES
     files, records = inventory.files, inventory.records
     work = partial(_finish, list_data_file, files, shard_name, records, (inventory,), resources, is_large)

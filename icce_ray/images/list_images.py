@@ -81,14 +81,7 @@ def source_digest(config: Config, progress: Progress | None = None) -> str:
     """Identify the listing that a run uses: an earlier one if it still holds, else the one that would be made now.
 
     The digest changes when an image is added, removed or changed (size, time). Images are not opened; of ready-made
-    embeddings only the files' sizes and times are read.
-
-    Returns:
-        64 hex digits.
-
-    Raises:
-        InputError: as :func:`run`.
-    """
+    embeddings only the files' sizes and times are read. Returns 64 hex digits. Raises InputError: as :func:`run`."""
     if (fresh := _listed_now.pop(_key(config), None)) is not None:
         return fresh
     known = last_digest(config)
@@ -157,10 +150,7 @@ def _entry_again(row: ListedImage, file: File | None, is_member: bool) -> Entry:
 
 def find_changes(config: Config, progress: Progress) -> Refresh | None:
     """List the sources again. None if there is no listing under the output yet, or nothing has changed since the last.
-
-    Raises:
-        InputError: as :func:`run`.
-    """
+    Raises InputError: as :func:`run`."""
     last = _last_listing(config.images, config.output)
     if last is None:
         return None
@@ -317,11 +307,8 @@ def _generation(listing: Artifact) -> int:
 
 
 def _entries_of_rows(embeddings: EmbeddingsConfig, images: ImagesConfig) -> Iterator[Entry]:
-    """The image of each row of ready-made embeddings.
-
-    Raises:
-        InputError: `embeddings.images` cannot be read, or has another number of images.
-    """
+    """The image of each row of ready-made embeddings. Raises InputError: `embeddings.images` cannot be read, or has
+    another number of images."""
     opened = open_embeddings(embeddings)
     if embeddings.images is None:
         yield from (Entry(uri.as_py()) for uri in opened.uris(images.uri_column))

@@ -86,11 +86,8 @@ class Listing:
         return int(self._starts[-1])
 
     def table(self, start: int, stop: int) -> pa.Table:
-        """The rows ``start <= image_id < stop``, with the columns of SCHEMA.
-
-        Raises:
-            DamagedArtifactError: a part is missing or damaged.
-        """
+        """The rows ``start <= image_id < stop``, with the columns of SCHEMA. Raises DamagedArtifactError: a part is
+        missing or damaged."""
         tables = []
         stop = min(stop, len(self))
         while start < stop:

@@ -16,11 +16,8 @@ MIN_BOMB_BYTES = 2**28
 
 
 def find_field(schema: pa.Schema, column: str, uri: str, setting: str) -> pa.Field:
-    """The field `column` of the file `uri`, as the config's `setting` names it.
-
-    Raises:
-        InputError: there is no such column; says which there are, and which may have been meant.
-    """
+    """The field `column` of the file `uri`, as the config's `setting` names it. Raises InputError: there is no such
+    column; says which there are, and which may have been meant."""
     if schema.names.count(column) == 1:
         return schema.field(column)
     close = difflib.get_close_matches(column, schema.names, n=1)
@@ -35,11 +32,8 @@ def is_string(kind: pa.DataType) -> bool:
 
 
 def image_column(schema: pa.Schema, images: ImagesConfig, uri: str) -> str | None:
-    """The column that holds image files, or None if the file is a list of URIs.
-
-    Raises:
-        InputError: `images.bytes_column` is missing or of another type, or the file has neither URIs nor image files.
-    """
+    """The column that holds image files, or None if the file is a list of URIs. Raises InputError:
+    `images.bytes_column` is missing or of another type, or the file has neither URIs nor image files."""
     if images.bytes_column is not None:
         field = find_field(schema, images.bytes_column, uri, "images.bytes_column")
         if not _holds_bytes(field.type, is_named=True):
@@ -73,11 +67,8 @@ def _holds_bytes(kind: pa.DataType, *, is_named: bool = False) -> bool:
 
 
 def check_expansion(group: Any, column: str) -> None:
-    """Refuse a row group (its metadata) whose column would unpack to an absurd size.
-
-    Raises:
-        ValueError: says the sizes.
-    """
+    """Refuse a row group (its metadata) whose column would unpack to an absurd size. Raises ValueError: says the
+    sizes."""
     chunks = [group.column(index) for index in range(group.num_columns)]
     chunks = [chunk for chunk in chunks if chunk.path_in_schema.partition(".")[0] == column.partition(".")[0]]
     unpacked = sum(chunk.total_uncompressed_size for chunk in chunks)

@@ -18,11 +18,7 @@ BATCH_ROWS = 65_536
 
 
 def read_text_list(filesystem: pafs.FileSystem, path: str, uri: str) -> Iterator[str]:
-    """The entries of a text list, without blank lines and comments.
-
-    Raises:
-        InputError: not UTF-8, or no entries.
-    """
+    """The entries of a text list, without blank lines and comments. Raises InputError: not UTF-8, or no entries."""
     found = False
     try:
         with filesystem.open_input_file(path) as file, io.TextIOWrapper(file, encoding="utf-8-sig") as lines:
@@ -38,11 +34,8 @@ def read_text_list(filesystem: pafs.FileSystem, path: str, uri: str) -> Iterator
 
 
 def read_parquet_list(filesystem: pafs.FileSystem, path: str, uri: str, column: str) -> Iterator[str]:
-    """The entries of a Parquet list.
-
-    Raises:
-        InputError: no such column, a column of another type, no rows, or an empty entry.
-    """
+    """The entries of a Parquet list. Raises InputError: no such column, a column of another type, no rows, or an empty
+    entry."""
     with filesystem.open_input_file(path) as opened:
         file = pq.ParquetFile(opened)
         field = find_field(file.schema_arrow, column, uri, "images.uri_column")
@@ -65,11 +58,8 @@ def read_parquet_list(filesystem: pafs.FileSystem, path: str, uri: str, column: 
 
 
 def named_images(uri: str, column: str) -> Iterator[str]:
-    """The URIs of the images that a list names, in its order: a .parquet file with `column`, or a text file.
-
-    Raises:
-        InputError: the list does not exist or cannot be read.
-    """
+    """The URIs of the images that a list names, in its order: a .parquet file with `column`, or a text file. Raises
+    InputError: the list does not exist or cannot be read."""
     filesystem, path = open_uri(uri)
     if filesystem.get_file_info(path).type != pafs.FileType.File:
         raise InputError(f"embeddings.images: {uri} is no file; give a .txt or .parquet list of the images")

@@ -20,11 +20,8 @@ from icce_ray.metrics.nmi import Mean, nmi_from_counts
 
 
 def contingency_table(y_true: npt.ArrayLike, y_pred: npt.ArrayLike) -> sp.csr_array:
-    """Images per class and cluster: (classes that occur, clusters that occur) int64, both in ascending order.
-
-    Raises:
-        InputError: not one-dimensional, empty, of different lengths, or not integers, booleans or strings.
-    """
+    """Images per class and cluster: (classes that occur, clusters that occur) int64, both in ascending order. Raises
+    InputError: not one-dimensional, empty, of different lengths, or not integers, booleans or strings."""
     true_N, pred_N = _check(y_true, "y_true"), _check(y_pred, "y_pred")
     if len(true_N) != len(pred_N):
         raise InputError(f"y_true has {len(true_N)} labels and y_pred {len(pred_N)}; they must name the same images")

@@ -120,11 +120,8 @@ class StoredNearest:
 
 
 def load_graph(artifact: Artifact) -> NeighborGraph:
-    """The graph of a finished `neighbors` artifact, memory-mapped. Several parts are joined once per machine.
-
-    Raises:
-        DamagedArtifactError: a part is missing or its bytes are wrong.
-    """
+    """The graph of a finished `neighbors` artifact, memory-mapped. Several parts are joined once per machine. Raises
+    DamagedArtifactError: a part is missing or its bytes are wrong."""
     names = [name.removesuffix("-indptr.npy") for name in artifact.part_names("part-") if name.endswith("-indptr.npy")]
     if len(names) == 1:
         indptr, indices = (artifact.read_array(f"{names[0]}-{array}.npy") for array in ("indptr", "indices"))

@@ -41,11 +41,8 @@ def copies_of(assign: Artifact) -> dict[str, str]:
 
 
 def add_new_images(output: str, assign: Artifact) -> str | None:
-    """Add the assignments of new images to ``latest``, if its run has the model that made them.
-
-    Returns:
-        The place of all images; None if they were not added.
-    """
+    """Add the assignments of new images to ``latest``, if its run has the model that made them. Returns the place of
+    all images; None if they were not added."""
     root, latest = Folder.at(output), read_latest(output)
     if latest is None or latest["stages"].get("classifier") != assign.manifest.inputs["classifier"].partition(".")[0]:
         return None

@@ -55,11 +55,7 @@ def find_stage(
 
 
 def stage_of_run(run: str, stage: str, *, what: str = "") -> tuple[Artifact, dict[str, Any]]:
-    """As :func:`find_stage`.
-
-    Raises:
-        InputError: also if no such run is recorded.
-    """
+    """As :func:`find_stage`. Raises InputError: also if no such run is recorded."""
     found = find_stage(run, stage, what=what)
     if found is None:
         raise InputError(f"{run}: there is no such run; give a run's config, output folder or record")

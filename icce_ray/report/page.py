@@ -76,11 +76,8 @@ SCORES = (
 
 
 def run(config: Config, context: StageContext) -> dict[str, Any]:
-    """Write report.html, report_data/ unless the page holds everything, and clusters.png if there are pictures.
-
-    Returns:
-        num_shown (images on the page), num_pictures, num_bytes of the page itself.
-    """
+    """Write report.html, report_data/ unless the page holds everything, and clusters.png if there are pictures. Returns
+    num_shown (images on the page), num_pictures, num_bytes of the page itself."""
     inputs, files = context.inputs, PageFiles(context.output)
     assign = inputs["assign"]
     exemplars = assign.read_table("exemplars.parquet")

@@ -160,11 +160,7 @@ class _MachinesRequest:
 
     def can_be_met(self) -> bool:
         """Whether the autoscaler has said that it can add the machines; False if it has said nothing within
-        :data:`AUTOSCALER_POLL_S`.
-
-        Raises:
-            ResourceError: no machines that it may start can hold the workers.
-        """
+        :data:`AUTOSCALER_POLL_S`. Raises ResourceError: no machines that it may start can hold the workers."""
         if self._group.wait(AUTOSCALER_POLL_S):
             return True
         reply, name = _autoscaler(), self._group.id.hex()

@@ -93,11 +93,7 @@ def connect(resources: ResourcesConfig) -> None:
 
     Joined, in this order: the Ray this process is already connected to; the one at `resources.ray_address`; the one
     that RAY_ADDRESS names (inside a `ray job` it always does). If there is none, one is started here, and ends with
-    this process.
-
-    Raises:
-        ResourceError: nothing answers at the address.
-    """
+    this process. Raises ResourceError: nothing answers at the address."""
     global _started_here
     if is_connected():
         return
@@ -136,11 +132,8 @@ def connect(resources: ResourcesConfig) -> None:
 
 
 def _init(options: dict[str, Any]) -> None:
-    """Start or join Ray; try once more if it does not start in time.
-
-    Raises:
-        ResourceError: it has not started in the last attempt either.
-    """
+    """Start or join Ray; try once more if it does not start in time. Raises ResourceError: it has not started in the
+    last attempt either."""
     import ray
 
     for last in (False, True):

@@ -26,11 +26,8 @@ GLOO_INTERFACE = "GLOO_SOCKET_IFNAME"
 
 
 def train(stage: str, work: Work, workers: WorkerResources, progress: Progress, backend: str | None) -> Any:
-    """See :func:`icce_ray.runtime.workers.work_on_workers`.
-
-    Raises:
-        WorkerError: training ended more often than it is started again.
-    """
+    """See :func:`icce_ray.runtime.workers.work_on_workers`. Raises WorkerError: training ended more often than it is
+    started again."""
     board: Any = ray.remote(ProgressBoard).options(num_cpus=0, max_restarts=-1).remote(stage)
     gpus = {"GPU": workers.gpus_per_worker} if workers.gpus_per_worker else {}
     with scratch_folder() as storage:

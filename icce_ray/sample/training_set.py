@@ -119,11 +119,8 @@ class TrainingRows:
 
 
 def choose_rows(features_ND: npt.NDArray[np.floating[Any]], config: SampleConfig, seed: int) -> TrainingRows | None:
-    """The training set of a feature matrix, whose rows count as ids; None if it is the whole matrix.
-
-    Raises:
-        InputError: features that are not finite, or fewer than two.
-    """
+    """The training set of a feature matrix, whose rows count as ids; None if it is the whole matrix. Raises InputError:
+    features that are not finite, or fewer than two."""
     drawn = sample_ids(len(features_ND), config.max_images, seed)
     if config.duplicate_threshold is None:
         return None if drawn is None else TrainingRows(drawn, drawn[:0], drawn[:0])

@@ -97,13 +97,10 @@ class Artifact:
 
     @staticmethod
     def discard_damage(folder: Folder) -> list[str]:
-        """If the manifest and the parts of an artifact disagree, remove the manifest and the damaged parts. Sound
-        parts stay, so that the stage can resume with them. A damaged part that another artifact holds is judged by
-        that one's manifest: it may have been written anew since, and be sound.
-
-        Returns:
-            Names of the missing or damaged parts. If it is empty, nothing was removed.
-        """
+        """If the manifest and the parts of an artifact disagree, remove the manifest and the damaged parts. Sound parts
+        stay, so that the stage can resume with them. A damaged part that another artifact holds is judged by that one's
+        manifest: it may have been written anew since, and be sound. Returns names of the missing or damaged parts. If
+        it is empty, nothing was removed."""
         try:
             manifest = Manifest.model_validate_json(folder.read_bytes(MANIFEST_NAME))
             artifact = Artifact(folder, manifest)
@@ -200,11 +197,8 @@ class Artifact:
         return self.folder.parent.parent / part.folder
 
     def read_bytes(self, name: str) -> bytes:
-        """Content of a part.
-
-        Raises:
-            DamagedArtifactError: the part is missing, or its bytes do not match the manifest.
-        """
+        """Content of a part. Raises DamagedArtifactError: the part is missing, or its bytes do not match the
+        manifest."""
         part = self.part(name)
         folder = self.folder_of(part)
         try:
@@ -227,11 +221,8 @@ class Artifact:
         return array
 
     def local_file(self, name: str) -> Path:
-        """A part as a local file, checked. Remote parts are first copied to this machine's cache folder.
-
-        Raises:
-            DamagedArtifactError: the part is missing, or its bytes do not match the manifest.
-        """
+        """A part as a local file, checked. Remote parts are first copied to this machine's cache folder. Raises
+        DamagedArtifactError: the part is missing, or its bytes do not match the manifest."""
         part = self.part(name)
         local_folder = self.folder_of(part).local_path
         if local_folder is not None:

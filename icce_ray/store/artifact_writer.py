@@ -50,11 +50,8 @@ class ArtifactWriter:
         dtype: str | None = None,
         shape: tuple[int, ...] | None = None,
     ) -> Part:
-        """Write a part atomically and add it to the manifest.
-
-        Raises:
-            WorkerError: another job has finished the artifact.
-        """
+        """Write a part atomically and add it to the manifest. Raises WorkerError: another job has finished the
+        artifact."""
         if not self._amends:
             check_unfinished(self.folder)
         self.folder.write_bytes(name, data)
@@ -171,11 +168,8 @@ class ArtifactWriter:
 
 
 def check_unfinished(folder: Folder) -> None:
-    """Before a part is written where a lost claim is possible.
-
-    Raises:
-        WorkerError: another job has finished the artifact.
-    """
+    """Before a part is written where a lost claim is possible. Raises WorkerError: another job has finished the
+    artifact."""
     if folder.s3_options is not None and folder.exists(MANIFEST_NAME):
         raise WorkerError(
             f"{folder.uri}: another job has finished this artifact meanwhile, so this one stops; run the same command "

@@ -29,11 +29,8 @@ SCRATCH = "scratch"
 
 
 def cache_folder() -> Path:
-    """ICCE_CACHE, or a folder of this user below the temporary folder.
-
-    Raises:
-        ResourceError: the latter belongs to somebody else, who could put anything there.
-    """
+    """ICCE_CACHE, or a folder of this user below the temporary folder. Raises ResourceError: the latter belongs to
+    somebody else, who could put anything there."""
     if configured := os.environ.get("ICCE_CACHE"):
         return Path(configured)
     folder = Path(tempfile.gettempdir()) / f"icce_ray-{os.getuid()}"

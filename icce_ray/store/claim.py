@@ -88,11 +88,7 @@ class Claim:
                     self._folder.remove(CLAIM_NAME)
 
     def confirm(self) -> None:
-        """Make sure that the claim still holds, before the last write.
-
-        Raises:
-            WorkerError: another job took it over.
-        """
+        """Make sure that the claim still holds, before the last write. Raises WorkerError: another job took it over."""
         if self._renewer is not None and (self._is_lost or not s3.patiently(self._folder.uri, self._put_again)):
             raise self._lost()
 

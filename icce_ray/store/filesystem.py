@@ -26,12 +26,8 @@ REMOVE_THREADS = 8
 
 
 def open_uri(uri: str) -> tuple[pafs.FileSystem, str]:
-    """The filesystem of `uri` and the path in it. Local paths may be relative.
-
-    Raises:
-        InputError: pyarrow cannot open this scheme.
-        ConfigError: an S3 URI that holds credentials or options.
-    """
+    """The filesystem of `uri` and the path in it. Local paths may be relative. Raises InputError: pyarrow cannot open
+    this scheme; ConfigError: an S3 URI that holds credentials or options."""
     if "://" not in uri:
         return pafs.LocalFileSystem(), str(Path(uri).absolute())
     if s3.is_s3(uri):
@@ -80,11 +76,8 @@ class Folder:
 
     @classmethod
     def reachable(cls, uri: str | Path) -> Folder:
-        """:meth:`at`, for the first look of a command: it fails within seconds if a bucket does not answer.
-
-        Raises:
-            InputError: there is no such bucket, it refuses access, or nothing answers.
-        """
+        """:meth:`at`, for the first look of a command: it fails within seconds if a bucket does not answer. Raises
+        InputError: there is no such bucket, it refuses access, or nothing answers."""
         folder = cls.at(uri)
         if folder.s3_options is not None:
             s3.check_bucket(folder.uri, folder.s3_options)
@@ -180,11 +173,8 @@ class Folder:
     def create_bytes(self, name: str, data: bytes | memoryview) -> None:
         """Create a file. If several processes try at once, one succeeds.
 
-        Storage other than local disks and S3 has no conditional put; there this is a check followed by a write.
-
-        Raises:
-            FileExistsError: the file exists.
-        """
+        Storage other than local disks and S3 has no conditional put; there this is a check followed by a write. Raises
+        FileExistsError: the file exists."""
         if self.s3_options is not None:
             self._put(name, data, IfNoneMatch="*")
             return
@@ -237,11 +227,7 @@ class Folder:
 
 
 def _link_or_move(temporary: Path, target: Path) -> None:
-    """Give a finished file its name, if no file has it.
-
-    Raises:
-        FileExistsError: the name is taken.
-    """
+    """Give a finished file its name, if no file has it. Raises FileExistsError: the name is taken."""
     try:
         os.link(temporary, target)
     except FileExistsError:

@@ -79,11 +79,8 @@ def is_s3(uri: str) -> bool:
 
 
 def split_uri(uri: str) -> tuple[str, str]:
-    """(bucket, key) of ``s3://bucket/key``. A key may hold any character, including ``?`` and ``#``.
-
-    Raises:
-        ConfigError: the URI holds credentials, which would end up in manifests, or no bucket.
-    """
+    """(bucket, key) of ``s3://bucket/key``. A key may hold any character, including ``?`` and ``#``. Raises
+    ConfigError: the URI holds credentials, which would end up in manifests, or no bucket."""
     bucket, _, key = uri.removeprefix("s3://").partition("/")
     if "@" in bucket:
         raise ConfigError(
@@ -151,11 +148,8 @@ def filesystem(options: StorageConfig) -> Any:
 
 
 def check_bucket(uri: str, options: StorageConfig, setting: str = "") -> None:
-    """Fail within seconds if a bucket cannot be reached: later calls would wait for it.
-
-    Raises:
-        InputError: there is no such bucket, credentials are refused or missing, or nothing answers.
-    """
+    """Fail within seconds if a bucket cannot be reached: later calls would wait for it. Raises InputError: there is no
+    such bucket, credentials are refused or missing, or nothing answers."""
     bucket, _ = split_uri(uri)
     prefix = f"{setting}: " if setting else ""
     try:

@@ -127,11 +127,8 @@ def run_trials(
 
 
 def make_searcher(name: str, seed: int, earlier: list[Parameters]) -> Any:
-    """A search algorithm of Tune's that first tries the parameters of `earlier`.
-
-    Raises:
-        ResourceError: its package is not installed.
-    """
+    """A search algorithm of Tune's that first tries the parameters of `earlier`. Raises ResourceError: its package is
+    not installed."""
     seeding = {SEED_ARGUMENTS[name]: seed} if name in SEED_ARGUMENTS else {}
     try:
         return create_searcher(name, metric="judged", mode="max", points_to_evaluate=earlier or None, **seeding)

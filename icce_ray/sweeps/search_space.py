@@ -46,11 +46,8 @@ class Dimension:
 
 
 def parse_space(space: Mapping[str, Any], source: str) -> tuple[Dimension, ...]:
-    """The dimensions of a search space.
-
-    Raises:
-        ConfigError: the space is empty, a setting cannot be varied, or its values are neither a list nor a valid range.
-    """
+    """The dimensions of a search space. Raises ConfigError: the space is empty, a setting cannot be varied, or its
+    values are neither a list nor a valid range."""
     if not space:
         raise ConfigError(f"{source}: space is empty; name at least one setting, such as heads.num_heads: [8, 16]")
     return tuple(_parse_dimension(str(name), given, source) for name, given in space.items())
@@ -58,11 +55,7 @@ def parse_space(space: Mapping[str, Any], source: str) -> tuple[Dimension, ...]:
 
 def check_space(base: Mapping[str, Any], dimensions: tuple[Dimension, ...], source: str) -> None:
     """Refuse unknown settings and values that they cannot have. Each value is tried alone on the base: values that only
-    fail together fail in the trial that draws them.
-
-    Raises:
-        ConfigError: the config's own message.
-    """
+    fail together fail in the trial that draws them. Raises ConfigError: the config's own message."""
     settings_of(base, {}, f"{source}: base")
     for dimension in dimensions:
         for value in dimension.values:
@@ -70,11 +63,7 @@ def check_space(base: Mapping[str, Any], dimensions: tuple[Dimension, ...], sour
 
 
 def settings_of(base: Mapping[str, Any], parameters: Mapping[str, Any], source: str, seed: int | None = None) -> Config:
-    """The base config with these settings and this seed.
-
-    Raises:
-        ConfigError: they do not go together.
-    """
+    """The base config with these settings and this seed. Raises ConfigError: they do not go together."""
     data = dict(base)
     for name, value in parameters.items():
         put(data, name, value)

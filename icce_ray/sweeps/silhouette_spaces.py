@@ -34,11 +34,8 @@ def sample(num_images: int) -> npt.NDArray[np.int64]:
 
 
 def run(config: Config, context: StageContext) -> dict[str, Any]:
-    """Write pca.npy and, if it can be made, umap.npy: (n, d) float32, the rows of :func:`sample`.
-
-    Returns:
-        num_images (in the sample).
-    """
+    """Write pca.npy and, if it can be made, umap.npy: (n, d) float32, the rows of :func:`sample`. Returns num_images
+    (in the sample)."""
     matrix_ND = load_features(training_set(context.inputs)).matrix
     rows = sample(len(matrix_ND))
     features_nD = np.array(matrix_ND[rows], dtype=np.float32)

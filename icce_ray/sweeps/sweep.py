@@ -56,13 +56,9 @@ class SweepResult:
 
 
 def run_sweep(asked: Sweep, *, quiet: bool = False) -> SweepResult:
-    """Run a sweep, then the job that pools its best trials. Whatever is finished is used again.
-
-    Raises:
-        UserError: something in the sweep, its base or the machine cannot work; raised before the long work where that
-            can be known.
-        WorkerError: no trial finished.
-    """
+    """Run a sweep, then the job that pools its best trials. Whatever is finished is used again. Raises UserError:
+    something in the sweep, its base or the machine cannot work; raised before the long work where that can be known;
+    WorkerError: no trial finished."""
     started = time.monotonic()
     base, listings = asked.base_config, Listings()
     images = plan(base, shared_stages(base, listings))[0]
@@ -110,10 +106,7 @@ def _search(asked: Sweep, listings: Listings, folder: Folder, name: str, quiet: 
 
 def _make_shared(asked: Sweep, trials: list[dict[str, Any]], listings: Listings, quiet: bool) -> dict[str, str]:
     """Make the stages that trials share, each once. Returns why that is impossible, for the trials for which it is.
-
-    Raises:
-        UserError, WorkerError: it is impossible for all.
-    """
+    Raises UserError, WorkerError: it is impossible for all."""
     failures: dict[str, str] = {}
     first: Exception | None = None
     for parameters in trials:

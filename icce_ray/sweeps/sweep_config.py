@@ -128,11 +128,8 @@ class Sweep:
         return workers.gpus_per_worker == 0 and workers.num_workers == 1
 
     def runs(self, parameters: Mapping[str, Any]) -> list[Config]:
-        """The config of each run of a trial: one for each seed.
-
-        Raises:
-            ConfigError: the parameters do not go together.
-        """
+        """The config of each run of a trial: one for each seed. Raises ConfigError: the parameters do not go
+        together."""
         seeds = self.config.seeds or (None,)
         return [settings_of(self.base, parameters, "this trial", seed) for seed in seeds]
 
@@ -146,10 +143,7 @@ class Sweep:
 
 def load_sweep(path: str | Path, overrides: list[str] | None = None) -> Sweep:
     """Read a sweep's YAML, apply ``a.b=c`` overrides (``base.heads.num_epochs=20`` changes the base) and validate it.
-
-    Raises:
-        ConfigError: names the file, the key, the value and what is allowed, for the first kind of problem found.
-    """
+    Raises ConfigError: names the file, the key, the value and what is allowed, for the first kind of problem found."""
     path = Path(path)
     data = read_yaml(path)
     base = data.get("base")

@@ -42,14 +42,9 @@ class TrialRun:
 
 def write(sweep: Sweep, rows: Sequence[Row], listings: Listings, output: ArtifactWriter) -> dict[str, Any]:
     """Record the runs of the finished trials, score them against the true labels if there are some, choose the best,
-    and write trials.parquet, trials.txt, sweep.html, best.yaml and ensemble.yaml.
-
-    Returns:
-        num_trials, num_failed, metric, best_value, best_trial, best_parameters.
-
-    Raises:
-        WorkerError: no trial has the metric; the table is written all the same.
-    """
+    and write trials.parquet, trials.txt, sweep.html, best.yaml and ensemble.yaml. Returns num_trials, num_failed,
+    metric, best_value, best_trial, best_parameters. Raises WorkerError: no trial has the metric; the table is written
+    all the same."""
     metric = sweep.config.metric
     runs = {row.trial: _record_runs(sweep, row, listings) for row in rows if row.error is None}
     rows = [_with_scores(row, runs[row.trial]) if row.trial in runs else row for row in rows]

@@ -56,11 +56,7 @@ def ranked(rows: Iterable[Row], metric: str) -> list[Row]:
 
 
 def choose_best(rows: Sequence[Row], metric: str) -> Row:
-    """The finished trial with the highest metric.
-
-    Raises:
-        WorkerError: no trial finished, or none has the metric.
-    """
+    """The finished trial with the highest metric. Raises WorkerError: no trial finished, or none has the metric."""
     best = ranked(rows, metric)
     if best:
         return best[0]

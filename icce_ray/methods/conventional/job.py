@@ -17,25 +17,14 @@ from icce_ray.store import Artifact
 
 
 def check(config: Config) -> None:
-    """Refuse UMAP where its package is missing.
-
-    Raises:
-        ResourceError: it is.
-    """
+    """Refuse UMAP where its package is missing. Raises ResourceError: it is."""
     if config.conventional.representation == "umap":
         check_umap("conventional.representation: umap")
 
 
 def run(config: Config, context: StageContext) -> dict[str, Any]:
-    """Write label_matrix.npy (1 x N int32, -1 for noise) and clusterings.json.
-
-    Returns:
-        num_clusters (found), num_noise, converged.
-
-    Raises:
-        InputError: fewer than two clusters were found.
-        ResourceError: the worker lacks the memory.
-    """
+    """Write label_matrix.npy (1 x N int32, -1 for noise) and clusterings.json. Returns num_clusters (found), num_noise,
+    converged. Raises InputError: fewer than two clusters were found; ResourceError: the worker lacks the memory."""
     embed = training_set(context.inputs)
     num_images = load_features(embed).num_images
     work = partial(_work, config=config, embed=embed)

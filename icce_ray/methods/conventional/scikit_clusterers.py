@@ -145,11 +145,8 @@ def fit(
 def represent(
     features_ND: npt.NDArray[np.floating[Any]], settings: ConventionalConfig, seed: int
 ) -> npt.NDArray[np.float64]:
-    """The points that are clustered: (N, d). In float32, the covariances of `gmm` would be singular after UMAP.
-
-    Raises:
-        InputError: features that are not finite.
-    """
+    """The points that are clustered: (N, d). In float32, the covariances of `gmm` would be singular after UMAP. Raises
+    InputError: features that are not finite."""
     unit = prepare(features_ND, center=settings.normalize)
     points_ND = unit[:] if settings.normalize else np.array(features_ND, dtype=np.float32)
     if settings.representation != "raw":
@@ -160,11 +157,8 @@ def represent(
 def check_memory(
     method: str, settings: ConventionalConfig, num_images: int, dim: int, *, num_clusters: int | None
 ) -> None:
-    """Refuse before anything is allocated.
-
-    Raises:
-        ResourceError: how much is needed, how much there is, what to change.
-    """
+    """Refuse before anything is allocated. Raises ResourceError: how much is needed, how much there is, what to
+    change."""
     points_dim = dim if settings.representation == "raw" else min(dim, PCA_DIMS)
     preparing = 12.0 * num_images * dim + (UMAP_BYTES * num_images if settings.representation == "umap" else 0)
     clustering = 8.0 * num_images * points_dim

@@ -23,11 +23,8 @@ class HeadDivision:
 
     @classmethod
     def of(cls, num_heads: int, num_workers: int, *, on_gpu: bool) -> HeadDivision:
-        """Divide the heads as evenly as whole blocks allow.
-
-        Raises:
-            ResourceError: there are more workers than blocks.
-        """
+        """Divide the heads as evenly as whole blocks allow. Raises ResourceError: there are more workers than
+        blocks."""
         blocks = head_blocks(num_heads, on_gpu=on_gpu)
         if num_workers > len(blocks):
             reason = f", in blocks of up to {MAX_HEADS_PER_GPU_BLOCK} on a GPU" if on_gpu else ""

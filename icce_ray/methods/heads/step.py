@@ -81,11 +81,8 @@ class HeadBlock:
     """From the last :meth:`look`."""
 
     def look(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """The teacher's pass: keeps the targets for :meth:`train` and moves the prior.
-
-        Returns:
-            Agreement of each head with each pair (H, B), and cluster of each image (H, B).
-        """
+        """The teacher's pass: keeps the targets for :meth:`train` and moves the prior. Returns the agreement of each
+        head with each pair (H, B), and the cluster of each image (H, B)."""
         self.log_targets_VHBK, agreement_HB, prior_HK, labels_HB = self.passes.teacher(
             self.state.teacher, batch.inputs.of(self.heads), len(batch.rows), self.state.prior_HK,
             self.state.balance_H, self.settings, self.passes.dtypes,

@@ -28,10 +28,7 @@ def teacher_targets(
 
 def smooth_over_neighbors(q_VHBK: torch.Tensor, log_q_VHBK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Replace the targets of several neighbours by their mean (docs/METHOD.md, "Smoothing over several neighbours").
-
-    Returns:
-        Targets of the image and of its neighbour, and their logarithms (2, H, B, K).
-    """
+    Returns the targets of the image and of its neighbour, and their logarithms (2, H, B, K)."""
     if len(q_VHBK) == 2:
         return q_VHBK, log_q_VHBK
     mean_HBK = q_VHBK[1:].mean(dim=0)

@@ -124,11 +124,8 @@ class HeadTrainer:
         return bool(self.history[compared - 1]["size_agreement"] < MIN_SIZE_AGREEMENT)
 
     def train_epoch(self) -> None:
-        """One pass over all images that have neighbours.
-
-        Raises:
-            FloatingPointError: a loss is not finite; names heads, epoch, step and the settings in use.
-        """
+        """One pass over all images that have neighbours. Raises FloatingPointError: a loss is not finite; names heads,
+        epoch, step and the settings in use."""
         started = time.perf_counter()
         self.watch.start_epoch()
         rows = epoch_batches(self.graph, self.batch_size, self.settings.num_positives, self.seed, self.epoch)

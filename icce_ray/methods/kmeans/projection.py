@@ -124,11 +124,8 @@ def shift_of(features_ND: Features) -> Doubles:
 
 
 def measure(features_ND: Features, start: int, stop: int, with_products: bool) -> Moments:
-    """The moments of the rows start..stop-1 about :func:`shift_of` the features.
-
-    Raises:
-        InputError: a row is not finite.
-    """
+    """The moments of the rows start..stop-1 about :func:`shift_of` the features. Raises InputError: a row is not
+    finite."""
     dim = features_ND.shape[1]
     shift_D, sum_D, longest = shift_of(features_ND), np.zeros(dim), 0.0
     products_DD = np.zeros((dim, dim)) if with_products else None
