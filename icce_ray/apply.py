@@ -23,8 +23,6 @@ def apply_corrections(run: str | Path, corrections: str | Path, *, quiet: bool =
 
     Args:
         run: its YAML config, its output folder, or its record (``runs/*.json``).
-        corrections: the file that the page saved.
-        quiet: no progress and no summary on standard error.
 
     Raises:
         InputError: no such run; a file that cannot be used; or a config that names other corrections.

@@ -41,7 +41,6 @@ def collect_garbage(output: str, *, delete: bool = False) -> Garbage:
     """Find what nothing refers to, and remove it.
 
     Args:
-        output: the output of runs.
         delete: remove it; otherwise it is only listed.
 
     Raises:

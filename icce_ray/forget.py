@@ -92,7 +92,6 @@ def forget_images(run: str, uris: str, *, quiet: bool = False) -> Takedown:
     Args:
         run: any run in the output: its config, its record (``runs/*.json``), or the output itself.
         uris: a .txt or .parquet list (column `uri`) of the images, as the listing names them.
-        quiet: no progress on standard error.
 
     Raises:
         InputError: no such output or list, or images that come from ready-made embeddings.

@@ -47,12 +47,10 @@ def cluster_photos(
     """Cluster the images of a place with the settings of :func:`photo_settings`.
 
     Args:
-        photos: as `images.uri`.
         num_clusters: a number, or `auto`.
         output: folder or URI of the results. None: ``<photos>-clusters`` beside the photos.
         overrides: further settings, such as ``embed.backbone=pixels``.
         open_page: show the page in a browser if this machine has a screen.
-        quiet: no progress and no summary on standard error.
 
     Raises:
         UserError: as :func:`icce_ray.run_pipeline`.

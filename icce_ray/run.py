@@ -87,7 +87,6 @@ def guarded(command: Callable[[argparse.Namespace], Any], arguments: argparse.Na
 
     Args:
         command: returns text, or a dataclass that is printed as JSON with ``--json``.
-        arguments: the parsed command line.
     """
     exit_if_ray_dies()
     try:

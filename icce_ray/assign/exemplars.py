@@ -65,12 +65,8 @@ def candidates_table(
     """Images that may become exemplars, with what it takes to choose among them.
 
     Args:
-        assignments: of n images.
-        features_nD: their features.
-        prediction: for these images.
         num_images: in all parts together.
         num_exemplars: wanted per cluster.
-        seed: of the sample.
     """
     priority_n = id_hashes(assignments["image_id"].to_numpy(), seed)
     limit_K = _priority_limits(classifier, num_images, num_exemplars)

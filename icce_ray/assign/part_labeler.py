@@ -36,7 +36,6 @@ class PartLabeler:
         inputs: the artifact ``classifier``; for a run's own images also ``consensus``, and ``sample`` if only a sample
             was trained on.
         num_exemplars: wanted per cluster.
-        seed: of the draw of exemplars.
     """
 
     def __init__(

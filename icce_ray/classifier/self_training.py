@@ -94,11 +94,7 @@ class SelfTraining:
         self.mean_D, self.scale = _mean_and_scale(features_ND, self.train_rows)
 
     def train(self, positions: Sequence[int], *, device: str = "cpu", progress: Progress | None = None) -> Candidate:
-        """Train the learning rates at `positions` of the grid side by side and return the best classifier.
-
-        Args:
-            device: "cpu" or "cuda".
-        """
+        """Train the learning rates at `positions` of the grid side by side and return the best classifier."""
         # Imported here because torch takes seconds to import, and labelling images doesn't need it.
         from icce_ray.classifier.sgd import train_grid
 

@@ -29,7 +29,6 @@ def load_config(
         path: the YAML file, or None to use `base` alone.
         overrides: the `--set` arguments in order; later ones win.
         base: settings that the file may override.
-        source: the name of the settings in messages if there is no file.
 
     Raises:
         ConfigError: names file, key, value and what is allowed for every problem found.

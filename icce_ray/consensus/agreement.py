@@ -35,9 +35,7 @@ def measure_agreement(labels_N: Labels, heads: Heads, counts_KC: npt.NDArray[Any
 
     Args:
         labels_N: (N,) integers 0..K-1, the consensus.
-        heads: the label matrix.
         counts_KC: the counts of the consensus against the head clusters.
-        seed: seed of the tie-break of second choices.
     """
     cluster_of_column = align_heads(counts_KC, heads.offsets)
     parts = heads.map(_measure_part, heads.image_parts(), labels_N, cluster_of_column, seed)

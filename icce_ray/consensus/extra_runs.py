@@ -25,7 +25,6 @@ def find_heads(names: Sequence[str], output: str, own: Artifact | None = None) -
 
     Args:
         names: names of runs under `output`, or places of their records.
-        output: this run's output folder.
         own: this run's clusterings, if they are finished: then it is checked that the images are the same.
 
     Raises:

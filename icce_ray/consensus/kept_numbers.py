@@ -38,7 +38,6 @@ def keep_numbers(
         num_clusters: L.
         heads: the clusterings that it was made of.
         run: the earlier run, its name or the place of its record.
-        output: this run's output folder.
 
     Raises:
         InputError: there is no such run, or it has no consensus.

@@ -45,7 +45,6 @@ def partition_graph(
 
     Args:
         graph: (V, V) symmetric, positive integer edge weights, an empty diagonal.
-        num_parts: number of parts, 2..V.
         vertex_weights: (V,) positive integers; None: all 1.
         imbalance: weight of the heaviest part allowed, relative to the average.
         seeds: one partition is made for each; the result is deterministic. All but the first see the vertices in a

@@ -52,8 +52,6 @@ def recombine(score: NeighborScore, consensuses: Sequence[Labels], num_clusters:
     Args:
         score: the graph and the heads. Heads that leave out images count in the weights of the edges only.
         consensuses: labels (N,) 0..K-1. All results use as many clusters as the first.
-        num_clusters: K.
-        seed: seed of the choice of the images that move first.
     """
     limit = population_size(score.nearest.shape[0] * score.nearest.shape[1])
     num_used = len(np.unique(consensuses[0]))

@@ -41,7 +41,6 @@ def refine(
 
     Args:
         start_N: (N,) integers 0..num_clusters-1.
-        heads: the label matrix.
         num_clusters: K. A cluster with images keeps at least one.
         max_passes: maximum number of passes over the images.
 

@@ -21,10 +21,7 @@ def vote(heads: Heads, cluster_of_column: npt.NDArray[Any], num_clusters: int, *
     """Winning cluster of each image: (N,) int32.
 
     Args:
-        heads: the label matrix.
         cluster_of_column: (C,) cluster 0..num_clusters-1 that each head cluster votes for.
-        num_clusters: K.
-        seed: seed of the tie-break.
         by_mean: whether the votes for a cluster are divided by the number of head clusters that vote for it.
     """
     members_K = np.bincount(cluster_of_column, minlength=num_clusters)

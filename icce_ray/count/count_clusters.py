@@ -33,8 +33,6 @@ def count_clusters(
         features_ND: (N, D) float16 or float32, finite.
         asked, heads, neighbors: sections of the config.
         seed: seed of the sample and of the first clustering; the others follow.
-        num_threads: CPU threads. They don't change the result.
-        progress: told of every clustering.
 
     Raises:
         InputError: fewer rows than clusters to choose from.

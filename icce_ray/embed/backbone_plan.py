@@ -124,7 +124,6 @@ def model_key(settings: dict[str, Any], plan: EmbeddingPlan) -> str:
 
     Args:
         settings: from :func:`embed_settings`.
-        plan: of the same backbones.
     """
     embed = {key: value for key, value in settings["embed"].items() if key != "max_image_pixels"}
     content = {"embed": embed, "backbones": [asdict(backbone) for backbone in plan.backbones]}

@@ -31,10 +31,7 @@ def build_backbone(
     Usage: ``features_ND = build_backbone(config.embed, config.seed).embed(images_NHWC)``
 
     Args:
-        embed: which backbones.
         seed: determines ``weights: random``.
-        device: torch device.
-        num_threads: CPU threads of this process; None keeps torch's choice.
         plan: of `embed`, if it was made already.
 
     Raises:

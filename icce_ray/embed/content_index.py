@@ -135,8 +135,6 @@ class ContentIndex:
         """Where the contents are; those that are nowhere are for `part` to embed.
 
         Args:
-            part: name of its file.
-            keys: of the contents.
             force: take contents over from a part that does not seem to finish.
         """
         with self._lock:

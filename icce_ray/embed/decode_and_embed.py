@@ -216,10 +216,8 @@ def assemble_part(
     """Put the embeddings of a part's contents together: its table, and the images that failed.
 
     Args:
-        decoded: the part's images.
         outcomes: by content hash, for all of `decoded.hashes`.
         dims: D of each feature set.
-        model: key of the model.
     """
     images = list(zip(decoded.image_ids.tolist(), decoded.hashes, strict=True))
     failed = [(image_id, outcome) for image_id, value in images if isinstance(outcome := outcomes[value], str)]

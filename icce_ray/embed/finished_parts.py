@@ -39,8 +39,6 @@ class Tally:
     """Adds up finished parts, in any order.
 
     Args:
-        context: the stage's; parts are added to its writer, progress is reported to it.
-        listing: of all images.
         max_error_rate: share of the images that may fail.
     """
 

@@ -68,7 +68,6 @@ def gather(
     """Get an outcome for each content of a part: read it, take it from another part, or embed it here.
 
     Args:
-        part: name of its file.
         hashes: contents, each once.
         index: knows where they are.
         reader: reads those that are on storage.

@@ -73,7 +73,6 @@ class TimmBackbone:
         model: without its classification layer.
         features: see :mod:`icce_ray.embed.backbone_plan`.
         dim: D of the features.
-        device: torch device.
         precision: of the matrix products.
     """
 
@@ -190,7 +189,6 @@ def find_batch_size(
     Args:
         embed: a backbone's method.
         shape: shape of one image's pixels.
-        clock: returns seconds.
     """
     best, best_rate, size = MIN_BATCH_SIZE, 0.0, MIN_BATCH_SIZE
     while size <= MAX_BATCH_SIZE:

@@ -126,10 +126,7 @@ class PartEmbedder:
     """Holds the backbone, embeds decoded parts and writes them. ITEMS_AT_ONCE threads may call it at a time.
 
     Args:
-        task: the stage's.
         index: of the contents that have embeddings.
-        num_threads: of the backbone.
-        device: of the backbone.
         decode: decodes all images of a part, also those that the index knows.
         on_batch: told, after each batch, the part and how many of its images were embedded so far.
     """

@@ -25,7 +25,6 @@ class ReusableParts:
 
     Args:
         artifact: an ``embed`` artifact.
-        listing: the images it was made from.
     """
 
     def __init__(self, artifact: Artifact, listing: Listing) -> None:

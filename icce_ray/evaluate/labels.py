@@ -59,9 +59,7 @@ def load_labels(
     """The true classes of images. A file that names its images need not have all of them.
 
     Args:
-        evaluate: where the labels are.
         uris: (n,) of the images to label.
-        image_ids: (n,) their ids.
         num_listed: number of all listed images.
 
     Raises:

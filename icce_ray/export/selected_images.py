@@ -76,7 +76,6 @@ class SelectedImages:
 
     Args:
         run: a run's config, output folder or record.
-        selection: which images.
 
     Raises:
         InputError: there is no such run, or a cluster of the selection does not exist.

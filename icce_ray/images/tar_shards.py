@@ -89,7 +89,6 @@ def walk(file: Any, file_bytes: int) -> Iterator[Member | Link | Damage]:
     A complete shard ends with an end mark (a block of zeros). If the file does not, the last item is a Damage.
 
     Args:
-        file: the shard.
         file_bytes: its size. A member that reaches beyond it is damage.
     """
     if file_bytes == 0:

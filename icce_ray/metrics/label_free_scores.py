@@ -45,7 +45,6 @@ def generalization_score(
     Args:
         features_ND: (N, D) floating point, finite.
         labels_N: (N,) clusters, -1 for none. Clusters with fewer images than folds are left out.
-        random_state: seed of the folds.
 
     Returns:
         None if fewer than two clusters are left.

@@ -77,8 +77,6 @@ def keep(pairs: PairList, num_hits_Q: Ids, ids_Q: Ids, rule: Rule, error: float,
     Args:
         pairs: in any order, each once.
         num_hits_Q: number of images found above the threshold so far, kept or not.
-        ids_Q: images of the queries.
-        rule: the limits.
         error: bound on the error of the scores.
         exact: the exact cosines of pairs.
     """
@@ -109,8 +107,6 @@ def random_subset(seed: int, max_neighbors: int, rows_P: npt.NDArray[np.integer]
     hashes the lower ids. Ordered by row, then hash.
 
     Args:
-        seed: seed of the hash.
-        max_neighbors: limit of each row.
         rows_P, images_P: row number of each pair, and the row's image.
         ids_P: the neighbour.
     """

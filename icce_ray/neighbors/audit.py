@@ -90,10 +90,7 @@ def audit_features(unit: UnitFeatures, config: NeighborsConfig, *, num_clusters:
     """Measure similarities and what each threshold would do, and choose the threshold.
 
     Args:
-        unit: the features of N images.
         config: the threshold, which is chosen here if it is `auto`, and the limits of a list.
-        num_clusters: K.
-        seed: seed of the samples and of the k-means starts.
     """
     num_images, dim = unit.shape
     rng = np.random.default_rng([seed, STREAM])
@@ -159,8 +156,6 @@ def choose_threshold(
     Args:
         curves: measured on the features.
         floor: `min_neighbors`, at most N - 1.
-        max_neighbors: the rule's upper limit.
-        num_images, num_clusters: N, K.
 
     Returns:
         The threshold, and the limit that determined it, in words.

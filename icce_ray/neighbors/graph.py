@@ -67,12 +67,7 @@ def build_graph(
 
     Args:
         features_ND: (N, D) floating point.
-        config: threshold, limits and centring.
         num_clusters: K; bounds the automatic threshold.
-        seed: seed of the audit's samples and of the random subsets.
-        progress: told of finished rows.
-        device: where to search.
-        num_threads: CPU threads of this process.
 
     Raises:
         InputError: features that are not finite, or fewer than two.

@@ -35,7 +35,6 @@ def cluster_labels(unit: UnitFeatures, num_clusters: int, rng: np.random.Generat
     Each run learns its centroids from a random sample of the images, which bounds the time at any N.
 
     Args:
-        unit: the features of N images.
         num_clusters: K; capped at N.
         rng: draws the samples and starts.
     """

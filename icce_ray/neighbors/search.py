@@ -78,8 +78,6 @@ def most_similar(unit: UnitFeatures, ids_Q: Ids, k: int) -> tuple[Floats, Ids]:
     """The `k` most similar images of each of some images, without itself, by a search of all, a chunk at a time.
 
     Args:
-        unit: the features of N images.
-        ids_Q: the query images.
         k: list length; at most N - 1 are returned.
 
     Returns:

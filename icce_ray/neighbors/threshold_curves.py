@@ -50,7 +50,6 @@ def count_pairs(
     of k-means runs that put both images into one cluster: (Q, T, R + 1).
 
     Args:
-        unit: the features of N images.
         queries_Q: the images whose rows are measured.
         labels_RN: labels from the k-means runs.
         thresholds_T: ascending multiples of `FINEST_STEP`.
@@ -95,7 +94,6 @@ def curves_of(
         thresholds_T: ascending.
         counts_QTC: as `count_pairs` returns them.
         together_Qk: number of k-means runs in which each of a query's `min_neighbors` most similar shares its cluster.
-        max_neighbors: the rule's upper limit.
     """
     floor = together_Qk.shape[1]
     weight_Q = np.full(len(counts_QTC), 1.0 / len(counts_QTC))

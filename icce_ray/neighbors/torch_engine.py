@@ -49,10 +49,7 @@ class TorchEngine:
     """Holds the rows of a shard on a device in float32, and on a GPU in float16 for the products.
 
     Args:
-        unit: the features of all images.
         ids_n: the shard's images, ascending.
-        device: `cpu` or a torch device.
-        num_threads: CPU threads of this process.
     """
 
     blocks_at_once = 1

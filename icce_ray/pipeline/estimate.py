@@ -113,16 +113,7 @@ class Estimate:
 
 def estimate(config: Config, *, num_samples: int = 256, quiet: bool = False) -> Estimate:
     """List the images, embed a uniform sample of them, and run the other stages on a pilot. A later run uses the
-    listing; nothing else is kept.
-
-    Args:
-        config: the run's.
-        num_samples: images to embed.
-        quiet: no progress on standard error.
-
-    Raises:
-        UserError: as :func:`icce_ray.pipeline.run.run_pipeline`.
-    """
+    listing; nothing else is kept. Raises UserError: as :func:`icce_ray.pipeline.run.run_pipeline`."""
     with tempfile.TemporaryDirectory(prefix="icce_ray-estimate-") as place:
         folder = Path(place)
         began = time.monotonic()

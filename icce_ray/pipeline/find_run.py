@@ -19,7 +19,6 @@ def find_stage(
     Args:
         run: a YAML config, a record (``runs/*.json``), or an output folder, which means its newest run. If the folder
             does not say which that is, all its finished runs must have the artifact in common.
-        stage: name of the stage.
         what: the name of the artifact in messages; that of the stage if empty.
         several: the plural of the same.
 

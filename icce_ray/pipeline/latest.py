@@ -47,8 +47,6 @@ def publish(
     """Make `run` the latest one.
 
     Args:
-        output: the run's output.
-        run: its name.
         artifacts: its finished artifacts by stage.
         result: its figures, JSON-able.
         is_new: whether the run made anything; if not, what is there for it is kept.

@@ -56,7 +56,6 @@ def run_pilot(
     """Run the stages after the embedding on a pilot, in this process.
 
     Args:
-        config: the run's.
         features_nD: of a sample, at least two rows.
         num_images: in the whole collection.
         folder: for the pilot's files.

@@ -57,7 +57,6 @@ def plan(
     With ``num_clusters: auto`` the plan ends with the stage that chooses the number until that is finished.
 
     Args:
-        config: the run's settings.
         stages: the stages to plan; all those of the run when None.
         before: stages planned before, which these build on.
         lists: False: the last listing holds, whatever has happened to the images since.

@@ -167,10 +167,7 @@ def run_stages(
     are never touched.
 
     Args:
-        config: every setting.
-        planned: the stages.
         artifacts: finished artifacts by stage name.
-        quiet: print no progress.
         told: kept informed of how far each stage is. None if this is no recorded run.
 
     Returns:

@@ -32,13 +32,7 @@ FINISHED, RUNNING, STOPPED, FAILED, INTERRUPTED, WAITING = (
 
 
 class RunProgress:
-    """Context manager that writes the progress of a run to storage. A failed write never harms the run.
-
-    Args:
-        output: the run's output.
-        run: its name.
-        clock: returns the seconds since 1970.
-    """
+    """Context manager that writes the progress of a run to storage. A failed write never harms the run."""
 
     def __init__(self, output: str, run: str, clock: Callable[[], float] = time.time) -> None:
         self._folder = Folder.at(output) / RUNS_FOLDER / PROGRESS_FOLDER
@@ -204,10 +198,7 @@ def find_status(
     """Find out how far a run is.
 
     Args:
-        root: the run's output.
-        run: its name.
         folders: the folders of its artifacts by stage, in order.
-        clock: returns the seconds since 1970.
     """
     artifacts = {stage: Artifact.find(folder) for stage, folder in folders.items()}
     said = Said.read(root, run)

@@ -34,7 +34,6 @@ def read_features(inputs: Any, image_ids: npt.NDArray[np.int64]) -> tuple[Floats
 
     Args:
         inputs: artifacts `embed` and `sample`.
-        image_ids: (n,).
     """
     features = load_features(training_set(inputs))
     rows_n = training_rows_of(inputs, image_ids)

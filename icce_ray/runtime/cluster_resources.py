@@ -78,7 +78,6 @@ def check_resources(config: Config, stages: Collection[str]) -> None:
     """Refuse a run that would wait forever for its resources, before anything starts.
 
     Args:
-        config: of the run.
         stages: those that will run; other sections of `resources` are not checked.
 
     Raises:
@@ -106,8 +105,6 @@ def wait_for_machines(resources: ResourcesConfig, stage: str, say: Callable[[str
     Stages divide their work by the number of machines, and Ray adds machines only when they are asked for.
 
     Args:
-        resources: of the run.
-        stage: a section of it.
         say: told what the stage waits for.
 
     Raises:

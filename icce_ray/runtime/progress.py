@@ -59,10 +59,7 @@ class Progress:
     """Says how far one stage is: done of total, rate, time left.
 
     Args:
-        stage: name shown in front.
         unit: what is counted, in the plural.
-        quiet: say nothing.
-        clock: monotonic, in seconds.
         shortcut: what to set to be done sooner; said once if more than LONG_S is left.
     """
 
@@ -157,7 +154,6 @@ class BoardProgress(Progress):
     """Progress that goes to a board instead of the worker's own terminal.
 
     Args:
-        stage: the board's.
         post: its method, or a remote call of that.
     """
 

@@ -29,7 +29,6 @@ class RayWatch:
         places: address and port of each, by what it is.
         ask: connects to a place. Raises ConnectionRefusedError if nobody listens, another OSError if nothing answers.
         interrupt: stops the main thread.
-        clock: monotonic, in seconds.
     """
 
     may_exit = False

@@ -42,7 +42,6 @@ def work_on_workers(
         stage: the section of `resources`, and the name in messages.
         work: the function.
         resources: the run's. The section says how many processes there are, and what each has.
-        progress: told what the process of rank 0 reports.
         num_images: decides whether the work runs here.
         max_workers: start no more processes than this.
         backend: of torch.distributed. None: NCCL on GPUs, gloo elsewhere.
@@ -89,11 +88,9 @@ def run_tasks(
     """Call ``function(item, *shared)`` for each item, each in a task with one CPU and one thread.
 
     Args:
-        stage: name in messages.
         function: a module-level function.
         items: consumed as tasks are submitted.
         shared: further arguments, sent to each machine once.
-        resources: the run's.
         num_images: decides whether the tasks run here.
         name: of the tasks in Ray's dashboard.
         in_order: yield in the order of the items instead of as they are finished.
@@ -143,7 +140,6 @@ def run_on_actors(
         make: makes the object, in each actor.
         items: consumed as actors become free.
         resources: the run's. The section says how many actors there are, and what each has.
-        progress: told if machines are waited for.
         num_images: decides whether the object is made and called here.
 
     Yields:

@@ -55,7 +55,6 @@ def sample_ids(num_images: int, max_images: int | None, seed: int, failed_ids: I
     Args:
         num_images: to draw from.
         max_images: wanted; None for all.
-        seed: of the hashes.
         failed_ids: ascending ids that cannot be drawn. With all others they are the numbers from 0 on.
     """
     if max_images is None or num_images <= max_images:

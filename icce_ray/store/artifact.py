@@ -40,7 +40,6 @@ def fingerprint(stage: str, version: int, settings: Mapping[str, Any], inputs: M
     """Name of the artifact that `stage` makes from `settings` and `inputs`: 16 hex digits.
 
     Args:
-        stage: name of the stage.
         version: raised by hand when the code would make something else of the same settings.
         settings: JSON-able settings that determine the content.
         inputs: fingerprints of the input artifacts by stage.

@@ -28,7 +28,6 @@ class ArtifactWriter:
     driver, which calls :meth:`add` and, at the end, :meth:`commit`.
 
     Args:
-        folder: the artifact's.
         amends: whether the artifact is finished and is amended. Otherwise a writer that lost its claim, on S3, must not
             write into what another job has finished.
     """

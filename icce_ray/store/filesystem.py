@@ -145,7 +145,6 @@ class Folder:
         """Content of a file. Raises FileNotFoundError if there is none.
 
         Args:
-            name: name of the file.
             num_bytes: its expected size. On S3, an answer of another length is requested again.
         """
         if self.s3_options is not None:
@@ -157,8 +156,6 @@ class Folder:
         """Write a file atomically: readers see the old content or the new. `name` may contain folders.
 
         Args:
-            name: name of the file.
-            data: its content.
             wait: while the store is away, wait for it.
         """
         if self.s3_options is not None:

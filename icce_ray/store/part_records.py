@@ -52,7 +52,6 @@ class PartRecords:
     """The records of one artifact. Pickles: workers write records, the driver reads them.
 
     Args:
-        folder: the artifact's folder.
         source: digest of what the parts are made from, besides the artifact's fingerprint: the bytes of the inputs,
             the stage's version. Records with another source don't count. Where each part has a source of its own, make
             a ``PartRecords`` for each.

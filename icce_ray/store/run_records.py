@@ -30,8 +30,6 @@ def write_record(
     """Note which artifacts make up a run.
 
     Args:
-        output: the run's output folder.
-        run: its name.
         fingerprints: of its artifacts, by stage.
         config: its settings, JSON-able.
         result: what it ended with; None while it runs, and then an existing record is kept.

@@ -235,8 +235,6 @@ def get_object(uri: str, options: StorageConfig, num_bytes: int | None = None) -
     """Content of an object. Raises FileNotFoundError if there is none.
 
     Args:
-        uri: the object.
-        options: access to S3.
         num_bytes: its expected size. Another length is accepted only if it comes repeatedly.
     """
     for _ in range(BODY_ATTEMPTS):

@@ -66,7 +66,6 @@ def compare_methods(
         config: every setting; its own method is not used.
         methods: names of at least two methods.
         combine: also make one consensus of all that finish, in which each has the same weight.
-        quiet: no progress and no summary on standard error.
 
     Raises:
         UserError: a method is unknown, or something in the config or the input cannot work.

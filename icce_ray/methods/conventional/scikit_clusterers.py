@@ -99,11 +99,8 @@ def fit(
 
     Args:
         features_ND: floating point (N, D), finite.
-        settings: the `conventional` section.
         method: one of CLUSTERERS.
         num_clusters: K; None if the method finds it.
-        seed: seed of PCA, UMAP and the clusterer.
-        progress: told of two steps.
 
     Returns:
         One row of labels, 0..K-1 without gaps, -1 for noise; as notes `num_clusters` (found), `num_noise` and

@@ -33,11 +33,9 @@ def choose_passes(
     here, the plain ones.
 
     Args:
-        settings: the `heads` section.
         states: of the blocks of heads; not changed.
         inputs: with the shape, dtype and device of a batch.
         slices: of the blocks.
-        num_steps: number of steps of the run.
     """
     num_rows, num_clusters = len(inputs.batch_nD), states[0].prior_HK.shape[1]
     work = num_steps * settings.num_heads * num_rows * num_clusters

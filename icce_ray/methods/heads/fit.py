@@ -41,12 +41,6 @@ def fit(
     Args:
         features_ND: float16 or float32 (N, D), finite.
         graph: neighbours of the same N images.
-        settings: the `heads` section.
-        num_clusters: K.
-        seed: seed of initialisation, rotation and draws.
-        device: where to compute.
-        num_threads: number of CPU threads; None: torch's setting. It does not change the result.
-        progress: told of every epoch.
         folder: where to keep checkpoints every `checkpoint_interval_s`, resume from them, and write metrics.jsonl.
         communicator: the workers that divide the heads; None: this process trains all. The number of workers does not
             change the result.

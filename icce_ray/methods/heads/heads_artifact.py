@@ -23,7 +23,6 @@ def run(
 
     Args:
         communicator: the workers, of which this process is one; None: it is alone.
-        device: where to compute.
 
     Returns:
         The metrics of the stage, see job.py; none on workers of a rank other than 0, which write nothing.

@@ -55,11 +55,6 @@ class FeatureNorm:
 
     Args:
         features_ND: float16 or float32, may be memory-mapped.
-        kind: `heads.input_norm`.
-        rotate: `heads.rotate`.
-        seed: seed of the rotation.
-        device: where batches go.
-        pool: threads for the pass over all features at the start.
     """
 
     def __init__(

@@ -100,7 +100,6 @@ def head_cosines(
     Args:
         parameters: of the heads to run, float32.
         inputs: normalised features, (n, S) or (H, n, S), in the dtype of the products.
-        dtypes: of the products with the prototypes.
     """
     return forward(parameters, inputs, dtypes).cosines_HnK
 

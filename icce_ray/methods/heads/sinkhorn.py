@@ -21,8 +21,6 @@ def sinkhorn_targets(
 
     Args:
         cosines_VHBK: float32 in -1..1, views x heads x images x clusters.
-        temperature: T_sk.
-        num_iterations: number of alternations.
         balance_H: 0 to 1 for each head; None: 1.
 
     Returns:

@@ -125,11 +125,6 @@ def fit_kmeans(
     """Cluster the images of the shards from `num_starts` starts. The number of shards doesn't change the result.
 
     Args:
-        settings: the `kmeans` section.
-        num_images, dim: N and D.
-        num_clusters: K, at most N.
-        seed: of the starts and the order of mini-batches.
-        progress: told of every iteration or epoch.
         records: where to keep finished starts and, every `CHECKPOINT_INTERVAL_S`, those under way; resumed from.
 
     Raises:

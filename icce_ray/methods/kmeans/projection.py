@@ -152,7 +152,6 @@ def make_projection(
     Args:
         shift_D: the point that they are about.
         num_components: number of principal components (d); None: all.
-        spherical: scale rows to unit length.
 
     Raises:
         InputError: more components than dimensions.

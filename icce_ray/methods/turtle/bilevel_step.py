@@ -50,12 +50,7 @@ def bilevel_step(
     """Train the inner classifiers on the labels of the encoder and update the encoder, both in place.
 
     Args:
-        encoder: makes the labels.
         inner: weights and biases of the classifier of each space.
-        batch: the rows of this step.
-        inner_steps: updates of the classifiers.
-        entropy_weight: gamma.
-        pool: threads for the chunks. Their number does not change a bit.
     """
     chunks, num_rows = batch.chunks, batch.num_rows
     encoder_layers = pool.call(lambda: batch.cast(encoder.layers))

@@ -53,10 +53,7 @@ def prepare_features(
     Args:
         features_ND: float16 or float32, may be memory-mapped.
         scale: centre them, rotate them at random, and divide all by one number, so that the mean variance is 1.
-        seed: seed of the rotation.
         dtype: float32 or bfloat16.
-        device: where they go.
-        pool: threads for the blocks of rows.
     """
     num_rows, dim = features_ND.shape
     prepared_ND = torch.empty((num_rows, dim), dtype=dtype, device=device)
@@ -94,7 +91,6 @@ def label_rows(
     Args:
         feature_sets: as they were given, (N, D) each.
         layers: on these, from :meth:`Space.layer_on_given`.
-        num_clusters: K.
     """
 
     def label(start: int) -> torch.Tensor:

@@ -62,8 +62,6 @@ class TaskEncoder:
 
     Args:
         dims: D of each space.
-        num_clusters: K.
-        learning_rate: Adam's.
         generators: draw the initial layers of each run, on the device to compute on.
     """
 

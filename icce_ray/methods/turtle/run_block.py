@@ -35,11 +35,7 @@ class RunBlock:
 
     Args:
         spaces: from :func:`prepare_features`.
-        settings: the `turtle` section.
-        runs: numbers of the runs.
-        num_clusters: K.
         seed: seed of all runs. They share their batches and differ in their initial layers.
-        pool: threads.
     """
 
     def __init__(

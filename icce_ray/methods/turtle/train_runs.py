@@ -62,13 +62,7 @@ def train_runs(
 
     Args:
         feature_sets: one or more feature matrices of the same N images, float16 or float32, finite.
-        settings: the `turtle` section.
         blocks: some of :func:`run_blocks`. A run does not depend on the other blocks.
-        num_clusters: K.
-        seed: seed of all runs.
-        device: where to compute.
-        num_threads: CPU threads; None: torch's setting. They do not change the result.
-        progress: told of the steps.
         records: of finished blocks and checkpoints, which are looked for first.
 
     Raises:
