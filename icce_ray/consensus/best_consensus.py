@@ -44,6 +44,8 @@ RECOMBINED, SPECTRAL = "recombined", "spectral"
 MAX_LEAVING, MAX_LEFT = 0.07, 0.5
 """The graph is a good witness if at most this share of its edges leaves the clusters, or at most this part of what
 leaves those of the consensus."""
+MAX_LEFT_BY_CUT = 0.75
+"""The cut is preferred if at most this part of what leaves the clusters of the others leaves its own."""
 FALLBACK: ConsensusMethod = "vote"
 """Used if all functions asked for fail: it needs no partitioner."""
 
@@ -177,7 +179,7 @@ def find_consensus(
         best_tries |= {name: _Try(anmi(labels_N, heads, num_clusters), labels_N, 0) for name, labels_N in made.items()}
         shares = score.mean_shares([one.labels_N for one in best_tries.values()], num_clusters)
         graph_scores = dict(zip(best_tries, shares, strict=True))
-        chosen = _judge(graph_scores, chosen, list(made), heads)
+        chosen = _judge(graph_scores, chosen, heads)
     report(total - 1, total, "agreement")
     labels_N = best_tries[chosen].labels_N
     counts_KC = count_consensus(labels_N, heads, num_clusters)
@@ -198,11 +200,13 @@ def find_consensus(
     )
 
 
-def _judge(graph_scores: dict[str, float], consensus: str, made: list[str], heads: Heads) -> str:
-    """The method whose labels are kept (docs/METHOD.md, "Choice on the graph"): `consensus` or one of `made`."""
-    best = max((consensus, *made), key=graph_scores.__getitem__)
-    leaving, left_before = 1 - graph_scores[best], 1 - graph_scores[consensus]
-    if leaving <= max(MAX_LEAVING, MAX_LEFT * left_before):
+def _judge(graph_scores: dict[str, float], consensus: str, heads: Heads) -> str:
+    """The method whose labels are kept (docs/METHOD.md, "Choice on the graph"): `consensus` or what the graph made."""
+    leaving = {method: 1 - share for method, share in graph_scores.items()}
+    best = min(consensus, RECOMBINED, key=leaving.__getitem__)
+    if SPECTRAL in leaving and leaving[SPECTRAL] <= MAX_LEFT_BY_CUT * leaving[best]:
+        best = SPECTRAL
+    if leaving[best] <= max(MAX_LEAVING, MAX_LEFT * leaving[consensus]):
         return best
     compared_n = np.linspace(0, heads.num_images - 1, min(heads.num_images, MAX_IMAGES)).astype(np.int64)
     labels_Hn = np.stack([heads.labels_of(head)[compared_n] for head in range(heads.num_heads)])
