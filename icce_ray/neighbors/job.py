@@ -12,21 +12,20 @@ from typing import Any
 
 from icce_ray.config import Config, ResourcesConfig, WorkerResources
 from icce_ray.embed.feature_matrix import load_features
-from icce_ray.errors import WorkerError, find_cause
 from icce_ray.neighbors.audit import Audit
 from icce_ray.neighbors.graph_rows import Rows
 from icce_ray.neighbors.search_memory import needed_bytes
 from icce_ray.neighbors.shards import AUDIT, GraphPart, GraphTask, ShardWorker
 from icce_ray.neighbors.stage import NEIGHBORS
-from icce_ray.runtime.cluster_resources import memory_of_machines, wait_for_machines, worker_cpus, worker_threads
+from icce_ray.runtime.cluster_resources import memory_of_machines, wait_for_machines, worker_threads
 from icce_ray.runtime.machine import require_memory, usable_cpus
 from icce_ray.runtime.progress import Progress
 from icce_ray.runtime.ray_cluster import connect, runs_here
+from icce_ray.runtime.workers import start_actors, stop_actors, translated_errors
 from icce_ray.sample.training_set import source_digest, training_set
 from icce_ray.stage import StageContext
 from icce_ray.store.part_records import PartRecord, PartRecords
 
-MAX_RESTARTS = 5
 PARTS_IN_FLIGHT = 3
 
 
@@ -74,22 +73,13 @@ def _build_on_shards(
 ) -> tuple[PartRecord, list[PartRecord]]:
     connect(resources)
     wait_for_machines(resources, "neighbors", progress.note)
-    import ray
-
     shards = Shards(task, resources.neighbors)
     try:
-        audited = task.records.read(AUDIT) or shards.audit()
-        return audited, shards.make_parts(task.read_audit(), progress)
-    except ray.exceptions.RayError as error:
-        if find_cause(error, ray.exceptions.RayActorError) is None:
-            raise
-        raise WorkerError(
-            f"neighbors: a worker died {MAX_RESTARTS + 1} times ({' '.join(str(error).split())[:300]}); finished "
-            "parts stay, the same command resumes. Out of memory is the usual cause: use more machines, or fewer "
-            "workers on each (resources.neighbors)"
-        ) from error
+        with translated_errors("neighbors"):
+            audited = task.records.read(AUDIT) or shards.audit()
+            return audited, shards.make_parts(task.read_audit(), progress)
     finally:
-        shards.stop()
+        stop_actors(shards.actors)
 
 
 class Shards:
@@ -103,27 +93,12 @@ class Shards:
 
     def start(self) -> list[Any]:
         if not self.actors:
-            import ray
-
             num_shards = min(self.resources.num_workers, self.num_images)
             device = "cuda" if self.resources.gpus_per_worker else "cpu"
-            actor = ray.remote(ShardWorker).options(
-                num_cpus=worker_cpus(self.resources),
-                num_gpus=self.resources.gpus_per_worker,
-                max_restarts=MAX_RESTARTS,
-                max_task_retries=MAX_RESTARTS,
-            )
-            self.actors = [
-                actor.remote(self.task, shard, num_shards, worker_threads(self.resources), device)
-                for shard in range(num_shards)
-            ]
+            rest = num_shards, worker_threads(self.resources), device
+            arguments = [(self.task, shard, *rest) for shard in range(num_shards)]
+            self.actors = start_actors(ShardWorker, self.resources, arguments)
         return self.actors
-
-    def stop(self) -> None:
-        import ray
-
-        for actor in self.actors:
-            ray.kill(actor)
 
     def audit(self) -> PartRecord:
         import ray

@@ -184,8 +184,7 @@ def run_on_actors(
                 result = ray.get(ready)
                 yield running.pop(ready)[1], result
     finally:
-        for each in actors:
-            ray.kill(each)
+        stop_actors(actors)
 
 
 _END = object()
@@ -210,6 +209,26 @@ class CallingActor:
         return self._object(item)
 
 
+def start_actors(kind: type, workers: WorkerResources, arguments: Iterable[tuple[Any, ...]]) -> list[Any]:
+    """An actor of the class for each tuple of arguments. One that dies is started again, and repeats its calls."""
+    import ray
+
+    actor: Any = ray.remote(kind).options(
+        num_cpus=worker_cpus(workers),
+        num_gpus=workers.gpus_per_worker,
+        max_restarts=MAX_RESTARTS,
+        max_task_retries=MAX_RESTARTS,
+    )
+    return [actor.remote(*each) for each in arguments]
+
+
+def stop_actors(actors: Iterable[Any]) -> None:
+    import ray
+
+    for actor in actors:
+        ray.kill(actor)
+
+
 @contextmanager
 def translated_errors(stage: str) -> Iterator[None]:
     """Raise our own error for one of Ray's."""
@@ -222,8 +241,8 @@ def translated_errors(stage: str) -> Iterator[None]:
             if (known := find_cause(error, kind)) is not None:
                 raise known from None
         raise WorkerError(
-            f"{stage}: a worker failed, or died {MAX_RESTARTS + 1} times; what is finished is kept, and the same "
-            f"command resumes. {describe_cause(error)}"
+            f"{stage}: a worker failed, or died {MAX_RESTARTS + 1} times, often for want of memory; what is finished "
+            f"is kept, and the same command resumes. {describe_cause(error)}"
         ) from error
 
 

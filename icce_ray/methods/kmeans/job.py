@@ -18,11 +18,10 @@ from icce_ray.methods.kmeans.fit_kmeans import Shards, ShardsHere, fit_kmeans
 from icce_ray.methods.kmeans.kmeans_memory import driver_bytes, worker_bytes
 from icce_ray.methods.kmeans.kmeans_shard import KMeansShard
 from icce_ray.methods.kmeans.projection import Features
-from icce_ray.runtime.cluster_resources import memory_of_machines, wait_for_machines, worker_cpus, worker_threads
+from icce_ray.runtime.cluster_resources import memory_of_machines, wait_for_machines, worker_threads
 from icce_ray.runtime.machine import available_memory_bytes, require_memory
 from icce_ray.runtime.ray_cluster import connect, runs_here, threads_here
-from icce_ray.runtime.worker_process import MAX_RESTARTS
-from icce_ray.runtime.workers import translated_errors
+from icce_ray.runtime.workers import start_actors, stop_actors, translated_errors
 from icce_ray.sample.training_set import source_digest, training_set
 from icce_ray.stage import StageContext
 from icce_ray.store import Artifact
@@ -68,7 +67,7 @@ def run(config: Config, context: StageContext) -> dict[str, Any]:
         )  # fmt: skip
     finally:
         if isinstance(shards, ShardActors):
-            shards.stop()
+            stop_actors(shards.actors)
     fitted.clusterings(num_images).write(context.output)
     folder.clear()
     return fitted.metrics()
@@ -78,20 +77,10 @@ class ShardActors(Shards):
     """The shards as actors."""
 
     def __init__(self, load: Any, resources: ResourcesConfig) -> None:
-        import ray
-
         workers = resources.method
-        actor: Any = ray.remote(KMeansShard).options(
-            num_cpus=worker_cpus(workers),
-            num_gpus=workers.gpus_per_worker,
-            max_restarts=MAX_RESTARTS,
-            max_task_retries=MAX_RESTARTS,
-        )
-        device = "cuda" if workers.gpus_per_worker else None
-        self.actors = [
-            actor.remote(load, shard, workers.num_workers, worker_threads(workers), device, True)
-            for shard in range(workers.num_workers)
-        ]
+        device, num_shards = "cuda" if workers.gpus_per_worker else None, workers.num_workers
+        rest = num_shards, worker_threads(workers), device, True
+        self.actors = start_actors(KMeansShard, workers, [(load, shard, *rest) for shard in range(num_shards)])
 
     def all(self, method: str, *arguments: Any) -> list[Any]:
         import ray
@@ -107,12 +96,6 @@ class ShardActors(Shards):
         with translated_errors("kmeans"):
             calls = zip(actors, arguments, strict=True)
             return ray.get([getattr(actor, method).remote(*each) for actor, each in calls])
-
-    def stop(self) -> None:
-        import ray
-
-        for actor in self.actors:
-            ray.kill(actor)
 
 
 def _matrix(embed: Artifact) -> Features:
