@@ -38,13 +38,10 @@ class Garbage:
 
 
 def collect_garbage(output: str, *, delete: bool = False) -> Garbage:
-    """Find what nothing refers to, and remove it.
+    """Find what nothing refers to, and remove it. Raises InputError: there are no runs.
 
     Args:
         delete: remove it; otherwise it is only listed.
-
-    Raises:
-        InputError: there are no runs.
     """
     root = Folder.at(output)
     records = read_records(output)

@@ -35,7 +35,7 @@ def calibrate(logits_nK: FloatArray, temperature: float, floor: float) -> npt.ND
 
 
 def fit_calibration(logits_nK: FloatArray, labels_n: IntArray) -> tuple[float, float]:
-    """Fit the temperature and the floor by minimising the cross-entropy of the calibrated probabilities.
+    """The temperature and the floor that minimise the cross-entropy of the calibrated probabilities.
 
     Targets are smoothed by 1 / (n + 2) (Platt, 1999): otherwise images that are all predicted correctly would push
     every probability to 1. log T has a standard normal prior [ours]: otherwise the same images would push T to 0, and
@@ -44,9 +44,6 @@ def fit_calibration(logits_nK: FloatArray, labels_n: IntArray) -> tuple[float, f
     Args:
         logits_nK: logits of held-out images.
         labels_n: their consensus clusters, 0..K-1.
-
-    Returns:
-        Temperature and floor.
     """
     num_images, num_clusters = logits_nK.shape
     logits = np.asarray(logits_nK, dtype=np.float64)

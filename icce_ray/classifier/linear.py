@@ -107,14 +107,11 @@ class LinearClassifier:
         return np.asarray(self.logits(features).argmax(axis=1), dtype=np.int32)
 
     def label(self, features: FloatArray, given: IntArray | None = None) -> Prediction:
-        """Label images in one pass, without holding n x K values.
+        """Label images in one pass, without holding n x K values. Raises InputError: wrong number of dimensions.
 
         Args:
             features: (n, D), the same kind of features as in training.
             given: (n,) clusters that are already known and are kept, NOISE among them, or UNKNOWN.
-
-        Raises:
-            InputError: wrong number of dimensions.
         """
         num_images = len(features)
         cluster, second_choice = np.empty(num_images, dtype=np.int32), np.empty(num_images, dtype=np.int32)

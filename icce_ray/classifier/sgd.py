@@ -62,16 +62,14 @@ def train_grid(
     device: str = "cpu",
     on_step: Callable[[int, int], None] | None = None,
 ) -> Grid:
-    """Minimise the mean cross-entropy by SGD with momentum, once per learning rate.
+    """Minimise the mean cross-entropy by SGD with momentum, once per learning rate. Returns the classifiers whose
+    weights stayed finite, possibly none.
 
     Args:
         read_rows: returns the (B, D) float32 features of the given rows, centred and scaled.
         labels_N: targets, 0..K-1.
         learning_rates: for 256 images; multiplied by B / 256, and falling to 0 by a half cosine.
         on_step: called with (done, total) from time to time.
-
-    Returns:
-        The classifiers whose weights stayed finite, possibly none.
     """
     rates = np.asarray(learning_rates, dtype=np.float64) * batch_size / 256
     alive = np.arange(len(rates))

@@ -21,14 +21,12 @@ IMAGES, EMBED, SAMPLE, METHOD = "images", "embed", "sample", "method"
 
 
 def find_heads(names: Sequence[str], output: str, own: Artifact | None = None) -> list[Artifact]:
-    """The clusterings of every extra run.
+    """The clusterings of every extra run. Raises InputError: there is no such run, its clusterings are not finished, or
+    it has other images.
 
     Args:
         names: names of runs under `output`, or places of their records.
         own: this run's clusterings, if they are finished: then it is checked that the images are the same.
-
-    Raises:
-        InputError: there is no such run, its clusterings are not finished, or it has other images.
     """
     found = []
     for name in names:

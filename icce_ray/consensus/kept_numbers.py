@@ -32,15 +32,13 @@ def keep_numbers(
     result: EnsembleResult, num_clusters: int, heads: Artifact, run: str, output: str
 ) -> tuple[EnsembleResult, Changes]:
     """The result with the numbers of the earlier run, and what became of its clusters, as :func:`number_clusters`.
+    Raises InputError: there is no such run, or it has no consensus.
 
     Args:
         result: of the consensus.
         num_clusters: L.
         heads: the clusterings that it was made of.
         run: the earlier run, its name or the place of its record.
-
-    Raises:
-        InputError: there is no such run, or it has no consensus.
     """
     record, root = read_record(run, output, "consensus.numbers_from")
     earlier = Artifact.find(root / CONSENSUS / record["stages"].get(CONSENSUS, "none"))

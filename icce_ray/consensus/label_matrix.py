@@ -198,13 +198,11 @@ def check_matrix(shape: tuple[int, ...], dtype: npt.DTypeLike) -> None:
 
 
 def encode_heads(labels_HN: npt.ArrayLike) -> HeadLabels:
-    """Check a label matrix and number the clusters of each head without gaps, in the order of their labels.
+    """Check a label matrix and number the clusters of each head without gaps, in the order of their labels. Raises
+    InputError: not two-dimensional, empty, not integers, a label below -1, or a head without any label.
 
     Args:
         labels_HN: (H, N) integers, -1 where a label is missing.
-
-    Raises:
-        InputError: not two-dimensional, empty, not integers, a label below -1, or a head without any label.
     """
     matrix = np.asarray(labels_HN)
     check_matrix(matrix.shape, matrix.dtype)

@@ -41,7 +41,9 @@ def partition_graph(
     imbalance: float = 1.5,
     seeds: list[int],
 ) -> npt.NDArray[np.int32]:
-    """Cut a graph into parts of about equal weight so that the cut edges weigh little (METIS, k-way).
+    """Cut a graph into parts of about equal weight so that the cut edges weigh little (METIS, k-way). Returns
+    (len(seeds), V) int32 parts 0..num_parts-1. Parts may be empty. Raises PartitionError: METIS refused the graph;
+    WorkerError: METIS was killed, crashed or hung MAX_ATTEMPTS times. To go on without it would give other labels.
 
     Args:
         graph: (V, V) symmetric, positive integer edge weights, an empty diagonal.
@@ -49,13 +51,6 @@ def partition_graph(
         imbalance: weight of the heaviest part allowed, relative to the average.
         seeds: one partition is made for each; the result is deterministic. All but the first see the vertices in a
             random order, because METIS's own seed often changes nothing.
-
-    Returns:
-        (len(seeds), V) int32 parts 0..num_parts-1. Parts may be empty.
-
-    Raises:
-        PartitionError: METIS refused the graph.
-        WorkerError: METIS was killed, crashed or hung MAX_ATTEMPTS times. To go on without it would give other labels.
     """
     num_vertices = graph.shape[0]
     if not 2 <= num_parts <= num_vertices:

@@ -26,11 +26,8 @@ NUM_STARTS = 10
 
 
 def spectral_cut(score: NeighborScore, num_clusters: int, *, seed: int) -> Labels:
-    """Clusters 0..num_clusters-1 of all images (N,).
-
-    Raises:
-        PartitionError: the input is too large, or the eigenvectors weren't found.
-    """
+    """Clusters 0..num_clusters-1 of all images (N,). Raises PartitionError: the input is too large, or the eigenvectors
+    weren't found."""
     num_images, num_neighbors = score.nearest.shape
     if (work := num_images * num_clusters**2) > MAX_WORK:
         input_size = f"{num_images:,} images and {num_clusters:,} clusters"

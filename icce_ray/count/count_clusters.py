@@ -27,16 +27,13 @@ def count_clusters(
     num_threads: int,
     progress: Progress,
 ) -> Choice:
-    """Choose the number of clusters of the rows of `features_ND` in this process.
+    """Choose the number of clusters of the rows of `features_ND` in this process. Raises InputError: fewer rows than
+    clusters to choose from; WorkerError: a loss was not finite.
 
     Args:
         features_ND: (N, D) float16 or float32, finite.
         asked, heads, neighbors: sections of the config.
         seed: seed of the sample and of the first clustering; the others follow.
-
-    Raises:
-        InputError: fewer rows than clusters to choose from.
-        WorkerError: a loss was not finite.
     """
     heads = small_heads(heads, asked)
     cluster_range(asked, len(features_ND))  # refuses before the work starts

@@ -28,16 +28,13 @@ def build_backbone(
 ) -> Backbone:
     """Build the backbone with its weights; several of them as one, feature set after feature set.
 
-    Usage: ``features_ND = build_backbone(config.embed, config.seed).embed(images_NHWC)``
+    Usage: ``features_ND = build_backbone(config.embed, config.seed).embed(images_NHWC)``. Raises ConfigError: as
+    :func:`~icce_ray.embed.backbone_plan.check_backbones`, or weights that do not fit the model (says which keys);
+    ResourceError: no weights file is named and the hub cannot be reached.
 
     Args:
         seed: determines ``weights: random``.
         plan: of `embed`, if it was made already.
-
-    Raises:
-        ConfigError: as :func:`~icce_ray.embed.backbone_plan.check_backbones`, or weights that do not fit the model
-            (says which keys).
-        ResourceError: no weights file is named and the hub cannot be reached.
     """
     plan = plan or plan_embedding(embed)
     built: list[Backbone] = []

@@ -48,13 +48,11 @@ class HashedPart:
 
 
 def find_duplicates(parts: Sequence[HashedPart]) -> tuple[Ids, Ids]:
-    """The images whose content an earlier image has, ascending, and the first image with that content.
+    """The images whose content an earlier image has, ascending, and the first image with that content. Raises
+    DamagedArtifactError: as :meth:`HashedPart.hashes`.
 
     Args:
         parts: by ascending ids.
-
-    Raises:
-        DamagedArtifactError: as :meth:`HashedPart.hashes`.
     """
     num_passes = -(-sum(map(len, parts)) // IMAGES_PER_PASS) or 1
     found = [_duplicates_among(parts, number, num_passes) for number in range(num_passes)]

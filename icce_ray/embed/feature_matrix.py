@@ -61,14 +61,12 @@ def load_features(artifact: Artifact, feature_set: int = 0) -> Features:
         rows_BD = np.array(features.matrix[rows], dtype=np.float32)   # a copy: the map is shared and read-only
 
     The first call on a machine copies the parts into ``<cache>/embed/<fingerprint>/`` (ICCE_CACHE), one part in memory
-    at a time; simultaneous callers wait for it, later ones only map the file.
+    at a time; simultaneous callers wait for it, later ones only map the file. Raises DamagedArtifactError: a part is
+    missing, or its bytes or its type are not those that the manifest promises.
 
     Args:
         artifact: of the ``embed`` stage.
         feature_set: index into :func:`feature_set_names`.
-
-    Raises:
-        DamagedArtifactError: a part is missing, or its bytes or its type are not those that the manifest promises.
     """
     names = artifact.part_names(PART_PREFIX)
     if not names:

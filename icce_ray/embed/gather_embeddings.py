@@ -65,16 +65,14 @@ def gather(
     reader: VectorReader,
     embed: Callable[[list[str]], dict[str, Outcome]],
 ) -> tuple[dict[str, Outcome], list[str]]:
-    """Get an outcome for each content of a part: read it, take it from another part, or embed it here.
+    """Get an outcome for each content of a part: read it, take it from another part, or embed it here. Returns the
+    outcomes by hash, and the hashes that were embedded here.
 
     Args:
         hashes: contents, each once.
         index: knows where they are.
         reader: reads those that are on storage.
         embed: embeds the contents that are left to this part.
-
-    Returns:
-        The outcomes by hash, and the hashes that were embedded here.
     """
     keys = keys_of(hashes)
     outcomes: dict[str, Outcome] = {}

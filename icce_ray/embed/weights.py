@@ -36,14 +36,11 @@ COPY_BUFFER_BYTES = 16 * 2**20
 
 
 def check_weights(location: str) -> None:
-    """Refuse what cannot be a file of weights. The file is not read.
+    """Refuse what cannot be a file of weights. The file is not read. Raises ConfigError: another ending, credentials in
+    the URI, no such file; ResourceError: the storage cannot be reached, or refuses.
 
     Args:
         location: a path, or the URI of a file on object storage.
-
-    Raises:
-        ConfigError: another ending, credentials in the URI, no such file.
-        ResourceError: the storage cannot be reached, or refuses.
     """
     if not location.lower().endswith(WEIGHTS_ENDINGS):
         raise ConfigError(f"embed.weights: {_shown(location)} does not end in {' or '.join(WEIGHTS_ENDINGS)}")
@@ -89,15 +86,12 @@ def local_weights(location: str) -> Path:
 
 def load_model(name: str, size: int, path: str) -> Any:
     """Build the timm model and load the file with timm's own translation for that model (names, positions of another
-    image size).
+    image size). Raises ConfigError: the file cannot be read, or does not fit the model: which keys.
 
     Args:
         name: a timm model.
         size: side of the square input in pixels.
         path: the weights file, or its URI.
-
-    Raises:
-        ConfigError: the file cannot be read, or does not fit the model: which keys.
     """
     from icce_ray.embed.timm_models import create_model, parameter_names
 

@@ -56,14 +56,12 @@ class TrueLabels:
 def load_labels(
     evaluate: EvaluateConfig, uris: Sequence[str], image_ids: npt.NDArray[np.int64], num_listed: int
 ) -> TrueLabels:
-    """The true classes of images. A file that names its images need not have all of them.
+    """The true classes of images. A file that names its images need not have all of them. Raises InputError: as
+    :func:`check_labels`.
 
     Args:
         uris: (n,) of the images to label.
         num_listed: number of all listed images.
-
-    Raises:
-        InputError: as :func:`check_labels`.
     """
     if evaluate.labels == FOLDER:
         return _encode(image_ids, _from_folders(uris))

@@ -72,13 +72,11 @@ class Selection:
 
 
 class SelectedImages:
-    """Reads the selected images of a run in the order of their ids, part by part.
+    """Reads the selected images of a run in the order of their ids, part by part. Raises InputError: there is no such
+    run, or a cluster of the selection does not exist.
 
     Args:
         run: a run's config, output folder or record.
-
-    Raises:
-        InputError: there is no such run, or a cluster of the selection does not exist.
     """
 
     def __init__(self, run: str, selection: Selection) -> None:

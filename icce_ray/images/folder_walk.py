@@ -49,14 +49,12 @@ def walk_folder(folder: str, excluded: frozenset[tuple[int, int]], skipped: Coun
 
     Each real folder is walked once, by device and inode, whatever leads to it: first what lies below `folder`, then the
     targets of links, in the order of the links' paths. So links in circles end. A folder that cannot be read, a link
-    that leads nowhere, and a file that is none are files with a problem.
+    that leads nowhere, and a file that is none are files with a problem. Raises InputError: `folder` itself cannot be
+    read.
 
     Args:
         excluded: (device, inode) of folders that are left out.
         skipped: counts what is left out, by kind.
-
-    Raises:
-        InputError: `folder` itself cannot be read.
     """
     seen: set[tuple[int, int] | str] = set()
     folders = [(folder, False)]

@@ -49,15 +49,12 @@ class NoImageError(Exception):
 def read_image(uri: str, size_bytes: int | None = None) -> bytes | str:
     """The bytes of an image, or why they cannot be read: ``missing``, ``unreadable: ...``.
 
-    While the store is away, this waits for it. An object is given up only if its store answers meanwhile.
+    While the store is away, this waits for it. An object is given up only if its store answers meanwhile. Raises
+    InputError: the bucket does not exist, or refuses the credentials; WorkerError: the store is away for too long.
 
     Args:
         uri: a file or a place in a container, as in the listing.
         size_bytes: expected size; None if unknown.
-
-    Raises:
-        InputError: the bucket does not exist, or refuses the credentials.
-        WorkerError: the store is away for too long.
     """
     if size_bytes is not None and size_bytes > MAX_FILE_BYTES:
         return f"unreadable: over the limit of {MAX_FILE_BYTES} bytes"

@@ -40,14 +40,11 @@ def generalization_score(
     """10-fold cross-validated accuracy of a linear classifier on the clusters, 0 to 1 (TURTLE, arXiv 2406.07236).
 
     It is high if the clusters are linearly separable in the features and do not follow noise. Images without a cluster
-    count as wrong.
+    count as wrong. Returns None if fewer than two clusters are left.
 
     Args:
         features_ND: (N, D) floating point, finite.
         labels_N: (N,) clusters, -1 for none. Clusters with fewer images than folds are left out.
-
-    Returns:
-        None if fewer than two clusters are left.
     """
     has_cluster = labels_N >= 0
     features_ND, labels_N = features_ND[has_cluster], labels_N[has_cluster]
@@ -65,14 +62,11 @@ def silhouette(features_ND: npt.NDArray[np.floating], labels_N: npt.NDArray[np.i
     """Mean silhouette (Euclidean), -1 to 1: how much nearer images are to their own cluster than to the next.
 
     It compares all pairs of images: pass a sample of a large set. An image without a cluster counts 0, like one that is
-    a cluster of its own.
+    a cluster of its own. Returns None if there is one cluster only, or as many as images.
 
     Args:
         features_ND: (N, D) floating point, finite.
         labels_N: (N,) clusters, -1 for none.
-
-    Returns:
-        None if there is one cluster only, or as many as images.
     """
     has_cluster = labels_N >= 0
     points_nD, labels_n = np.asarray(features_ND[has_cluster], dtype=np.float32), labels_N[has_cluster]

@@ -151,14 +151,11 @@ def choose_threshold(
     curves: Curves, floor: int, max_neighbors: int | None, num_images: float, num_clusters: int
 ) -> tuple[float, str]:
     """The lowest threshold, which gives the most neighbours, whose lists are neither too long nor too impure. How much
-    impurity is allowed depends on their length.
+    impurity is allowed depends on their length. Returns the threshold, and the limit that determined it, in words.
 
     Args:
         curves: measured on the features.
         floor: `min_neighbors`, at most N - 1.
-
-    Returns:
-        The threshold, and the limit that determined it, in words.
     """
     class_size = num_images / num_clusters
     long = max(float(floor), MAX_CLASS_SHARE * class_size)

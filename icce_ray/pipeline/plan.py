@@ -54,15 +54,13 @@ def plan(
 ) -> list[PlannedStage]:
     """Plan the stages of a run in order. The images are listed, otherwise only manifests are read.
 
-    With ``num_clusters: auto`` the plan ends with the stage that chooses the number until that is finished.
+    With ``num_clusters: auto`` the plan ends with the stage that chooses the number until that is finished. Raises
+    InputError: the input does not exist or cannot be listed, or the output cannot be read.
 
     Args:
         stages: the stages to plan; all those of the run when None.
         before: stages planned before, which these build on.
         lists: False: the last listing holds, whatever has happened to the images since.
-
-    Raises:
-        InputError: the input does not exist or cannot be listed, or the output cannot be read.
     """
     connect_storage(config)
     config = with_kept_corrections(config)

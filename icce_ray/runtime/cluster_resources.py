@@ -75,14 +75,11 @@ def _node_and_memory(_: object) -> tuple[str, int]:
 
 
 def check_resources(config: Config, stages: Collection[str]) -> None:
-    """Refuse a run that would wait forever for its resources, before anything starts.
+    """Refuse a run that would wait forever for its resources, before anything starts. Raises ResourceError: what is
+    asked for, what the machines have, what to set; unless Ray's autoscaler can add what is missing.
 
     Args:
         stages: those that will run; other sections of `resources` are not checked.
-
-    Raises:
-        ResourceError: what is asked for, what the machines have, what to set; unless Ray's autoscaler can add what is
-            missing.
     """
     resources = config.resources
     workers = {name: getattr(resources, name).at_start() for name in STAGES_WITH_WORKERS if name in stages}
@@ -102,13 +99,11 @@ def check_resources(config: Config, stages: Collection[str]) -> None:
 def wait_for_machines(resources: ResourcesConfig, stage: str, say: Callable[[str], None]) -> None:
     """On a Ray that autoscales, wait until the machines for a stage's workers are there; elsewhere, return.
 
-    Stages divide their work by the number of machines, and Ray adds machines only when they are asked for.
+    Stages divide their work by the number of machines, and Ray adds machines only when they are asked for. Raises
+    ResourceError: the machines cannot be had, or have not come in :data:`SCALE_UP_TIMEOUT_S`.
 
     Args:
         say: told what the stage waits for.
-
-    Raises:
-        ResourceError: the machines cannot be had, or have not come in :data:`SCALE_UP_TIMEOUT_S`.
     """
     worker: WorkerResources = getattr(resources, stage).at_start()
     problem = shortfall(stage, worker, _machines())

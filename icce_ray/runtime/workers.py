@@ -36,7 +36,9 @@ def work_on_workers(
     """Run the same function in each of a stage's processes: in an actor, or by Ray Train if there are several.
 
     A process that dies is started again, and so is work that fails for a reason that may pass, MAX_RESTARTS times. The
-    work has to find by itself what it had finished before.
+    work has to find by itself what it had finished before. Returns what the work returns in the process of rank 0.
+    Raises UserError, WorkerError: as the work raised it; it is not tried again; WorkerError: processes died, or the
+    work failed, more often than it is tried again.
 
     Args:
         stage: the section of `resources`, and the name in messages.
@@ -45,13 +47,6 @@ def work_on_workers(
         num_images: decides whether the work runs here.
         max_workers: start no more processes than this.
         backend: of torch.distributed. None: NCCL on GPUs, gloo elsewhere.
-
-    Returns:
-        What the work returns in the process of rank 0.
-
-    Raises:
-        UserError, WorkerError: as the work raised it; it is not tried again.
-        WorkerError: processes died, or the work failed, more often than it is tried again.
     """
     if runs_here(resources, num_images):
         outcome = _work_here(stage, work, progress)

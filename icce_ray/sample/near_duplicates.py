@@ -158,14 +158,12 @@ class NearDuplicates:
 def find_near_duplicates(
     features_ND: npt.NDArray[np.floating[Any]], setting: float | Literal["auto"]
 ) -> NearDuplicates:
-    """The near-duplicates among the rows of a feature matrix, found in this process.
+    """The near-duplicates among the rows of a feature matrix, found in this process. Raises InputError: features that
+    are not finite, or fewer than two.
 
     Args:
         features_ND: (N, D) floating point; may be a read-only memory map.
         setting: the threshold, a cosine above 0, or `auto`.
-
-    Raises:
-        InputError: features that are not finite, or fewer than two.
     """
     plan = plan_search(features_ND, setting)
     projected = sort_rows(plan, *project_rows(features_ND, plan))

@@ -68,14 +68,12 @@ class UnitFeatures:
 
 
 def prepare(features_ND: npt.NDArray[np.floating[Any]], center: bool) -> UnitFeatures:
-    """Check the features and measure their mean if they are to be centred.
+    """Check the features and measure their mean if they are to be centred. Raises InputError: not a matrix of at least
+    two rows, or a value that is not finite.
 
     Args:
         features_ND: (N, D) floating point; may be a read-only memory map, never written to.
         center: subtract the mean feature (computed in float64).
-
-    Raises:
-        InputError: not a matrix of at least two rows, or a value that is not finite.
     """
     if features_ND.ndim != 2 or features_ND.shape[0] < 2 or features_ND.shape[1] < 1:
         raise InputError(f"features have the shape {features_ND.shape}; needed: at least 2 images x 1 dimension")

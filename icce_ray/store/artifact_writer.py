@@ -109,14 +109,12 @@ class ArtifactWriter:
         revision: int = 0,
         exclusive: bool = False,
     ) -> Artifact:
-        """Write the table of parts, then the manifest. From then on the artifact exists.
+        """Write the table of parts, then the manifest. From then on the artifact exists. Raises WorkerError: with
+        `exclusive`, if another job finished the artifact in the meantime with other parts.
 
         Args:
             revision: above 0 if this amends a finished artifact.
             exclusive: fail if there is a manifest already.
-
-        Raises:
-            WorkerError: with `exclusive`, if another job finished the artifact in the meantime with other parts.
         """
         table = parts_bytes(self.parts.values())
         digest = hashlib.sha256(table).hexdigest()

@@ -33,6 +33,7 @@ class Attempt:
         attempt.end()
 
     Work that isn't done image by image leaves out ``steps``: the part is then given up after MAX_UNEXPLAINED_DEATHS.
+    Raises WorkerError: MAX_UNEXPLAINED_DEATHS workers died without having noted an image.
 
     Args:
         folder: where the note lies.
@@ -40,9 +41,6 @@ class Attempt:
         run_id: identifies the run; notes of other runs don't count.
         what: stage and part, for the message.
         remedy: what the user can do, for the message.
-
-    Raises:
-        WorkerError: MAX_UNEXPLAINED_DEATHS workers died without having noted an image.
     """
 
     def __init__(self, folder: Folder, name: str, run_id: str, what: str, remedy: str) -> None:

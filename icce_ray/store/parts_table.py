@@ -76,13 +76,11 @@ def parts_bytes(parts: Iterable[Part]) -> bytes:
 
 class PartsTable:
     """The parts in the order of their names. A call reads the row groups that it asks about, a few columns of each, and
-    no call but :meth:`names` makes an object for each part. It keeps the group it read last.
+    no call but :meth:`names` makes an object for each part. It keeps the group it read last. Raises ValueError (or one
+    of Arrow's errors, which are ValueErrors): it is no table of parts.
 
     Args:
         file: to read from. Nearly all of it are checksums, which compress badly.
-
-    Raises:
-        ValueError (or one of Arrow's errors, which are ValueErrors): it is no table of parts.
     """
 
     def __init__(self, file: pa.NativeFile) -> None:

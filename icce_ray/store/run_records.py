@@ -27,15 +27,12 @@ def write_record(
     config: Mapping[str, Any],
     result: Mapping[str, Any] | None = None,
 ) -> None:
-    """Note which artifacts make up a run.
+    """Note which artifacts make up a run. Raises InputError: the output cannot be written to.
 
     Args:
         fingerprints: of its artifacts, by stage.
         config: its settings, JSON-able.
         result: what it ended with; None while it runs, and then an existing record is kept.
-
-    Raises:
-        InputError: the output cannot be written to.
     """
     folder = Folder.at(output) / RUNS_FOLDER
     if result is None and folder.exists(f"{run}.json"):
@@ -45,11 +42,8 @@ def write_record(
 
 
 def write_unfinished(output: str, name: str, fingerprints: Mapping[str, str]) -> None:
-    """Note, before they are made, the artifacts of a command that no run records, so that they are kept.
-
-    Raises:
-        InputError: the output cannot be written to.
-    """
+    """Note, before they are made, the artifacts of a command that no run records, so that they are kept. Raises
+    InputError: the output cannot be written to."""
     _write(output, f"{UNFINISHED_FOLDER}/{name}.json", {"stages": dict(fingerprints), "began": time.time()})
 
 

@@ -254,14 +254,11 @@ def get_once(
     max_bytes: int | None = None,
 ) -> bytes:
     """Content of an object, or `num_bytes` of it from `start` on, in one request. Call it within :func:`translated`.
+    Raises AwayError: the body broke off, or came too slowly; ValueError: over `max_bytes`.
 
     Args:
         max_slow_s: the body may take this long, and a second for each MIN_BYTES_PER_S.
         max_bytes: larger objects are not read.
-
-    Raises:
-        AwayError: the body broke off, or came too slowly.
-        ValueError: over `max_bytes`.
     """
     bucket, key = split_uri(uri)
     span = {} if num_bytes is None else {"Range": f"bytes={start}-{start + num_bytes - 1}"}

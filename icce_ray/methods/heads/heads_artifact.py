@@ -19,17 +19,12 @@ from icce_ray.stage import StageContext
 def run(
     config: Config, context: StageContext, communicator: Communicator | None = None, device: str = "cpu"
 ) -> dict[str, Any]:
-    """Train with torch's threads, from the newest checkpoint on, and write the files of the artifact.
+    """Train with torch's threads, from the newest checkpoint on, and write the files of the artifact. Returns the
+    metrics of the stage, see job.py; none on workers of a rank other than 0, which write nothing. Raises ResourceError:
+    training would not fit into memory, or there are more workers than heads; WorkerError: the loss was not finite.
 
     Args:
         communicator: the workers, of which this process is one; None: it is alone.
-
-    Returns:
-        The metrics of the stage, see job.py; none on workers of a rank other than 0, which write nothing.
-
-    Raises:
-        ResourceError: training would not fit into memory, or there are more workers than heads.
-        WorkerError: the loss was not finite.
     """
     communicator = communicator or SingleWorker()
     folder = context.output.folder

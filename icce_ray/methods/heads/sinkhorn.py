@@ -17,14 +17,12 @@ def sinkhorn_targets(
     result is scaled by B, so that every row is a distribution. With `balance_H`, the scale of a cluster is raised to
     this power: 1 forces equal masses, 0 leaves the softmax of each image. The alternation only scales rows and columns,
     so the exponentials are taken once and each half step is a matrix-vector product. At low temperatures, where
-    exponentials underflow, it works on logarithms instead.
+    exponentials underflow, it works on logarithms instead. Returns the assignment, whose rows sum to 1, and its
+    logarithm; float32, shaped like `cosines_VHBK`.
 
     Args:
         cosines_VHBK: float32 in -1..1, views x heads x images x clusters.
         balance_H: 0 to 1 for each head; None: 1.
-
-    Returns:
-        The assignment, whose rows sum to 1, and its logarithm; float32, shaped like `cosines_VHBK`.
     """
     if 2.0 / temperature > MAX_EXPONENT:
         log_q_VHBK = _on_logarithms(cosines_VHBK / temperature, num_iterations, balance_H)

@@ -93,15 +93,13 @@ class HeadBlock:
     def train(
         self, batch: Batch, weight_B: torch.Tensor | None, values: StepValues
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The student's pass, the update of its parameters and of the teacher's.
+        """The student's pass, the update of its parameters and of the teacher's. Returns the loss summed over pairs
+        (H,), and the student's cluster of each image (H, B).
 
         Args:
             batch: the one that :meth:`look` saw last.
             weight_B: weight of each pair; None with SCAN's loss, which has no teacher.
             values: learning rate and the like.
-
-        Returns:
-            Loss summed over pairs (H,), and the student's cluster of each image (H, B).
         """
         device = self.state.prior_HK.device
         loss_H, labels_HB, gradient = self.passes.student(

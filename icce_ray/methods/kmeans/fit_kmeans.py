@@ -122,13 +122,11 @@ def fit_kmeans(
     progress: Progress | None = None,
     records: PartRecords | None = None,
 ) -> FittedKMeans:
-    """Cluster the images of the shards from `num_starts` starts. The number of shards doesn't change the result.
+    """Cluster the images of the shards from `num_starts` starts. The number of shards doesn't change the result. Raises
+    InputError: features that are not finite, or fewer dimensions than components.
 
     Args:
         records: where to keep finished starts and, every `CHECKPOINT_INTERVAL_S`, those under way; resumed from.
-
-    Raises:
-        InputError: features that are not finite, or fewer dimensions than components.
     """
     limit = settings.num_iterations if settings.algorithm == "lloyd" else settings.num_epochs
     if progress is not None and (records is None or not records.read_all()):

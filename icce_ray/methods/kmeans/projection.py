@@ -147,14 +147,12 @@ def measure(features_ND: Features, start: int, stop: int, with_products: bool) -
 def make_projection(
     parts: Sequence[Moments], shift_D: Doubles, num_images: int, num_components: int | None, spherical: bool
 ) -> Projection:
-    """The projection of features with these moments, in the order of the parts.
+    """The projection of features with these moments, in the order of the parts. Raises InputError: more components than
+    dimensions.
 
     Args:
         shift_D: the point that they are about.
         num_components: number of principal components (d); None: all.
-
-    Raises:
-        InputError: more components than dimensions.
     """
     dim = len(shift_D)
     if num_components is not None and num_components > dim:

@@ -58,16 +58,13 @@ def train_runs(
     progress: Progress | None = None,
     records: PartRecords | None = None,
 ) -> list[FinishedRuns]:
-    """Train some of the blocks of runs, one after the other.
+    """Train some of the blocks of runs, one after the other. Raises FloatingPointError: a loss is not finite;
+    ResourceError: it would not fit into memory.
 
     Args:
         feature_sets: one or more feature matrices of the same N images, float16 or float32, finite.
         blocks: some of :func:`run_blocks`. A run does not depend on the other blocks.
         records: of finished blocks and checkpoints, which are looked for first.
-
-    Raises:
-        FloatingPointError: a loss is not finite.
-        ResourceError: it would not fit into memory.
     """
     device = torch.device(device)
     num_threads = num_threads or torch.get_num_threads()
