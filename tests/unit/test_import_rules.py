@@ -35,6 +35,7 @@ COMMANDS = {
     "estimator_base",
     "export",
     "forget",
+    "forget_parts",
     "kmeans_estimator",
     "photos",
     "run",
