@@ -19,7 +19,7 @@ from icce_ray.errors import InputError
 from icce_ray.estimator_base import FLOATS, FeatureClusterer
 from icce_ray.methods.turtle.feature_scaling import label_rows
 from icce_ray.methods.turtle.run_block import run_blocks
-from icce_ray.methods.turtle.train_runs import clusterings_of, train_runs
+from icce_ray.methods.turtle.train_runs import clusterings_of, layers_of, train_runs
 from icce_ray.runtime.machine import usable_cpus
 from icce_ray.runtime.threads import ThreadPool
 
@@ -45,7 +45,7 @@ class TURTLE(FeatureClusterer):
         label_matrix_: (R, N) int32, the clusters of every run: a label matrix for `cluster_ensemble`.
         generalization_scores_: (R,) float64, 0 to 1.
         best_run_: int, the run with the highest score.
-        layers_: the task encoder of the best run: weights (D, K) and biases (K,) of each feature set.
+        layers_: the task encoder of the best run: (D + 1, K) for each feature set, the biases last.
         n_features_in_: int, D of the first feature set.
     """
 
@@ -104,13 +104,7 @@ class TURTLE(FeatureClusterer):
         self.best_run_ = int(self.generalization_scores_.argmax())
         self.labels_ = self.label_matrix_[self.best_run_]
         columns = slice(self.best_run_ * self.n_clusters, (self.best_run_ + 1) * self.n_clusters)
-        self.layers_ = [
-            (
-                torch.cat([weight_DC.cpu() for weight_DC, _ in space], dim=1)[:, columns].numpy(),
-                torch.cat([bias_C.cpu() for _, bias_C in space])[columns].numpy(),
-            )
-            for space in zip(*(block.layers for block in blocks), strict=True)
-        ]
+        self.layers_ = [layer_EC[:, columns].numpy() for layer_EC in layers_of(blocks)]
         return self
 
     def predict(self, X: Features) -> npt.NDArray[np.int32]:
@@ -118,11 +112,11 @@ class TURTLE(FeatureClusterer):
         int32."""
         first, *others = _feature_sets(X)
         sets = [self._check_new(first), *(check_array(other, dtype=FLOATS) for other in others)]
-        dims, fitted = [features.shape[1] for features in sets], [len(weight_DK) for weight_DK, _ in self.layers_]
+        dims, fitted = [features.shape[1] for features in sets], [len(layer_EK) - 1 for layer_EK in self.layers_]
         if dims != fitted:
             raise InputError(f"X has feature sets with {dims} dimensions; it was fitted with {fitted}")
         _check_lengths(sets)
-        layers = [(torch.from_numpy(weight_DK), torch.from_numpy(bias_K)) for weight_DK, bias_K in self.layers_]
+        layers = [torch.from_numpy(layer_EK) for layer_EK in self.layers_]
         with ThreadPool(self.n_threads or usable_cpus()) as pool:
             labels_1n = label_rows(sets, layers, self.n_clusters, device=torch.device("cpu"), pool=pool)
         labels_n: npt.NDArray[np.int32] = labels_1n[0]

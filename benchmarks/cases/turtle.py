@@ -50,10 +50,8 @@ def run(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, bool]]:
 
         def plain_of(block: RunBlock) -> PlainTurtle:
             """A plain run with the initial layer of the block's first run."""
-            weights_DC, biases_C = block.encoder.layers[0]
-            return PlainTurtle(
-                features_ND, num_clusters, PAPER.batch_size, weights_DC[:, :num_clusters], biases_C[:num_clusters]
-            )
+            layer_EK = block.encoder.layers[0][:, :num_clusters]
+            return PlainTurtle(features_ND, num_clusters, PAPER.batch_size, layer_EK[:-1], layer_EK[-1])
 
         for num_runs in (1, len(run_blocks(settings["num_runs"], num_clusters)[-1])):
             block = block_of(range(num_runs))
@@ -73,8 +71,8 @@ def run(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, bool]]:
             block = block_of([number])
             theirs = plain_of(block)
             for _ in range(settings["accuracy_steps"]):
-                weights, biases = block.new_inner()[0].tensors
-                theirs.step((weights, biases))
+                (layer_EK,) = block.new_inner()[0].tensors
+                theirs.step((layer_EK[:-1], layer_EK[-1]))
                 block.train_step()
             (labels,) = label_rows([features_ND], block.layers_on_given(), num_clusters, device=device, pool=pool)
             ours.append(clustering_accuracy(labels_N, labels))

@@ -109,7 +109,7 @@ METHODS: dict[str, Method] = {
     "turtle": Method(
         job="icce_ray.methods.turtle.job",
         section="turtle",
-        version=3,
+        version=4,
         needs_graph=False,
         unit="steps",
         settings={"consensus": {"methods": ("best_head",), "refine": False}},

@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import TypeVar
 
 MAX_BYTES = 2 * 1024**3
@@ -56,24 +56,50 @@ class Turns:
 
 
 class ThreadPool:
-    """Runs functions on `num_threads` threads; with 0, in the calling thread. Within each thread, FAISS and torch use
-    that thread only; in the calling thread they use as many as they are set to."""
+    """Runs functions on `num_threads` threads, one of which is the calling thread: a single item wakes no other. Within
+    each, FAISS and torch use that thread only. With 0, functions run in the calling thread, and use as many as they are
+    set to."""
 
     def __init__(self, num_threads: int) -> None:
-        self._executor = ThreadPoolExecutor(num_threads, initializer=_use_one_thread) if num_threads else None
+        self.num_threads = num_threads
+        self._executor = ThreadPoolExecutor(num_threads - 1, initializer=_use_one_thread) if num_threads > 1 else None
+        self._entered = ExitStack()
 
     def __enter__(self) -> ThreadPool:
+        """Until the end, the calling thread uses one thread between calls, too: a change ends OpenMP's threads."""
+        if self.num_threads:
+            self._entered.enter_context(_one_thread())
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._entered.close()
         if self._executor is not None:
             self._executor.shutdown()
 
     def map(self, function: Callable[[T], R], items: Iterable[T]) -> list[R]:
-        """Results in the order of `items`; the first exception is raised."""
-        if self._executor is None:
+        """Results in the order of `items`; an exception is raised."""
+        if not self.num_threads:
             return [function(item) for item in items]
-        return list(self._executor.map(function, items))
+        todo = list(items)
+        results: dict[int, R] = {}
+        numbers = iter(range(len(todo)))  # next() of it is atomic
+
+        def work() -> None:
+            for number in numbers:
+                results[number] = function(todo[number])
+
+        helpers = min(self.num_threads, len(todo)) - 1
+        started = [self._executor.submit(work) for _ in range(helpers)] if self._executor is not None else []
+        try:
+            with _one_thread():
+                work()
+        finally:
+            # One that has not begun has nothing left to do.
+            running = [helper for helper in started if not helper.cancel()]
+            wait(running)
+        for helper in running:
+            helper.result()
+        return [results[number] for number in range(len(todo))]
 
     def call(self, function: Callable[[], R]) -> R:
         """The result of one call."""
@@ -101,11 +127,33 @@ def threads_within(bytes_each: int) -> int:
     return max(1, min(faiss.omp_get_max_threads(), MAX_BYTES // bytes_each))
 
 
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Within it, FAISS and torch use one thread in the calling thread."""
+    before = [(set_number, get_number()) for get_number, set_number in _libraries()]
+    _use_one_thread()
+    try:
+        yield
+    finally:
+        for set_number, number in before:
+            set_number(number)
+
+
 def _use_one_thread() -> None:
-    # Both keep the number per thread. Neither is imported here: what a pool's functions don't use takes no time.
+    for _, set_number in _libraries():
+        set_number(1)
+
+
+def _libraries() -> list[tuple[Callable[[], int], Callable[[int], None]]]:
+    """Get and set the number of threads, which both libraries keep per thread. Neither is imported here: what a pool's
+    functions don't use takes no time."""
+    found: list[tuple[Callable[[], int], Callable[[int], None]]] = []
     if "faiss" in sys.modules:
-        set_threads(1)
+        import faiss
+
+        found.append((faiss.omp_get_max_threads, faiss.omp_set_num_threads))
     if "torch" in sys.modules:
         import torch
 
-        torch.set_num_threads(1)
+        found.append((torch.get_num_threads, torch.set_num_threads))
+    return found

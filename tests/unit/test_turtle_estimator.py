@@ -32,7 +32,7 @@ def test_two_feature_sets_tell_more_clusters_apart_than_one(views) -> None:
     assert both.generalization_scores_[both.best_run_] == both.generalization_scores_.max()
     assert np.array_equal(both.predict([first, second]), both.labels_)
     assert not np.array_equal(both.label_matrix_[0], both.label_matrix_[3])
-    assert [weights.shape for weights, _ in both.layers_] == [(16, 3), (9, 3)]
+    assert [layer.shape for layer in both.layers_] == [(17, 3), (10, 3)]
     for features in (first, second):
         alone = TURTLE(3, n_runs=4, n_steps=60, random_state=0, turtle=QUICK).fit(features)
         assert clustering_accuracy(labels, alone.labels_) < 0.9

@@ -4,9 +4,9 @@ predict them (docs/METHOD.md, "TURTLE").
 The gradients are written by hand: an inner step then takes one pass over the features, each chunk of rows by one
 thread.
 
-Shape letters: n rows of a chunk, D dimensions of a space, K clusters, R runs, C = R K. Several runs share a pass over
-the features: products with few columns cost as much as with 32. Logits and labels are R x K x n, because a softmax over
-few contiguous numbers is slow.
+Shape letters: n rows of a chunk, D dimensions of a space, E = D + 1, K clusters, R runs, C = R K. Several runs share a
+pass over the features: a product waits for them, and takes little longer with 32 columns than with 10. Logits and
+labels are R x K x n, because a softmax over few contiguous numbers is slow.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from functools import partial, reduce
 
 import torch
 
-from icce_ray.methods.turtle.feature_batches import Chunk, FeatureBatch
+from icce_ray.methods.turtle.feature_batches import CastLayers, Chunk, FeatureBatch
 from icce_ray.methods.turtle.linear_layers import AdamParameters, Layers, TaskEncoder
 from icce_ray.runtime.threads import ThreadPool
 
 TINY = 1e-30
 """Keeps the logarithm of the share of an empty cluster finite."""
 
-Gradients = list[tuple[torch.Tensor, torch.Tensor]]
-"""Of weights (D, C) and biases (C,) of each space."""
+Labeled = tuple[Chunk, torch.Tensor, Sequence[torch.Tensor]]
+"""A chunk, its labels, and those that each space gives, (R, K, n)."""
 
 
 @dataclass(frozen=True)
@@ -50,85 +50,78 @@ def bilevel_step(
     """Train the inner classifiers on the labels of the encoder and update the encoder, both in place.
 
     Args:
-        inner: weights and biases of the classifier of each space.
+        inner: the classifier of each space.
+        pool: entered. The number of its threads does not change a bit.
     """
-    chunks, num_rows = batch.chunks, batch.num_rows
-    encoder_layers = pool.call(lambda: batch.cast(encoder.layers))
+    num_rows, num_clusters = batch.num_rows, encoder.num_clusters
+    both = batch.cast([torch.cat(pair, dim=1) for pair in zip(encoder.layers, _layers(inner), strict=True)])
 
-    def make_labels(chunk: Chunk) -> tuple[list[torch.Tensor], torch.Tensor, list[torch.Tensor]]:
-        spaces = soft_labels(chunk, encoder_layers, encoder.num_clusters)
-        return spaces, mean_label(spaces), [label_RKn.sum(dim=2) for label_RKn in spaces]
+    def label_and_first_gradients(chunk: Chunk) -> tuple[Labeled, Layers]:
+        """One pass over the features makes the labels and the first predictions."""
+        found = [torch.softmax(logits_RKn, dim=1).tensor_split(2) for logits_RKn in _logits(chunk, both, num_clusters)]
+        labels, predicted = zip(*found, strict=True)
+        target_RKn = labels[0] if len(labels) == 1 else reduce(torch.add, labels) / len(labels)
+        return (chunk, target_RKn, labels), _gradients(chunk, [logits.sub_(target_RKn) for logits in predicted])
 
-    labels, targets, sums = zip(*pool.map(make_labels, chunks), strict=True)
+    def inner_gradients(part: Labeled, layers: CastLayers) -> Layers:
+        chunk, target_RKn, _ = part
+        logits = _logits(chunk, layers, num_clusters)
+        return _gradients(chunk, [torch.softmax(logits_RKn, dim=1).sub_(target_RKn) for logits_RKn in logits])
 
-    def inner_gradients(part: tuple[Chunk, torch.Tensor], layers: Layers) -> Gradients:
-        chunk, target_RKn = part
-        predicted = soft_labels(chunk, layers, encoder.num_clusters)
-        slopes = [predicted_RKn.sub_(target_RKn) for predicted_RKn in predicted]
-        return _through_layers(chunk, slopes)
+    parts, found = zip(*pool.map(label_and_first_gradients, batch.chunks), strict=True)
+    _update(inner, found, num_rows)
+    for _ in range(inner_steps - 1):
+        _update(inner, pool.map(partial(inner_gradients, layers=batch.cast(_layers(inner))), parts), num_rows)
 
-    for _ in range(inner_steps):
-        compute = partial(inner_gradients, layers=batch.cast(_layers(inner)))
-        gradients = _mean_over_rows(pool.map(compute, zip(chunks, targets, strict=True)), num_rows)
-        for parameters, (weight_DC, bias_C) in zip(inner, gradients, strict=True):
-            parameters.update([weight_DC, bias_C])
-
-    shares = [reduce(torch.add, space) / num_rows for space in zip(*sums, strict=True)]
+    spaces = zip(*(labels for _, _, labels in parts), strict=True)
+    shares = [reduce(torch.add, [label_RKn.sum(dim=2) for label_RKn in space]) / num_rows for space in spaces]
     log_shares = [share_RK.clamp_min(TINY).log() for share_RK in shares]
+    trained = batch.cast(_layers(inner))
 
-    inner_layers = batch.cast(_layers(inner))
-
-    def outer_gradients(part: tuple[Chunk, torch.Tensor, list[torch.Tensor]]) -> tuple[torch.Tensor, Gradients]:
-        chunk, target_RKn, spaces = part
-        logits = _logits(chunk, inner_layers, encoder.num_clusters)
+    def outer_gradients(part: Labeled) -> tuple[torch.Tensor, Layers]:
+        chunk, target_RKn, labels = part
+        logits = _logits(chunk, trained, num_clusters)
         surprise_RKn = -reduce(torch.add, [torch.log_softmax(logits_RKn, dim=1) for logits_RKn in logits])
         slopes = []
-        for label_RKn, log_share_RK in zip(spaces, log_shares, strict=True):
-            slope_RKn = surprise_RKn / len(spaces) + entropy_weight * log_share_RK[:, :, None]
+        for label_RKn, log_share_RK in zip(labels, log_shares, strict=True):
+            slope_RKn = surprise_RKn / len(labels) + entropy_weight * log_share_RK[:, :, None]
             slopes.append((slope_RKn - (label_RKn * slope_RKn).sum(dim=1, keepdim=True)) * label_RKn)
-        return (surprise_RKn * target_RKn).sum(dim=(1, 2)), _through_layers(chunk, slopes)
+        return (surprise_RKn * target_RKn).sum(dim=(1, 2)), _gradients(chunk, slopes)
 
-    errors, found = zip(*pool.map(outer_gradients, zip(chunks, targets, labels, strict=True)), strict=True)
-    pool.call(lambda: encoder.update(_mean_over_rows(found, num_rows)))
+    errors, found = zip(*pool.map(outer_gradients, parts), strict=True)
+    encoder.update(_mean_over_rows(found, num_rows))
     entropies = [-(share_RK * log_RK).sum(dim=1) for share_RK, log_RK in zip(shares, log_shares, strict=True)]
     return StepLosses(reduce(torch.add, errors) / num_rows, reduce(torch.add, entropies))
 
 
-def soft_labels(chunk: Chunk, layers: Layers, num_clusters: int) -> list[torch.Tensor]:
-    """Softmax of the layer of each space, (R, K, n) float32."""
-    return [torch.softmax(logits_RKn, dim=1) for logits_RKn in _logits(chunk, layers, num_clusters)]
-
-
-def mean_label(spaces: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The label that the spaces make together."""
-    return spaces[0] if len(spaces) == 1 else reduce(torch.add, spaces) / len(spaces)
-
-
-def _logits(chunk: Chunk, layers: Layers, num_clusters: int) -> list[torch.Tensor]:
+def _logits(chunk: Chunk, layers: CastLayers, num_clusters: int) -> list[torch.Tensor]:
+    """Of each space, (R, K, n) float32."""
     logits = []
-    for features_nD, (weight_DC, bias_C) in zip(chunk.features_nD, layers, strict=True):
+    for features_nD, (weight_DC, bias_C1) in zip(chunk.features_nD, layers, strict=True):
         logits_nC = features_nD @ weight_DC
-        logits_Cn = torch.empty(logits_nC.t().shape, device=logits_nC.device).copy_(logits_nC.t())
-        logits.append(logits_Cn.add_(bias_C[:, None]).view(-1, num_clusters, logits_Cn.shape[1]))
+        logits_Cn = torch.empty(logits_nC.t().shape, device=logits_nC.device)
+        torch.add(logits_nC.t(), bias_C1, out=logits_Cn)
+        logits.append(logits_Cn.view(-1, num_clusters, len(logits_nC)))
     return logits
 
 
-def _through_layers(chunk: Chunk, slopes: Sequence[torch.Tensor]) -> Gradients:
+def _gradients(chunk: Chunk, slopes: Sequence[torch.Tensor]) -> Layers:
     """Gradients of the layers, summed over rows, from those of their logits (R, K, n)."""
-    found = []
-    for features_Dn, slope_RKn in zip(chunk.features_Dn, slopes, strict=True):
-        slope_Cn = slope_RKn.flatten(0, 1)
-        found.append(((features_Dn @ slope_Cn.to(features_Dn.dtype).t()).float(), slope_Cn.sum(dim=1)))
-    return found
-
-
-def _mean_over_rows(found: Sequence[Gradients], num_rows: int) -> Gradients:
-    """Gradients of a batch from sums over its chunks, added in their order."""
     return [
-        (reduce(torch.add, weights).div_(num_rows), reduce(torch.add, biases).div_(num_rows))
-        for weights, biases in (zip(*space, strict=True) for space in zip(*found, strict=True))
+        features_En @ slope_RKn.flatten(0, 1).to(features_En.dtype).t()
+        for features_En, slope_RKn in zip(chunk.features_En, slopes, strict=True)
     ]
 
 
+def _mean_over_rows(found: Sequence[Layers], num_rows: int) -> Layers:
+    """Gradients of a batch from sums over its chunks."""
+    return [torch.stack(space).sum(dim=0, dtype=torch.float32).div_(num_rows) for space in zip(*found, strict=True)]
+
+
+def _update(inner: Sequence[AdamParameters], found: Sequence[Layers], num_rows: int) -> None:
+    for parameters, gradient_EC in zip(inner, _mean_over_rows(found, num_rows), strict=True):
+        parameters.update([gradient_EC])
+
+
 def _layers(inner: Sequence[AdamParameters]) -> Layers:
-    return [(parameters.tensors[0], parameters.tensors[1]) for parameters in inner]
+    return [parameters.tensors[0] for parameters in inner]

@@ -31,12 +31,12 @@ class Space:
     mix_DD: torch.Tensor | None
     """They are ``(given - mean_D) @ mix_DD``; as given if it is None."""
 
-    def layer_on_given(self, weight_DC: torch.Tensor, bias_C: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def layer_on_given(self, layer_EC: torch.Tensor) -> torch.Tensor:
         """The layer on the features as they were given that does what this layer does on the prepared ones."""
         if self.mix_DD is None:
-            return weight_DC, bias_C
-        given_DC = self.mix_DD @ weight_DC
-        return given_DC, bias_C - self.mean_D @ given_DC
+            return layer_EC
+        given_DC = self.mix_DD @ layer_EC[:-1]
+        return torch.cat([given_DC, layer_EC[-1:] - self.mean_D @ given_DC])
 
 
 def prepare_features(
@@ -95,8 +95,8 @@ def label_rows(
 
     def label(start: int) -> torch.Tensor:
         spaces = []
-        for features_ND, (weight_DC, bias_C) in zip(feature_sets, layers, strict=True):
-            logits_nC = read_rows(features_ND, start, device) @ weight_DC + bias_C
+        for features_ND, layer_EC in zip(feature_sets, layers, strict=True):
+            logits_nC = read_rows(features_ND, start, device) @ layer_EC[:-1] + layer_EC[-1]
             spaces.append(torch.softmax(logits_nC.view(len(logits_nC), -1, num_clusters), dim=2))
         return reduce(torch.add, spaces).argmax(dim=2).t().cpu()
 

@@ -19,7 +19,7 @@ from icce_ray.methods.turtle.linear_layers import AdamParameters, Layers, TaskEn
 from icce_ray.runtime.threads import ThreadPool
 
 MAX_RUNS, MAX_COLUMNS = 3, 32
-"""Of a block. On a CPU a product with 32 columns takes as long as one with 10."""
+"""Of a block. On a CPU a product with 32 columns takes little longer than one with 10."""
 
 
 def run_blocks(num_runs: int, num_clusters: int) -> list[range]:
@@ -36,6 +36,7 @@ class RunBlock:
     Args:
         spaces: from :func:`prepare_features`.
         seed: seed of all runs. They share their batches and differ in their initial layers.
+        pool: entered.
     """
 
     def __init__(
@@ -90,14 +91,13 @@ class RunBlock:
         """The untrained classifiers of this step."""
         generators = self._generators(1 + self.step)
         return [
-            AdamParameters(initial_layer(dim, self.num_clusters, generators), self.settings.inner_rate(dim))
+            AdamParameters([initial_layer(dim, self.num_clusters, generators)], self.settings.inner_rate(dim))
             for dim in self._dims
         ]
 
     def layers_on_given(self) -> Layers:
         """The encoder's layers on the features as they were given."""
-        layers = self.pool.call(lambda: self.encoder.layers)
-        return [space.layer_on_given(*layer) for space, layer in zip(self.spaces, layers, strict=True)]
+        return [space.layer_on_given(layer) for space, layer in zip(self.spaces, self.encoder.layers, strict=True)]
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """What a resumed block needs besides `step`. Loading copies into them."""

@@ -38,7 +38,7 @@ class FinishedRuns:
 
     labels_RN: npt.NDArray[np.int32]
     layers: Layers
-    """Weights (D, C) and biases (C,) on each feature set as it was given."""
+    """On each feature set as it was given."""
     scores: list[float]
     """Generalisation score of each run, 0 to 1, mean over feature sets; 0 where it is undefined."""
     history: list[dict[str, Any]]
@@ -114,12 +114,12 @@ def read_runs(records: PartRecords, runs: range) -> FinishedRuns | None:
     if kept is None or "scores" not in kept[1]:
         return None
     tensors, values = kept
-    layers = [(tensors[f"weights.{space}"], tensors[f"biases.{space}"]) for space in range(len(tensors) // 2)]
+    layers = [tensors[f"layer.{space}"] for space in range(len(tensors) - 1)]
     return FinishedRuns(tensors["labels"].numpy(), layers, values["scores"], values["history"])
 
 
 def clusterings_of(blocks: Sequence[FinishedRuns]) -> Clusterings:
-    """The label matrix of all runs, and their layers, columns side by side in turtle.safetensors. The loss of a run is
+    """The label matrix of all runs, and their layers, columns side by side, in turtle.safetensors. The loss of a run is
     1 - its generalisation score: the lowest is the best."""
     scores = [score for block in blocks for score in block.scores]
     history = []
@@ -128,10 +128,7 @@ def clusterings_of(blocks: Sequence[FinishedRuns]) -> Clusterings:
         entropies = [entropy for row in rows for entropy in row["entropies"]]
         losses = {"loss": float(np.mean(errors)), "best_head_loss": min(errors), "run_losses": errors}
         history.append({"epoch": rows[0]["step"]} | losses | {"entropy": float(np.mean(entropies))})
-    tensors = {}
-    for space, layers in enumerate(zip(*(block.layers for block in blocks), strict=True)):
-        tensors[f"weights.{space}"] = torch.cat([weight_DC.cpu() for weight_DC, _ in layers], dim=1)
-        tensors[f"biases.{space}"] = torch.cat([bias_C.cpu() for _, bias_C in layers])
+    tensors = {f"layer.{space}": layer_EC for space, layer_EC in enumerate(layers_of(blocks))}
     return Clusterings(
         np.concatenate([block.labels_RN for block in blocks]),
         1.0 - np.array(scores),
@@ -141,14 +138,21 @@ def clusterings_of(blocks: Sequence[FinishedRuns]) -> Clusterings:
     )
 
 
+def layers_of(blocks: Sequence[FinishedRuns]) -> list[torch.Tensor]:
+    """The layer (E, C) of each feature set, the columns of all runs side by side."""
+    return [
+        torch.cat([layer_EC.cpu() for layer_EC in layers], dim=1)
+        for layers in zip(*(block.layers for block in blocks), strict=True)
+    ]
+
+
 def _name(runs: range) -> str:
     return f"runs-{runs.start:05d}-{runs.stop:05d}"
 
 
 def _keep(found: FinishedRuns, records: PartRecords, runs: range) -> None:
     tensors = {"labels": torch.from_numpy(found.labels_RN)}
-    for space, (weight_DC, bias_C) in enumerate(found.layers):
-        tensors |= {f"weights.{space}": weight_DC, f"biases.{space}": bias_C}
+    tensors |= {f"layer.{space}": layer_EC for space, layer_EC in enumerate(found.layers)}
     save_state(records, _name(runs), tensors, {"scores": found.scores, "history": found.history})
 
 

@@ -29,8 +29,9 @@ def training_bytes(
 ) -> int:
     """Memory of a worker, in bytes, for N images in S spaces of D dimensions, B of them in a batch, features of b
     bytes, C = R K columns of the R runs of a block: over all spaces ``b N D`` features, ``2 b B D`` a batch in both
-    orders, ``4 D D`` the rotation, ``48 D C`` parameters, ``(b + 4) D C`` the gradient of each chunk; ``4 B C (S + 1)``
-    labels, ``24 n C S`` for each chunk of n rows that is worked on, ``12 R N`` labels of all images.
+    orders, ``4 D D`` the rotation, ``48 D C`` parameters, ``(b + 4) D C`` the gradient of each chunk;
+    ``4 B C (2 S + 1)`` labels with the first predictions, ``24 n C S`` for each chunk of n rows that is worked on,
+    ``12 R N`` labels of all images.
     """
     runs = max(map(len, run_blocks(settings.num_runs, num_clusters)))
     batch_size = min(num_images, settings.batch_size)
@@ -40,5 +41,5 @@ def training_bytes(
     total_dim, b, C = sum(dims), dtype.itemsize, runs * num_clusters
     features = b * total_dim * (num_images + 2 * batch_size) + 4 * max(dims) ** 2
     parameters = total_dim * C * (4 * PARAMETER_COPIES + (b + 4) * len(chunks))
-    labels = 4 * batch_size * C * (len(dims) + 1) + 4 * WORK_ARRAYS * chunk_rows * C * at_once * len(dims)
+    labels = 4 * batch_size * C * (2 * len(dims) + 1) + 4 * WORK_ARRAYS * chunk_rows * C * at_once * len(dims)
     return features + parameters + labels + 12 * runs * num_images

@@ -30,6 +30,11 @@ def test_each_thread_of_a_pool_computes_on_one_core() -> None:
         set_threads(2)
         assert in_threads(ask, [0, 1], 2) == [(1, 1), (1, 1)]
         assert (torch.get_num_threads(), faiss.omp_get_max_threads()) == (2, 2)
+        assert ThreadPool(2).map(ask, [0, 1]) == [(1, 1), (1, 1)]
+        assert (torch.get_num_threads(), faiss.omp_get_max_threads()) == (2, 2)
+        with ThreadPool(2):
+            assert (torch.get_num_threads(), faiss.omp_get_max_threads()) == (1, 1)
+        assert (torch.get_num_threads(), faiss.omp_get_max_threads()) == (2, 2)
     finally:
         torch.set_num_threads(before[0])
         set_threads(before[1])
@@ -40,9 +45,17 @@ def test_a_single_thread_or_item_runs_in_the_calling_thread(items: list[int], nu
     assert set(in_threads(lambda _: threading.get_ident(), items, num_threads)) <= {threading.get_ident()}
 
 
-def test_an_error_in_a_thread_is_raised() -> None:
+@pytest.mark.parametrize("fails_in_caller", [True, False])
+def test_an_error_in_a_thread_is_raised(fails_in_caller: bool) -> None:
+    together = threading.Barrier(2)
+
+    def fail(_: int) -> None:
+        together.wait(timeout=10)
+        if (threading.current_thread() is threading.main_thread()) == fails_in_caller:
+            raise ZeroDivisionError
+
     with pytest.raises(ZeroDivisionError):
-        in_threads(lambda item: 1 // item, [1, 0, 2], 2)
+        in_threads(fail, [1, 0], 2)
 
 
 def test_the_number_of_threads_is_bounded_by_memory() -> None:

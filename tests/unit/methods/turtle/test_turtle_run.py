@@ -64,10 +64,9 @@ def test_the_losses_of_50_steps_are_those_of_the_formulas(
         for run in range(2):
             columns = slice(4 * run, 4 * run + 4)
             losses = plain_losses(
-                [(weights[:, columns], biases[columns]) for weights, biases in other.encoder.layers],
+                [layer[:, columns] for layer in other.encoder.layers],
                 lambda step, columns=columns: [
-                    (parameters.tensors[0][:, columns], parameters.tensors[1][columns])
-                    for parameters in at(step).new_inner()
+                    parameters.tensors[0][:, columns] for parameters in at(step).new_inner()
                 ],
                 batch,
                 num_steps=50,
@@ -148,7 +147,7 @@ def test_prepared_features_are_a_rotation_with_unit_variance(planted) -> None:
     np.testing.assert_allclose(made @ made.T, centred @ centred.T / centred.var(), atol=2e-3)
     assert abs(made.var() - 1.0) < 1e-4
     assert np.abs(np.corrcoef(made[:, 0], centred[:, 0])[0, 1]) < 0.9, "it must be rotated"
-    weights, biases = torch.randn(24, 3), torch.randn(3)
-    given_weights, given_biases = space.layer_on_given(weights, biases)
-    on_given = torch.from_numpy(features * 7 + 3) @ given_weights + given_biases
-    np.testing.assert_allclose(on_given, space.features_ND @ weights + biases, atol=1e-3)
+    layer = torch.randn(25, 3)
+    given = space.layer_on_given(layer)
+    on_given = torch.from_numpy(features * 7 + 3) @ given[:-1] + given[-1]
+    np.testing.assert_allclose(on_given, space.features_ND @ layer[:-1] + layer[-1], atol=1e-3)

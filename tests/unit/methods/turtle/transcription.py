@@ -7,13 +7,10 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F
 
-Layer = tuple[torch.Tensor, torch.Tensor]
-"""Weights (D, K) and biases (K,)."""
-
 
 def plain_losses(
-    encoder: Sequence[Layer],
-    inner_start: Callable[[int], Sequence[Layer]],
+    encoder: Sequence[torch.Tensor],
+    inner_start: Callable[[int], Sequence[torch.Tensor]],
     batch_of_step: Callable[[int], Sequence[torch.Tensor]],
     *,
     num_steps: int,
@@ -56,10 +53,10 @@ def plain_losses(
     return losses
 
 
-def linear(layer: Layer) -> torch.nn.Linear:
-    """A ``nn.Linear`` with these weights."""
-    made = torch.nn.Linear(*layer[0].shape)
+def linear(layer: torch.Tensor) -> torch.nn.Linear:
+    """A ``nn.Linear`` with these weights (D, K) and, in a last row, biases."""
+    made = torch.nn.Linear(len(layer) - 1, layer.shape[1])
     with torch.no_grad():
-        made.weight.copy_(layer[0].t())
-        made.bias.copy_(layer[1])
+        made.weight.copy_(layer[:-1].t())
+        made.bias.copy_(layer[-1])
     return made
