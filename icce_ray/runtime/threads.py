@@ -140,7 +140,8 @@ def _one_thread() -> Iterator[None]:
 
 
 def _use_one_thread() -> None:
-    for _, set_number in _libraries():
+    for get_number, set_number in _libraries():
+        get_number()  # the first one in a thread takes over what any other thread has set
         set_number(1)
 
 
