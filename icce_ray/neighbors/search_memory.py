@@ -8,6 +8,8 @@ from icce_ray.neighbors.search import PAIRS_HELD, QUERY_BLOCK
 
 MAX_ROWS_PER_PART = 16_384
 """A part is built in memory, then written."""
+TORCH_BYTES = 350_000_000
+"""Memory of a process that has imported torch."""
 SCORED_PAIRS = 2**24
 HIT_BYTES = 40
 """A pair as it is found, and its row, column and flags."""
@@ -24,7 +26,7 @@ def worker_bytes(num_images: int, dim: int, mean_neighbors: float) -> int:
     """Memory of one worker besides the features of its shard, at worst."""
     queries, rows = (min(num_images, most) for most in (QUERY_BLOCK, MAX_ROWS_PER_PART))
     hits = min(SCORED_PAIRS, num_images**2) * HIT_BYTES + min(PAIRS_HELD, num_images**2) * PAIR_BYTES
-    return hits + int(rows * mean_neighbors * 3 * 8) + (queries + rows) * dim * 4
+    return TORCH_BYTES + hits + int(rows * mean_neighbors * 3 * 8) + (queries + rows) * dim * 4
 
 
 def needed_bytes(base_bytes: int, worker_bytes: int, num_here: int, num_workers: int) -> int:

@@ -33,7 +33,7 @@ from icce_ray.sample.unit_features import RESOLUTION, Ids, UnitFeatures, exact_s
 LOADED_ROWS = 16_384
 SCORES_PER_BLOCK = {"cuda": 2**28, "cpu": 2**22}
 GATHERED_SCORES = 2**24
-PAIRS_ON_DEVICE = 2**23
+PAIRS_AT_A_TIME = {"cuda": 2**23, "cpu": 2**20}
 RESCORED_ELEMENTS = 2**26
 SAFETY = 1.25
 MAX_GROUP = 64
@@ -127,7 +127,7 @@ class TorchEngine:
             radius_Q = radius_Q.to(scored_QD.dtype).masked_fill(unsearched_Q, UNREACHABLE)
             for pairs in _reached(scores_QGT, maxima_QT, radius_Q, start):
                 found.append(pairs)
-                if sum(map(len, found)) > PAIRS_ON_DEVICE:
+                if sum(map(len, found)) > PAIRS_AT_A_TIME[self.device.type]:
                     yield self._kept(_Pairs.join(found), features_QD, ids_Q, rule)
                     found = []
         if found:

@@ -42,7 +42,7 @@ def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch_engine, "LOADED_ROWS", 70)
     monkeypatch.setattr(torch_engine, "SCORES_PER_BLOCK", {"cpu": 301 * 70})
     monkeypatch.setattr(torch_engine, "GATHERED_SCORES", 600)
-    monkeypatch.setattr(torch_engine, "PAIRS_ON_DEVICE", 1500)
+    monkeypatch.setattr(torch_engine, "PAIRS_AT_A_TIME", {"cpu": 1500})
     monkeypatch.setattr(search_module, "PAIRS_HELD", 500)
     monkeypatch.setattr(search_module, "QUERY_BLOCK", 50)
     monkeypatch.setattr(search_module, "CHUNK_ELEMENTS", 5 * 64)
