@@ -94,7 +94,7 @@ def trained_ids(heads: Artifact) -> npt.NDArray[np.int64]:
 def input_of(artifact: Artifact, stage: str) -> Artifact:
     """The artifact of `stage` that `artifact` was made from, which lies under the same folder."""
     folder = artifact.folder
-    root = Folder(folder.filesystem, folder.path.rsplit("/", 2)[0], folder.uri.rsplit("/", 2)[0])
+    root = folder.parent.parent
     found = Artifact.find(root / stage / artifact.manifest.inputs[stage].partition(".")[0])
     if found is None:
         raise InputError(f"{root.uri}/{stage} no longer has what {folder.uri} was made from")

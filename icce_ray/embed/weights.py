@@ -70,7 +70,7 @@ def local_weights(location: str) -> Path:
         return Path(path)
     with _reading(location), filesystem.open_input_file(path) as remote:
         size = remote.size()
-        version = repr((location, size, sorted((remote.metadata() or {}).items())))  # includes the ETag, if any
+        version = repr((location, size, filesystem.handler.metadata(path)))  # includes the ETag, if any
         name = hashlib.sha256(version.encode()).hexdigest()[:16]
         copy = cache_entry("weights", name) / Path(path).name
         with locked(copy.with_name(".lock")):

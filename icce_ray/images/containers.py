@@ -81,8 +81,8 @@ def members(container: File, images: ImagesConfig, skipped: Counter[str]) -> Ite
     """The images in a container, in its order. Only headers are read.
 
     What cannot be read is an entry with a problem. Links of a tar come last. What a tar holds besides images and labels
-    is counted in `skipped`, by ending. Raises InputError: the column of images is not known, or remote storage does not
-    answer."""
+    is counted in `skipped`, by ending. Raises InputError: the column of images is not known, or remote storage refuses
+    access. Raises WorkerError: it is away for too long."""
     uri = container.uri
     if uri.lower().endswith(PARQUET_ENDINGS):
         try:
@@ -94,8 +94,6 @@ def members(container: File, images: ImagesConfig, skipped: Counter[str]) -> Ite
                     opened.size(),
                 )
         except (pa.ArrowException, OSError) as error:
-            if is_remote(uri) and not isinstance(error, pa.ArrowException):
-                raise InputError(f"images.uri: {uri} cannot be read: {_one_line(error)}") from None
             yield Entry(
                 f"{uri}#0/{DAMAGED_NAME}",
                 container.size_bytes,
@@ -182,7 +180,7 @@ def _is_image(name: PurePosixPath) -> bool:
 
 
 def _walk_tar(uri: str) -> Iterator[tar_shards.Member | tar_shards.Link | tar_shards.Damage]:
-    """The members of a tar. A local file that cannot be read is damage; storage that does not answer ends the job."""
+    """The members of a tar. A file that cannot be read is damage."""
     position = 0
     try:
         with _opened_tar(uri) as (headers, num_bytes):
@@ -192,8 +190,6 @@ def _walk_tar(uri: str) -> Iterator[tar_shards.Member | tar_shards.Link | tar_sh
     except FileNotFoundError:
         yield tar_shards.Damage(0, 0, "missing")
     except OSError as error:
-        if is_remote(uri):
-            raise InputError(f"images.uri: the tar {uri} cannot be read: {_one_line(error)}") from None
         yield tar_shards.Damage(position, 0, f"unreadable: {_one_line(error)}")
 
 

@@ -233,8 +233,6 @@ def _parquet_files(files: list[File], images: ImagesConfig) -> Iterator[File]:
             else:
                 yield from _listed_files(read_parquet_list(filesystem, path, file.uri, images.uri_column), file.uri)
         except (pa.ArrowException, OSError) as error:
-            if is_remote(file.uri) and not isinstance(error, pa.ArrowException):
-                raise InputError(f"images.uri: the list {file.uri} cannot be read: {error}") from None
             reason = " ".join(str(error).split())[:200]
             damaged.append(file._replace(problem=f"damaged Parquet file: {reason}"))
     if len(damaged) == len(files):

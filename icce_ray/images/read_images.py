@@ -14,12 +14,13 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 
-from icce_ray.errors import InputError
+from icce_ray.errors import InputError, WorkerError
 from icce_ray.images.containers import Cell, ParquetCells, Span, file_of, locate
 from icce_ray.images.listing import ListedImage
 from icce_ray.images.uris import is_remote, local_path, resolve
 from icce_ray.store import s3
 from icce_ray.store.filesystem import open_uri
+from icce_ray.store.patient_filesystem import BadObjectError
 
 READ_TIMEOUTS_S = (1.5, 3.0, 6.0, 6.0, 12.0, 12.0, 24.0, 24.0)
 """Longest wait for a byte, by attempt."""
@@ -68,7 +69,7 @@ def read_image(uri: str, size_bytes: int | None = None) -> bytes | str:
             data = _read_once(uri, READ_TIMEOUTS_S[min(attempt, len(READ_TIMEOUTS_S) - 1)])
             if size_bytes is None or len(data) == size_bytes or not is_remote(uri):
                 if s3.is_s3(uri):
-                    _readable[s3.split_uri(uri)[0]] = file_of(uri)
+                    _readable[f"s3://{s3.split_uri(uri)[0]}"] = file_of(uri)
                 return data
             problem = f"unreadable: {len(data)} bytes came of {size_bytes}"
         except FileNotFoundError:
@@ -79,10 +80,14 @@ def read_image(uri: str, size_bytes: int | None = None) -> bytes | str:
             # A single object may be forbidden. If the whole bucket is, no image can be read and the job must say so.
             if s3.is_s3(uri):
                 s3.check_bucket(uri, s3.current_options(), "images.uri")
+            elif is_remote(uri):  # other file systems have looked already
+                raise
             return f"unreadable: {error}"
+        except WorkerError:
+            raise
         except Exception as error:
             problem = f"unreadable: {' '.join(f'{type(error).__name__}: {error}'.split())[:200]}"
-            if not is_remote(uri) or isinstance(error, ValueError):  # too large, say
+            if not is_remote(uri) or isinstance(error, (ValueError, BadObjectError)):  # too large, say
                 return problem
             is_lasting = False
         now = time.monotonic()
@@ -205,16 +210,20 @@ def _read_once(uri: str, timeout_s: float) -> bytes:
         span = () if place is None else (place.start, place.num_bytes)
         with s3.translated(file):
             return s3.get_once(file, client, *span, max_slow_s=2 * timeout_s, max_bytes=MAX_FILE_BYTES)
-    filesystem, path = open_uri(file)
-    with filesystem.open_input_file(path) as remote:
-        _check_size(remote.size() if place is None else place.num_bytes)
-        return bytes(remote.read() if place is None else remote.read_at(place.num_bytes, place.start))
+    try:
+        filesystem, path = open_uri(file)
+    except InputError as error:
+        raise NoImageError(f"unreadable: {error}") from None
+    span = () if place is None else (place.start, place.num_bytes)
+    data: bytes = filesystem.handler.read(path, *span, max_bytes=MAX_FILE_BYTES)
+    return data
 
 
 def _store_answers(uri: str) -> bool:
-    """Whether the store of `uri` answers, judged by an object that could be read before."""
-    bucket = s3.split_uri(uri)[0]
-    return s3.answers(_readable.get(bucket, f"s3://{bucket}"), s3.current_options())
+    """Whether the store of `uri` answers, judged by another object that could be read before."""
+    bucket = f"s3://{s3.split_uri(uri)[0]}"
+    readable = _readable.get(bucket, bucket)
+    return s3.answers(bucket if readable == file_of(uri) else readable, s3.current_options())
 
 
 _readable: dict[str, str] = {}

@@ -17,7 +17,8 @@ from icce_ray.pipeline.numbers_kept import with_numbers_from
 from icce_ray.pipeline.stages import clustering_stages, stages_of
 from icce_ray.stage import Stage
 from icce_ray.store import Artifact, Folder, fingerprint
-from icce_ray.store.s3 import check_bucket, is_s3, split_uri, use_s3
+from icce_ray.store.filesystem import check_store, store_of
+from icce_ray.store.s3 import use_s3
 
 SHARED_BY_METHODS = ("images", "embed", "sample")
 """Stages that the methods of a run have in common."""
@@ -164,6 +165,6 @@ def connect_storage(config: Config) -> None:
     places = [("output", config.output), *(("images.uri", uri) for uri in config.images.uris)]
     seen = set()
     for setting, uri in places:
-        if is_s3(uri) and (bucket := split_uri(uri)[0]) not in seen:
-            seen.add(bucket)
-            check_bucket(uri, config.storage, setting)
+        if (store := store_of(uri)) is not None and store not in seen:
+            seen.add(store)
+            check_store(uri, config.storage, setting)

@@ -1,4 +1,4 @@
-"""Show in a stage's progress that it waits for a bucket that does not answer."""
+"""Show in a stage's progress that it waits for a store that does not answer."""
 
 from __future__ import annotations
 
@@ -10,29 +10,30 @@ from icce_ray.config import StorageConfig
 from icce_ray.runtime.progress import Progress, format_seconds
 from icce_ray.runtime.threads import repeating
 from icce_ray.store import s3
+from icce_ray.store.filesystem import store_answers, store_of
 
 POLL_S = 10.0
 
 
 @contextmanager
 def outages_told(uris: Iterable[str], options: StorageConfig, progress: Progress) -> Iterator[None]:
-    """While the block runs, ask the buckets of `uris` whether they answer, and tell `progress` of those that don't."""
-    buckets = sorted({f"s3://{s3.split_uri(uri)[0]}" for uri in uris if s3.is_s3(uri)})
+    """While the block runs, ask the stores of `uris` whether they answer, and tell `progress` of those that don't."""
+    stores = {store: uri for uri in uris if (store := store_of(uri)) is not None}
     since: dict[str, float] = {}
 
     def look() -> None:
         nonlocal since
         now = time.monotonic()
-        since = {bucket: since.get(bucket, now) for bucket in buckets if not s3.answers(bucket, options)}
+        since = {store: since.get(store, now) for store, uri in stores.items() if not store_answers(uri, options)}
         progress.waits(
             ", ".join(
-                f"waits for {bucket}, which has not answered for {format_seconds(now - began)} (stops after "
+                f"waits for {store}, which has not answered for {format_seconds(now - began)} (stops after "
                 f"{format_seconds(s3.OUTAGE_S)})"
-                for bucket, began in since.items()
+                for store, began in since.items()
             )
         )
 
-    if not buckets:
+    if not stores:
         yield
         return
     with repeating(look, POLL_S, "icce_ray-storage"):

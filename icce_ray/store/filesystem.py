@@ -1,12 +1,14 @@
 """Folders on any storage that ``pyarrow.fs`` opens: local disks, S3 and compatible stores, Google Cloud Storage.
 
 Writes are atomic: local files are written under a temporary name and renamed, and object stores put whole objects. On
-S3 every call has time limits and is retried.
+object stores every call has time limits, and waits while the store is away.
 """
 
 from __future__ import annotations
 
+import functools
 import os
+import re
 import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -19,10 +21,15 @@ import pyarrow.fs as pafs
 from icce_ray.config import StorageConfig
 from icce_ray.errors import InputError
 from icce_ray.store import s3
+from icce_ray.store.patient_filesystem import PatientFileSystem, within
 
 OBJECT_STORES = ("s3", "gs", "gcs", "abfs", "abfss", "hdfs", "viewfs")
 """Schemes that :func:`open_uri` takes, besides local paths and ``file``."""
 REMOVE_THREADS = 8
+OPTIONS = re.compile(r"(.*?)((?:\?[a-z_]+=[^/?]*)?)", re.DOTALL)
+"""A remote location and its options, as pyarrow knows them. The names of objects may hold any character."""
+GS_RETRY_S = 4
+"""Google's client would retry for 15 minutes by itself."""
 
 
 def open_uri(uri: str) -> tuple[pafs.FileSystem, str]:
@@ -32,13 +39,72 @@ def open_uri(uri: str) -> tuple[pafs.FileSystem, str]:
         return pafs.LocalFileSystem(), str(Path(uri).absolute())
     if s3.is_s3(uri):
         bucket, key = s3.split_uri(uri)
-        return s3.filesystem(s3.current_options()), f"{bucket}/{key}".rstrip("/")
+        options = s3.current_options()
+        return _s3(os.getpid(), options, s3.endpoint_url(options), bucket), f"{bucket}/{key}".rstrip("/")
     try:
-        filesystem, path = pafs.FileSystem.from_uri(uri)
-    except (pa.ArrowInvalid, OSError, ValueError) as error:
+        return _from_uri(uri) if uri.startswith("file://") else _remote_path(uri)
+    except (pa.ArrowInvalid, OSError, ValueError, ImportError) as error:
         reason = "the location holds credentials; give them in the environment" if redacted(uri) != uri else error
         raise InputError(f"{redacted(uri)}: cannot be opened as a storage location: {reason}") from None
+
+
+@functools.lru_cache(maxsize=16)
+def _s3(process: int, options: StorageConfig, endpoint: str | None, bucket: str) -> pafs.FileSystem:
+    return pafs.PyFileSystem(PatientFileSystem(s3.filesystem(options), f"s3://{bucket}", bucket))
+
+
+def _remote_path(uri: str) -> tuple[pafs.FileSystem, str]:
+    scheme, _, rest = uri.partition("://")
+    rest, query = OPTIONS.fullmatch(rest).groups()  # type: ignore[union-attr]
+    authority, _, key = rest.partition("/")
+    if scheme in ("gs", "gcs") and "retry_limit_seconds" not in query:
+        query += f"{'&' if query else '?'}retry_limit_seconds={GS_RETRY_S}"
+    filesystem, root = _remote(os.getpid(), f"{scheme}://{authority}/{query}")
+    return filesystem, f"{root}/{key}".rstrip("/") if root else key
+
+
+@functools.lru_cache(maxsize=16)
+def _remote(process: int, uri: str) -> tuple[pafs.FileSystem, str]:
+    filesystem, root = within(s3.READ_TIMEOUT_S, lambda: _from_uri(uri))
+    root = root.rstrip("/")
+    return pafs.PyFileSystem(PatientFileSystem(filesystem, str(store_of(uri)), root)), root
+
+
+def _from_uri(uri: str) -> tuple[pafs.FileSystem, str]:
+    filesystem, path = pafs.FileSystem.from_uri(uri)
     return filesystem, path
+
+
+def store_of(uri: str) -> str | None:
+    """The bucket, container or server of a remote URI, as a URI; None if it is a local path."""
+    scheme, separator, rest = uri.partition("://")
+    if not separator or scheme == "file":
+        return None
+    return f"{scheme}://{rest.partition('/')[0].partition('?')[0]}"
+
+
+def check_store(uri: str, options: StorageConfig, setting: str = "") -> None:
+    """Fail within seconds if the store of a remote URI cannot be reached: later calls would wait for it.
+
+    Raises:
+        InputError: there is no such bucket, credentials are refused or missing, or nothing answers.
+    """
+    if s3.is_s3(uri):
+        s3.check_bucket(uri, options, setting)
+    elif store_of(uri) is not None:
+        filesystem, path = open_uri(uri)
+        try:
+            filesystem.handler.check(path)
+        except InputError as error:
+            raise InputError(f"{setting}: {error}" if setting else str(error)) from None
+
+
+def store_answers(uri: str, options: StorageConfig) -> bool:
+    """Whether the store of a remote URI answers now, whatever it answers."""
+    if s3.is_s3(uri):
+        return s3.answers(str(store_of(uri)), options)
+    filesystem, _ = open_uri(uri)
+    return bool(filesystem.handler.answers())
 
 
 def redacted(uri: str) -> str:
@@ -79,8 +145,7 @@ class Folder:
         """:meth:`at`, for the first look of a command: it fails within seconds if a bucket does not answer. Raises
         InputError: there is no such bucket, it refuses access, or nothing answers."""
         folder = cls.at(uri)
-        if folder.s3_options is not None:
-            s3.check_bucket(folder.uri, folder.s3_options)
+        check_store(folder.uri, s3.current_options())
         return folder
 
     def __truediv__(self, name: str) -> Folder:

@@ -26,6 +26,8 @@ CONNECT_TIMEOUT_S = 5.0
 READ_TIMEOUT_S = 20.0
 """Time without a byte after which a request is sent again."""
 MAX_ATTEMPTS = 8
+FILESYSTEM_ATTEMPTS = 2
+"""Of a pyarrow filesystem, whose calls are repeated by :mod:`icce_ray.store.patient_filesystem`."""
 OUTAGE_S = 600.0
 """Longest wait for a store that is away."""
 OUTAGE_POLL_S = 2.0
@@ -142,7 +144,7 @@ def filesystem(options: StorageConfig) -> Any:
         endpoint_override=parts.netloc + parts.path.rstrip("/") if parts else None,
         connect_timeout=CONNECT_TIMEOUT_S,
         request_timeout=READ_TIMEOUT_S,
-        retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=MAX_ATTEMPTS),
+        retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=FILESYSTEM_ATTEMPTS),
         allow_delayed_open=True,
     )
 
@@ -206,7 +208,7 @@ def given_up(uri: str, error: object) -> WorkerError:
     """The end of the wait for a store."""
     return WorkerError(
         f"the storage has been away for {OUTAGE_S / 60:.0f} min ({error}). What is finished is kept: run the same "
-        f"command again when s3://{split_uri(uri)[0]} can be reached"
+        f"command again when {'/'.join(uri.split('/')[:3])} can be reached"
     )
 
 
