@@ -18,7 +18,7 @@ import yaml
 from cases.process_memory import MemoryWatch
 from icce_ray.config import load_config
 from icce_ray.demo import demo_config, write_demo_images
-from icce_ray.pipeline.plan import plan
+from icce_ray.pipeline.plan import finished_artifacts, plan
 
 SETTINGS: dict[str, Any] = {"config": None, "max_ratio": 2.0, "small_s": 2.0, "small_bytes": 1_000_000}
 """Stages that take less than `small_s` or `small_bytes` are shown, but bound only as part of the sum."""
@@ -26,24 +26,7 @@ SETTINGS: dict[str, Any] = {"config": None, "max_ratio": 2.0, "small_s": 2.0, "s
 
 def run(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, bool]]:
     with tempfile.TemporaryDirectory(prefix="icce_ray-estimate-") as folder:
-        file = settings["config"] or write_demo(Path(folder))
-        said = json.loads(command("icce_ray", "estimate", file, "--json").splitlines()[-1])
-        with MemoryWatch() as memory:
-            command("icce_ray", "run", file)
-        steps = plan(load_config(file))
-    own = memory.seen[0][1]  # the benchmark's
-    rows: dict[str, dict[str, list[float]]] = {}
-    for stage in said["stages"]:
-        artifact = next(step.artifact for step in steps if step.name == stage["stage"])
-        assert artifact is not None
-        assert artifact.folder.local_path is not None
-        ended = (artifact.folder.local_path / "manifest.json").stat().st_mtime
-        taken = artifact.manifest.seconds
-        rows[stage["stage"]] = {
-            "seconds": [stage["seconds"], taken],
-            "memory_mb": [stage["memory_bytes"] / 1e6, (memory.peak(ended - taken, ended) - own) / 1e6],
-            "disk_mb": [stage["disk_bytes"] / 1e6, artifact.num_bytes() / 1e6],
-        }
+        rows = compare(settings["config"] or write_demo(Path(folder)))
     together = {
         what: [total(row[what][side] for row in rows.values()) for side in (0, 1)]
         for what, total in (("seconds", sum), ("memory_mb", max), ("disk_mb", sum))
@@ -64,6 +47,27 @@ def run(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, bool]]:
         <= settings["max_ratio"]
         for what, (name, ratio) in worst.items()
     }
+
+
+def compare(file: str) -> dict[str, dict[str, list[float]]]:
+    """By stage: seconds, memory and storage, each as said and as taken."""
+    said = json.loads(command("icce_ray", "estimate", file, "--json").splitlines()[-1])
+    with MemoryWatch() as memory:
+        command("icce_ray", "run", file)
+    own = memory.seen[0][1]  # the benchmark's
+    artifacts = finished_artifacts(plan(load_config(file)))
+    rows: dict[str, dict[str, list[float]]] = {}
+    for stage in said["stages"]:
+        artifact = artifacts[stage["stage"]]
+        assert artifact.folder.local_path is not None
+        ended = (artifact.folder.local_path / "manifest.json").stat().st_mtime
+        taken = artifact.manifest.seconds
+        rows[stage["stage"]] = {
+            "seconds": [stage["seconds"], taken],
+            "memory_mb": [stage["memory_bytes"] / 1e6, (memory.peak(ended - taken, ended) - own) / 1e6],
+            "disk_mb": [stage["disk_bytes"] / 1e6, artifact.num_bytes() / 1e6],
+        }
+    return rows
 
 
 def write_demo(folder: Path) -> str:
