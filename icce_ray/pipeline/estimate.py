@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from icce_ray.config import Config, EmbedConfig
+from icce_ray.config import PIXELS, Config, EmbedConfig
 from icce_ray.consensus.consensus_memory import coordinator_bytes
 from icce_ray.consensus.consensus_memory import worker_bytes as consensus_bytes
 from icce_ray.embed.backbone_plan import RANDOM_WEIGHTS, check_backbones, plan_embedding
@@ -33,6 +33,15 @@ from icce_ray.pipeline.pilot import PilotRun, run_pilot, trains_heads
 from icce_ray.pipeline.plan import plan
 from icce_ray.pipeline.run import run_stage
 from icce_ray.pipeline.stages import stages_of
+from icce_ray.report.page import EXEMPLARS_ON_SHEET
+from icce_ray.report.pictures import (
+    MAX_SHEET_ROWS,
+    SHEET_CELLS,
+    contact_sheet,
+    load_thumbnails,
+    may_be_image,
+    sheet,
+)
 from icce_ray.runtime.machine import available_memory_bytes, num_gpus, peak_memory_bytes, usable_cpus
 from icce_ray.runtime.progress import LONG_S, Progress, format_bytes, format_seconds
 from icce_ray.runtime.ray_cluster import runs_here
@@ -43,6 +52,8 @@ RAY_START_S, WORKER_START_S = 8.0, 2.0
 """Of a run that uses Ray, on two cores."""
 WORKER_BYTES = 400_000_000
 """Memory of a worker on Ray with its imports."""
+LIGHT_BYTES = 120_000_000
+"""Memory of a process before it imports torch."""
 MAX_READ_ROWS = 65_536
 MAX_DECODED = 64
 """Images of the sample that are read and decoded here, to time only that."""
@@ -140,9 +151,9 @@ def estimate(config: Config, *, num_samples: int = 256, quiet: bool = False) -> 
         seconds = {
             name: spent + (RAY_START_S if name == "embed" else WORKER_START_S) for name, spent in seconds.items()
         }
-    if embedded.decode_s:
-        pictures = min(num_images, config.report.max_images)
-        seconds["report"] += pictures * embedded.decode_s
+    pictures_s, pictures_bytes = _page_pictures(Listing(listed), config, pilot)
+    seconds["report"] += pictures_s
+    disk_bytes["report"] = disk_bytes.get("report", 0) + pictures_bytes
     return Estimate(
         num_images=num_images,
         num_sampled=embedded.num_sampled,
@@ -171,8 +182,6 @@ class _Sample:
     num_errors: int
     seconds_per_image: float
     startup_s: float
-    decode_s: float
-    """To read and decode an image; 0 for ready-made embeddings."""
     bytes_per_image: float
     base_bytes: int
     """Memory of this process with all that it has imported."""
@@ -196,7 +205,6 @@ def _read_sample(config: Config, num_samples: int) -> _Sample:
         num_errors=0,
         seconds_per_image=3 * read_s,  # read, compressed, written
         startup_s=0.0,
-        decode_s=0.0,
         bytes_per_image=found.dim * found.dtype.itemsize,
         base_bytes=peak_memory_bytes(),
         peak_bytes=peak_memory_bytes(),
@@ -242,7 +250,6 @@ def _embed_sample(config: Config, listing: Listing, num_samples: int, folder: Pa
         num_errors=metrics["num_errors"],
         seconds_per_image=seconds_per_image,
         startup_s=startup_s,
-        decode_s=decode_s,
         bytes_per_image=sum(writer.parts[name].num_bytes for name in parts) / max(1, metrics["num_images"]),
         base_bytes=base_bytes,
         peak_bytes=peak_memory_bytes(),
@@ -278,7 +285,14 @@ def _memory(config: Config, num_images: int, sample: _Sample, pilot: PilotRun, h
     if not here:
         workers = {"neighbors": shards, "method": config.resources.method.num_workers}
         needed = {name: number + WORKER_BYTES * workers.get(name, 1) for name, number in needed.items()}
-    return {name: sample.base_bytes + needed.get(name, 0) for name in ("images", *pilot.seconds, *needed)}
+    without_torch: tuple[str, ...] = ()
+    if here:
+        is_read = config.embeddings.uri is not None or config.embed.backbone == PIXELS
+        without_torch = ("images", "embed", "sample") if is_read else ("images",)
+    return {
+        name: (LIGHT_BYTES if name in without_torch else sample.base_bytes) + needed.get(name, 0)
+        for name in ("images", *pilot.seconds, *needed)
+    }
 
 
 def _backbone_bytes(config: Config) -> int:
@@ -297,6 +311,25 @@ def _decode_s(embed: EmbedConfig, listing: Listing, rows: list[int]) -> float:
     began = time.monotonic()
     decode_part(part, images, preprocessing, max_pixels=embed.max_image_pixels)
     return (time.monotonic() - began) / len(images)
+
+
+def _page_pictures(listing: Listing, config: Config, pilot: PilotRun) -> tuple[float, int]:
+    """Seconds and bytes of the thumbnails on the page and of the contact sheet, from those of a few images."""
+    rows = np.linspace(0, len(listing) - 1, min(len(listing), 2 * SHEET_CELLS)).astype(np.int64)
+    uris = [listing.rows(row, row + 1)[0].uri for row in rows.tolist()]
+    if not any(map(may_be_image, uris)):
+        return 0.0, 0
+    began, spent, num_bytes = time.monotonic(), [], []
+    for loaded in load_thumbnails(uris):
+        num_bytes.append(len(sheet(loaded) or b"") / len(loaded))
+        spent.append((time.monotonic() - began) / len(loaded))
+        began = time.monotonic()
+    pictures = [picture for picture in loaded if picture is not None][:EXEMPLARS_ON_SHEET]
+    row_bytes = len(contact_sheet([("", pictures)]) or b"")
+    row_s = time.monotonic() - began
+    num_shown, num_rows = min(len(listing), config.report.max_images), min(pilot.num_clusters, MAX_SHEET_ROWS)
+    # The first sheet has the start of a process, too.
+    return num_shown * spent[-1] + num_rows * row_s, round(num_shown * num_bytes[-1] + num_rows * row_bytes)
 
 
 def _sample(listing: Listing, rows: list[int], folder: Folder) -> Artifact:

@@ -125,6 +125,8 @@ def _pilot_config(config: Config, folder: Path, num_pilot: int, num_trained: int
     kept = {name: data[name] for name in data if name not in ("images", "embed", "evaluate", "resources", "storage")}
     kept |= {"embeddings": {"uri": str(folder / "pilot.npy")}, "output": str(folder / "pilot")}
     kept["sample"] = {**kept.get("sample", {}), "max_images": None}
+    if config.sample.duplicate_threshold is not None:  # search, but find none: mixtures of the same images are near
+        kept["sample"]["duplicate_threshold"] = 1.0
     if config.is_auto:
         clusters = max(2, min(GUESSED_CLUSTERS, num_pilot // 10))
         only = {"min_clusters": clusters, "max_clusters": clusters}

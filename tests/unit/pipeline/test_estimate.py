@@ -6,10 +6,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from icce_ray.config import Config, build_config
 from icce_ray.pipeline import estimate
 from icce_ray.pipeline.pilot import PilotRun
+from icce_ray.report.pictures import contact_sheet, load_thumbnails, sheet
 
 
 def test_the_rate_is_that_after_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -66,3 +68,21 @@ def test_every_stage_is_estimated_for_ready_made_embeddings(tmp_path: Path, monk
     assert "40 of 90 images embedded, 0 failed" in text
     assert re.search(r"^method +4 h 0 min ", text, flags=re.MULTILINE)
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["images"]
+
+
+def test_the_page_is_as_large_as_its_thumbnails(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    (tmp_path / "photos").mkdir()
+    for number in range(20):
+        pixels = rng.integers(0, 256, (40, 30, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "photos" / f"{number:02d}.png")
+    settings = {"images": {"uri": str(tmp_path / "photos")}, "num_clusters": 3, "output": str(tmp_path / "out")}
+    config = build_config(settings, "run.yaml")
+    listed = estimate.run_stage(config, estimate.plan(config, (estimate.IMAGES,))[0], {}, quiet=True)
+    (pictures,) = load_thumbnails([str(path) for path in sorted((tmp_path / "photos").iterdir())])
+    row = contact_sheet([("", [picture for picture in pictures if picture is not None][:12])])
+    expected = len(sheet(pictures) or b"") + 3 * len(row or b"")
+    pilot = PilotRun(20, 3, {}, {}, mean_neighbors=0.0)
+    seconds, num_bytes = estimate._page_pictures(estimate.Listing(listed), config, pilot)
+    assert num_bytes == expected
+    assert seconds > 0
