@@ -21,6 +21,7 @@ from pydantic import SecretStr
 
 from icce_ray.config import StorageConfig
 from icce_ray.errors import ConfigError, InputError, WorkerError
+from icce_ray.store import object_lists
 
 CONNECT_TIMEOUT_S = 5.0
 READ_TIMEOUT_S = 20.0
@@ -109,7 +110,7 @@ def _client_of(process: int, options: StorageConfig, url: str | None, read_timeo
         **({"signature_version": UNSIGNED} if options.anonymous else {}),
     )
     with _making:  # boto3's default session is not thread-safe
-        return boto3.client(
+        made = boto3.client(
             "s3",
             endpoint_url=url,
             region_name=region_name(options),
@@ -118,6 +119,8 @@ def _client_of(process: int, options: StorageConfig, url: str | None, read_timeo
             aws_session_token=_plain(options.session_token),
             config=settings,
         )
+        made.meta.events.register(object_lists.EVENT, object_lists.take_contents)
+        return made
 
 
 _making = threading.Lock()
