@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 from icce_ray.corrections.stage import APPLIED_NAME
 from icce_ray.embed.embedding_parts import ERRORS_NAME
 from icce_ray.embed.finished_parts import DUPLICATES_NAME
-from icce_ray.embed.part_hashes import hashes_name
+from icce_ray.embed.part_hashes import names_beside
 from icce_ray.images.forgotten import placeholder, uri_hash
 from icce_ray.images.listing import LISTING_PREFIX, REMOVED
 from icce_ray.store import Artifact, ArtifactWriter, Part
@@ -89,7 +89,8 @@ def forget_in(artifact: Artifact, found: Found) -> tuple[set[int], int]:
             metrics = {"num_images": total - len(kept), "num_errors": len(kept)}
         if part := _replace(artifact, name, table, kept):
             parts[name] = part
-            artifact.folder_of(part).remove(hashes_name(name))  # made again when it is needed
+            for beside in names_beside(name):  # hashes are made again when they are needed
+                artifact.folder_of(part).remove(beside)
     if APPLIED_NAME in names:
         data = artifact.folder.read_bytes(APPLIED_NAME)
         kept_data = without_uris(data, lambda uri: uri_hash(uri) in found.hashes)

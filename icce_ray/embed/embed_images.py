@@ -19,9 +19,11 @@ from icce_ray.embed.job import embed_on_ray
 from icce_ray.embed.part_embedder import EmbedTask, embed_here
 from icce_ray.embed.ready_made import rewrite_embeddings
 from icce_ray.embed.reuse_parts import ReusableParts, reuse_parts
+from icce_ray.embed.sampled_rows import Draw
 from icce_ray.embed.work_items import OpenPart, OpenParts, WorkItems, remove_items
 from icce_ray.errors import DamagedArtifactError
 from icce_ray.images.listing import REMOVED, Listing
+from icce_ray.images.stage import num_listed
 from icce_ray.runtime.cluster_resources import wait_for_machines
 from icce_ray.runtime.progress import Progress
 from icce_ray.runtime.ray_cluster import connect, runs_here
@@ -41,7 +43,8 @@ def run(config: Config, context: StageContext) -> dict[str, Any]:
         WorkerError: workers died, or storage failed, more often than retries could repair.
     """
     if config.embeddings.uri is not None:
-        return rewrite_embeddings(config.embeddings, context)
+        draw = Draw.of(num_listed(context.inputs["images"]), config.sample.max_images, config.seed)
+        return rewrite_embeddings(config.embeddings, context, draw)
     listing = Listing(context.inputs["images"])
     task = _task(config, context, len(listing))
     tally = Tally(context, listing, config.embed.max_error_rate)

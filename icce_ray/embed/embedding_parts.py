@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 
 from icce_ray.embed.feature_matrix import COLUMN, column_name
 from icce_ray.embed.part_hashes import PartHashes, of_column, read_hashes_file, write_hashes
+from icce_ray.embed.sampled_rows import Draw
 from icce_ray.errors import DamagedArtifactError
 from icce_ray.images.decoding import Preprocessing, SeveralViews
 from icce_ray.store import Artifact, Folder, Part
@@ -144,9 +145,14 @@ def part_table(
 
 
 def write_part(
-    records: PartRecords, part: PartRange, table: pa.Table, errors: Iterable[Error] = (), **counts: int
+    records: PartRecords,
+    part: PartRange,
+    table: pa.Table,
+    errors: Iterable[Error] = (),
+    draw: Draw | None = None,
+    **counts: int,
 ) -> PartRecord:
-    """Write the part, then its record.
+    """Write the part, then its record. The rows that `draw` chooses lie beside it.
 
     Its metrics are `start`, `num_images` (covered, good and bad), `errors`, and the `counts` of its images:
     `num_embedded` (contents that went through the backbone for it), `num_stretched`.
@@ -158,7 +164,6 @@ def write_part(
         check_unfinished(records.folder)
     if found := _hashes_of(table):
         write_hashes(records.folder, part.file_name, found)
-    records.folder.write_bytes(part.file_name, data)
     kind = table.schema.field(COLUMN).type
     file = Part(
         name=part.file_name,
@@ -168,6 +173,9 @@ def write_part(
         dtype=str(np.dtype(kind.value_type.to_pandas_dtype())),
         shape=(len(table), kind.list_size),
     )
+    if draw is not None and part.kind == PART:
+        draw.write(records.folder, file, table)
+    records.folder.write_bytes(part.file_name, data)
     metrics = {"start": part.start, "num_images": part.num_images, "errors": list(errors), "num_embedded": 0}
     return records.write(part.name, [file], metrics | counts)
 

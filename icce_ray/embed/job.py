@@ -311,7 +311,7 @@ def _join(task: EmbedTask, shards: list[Any], whole: OpenPart, items: list[PartR
     """The task: finished items -> the record of their part."""
     use_s3(task.config.storage)
     try:
-        return _to_row(join_items(task.records, _sharded(shards), whole, items).model_dump_json())
+        return _to_row(join_items(task.records, task.draw, _sharded(shards), whole, items).model_dump_json())
     except (errors.UserError, errors.WorkerError, errors.DamagedArtifactError) as error:
         return _to_row(error=_to_text(error))
 

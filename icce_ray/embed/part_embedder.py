@@ -30,6 +30,7 @@ from icce_ray.embed.embedding_parts import PartRange, source_digest, write_part
 from icce_ray.embed.gather_embeddings import VectorReader, gather, known_hashes
 from icce_ray.embed.networks import Backbone, Features
 from icce_ray.embed.reuse_parts import ReusableParts
+from icce_ray.embed.sampled_rows import Draw
 from icce_ray.embed.work_items import OpenParts, join_items, joined
 from icce_ray.images.decoding import Pixels
 from icce_ray.images.decoding_process import DecodingProcess
@@ -67,6 +68,10 @@ class EmbedTask:
     @property
     def records(self) -> PartRecords:
         return PartRecords(self.folders[0], source_digest(self.images, self.model))
+
+    @property
+    def draw(self) -> Draw | None:
+        return Draw.of(num_listed(self.images), self.config.sample.max_images, self.config.seed)
 
     def reusable(self) -> list[ReusableParts]:
         """Finished artifacts of the same model with another listing."""
@@ -177,7 +182,7 @@ class PartEmbedder:
         dims, model = self._task.plan.dims, self._task.model
         table, failed = assemble_part(decoded, outcomes, dims, model=model)
         counts = {"num_embedded": len(embedded), "num_stretched": decoded.num_stretched}
-        record = write_part(self._task.records, part, table, failed, **counts)
+        record = write_part(self._task.records, part, table, failed, self._task.draw, **counts)
         rows = {value: row for row, value in enumerate(table["content_hash"].to_pylist())}
         rows_n = np.array([rows.get(value, CLAIMED) for value in embedded], np.uint32)
         self._index.finish(part.file_name, keys_of(embedded), rows_n)
@@ -189,7 +194,7 @@ def embed_here(
 ) -> Generator[PartRecord, None, None]:
     """Embed the `pending` parts in this process; yields each as it is finished, in order. Other processes decode."""
     index = ContentIndex(task.folders, pending.num_images)
-    join = partial(join_items, task.records, index)
+    join = partial(join_items, task.records, task.draw, index)
     with closing(_embed_items(task, pending, index, on_batch)) as finished:
         yield from joined(finished, pending, join)
 

@@ -34,6 +34,16 @@ def hashes_name(part_file: str) -> str:
     return part_file.removesuffix(".parquet") + ".hashes"
 
 
+def sampled_name(part_file: str) -> str:
+    """Name of the file of rows that may be drawn for training (:mod:`icce_ray.embed.sampled_rows`)."""
+    return part_file.removesuffix(".parquet") + ".sample"
+
+
+def names_beside(part_file: str) -> tuple[str, str]:
+    """Names of the files beside a part file, which go with it."""
+    return hashes_name(part_file), sampled_name(part_file)
+
+
 def num_hashes(file_bytes: int) -> int:
     """Number of hashes in a file of that size."""
     return max(0, file_bytes // HASH_BYTES - 2)

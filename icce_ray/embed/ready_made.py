@@ -17,6 +17,7 @@ from icce_ray.embed.embedding_parts import (
     write_part,
 )
 from icce_ray.embed.finished_parts import Tally
+from icce_ray.embed.sampled_rows import Draw
 from icce_ray.errors import InputError
 from icce_ray.images.embedding_files import Embeddings, open_embedding_sets
 from icce_ray.images.listing import Listing
@@ -24,9 +25,9 @@ from icce_ray.stage import StageContext
 from icce_ray.store.part_records import PartRecord, PartRecords
 
 
-def rewrite_embeddings(config: EmbeddingsConfig, context: StageContext) -> dict[str, Any]:
-    """Write the parts that are missing. Metrics as :meth:`Tally.finish`. Raises InputError: embeddings that cannot be
-    used, or that have changed since they were listed."""
+def rewrite_embeddings(config: EmbeddingsConfig, context: StageContext, draw: Draw | None = None) -> dict[str, Any]:
+    """Write the parts that are missing, and beside them the rows that `draw` chooses. Metrics as :meth:`Tally.finish`.
+    Raises InputError: embeddings that cannot be used, or that have changed since they were listed."""
     listing, sets = Listing(context.inputs["images"]), open_embedding_sets(config)
     if sets[0].num_rows != len(listing):
         raise InputError(f"embeddings.uri: {config.uri} changed while it was being read; run again")
@@ -35,7 +36,7 @@ def rewrite_embeddings(config: EmbeddingsConfig, context: StageContext) -> dict[
     dims = tuple(found.dim for found in sets)
     size = rows_per_part(sum(dims), max(found.dtype.itemsize for found in sets))
     pending, _ = tally.resume(plan_parts(len(listing), size), records)
-    for part in _write_parts(sets, dims, pending, records):
+    for part in _write_parts(sets, dims, pending, records, draw):
         tally.add(part)
     metrics = tally.finish("ready-made", has_hashes=False)
     records.clear()
@@ -44,7 +45,7 @@ def rewrite_embeddings(config: EmbeddingsConfig, context: StageContext) -> dict[
 
 
 def _write_parts(
-    sets: list[Embeddings], dims: tuple[int, ...], pending: list[PartRange], records: PartRecords
+    sets: list[Embeddings], dims: tuple[int, ...], pending: list[PartRange], records: PartRecords, draw: Draw | None
 ) -> Iterator[PartRecord]:
     """Each source is read once, in order, from the first of the `pending` parts on."""
     if not pending:
@@ -56,5 +57,6 @@ def _write_parts(
         part = by_start.get(position)
         if part is not None:
             assert len(rows_nD) == part.num_images
-            yield write_part(records, part, part_table(np.arange(part.start, part.stop), rows_nD, dims=dims))
+            table = part_table(np.arange(part.start, part.stop), rows_nD, dims=dims)
+            yield write_part(records, part, table, draw=draw)
         position += len(rows_nD)

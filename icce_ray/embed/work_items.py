@@ -18,7 +18,8 @@ import pyarrow as pa
 
 from icce_ray.embed.content_index import Index, to_keys
 from icce_ray.embed.embedding_parts import ITEM, PartRange, read_hashes, read_part, write_part
-from icce_ray.embed.part_hashes import hashes_name
+from icce_ray.embed.part_hashes import names_beside
+from icce_ray.embed.sampled_rows import Draw
 from icce_ray.store import Folder, PartRecord, PartRecords
 
 JOINS_AT_ONCE = 8
@@ -142,7 +143,9 @@ def joined(
             yield future.result()
 
 
-def join_items(records: PartRecords, index: Index, whole: OpenPart, items: Sequence[PartRecord]) -> PartRecord:
+def join_items(
+    records: PartRecords, draw: Draw | None, index: Index, whole: OpenPart, items: Sequence[PartRecord]
+) -> PartRecord:
     """Write a part from its finished items, record it, and remove the items' files. These stay
     until the part is recorded, so a worker that is killed in between loses nothing.
 
@@ -154,7 +157,7 @@ def join_items(records: PartRecords, index: Index, whole: OpenPart, items: Seque
         DamagedArtifactError: a file is missing or damaged.
     """
     # A worker that died may have recorded the part already, and removed some of the items.
-    record = records.read(whole.part.name) or _write_joined(records, whole, items)
+    record = records.read(whole.part.name) or _write_joined(records, draw, whole, items)
     (file,) = record.files
     if file.name == whole.part.file_name and (hashes := read_hashes(records.folder, file.name)) is not None:
         # The index knows the contents in the items' files, which go now.
@@ -166,7 +169,7 @@ def join_items(records: PartRecords, index: Index, whole: OpenPart, items: Seque
     return record
 
 
-def _write_joined(records: PartRecords, whole: OpenPart, items: Sequence[PartRecord]) -> PartRecord:
+def _write_joined(records: PartRecords, draw: Draw | None, whole: OpenPart, items: Sequence[PartRecord]) -> PartRecord:
     files = [file for record in items for file in record.files]
     errors = [tuple(error) for record in items for error in record.metrics["errors"]]
     counts = {name: sum(record.metrics.get(name, 0) for record in items) for name in ("num_embedded", "num_stretched")}
@@ -179,7 +182,7 @@ def _write_joined(records: PartRecords, whole: OpenPart, items: Sequence[PartRec
     if earlier:
         table = table.sort_by("image_id")
     table = table.combine_chunks().replace_schema_metadata(tables[0].schema.metadata)
-    return write_part(records, whole.part, table, errors, joined=True, **counts)
+    return write_part(records, whole.part, table, errors, draw, joined=True, **counts)
 
 
 def remove_items(folder: Folder) -> None:
@@ -190,5 +193,5 @@ def remove_items(folder: Folder) -> None:
 
 
 def _remove(folder: Folder, part_file: str) -> None:
-    for name in (part_file, hashes_name(part_file)):
+    for name in (part_file, *names_beside(part_file)):
         folder.remove(name)

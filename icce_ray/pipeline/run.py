@@ -11,7 +11,7 @@ from typing import Any
 
 from icce_ray.config import Config
 from icce_ray.corrections.stage import with_kept_corrections
-from icce_ray.embed.part_hashes import hashes_name
+from icce_ray.embed.part_hashes import names_beside
 from icce_ray.embed.stage import EMBED, num_failed
 from icce_ray.errors import BusyError, DamagedArtifactError, InputError, WorkerError, find_cause
 from icce_ray.images.stage import IMAGES, num_listed, settings_for
@@ -269,7 +269,8 @@ def retry_failed_images(config: Config, planned: list[PlannedStage], quiet: bool
         claim.confirm()
         amended = writer.amend(artifact, metrics, revision=artifact.manifest.revision + 1)
         for name in set(artifact.file_names()) - set(amended.file_names()):
-            step.folder.remove(hashes_name(name))
+            for beside in names_beside(name):
+                step.folder.remove(beside)
     progress.note(f"{num_failed(artifact) - num_failed(amended)} images more can be used")
     return True
 

@@ -19,6 +19,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from icce_ray.config import SampleConfig
+from icce_ray.embed.sampled_rows import read_rows
 from icce_ray.random_numbers import id_hashes
 from icce_ray.sample.near_duplicates import find_near_duplicates
 from icce_ray.sample.unit_features import Ids
@@ -92,7 +93,7 @@ def plan_parts(embed: Artifact, rows: Ids) -> list[TrainingPart]:
 
 def write_part(part: TrainingPart, embed: Artifact, writer: ArtifactWriter) -> Part:
     """Write one part of the training set; the schema is that of the embeddings."""
-    tables = [embed.read_table(name).take(pa.array(rows)) for name, rows in zip(part.sources, part.rows, strict=True)]
+    tables = [read_rows(embed, name, rows) for name, rows in zip(part.sources, part.rows, strict=True)]
     return writer.write_table(part.name, pa.concat_tables(tables))
 
 

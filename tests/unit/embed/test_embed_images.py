@@ -53,7 +53,7 @@ class FakeEmbed:
 
     def embed(self, task: Any, pending: OpenParts, on_batch: Any) -> Any:
         index: Any = SimpleNamespace(finish=lambda *values: None)
-        return joined(self._items(pending), pending, partial(join_items, self.records, index))
+        return joined(self._items(pending), pending, partial(join_items, self.records, None, index))
 
     def _items(self, pending: OpenParts) -> Any:
         self.done = []
@@ -167,7 +167,7 @@ def test_a_damaged_item_is_told_as_such_by_a_worker_that_joins(monkeypatch: pyte
         ("_sharded", lambda shards: None),
     ):
         monkeypatch.setattr(job, name, replacement)
-    task: Any = SimpleNamespace(config=SimpleNamespace(storage=None), records=None)
+    task: Any = SimpleNamespace(config=SimpleNamespace(storage=None), records=None, draw=None)
     whole: Any = None
     (row,) = job._join(task, [], whole, []).to_pylist()
     with pytest.raises(DamagedArtifactError, match="item-00001"):

@@ -54,6 +54,8 @@ class Task(EmbedTask):
     def records(self) -> PartRecords:
         return PartRecords(self.folders[0], "source")
 
+    draw = None
+
 
 def task_at(folder: Path) -> EmbedTask:
     embed = {"backbone": "pixels", "image_size": 4}

@@ -57,7 +57,7 @@ def embed(folder: Path, pending: OpenParts, order: Any) -> list[PartRecord]:
 
 
 def join(records: PartRecords, whole: OpenPart, items: list[PartRecord], index: Any = None) -> PartRecord:
-    return join_items(records, index or NoIndex(), whole, items)
+    return join_items(records, None, index or NoIndex(), whole, items)
 
 
 def test_items_cover_their_part_and_have_names_of_their_own() -> None:
