@@ -8,8 +8,8 @@ from icce_ray.neighbors.search import PAIRS_HELD, QUERY_BLOCK
 
 MAX_ROWS_PER_PART = 16_384
 """A part is built in memory, then written."""
-TORCH_BYTES = 350_000_000
-"""Memory of a process that has imported torch."""
+TORCH_BYTES = 550_000_000
+"""Memory of a process that has imported torch, of which 250 MB are libraries that processes of a machine share."""
 SCORED_PAIRS = 2**24
 HIT_BYTES = 40
 """A pair as it is found, and its row, column and flags."""
