@@ -157,8 +157,9 @@ def _sweep(arguments: argparse.Namespace) -> Any:
 def _compare(arguments: argparse.Namespace) -> Any:
     from icce_ray.sweeps.method_comparison import compare_methods
 
-    config = load_config(arguments.config, arguments.overrides)
     methods = [name.strip() for name in arguments.methods.split(",")]
+    # The config may have settings of any of them, whatever its own method is.
+    config = load_config(arguments.config, [*arguments.overrides, f"method=[{arguments.methods}]"])
     return compare_methods(config, methods, combine=arguments.combine, quiet=arguments.quiet)
 
 

@@ -206,3 +206,14 @@ def test_the_demos_images_are_written_once(tmp_path: Path) -> None:
 def test_status_of_a_folder_without_runs_says_what_to_give(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["status", str(tmp_path)]) == 2
     assert "no runs there; give the `output` of a run" in capsys.readouterr().err
+
+
+def test_a_comparison_takes_settings_of_any_of_its_methods(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "run.yaml").write_text("{embeddings: a.npy, num_clusters: 3, output: out, kmeans: {num_starts: 3}}")
+    seen: list[Any] = []
+    monkeypatch.setattr(
+        "icce_ray.sweeps.method_comparison.compare_methods", lambda config, *_, **__: seen.append(config)
+    )
+    cli.main(["compare", str(tmp_path / "run.yaml"), "--methods", "icce, kmeans"])
+    assert [config.kmeans.num_starts for config in seen] == [3]
+    assert cli.main(["compare", str(tmp_path / "run.yaml"), "--methods", "icce,temi"]) == 2
