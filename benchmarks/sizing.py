@@ -396,13 +396,13 @@ The sums that the stages check before they start.
   (**measured**, `embed-memory`). A GPU's batch size is found by trying.
 - **On disk**: each machine that trains or searches holds the features in one file (2 D n bytes, under `ICCE_CACHE`).
 - **The index of contents** holds 32 bytes of memory per image and takes some 3 microseconds of a CPU for each
-  (**measured**, `content-index`). Above 50 million images it is divided among several processes on different machines.
-  A resumed run reads 32 bytes per image at its start.
+  (**measured**, `content-index`). Above 100 million images it is divided among several processes on different machines,
+  each of which reads 8 bytes per image when a run is resumed.
 - **The driver** holds no ids or hashes of the images. Embeddings are joined to parts of at most 65,536 rows or 64 MiB:
   60,000 parts for a billion images. The table of two million parts takes 0.8 s of CPU and 33 MB (**measured**,
-  `manifest-scale`). The driver keeps 12 bytes for each image that failed. The tables of errors and duplicates are made on the
-  driver: 2.9 GB for 100 million images (extrapolated from 1 and 3 million, `table-memory`), of which duplicates take
-  about 30 passes over the hashes of a billion images. This is the next bound.
+  `manifest-scale`). The driver keeps 12 bytes for each image that failed. It makes the tables of errors and duplicates from
+  hashes that it reads once and sorts on its disk, 40 bytes an image: 1.0 GB of memory for 100 million images, 7.4 GB for a
+  billion (1% errors, 10% duplicates; extrapolated from 4 and 8 million, `table-memory`).
 
 ## Rates
 

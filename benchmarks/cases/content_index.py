@@ -113,7 +113,7 @@ def run(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, bool]]:
             meter("claim", part, keys)
             meter("finish", part, keys, np.arange(PART, dtype=np.uint32))
         kept = index.num_bytes / (num + num_resumed)
-        figures["now"] = _figures(meter, num, kept, seconds / num_resumed, 32)
+        figures["now"] = _figures(meter, num, kept, seconds / num_resumed, 8)
     print(f"{'per image':<8}" + "".join(f"{name:>18}" for name in figures["now"]))
     for kind, row in figures.items():
         print(f"{kind:<8}" + "".join(f"{value:>18.2f}" for value in row.values()))

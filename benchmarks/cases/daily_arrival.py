@@ -27,8 +27,9 @@ from icce_ray.pipeline.run import finished_artifacts, refresh_listing, run_pipel
 from icce_ray.store import Artifact, Folder
 
 SETTINGS: dict[str, Any] = {"base": 1040, "refreshed": 250, "day": 250, "small_day": 8}
-MAX_READ, MAX_WRITTEN = 40.0, 2.0
-"""Bytes for each image of the base (a hash has 32), and for each byte of a new image's embedding and assignment."""
+MAX_READ, MAX_REFRESH_READ, MAX_WRITTEN = 20.0, 60.0, 2.0
+"""Bytes for each image of the base (8 of its hash, or all 32 too, and checksums), and for each byte of a new image's
+embedding and assignment."""
 
 
 def run(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, bool]]:
@@ -68,8 +69,8 @@ def run(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, bool]]:
     days = settings["day"] + settings["small_day"]
     return figures, {
         "a small day reads nothing of the base": figures["small_day_read"] == 0,
-        f"another reads its hashes, at most {MAX_READ:g} bytes an image": figures["day_read"] <= MAX_READ,
-        "a refresh reads them twice": figures["refresh_read"] <= 2 * MAX_READ,
+        f"another reads the ends of its hashes, at most {MAX_READ:g} bytes an image": figures["day_read"] <= MAX_READ,
+        f"a refresh reads at most {MAX_REFRESH_READ:g}": figures["refresh_read"] <= MAX_REFRESH_READ,
         f"a day writes at most {MAX_WRITTEN:g} bytes for each new one": figures["day_written"] <= MAX_WRITTEN,
         f"a refresh writes at most {MAX_WRITTEN:g}": figures["refresh_written"] <= MAX_WRITTEN,
         "one table has all images": figures["rows_of_all_images"] == settings["base"] + days,
@@ -86,22 +87,27 @@ def write(folder: Path, images: Iterator[Any], number: int, name: str) -> None:
 def counted() -> Iterator[tuple[Counter[str], Counter[str]]]:
     """Bytes read and written by file."""
     read, written = Counter[str](), Counter[str]()
-    read_bytes, write_bytes = Folder.read_bytes, Folder.write_bytes
+    read_bytes, read_start, write_bytes = Folder.read_bytes, Folder.read_start, Folder.write_bytes
 
-    def reading(folder: Folder, name: str, num_bytes: int | None = None) -> bytes:
-        data = read_bytes(folder, name, num_bytes)
-        read[f"{folder.path}/{name}"] += len(data)
-        return data
+    def reading(call: Any) -> Any:
+        def read_and_count(folder: Folder, name: str, *arguments: Any) -> bytes:
+            data: bytes = call(folder, name, *arguments)
+            read[f"{folder.path}/{name}"] += len(data)
+            return data
+
+        return read_and_count
 
     def writing(folder: Folder, name: str, data: bytes | memoryview, **options: Any) -> None:
         written[f"{folder.path}/{name}"] += len(data)
         write_bytes(folder, name, data, **options)
 
-    Folder.read_bytes, Folder.write_bytes = reading, writing  # type: ignore[method-assign]
+    Folder.read_bytes, Folder.read_start = reading(read_bytes), reading(read_start)  # type: ignore[method-assign]
+    Folder.write_bytes = writing  # type: ignore[method-assign]
     try:
         yield read, written
     finally:
-        Folder.read_bytes, Folder.write_bytes = read_bytes, write_bytes  # type: ignore[method-assign]
+        Folder.read_bytes, Folder.read_start = read_bytes, read_start  # type: ignore[method-assign]
+        Folder.write_bytes = write_bytes  # type: ignore[method-assign]
 
 
 def of_day(

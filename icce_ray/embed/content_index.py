@@ -22,7 +22,7 @@ import numpy.typing as npt
 from icce_ray.embed.decode_and_embed import Outcome
 from icce_ray.embed.embedding_parts import is_part_file, read_hashes
 from icce_ray.embed.hash_table import NO_FILE, HashTable, Keys
-from icce_ray.embed.part_hashes import Hashes, hashes_name, num_hashes, to_bytes
+from icce_ray.embed.part_hashes import KEY_BYTES, Hashes, hashes_name, num_hashes, to_bytes
 from icce_ray.store import Folder
 from icce_ray.store.output_artifacts import read_manifest
 
@@ -30,8 +30,8 @@ LOAD_THREADS = 16
 MAX_TIMES = 100
 LOAD_TOGETHER = 64
 """Files of hashes that are read before their keys are added."""
-CONTENTS_PER_SHARD = 50_000_000
-"""1.6 GB in memory."""
+CONTENTS_PER_SHARD = 100_000_000
+"""3.2 GB in memory. Each shard reads the keys of all contents at its start."""
 
 CLAIMED = np.uint32(2**32 - 1)
 """In place of the row: a part is about to embed the content."""
@@ -63,7 +63,7 @@ def keys_of(hashes: list[str]) -> Keys:
 
 def to_keys(hashes_nB: Hashes) -> Keys:
     """As :func:`keys_of`."""
-    return np.ascontiguousarray(hashes_nB[:, -8:]).view(np.uint64)[:, 0]
+    return np.ascontiguousarray(hashes_nB[:, -KEY_BYTES:]).view(np.uint64)[:, 0]
 
 
 def part_files(folder: Folder) -> dict[str, int]:
@@ -98,16 +98,16 @@ class ContentIndex:
         ]
         self._table = HashTable((sum(rows for *_, rows in found) + num_new) // num_shards)
 
-        def load(place: int, name: str) -> tuple[Keys, Rows]:
-            hashes = read_hashes(folders[place], name)
+        def load(place: int, name: str, num_rows: int) -> tuple[Keys, Rows]:
+            hashes = read_hashes(folders[place], name, KEY_BYTES, num_rows)
             keys = to_keys(hashes.hashes_nB) if hashes else np.empty(0, np.uint64)
             ours = np.flatnonzero(_shards(keys, num_shards) == shard)
             return keys[ours], ours.astype(np.uint32)
 
         with ThreadPoolExecutor(LOAD_THREADS) as threads:
             for start in range(0, len(found), LOAD_TOGETHER):
-                places, names, _ = zip(*found[start : start + LOAD_TOGETHER], strict=True)
-                loaded = list(threads.map(load, places, names))
+                places, names, num_rows = zip(*found[start : start + LOAD_TOGETHER], strict=True)
+                loaded = list(threads.map(load, places, names, num_rows))
                 numbers = np.array([self._number(*file) for file in zip(places, names, strict=True)], np.uint32)
                 keys, rows = (np.concatenate(arrays) for arrays in zip(*loaded, strict=True))
                 slots = self._table.insert(keys)
@@ -255,8 +255,8 @@ def siblings(root: Folder, own: Folder, model: str, num_images: int) -> list[Fol
         folder = root / name
         if folder.uri == own.uri or _num_images(folder) > MAX_TIMES * num_images:
             continue
-        first = next((part for part in folder.names() if is_part_file(part)), None)
-        hashes = read_hashes(folder, first) if first is not None else None
+        first = next(iter(part_files(folder).items()), None)
+        hashes = read_hashes(folder, first[0], KEY_BYTES, first[1]) if first is not None else None
         if hashes is not None and hashes.model == hashlib.sha256(model.encode()).digest():
             found.append(folder)
     return found

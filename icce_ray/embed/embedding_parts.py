@@ -12,7 +12,7 @@ import json
 import math
 import re
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from icce_ray.embed.feature_matrix import COLUMN, column_name
-from icce_ray.embed.part_hashes import PartHashes, of_column, read_hashes_file, write_hashes
+from icce_ray.embed.part_hashes import HASH_BYTES, PartHashes, of_column, read_hashes_file, write_hashes
 from icce_ray.embed.sampled_rows import Draw
 from icce_ray.errors import DamagedArtifactError
 from icce_ray.images.decoding import Preprocessing, SeveralViews
@@ -186,12 +186,15 @@ def read_part(folder: Folder, name: str, sha256: str | None = None) -> pa.Table:
     return _read(folder, name, sha256=sha256)
 
 
-def read_hashes(folder: Folder, name: str) -> PartHashes | None:
+def read_hashes(
+    folder: Folder, name: str, num_bytes: int = HASH_BYTES, num_rows: int | None = None
+) -> PartHashes | None:
     """The contents of a part file's rows; None if it holds none or cannot be read.
 
-    They lie in a file of their own. If that is missing or damaged, it is made again from the part.
+    They lie in a file of their own. If that is missing or damaged, it is made again from the part. The arguments are
+    those of :func:`read_hashes_file`.
     """
-    found = read_hashes_file(folder, name)
+    found = read_hashes_file(folder, name, num_bytes, num_rows)
     if found is None:
         try:
             found = _hashes_of(_read(folder, name, ["content_hash"]))
@@ -199,6 +202,7 @@ def read_hashes(folder: Folder, name: str) -> PartHashes | None:
             return None
         if found is not None:
             write_hashes(folder, name, found)
+            found = replace(found, hashes_nB=found.hashes_nB[:, -num_bytes:])
     return found
 
 

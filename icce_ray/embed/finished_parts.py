@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from icce_ray.embed.duplicates import HashedPart, Ids, find_duplicates, hashes_of
+from icce_ray.embed.duplicates import HashedPart, Ids, find_duplicates
 from icce_ray.embed.embedding_parts import ERRORS_NAME, ITEM, PartRange
 from icce_ray.errors import InputError
 from icce_ray.images.listing import REMOVED, Listing
@@ -163,10 +163,9 @@ class Tally:
         order = np.argsort(failed_ids)
         failed_ids, reasons = failed_ids[order], np.array(self._reasons, np.int32)[order]
         parts = list(self._hashed_parts(failed_ids)) if has_hashes else []
-        duplicate_ids, first_ids = find_duplicates(parts)
         write = self._context.output.write_tables
+        duplicates = write(DUPLICATES_NAME, DUPLICATES_SCHEMA, self._duplicates(parts))
         write(ERRORS_NAME, ERRORS_SCHEMA, self._errors(failed_ids, reasons))
-        write(DUPLICATES_NAME, DUPLICATES_SCHEMA, self._duplicates(parts, duplicate_ids, first_ids))
         if self._num_stretched:
             self._context.progress.note(
                 f"{self._num_stretched:,} grey images of more than 8 bits: each is stretched from minimum to maximum"
@@ -176,7 +175,7 @@ class Tally:
             "num_images": self._num_done - len(failed_ids),
             "num_errors": len(failed_ids),
             "errors": dict(self._most_common()),
-            "num_duplicates": len(duplicate_ids),
+            "num_duplicates": duplicates.rows,
             "num_embedded": self._num_embedded,
             "num_stretched": self._num_stretched,
             "dim": dim,
@@ -198,10 +197,11 @@ class Tally:
             ids = failed_ids[place]
             yield pa.table([ids, self._uris(ids), names.take(pa.array(reasons[place]))], schema=ERRORS_SCHEMA)
 
-    def _duplicates(self, parts: Sequence[HashedPart], duplicate_ids: Ids, first_ids: Ids) -> Iterator[pa.Table]:
-        for place, hashes in hashes_of(parts, duplicate_ids):
-            ids = duplicate_ids[place]
-            yield pa.table([ids, self._uris(ids), first_ids[place], hashes], schema=DUPLICATES_SCHEMA)
+    def _duplicates(self, parts: Sequence[HashedPart]) -> Iterator[pa.Table]:
+        for found in find_duplicates(parts):
+            for place in _pieces(found.image_ids):
+                ids, hashes = found.image_ids[place], [row.tobytes().hex() for row in found.hashes_nB[place]]
+                yield pa.table([ids, self._uris(ids), found.first_ids[place], hashes], schema=DUPLICATES_SCHEMA)
 
     def _uris(self, image_ids: Ids) -> pa.ChunkedArray:
         first, last = int(image_ids[0]), int(image_ids[-1])

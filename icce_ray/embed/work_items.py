@@ -18,7 +18,7 @@ import pyarrow as pa
 
 from icce_ray.embed.content_index import Index, to_keys
 from icce_ray.embed.embedding_parts import ITEM, PartRange, read_hashes, read_part, write_part
-from icce_ray.embed.part_hashes import names_beside
+from icce_ray.embed.part_hashes import KEY_BYTES, names_beside
 from icce_ray.embed.sampled_rows import Draw
 from icce_ray.store import Folder, PartRecord, PartRecords
 
@@ -159,9 +159,10 @@ def join_items(
     # A worker that died may have recorded the part already, and removed some of the items.
     record = records.read(whole.part.name) or _write_joined(records, draw, whole, items)
     (file,) = record.files
-    if file.name == whole.part.file_name and (hashes := read_hashes(records.folder, file.name)) is not None:
-        # The index knows the contents in the items' files, which go now.
-        index.finish(file.name, to_keys(hashes.hashes_nB), np.arange(len(hashes.hashes_nB), dtype=np.uint32))
+    if file.name == whole.part.file_name:
+        hashes = read_hashes(records.folder, file.name, KEY_BYTES, file.rows)
+        if hashes is not None:  # the index knows the contents in the items' files, which go now
+            index.finish(file.name, to_keys(hashes.hashes_nB), np.arange(len(hashes.hashes_nB), dtype=np.uint32))
     for item in items:
         records.remove(item.name)
         for file in item.files:

@@ -7,6 +7,7 @@ import importlib.metadata
 import io
 import json
 from collections.abc import Iterable, Mapping
+from tempfile import TemporaryFile
 from typing import Any
 
 import numpy as np
@@ -68,14 +69,23 @@ class ArtifactWriter:
         return self.write_bytes(name, sink.getbuffer(), rows=table.num_rows)
 
     def write_tables(self, name: str, schema: pa.Schema, tables: Iterable[pa.Table]) -> Part:
-        """Write a table that comes in pieces, without holding it in memory uncompressed."""
+        """Write a table of any size that comes in pieces."""
         rows = 0
-        sink = io.BytesIO()
-        with pq.ParquetWriter(sink, schema, compression="zstd") as writer:
-            for table in tables:
-                writer.write_table(table)
-                rows += len(table)
-        return self.write_bytes(name, sink.getbuffer(), rows=rows)
+        with TemporaryFile() as file:
+            with pq.ParquetWriter(file, schema, compression="zstd") as writer:
+                for table in tables:
+                    writer.write_table(table)
+                    rows += len(table)
+            num_bytes = file.tell()
+            file.seek(0)
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            if not self._amends:
+                check_unfinished(self.folder)
+            file.seek(0)
+            self.folder.write_file(name, file)
+        part = Part(name=name, num_bytes=num_bytes, sha256=digest, rows=rows)
+        self.add(part)
+        return part
 
     def write_array(self, name: str, array: npt.NDArray[Any]) -> Part:
         """Write an array as .npy."""

@@ -9,11 +9,13 @@ from __future__ import annotations
 import functools
 import os
 import re
+import shutil
 import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import pyarrow as pa
 import pyarrow.fs as pafs
@@ -21,6 +23,7 @@ import pyarrow.fs as pafs
 from icce_ray.config import StorageConfig
 from icce_ray.errors import InputError
 from icce_ray.store import s3
+from icce_ray.store.local_files import replacing
 from icce_ray.store.patient_filesystem import PatientFileSystem, within
 
 OBJECT_STORES = ("s3", "gs", "gcs", "abfs", "abfss", "hdfs", "viewfs")
@@ -217,6 +220,11 @@ class Folder:
         with self.filesystem.open_input_file(f"{self.path}/{name}") as file:
             return bytes(file.read())
 
+    def read_start(self, name: str, num_bytes: int) -> bytes:
+        """The first bytes of a file, fewer if it is shorter. Raises FileNotFoundError if there is none."""
+        with self.filesystem.open_input_file(f"{self.path}/{name}") as file:
+            return bytes(file.read(num_bytes))
+
     def write_bytes(self, name: str, data: bytes | memoryview, *, wait: bool = True) -> None:
         """Write a file atomically: readers see the old content or the new. `name` may contain folders.
 
@@ -231,6 +239,18 @@ class Folder:
                 file.write(data)
             return
         self._write_beside(self.local_path / name, data, lambda temporary, target: temporary.replace(target))
+
+    def write_file(self, name: str, source: BinaryIO) -> None:
+        """Write a file of any size atomically, from where `source` stands to its end."""
+        if self.local_path is None:
+            with self.filesystem.open_output_stream(f"{self.path}/{name}") as file:
+                shutil.copyfileobj(source, file)
+            return
+        target = self.local_path / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(target) as temporary, temporary.open("wb") as file:
+            shutil.copyfileobj(source, file)
+            os.fsync(file.fileno())
 
     def create_bytes(self, name: str, data: bytes | memoryview) -> None:
         """Create a file. If several processes try at once, one succeeds.

@@ -1,5 +1,6 @@
 import hashlib
 import pickle
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -47,6 +48,24 @@ def test_an_artifact_is_found_and_read_as_it_was_written(tmp_path: Path) -> None
     assert artifact.part("labels.npy").dtype == "int32"
     assert artifact.manifest.inputs == {"embed": "e"}
     assert artifact.manifest.libraries["numpy"] == np.__version__
+
+
+def test_a_table_in_pieces_is_read_as_a_whole_and_one_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
+    writer, schema = ArtifactWriter(Folder.at(tmp_path)), pa.schema([("image_id", pa.int64())])
+
+    def pieces(stop: int) -> Iterator[pa.Table]:
+        yield from (pa.table({"image_id": [2 * number, 2 * number + 1]}) for number in range(2))
+        if stop:
+            raise OSError("the next piece is lost")
+
+    part = writer.write_tables("table.parquet", schema, pieces(0))
+    data = (tmp_path / "table.parquet").read_bytes()
+    assert (part.rows, part.num_bytes, part.sha256) == (4, len(data), hashlib.sha256(data).hexdigest())
+    assert pq.read_table(tmp_path / "table.parquet")["image_id"].to_pylist() == [0, 1, 2, 3]
+    with pytest.raises(OSError, match="lost"):
+        writer.write_tables("table.parquet", schema, pieces(1))
+    assert (tmp_path / "table.parquet").read_bytes() == data
+    assert [path.name for path in tmp_path.iterdir()] == ["table.parquet"]
 
 
 def test_arrays_cannot_be_written_through(tmp_path: Path) -> None:
