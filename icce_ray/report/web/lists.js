@@ -1,7 +1,7 @@
 // Lists of images to look at, and how the clusters relate to each other.
 
 function page(view, heading, text, ...children) {
-  view.append(el("h2", {}, heading), el("p", {className: "soft"}, text), ...children);
+  view.append(el("h2", {}, heading), el("p", {className: "soft"}, text), ...children.filter((child) => child !== null));
 }
 
 function showLeastCertain(view) {

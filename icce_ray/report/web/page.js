@@ -41,6 +41,7 @@ async function show() {
   }
   if (location.hash !== place) return;  // another view was opened while this one was loading
   document.getElementById("view").replaceChildren(made);
+  document.querySelector("#tabs [aria-current]")?.scrollIntoView({block: "nearest", inline: "center"});
   document.body.dataset.view = location.hash.slice(1);
   document.dispatchEvent(new Event("shown"));
 }

@@ -101,6 +101,9 @@ def test_every_view_opens_from_the_disk_at_both_widths(
         for view in VIEWS:
             page.go(view)
             assert page.tab.evaluate("document.documentElement.scrollWidth") <= size["width"], (view, size)
+            assert not {"null", "undefined"} & set(page.text().split()), view
+            tab = page.tab.locator("#tabs [aria-current]")
+            assert tab.count() == 0 or 0 <= tab.bounding_box()["x"] <= size["width"] - tab.bounding_box()["width"]
     assert page.problems == []
     assert all(url.startswith(("file:", "blob:", "data:")) for url in page.requests)
     assert any("report_data" in url for url in page.requests) == (kind == "folder")
