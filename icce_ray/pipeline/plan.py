@@ -67,7 +67,7 @@ def plan(
     config = with_kept_corrections(config)
     stages = stages_of(config) if stages is None else stages
     if not lists:
-        stages = tuple(AS_LISTED if stage is IMAGES else stage for stage in stages)
+        stages = tuple(AS_LISTED if stage.name == IMAGES.name else stage for stage in stages)
     return _plan(config, stages, before)
 
 

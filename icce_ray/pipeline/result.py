@@ -67,7 +67,9 @@ def sum_up(
         run=name,
         num_images=num_listed(artifacts["images"]),
         num_errors=num_failed(artifacts["embed"]),
-        num_clusters=config.num_clusters,
+        num_clusters=artifacts["corrections"].metrics["num_clusters"]
+        if "corrections" in artifacts
+        else config.num_clusters,
         anmi=artifacts["consensus"].metrics["anmi"],
         assignments=artifacts["assign"].folder.file_uri("assignments"),
         report=artifacts["report"].folder.file_uri("report.html"),
@@ -79,6 +81,10 @@ def sum_up(
         seconds=dict(seconds),
         finished_before=finished_before,
     )
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'s' * (number != 1)}"
 
 
 def _range(artifacts: Mapping[str, Artifact]) -> tuple[int, int] | None:
@@ -98,7 +104,8 @@ def summary(result: Result, artifacts: Mapping[str, Artifact], places: Mapping[s
             scores += f", {key.upper()} {result.metrics[key]:.3f}"
     lines = [
         "",
-        f"{result.num_images:,} images, {result.num_errors:,} errors, {result.num_clusters:,} clusters; {scores}",
+        f"{_counted(result.num_images, 'image')}, {_counted(result.num_errors, 'error')}, "
+        f"{_counted(result.num_clusters, 'cluster')}; {scores}",
         f"run          {result.run}, {format_seconds(total_s)}",
     ]
     if CLUSTER_COUNT.name in artifacts:
@@ -110,12 +117,12 @@ def summary(result: Result, artifacts: Mapping[str, Artifact], places: Mapping[s
         spent = took if stage in result.finished_before and not seconds else f"{seconds:.1f} s"
         lines.append(f"  {stage:<13} {spent}")
     if result.num_noise:
-        lines.append(f"noise        {result.num_noise:,} images without a cluster (cluster -1)")
+        lines.append(f"noise        {_counted(result.num_noise, 'image')} without a cluster (cluster -1)")
     if result.num_errors:
         lines.append(f"errors       {result.errors}")
     if num_duplicates := artifacts["embed"].metrics.get("num_duplicates"):
         place = artifacts["embed"].folder.file_uri("duplicates.parquet")
-        lines.append(f"duplicates   {place} ({num_duplicates:,} images with the bytes of another)")
+        lines.append(f"duplicates   {place} ({_counted(num_duplicates, 'image')} with the bytes of another)")
     report = f"{places['report']}/report.html" if "report" in places else result.report
     lines += [
         f"assignments  {places.get(ASSIGNMENTS_NAME, result.assignments)}",

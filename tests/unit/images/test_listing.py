@@ -18,6 +18,7 @@ from icce_ray.images import image_files, list_images
 from icce_ray.images.listing import SCHEMA, Listing
 from icce_ray.images.read_images import read_image
 from icce_ray.pipeline import run as pipeline
+from icce_ray.pipeline.plan import plan
 from icce_ray.runtime.progress import Progress
 from icce_ray.store import Artifact
 
@@ -194,6 +195,17 @@ def test_the_digest_changes_when_an_image_is_added_removed_or_changed_and_only_t
     (tmp_path / "c.png").unlink()
     digests.append(source_digest(config))
     assert len(set(digests)) == 5
+
+
+def test_a_plan_of_the_last_listing_does_not_look_at_the_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_files(tmp_path / "photos", "a.png")
+    config = config_for(tmp_path / "photos").model_copy(update={"output": str(tmp_path / "clusters")})
+    looks: list[Config] = []
+    monkeypatch.setattr(list_images, "list_files", looks.append)
+    assert plan(config, lists=False)[0].name == "images"
+    assert looks == []
 
 
 def test_ready_made_embeddings_are_listed_by_file_and_row_in_their_order(listed: Listed, tmp_path: Path) -> None:

@@ -438,7 +438,7 @@ def test_the_record_of_a_run_names_its_artifacts(tmp_path: Path) -> None:
 def test_the_summary_says_what_came_out_and_where_it_lies(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     result = pipeline.run_pipeline(config_for(tmp_path, evaluate={"labels": "folder"}))
     said = capsys.readouterr().err
-    assert "6 images, 1 errors, 2 clusters; ANMI 0.750, ACC 1.000" in said
+    assert "6 images, 1 error, 2 clusters; ANMI 0.750, ACC 1.000" in said
     latest = tmp_path / "out" / "latest"
     assert f"assignments  {latest}/assignments.parquet\n" in said
     assert f"report       {latest}/report/report.html\n" in said
