@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 
 from icce_ray.config import EvaluateConfig
 from icce_ray.errors import InputError
-from icce_ray.images.containers import PARQUET_MEMBER, TAR_MEMBER, labels_beside
+from icce_ray.images.containers import Cell, Span, labels_beside, locate
 from icce_ray.images.listing import Listing
 from icce_ray.store.filesystem import open_uri
 
@@ -138,10 +138,11 @@ def _from_shards(uris: Sequence[str]) -> list[str]:
 
 def _path(uri: str) -> PurePosixPath:
     """The path of an image. A member of a container counts as a file in the container's folder."""
-    if found := TAR_MEMBER.match(uri):
-        return PurePosixPath(found["file"]).parent / found["name"]
-    if found := PARQUET_MEMBER.match(uri):
-        return PurePosixPath(found["file"])
+    place = locate(uri)
+    if isinstance(place, Span):
+        return PurePosixPath(place.file).parent / uri.removeprefix(place.uri())
+    if isinstance(place, Cell):
+        return PurePosixPath(place.file)
     return PurePosixPath(unquote(uri) if uri.startswith("file://") else uri)
 
 

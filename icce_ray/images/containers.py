@@ -8,7 +8,6 @@ with its row group.
 from __future__ import annotations
 
 import io
-import re
 from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -26,12 +25,12 @@ from icce_ray.images.file_shards import File
 from icce_ray.images.listing import Entry
 from icce_ray.images.parquet_columns import check_expansion, image_column
 from icce_ray.images.skipped_files import ending
-from icce_ray.images.uris import is_remote, local_path_or_uri
+from icce_ray.images.uris import PARQUET_MEMBER, TAR_MEMBER, is_remote, local_path_or_uri
 from icce_ray.store.filesystem import open_uri
 
-TAR_MEMBER = re.compile(r"^(?P<file>.*\.tar)#(?P<offset>\d+)\+(?P<size>\d+)/(?P<name>.*)$", re.DOTALL | re.IGNORECASE)
-PARQUET_MEMBER = re.compile(r"^(?P<file>.*\.(?:parquet|pq))#(?P<row>\d+)/(?P<column>.*)$", re.DOTALL | re.IGNORECASE)
 MAX_OPEN_GROUPS = 2
+MAX_LINKS = 8
+"""Links of a tar that are followed from one to the next."""
 LABEL_ENDING = ".cls"
 MAX_LABEL_BYTES = 65_536
 DAMAGED_NAME = "(damaged)"
@@ -64,11 +63,10 @@ class Cell(NamedTuple):
 
 def locate(uri: str) -> Span | Cell | None:
     """The place of the image `uri` in its container, or None if it is a file of its own."""
-    if found := TAR_MEMBER.match(uri):
-        return Span(found["file"], int(found["offset"]), int(found["size"]))
-    if found := PARQUET_MEMBER.match(uri):
-        return Cell(found["file"], int(found["row"]), found["column"])
-    return None
+    tar, parquet = TAR_MEMBER.match(uri), PARQUET_MEMBER.match(uri)
+    if tar and not (parquet and len(parquet["file"]) < len(tar["file"])):
+        return Span(tar["file"], int(tar["offset"]), int(tar["size"]))
+    return Cell(parquet["file"], int(parquet["row"]), parquet["column"]) if parquet else None
 
 
 def file_of(uri: str) -> str:
@@ -122,8 +120,10 @@ def _tar_members(container: File, skipped: Counter[str]) -> Iterator[Entry]:
         if isinstance(found, tar_shards.Damage):
             place = Span(uri, found.start, found.num_bytes).uri(DAMAGED_NAME)
             yield Entry(place, found.num_bytes, etag, f"damaged shard: {found.reason}")
-        elif not _is_image(PurePosixPath(found.name)):
-            if (kind := ending(found.name)) != LABEL_ENDING:
+        elif PurePosixPath(found.name).name.startswith("."):
+            skipped["hidden"] += 1
+        elif (kind := ending(found.name)) not in IMAGE_ENDINGS:
+            if kind != LABEL_ENDING:
                 skipped[kind or "no ending"] += 1
         elif isinstance(found, tar_shards.Link):
             links.append(found)
@@ -132,12 +132,16 @@ def _tar_members(container: File, skipped: Counter[str]) -> Iterator[Entry]:
     if not links:
         return
     # A second walk, since keeping the place of every member would take memory for the sake of a few links.
+    targets_by_name = {link.name: link.target for link in links}
     targets = {link.target for link in links}
     places = {
         found.name: found for found in _walk_tar(uri) if isinstance(found, tar_shards.Member) and found.name in targets
     }
     for link in links:
-        target = places.get(link.target)
+        name = link.target
+        for _ in range(MAX_LINKS):
+            name = name if name in places else targets_by_name.get(name, name)
+        target = places.get(name)
         if target is None:
             place = Span(uri, 0, 0).uri(link.name)
             yield Entry(place, None, etag, "missing: a link to a file that is not in the shard")
@@ -173,10 +177,6 @@ def labels_beside(uris: Sequence[str]) -> list[str | None]:
 def _key(name: str) -> str:
     folder, _, base = name.removeprefix("./").rpartition("/")
     return f"{folder}/{base.partition('.')[0]}"
-
-
-def _is_image(name: PurePosixPath) -> bool:
-    return name.suffix.lower() in IMAGE_ENDINGS and not name.name.startswith(".")
 
 
 def _walk_tar(uri: str) -> Iterator[tar_shards.Member | tar_shards.Link | tar_shards.Damage]:

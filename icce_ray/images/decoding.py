@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError, features
 
-from icce_ray.images.skipped_files import HEIC_REMEDY, RAW_REMEDY
+from icce_ray.images.skipped_files import HEIC_REMEDY, LFS_POINTER, LFS_REMEDY, RAW_REMEDY
 
 ENDINGS = {b"\xff\xd8\xff": b"\xff\xd9", b"\x89PNG": b"IEND\xaeB`\x82", b"GIF8": b";"}
 """The last bytes of a complete file, by its first bytes."""
@@ -30,6 +30,13 @@ UNSUPPORTED = {
     b"IIRO": RAW_REMEDY,
     b"IIU\0": RAW_REMEDY,
     b"8BPS": "PSD: not supported; convert to PNG or TIFF",
+    b"\0\0\1\0": "ICO: not supported; convert to PNG or TIFF",
+    b"\xff\x0a": "JPEG XL: not supported; convert to JPEG or PNG",
+    b"\0\0\0\x0cJXL ": "JPEG XL: not supported; convert to JPEG or PNG",
+    b"<svg": "SVG: not supported; render to PNG",
+    b"<!DOCTYPE html": "a web page, not an image",
+    b"<html": "a web page, not an image",
+    LFS_POINTER: LFS_REMEDY,
 }
 """Reasons by the first bytes."""
 DEEP_SIGNATURES = (b"II*\0", b"MM\0*", b"P", b"\0\0\0\x0cjP", b"\xff\x4f\xff\x51")
@@ -44,7 +51,7 @@ MAX_ASPECT = 16
 """Longest side over shortest. Only the middle of a longer strip is scaled: a whole line of a million pixels would need
 an enormous image."""
 
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "JPEG2000", "PPM") + (
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "JPEG2000", "PPM") + (
     ("AVIF",) if features.check("avif") else ()
 )
 """Only these of Pillow's decoders are used. EPS, for one, would run Ghostscript."""

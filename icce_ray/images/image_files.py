@@ -21,6 +21,7 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from icce_ray.config import ImagesConfig, ResourcesConfig, StorageConfig
+from icce_ray.config.section import MAX_PATH_CHARACTERS
 from icce_ray.errors import InputError
 from icce_ray.images.bucket_listing import BucketPrefix
 from icce_ray.images.file_kinds import IMAGE_ENDINGS, PARQUET_ENDINGS, TAR_ENDING, take_file
@@ -32,7 +33,7 @@ from icce_ray.images.own_results import is_result, result_folders
 from icce_ray.images.parquet_columns import image_column
 from icce_ray.images.skipped_files import describe, ending, remedy
 from icce_ray.images.uri_lists import read_parquet_list, read_text_list
-from icce_ray.images.uris import is_remote, local_path_or_uri, local_uri, resolve
+from icce_ray.images.uris import is_remote, is_utf8, local_path_or_uri, local_uri, resolve
 from icce_ray.runtime.progress import Progress
 from icce_ray.store import Claim, Folder, s3
 from icce_ray.store.filesystem import OBJECT_STORES, open_uri, redacted
@@ -223,7 +224,7 @@ def _parquet_files(files: list[File], images: ImagesConfig) -> Iterator[File]:
     """Each file is a list of URIs or a container of images."""
     if not files:
         raise InputError(f"images.uri: {', '.join(images.uris)}: no .parquet files there")
-    damaged: list[File] = []
+    unusable: list[File] = []
     for file in sorted(files):
         filesystem, path = open_uri(local_path_or_uri(file.uri))
         try:
@@ -232,20 +233,34 @@ def _parquet_files(files: list[File], images: ImagesConfig) -> Iterator[File]:
                 yield file._replace(is_container=True)
             else:
                 yield from _listed_files(read_parquet_list(filesystem, path, file.uri, images.uri_column), file.uri)
+        except InputError as error:
+            if len(files) == 1:
+                raise
+            unusable.append(file._replace(problem=f"not usable: {error}"))
         except (pa.ArrowException, OSError) as error:
             reason = " ".join(str(error).split())[:200]
-            damaged.append(file._replace(problem=f"damaged Parquet file: {reason}"))
-    if len(damaged) == len(files):
-        raise InputError(f"images.uri: {damaged[0].uri} cannot be read as Parquet: {damaged[0].problem}")
-    yield from damaged
+            unusable.append(file._replace(problem=f"damaged Parquet file: {reason}"))
+    if len(unusable) == len(files):
+        others = f"; nor can the other {len(files) - 1} be used" if len(files) > 1 else ""
+        raise InputError(f"images.uri: {unusable[0].uri}: {unusable[0].problem}{others}")
+    yield from unusable
 
 
 def _listed_files(entries: Iterator[str], list_uri: str) -> Iterator[File]:
     """The files that a list names. Remote ones are not checked here; an entry that cannot be used has a problem."""
     path = list_uri.partition("?")[0] if is_remote(list_uri) else local_path_or_uri(list_uri)
     folder = path.rpartition("/")[0] or "/"
-    for entry in entries:
+    for number, entry in enumerate(entries):
+        if not entry or len(entry) > MAX_PATH_CHARACTERS:
+            problem = f"over the limit of {MAX_PATH_CHARACTERS:,} characters" if entry else "empty"
+            yield File(f"{list_uri}#{number}/{entry[:100]}", None, None, problem=problem)
+            continue
         uri = resolve(entry, folder)
+        uri = uri if is_remote(uri) or uri.startswith("file://") else local_uri(uri)
+        if not is_utf8(uri):
+            name = uri.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+            yield File(redacted(name), None, None, problem="not UTF-8; write the list in UTF-8")
+            continue
         is_container = uri.lower().endswith(TAR_ENDING)
         scheme = uri.partition("://")[0]
         if not is_remote(uri):

@@ -18,8 +18,10 @@ MIN_BOMB_BYTES = 2**28
 def find_field(schema: pa.Schema, column: str, uri: str, setting: str) -> pa.Field:
     """The field `column` of the file `uri`, as the config's `setting` names it. Raises InputError: there is no such
     column; says which there are, and which may have been meant."""
-    if schema.names.count(column) == 1:
+    if (count := schema.names.count(column)) == 1:
         return schema.field(column)
+    if count > 1:
+        raise InputError(f"{setting}: {uri} has {count} columns {column!r}; rename or remove all but one")
     close = difflib.get_close_matches(column, schema.names, n=1)
     hint = f"; did you mean {close[0]!r}?" if close else ""
     raise InputError(f"{setting}: {uri} has no column {column!r}; it has {', '.join(schema.names) or 'none'}{hint}")
@@ -42,6 +44,8 @@ def image_column(schema: pa.Schema, images: ImagesConfig, uri: str) -> str | Non
     if images.uri_column in schema.names:
         return None
     found: list[str] = [field.name for field in schema if _holds_bytes(field.type)]
+    if len(set(found)) < len(found):
+        find_field(schema, max(found, key=found.count), uri, "images.uri")
     if len(found) > 1:
         raise InputError(f"images.uri: {uri} has the binary columns {', '.join(found)}: name images.bytes_column")
     if not found:

@@ -13,6 +13,8 @@ OTHER_IMAGES = (".dcm", ".dds", ".exr", ".fits", ".hdr", ".ico", ".jxl", ".nii",
 DRAWINGS = (".ai", ".eps", ".pdf", ".svg")
 VIDEOS = (".avi", ".mkv", ".mov", ".mp4", ".webm")
 HEIC_REMEDY = "HEIC: not supported; convert to JPEG or PNG, for example with ImageMagick (magick mogrify -format jpg)"
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+LFS_REMEDY = "a Git LFS pointer, not the file; fetch it with git lfs pull"
 RAW_REMEDY = "RAW: not supported; convert to JPEG or TIFF, for example with darktable-cli or dcraw"
 REMEDIES = (
     (HEIC_ENDINGS, HEIC_REMEDY),

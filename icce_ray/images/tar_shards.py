@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 from urllib.parse import quote
 
+from icce_ray.images.skipped_files import LFS_POINTER, LFS_REMEDY
+
 BLOCK_BYTES = tarfile.BLOCKSIZE
 MAX_EXTENSION_BYTES = 2**20
 """Largest extended header (a long name, pax records). Names take a few hundred bytes."""
@@ -23,13 +25,26 @@ EXTENSIONS = (
     tarfile.SOLARIS_XHDTYPE,
 )
 """Types of headers that describe the next member."""
+MAX_LENGTH_DIGITS = 20
+ZEROS = "zeros where members may have been"
 NO_DATA = (tarfile.DIRTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE)
 FAR_BYTES = 2**20
 """Data of this size is skipped: another request takes less time than reading on."""
 NEAR_WINDOW_BYTES = 4 * 2**20
 FAR_WINDOW_BYTES = 2**16
 """Enough for the headers and labels between two large images."""
-COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+NOT_TAR = {
+    b"\x1f\x8b": "compressed with gzip: unpack it to a plain .tar",
+    b"BZh": "compressed with bzip2: unpack it to a plain .tar",
+    b"\xfd7zXZ": "compressed with xz: unpack it to a plain .tar",
+    b"\x28\xb5\x2f\xfd": "compressed with zstd: unpack it to a plain .tar",
+    b"\x04\x22\x4d\x18": "compressed with lz4: unpack it to a plain .tar",
+    b"PK\x03\x04": "a zip archive: repack it as a plain .tar",
+    LFS_POINTER: LFS_REMEDY,
+}
+"""What files that are no tar shards are, by their first bytes."""
+RECORD_BYTES = tarfile.RECORDSIZE
+"""An archive is filled up with zeros to a multiple of this."""
 
 
 class RemoteHeaders:
@@ -94,17 +109,24 @@ def walk(file: Any, file_bytes: int) -> Iterator[Member | Link | Damage]:
     if file_bytes == 0:
         yield Damage(0, 0, "empty file")
         return
-    position, bad, reason, at_end_mark = 0, -1, "", False
+    position, bad, reason = 0, -1, ""
+    first, end = 0, -1  # where this archive begins, and the zeros behind it
     extended: dict[str, str] = {}
     while position < file_bytes:
         file.seek(position)
         block = file.read(BLOCK_BYTES)
-        if position == 0 and (method := _compression(block)):
-            yield Damage(0, file_bytes, f"compressed with {method}: unpack it to a plain .tar")
+        if position == 0 and (reason := next((NOT_TAR[magic] for magic in NOT_TAR if block.startswith(magic)), "")):
+            yield Damage(0, file_bytes, reason)
             return
         if bad < 0 and len(block) == BLOCK_BYTES and not any(block):
-            at_end_mark, position = True, position + BLOCK_BYTES
+            end = position if end < 0 else end
+            position += BLOCK_BYTES
             continue
+        if bad < 0 <= end:
+            if position - end <= 2 * BLOCK_BYTES or (position - first) % RECORD_BYTES == 0:
+                first = position
+            else:
+                yield Damage(end, position - end, ZEROS)
         try:
             header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
             if header.type in EXTENSIONS:
@@ -126,7 +148,7 @@ def walk(file: Any, file_bytes: int) -> Iterator[Member | Link | Damage]:
         if bad >= 0:
             yield Damage(bad, position - bad, reason)
             bad = -1
-        at_end_mark = False
+        end = -1
         start = position + BLOCK_BYTES
         position = start + -(-num_bytes // BLOCK_BYTES) * BLOCK_BYTES
         if header.type in EXTENSIONS:
@@ -144,8 +166,10 @@ def walk(file: Any, file_bytes: int) -> Iterator[Member | Link | Damage]:
         extended = {}
     if bad >= 0:
         yield Damage(bad, file_bytes - bad, reason)
-    elif not at_end_mark:
+    elif end < 0:
         yield Damage(file_bytes, 0, "no end mark: it was cut off or not closed")
+    elif file_bytes - end > RECORD_BYTES + BLOCK_BYTES:
+        yield Damage(end, file_bytes - end, ZEROS)
 
 
 def _read_extension(file: Any, header: tarfile.TarInfo, num_left: int) -> dict[str, str]:
@@ -161,13 +185,15 @@ def _read_extension(file: Any, header: tarfile.TarInfo, num_left: int) -> dict[s
     if header.type == tarfile.XGLTYPE:  # defaults for all members: none that matters here
         return {}
     records: dict[str, str] = {}
-    while data.strip(b"\0"):
-        length = int(data.partition(b" ")[0])
-        key, equals, value = data[:length].partition(b" ")[2].partition(b"=")
-        if length <= 0 or not equals:
+    data = data.rstrip(b"\0")
+    start = 0
+    while start < len(data):
+        length = int(data[start : start + MAX_LENGTH_DIGITS].partition(b" ")[0])
+        key, equals, value = data[start : start + max(length, 0)].partition(b" ")[2].partition(b"=")
+        if not equals or start + length > len(data):
             raise ValueError("bad extended header")
         records[key.decode("utf-8", "replace")] = value[:-1].decode("utf-8", "surrogateescape")
-        data = data[length:]
+        start += length
     return records
 
 
@@ -176,10 +202,6 @@ def _reason(error: Exception, block: bytes) -> str:
         return "cut off"
     known = ("cut off", "negative size", "extended header of absurd size")
     return str(error) if str(error) in known else "bad header"
-
-
-def _compression(block: bytes) -> str | None:
-    return next((method for magic, method in COMPRESSED.items() if block.startswith(magic)), None)
 
 
 def _utf8(name: str) -> str:

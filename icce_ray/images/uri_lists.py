@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import io
 from collections.abc import Iterator
 
@@ -11,31 +12,34 @@ import pyarrow.parquet as pq
 
 from icce_ray.errors import InputError
 from icce_ray.images.parquet_columns import check_expansion, find_field, is_string
-from icce_ray.images.uris import is_remote, resolve
+from icce_ray.images.uris import is_remote, is_utf8, resolve
 from icce_ray.store.filesystem import open_uri
 
 BATCH_ROWS = 65_536
 
 
 def read_text_list(filesystem: pafs.FileSystem, path: str, uri: str) -> Iterator[str]:
-    """The entries of a text list, without blank lines and comments. Raises InputError: not UTF-8, or no entries."""
+    """The entries of a text list, without blank lines and comments. Bytes that are not UTF-8 become surrogates. Raises
+    InputError: it cannot be read, or has no entries."""
     found = False
     try:
-        with filesystem.open_input_file(path) as file, io.TextIOWrapper(file, encoding="utf-8-sig") as lines:
-            for line in lines:
+        with filesystem.open_input_file(path) as file:
+            encoding = "utf-16" if file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig"
+            file.seek(0)
+            for line in io.TextIOWrapper(file, encoding, "surrogateescape"):
                 entry = line.strip()
                 if entry and not entry.startswith("#"):
                     found = True
                     yield entry
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"images.uri: the list {uri} cannot be read as UTF-8 text: {error}") from None
+        raise InputError(f"images.uri: the list {uri} cannot be read as text: {error}") from None
     if not found:
         raise InputError(f"images.uri: the list {uri} names no images; write one path or URI per line")
 
 
 def read_parquet_list(filesystem: pafs.FileSystem, path: str, uri: str, column: str) -> Iterator[str]:
-    """The entries of a Parquet list. Raises InputError: no such column, a column of another type, no rows, or an empty
-    entry."""
+    """The entries of a Parquet list, as of a text list; empty text for a null. Raises InputError: no such column, a
+    column of another type, or no rows."""
     with filesystem.open_input_file(path) as opened:
         file = pq.ParquetFile(opened)
         field = find_field(file.schema_arrow, column, uri, "images.uri_column")
@@ -48,13 +52,9 @@ def read_parquet_list(filesystem: pafs.FileSystem, path: str, uri: str, column: 
                 check_expansion(file.metadata.row_group(group), column)
         except ValueError as error:
             raise InputError(f"images.uri: the list {uri} is not read: {error}") from None
-        row = 0
         for batch in file.iter_batches(BATCH_ROWS, columns=[column]):
-            for entry in batch.column(0).cast(pa.string()).to_pylist():
-                if not entry:
-                    raise InputError(f"images.uri_column: {column!r} in {uri} is empty, first row {row}")
-                row += 1
-                yield entry
+            for entry in batch.column(0).cast(pa.string()).cast(pa.binary()).to_pylist():
+                yield (entry or b"").decode("utf-8", "surrogateescape").strip()
 
 
 def named_images(uri: str, column: str) -> Iterator[str]:
@@ -66,4 +66,8 @@ def named_images(uri: str, column: str) -> Iterator[str]:
     folder = uri.rpartition("/")[0] if is_remote(uri) else path.rpartition("/")[0] or "/"
     is_parquet = path.lower().endswith((".parquet", ".pq"))
     entries = read_parquet_list(filesystem, path, uri, column) if is_parquet else read_text_list(filesystem, path, uri)
-    return (resolve(entry, folder) for entry in entries)
+    for row, entry in enumerate(entries):
+        resolved = resolve(entry, folder)
+        if not entry or not is_utf8(resolved):
+            raise InputError(f"embeddings.images: {uri}, entry {row}: {'not UTF-8' if entry else 'empty'}")
+        yield resolved

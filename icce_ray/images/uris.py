@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from urllib.parse import unquote_to_bytes, urlsplit
+
+# The first place counts: the name of a member is the archive's, and may look like another place.
+TAR_MEMBER = re.compile(r"^(?P<file>.*?\.tar)#(?P<offset>\d+)\+(?P<size>\d+)/(?P<name>.*)$", re.DOTALL | re.IGNORECASE)
+PARQUET_MEMBER = re.compile(r"^(?P<file>.*?\.(?:parquet|pq))#(?P<row>\d+)/(?P<column>.*)$", re.DOTALL | re.IGNORECASE)
 
 
 def is_remote(uri: str) -> bool:
@@ -12,12 +17,19 @@ def is_remote(uri: str) -> bool:
 
 
 def local_uri(path: str) -> str:
-    """A local path as the tables hold it: unchanged, or a percent-encoded file:// URI if it is not valid UTF-8."""
+    """A local path as the tables hold it: unchanged, or a percent-encoded file:// URI if it is not valid UTF-8 or reads
+    like a place in a container."""
+    is_plain = is_utf8(path) and not TAR_MEMBER.match(path) and not PARQUET_MEMBER.match(path)
+    return path if is_plain else Path(path).as_uri()
+
+
+def is_utf8(text: str) -> bool:
+    """Whether text that was read with `surrogateescape` is valid UTF-8."""
     try:
-        path.encode()
+        text.encode()
     except UnicodeEncodeError:
-        return Path(path).as_uri()
-    return path
+        return False
+    return True
 
 
 def local_path(uri: str) -> str | bytes:
@@ -34,7 +46,7 @@ def resolve(entry: str, folder: str) -> str:
     """An entry of a list as a URI.
 
     Args:
-        entry: a path, absolute or relative to `folder`, or a URI.
+        entry: a path, absolute or relative to `folder`, or a URI; it may be a place in a container.
         folder: path or URI of the folder that the list lies in.
     """
     if entry.startswith("file://"):
@@ -43,4 +55,5 @@ def resolve(entry: str, folder: str) -> str:
         return entry
     if "://" in folder and not entry.startswith("/"):
         return f"{folder}/{entry}"
-    return os.path.normpath(os.path.join(folder, os.path.expanduser(entry)))
+    path = os.path.normpath(os.path.join(folder, os.path.expanduser(entry)))
+    return path if is_utf8(path) else local_uri(path)

@@ -178,9 +178,12 @@ def test_large_metadata_does_not_cost_the_image(kind: str) -> None:
 def test_only_the_promised_formats_are_opened() -> None:
     eps = encode(two_halves(), "EPS")
     assert decode_image(eps, WHOLE) == "EPS: not supported; render to PNG"
+    assert decode_image(encode(two_halves(), "ICO"), WHOLE) == "ICO: not supported; convert to PNG or TIFF"
+    assert decode_image(b"<!DOCTYPE html><html>", WHOLE) == "a web page, not an image"
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+    assert decode_image(pointer, WHOLE) == "a Git LFS pointer, not the file; fetch it with git lfs pull"
     assert images.convert_image(Image.open(io.BytesIO(eps)), WHOLE) == "EPS: not supported"
-    assert decode_image(encode(two_halves(), "ICO"), WHOLE) == "not an image"
-    for kind in ("JPEG2000", "PPM", "AVIF"):
+    for kind in ("JPEG2000", "PPM", "AVIF", "DIB"):
         assert decode_image(encode(two_halves(), kind), WHOLE).shape == (16, 16, 3)
 
 

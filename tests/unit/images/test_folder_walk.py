@@ -235,7 +235,7 @@ def test_devices_pipes_and_unknown_schemes_in_a_list_are_rows(listed: Listed, tm
     assert found["/dev/zero"] == "not a file: a device"
     assert found["/dev"] == "not a file: a folder"
     assert sorted(str(problem) for uri, problem in found.items() if uri.startswith(str(tmp_path)))[1:] == [
-        "unreadable: File name too long",
+        "over the limit of 4,096 characters",
         "unreadable: embedded null byte",
     ]
 

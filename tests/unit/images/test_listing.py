@@ -152,11 +152,11 @@ MESSAGES = {
     "an archive": ("photos.zip", [".zip file: unpack it, or repack it as a plain .tar"]),
     "one image": ("photos/a.png", ["is one file", ".txt or .parquet"]),
     "empty list": ("empty.txt", ["names no images"]),
-    "binary list": ("binary.txt", ["cannot be read as UTF-8"]),
+    "binary list": ("binary.txt", ["cannot be read as text"]),
     "no such column": ("list.parquet", ["no column 'uri'", "it has url, size", "did you mean 'url'"]),
-    "broken parquet": ("broken.parquet", ["cannot be read as Parquet"]),
+    "broken parquet": ("broken.parquet", ["damaged Parquet file"]),
+    "two columns of a name": ("twice.parquet", ["has 2 columns 'uri'; rename or remove all but one"]),
     "wrong type": ("numbers.parquet", ["is int64, not text"]),
-    "nulls": ("nulls.parquet", ["is empty, first row 1"]),
 }
 
 
@@ -170,13 +170,54 @@ def test_an_input_that_cannot_work_is_refused_with_what_is_wrong(listed: Listed,
     (tmp_path / "broken.parquet").write_bytes(b"PAR1 no PAR1")
     pq.write_table(pa.table({"url": ["a", "b"], "size": [1, 2]}), tmp_path / "list.parquet")
     pq.write_table(pa.table({"uri": [1, 2]}), tmp_path / "numbers.parquet")
-    pq.write_table(pa.table({"uri": ["a", None]}), tmp_path / "nulls.parquet")
+    pq.write_table(pa.table([["a"], ["b"]], names=["uri", "uri"]), tmp_path / "twice.parquet")
     name, words = MESSAGES[case]
     for look in (listed, source_digest):
         with pytest.raises(InputError) as caught:
             look(config_for(tmp_path / name))
         for word in words:
             assert word in str(caught.value)
+
+
+def test_a_bad_entry_of_a_list_costs_itself_only(listed: Listed, tmp_path: Path) -> None:
+    write_files(tmp_path, "a.png", "l.txt")
+    latin, long = b"caf\xe9.png", b"x" * 5000
+    (tmp_path / os.fsdecode(latin)).write_bytes(b"content")
+    (tmp_path / "l.txt").write_bytes(b"\n".join([b"a.png", latin, long, b"gs://b/" + latin]))
+    raw = pa.array([b"a.png", latin, long, None, b" "])
+    text = pa.Array.from_buffers(pa.string(), len(raw), raw.buffers())  # no check for UTF-8
+    pq.write_table(pa.table({"uri": text}), tmp_path / "l.parquet")
+    for name, num_bad in (("l.txt", 2), ("l.parquet", 3)):
+        rows = listed(config_for(tmp_path / name)).to_pylist()
+        good = [row["uri"] for row in rows if row["problem"] is None]
+        assert good == [str(tmp_path / "a.png"), f"file://{tmp_path}/caf%E9.png"]
+        assert len(rows) - len(good) == num_bad
+        assert all(len(row["uri"]) < 1000 for row in rows)
+
+
+def test_a_list_in_utf_16_is_read(listed: Listed, tmp_path: Path) -> None:
+    write_files(tmp_path, "ü.png")
+    (tmp_path / "l.txt").write_bytes("ü.png\r\n".encode("utf-16"))
+    assert listed(config_for(tmp_path / "l.txt"))["uri"].to_pylist() == [str(tmp_path / "ü.png")]
+
+
+@pytest.mark.parametrize("column", ["other", "image"])
+def test_a_parquet_file_of_another_kind_among_others_is_a_row(listed: Listed, tmp_path: Path, column: str) -> None:
+    pq.write_table(pa.table({"image": [b"1", b"2"]}), tmp_path / "a.parquet")
+    pq.write_table(pa.table({column: [1, 2]}), tmp_path / "b.parquet")
+    rows = listed(config_for(tmp_path)).to_pylist()
+    assert [row["problem"] is None for row in rows] == [True, True, False]
+    assert rows[2]["problem"].startswith("not usable: ")
+
+
+def test_names_that_read_like_places_in_containers_are_read_as_files(listed: Listed, tmp_path: Path) -> None:
+    write_files(tmp_path, "s.tar#0+5/a.png", "q.parquet#3/b.png")
+    pq.write_table(pa.table({"c.tar#0+5/d": [b"content"]}), tmp_path / "c.parquet")
+    (tmp_path / "l.txt").write_text("s.tar#0+5/a.png\n", encoding="utf-8")
+    names = [b"content", b"q.parquet#3/b.png", b"s.tar#0+5/a.png"]
+    for place, contents in ((tmp_path, names), (tmp_path / "l.txt", names[2:])):
+        uris = listed(config_for(place))["uri"].to_pylist()
+        assert sorted(map(read_image, uris)) == contents
 
 
 def test_the_digest_changes_when_an_image_is_added_removed_or_changed_and_only_then(tmp_path: Path) -> None:

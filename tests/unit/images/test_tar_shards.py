@@ -89,6 +89,15 @@ def test_concatenated_archives_are_all_listed(list_shard: ListShard) -> None:
     assert list_shard(data) == ([f"{number}.png" for number in range(9)], [])
 
 
+@pytest.mark.parametrize(("first", "stop"), [(1, 3), (0, 1), (4, 6)])
+def test_a_hole_of_zeros_is_a_problem(list_shard: ListShard, first: int, stop: int) -> None:
+    data = shard(range(6))
+    start, end = first * 3 * BLOCK, stop * 3 * BLOCK
+    names, problems = list_shard(data[:start] + bytes(end - start) + data[end:] + bytes(8192) * (stop == 6))
+    assert names == [f"{number}.png" for number in range(6) if not first <= number < stop]
+    assert problems == ["damaged shard: zeros where members may have been"]
+
+
 @pytest.mark.parametrize("cut", [1, 500, 512, 600, 1535, 1536, 1537, 4607, 4608, 5000])
 def test_a_shard_that_was_cut_off_gives_its_whole_members_and_a_problem(list_shard: ListShard, cut: int) -> None:
     names, problems = list_shard(shard(range(6))[:cut])
@@ -224,3 +233,15 @@ def test_headers_on_remote_storage_are_read_in_few_requests(size: int, max_reque
         damaged = bytearray(data)
         damaged[int(rng.integers(10)) * (512 + -(-size // 512) * 512) + 100] ^= 255
         data = bytes(damaged)
+
+
+def test_links_to_links_and_names_that_look_like_places_are_read(list_shard: ListShard) -> None:
+    sink = io.BytesIO()
+    with tarfile.open(fileobj=sink, mode="w") as tar:
+        add(tar, "second.png", type=tarfile.SYMTYPE, linkname="first.png")
+        add(tar, "first.png", type=tarfile.LNKTYPE, linkname="x.tar#0+5/real.png")
+        add(tar, "loop.png", type=tarfile.SYMTYPE, linkname="loop.png")
+        add(tar, "x.tar#0+5/real.png", b"r" * 700)
+    names, problems = list_shard(sink.getvalue())
+    assert sorted(names) == ["first.png", "real.png", "second.png"]
+    assert problems == ["missing: a link to a file that is not in the shard"]
