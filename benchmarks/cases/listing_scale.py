@@ -65,22 +65,22 @@ def run(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, bool]]:
         store.num_pages, cpu_began = 0, time.process_time()
         found, seconds = listed(place)
         cpu_s = time.process_time() - cpu_began
-        num_requests = store.num_pages
+        num_requests = store.num_pages + store.num_probes
     print(
         f"in ranges    {num_keys / seconds:12,.0f} keys/s, {num_keys / cpu_s:,.0f} for each second of CPU; "
         f"{num_requests:,} requests for {num_keys // PAGE_KEYS:,} pages",
         flush=True,
     )
     with tempfile.TemporaryDirectory() as place:
-        store.num_pages, store.max_pages = 0, int(settings["killed_at"] * num_requests)
+        store.num_pages, store.max_pages = 0, int(settings["killed_at"] * num_keys / PAGE_KEYS)
         try:
             listed(place)
         except KeyboardInterrupt:
             kept = sum(1 for path in Path(place).rglob("*.json"))
-        store.num_pages, store.max_pages = 0, 10**9
+        store.num_pages, store.max_pages = store.max_pages, 10**9
         resumed, _ = listed(place)
-        again = store.num_pages - (1 - settings["killed_at"]) * num_requests
-    print(f"killed at {settings['killed_at']:.0%}: {kept} shards kept, {again:,.0f} requests made twice")
+        again = store.num_pages - num_keys // PAGE_KEYS
+    print(f"killed at {settings['killed_at']:.0%}: {kept} shards kept, {again:,} pages listed twice")
     wanted, num_tasks = settings["min_keys_per_s"], settings["num_tasks"]
     possible = num_tasks * min(num_keys / cpu_s, NUM_THREADS * PAGE_KEYS / settings["page_s"])
     print(f"{num_tasks} tasks with a CPU each: {possible:,.0f} keys/s")
@@ -105,17 +105,23 @@ class _Store:
     def __init__(self, num_keys: int, page_s: float) -> None:
         self.num_keys, self.page_s = num_keys, page_s
         self.num_pages, self.max_pages = 0, 10**9
+        self.num_probes = 0
+        """Requests for a single key, to find out where to divide a range."""
 
     def answer(self, request: Any, **_: Any) -> Any:
         from botocore.awsrequest import AWSResponse
 
         asked = dict(parse_qsl(urlsplit(request.url).query))
-        self.num_pages += 1
+        max_keys = int(asked.get("max-keys", PAGE_KEYS))
+        if max_keys == 1:
+            self.num_probes += 1
+        else:
+            self.num_pages += 1
         if self.num_pages > self.max_pages:
             raise KeyboardInterrupt
         time.sleep(self.page_s)
         after = asked.get("continuation-token", asked.get("start-after", ""))
-        body = self.page(after, int(asked.get("max-keys", PAGE_KEYS)))
+        body = self.page(after, max_keys)
         return AWSResponse(request.url, 200, {}, SimpleNamespace(stream=lambda *_: iter([body])))
 
     def page(self, after: str, max_keys: int) -> bytes:

@@ -119,7 +119,7 @@ def _client_of(process: int, options: StorageConfig, url: str | None, read_timeo
             aws_session_token=_plain(options.session_token),
             config=settings,
         )
-        made.meta.events.register(object_lists.EVENT, object_lists.take_contents)
+        made.meta.events.register_first(object_lists.EVENT, object_lists.take_contents)
         return made
 
 

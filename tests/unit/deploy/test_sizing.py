@@ -48,7 +48,7 @@ def test_measured_rates_are_those_of_the_results() -> None:
     assert RATES["search_share"].value == pytest.approx(flop / search_s / RATES["gpu"].value, rel=5e-3)
     measured = {name for name, rate in RATES.items() if rate.kind == "measured"}
     listing = results("2026-11-29-listing.txt", "listing-scale")
-    assert RATES["list"].value == pytest.approx(listing["figures"]["in_ranges"], rel=1e-4)
+    assert RATES["list"].value == pytest.approx(2 * listing["figures"]["per_cpu_s"], rel=1e-4)
     assert measured == {"job", "consensus", "heads_share", "list", "search_share"}
     for name in measured:
         assert (RESULTS / re.findall(r"[\w-]+\.txt", RATES[name].source)[0]).exists()
