@@ -52,7 +52,7 @@ class ICCE(FeatureClusterer):
 
     Attributes:
         labels_: (N,) int32, the consensus, 0..K-1.
-        head_labels_: (H, N) int32, the clusters of each head that did not collapse; -1 for rows that were not trained
+        label_matrix_: (H, N) int32, the clusters of each head that did not collapse; -1 for rows that were not trained
             on: above ``sample["max_images"]`` rows the heads see a sample, and the classifier labels the rest.
         agreement_: (N,) float32, share of the heads that agree with `labels_`; NaN for rows that were not trained on.
         vote_entropy_: (N,) float32, entropy of the heads' votes in nats.
@@ -182,7 +182,7 @@ class ICCE(FeatureClusterer):
         self.cluster_count_ = choice
         self.hierarchy_ = ensemble.hierarchy
         self.labels_ = ensemble.labels
-        self.head_labels_ = trained.labels_HN
+        self.label_matrix_ = trained.labels_HN
         self.agreement_ = ensemble.agreement
         self.vote_entropy_ = ensemble.vote_entropy
         self.anmi_ = ensemble.consensus_anmi
@@ -210,7 +210,7 @@ class ICCE(FeatureClusterer):
         rows_N = training.rows_of(np.arange(len(features_ND)))
         stands_N = rows_N >= 0
         self.labels_ = np.where(stands_N, self.labels_[rows_N], self.classifier_.predict(features_ND))
-        self.head_labels_ = np.where(stands_N, self.head_labels_[:, rows_N], np.int32(-1))
+        self.label_matrix_ = np.where(stands_N, self.label_matrix_[:, rows_N], np.int32(-1))
         self.agreement_ = np.where(stands_N, self.agreement_[rows_N], np.float32(np.nan))
         self.vote_entropy_ = np.where(stands_N, self.vote_entropy_[rows_N], np.float32(np.nan))
 

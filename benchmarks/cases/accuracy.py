@@ -79,15 +79,15 @@ def our_defaults(features: datasets.Floats, num_clusters: int, seed: int, settin
     fitted = icce(features, num_clusters, seed, settings, heads=settings["heads"], neighbors=settings["neighbors"])
     FITTED.clear()
     FITTED[features.tobytes(), seed] = fitted
-    lowest_loss = fitted.head_labels_[fitted.head_losses_.argmin()]
-    return {"icce": fitted.labels_, "icce, lowest loss": lowest_loss, "icce, heads": fitted.head_labels_}
+    lowest_loss = fitted.label_matrix_[fitted.head_losses_.argmin()]
+    return {"icce": fitted.labels_, "icce, lowest loss": lowest_loss, "icce, heads": fitted.label_matrix_}
 
 
 def combination(features: datasets.Floats, num_clusters: int, seed: int, settings: dict[str, Any]) -> Rows:
     if (features.tobytes(), seed) not in FITTED:
         our_defaults(features, num_clusters, seed, settings)
     rows = [
-        FITTED[features.tobytes(), seed].head_labels_,
+        FITTED[features.tobytes(), seed].label_matrix_,
         TURTLE(num_clusters, random_state=seed).fit(features).label_matrix_,
         KMeans(num_clusters, random_state=seed).fit(features).label_matrix_,
     ]

@@ -51,7 +51,7 @@ def undisturbed(features: np.ndarray) -> np.ndarray:
         5, n_heads=heads.pop("num_heads"), epochs=heads.pop("num_epochs"), heads=heads, classifier=CLASSIFIER,
         random_state=0,
     )  # fmt: skip
-    labels: np.ndarray = estimator.fit(features).head_labels_
+    labels: np.ndarray = estimator.fit(features).label_matrix_
     return labels
 
 

@@ -86,7 +86,7 @@ def test_the_pipeline_gives_the_labels_of_the_estimator_without_ray(features, tm
     artifacts, clusters = run(features, tmp_path)
     estimator = fit_estimator(features)
     assert artifacts["neighbors"].metrics["similarity_threshold"] == estimator.similarity_threshold_
-    assert np.array_equal(artifacts["method"].read_array("label_matrix.npy"), estimator.head_labels_[:, :670])
+    assert np.array_equal(artifacts["method"].read_array("label_matrix.npy"), estimator.label_matrix_[:, :670])
     assert read_losses(artifacts["method"]).tolist() == estimator.head_losses_.tolist()
     assert np.array_equal(artifacts["consensus"].read_array("labels.npy"), estimator.labels_[:670])
     assert clusters == estimator.labels_.tolist()
@@ -105,7 +105,7 @@ def test_two_workers_and_a_sample_give_the_labels_of_the_estimator(ray_cluster, 
     labels = artifacts["method"].read_array("label_matrix.npy")
     assert 370 < len(took_part) < 400
     assert labels.shape == (5, len(took_part))
-    assert np.array_equal(labels, estimator.head_labels_[:, took_part])
+    assert np.array_equal(labels, estimator.label_matrix_[:, took_part])
     assert read_losses(artifacts["method"]).tolist() == estimator.head_losses_.tolist()
     assert clusters == estimator.labels_.tolist()
     assert artifacts["method"].metrics["num_workers"] == 2

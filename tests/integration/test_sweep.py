@@ -155,7 +155,7 @@ def test_a_trial_has_the_labels_of_the_estimator_in_one_process_or_on_workers(
     method, consensus = (Artifact.find(Folder.at(out / stage / stages[stage])) for stage in ("method", "consensus"))
     assert method is not None
     assert consensus is not None
-    np.testing.assert_array_equal(method.read_array("label_matrix.npy"), estimator.head_labels_)
+    np.testing.assert_array_equal(method.read_array("label_matrix.npy"), estimator.label_matrix_)
     np.testing.assert_array_equal(consensus.read_array("labels.npy"), estimator.labels_)
     config = build_config(yaml.safe_load(Path(result.best_config).read_text()), "best")
     assert pipeline.run_name(pipeline.plan(config)) == name
@@ -167,7 +167,7 @@ def test_a_trial_has_the_labels_of_the_estimator_in_one_process_or_on_workers(
     (on_workers,) = finished(output, "method")
     assert (method.metrics["num_workers"], on_workers.metrics["num_workers"]) == (1, 2)
     assert on_workers.fingerprint == method.fingerprint
-    np.testing.assert_array_equal(on_workers.read_array("label_matrix.npy"), estimator.head_labels_)
+    np.testing.assert_array_equal(on_workers.read_array("label_matrix.npy"), estimator.label_matrix_)
 
 
 @pytest.mark.slow

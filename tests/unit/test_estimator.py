@@ -41,7 +41,7 @@ def test_planted_clusters_are_found(fitted: ICCE, blobs) -> None:
 def test_the_fitted_attributes_are_those_promised(fitted: ICCE) -> None:
     assert fitted.labels_.shape == (300,)
     assert set(fitted.labels_) == set(range(5))
-    assert fitted.head_labels_.shape == (4, 300)
+    assert fitted.label_matrix_.shape == (4, 300)
     assert fitted.agreement_.shape == (300,)
     assert ((fitted.agreement_ >= 0) & (fitted.agreement_ <= 1)).all()
     assert 0 < fitted.anmi_ <= 1
@@ -64,14 +64,14 @@ def test_the_same_seed_gives_the_same_labels_on_any_number_of_threads_whatever_t
 ) -> None:
     again = quick(n_threads=3).fit(*blobs)
     assert np.array_equal(again.labels_, fitted.labels_)
-    assert np.array_equal(again.head_labels_, fitted.head_labels_)
+    assert np.array_equal(again.label_matrix_, fitted.label_matrix_)
     other = quick(random_state=1).fit(blobs[0])
-    assert not np.array_equal(other.head_labels_, fitted.head_labels_)
+    assert not np.array_equal(other.label_matrix_, fitted.label_matrix_)
 
 
 def test_above_max_images_a_sample_is_trained_on_and_the_rest_is_labelled(blobs) -> None:
     estimator = quick(sample={"max_images": 180}).fit(blobs[0])
-    took_part = estimator.head_labels_[0] >= 0
+    took_part = estimator.label_matrix_[0] >= 0
     assert took_part.sum() == 180
     assert np.array_equal(np.isfinite(estimator.agreement_), took_part)
     assert clustering_accuracy(blobs[1], estimator.labels_) > 0.95
@@ -91,7 +91,7 @@ def test_copies_and_near_copies_are_not_trained_on_and_get_what_their_original_h
         values = getattr(estimator, name)
         assert np.array_equal(values[:300], getattr(alone, name))
         assert np.array_equal(values[300:], values[originals])
-    assert np.array_equal(estimator.head_labels_[:, 300:], estimator.head_labels_[:, originals])
+    assert np.array_equal(estimator.label_matrix_[:, 300:], estimator.label_matrix_[:, originals])
     assert estimator.head_losses_.tolist() == alone.head_losses_.tolist()
     trained_on_all = quick(epochs=5, sample={"duplicate_threshold": None}).fit(planted)
     assert trained_on_all.head_losses_.tolist() != alone.head_losses_.tolist()
@@ -107,7 +107,7 @@ def test_parameters_are_kept_as_given_and_clone() -> None:
 def test_the_temi_method_takes_the_best_head_and_fixed_neighbours(blobs) -> None:
     estimator = quick(method="temi", neighbors=None).fit(blobs[0])
     assert estimator.similarity_threshold_ is None
-    best = estimator.head_labels_[estimator.head_losses_.argmin()]
+    best = estimator.label_matrix_[estimator.head_losses_.argmin()]
     assert clustering_accuracy(best, estimator.labels_) == 1.0
 
 
