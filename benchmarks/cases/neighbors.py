@@ -17,6 +17,7 @@ import faiss
 import numpy as np
 import pyarrow as pa
 
+from cases.process_memory import pss_bytes, worker_processes
 from icce_ray.config import Config
 from icce_ray.neighbors import job
 from icce_ray.neighbors.search_memory import TORCH_BYTES
@@ -54,7 +55,7 @@ class Timed(Progress):
 
     def watch(self, stop: threading.Event) -> None:
         while not stop.wait(0.2):
-            self.peak_bytes = max(self.peak_bytes, shard_memory_bytes())
+            self.peak_bytes = max(self.peak_bytes, sum(map(pss_bytes, worker_processes(b"ShardWorker"))))
 
 
 def run(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, bool]]:
@@ -158,16 +159,3 @@ def faiss_alone(features: Any, settings: dict[str, Any]) -> float:
     started = time.perf_counter()
     faiss.knn(base, base, settings["min_neighbors"] + 1, metric=faiss.METRIC_INNER_PRODUCT)
     return time.perf_counter() - started
-
-
-def shard_memory_bytes() -> int:
-    """PSS of all shard actors of this machine."""
-    total = 0
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            if b"ShardWorker" in (process / "cmdline").read_bytes():
-                rollup = (process / "smaps_rollup").read_text()
-                total += 1024 * next(int(line.split()[1]) for line in rollup.splitlines() if line.startswith("Pss:"))
-        except (OSError, StopIteration):
-            continue
-    return total

@@ -41,6 +41,23 @@ class MemoryWatch:
 
 def tree_bytes(root: int) -> int:
     """Proportional set size (PSS) of the process `root` and its descendants: shared pages count once."""
+    return sum(map(pss_bytes, process_tree(root)))
+
+
+def worker_processes(name: bytes) -> list[int]:
+    """The descendants of this process with `name` in their command line, such as the class of a Ray actor."""
+    found = []
+    for pid in process_tree(os.getpid()):
+        try:
+            if name in Path(f"/proc/{pid}/cmdline").read_bytes():
+                found.append(pid)
+        except OSError:
+            continue
+    return found
+
+
+def process_tree(root: int) -> list[int]:
+    """The process `root` and its descendants."""
     children: dict[int, list[int]] = {}
     for entry in os.listdir("/proc"):
         if entry.isdigit():
@@ -49,13 +66,16 @@ def tree_bytes(root: int) -> int:
             except (OSError, IndexError):
                 continue
             children.setdefault(parent, []).append(int(entry))
-    total, pending = 0, [root]
-    while pending:
-        pid = pending.pop()
-        pending += children.get(pid, [])
-        try:
-            lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-        except OSError:
-            continue
-        total += sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
-    return total
+    tree = [root]
+    for pid in tree:
+        tree += children.get(pid, [])
+    return tree
+
+
+def pss_bytes(pid: int, kind: str = "Pss") -> int:
+    """PSS of one process, or its part `Pss_Anon`, which is in no file; 0 if the process has ended."""
+    try:
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    except OSError:
+        return 0
+    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{kind}:"))
