@@ -21,6 +21,7 @@ from icce_ray.consensus.best_head import best_head
 from icce_ray.consensus.cluster_counts import anmi, count_consensus
 from icce_ray.consensus.cspa import cspa
 from icce_ray.consensus.empty_clusters import fill_empty_clusters
+from icce_ray.consensus.graph_choice import RECOMBINED, choose_on_graph
 from icce_ray.consensus.hbgf import hbgf
 from icce_ray.consensus.head_overlaps import HeadPairs, compare_heads
 from icce_ray.consensus.hierarchy import Hierarchy, build_hierarchy
@@ -28,10 +29,8 @@ from icce_ray.consensus.label_matrix import MISSING, Heads, Labels
 from icce_ray.consensus.mcla import mcla
 from icce_ray.consensus.neighbor_score import Nearest, NeighborScore
 from icce_ray.consensus.partition import PartitionError
-from icce_ray.consensus.recombination import MAX_CLUSTERS, recombine
+from icce_ray.consensus.recombination import MAX_CLUSTERS
 from icce_ray.consensus.refinement import refine
-from icce_ray.consensus.spectral_cut import spectral_cut
-from icce_ray.metrics.size_agreement import MAX_IMAGES, MIN_SIZE_AGREEMENT, size_agreement
 
 MAX_SEEDS, MAX_STARTS = 4, 16
 """Maximum number of tries of a function: METIS seeds, and heads that `vote` starts from."""
@@ -39,13 +38,6 @@ TRIES_BUDGET = 2_000_000
 """Approximate limit of labels (heads x images) times tries: large inputs get fewer tries, at least one."""
 SCREENING_PASSES = 5
 """Refinement passes of each try; only the best try of each function is refined to the end."""
-RECOMBINED, SPECTRAL = "recombined", "spectral"
-"""Names of the results that the neighbour graph takes part in: the best recombination of all others, and its cut."""
-MAX_LEAVING, MAX_LEFT = 0.07, 0.5
-"""The graph is a good witness if at most this share of its edges leaves the clusters, or at most this part of what
-leaves those of the consensus."""
-MAX_LEFT_BY_CUT = 0.75
-"""The cut is preferred if at most this part of what leaves the clusters of the others leaves its own."""
 FALLBACK: ConsensusMethod = "vote"
 """Used if all functions asked for fail: it needs no partitioner."""
 
@@ -167,19 +159,11 @@ def find_consensus(
         skipped[RECOMBINED] = f"{num_clusters:,} clusters are over the limit of {MAX_CLUSTERS:,}"
     elif recombines and nearest is not None:
         report(len(config.methods), total, "recombination")
+        consensuses = {method: one.labels_N for method, one in best_tries.items()}
         score = NeighborScore(heads, nearest)
-        labels = [one.labels_N for one in best_tries.values()]
-        made = {
-            RECOMBINED: recombine(score, [best_tries[chosen].labels_N, *labels], num_clusters, seed=seeds[0]).labels_N
-        }
-        try:
-            made[SPECTRAL] = spectral_cut(score, len(np.unique(best_tries[chosen].labels_N)), seed=seeds[0])
-        except PartitionError as error:
-            skipped[SPECTRAL] = str(error)
+        made, graph_scores, chosen, left_out = choose_on_graph(score, consensuses, chosen, num_clusters, seed=seeds[0])
         best_tries |= {name: _Try(anmi(labels_N, heads, num_clusters), labels_N, 0) for name, labels_N in made.items()}
-        shares = score.mean_shares([one.labels_N for one in best_tries.values()], num_clusters)
-        graph_scores = dict(zip(best_tries, shares, strict=True))
-        chosen = _judge(graph_scores, chosen, heads)
+        skipped |= left_out
     report(total - 1, total, "agreement")
     labels_N = best_tries[chosen].labels_N
     counts_KC = count_consensus(labels_N, heads, num_clusters)
@@ -198,19 +182,6 @@ def find_consensus(
         skipped=skipped,
         repaired={method: best.num_empty for method, best in best_tries.items() if best.num_empty},
     )
-
-
-def _judge(graph_scores: dict[str, float], consensus: str, heads: Heads) -> str:
-    """The method whose labels are kept (docs/METHOD.md, "Choice on the graph"): `consensus` or what the graph made."""
-    leaving = {method: 1 - share for method, share in graph_scores.items()}
-    best = min(consensus, RECOMBINED, key=leaving.__getitem__)
-    if SPECTRAL in leaving and leaving[SPECTRAL] <= MAX_LEFT_BY_CUT * leaving[best]:
-        best = SPECTRAL
-    if leaving[best] <= max(MAX_LEAVING, MAX_LEFT * leaving[consensus]):
-        return best
-    compared_n = np.linspace(0, heads.num_images - 1, min(heads.num_images, MAX_IMAGES)).astype(np.int64)
-    labels_Hn = np.stack([heads.labels_of(head)[compared_n] for head in range(heads.num_heads)])
-    return RECOMBINED if size_agreement(labels_Hn) >= MIN_SIZE_AGREEMENT else consensus
 
 
 def _run_method(

@@ -61,12 +61,15 @@ class NeighborScore:
             self._score(within_K.sum(), volumes_K) for within_K, volumes_K in self._within(clusterings, num_clusters)
         ]
 
+    def shares(self, clusterings: Sequence[Labels], num_clusters: int) -> list[npt.NDArray[np.float64]]:
+        """For each clustering, the share of the weight at each cluster that stays within it (K,); 0 for an empty
+        cluster."""
+        within = self._within(clusterings, num_clusters)
+        return [within_K / np.maximum(volumes_K, 1) for within_K, volumes_K in within]
+
     def mean_shares(self, clusterings: Sequence[Labels], num_clusters: int) -> list[float]:
-        """For each clustering, the share of the weight at a cluster that stays within it, in the mean over clusters."""
-        return [
-            float(np.sort(within_K / np.maximum(volumes_K, 1)).mean())
-            for within_K, volumes_K in self._within(clusterings, num_clusters)
-        ]
+        """The mean of each clustering's `shares`, the same for any numbers of its clusters."""
+        return [float(np.sort(shares_K).mean()) for shares_K in self.shares(clusterings, num_clusters)]
 
     def _within(
         self, clusterings: Sequence[Labels], num_clusters: int

@@ -7,9 +7,10 @@ import pytest
 from sklearn.cluster import SpectralClustering
 
 from icce_ray.config import ConsensusConfig
-from icce_ray.consensus import best_consensus, label_matrix, recombination, spectral_cut
-from icce_ray.consensus.best_consensus import RECOMBINED, SPECTRAL, find_consensus
+from icce_ray.consensus import best_consensus, graph_choice, label_matrix, recombination, spectral_cut
+from icce_ray.consensus.best_consensus import find_consensus
 from icce_ray.consensus.ensemble import cluster_ensemble
+from icce_ray.consensus.graph_choice import RECOMBINED, SPECTRAL, best_score, choose_on_graph
 from icce_ray.consensus.label_matrix import encode_heads
 from icce_ray.consensus.neighbor_score import RESOLUTION, NeighborScore
 from icce_ray.consensus.recombination import merge_cells, overlay, polish, population_size, recombine
@@ -146,21 +147,30 @@ def test_the_light_cells_of_an_overlay_join_heavy_ones(planted, near, monkeypatc
 
 
 @pytest.mark.parametrize(
-    ("sizes", "shares", "expected"),
+    ("shares", "expected"),
     [
-        ([50, 50], (0.92, 0.96, 0.98), SPECTRAL),
-        ([50, 50], (0.92, 0.96, 0.965), RECOMBINED),
-        ([50, 50], (0.97, 0.96, 0.975), "vote"),
-        ([50, 50], (0.6, 0.7, 0.81), SPECTRAL),
-        ([50, 50], (0.6, 0.7, 0.79), "vote"),
-        ([80, 20], (0.6, 0.7, 0.79), RECOMBINED),
+        ((0.92, 0.96, 0.98), SPECTRAL),
+        ((0.92, 0.96, 0.965), RECOMBINED),
+        ((0.97, 0.96, 0.975), "vote"),
+        ((0.97, 0.97, 0.5), "vote"),
     ],
 )
-def test_a_graph_whose_edges_leave_the_clusters_is_asked_only_where_sizes_are_known(sizes, shares, expected):
-    labels_N = np.repeat([0, 1], sizes)
-    heads = encode_heads(np.stack([labels_N, 1 - labels_N, np.roll(labels_N, 2)]))
-    scores = dict(zip(("vote", RECOMBINED, SPECTRAL), shares, strict=True))
-    assert best_consensus._judge(scores, "vote", heads) == expected
+def test_the_cut_is_kept_where_it_has_a_clear_lead(shares, expected):
+    assert best_score(dict(zip(("vote", RECOMBINED, SPECTRAL), shares, strict=True)), "vote") == expected
+
+
+@pytest.mark.parametrize(("sizes", "expected"), [([60, 60], "vote"), ([100, 20], RECOMBINED)])
+def test_a_graph_whose_edges_leave_the_clusters_is_asked_only_where_sizes_are_known(sizes, expected, near, monkeypatch):
+    labels_N = np.repeat([0, 1], sizes).astype(np.int32)
+    score = NeighborScore(encode_heads(np.stack([labels_N, labels_N, np.roll(labels_N, 4)])), near(labels_N, 0.6))
+    leaving = 1 - score.shares([recombine(score, [labels_N], 2, seed=0).labels_N], 2)[0].mean()
+    assert 0 < leaving < 0.2
+    monkeypatch.setattr(graph_choice, "MAX_LEAVING", leaving - 0.001)
+    weak = choose_on_graph(score, {"vote": labels_N}, "vote", 2, seed=0)
+    assert (weak.chosen, list(weak.made), list(weak.skipped)) == (expected, [RECOMBINED], [SPECTRAL])
+    monkeypatch.setattr(graph_choice, "MAX_LEAVING", leaving + 0.001)
+    good = choose_on_graph(score, {"vote": labels_N}, "vote", 2, seed=0)
+    assert (list(good.made), good.skipped) == ([RECOMBINED, SPECTRAL], {})
 
 
 def test_the_spectral_cut_is_that_of_scikit_learn(planted, near):

@@ -1,0 +1,73 @@
+"""What the neighbour graph makes of the heads, and which clustering is kept (docs/METHOD.md, "Choice on the graph")."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from icce_ray.consensus.label_matrix import Heads, Labels
+from icce_ray.consensus.loose_clusters import MIN_SHARE, replace_loose_clusters
+from icce_ray.consensus.neighbor_score import NeighborScore
+from icce_ray.consensus.partition import PartitionError
+from icce_ray.consensus.recombination import recombine
+from icce_ray.consensus.spectral_cut import spectral_cut
+from icce_ray.metrics.size_agreement import MAX_IMAGES, MIN_SIZE_AGREEMENT, size_agreement
+
+RECOMBINED, SPECTRAL = "recombined", "spectral"
+"""Names of the results that the graph takes part in: the best recombination of all others, and its cut."""
+MAX_LEAVING = 0.06
+"""The graph is a good witness if at most this share of its weight leaves the clusters that hold together."""
+MAX_LEFT_BY_CUT = 0.75
+"""The cut is preferred if at most this part of what leaves the clusters of the others leaves its own."""
+
+
+class GraphChoice(NamedTuple):
+    """Clusterings that the graph took part in, by method, and the choice among all."""
+
+    made: dict[str, Labels]
+    scores: dict[str, float]
+    """By method, of the consensuses too: the share of a cluster's weight that stays within it, in the mean over
+    clusters."""
+    chosen: str
+    skipped: dict[str, str]
+
+
+def choose_on_graph(
+    score: NeighborScore, consensuses: dict[str, Labels], best: str, num_clusters: int, *, seed: int
+) -> GraphChoice:
+    """`consensuses`: labels (N,) 0..num_clusters-1 by method; `best`: the one with the highest ANMI."""
+    recombined_N = recombine(score, [consensuses[best], *consensuses.values()], num_clusters, seed=seed).labels_N
+    made, skipped = {RECOMBINED: recombined_N}, {}
+    if is_good := _is_good_witness(score, recombined_N, num_clusters):
+        try:
+            made[RECOMBINED] = replace_loose_clusters(score, recombined_N, num_clusters)
+            made[SPECTRAL] = spectral_cut(score, len(np.unique(consensuses[best])), seed=seed)
+        except PartitionError as error:
+            skipped[SPECTRAL] = str(error)
+    else:
+        skipped[SPECTRAL] = f"over {MAX_LEAVING:.0%} of the edges leave the clusters"
+    scores = score.mean_shares([*consensuses.values(), *made.values()], num_clusters)
+    by_method = dict(zip((*consensuses, *made), scores, strict=True))
+    weak = RECOMBINED if _agree_on_sizes(score.heads) else best
+    return GraphChoice(made, by_method, best_score(by_method, best) if is_good else weak, skipped)
+
+
+def best_score(scores: dict[str, float], best: str) -> str:
+    """The higher one of `best` and the recombination, or the cut, if that has a clear lead."""
+    chosen = max(best, RECOMBINED, key=scores.__getitem__)
+    if SPECTRAL in scores and 1 - scores[SPECTRAL] <= MAX_LEFT_BY_CUT * (1 - scores[chosen]):
+        return SPECTRAL
+    return chosen
+
+
+def _is_good_witness(score: NeighborScore, labels_N: Labels, num_clusters: int) -> bool:
+    (shares_K,) = score.shares([labels_N], num_clusters)
+    firm = np.sort(shares_K[shares_K >= MIN_SHARE])
+    return len(firm) > 0 and 1 - float(firm.mean()) <= MAX_LEAVING
+
+
+def _agree_on_sizes(heads: Heads) -> bool:
+    compared_n = np.linspace(0, heads.num_images - 1, min(heads.num_images, MAX_IMAGES)).astype(np.int64)
+    labels_Hn = np.stack([heads.labels_of(head)[compared_n] for head in range(heads.num_heads)])
+    return size_agreement(labels_Hn) >= MIN_SIZE_AGREEMENT

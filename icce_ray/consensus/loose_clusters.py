@@ -1,0 +1,93 @@
+"""Clusters that don't hold together on the neighbour graph give way to splits of others (docs/METHOD.md, "Loose
+clusters").
+
+Where heads use fewer clusters than asked for, a consensus makes up the rest with single images. The graph finds groups
+that no head separates.
+
+Shape letters: N images, K clusters, n images of a cluster.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+from scipy.sparse import csr_matrix, diags
+from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
+from threadpoolctl import threadpool_limits
+
+from icce_ray.consensus.label_matrix import Labels
+from icce_ray.consensus.neighbor_score import NeighborScore
+from icce_ray.consensus.partition import PartitionError
+from icce_ray.consensus.spectral_cut import TOLERANCE, to_matrix
+
+MIN_SHARE = 0.5
+"""A cluster holds together if at least this share of the weight at it stays within it."""
+DENSE_IMAGES = 200
+"""Up to so many images, all eigenvectors are found at once."""
+
+Floats = npt.NDArray[np.float64]
+Images = npt.NDArray[np.int64]
+
+
+def replace_loose_clusters(score: NeighborScore, labels_N: Labels, num_clusters: int) -> Labels:
+    """The labels (N,), with each loose cluster joined to another one, and its number given to a part of a third.
+
+    At least one cluster holds together. Raises PartitionError: the input is too large, or the eigenvectors weren't
+    found.
+    """
+    (shares_K,) = score.shares([labels_N], num_clusters)
+    firm = np.flatnonzero(shares_K >= MIN_SHARE)
+    loose = np.setdiff1d(labels_N, firm)
+    if not len(loose):
+        return labels_N
+    matrix = to_matrix(score)
+    owner_K = np.arange(num_clusters, dtype=np.int32)
+    owner_K[loose] = firm[score.between(labels_N, num_clusters)[np.ix_(loose, firm)].argmax(axis=1)]
+    joined_N = owner_K[labels_N]
+
+    def split(cluster: int) -> tuple[float, Images]:
+        return best_split(matrix, score.degree_N, np.flatnonzero(joined_N == cluster))
+
+    splits = {cluster: split(cluster) for cluster in firm.tolist()}
+    for number in loose.tolist():
+        cluster = max(splits, key=lambda one: splits[one][0])
+        joined_N[splits[cluster][1]] = number
+        splits |= {one: split(one) for one in (cluster, number)}
+    return joined_N
+
+
+def best_split(matrix: csr_matrix, degree_N: npt.NDArray[np.int64], images_n: Images) -> tuple[float, Images]:
+    """By how much the sum of the clusters' shares rises if a cluster is split, and the images of one part: the best of
+    all cuts of the images in the order of the second eigenvector (Shi and Malik). A single image: -inf."""
+    if len(images_n) < 2:
+        return -np.inf, images_n
+    within = matrix[images_n][:, images_n]
+    order = np.argsort(_second_eigenvector(within), kind="stable")
+    edges, volumes_n = within[order][:, order].tocoo(), degree_N[images_n[order]]
+    ends = np.maximum(edges.row, edges.col), np.minimum(edges.row, edges.col)
+    last_n, first_n = (np.bincount(one, weights=edges.data, minlength=len(images_n)) for one in ends)
+    left, right = np.cumsum(last_n)[:-1], first_n.sum() - np.cumsum(first_n)[:-1]
+    volume, volume_left = max(int(volumes_n.sum()), 1), np.cumsum(volumes_n)[:-1]
+    shares = left / np.maximum(volume_left, 1) + right / np.maximum(volume - volume_left, 1)
+    cut = int(shares.argmax())
+    return float(shares[cut] - edges.data.sum() / volume), images_n[order[: cut + 1]]
+
+
+def _second_eigenvector(within: csr_matrix) -> Floats:
+    """Of the random walk on the edges (n, n) of one cluster (n,): the first, which is constant, is projected out."""
+    degree_n = np.asarray(within.sum(axis=1)).ravel()
+    scale_n = 1 / np.sqrt(np.maximum(degree_n, 1))
+    normal, first_n = diags(scale_n) @ within @ diags(scale_n), np.sqrt(degree_n)
+    first_n /= max(float(np.linalg.norm(first_n)), 1.0)
+    with threadpool_limits(1):  # several threads may round a sum differently
+        if len(first_n) <= DENSE_IMAGES:
+            vector_n = np.linalg.eigh(normal.toarray() - np.outer(first_n, first_n))[1][:, -1]
+        else:
+            rest = LinearOperator(normal.shape, lambda x: normal @ x - first_n * (first_n @ x), dtype=np.float64)
+            start_n = np.random.default_rng(0).uniform(-1, 1, len(first_n))
+            try:
+                vector_n = eigsh(rest, k=1, which="LA", v0=start_n, tol=TOLERANCE)[1][:, 0]
+            except ArpackNoConvergence as error:
+                raise PartitionError(f"the eigenvectors were not found: {error}") from error
+    found_n: Floats = vector_n * scale_n
+    return found_n
