@@ -19,6 +19,7 @@ from icce_ray.config import Config, apply_override, load_config, without_secrets
 from icce_ray.config.schema import AUTO
 from icce_ray.embed.stage import SMALL_BACKBONE
 from icce_ray.errors import InputError
+from icce_ray.images.image_files import not_found
 from icce_ray.images.uris import is_remote
 from icce_ray.methods import METHODS
 from icce_ray.pipeline.result import Result
@@ -57,8 +58,11 @@ def cluster_photos(
 
     settings = photo_settings(photos, num_clusters=num_clusters, output=output, has_gpu=num_gpus() > 0)
     config = load_config(None, list(overrides), base=settings, source="icce-ray cluster")
-    result = run_pipeline(config, quiet=quiet)
+    # Before anything is written: a folder beside it would only be taken for the one that was meant.
+    if not is_remote(photos) and not os.path.exists(photos):
+        raise not_found(photos, os.path.abspath(photos), is_local=True)
     place = _write_config(config, settings, overrides)
+    result = run_pipeline(config, quiet=quiet)
     if not quiet:
         print(f"config       {place}", file=sys.stderr, flush=True)
     page = Folder.at(config.output) / LATEST_FOLDER / "report"
@@ -106,7 +110,9 @@ def _write_config(config: Config, settings: dict[str, Any], overrides: Sequence[
         data.pop("heads", None)
     output = Folder.at(config.output)
     place = output.file_uri(CONFIG_NAME)
-    output.write_bytes(
-        CONFIG_NAME, (HEADER.format(place=place) + yaml.safe_dump(without_secrets(data), sort_keys=False)).encode()
-    )
+    text = HEADER.format(place=place) + yaml.safe_dump(without_secrets(data), sort_keys=False)
+    try:
+        output.write_bytes(CONFIG_NAME, text.encode())
+    except OSError as error:
+        raise InputError(f"output: {config.output!r} cannot be written to: {error}") from None
     return place

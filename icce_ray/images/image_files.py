@@ -190,9 +190,7 @@ def _named_files(uri: str, info: pafs.FileInfo, images: ImagesConfig, filesystem
     """The files of a source that is a file itself."""
     path = info.path
     if info.type == pafs.FileType.NotFound:
-        is_pattern = any(character in path for character in "*?[")
-        hint = "; patterns are not expanded: name the folder, below which every image is taken, or a list of images"
-        raise InputError(f"images.uri: {uri} does not exist{hint if is_pattern else _close_sibling(filesystem, path)}")
+        raise not_found(uri, path, is_local=isinstance(filesystem, pafs.LocalFileSystem))
     if info.type != pafs.FileType.File:
         raise InputError(f"images.uri: {uri} is neither a file nor a folder")
     file = File(uri if is_remote(uri) else local_uri(path), info.size, _mtime(info))
@@ -325,9 +323,12 @@ def _no_images(uri: str, others: Counter[str]) -> InputError:
     )
 
 
-def _close_sibling(filesystem: pafs.FileSystem, path: str) -> str:
-    parent = Path(path).parent
-    if not isinstance(filesystem, pafs.LocalFileSystem) or not parent.is_dir():
-        return ""
-    close = difflib.get_close_matches(Path(path).name, os.listdir(parent), n=1)
-    return f"; did you mean {parent / close[0]}?" if close else ""
+def not_found(uri: str, path: str, *, is_local: bool) -> InputError:
+    """What to say of a source that is not there: with a hint at a name close to it on this machine."""
+    parent, hint = Path(path).parent, ""
+    if any(character in path for character in "*?["):
+        hint = "; patterns are not expanded: name the folder, below which every image is taken, or a list of images"
+    elif is_local and parent.is_dir():
+        close = difflib.get_close_matches(Path(path).name, os.listdir(parent), n=1)
+        hint = f"; did you mean {parent / close[0]}?" if close else ""
+    return InputError(f"images.uri: {uri} does not exist{hint}")

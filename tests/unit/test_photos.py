@@ -22,11 +22,13 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     happened: list[Any] = []
 
     def run_pipeline(config: Config, quiet: bool) -> Any:
-        Path(config.output).mkdir(parents=True)
+        assert load_config(Path(config.output) / "run.yaml").output == config.output  # there before the run
         happened.append(config)
         return RESULT
 
     monkeypatch.chdir(tmp_path)
+    for photos in ("photos", "my photos", "a"):
+        (tmp_path / photos).mkdir()
     monkeypatch.setattr(pipeline, "run_pipeline", run_pipeline)
     monkeypatch.setattr(photos_module, "num_gpus", lambda: 0)
     monkeypatch.setattr(photos_module, "has_screen", lambda: False)
@@ -99,3 +101,11 @@ def test_where_nothing_can_lie_beside_the_photos_the_output_has_to_be_given(phot
 def test_a_number_of_clusters_that_is_none_is_named(run: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["cluster", "photos", "--clusters", "many"]) == 2
     assert "icce-ray cluster: num_clusters: 'many' is not usable" in capsys.readouterr().err
+
+
+def test_photos_that_are_not_there_leave_nothing_and_name_the_folder_that_was_meant(
+    run: list[Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["cluster", "fotos"]) == 2
+    assert f"fotos does not exist; did you mean {tmp_path / 'photos'}?" in capsys.readouterr().err
+    assert not (tmp_path / "fotos-clusters").exists()
