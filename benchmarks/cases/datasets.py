@@ -52,9 +52,8 @@ UNEQUAL = ("trashnet", *CUTS, *(name for name in PLANTED if name != "weak_200"))
 
 
 def data_folder() -> Path:
-    """ICCE_TEST_DATA, else ``shared/data`` beside the repository."""
-    given = os.environ.get("ICCE_TEST_DATA")
-    return Path(given) if given else Path(__file__).resolve().parents[3] / "shared" / "data"
+    """ICCE_TEST_DATA, else ``data`` in the working directory."""
+    return Path(os.environ.get("ICCE_TEST_DATA", "data"))
 
 
 def load(name: str, max_images: int | None = None) -> tuple[Floats, Labels] | None:
