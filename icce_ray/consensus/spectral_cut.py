@@ -10,7 +10,6 @@ from __future__ import annotations
 import numpy as np
 from scipy.sparse import coo_matrix, csr_matrix, diags
 from scipy.sparse.linalg import ArpackNoConvergence, eigsh
-from sklearn.cluster import KMeans
 from threadpoolctl import threadpool_limits
 
 from icce_ray.consensus.label_matrix import Labels
@@ -30,6 +29,8 @@ NUM_STARTS = 10
 def spectral_cut(score: NeighborScore, num_clusters: int, *, seed: int) -> Labels:
     """Clusters 0..num_clusters-1 of all images (N,). Raises PartitionError: the input is too large, or the eigenvectors
     weren't found."""
+    from sklearn.cluster import KMeans  # takes two seconds, and most processes of the consensus do not need it
+
     num_images = score.nearest.shape[0]
     if (work := num_images * num_clusters**2) > MAX_WORK:
         input_size = f"{num_images:,} images and {num_clusters:,} clusters"
