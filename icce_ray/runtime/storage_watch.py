@@ -30,6 +30,7 @@ def outages_told(uris: Iterable[str], options: StorageConfig, progress: Progress
                 f"waits for {store}, which has not answered for {format_seconds(now - began)} (stops after "
                 f"{format_seconds(s3.OUTAGE_S)})"
                 for store, began in since.items()
+                if began < now  # a slow answer is no outage: it has to miss twice
             )
         )
 
