@@ -38,10 +38,8 @@ from .storage_server import ACCESS_KEY, SECRET_KEY, client, moto_server
 AT_WORK = {
     "embed": r"MapBatches\(decode\)|MapWorker\(MapBatches\(Embedder\)\)\.submit",
     "method": r"RayTrainWorker.*",  # it trains beside what it is asked by Ray
-    "assign": r"CallingActor\.call",
 }
-"""What Ray's workers call themselves while they work for a stage: of Ray Data, of Ray Train, and actors that take parts
-one after the other."""
+"""What Ray's workers call themselves while they work for a stage: of Ray Data, and of Ray Train."""
 KILLED_IN = tuple(AT_WORK)
 NUM_IMAGES, NUM_CLUSTERS = 240, 3
 SETTINGS: dict[str, Any] = {
@@ -130,10 +128,7 @@ class Run:
         head = self.hosts.head
         settings = json.dumps(SETTINGS | {"output": self.config.output})
         write = f"cat > run.yaml <<'END'\n{settings}\nEND\n"
-        # Parts are large, so without this assign would have work for a single host.
-        small_parts = "from icce_ray.assign import embeddings_to_label as parts; parts.MIN_ROWS_PER_PART = 20"
-        main = f"{small_parts}; from icce_ray.run import main; raise SystemExit(main())"
-        job = f"{sys.executable} -c '{main}' run.yaml --json"
+        job = f"{sys.executable} -m icce_ray.run run.yaml --json"
         environment = head.environment | {"RAY_ADDRESS": f"{head.address}:{self.hosts.port}"}
         command = self.hosts.command_on(head, ["sh", "-c", f"{write}exec {job}"])
         ended = threading.Event()
@@ -242,10 +237,8 @@ def is_at_work(what: str, stage: str) -> bool:
 
 
 def has_begun(step: PlannedStage) -> bool:
-    """Whether a stage has something to lose: where it writes in pieces, the first of them."""
-    if step.name in ("embed", "method"):
-        return any(name.endswith((".parquet", ".safetensors")) for name in step.folder.sizes())
-    return True
+    """Whether a stage has something to lose: the first of the pieces that it writes."""
+    return any(name.endswith((".parquet", ".safetensors")) for name in step.folder.sizes())
 
 
 if __name__ == "__main__":

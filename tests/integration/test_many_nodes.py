@@ -1,4 +1,4 @@
-"""The whole pipeline on several hosts that share nothing but a bucket, with a host lost in each of three stages,
+"""The whole pipeline on several hosts that share nothing but a bucket, with a host lost in each of two stages,
 against an undisturbed run on this machine; see many_nodes.py for what is run."""
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 def test_the_work_lands_on_all_hosts(disturbed: dict[str, Any]) -> None:
     on = {stage: {host for name, host in disturbed["worked"] if name == stage} for stage in AT_WORK}
-    assert all(len(on[stage]) >= 3 for stage in ("embed", "assign")), on
-    assert len(on["method"]) >= 2  # workers
+    assert len(on["embed"]) >= 3, on
+    assert len(on["method"]) >= 2, on  # workers
     assert "head" not in set.union(*on.values())
 
 
