@@ -29,7 +29,7 @@ from icce_ray.pipeline.plan import plan
 from icce_ray.store import Artifact, ArtifactWriter, Claim, Folder, claim
 from icce_ray.store.s3 import use_s3
 
-from .stages import killing, run_embed, wait_for
+from .stages import run_embed, wait_for
 from .storage_server import ACCESS_KEY, SECRET_KEY, Faults, client, faulty_proxy, moto_server
 
 PIXELS = {"backbone": "pixels", "image_size": 8}
@@ -130,22 +130,6 @@ def test_faults_of_the_storage_cost_time_and_only_the_bad_object(endpoint: str, 
     assert (retried.manifest.revision, retried.metrics["num_embedded"]) == (1, 1)
     assert retried.read_table("errors.parquet").num_rows == 0
     assert retried.identity != artifact.identity
-
-
-@pytest.mark.slow
-def test_killing_workers_on_object_storage_changes_nothing(endpoint: str, undisturbed: Artifact) -> None:
-    config = config_for(endpoint, "s3://results/killed")
-    folder = plan(config)[1].folder
-    killed_decoders: list[int] = []
-    killed_embedders: list[int] = []
-
-    def has_begun() -> bool:
-        return any(name.endswith(".parquet") for name in folder.sizes())
-
-    with killing("decode", has_begun, 1, killed_decoders), killing("Embedder", has_begun, 1, killed_embedders):
-        artifact = run_embed(config)
-    assert killed_decoders or killed_embedders
-    assert parts_of(artifact) == parts_of(undisturbed)
 
 
 JOB = [sys.executable, "-m", "icce_ray.cli"]
