@@ -66,7 +66,11 @@ def write(source: SelectedImages, task: ExportTask) -> Written:
                     problems.append(f"{row['uri']}: {name}")
                     continue
                 file.write(b",\n" if sample_ids else b"\n")
-                file.write(json.dumps(_sample(row, name, features_nD[number], now)).encode())
+                file.write(
+                    json.dumps(
+                        _sample(row, source.labels.get(row["cluster"], "noise"), name, features_nD[number], now)
+                    ).encode()
+                )
                 sample_ids.append(_object_id("sample", row["image_id"]))
                 points.append(points_n2[number])
             task.progress.update(len(sample_ids) + len(problems), num_wanted, num_errors=len(problems))
@@ -86,9 +90,9 @@ def write(source: SelectedImages, task: ExportTask) -> Written:
     return Written(len(sample_ids), len(problems), problems[0] if problems else "")
 
 
-def _sample(row: Row, file: str, features_D: npt.NDArray[Any], now: dict[str, str]) -> dict[str, Any]:
+def _sample(row: Row, cluster: str, file: str, features_D: npt.NDArray[Any], now: dict[str, str]) -> dict[str, Any]:
     others = {name: value for name, value in row.items() if name not in ("cluster", "uri")}
-    label = {"_cls": "Classification", "tags": [], "label": str(row["cluster"]) if row["cluster"] >= 0 else "noise"}
+    label = {"_cls": "Classification", "tags": [], "label": cluster}
     return {
         "_id": {"$oid": _object_id("sample", row["image_id"])},
         "filepath": file,

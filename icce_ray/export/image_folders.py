@@ -9,7 +9,15 @@ import os
 from collections.abc import Callable
 
 from icce_ray.export.export_run import ExportTask, Written
-from icce_ray.export.selected_images import Row, SelectedImages, extension, file_name, in_threads, is_local_file
+from icce_ray.export.selected_images import (
+    Row,
+    SelectedImages,
+    extension,
+    file_name,
+    in_threads,
+    is_local_file,
+    safe_name,
+)
 from icce_ray.export.streams import written_whole
 from icce_ray.images.read_images import read_image
 from icce_ray.store import Folder
@@ -23,7 +31,9 @@ def write(source: SelectedImages, task: ExportTask) -> Written:
     digits = len(str(source.num_clusters - 1))
 
     def folder_of(row: Row) -> str:
-        return "noise" if row["cluster"] < 0 else f"cluster-{row['cluster']:0{digits}d}"
+        cluster = row["cluster"]
+        name = safe_name(source.names.get(cluster, ""))
+        return "noise" if cluster < 0 else f"cluster-{cluster:0{digits}d}{name and f'-{name}'}"
 
     place = placer(task.output, folder_of, link=not task.copy)
     num_images, num_wanted, problems = 0, source.count(), list[str]()

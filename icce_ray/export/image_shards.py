@@ -95,7 +95,7 @@ def parquet_encoder(source: SelectedImages) -> Encode:
     for field in columns:
         kind = str(field.type)
         features[field.name] = {"dtype": VALUE_TYPES.get(kind, kind), "_type": "Value"}
-    features["cluster"] = {"names": [str(cluster) for cluster in range(source.num_clusters)], "_type": "ClassLabel"}
+    features["cluster"] = {"names": [*source.labels.values()], "_type": "ClassLabel"}
     metadata = {b"huggingface": json.dumps({"info": {"features": features}}).encode()}
     schema = pa.schema([pa.field("image", image), *columns], metadata=metadata)
 

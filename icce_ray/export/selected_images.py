@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from PIL import Image
 
 from icce_ray.assign.embeddings_to_label import EmbeddedImages
 from icce_ray.assign.part_labeler import ASSIGNMENTS_FOLDER
+from icce_ray.corrections.stage import applied_corrections
 from icce_ray.errors import InputError
 from icce_ray.images.containers import locate
 from icce_ray.images.file_kinds import IMAGE_ENDINGS
@@ -87,6 +89,16 @@ class SelectedImages:
         beyond = [cluster for cluster in selection.clusters or () if cluster >= self.num_clusters]
         if beyond:
             raise InputError(f"--clusters: there is no cluster {beyond[0]}; the last one is {self.num_clusters - 1}")
+        has_corrections = "corrections" in self.assign.manifest.inputs
+        applied = applied_corrections({"corrections": self.find("corrections")} if has_corrections else {})
+        self.names = {
+            row["cluster"]: row["name"] for row in (applied or {"clusters": []})["clusters"] if row.get("name")
+        }
+        """Names that a person gave to clusters on the page."""
+        plain = {cluster: self.names.get(cluster, str(cluster)) for cluster in range(self.num_clusters)}
+        times = Counter(plain.values())
+        self.labels = {cluster: f"{name} ({cluster})" if times[name] > 1 else name for cluster, name in plain.items()}
+        """Of each cluster its name, else its number; no two are the same."""
         self.schema: pa.Schema = next(self._parts()).schema
         """Columns of the assignments."""
 
@@ -149,6 +161,10 @@ def extension(uri: str, data: bytes = b"") -> str:
 
 def file_name(row: Row) -> str:
     """A name without ending that is allowed everywhere and that no other image has: the image's own with its id."""
-    stem = PurePosixPath(row["uri"]).stem
-    safe = "".join(letter if letter.isalnum() or letter in "_-" else "_" for letter in stem).strip("_-")
-    return f"{safe[:MAX_NAME_CHARACTERS] or 'image'}-{row['image_id']}"
+    return f"{safe_name(PurePosixPath(row['uri']).stem) or 'image'}-{row['image_id']}"
+
+
+def safe_name(text: str) -> str:
+    """Letters, digits, ``_`` and ``-`` of a text, for the name of a file or folder; may be empty."""
+    safe = "".join(letter if letter.isalnum() or letter in "_-" else "_" for letter in text).strip("_-")
+    return safe[:MAX_NAME_CHARACTERS]

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import os
+import shutil
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from icce_ray import cli
 from icce_ray.classifier.linear import MODEL_NAME, LinearClassifier
 from icce_ray.classifier.self_training import fit_classifier
 from icce_ray.config import ClassifierConfig
+from icce_ray.corrections.stage import APPLIED_NAME
 from icce_ray.embed.embedding_parts import part_table
 from icce_ray.errors import InputError
 from icce_ray.export.export_run import export_run
@@ -242,6 +244,27 @@ def test_what_cannot_be_exported_is_named(
 def test_names_are_safe_and_unique() -> None:
     names = [file_name({"uri": uri, "image_id": 5}) for uri in ("../..", "/a/.hidden.png", "x" * 300 + ".png", "a/CON")]
     assert names == ["image-5", "hidden-5", "x" * 60 + "-5", "CON-5"]
+
+
+def test_names_from_the_page_are_the_names_of_folders_and_classes(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "out")
+    writer = ArtifactWriter(Folder.at(tmp_path / "out" / "corrections" / "f"))
+    named = [{"cluster": 0, "name": "../Cats & dogs"}, {"cluster": 1, "name": "2"}, {"cluster": 2, "name": None}]
+    writer.write_bytes(APPLIED_NAME, json.dumps({"clusters": named}).encode())
+    writer.commit(stage="corrections", fingerprint="f", inputs={}, config={}, metrics={}, seconds=0)
+    for file, part in (("runs/one.json", "stages"), ("assign/f/manifest.json", "inputs")):
+        found = json.loads((tmp_path / "out" / file).read_text())
+        found[part]["corrections"] = "f"
+        (tmp_path / "out" / file).write_text(json.dumps(found))
+    for to in ("folders", "huggingface", "fiftyone"):
+        export_run(tmp_path / "out", to, tmp_path / to, quiet=True)
+    folders = {path.name for path in (tmp_path / "folders").iterdir() if path.is_dir()}
+    assert folders == {"cluster-0-Cats___dogs", "cluster-1-2", "cluster-2", "noise"}
+    metadata = pq.read_schema(tmp_path / "huggingface" / "data" / "train-000000.parquet").metadata
+    labels = ["../Cats & dogs", "2 (1)", "2 (2)"]
+    assert json.loads(metadata[b"huggingface"])["info"]["features"]["cluster"]["names"] == labels
+    samples = json.loads((tmp_path / "fiftyone" / "samples.json").read_text())["samples"]
+    assert [sample["cluster"]["label"] for sample in samples[:4]] == [*labels, labels[0]]
 
 
 def test_clusters_are_numbers_and_ranges() -> None:
