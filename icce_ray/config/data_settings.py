@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from icce_ray.config.section import AtLeastTwo, Fraction, Place, PositiveInt, Section
 
@@ -68,7 +68,7 @@ class BackboneConfig(Section):
     weights: Place | None = None
     """Path or URI of a .safetensors file, or of a .pth, .pt or .bin file that holds weights only. Not set: the model
     hub. `random`: random initialisation, to try out the plumbing; the clusters mean nothing."""
-    image_size: PositiveInt | None = None
+    image_size: Annotated[int, Field(ge=1, le=4096)] | None = None
     """Side of the square input in pixels. Not set: 224 (`pixels`: 32)."""
     grayscale: bool = False
     """With `pixels`: one channel (luma) instead of three."""

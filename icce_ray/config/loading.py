@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,6 +14,8 @@ from icce_ray.config.strict_yaml import load_yaml
 from icce_ray.config.unused_settings import unused_settings
 from icce_ray.errors import ConfigError
 
+MAX_SHOWN = 200
+"""Characters of a value in a message."""
 Model = TypeVar("Model", bound=BaseModel)
 
 
@@ -54,7 +57,8 @@ def validate(model: type[Model], data: dict[str, Any], source: str) -> Model:
     try:
         return model.model_validate(data)
     except ValidationError as error:
-        raise _refusal(source, [_describe(problem, model) for problem in error.errors()]) from None
+        problems = [_describe(problem, model) for problem in error.errors() if not _is_of_other_type(problem)]
+        raise _refusal(source, list(dict.fromkeys(problems))) from None
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -103,8 +107,17 @@ def _refusal(source: str, problems: list[str]) -> ConfigError:
     return ConfigError(f"{source}: " + (problems[0] if len(problems) == 1 else "\n  ".join(["", *problems])))
 
 
+def _is_of_other_type(problem: Any) -> bool:
+    """Whether this says only that a path is no list of paths, or the other way round."""
+    is_list = isinstance(problem.get("input"), (list, tuple))
+    return "[" in str(*problem["loc"][-1:]) and problem["type"] == ("string_type" if is_list else "tuple_type")
+
+
 def _describe(problem: Any, model: type[BaseModel]) -> str:
-    location = [str(part) for part in problem["loc"]]
+    # Without the names that pydantic gives to the types of a union, such as "tuple[str, ...]".
+    location = [
+        str(part) for part in problem["loc"] if not re.search(r"\[|_type$|^(str|int|float|constrained-.*)$", str(part))
+    ]
     key = ".".join(location)
     if problem["type"] == "extra_forbidden":
         known = _known_keys(location[:-1], model)
@@ -119,7 +132,9 @@ def _describe(problem: Any, model: type[BaseModel]) -> str:
         return message
     if isinstance(given, (dict, list)) or location[0] == "storage" or "@" in str(given):  # may be a secret
         return f"{key}: {message}"
-    return f"{key}: {given!r} is not usable: {message}"
+    shown = repr(given)
+    shown = shown if len(shown) <= MAX_SHOWN else f"{shown[:MAX_SHOWN]}..."
+    return f"{key}: {shown} is not usable: {message}"
 
 
 def _known_keys(sections: list[str], root: type[BaseModel]) -> list[str]:

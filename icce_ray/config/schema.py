@@ -171,10 +171,12 @@ class ClusteringConfig(Section):
             return data
         filled = dict(data)
         method, preset = data.get("method", "icce"), data.get("preset")
+        methods = method if isinstance(method, (list, tuple)) else [method]
+        if not all(isinstance(name, (str, int, float, type(None))) for name in (*methods, preset)):
+            raise ValueError("method and preset: give names, such as method: icce")
         if preset in METHODS:
             remedy = "leave preset out" if preset == "icce" else f"write method: {preset}"
             raise ValueError(f"preset: {preset!r} is a method, not a preset; {remedy}")
-        methods = method if isinstance(method, (list, tuple)) else [method]
         unknown = [name for name in methods if name not in METHODS]
         if unknown or not methods:
             problem = f"{unknown[0]!r} is unknown" if unknown else "the list is empty"

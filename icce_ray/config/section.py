@@ -18,8 +18,14 @@ MAX_PATH_CHARACTERS = 4096
 
 def _check_place(place: str) -> str:
     """Refuse paths and URIs that cannot be meant as they are written."""
+    if not place.strip():
+        raise ValueError("it is empty")
     if "\0" in place:
         raise ValueError("it holds a NUL character")
+    try:
+        place.encode()
+    except UnicodeEncodeError:
+        raise ValueError("it is not valid UTF-8; rename it, or lead to it by a link") from None
     if len(place) > MAX_PATH_CHARACTERS:
         raise ValueError(f"it is {len(place):,} characters long; at most {MAX_PATH_CHARACTERS:,} are possible")
     if place.startswith(("~", "$")):

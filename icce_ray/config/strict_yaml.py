@@ -14,6 +14,8 @@ import yaml
 MAX_NODES = 100_000
 """Limit of a document's size with all aliases expanded. A short file with nested aliases can stand for gigabytes."""
 MAX_DIGITS = 300
+MAX_CHARACTERS = 2**16
+"""A config has a few thousand. PyYAML takes seconds for this many."""
 
 _MISREAD = {
     r"(?i)(yes|on)": "is ambiguous; write true",
@@ -37,17 +39,26 @@ _Loader.yaml_implicit_resolvers = {
 def load_yaml(text: str) -> Any:
     """The value of a YAML document. Raises ValueError: it is not valid YAML, or holds a value that YAML 1.1 would
     misread. One line, with the place."""
+    if len(text) > MAX_CHARACTERS:
+        raise ValueError(f"not usable: {len(text):,} characters; at most {MAX_CHARACTERS:,} are read")
     try:
         loader = _Loader(text)
         node = loader.get_single_node()
         if node is None:
             return None
         _check(node)
-        return loader.construct_document(node)
+        return _construct(loader, node)
     except yaml.YAMLError as error:
         raise ValueError(f"not valid YAML: {' '.join(str(error).split())}") from None
     except RecursionError:
         raise ValueError("not usable: it is nested too deeply") from None
+
+
+def _construct(loader: _Loader, node: yaml.Node) -> Any:
+    try:
+        return loader.construct_document(node)
+    except (LookupError, AttributeError, TypeError) as error:  # such as `!!bool maybe`
+        raise ValueError(f"not valid YAML: a tag (!!) with a value that does not fit it: {error}") from None
 
 
 def _check(root: yaml.Node) -> None:
@@ -84,6 +95,10 @@ def _check(root: yaml.Node) -> None:
 
 def _check_scalar(node: yaml.ScalarNode) -> None:
     text = str(node.value)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"line {_line(node)}: {text!r} holds half of a character, which is no text") from None
     if node.style is not None:  # quoted
         return
     for pattern, problem in _MISREAD.items():

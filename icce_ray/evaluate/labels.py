@@ -5,7 +5,6 @@ Only the evaluate stage and the checks before a run may import this.
 
 from __future__ import annotations
 
-import difflib
 import unicodedata
 from collections import defaultdict
 from collections.abc import Sequence
@@ -25,6 +24,7 @@ from icce_ray.config import EvaluateConfig
 from icce_ray.errors import InputError
 from icce_ray.images.containers import Cell, Span, labels_beside, locate
 from icce_ray.images.listing import Listing
+from icce_ray.images.parquet_columns import check_expansion, find_field
 from icce_ray.store.filesystem import open_uri
 
 FOLDER = "folder"
@@ -104,6 +104,8 @@ def check_labels(evaluate: EvaluateConfig, uris: Sequence[str] | None = None) ->
     if evaluate.labels in (FOLDER, WEBDATASET):
         if uris is not None and evaluate.labels == FOLDER:
             _check_repeated(evaluate, _from_folders(uris))
+        elif uris is not None:
+            _from_shards(uris)
         return
     labels, names = _read(evaluate)
     if uris is None:
@@ -159,13 +161,17 @@ def _read(evaluate: EvaluateConfig) -> tuple[list[str], list[str] | None]:
         try:
             if ending == ".npy":
                 array = np.lib.format.read_array(file, allow_pickle=False)
+                array = np.char.decode(array, "utf-8") if array.dtype.kind == "S" else array
             elif ending == ".parquet":
-                table = pq.ParquetFile(file).read()
+                table = _read_columns(pq.ParquetFile(file), evaluate, uri)
             else:
                 # As text: type inference would turn 1, 01 and 001 into the same number.
                 text = {name: pa.string() for name in (evaluate.label_column, evaluate.uri_column) if name}
                 table = pc_csv.read_csv(file, convert_options=pc_csv.ConvertOptions(column_types=text))
-        except (pa.ArrowInvalid, OSError, ValueError, EOFError) as error:
+                _check_separator(table.column_names)
+        except InputError:
+            raise
+        except (pa.ArrowException, OSError, ValueError, EOFError) as error:
             raise InputError(f"evaluate.labels: {uri}: cannot be read: {' '.join(str(error).split())}") from None
     if ending == ".npy":
         if array.ndim != 1 or array.dtype.kind not in "iubUSf":
@@ -173,8 +179,7 @@ def _read(evaluate: EvaluateConfig) -> tuple[list[str], list[str] | None]:
                 f"evaluate.labels: {uri} holds {array.dtype} of shape {array.shape}; give one whole number or text per "
                 "image"
             )
-        values = np.char.decode(array, "utf-8") if array.dtype.kind == "S" else array
-        return _labels(values.tolist(), uri), None
+        return _labels(array.tolist(), uri), None
     labels = _labels(_column(table, "label_column", evaluate.label_column, uri).to_pylist(), uri)
     if evaluate.uri_column is None:
         return labels, None
@@ -185,16 +190,29 @@ def _read(evaluate: EvaluateConfig) -> tuple[list[str], list[str] | None]:
     return labels, names.to_pylist()
 
 
+def _read_columns(file: pq.ParquetFile, evaluate: EvaluateConfig, uri: str) -> pa.Table:
+    """The label and URI columns. Raises InputError: there is no such column; ArrowInvalid, ValueError: not UTF-8, or a
+    decompression bomb."""
+    columns = {"label_column": evaluate.label_column, "uri_column": evaluate.uri_column}
+    names = list(dict.fromkeys(name for name in columns.values() if name is not None))
+    for setting, name in columns.items():
+        if name is not None:
+            find_field(file.schema_arrow, name, uri, f"evaluate.{setting}")
+    for group in range(file.metadata.num_row_groups):
+        for name in names:
+            check_expansion(file.metadata.row_group(group), name)
+    table = file.read(columns=names)
+    table.validate(full=True)
+    return table
+
+
+def _check_separator(names: Sequence[str]) -> None:
+    if len(names) == 1 and (found := next((mark for mark in ";\t|" if mark in names[0]), None)):
+        raise ValueError(f"its columns are separated by {found!r}; separate them by commas")
+
+
 def _column(table: pa.Table, setting: str, name: str, uri: str) -> pa.ChunkedArray:
-    count = table.column_names.count(name)
-    if count > 1:
-        raise InputError(f"evaluate.{setting}: {uri} has {count} columns {name!r}; rename or remove all but one")
-    if not count:
-        close = difflib.get_close_matches(name, table.column_names, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise InputError(
-            f"evaluate.{setting}: {uri} has no column {name!r}; it has {', '.join(table.column_names)}{hint}"
-        )
+    find_field(table.schema, name, uri, f"evaluate.{setting}")
     column = table[name]
     if pa.types.is_dictionary(column.type):
         column = column.cast(column.type.value_type)
@@ -212,6 +230,8 @@ def _is_text(kind: pa.DataType) -> bool:
 
 def _labels(values: Sequence[Any], uri: str) -> list[str]:
     """The labels as text. Refuses missing ones and fractions."""
+    if not len(values):
+        raise InputError(f"evaluate.labels: {uri} holds no labels")
     labels = []
     for row, value in enumerate(values):
         if isinstance(value, float) and value.is_integer():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -15,7 +16,7 @@ import pyarrow.parquet as pq
 
 from icce_ray.config import EmbeddingsConfig
 from icce_ray.errors import InputError
-from icce_ray.images.parquet_columns import find_field, is_string
+from icce_ray.images.parquet_columns import check_expansion, find_field, is_string
 from icce_ray.store.filesystem import open_uri
 
 READ_BATCH_ROWS = 8192
@@ -140,13 +141,9 @@ class ParquetEmbeddings:
         self._schemas: list[pa.Schema] = []
         self._rows: list[int] = []
         for file in files:
-            try:
-                with file.filesystem.open_input_file(file.path) as opened:
-                    parquet = pq.ParquetFile(opened)
-                    self._schemas.append(parquet.schema_arrow)
-                    self._rows.append(parquet.metadata.num_rows)
-            except (pa.ArrowInvalid, OSError) as error:
-                raise InputError(f"embeddings.uri: {file.uri} cannot be read as Parquet: {error}") from None
+            with _opened_parquet(file) as parquet:
+                self._schemas.append(parquet.schema_arrow)
+                self._rows.append(parquet.metadata.num_rows)
         self.column = column or _only_list_column(self._schemas[0], files[0].uri)
         stored = {
             _value_dtype(schema, self.column, file.uri) for file, schema in zip(files, self._schemas, strict=True)
@@ -170,8 +167,9 @@ class ParquetEmbeddings:
                 continue
             uris = _row_uris(file.uri, first, last)
             if uri_column in schema.names and is_string(schema.field(uri_column).type):
-                with file.filesystem.open_input_file(file.path) as opened:
-                    own = pq.read_table(opened, columns=[uri_column])[uri_column].cast(pa.string())
+                with _opened_parquet(file, uri_column) as parquet:
+                    own = parquet.read(columns=[uri_column])[uri_column].cast(pa.string())
+                    own.validate(full=True)  # UTF-8
                 uris = pc.coalesce(own.slice(first, last - first).combine_chunks(), uris)
             chunks.append(uris)
         return pa.chunked_array(chunks, type=pa.string())
@@ -197,8 +195,7 @@ class ParquetEmbeddings:
             if skip >= rows:
                 skip -= rows
                 continue
-            with file.filesystem.open_input_file(file.path) as opened:
-                parquet = pq.ParquetFile(opened)
+            with _opened_parquet(file, self.column) as parquet:
                 first, groups = 0, list(range(parquet.num_row_groups))
                 while skip - first >= parquet.metadata.row_group(groups[0]).num_rows:
                     first += parquet.metadata.row_group(groups.pop(0)).num_rows
@@ -226,12 +223,27 @@ class ParquetEmbeddings:
 
     def _first_length(self) -> int:
         file = next(file for file, rows in zip(self.files, self._rows, strict=True) if rows)
-        with file.filesystem.open_input_file(file.path) as opened:
-            batch = next(pq.ParquetFile(opened).iter_batches(1, columns=[self.column]))
+        with _opened_parquet(file, self.column) as parquet:
+            batch = next(parquet.iter_batches(1, columns=[self.column]))
         length = pc.list_value_length(_storage_array(batch.column(0)))[0].as_py()
         if not length:
             raise InputError(f"embeddings.uri: {file.uri}, column {self.column!r}: the first row is empty")
         return int(length)
+
+
+@contextmanager
+def _opened_parquet(file: EmbeddingFile, column: str | None = None) -> Iterator[pq.ParquetFile]:
+    """A file to read `column` from. Raises InputError: the file is damaged, or unpacks to an absurd size."""
+    try:
+        with file.filesystem.open_input_file(file.path) as opened:
+            parquet = pq.ParquetFile(opened)
+            for group in range(parquet.metadata.num_row_groups if column is not None else 0):
+                check_expansion(parquet.metadata.row_group(group), str(column))
+            yield parquet
+    except InputError:
+        raise
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise InputError(f"embeddings.uri: {file.uri} cannot be read as Parquet: {error}") from None
 
 
 def _embedding_file(filesystem: pafs.FileSystem, info: pafs.FileInfo, uri: str) -> EmbeddingFile:
@@ -251,8 +263,8 @@ def _parquet_files(filesystem: pafs.FileSystem, path: str, uri: str) -> list[Emb
 
 def _only_list_column(schema: pa.Schema, uri: str) -> str:
     lists = [field.name for field in schema if _is_list(_storage_type(field.type))]
-    if len(lists) == 1:
-        return str(lists[0])
+    if len(set(lists)) == 1:
+        return str(find_field(schema, lists[0], uri, "embeddings.uri").name)
     if not lists:
         columns = ", ".join(f"{field.name} ({field.type})" for field in schema)
         raise InputError(f"embeddings.uri: {uri} has no list column; it has {columns}")

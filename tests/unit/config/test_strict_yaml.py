@@ -27,6 +27,10 @@ BOMB = "\n".join(
         ("a: [1,", "not valid YAML: while parsing a flow node"),
         ("? [1]\n: 2", "not valid YAML: .*unhashable key"),
         ("a: \x00", "not valid YAML: .*special characters are not allowed"),
+        ("a: !!bool maybe", "not valid YAML: a tag"),
+        ("a: !!timestamp soon", "not valid YAML: a tag"),
+        ('a: "\\ud800"', "line 1: .*half of a character"),
+        ("a: " + "x" * 70_000, "70,003 characters; at most 65,536 are read"),
         ("a: !!python/object/apply:os.system [ls]", "not valid YAML: could not determine a constructor"),
     ],
 )

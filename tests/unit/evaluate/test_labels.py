@@ -252,6 +252,10 @@ def test_many_images_of_one_name_are_matched_quickly(tmp_path: Path) -> None:
         ("y.npy", b"nonsense", "cannot be read"),
         ("y.parquet", b"nonsense", "cannot be read"),
         ("y.csv", b"", "cannot be read"),
+        ("y.csv", "label\na\nb".encode("utf-16"), "cannot be read"),
+        ("y.csv", b"label\ncaf\xe9\n", "cannot be read"),
+        ("y.csv", b"file;label\n1.png;x\n", "its columns are separated by ';'"),
+        ("y.csv", b"label\n", "holds no labels"),
     ],
 )
 def test_files_that_cannot_be_used_are_refused(tmp_path: Path, name: str, content: bytes | None, message: str) -> None:
@@ -259,6 +263,21 @@ def test_files_that_cannot_be_used_are_refused(tmp_path: Path, name: str, conten
         (tmp_path / name).write_bytes(content)
     with pytest.raises(InputError, match=message):
         check_labels(config(tmp_path / name))
+
+
+def test_text_that_is_not_utf_8_is_refused(tmp_path: Path) -> None:
+    np.save(tmp_path / "y.npy", np.array([b"a", b"\xff"]))
+    raw = pa.array([b"a", b"\xff"])
+    text = pa.Array.from_buffers(pa.string(), 2, raw.buffers())
+    pq.write_table(pa.table({"label": ["a", "b"], "file": text}), tmp_path / "y.parquet")
+    for name, uri_column in (("y.npy", None), ("y.parquet", "file")):
+        with pytest.raises(InputError, match="cannot be read"):
+            check_labels(config(tmp_path / name, uri_column=uri_column))
+
+
+def test_images_without_cls_files_are_refused_before_the_work() -> None:
+    with pytest.raises(InputError, match=r"'cls', but 4 of 4 images have no \.cls file"):
+        check_labels(config("cls"), URIS)
 
 
 def test_pickled_labels_are_refused(tmp_path: Path) -> None:

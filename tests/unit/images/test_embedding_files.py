@@ -96,6 +96,17 @@ def _parquet(path: Path, **columns: Any) -> Path:
     return path / "e.parquet"
 
 
+def _table(path: Path, table: pa.Table) -> Path:
+    pq.write_table(table, path / "e.parquet")
+    return path / "e.parquet"
+
+
+def _damaged(path: Path) -> Path:
+    data = path.read_bytes()
+    path.write_bytes(data[:4] + b"\xff" * 16 + data[20:])
+    return path
+
+
 def _bytes(path: Path, name: str) -> Path:
     (path / name).write_bytes(b"neither this nor that")
     return path / name
@@ -126,6 +137,13 @@ REFUSED: dict[str, tuple[Any, str | None, str]] = {
     "another length": (lambda path: _parquet(path, x=[[1.0, 2.0], [3.0]]), None, "row 1 holds a list of 1 values"),
     "a null row": (lambda path: _parquet(path, x=[[1.0, 2.0], None]), None, "row 1 holds null"),
     "a null value": (lambda path: _parquet(path, x=[[1.0, 2.0], [1.0, None]]), None, "nulls inside the lists"),
+    "two columns of a name": (
+        lambda path: _table(path, pa.table([[[1.0]], [[2.0]]], names=["x", "x"])),
+        None,
+        "has 2 columns 'x'",
+    ),
+    "lists of no values": (lambda path: _parquet(path, x=pa.array([[]], pa.list_(pa.float32(), 0))), None, "Parquet"),
+    "a damaged page": (lambda path: _damaged(_parquet(path, x=[[1.0]] * 9)), None, "cannot be read as Parquet"),
     "nan": (lambda path: _npy(path, np.array([[1.0], [np.nan]])), None, "row 1: NaN or infinite"),
     "infinity": (lambda path: _parquet(path, x=[[1.0]] * 9 + [[np.inf]] * 5), None, "row 9, 10, 11 and 2 more"),
     "too large": (lambda path: _npy(path, np.array([[1e300]])), None, "NaN or infinite as float32"),
@@ -137,6 +155,13 @@ def test_embeddings_that_cannot_work_are_refused_with_what_is_wrong(tmp_path: Pa
     make, column, message = REFUSED[case]
     with pytest.raises(InputError, match=message):
         list(open_file(make(tmp_path), column).blocks(100))
+
+
+def test_names_that_are_not_utf_8_are_refused(tmp_path: Path) -> None:
+    names = pa.Array.from_buffers(pa.string(), 2, pa.array([b"a", b"\xff"]).buffers())
+    file = open_file(_table(tmp_path, pa.table({"x": [[1.0], [2.0]], "uri": names})))
+    with pytest.raises(InputError, match="cannot be read as Parquet"):
+        file.uris("uri")
 
 
 def listed(tmp_path: Path, images: Path) -> list[str]:
