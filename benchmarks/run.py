@@ -31,6 +31,7 @@ CASES = {
     "defaults": "the trainer's settings varied one at a time around their defaults, and the ablation, on real features",
     "demo": "the demo: seconds by stage, and its accuracy against k-means, Ward and spectral clustering",
     "embed": "the embed stage against a plain PyTorch loop over the same files; on a GPU, a ViT-L against its peak",
+    "embed-driver": "memory of the driver for each work item of an embedding on Ray Data, over 100,000 of them",
     "embed-memory": "peak memory of the whole embedding job, driver and Ray included, at 2,000 and at 20,000 images",
     "embed-spot": "an embedding whose actors, index and driver are killed: the same bytes, and what is done twice",
     "estimate": "what `icce-ray estimate` says of every stage of the demo against what the run takes",

@@ -9,7 +9,7 @@ import re
 from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -23,6 +23,7 @@ from icce_ray.corrections.stage import APPLIED_NAME
 from icce_ray.embed.embedding_parts import ERRORS_NAME
 from icce_ray.embed.finished_parts import DUPLICATES_NAME
 from icce_ray.embed.part_hashes import names_beside
+from icce_ray.images.first_ids import FIRST_ID
 from icce_ray.images.forgotten import placeholder, uri_hash
 from icce_ray.images.listing import LISTING_PREFIX, REMOVED
 from icce_ray.store import Artifact, ArtifactWriter, Part
@@ -69,6 +70,7 @@ def _amend(artifact: Artifact, parts: dict[str, Part], metrics: dict[str, Any], 
 def forget_in(artifact: Artifact, found: Found) -> tuple[set[int], int]:
     """Remove the images from the parts that hold them. Returns the ids of other images with the same bytes, and the
     number of parts."""
+    found = replace(found, image_ids=found.image_ids + artifact.metrics.get(FIRST_ID, 0))
     names, parts, same = artifact.part_names(), dict[str, Part](), set[int]()
     series = defaultdict(list)
     for name in names:

@@ -63,7 +63,7 @@ def run(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, bool]]:
             run_stages(config, stages, artifacts, quiet=True)
         figures |= of_day("refresh", read, written, base, settings["base"])
         table = pd.read_parquet(folder / "out" / "latest" / "all_images")
-        figures["rows_of_all_images"] = len(table)
+        figures["rows_of_all_images"], figures["ids_of_all_images"] = len(table), table["image_id"].nunique()
     for name, value in figures.items():
         print(f"{name:24} {value:.4g}", flush=True)
     days = settings["day"] + settings["small_day"]
@@ -74,6 +74,7 @@ def run(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, bool]]:
         f"a day writes at most {MAX_WRITTEN:g} bytes for each new one": figures["day_written"] <= MAX_WRITTEN,
         f"a refresh writes at most {MAX_WRITTEN:g}": figures["refresh_written"] <= MAX_WRITTEN,
         "one table has all images": figures["rows_of_all_images"] == settings["base"] + days,
+        "each has an id of its own": figures["ids_of_all_images"] == figures["rows_of_all_images"],
     }
 
 

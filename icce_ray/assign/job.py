@@ -26,6 +26,7 @@ from icce_ray.assign.part_labeler import ASSIGNMENTS_FOLDER, CANDIDATES_FOLDER, 
 from icce_ray.assign.stage import ASSIGN
 from icce_ray.assign.totals import Totals
 from icce_ray.config import Config, ResourcesConfig
+from icce_ray.images.first_ids import FIRST_ID, first_id
 from icce_ray.runtime.workers import run_on_actors
 from icce_ray.stage import StageContext
 from icce_ray.store import Folder, Part, PartRecord, PartRecords
@@ -64,7 +65,8 @@ def run(config: Config, context: StageContext) -> dict[str, Any]:
 
     Returns:
         num_images, num_in_consensus, num_noise, num_outliers, num_exemplars, mean_consensus_probability,
-        num_clusters_used, cluster_sizes (images of each of the K); for new images new_cluster_sizes.
+        num_clusters_used, cluster_sizes (images of each of the K); for new images new_cluster_sizes and first_id, which
+        was added to the ids of the listing or the rows.
 
     Raises:
         InputError: ready-made embeddings that cannot be read.
@@ -77,8 +79,9 @@ def run(config: Config, context: StageContext) -> dict[str, Any]:
         source = EmbeddedImages(inputs["embed"], inputs["images"])
     else:
         source = EmbeddingFiles(config.embeddings, config.images.uri_column)
-    num_exemplars = config.assign.num_exemplars
-    labeler = PartLabeler(source, output.folder, inputs, num_exemplars=num_exemplars, seed=config.seed)
+    is_new, num_exemplars = "consensus" not in inputs, config.assign.num_exemplars
+    start = first_id(config.output, config.images, config.embeddings) if is_new else 0
+    labeler = PartLabeler(source, output.folder, inputs, num_exemplars=num_exemplars, seed=config.seed, first_id=start)
     records = PartRecords(output.folder, _digest(source, context, config))
     files, totals = _label_all(config.resources, context, labeler, records)
 
@@ -87,7 +90,8 @@ def run(config: Config, context: StageContext) -> dict[str, Any]:
     exemplars = choose_exemplars(_read_tables(output.folder, candidates), num_exemplars)
     output.write_table(EXEMPLARS_NAME, exemplars)
     metrics = totals.metrics() | {"num_exemplars": len(exemplars)}
-    if "consensus" not in inputs:
+    if is_new:
+        metrics[FIRST_ID] = start
         output.write_json(DRIFT_NAME, summarize_drift(totals, labeler.classifier))
         outliers = [file for file in files if file.name.startswith(OUTLIERS_FOLDER)]
         found = find_new_clusters(_read_tables(output.folder, outliers), labeler.classifier, config.seed)

@@ -33,7 +33,8 @@ from icce_ray.runtime.progress import format_seconds
 from icce_ray.stage import Settings, Stage
 from icce_ray.store import Artifact
 
-NEW_CLUSTERS_VERSION = 1
+VERSION = 2
+"""Of what is done with new images alone."""
 NEW_CLUSTERS_SHOWN = 5
 FREE_EMBED_SETTINGS = {"batch_size", "max_error_rate", "max_image_pixels"}
 """Settings of `embed` that don't change the features. All others are the model's."""
@@ -42,7 +43,7 @@ FREE_EMBED_SETTINGS = {"batch_size", "max_error_rate", "max_image_pixels"}
 def _assign_settings(config: Config) -> Settings:
     # The model already holds the outlier threshold.
     settings: Settings = {"assign": config.assign.model_dump(exclude={"outlier_quantile"}), "seed": config.seed}
-    settings["new_clusters"] = NEW_CLUSTERS_VERSION
+    settings["new_clusters"] = VERSION
     if config.embeddings.uri is None:
         return settings
     given = {"embeddings": config.embeddings.model_dump(), "uri_column": config.images.uri_column}

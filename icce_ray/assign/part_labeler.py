@@ -36,12 +36,21 @@ class PartLabeler:
         inputs: the artifact ``classifier``; for a run's own images also ``consensus``, and ``sample`` if only a sample
             was trained on.
         num_exemplars: wanted per cluster.
+        first_id: added to the ids of the source.
     """
 
     def __init__(
-        self, source: Source, folder: Folder, inputs: Mapping[str, Artifact], *, num_exemplars: int, seed: int
+        self,
+        source: Source,
+        folder: Folder,
+        inputs: Mapping[str, Artifact],
+        *,
+        num_exemplars: int,
+        seed: int,
+        first_id: int = 0,
     ) -> None:
         self.source = source
+        self.first_id = first_id
         self.folder = folder
         self._inputs = {
             name: inputs[name] for name in ("classifier", "consensus", "corrections", "sample") if name in inputs
@@ -62,7 +71,7 @@ class PartLabeler:
             consensus_n, agreement_n = self._consensus_of(image_ids, row)
             # Images that took part in the consensus keep its label.
             prediction = self.classifier.label(features_nD, consensus_n)
-            tables.append(assignments_table(image_ids, uris, prediction, agreement_n))
+            tables.append(assignments_table(image_ids + self.first_id, uris, prediction, agreement_n))
             candidates.append(
                 candidates_table(
                     tables[-1],

@@ -4,8 +4,8 @@
     all_images/model=1f2e.../embedding=7c6d.../code=0.1.0/source=<listing>/*.parquet
 
 The folders' names are columns (Hive partitions): the fingerprints of the model and of the embeddings, the version of
-the code, and where the images come from. Within a source, `image_id` is unique. Nothing is read or written again: on a
-local disk the last folder is a link; elsewhere the files are copied within the store.
+the code, and where the images come from. `image_id` is unique (:mod:`icce_ray.images.first_ids`). Nothing is read or
+written again: on a local disk the last folder is a link; elsewhere the files are copied within the store.
 """
 
 from __future__ import annotations

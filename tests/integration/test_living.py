@@ -243,6 +243,8 @@ def test_one_table_holds_the_images_of_the_run_and_of_the_day_with_their_lineage
     run, day = table[table["source"] == "run"], table[table["source"] != "run"]
     assert sorted(Path(uri).name for uri in run["uri"]) == names_of(finished)
     assert sorted(Path(uri).name for uri in day["uri"]) == sorted(path.name for path in (finished / "day").iterdir())
+    assert table["image_id"].is_unique
+    assert day["image_id"].min() > run["image_id"].max()
     # One model labelled both; each has embeddings and a listing of its own, which lie under these names.
     assert set(table["model"]) == {path.name for path in (copied / "out" / "classifier").iterdir()}
     assert set(table["embedding"]) == {path.name for path in (copied / "out" / "embed").iterdir()}

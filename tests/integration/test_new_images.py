@@ -27,6 +27,7 @@ from icce_ray.config import Config
 from icce_ray.embed import embed_images
 from icce_ray.errors import InputError
 from icce_ray.images import list_images
+from icce_ray.images.first_ids import IDS_PER_SOURCE
 from icce_ray.pipeline.plan import plan, run_name
 from icce_ray.runtime.progress import Progress
 from icce_ray.stage import StageContext
@@ -137,7 +138,7 @@ def test_new_images_get_their_clusters_once_each(
     assert table.schema == SCHEMA
     assert table["agreement"].null_count == 120
     assert table["uri"].to_pylist() == [str(path) for path in paths]
-    assert table["image_id"].to_pylist() == list(range(120))
+    assert table["image_id"].to_pylist() == [IDS_PER_SOURCE + number for number in range(120)]
     known = np.array(kinds) < NUM_KINDS
     assert (table["cluster"].to_numpy()[known] == np.array(kinds)[known]).all()
     assert table["is_outlier"].to_numpy()[~known].all()

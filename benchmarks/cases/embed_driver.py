@@ -1,0 +1,90 @@
+"""Memory of the driver of an embedding on Ray Data, over many work items that do nothing.
+
+Ray Data, the content index, the waves and the tally are the real ones; decoding, the backbone and the files are left
+out. Within a wave the driver's memory grows, because Ray Data keeps figures of each block. `slope` is what is left of
+that for each item from one wave to the next, once the second wave has run: the first ones fill caches.
+"""
+
+from __future__ import annotations
+
+import gc
+import tempfile
+import time
+from contextlib import closing
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pyarrow as pa
+
+from icce_ray.config import Config
+from icce_ray.embed import job
+from icce_ray.embed.embedding_parts import PartRange, plan_parts
+from icce_ray.embed.finished_parts import Tally
+from icce_ray.embed.work_items import OpenPart, OpenParts, WorkItems
+from icce_ray.runtime.ray_cluster import connect, disconnect
+from icce_ray.stage import StageContext
+from icce_ray.store import ArtifactWriter, Folder, Part, PartRecord
+
+SETTINGS: dict[str, Any] = {"num_items": 100_000, "items_per_wave": 10_000, "max_bytes_per_item": 200.0}
+ITEM, ITEMS_PER_PART = 512, 128
+
+
+def decode(batch: Any, task: Any, shards: list[Any]) -> Any:
+    return pa.table({"part": batch["part"]})
+
+
+class Embedder:
+    def __init__(self, **_: Any) -> None:
+        pass
+
+    def __call__(self, batch: Any) -> Any:
+        return job._to_row(record_of(PartRange.from_json(batch["part"][0].as_py())).model_dump_json())
+
+
+def join(task: Any, shards: list[Any], whole: OpenPart, items: list[PartRecord]) -> pa.Table:
+    return job._to_row(record_of(whole.part, joined=True).model_dump_json())
+
+
+def record_of(part: PartRange, **metrics: Any) -> PartRecord:
+    file = Part(name=part.file_name, num_bytes=1, sha256="0" * 64, rows=1, dtype="float16", shape=(1, 1))
+    figures = {"start": part.start, "num_images": part.num_images, "errors": [], "num_embedded": 1}
+    return PartRecord(name=part.name, files=(file,), metrics=figures | metrics)
+
+
+def run(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, bool]]:
+    num_items, per_wave = settings["num_items"], settings["items_per_wave"]
+    job.decode, job.Embedder, job._join = decode, Embedder, join  # type: ignore[assignment, misc]
+    job.ITEMS_PER_WAVE = per_wave
+    progress: Any = SimpleNamespace(update=lambda *_, **__: None, note=print, waits=lambda *_: None)
+    parts = plan_parts(num_items * ITEM, ITEM * ITEMS_PER_PART)
+    pending = OpenParts([OpenPart(part, WorkItems(part, ITEM)) for part in parts], {})
+    with tempfile.TemporaryDirectory() as place:
+        config = Config.model_validate({"images": {"uri": place}, "num_clusters": 2, "output": place})
+        plan = SimpleNamespace(preprocessing=SimpleNamespace(shape=(8, 8, 3)))
+        task: Any = SimpleNamespace(config=config, plan=plan, folders=[Folder.at(place)])
+        tally = Tally(StageContext(ArtifactWriter(Folder.at(place)), {}, progress), range(num_items * ITEM), 1.0)  # type: ignore[arg-type]
+        connect(config.resources)
+        held, began, num_finished = [_memory()], time.perf_counter(), 0
+        try:
+            with closing(job.embed_on_ray(task, pending, lambda *_: None, progress)) as finished:
+                for record in finished:
+                    tally.add(record)
+                    num_finished += not record.metrics.get("joined")
+                    if num_finished == len(held) * per_wave and not record.metrics.get("joined"):
+                        gc.collect()
+                        held.append(_memory())
+                        seconds = time.perf_counter() - began
+                        print(f"{num_finished:>9,} items {held[-1] / 1e6:8.1f} MB {seconds:6.0f} s", flush=True)
+        finally:
+            disconnect()
+    assert tally._num_done == num_items * ITEM
+    slope = (held[-1] - held[2]) / ((len(held) - 3) * per_wave)
+    print(f"{slope:.0f} bytes of the driver for each item after the second wave")
+    bound = settings["max_bytes_per_item"]
+    figures = {"driver_bytes": held, "slope": slope, "items_per_s": num_items / seconds}
+    return figures, {f"at most {bound:g} bytes for each item": slope <= bound}
+
+
+def _memory() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
