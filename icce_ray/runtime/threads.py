@@ -113,6 +113,16 @@ def in_threads(function: Callable[[T], R], items: Sequence[T], num_threads: int)
         return pool.map(function, items)
 
 
+def prefetched(items: Iterable[T]) -> Iterator[T]:
+    """The items, each computed in a thread while the one before it is used."""
+    iterator = iter(items)
+    with ThreadPoolExecutor(1, thread_name_prefix="batch", initializer=_use_one_thread) as thread:
+        upcoming = thread.submit(next, iterator, None)
+        while (item := upcoming.result()) is not None:
+            upcoming = thread.submit(next, iterator, None)
+            yield item
+
+
 def set_threads(num_threads: int) -> None:
     """Set the number of threads of FAISS in this process. It doesn't reliably follow Ray's OMP_NUM_THREADS."""
     import faiss

@@ -21,6 +21,7 @@ from icce_ray.runtime.progress import Progress
 from icce_ray.store import Folder
 
 WEIGHTS_NAME = "heads.safetensors"
+EARLY_STOP_EPOCHS = 3
 
 
 def fit(
@@ -129,7 +130,15 @@ def _from_all(communicator: Communicator, value: torch.Tensor, device: torch.dev
 
 
 def _is_finished(trainer: HeadTrainer) -> bool:
-    return trainer.epoch == trainer.settings.num_epochs or trainer.labels_are_stable
+    return trainer.epoch == trainer.settings.num_epochs or _labels_are_stable(trainer)
+
+
+def _labels_are_stable(trainer: HeadTrainer) -> bool:
+    """Whether the share of labels that changed was below `early_stop_change` in each of the last three epochs."""
+    limit, last = trainer.settings.early_stop_change, trainer.history[-EARLY_STOP_EPOCHS:]
+    if limit is None or len(last) < EARLY_STOP_EPOCHS:
+        return False
+    return all(epoch["label_change"] is not None and epoch["label_change"] < limit for epoch in last)
 
 
 def _clusterings(trainer: HeadTrainer, num_clusters: int) -> Clusterings:

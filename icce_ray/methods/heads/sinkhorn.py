@@ -30,12 +30,13 @@ def sinkhorn_targets(
     log_q = ((cosines_VHBK - 1.0) / temperature).flatten(0, 1)
     kernel = log_q.exp()
     row_scale = torch.ones_like(kernel[..., :1])
+    power = None if balance_H is None else balance_H.repeat(len(cosines_VHBK)).view(-1, 1, 1)
     for _ in range(num_iterations):
         column_scale = torch.bmm(kernel.transpose(1, 2), row_scale).reciprocal_()
         # Rows and columns could grow and shrink by a common factor with every iteration; this fixes it.
         column_scale /= column_scale.amax(dim=1, keepdim=True)
-        if balance_H is not None:
-            column_scale.pow_(balance_H.repeat(len(cosines_VHBK)).view(-1, 1, 1))
+        if power is not None:
+            column_scale.pow_(power)
         row_scale = torch.bmm(kernel, column_scale).reciprocal_()
     column_scale = column_scale.transpose(1, 2)
     q = kernel.mul_(row_scale).mul_(column_scale)

@@ -118,8 +118,7 @@ class HeadBlock:
             self.state.student, gradient, self.state.moments, values.num_updates, values.learning_rate,
             self.settings.weight_decay,
         )  # fmt: skip
-        for teacher, student in zip(self.state.teacher.tensors(), self.state.student.tensors(), strict=True):
-            teacher.lerp_(student, 1.0 - self.momentum)
+        torch._foreach_lerp_(self.state.teacher.tensors(), self.state.student.tensors(), 1.0 - self.momentum)
         return loss_H, labels_HB
 
 

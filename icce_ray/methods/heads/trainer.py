@@ -10,11 +10,10 @@ H heads of all workers, h of this one, B pairs of a step, K clusters.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable
 from functools import partial
 from itertools import chain
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -38,18 +37,15 @@ from icce_ray.methods.heads.schedule import ce_weight_at, learning_rate_at, teac
 from icce_ray.methods.heads.state import HeadState
 from icce_ray.methods.heads.step import Batch, HeadBlock, StepValues
 from icce_ray.methods.heads.teacher import pair_weights
-from icce_ray.methods.heads.training_memory import training_bytes
+from icce_ray.methods.heads.training_memory import require_training_memory
 from icce_ray.methods.heads.watch import EpochWatch, mean_pairwise_nmi
 from icce_ray.metrics.size_agreement import MIN_SIZE_AGREEMENT, size_agreement
 from icce_ray.neighbors.graph import NeighborGraph
-from icce_ray.runtime.machine import available_memory_bytes, matmul_dtype, require_memory
-from icce_ray.runtime.threads import ThreadPool
+from icce_ray.runtime.machine import matmul_dtype
+from icce_ray.runtime.threads import ThreadPool, prefetched
 
-EARLY_STOP_EPOCHS = 3
 NMI_PER_RUN = 20
 LAST_LAYER = "prototypes_HKP"
-
-T = TypeVar("T")
 
 
 class HeadTrainer:
@@ -79,18 +75,10 @@ class HeadTrainer:
         on_gpu = device.type == "cuda"
         self.division = HeadDivision.of(settings.num_heads, communicator.num_workers, on_gpu=on_gpu)
         self.heads = self.division.heads(communicator.rank)
-        needed = training_bytes(
+        require_training_memory(
             settings, num_images=num_images, dim=dim, num_clusters=num_clusters, batch_size=self.batch_size,
             device=device, num_threads=num_threads, num_workers=communicator.num_workers,
         )  # fmt: skip
-        require_memory(
-            needed,
-            available_memory_bytes(device),
-            f"heads: {settings.num_heads} heads with {num_clusters:,} clusters, {dim} dimensions and "
-            f"{self.batch_size:,} pairs a step",
-            "Use more workers, lower heads.num_heads, heads.batch_size or num_clusters, or use larger machines",
-            " on each worker",
-        )
         self.pool = ThreadPool(0 if on_gpu else num_threads)
         self.dtype = matmul_dtype(settings.precision, device)
         self.norm = FeatureNorm(features_ND, settings.input_norm, settings.rotate, seed, device, self.pool)
@@ -106,22 +94,6 @@ class HeadTrainer:
     @property
     def steps_per_epoch(self) -> int:
         return num_steps_per_epoch(self.num_anchors, self.batch_size)
-
-    @property
-    def labels_are_stable(self) -> bool:
-        """Whether the share of labels that changed was below `early_stop_change` in each of the last three epochs."""
-        limit, last = self.settings.early_stop_change, self.history[-EARLY_STOP_EPOCHS:]
-        if limit is None or len(last) < EARLY_STOP_EPOCHS:
-            return False
-        return all(epoch["label_change"] is not None and epoch["label_change"] < limit for epoch in last)
-
-    @property
-    def sizes_are_unclear(self) -> bool:
-        """Whether the heads disagreed about the sizes of the clusters when they were compared."""
-        compared = comparison_epoch(self.settings.num_epochs)
-        if not self.settings.finds_balance or self.epoch < compared:
-            return False
-        return bool(self.history[compared - 1]["size_agreement"] < MIN_SIZE_AGREEMENT)
 
     def train_epoch(self) -> None:
         """One pass over all images that have neighbours. Raises FloatingPointError: a loss is not finite; names heads,
@@ -250,7 +222,8 @@ class HeadTrainer:
         """Move the balance of each head, and give prototypes to those that have too many empty clusters."""
         too_many_h = has_too_many_empty(self.watch.sizes_HK)
         too_low_h = too_many_h
-        if self.sizes_are_unclear:
+        compared = comparison_epoch(self.settings.num_epochs)
+        if self.epoch >= compared and self.history[compared - 1]["size_agreement"] < MIN_SIZE_AGREEMENT:
             too_low_h = too_many_h | (self.watch.sizes_HK == 0).any(dim=1) | (self.state.balance_H > 0)
         move_balance(self.state.balance_H, too_low_h, self.epoch, self.settings.num_epochs)
         needs_new = too_many_h.tolist()
@@ -295,30 +268,25 @@ class HeadTrainer:
                 "label_change": None
                 if self.epoch == 1
                 else float(changed_H.sum() / (len(losses_H) * self.watch.previous_Hw.shape[1])),
-                "head_nmi": self._head_nmi(),
-                "size_agreement": self._size_agreement(),
+                **self._compare_heads(),
                 "seconds": round(seconds, 3),
                 "pairs_per_s": round(self.num_anchors / seconds, 1),
             }
         )
 
-    def _head_nmi(self) -> float | None:
-        """How similar the heads' labels are; None in most epochs, because it takes the labels of all workers."""
-        if self.epoch % max(1, self.settings.num_epochs // NMI_PER_RUN):
-            return None
-        return mean_pairwise_nmi(self._watched_labels())
-
-    def _size_agreement(self) -> float | None:
-        """How far the heads agree about the sizes of clusters; None but for the epoch in which that is compared."""
-        if not self.settings.finds_balance or self.epoch != comparison_epoch(self.settings.num_epochs):
-            return None
-        return size_agreement(self._watched_labels())
-
-    def _watched_labels(self) -> npt.NDArray[np.int32]:
-        labels_Hw: npt.NDArray[np.int32] = (
-            self.communicator.gather(self.watch.previous_Hw, self.division.num_heads).cpu().numpy()
-        )
-        return labels_Hw
+    def _compare_heads(self) -> dict[str, float | None]:
+        """How similar the heads' labels are, and how far they agree about the sizes of clusters. Both are None in most
+        epochs, because they take the labels of all workers."""
+        settings = self.settings
+        finds_nmi = self.epoch % max(1, settings.num_epochs // NMI_PER_RUN) == 0
+        finds_sizes = settings.finds_balance and self.epoch == comparison_epoch(settings.num_epochs)
+        if not (finds_nmi or finds_sizes):
+            return {"head_nmi": None, "size_agreement": None}
+        labels_Hw = self.communicator.gather(self.watch.previous_Hw, self.division.num_heads).cpu().numpy()
+        return {
+            "head_nmi": mean_pairwise_nmi(labels_Hw) if finds_nmi else None,
+            "size_agreement": size_agreement(labels_Hw) if finds_sizes else None,
+        }
 
     def _describe_fault(self, bad_step_H: npt.NDArray[np.float64], last: StepValues) -> str:
         # All heads share the weight of a pair, so one bad head spoils all others in the next step.
@@ -330,13 +298,3 @@ class HeadTrainer:
             f"(learning rate {last.learning_rate:.3g}, cross-entropy weight {last.ce_weight:.3g}, {before}); lower "
             "heads.learning_rate or set heads.precision=float32"
         )
-
-
-def prefetched(items: Iterable[T]) -> Iterator[T]:
-    """The items, each computed in a thread while the one before it is used."""
-    iterator = iter(items)
-    with ThreadPoolExecutor(1, thread_name_prefix="batch", initializer=torch.set_num_threads, initargs=(1,)) as thread:
-        upcoming = thread.submit(next, iterator, None)
-        while (item := upcoming.result()) is not None:
-            upcoming = thread.submit(next, iterator, None)
-            yield item

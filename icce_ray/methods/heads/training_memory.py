@@ -10,7 +10,7 @@ import torch
 
 from icce_ray.config import HeadsConfig
 from icce_ray.methods.heads.division import HeadDivision
-from icce_ray.runtime.machine import available_memory_bytes
+from icce_ray.runtime.machine import available_memory_bytes, require_memory
 
 MAX_HELD_BYTES = 2 * 1024**3
 MAX_HELD_SHARE = 0.5
@@ -45,6 +45,18 @@ def training_bytes(
     features = 4 * num_images * dim
     held = features if features <= max_held_bytes(device) else 0
     return state + targets + work + 24 * n * dim + 8 * h * num_images + held
+
+
+def require_training_memory(settings: HeadsConfig, *, device: torch.device, dim: int, **sizes: int) -> None:
+    """Raises ResourceError: the machine lacks what :func:`training_bytes` says."""
+    require_memory(
+        training_bytes(settings, device=device, dim=dim, **sizes),
+        available_memory_bytes(device),
+        f"heads: {settings.num_heads} heads with {sizes['num_clusters']:,} clusters, {dim} dimensions and "
+        f"{sizes['batch_size']:,} pairs a step",
+        "Use more workers, lower heads.num_heads, heads.batch_size or num_clusters, or use larger machines",
+        " on each worker",
+    )
 
 
 def max_held_bytes(device: torch.device) -> float:

@@ -6,7 +6,7 @@ import faiss
 import pytest
 import torch
 
-from icce_ray.runtime.threads import MAX_BYTES, ThreadPool, in_threads, set_threads, threads_within
+from icce_ray.runtime.threads import MAX_BYTES, ThreadPool, in_threads, prefetched, set_threads, threads_within
 
 
 @pytest.mark.parametrize("num_threads", [0, 1, 3])
@@ -67,3 +67,21 @@ def test_the_number_of_threads_is_bounded_by_memory() -> None:
         assert threads_within(2 * MAX_BYTES) == 1
     finally:
         set_threads(before)
+
+
+def test_the_next_batch_is_made_while_one_is_used_and_errors_come_through() -> None:
+    made: list[int] = []
+
+    def numbers():
+        for number in range(3):
+            made.append(number)
+            yield number
+        raise KeyError("the end")
+
+    items = prefetched(numbers())
+    assert next(items) == 0
+    assert next(items) == 1
+    assert 1 in made
+    assert next(items) == 2
+    with pytest.raises(KeyError, match="the end"):
+        next(items)

@@ -8,7 +8,6 @@ from icce_ray.config import method_settings
 from icce_ray.methods import METHODS
 from icce_ray.methods.heads.pair_batches import epoch_batches
 from icce_ray.methods.heads.schedule import teacher_momentum
-from icce_ray.methods.heads.trainer import prefetched
 
 from .reference import ReferenceTrainer
 from .workers import make_trainer, small_settings
@@ -76,21 +75,3 @@ def test_the_automatic_momentum_remembers_a_share_of_short_runs_and_is_the_paper
     assert teacher_momentum(small_settings(teacher_momentum="auto", num_epochs=100), 10) == pytest.approx(1 - 1 / 50)
     assert teacher_momentum(small_settings(teacher_momentum="auto", num_epochs=400), 1250) == pytest.approx(0.996)
     assert teacher_momentum(small_settings(teacher_momentum=0.9), 10) == 0.9
-
-
-def test_the_next_batch_is_made_while_one_is_used_and_errors_come_through() -> None:
-    made: list[int] = []
-
-    def numbers():
-        for number in range(3):
-            made.append(number)
-            yield number
-        raise KeyError("the end")
-
-    items = prefetched(numbers())
-    assert next(items) == 0
-    assert next(items) == 1
-    assert 1 in made
-    assert next(items) == 2
-    with pytest.raises(KeyError, match="the end"):
-        next(items)

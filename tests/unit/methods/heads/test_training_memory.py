@@ -10,8 +10,9 @@ import torch
 
 from icce_ray.config import HeadsConfig
 from icce_ray.errors import ResourceError
-from icce_ray.methods.heads import trainer
+from icce_ray.methods.heads import training_memory
 from icce_ray.methods.heads.communicator import SingleWorker
+from icce_ray.methods.heads.trainer import HeadTrainer
 from icce_ray.methods.heads.training_memory import training_bytes
 from icce_ray.neighbors.graph import NeighborGraph
 
@@ -49,11 +50,11 @@ def test_features_that_are_not_held_cost_nothing() -> None:
 
 
 def test_what_does_not_fit_is_refused_with_the_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trainer, "available_memory_bytes", lambda device: 8_000_000_000)
+    monkeypatch.setattr(training_memory, "available_memory_bytes", lambda device: 8_000_000_000)
     features, graph = np.zeros((5000, 256), np.float32), NeighborGraph(np.arange(5001), np.zeros(5000, np.int32))
     message = r"200 heads with 50,000 clusters.* about (\d+)\.\d GB on each worker; 8.0 GB are free. Use more workers"
     with pytest.raises(ResourceError, match=message) as caught:
-        trainer.HeadTrainer(
+        HeadTrainer(
             features, graph, HeadsConfig(num_heads=200, batch_size=512), num_clusters=50_000, seed=0,
             communicator=SingleWorker(), device=CPU, num_threads=2,
         )  # fmt: skip
