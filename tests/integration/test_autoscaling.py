@@ -91,8 +91,7 @@ def run_job(hosts: Hosts, folder: Path, resources: dict[str, Any]) -> subprocess
         "embeddings": {"uri": str(folder / "features.npy")},
         "num_clusters": 3,
         "output": str(folder / "out"),
-        "neighbors": {"min_neighbors": 10, "max_neighbors": 60},
-        "heads": {"num_heads": 2, "num_epochs": 3, "batch_size": 32, "warmup_epochs": 1},
+        "method": "kmeans",
         "classifier": {"num_iterations": 50},
         "resources": {"ray_address": f"127.0.0.1:{hosts.port}", **resources},
     }
@@ -124,8 +123,7 @@ def test_a_stage_waits_until_its_machine_is_there(growing: Hosts) -> None:
 def test_a_run_finishes_on_machines_that_were_not_there(growing: Hosts, tmp_path: Path) -> None:
     before = num_machines(growing)
     resources = {
-        "neighbors": {"num_workers": 2, "cpus_per_worker": 2},
-        "method": {"num_workers": 1, "cpus_per_worker": 2},
+        "method": {"num_workers": 2, "cpus_per_worker": 2},
         "classifier": {"num_workers": 1, "cpus_per_worker": 1},
         "assign": {"num_workers": 1, "cpus_per_worker": 1},
     }
@@ -137,9 +135,9 @@ def test_a_run_finishes_on_machines_that_were_not_there(growing: Hosts, tmp_path
 
 def test_what_no_machines_can_hold_is_refused_before_anything_starts(growing: Hosts, tmp_path: Path) -> None:
     began = time.monotonic()
-    done = run_job(growing, tmp_path, {"neighbors": {"num_workers": 3, "cpus_per_worker": 3}})
+    done = run_job(growing, tmp_path, {"method": {"num_workers": 3, "cpus_per_worker": 3}})
     assert done.returncode == 2, done.stderr
-    assert "resources.neighbors: 3 x 3 CPUs asked for, but Ray has" in done.stderr.splitlines()[-1]
+    assert "resources.method: 3 x 3 CPUs asked for, but Ray has" in done.stderr.splitlines()[-1]
     assert "Its autoscaler has no machines for that" in done.stderr.splitlines()[-1]
     assert time.monotonic() - began < 60
     assert not list(tmp_path.glob("out/images/*/manifest.json"))
