@@ -166,7 +166,6 @@ def _files(
 
 
 def embed_contents(
-    part: PartRange,
     decoded: DecodedPart,
     hashes: list[str],
     backbone: Embeds,
@@ -176,8 +175,8 @@ def embed_contents(
 ) -> dict[str, Outcome]:
     """Embed contents of a decoded part: a finite (D,) float16 by hash, or why there is none.
 
-    All batches of a part have the same shape, filled up with repeats, so an image's embedding does not depend on which
-    others are embedded beside it. `on_batch` is told after each how many images were embedded so far.
+    All batches have the same shape, filled up with repeats, so an image's embedding does not depend on which others are
+    embedded beside it, nor on how many there are. `on_batch` is told after each how many images were embedded so far.
     """
     attempt = attempt or UnrecordedAttempt()
     wanted = set(hashes)
@@ -188,10 +187,9 @@ def embed_contents(
             wanted.remove(content)
             row_of[image_id], hash_of[image_id] = row, content
     outcomes: dict[str, Outcome] = {hash_of[image_id]: KILLER for image_id in attempt.blamed() & hash_of.keys()}
-    batch_rows = min(batch_size, part.num_images)
-    for ids in attempt.steps(list(row_of), batch_rows):
+    for ids in attempt.steps(list(row_of), batch_size):
         rows = [row_of[image_id] for image_id in ids]
-        padded = rows + rows[-1:] * (batch_rows - len(rows))
+        padded = rows + rows[-1:] * (batch_size - len(rows))
         embeddings = backbone.embed(decoded.pixels[padded])[: len(rows)]
         for image_id, embedding in zip(ids, embeddings, strict=True):
             outcomes[hash_of[image_id]] = _checked(embedding)

@@ -26,7 +26,7 @@ from icce_ray.embed.backbone_plan import EmbeddingPlan, embed_settings, model_ke
 from icce_ray.embed.build_backbone import build_backbone
 from icce_ray.embed.content_index import CLAIMED, ContentIndex, Index, keys_of, siblings
 from icce_ray.embed.decode_and_embed import DecodedPart, Outcome, assemble_part, decode_part, embed_contents
-from icce_ray.embed.embedding_parts import PartRange, source_digest, write_part
+from icce_ray.embed.embedding_parts import PartRange, images_per_item, source_digest, write_part
 from icce_ray.embed.gather_embeddings import VectorReader, gather, known_hashes
 from icce_ray.embed.networks import Backbone, Features
 from icce_ray.embed.reuse_parts import ReusableParts
@@ -83,6 +83,12 @@ class EmbedTask:
             if images is not None:
                 found.append(ReusableParts(artifact, Listing(images)))
         return found
+
+    @property
+    def images_per_item(self) -> int:
+        """Images of each work item but the last, whose batches have the same shape."""
+        num_images = num_listed(self.images)
+        return min(num_images, images_per_item(num_images, self.plan.preprocessing))
 
     def attempt(self, part: PartRange, step: str) -> Attempt:
         what = f"embed: images {part.start} to {part.stop - 1}"
@@ -157,6 +163,7 @@ class PartEmbedder:
             )
         )
         self._turns = Turns(ITEMS_AT_ONCE)
+        self._images_per_item = task.images_per_item
 
     def embed(self, part: PartRange, decoded: DecodedPart, attempt: Attempt | None = None) -> PartRecord:
         """Embed and write a part. A careful attempt works alone: if the process dies then, it was at that part."""
@@ -174,8 +181,8 @@ class PartEmbedder:
             if not skipped.isdisjoint(hashes):  # on storage when decoding was skipped, but no longer
                 decoded = self._decode(part)
             on_batch = partial(self._on_batch, part)
-            batch_size = self.backbone.backbone.batch_size
-            return embed_contents(part, decoded, hashes, self.backbone, batch_size, attempt, on_batch)
+            batch_size = min(self.backbone.backbone.batch_size, self._images_per_item)
+            return embed_contents(decoded, hashes, self.backbone, batch_size, attempt, on_batch)
 
         contents = list(dict.fromkeys(decoded.hashes))
         outcomes, embedded = gather(part.file_name, contents, self._index, self._reader, embed)

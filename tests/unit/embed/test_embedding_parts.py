@@ -75,11 +75,9 @@ def listed(uris: list[str], start: int = 0) -> list[ListedImage]:
     return [ListedImage(start + number, uri, None, None) for number, uri in enumerate(uris)]
 
 
-def embed_part(
-    part: PartRange, decoded: DecodedPart, backbone: MeanBackbone, batch_size: int
-) -> tuple[pa.Table, list[tuple[int, str]]]:
+def embed_part(decoded: DecodedPart, backbone: MeanBackbone, batch_size: int) -> tuple[pa.Table, list[tuple[int, str]]]:
     """The table and the errors of a part, with nothing known before."""
-    outcomes = embed_contents(part, decoded, sorted(set(decoded.hashes)), backbone, batch_size)
+    outcomes = embed_contents(decoded, sorted(set(decoded.hashes)), backbone, batch_size)
     return assemble_part(decoded, outcomes, backbone.dims)
 
 
@@ -150,7 +148,7 @@ def test_a_part_holds_its_good_images_and_says_why_the_others_failed(tmp_path: P
     part = PartRange(1, 5, 10)
     decoded = decode_part(part, listed(uris[5:], 5), PREPROCESSING, max_pixels=100)
     backbone = MeanBackbone()
-    finished = write_part(records_at(tmp_path / "out"), part, *embed_part(part, decoded, backbone, batch_size=2))
+    finished = write_part(records_at(tmp_path / "out"), part, *embed_part(decoded, backbone, batch_size=2))
     assert backbone.batches == [2, 2]  # filled up: all have one shape
     (file,) = finished.files
     assert (file.name, file.rows, file.shape, file.dtype) == ("part-00001.parquet", 3, (3, 1), "float16")
@@ -181,10 +179,9 @@ def test_features_that_are_no_float16_numbers_are_errors_not_infinities() -> Non
     pixels = np.full((3, 4, 4, 3), 200, np.uint8)
     pixels[1] = 1
     decoded = DecodedPart(np.arange(3), np.arange(3, dtype=np.int32), pixels, ["a", "b", "c"], [])
-    part = PartRange(0, 0, 3)
     for factor, reason in ((1000.0, "feature overflow"), (np.nan, "feature not a number")):
         backbone = MeanBackbone(factor)
-        table, errors = embed_part(part, decoded, backbone, 8)
+        table, errors = embed_part(decoded, backbone, 8)
         good = [1] if np.isfinite(factor) else []
         assert table["image_id"].to_pylist() == good
         assert table["content_hash"].to_pylist() == ["b"] * len(good)
@@ -198,7 +195,7 @@ def test_each_feature_set_has_its_column_and_an_image_that_fails_in_one_is_in_no
     part = PartRange(0, 0, 12)
     decoded = decode_part(part, listed(uris), SeveralViews((PREPROCESSING, Preprocessing(2, 2))), max_pixels=100)
     assert decoded.pixels.shape == (11, 4 * 4 * 3 + 2 * 2 * 3)
-    table, errors = embed_part(part, decoded, backbone, 4)
+    table, errors = embed_part(decoded, backbone, 4)
     write_part(records_at(tmp_path / "out"), part, table, errors)
     stored = pq.read_table(tmp_path / "out" / part.file_name)
     assert stored.schema.names == ["image_id", "embedding", "embedding_1", "embedding_2", "content_hash"]
@@ -226,7 +223,7 @@ def test_one_feature_set_is_written_the_same_whether_its_width_is_named_or_not()
 def test_a_part_without_a_good_image_still_has_its_width(tmp_path: Path) -> None:
     part = PartRange(0, 0, 2)
     decoded = decode_part(part, listed(write_images(tmp_path / "images", 2, bad=(0, 1))), PREPROCESSING, max_pixels=100)
-    table, errors = embed_part(part, decoded, MeanBackbone(), 8)
+    table, errors = embed_part(decoded, MeanBackbone(), 8)
     assert write_part(records_at(tmp_path / "out"), part, table).files[0].shape == (0, 1)
     assert errors == [(0, "not an image"), (1, "not an image")]
 
@@ -237,7 +234,7 @@ def test_a_part_has_the_same_bytes_every_time_and_is_found_again(tmp_path: Path)
     finished = []
     for name in ("a", "b"):
         decoded = decode_part(part, listed(uris), PREPROCESSING, max_pixels=100)
-        finished.append(write_part(records_at(tmp_path / name), part, *embed_part(part, decoded, MeanBackbone(), 4)))
+        finished.append(write_part(records_at(tmp_path / name), part, *embed_part(decoded, MeanBackbone(), 4)))
     assert finished[0] == finished[1]
     assert (tmp_path / "a" / part.file_name).read_bytes() == (tmp_path / "b" / part.file_name).read_bytes()
     found = records_at(tmp_path / "a").read(part.name)
@@ -337,11 +334,11 @@ def test_a_content_is_decoded_and_embedded_once_in_a_part(tmp_path: Path) -> Non
     backbone = MeanBackbone()
     told: list[int] = []
     new = sorted({*decoded.hashes} - {known})
-    outcomes = embed_contents(part, decoded, new, backbone, batch_size=8, on_batch=told.append)
+    outcomes = embed_contents(decoded, new, backbone, batch_size=8, on_batch=told.append)
     assert told == [3]
     table, _ = assemble_part(decoded, outcomes | {known: np.array([77], np.float16)}, (1,))
     assert table["embedding"].to_pylist() == [[0], [1], [77], [1], [4], [0]]
-    assert backbone.batches == [6]
+    assert backbone.batches == [8]
 
 
 def test_an_embedding_does_not_depend_on_what_else_is_embedded_beside_it(tmp_path: Path) -> None:
@@ -352,11 +349,10 @@ def test_an_embedding_does_not_depend_on_what_else_is_embedded_beside_it(tmp_pat
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 256, (20, 64, 64, 3), dtype=np.uint8)
     hashes = [f"{number:064x}" for number in range(20)]
-    part = PartRange(0, 0, 20)
     decoded = DecodedPart(np.arange(20), np.arange(20, dtype=np.int32), pixels, hashes, [])
-    together = embed_contents(part, decoded, hashes, backbone, batch_size=8)
+    together = embed_contents(decoded, hashes, backbone, batch_size=8)
     for chosen in ([3], [0, 19], list(range(1, 20, 2))):
-        alone = embed_contents(part, decoded, [hashes[number] for number in chosen], backbone, batch_size=8)
+        alone = embed_contents(decoded, [hashes[number] for number in chosen], backbone, batch_size=8)
         for number in chosen:
             assert np.array_equal(alone[hashes[number]], together[hashes[number]])
 

@@ -12,7 +12,6 @@ from icce_ray.config import Config
 from icce_ray.embed.backbone_plan import check_backbones, plan_embedding
 from icce_ray.embed.build_backbone import build_backbone
 from icce_ray.embed.decode_and_embed import DecodedPart, embed_contents
-from icce_ray.embed.embedding_parts import PartRange
 from icce_ray.embed.networks import MAX_BATCH_SIZE, TimmBackbone, common_preprocessing, find_batch_size
 from icce_ray.errors import ConfigError
 from icce_ray.images.decoding import Preprocessing, SeveralViews
@@ -73,7 +72,7 @@ def outcomes_of(backbone: TimmBackbone) -> list[Any]:
     """The outcomes of six random images."""
     hashes = list("abcdef")
     decoded = DecodedPart(np.arange(6), np.arange(6, dtype=np.int32), random_images(), hashes, [])
-    outcomes = embed_contents(PartRange(0, 0, 6), decoded, hashes, backbone, 4)
+    outcomes = embed_contents(decoded, hashes, backbone, 4)
     return [outcomes[content] for content in hashes]
 
 

@@ -34,6 +34,7 @@ class Watched(PixelsBackbone):
         super().__init__(48)
         self.inside = self.most_inside = 0
         self.threads: set[str] = set()
+        self.sizes: set[int] = set()
         self.num_loaded_meanwhile = 0
 
     def load(self, images_BHWC: Any) -> Any:
@@ -43,6 +44,7 @@ class Watched(PixelsBackbone):
     def embed(self, images_BHWC: Any) -> Any:
         self.inside += 1
         self.most_inside = max(self.most_inside, self.inside)
+        self.sizes.add(len(images_BHWC))
         self.threads.add(threading.current_thread().name)
         time.sleep(0.01)
         self.inside -= 1
@@ -55,6 +57,7 @@ class Task(EmbedTask):
         return PartRecords(self.folders[0], "source")
 
     draw = None
+    images_per_item = 16
 
 
 def task_at(folder: Path) -> EmbedTask:
@@ -100,6 +103,21 @@ def test_parts_that_are_embedded_at_the_same_time_have_the_same_bytes(tmp_path: 
     assert len(backbone.threads) == 1
     assert backbone.num_loaded_meanwhile > 0
     assert not list((tmp_path / "together").glob(".part-*"))
+
+
+@pytest.mark.parametrize(("batch_size", "rows"), [(8, 8), (64, 16)])
+def test_the_last_item_has_batches_of_the_same_shape(tmp_path: Path, batch_size: int, rows: int) -> None:
+    """A network's rounding depends on the shape, and must not depend on where a collection ends."""
+    task, backbone = task_at(tmp_path), Watched()
+    backbone.batch_size = batch_size
+    embedder = embedder_of(task)
+    embedder.backbone = BackboneThread(lambda: backbone)
+    last = PartRange(2, 32, 35)
+    decoded = decoded_part(PartRange(2, 32, 48))
+    embedder.embed(
+        last, replace(decoded, image_ids=decoded.image_ids[:3], rows=decoded.rows[:3], hashes=decoded.hashes[:3])
+    )
+    assert backbone.sizes == {rows}
 
 
 def test_a_careful_attempt_has_the_process_to_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,9 +7,11 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from icce_ray.embed import reuse_parts as reuse_module
 from icce_ray.embed.embedding_parts import ERRORS_NAME, PartRange, part_table, plan_parts
 from icce_ray.embed.part_hashes import read_hashes_file
 from icce_ray.embed.reuse_parts import ReusableParts, reuse_parts
+from icce_ray.errors import WorkerError
 from icce_ray.images.listing import Entry, Listing, entry_tables, numbered
 from icce_ray.store import Artifact, ArtifactWriter, Folder
 from icce_ray.store.part_records import PartRecords
@@ -69,6 +71,19 @@ def test_parts_of_the_same_images_are_taken_over_and_no_others(source: ReusableP
     # It has an image that may be tried again, so it is a copy.
     original = (tmp_path / "source" / "part-00000.parquet").read_bytes()
     assert (tmp_path / "copy" / "part-00000.parquet").read_bytes() == original
+
+
+def test_nothing_is_copied_into_an_artifact_that_another_job_has_finished(
+    source: ReusableParts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(folder: Folder) -> None:
+        raise WorkerError(f"{folder.uri}: another job has finished this artifact")
+
+    monkeypatch.setattr(reuse_module, "check_unfinished", refuse)
+    listing, records = listing_of(tmp_path / "same", ENTRIES), PartRecords(Folder.at(tmp_path / "copy"), "source")
+    with pytest.raises(WorkerError, match="has finished"):
+        list(reuse_parts(source.parts, listing, [source], records))
+    assert not (tmp_path / "copy").exists()
 
 
 def test_a_damaged_part_is_not_copied(source: ReusableParts, tmp_path: Path) -> None:
