@@ -7,6 +7,7 @@ error, with the cause on the last line; 130 interrupted.
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import os
 import re
@@ -26,6 +27,9 @@ from icce_ray.runtime.ray_cluster import disconnect, exit_if_ray_dies, is_connec
 EXIT_FAILED = 1
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
+FULL = (errno.ENOSPC, errno.EDQUOT)
+PLACE_ERRORS = (*FULL, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EROFS, errno.EACCES)
+"""Errors of the file system that the user has to fix."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -99,7 +103,7 @@ def guarded(command: Callable[[argparse.Namespace], Any], arguments: argparse.Na
     except Exception as error:
         if arguments.debug:
             traceback.print_exc()
-        mistake = find_cause(error, UserError)
+        mistake = find_cause(error, UserError) or _unusable_place(error)
         print(f"error: {mistake or describe_cause(error)}", file=sys.stderr, flush=True)
         if lost_ray() is not None:  # its own exit would wait for what has died
             os._exit(EXIT_FAILED)
@@ -110,6 +114,15 @@ def guarded(command: Callable[[argparse.Namespace], Any], arguments: argparse.Na
         except BrokenPipeError:  # such as `icce-ray status ... | head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
+
+
+def _unusable_place(error: Exception) -> str | None:
+    """What is wrong with a place that the user named, or None: a file where a folder should be, a full disk."""
+    cause = find_cause(error, OSError)
+    if not isinstance(cause, OSError) or cause.errno not in PLACE_ERRORS:
+        return None
+    remedy = "free some space, and give the same command again" if cause.errno in FULL else "give another place"
+    return f"{' '.join(str(cause).split())}; {remedy}"
 
 
 @contextmanager

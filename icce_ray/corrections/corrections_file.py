@@ -14,6 +14,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from icce_ray.errors import InputError
 from icce_ray.store import Folder
 
+MAX_CLUSTERS = 1_000_000
+
 
 class _Record(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -90,7 +92,9 @@ def read_corrections(uri: str) -> Corrections:
     try:
         data = json.loads(read_bytes(uri))
         found = Corrections.model_validate(data)
-    except (ValueError, ValidationError) as error:
+        if found.num_clusters > MAX_CLUSTERS:
+            raise ValueError(f"{found.num_clusters:,} clusters; at most {MAX_CLUSTERS:,} are possible")
+    except (ValueError, RecursionError) as error:
         what = error.errors()[0] if isinstance(error, ValidationError) else None
         reason = f"{'.'.join(map(str, what['loc']))}: {what['msg']}" if what else str(error)
         raise InputError(f"corrections: {uri} is not a file that the page saved: {reason}") from None

@@ -36,6 +36,8 @@ EXTENSIONS = {"jpeg": "jpg", "tiff": "tif", "jpeg2000": "jp2"}
 T = TypeVar("T")
 Row = dict[str, Any]
 """A row of the assignments."""
+MAX_DIGITS = 6
+"""Of a cluster's number on the command line."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,8 @@ class Selection:
             first, _, last = span.strip().partition("-")
             if not first.isdecimal() or not (last or first).isdecimal():
                 raise InputError(f"--clusters {clusters}: write numbers and ranges, such as 3,7-9")
+            if max(len(first), len(last)) > MAX_DIGITS:
+                raise InputError(f"--clusters {clusters[:40]}: a number has at most {MAX_DIGITS} digits")
             chosen.update(range(int(first), int(last or first) + 1))
         return cls(tuple(sorted(chosen)), min_agreement)
 

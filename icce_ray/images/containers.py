@@ -25,8 +25,7 @@ from icce_ray.images.file_shards import File
 from icce_ray.images.listing import Entry
 from icce_ray.images.parquet_columns import check_expansion, image_column
 from icce_ray.images.skipped_files import ending
-from icce_ray.images.uris import PARQUET_MEMBER, TAR_MEMBER, is_remote, local_path_or_uri
-from icce_ray.store.filesystem import open_uri
+from icce_ray.images.uris import PARQUET_MEMBER, TAR_MEMBER, is_remote, open_file
 
 MAX_OPEN_GROUPS = 2
 MAX_LINKS = 8
@@ -84,7 +83,7 @@ def members(container: File, images: ImagesConfig, skipped: Counter[str]) -> Ite
     uri = container.uri
     if uri.lower().endswith(PARQUET_ENDINGS):
         try:
-            with _open(uri) as opened:
+            with open_file(uri) as opened:
                 file = pq.ParquetFile(opened)
                 column, num_rows, max_rows = (
                     image_column(file.schema_arrow, images, uri),
@@ -200,13 +199,8 @@ def _one_line(error: Exception) -> str:
 @contextmanager
 def _opened_tar(uri: str) -> Iterator[tuple[Any, int]]:
     """A tar for :func:`tar_shards.walk`, and its size in bytes."""
-    with _open(uri) as file:
+    with open_file(uri) as file:
         yield tar_shards.RemoteHeaders(file) if is_remote(uri) else io.BufferedReader(file), file.size()
-
-
-def _open(file: str) -> Any:
-    filesystem, path = open_uri(local_path_or_uri(file))
-    return filesystem.open_input_file(path)
 
 
 class ParquetCells:
@@ -226,7 +220,7 @@ class ParquetCells:
         """
         starts = self._starts.get(cell.file)
         if starts is None:
-            with _open(cell.file) as opened:
+            with open_file(cell.file) as opened:
                 metadata = pq.ParquetFile(opened).metadata
             starts = [0]
             for group in range(metadata.num_row_groups):
@@ -246,7 +240,7 @@ class ParquetCells:
     def _group(self, cell: Cell, group: int) -> pa.ChunkedArray:
         key = (cell.file, group, cell.column)
         if key not in self._groups:
-            with _open(cell.file) as opened:
+            with open_file(cell.file) as opened:
                 file = pq.ParquetFile(opened)
                 check_expansion(file.metadata.row_group(group), cell.column)
                 self._groups[key] = file.read_row_group(group, columns=[cell.column])[cell.column]

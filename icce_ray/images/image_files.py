@@ -33,7 +33,7 @@ from icce_ray.images.own_results import is_result, result_folders
 from icce_ray.images.parquet_columns import image_column
 from icce_ray.images.skipped_files import describe, ending, remedy
 from icce_ray.images.uri_lists import read_parquet_list, read_text_list
-from icce_ray.images.uris import is_remote, is_utf8, local_path_or_uri, local_uri, resolve
+from icce_ray.images.uris import is_remote, is_utf8, local_path_or_uri, local_uri, open_file, resolve
 from icce_ray.runtime.progress import Progress
 from icce_ray.store import Claim, Folder, s3
 from icce_ray.store.filesystem import OBJECT_STORES, open_uri, redacted
@@ -209,9 +209,9 @@ def _named_files(uri: str, info: pafs.FileInfo, images: ImagesConfig, filesystem
 
 
 def _holds_images(table: File, images: ImagesConfig) -> bool:
-    filesystem, path = open_uri(local_path_or_uri(table.uri))
     try:
-        return image_column(pq.read_schema(path, filesystem=filesystem), images, table.uri) is not None
+        with open_file(table.uri) as opened:
+            return image_column(pq.read_schema(opened), images, table.uri) is not None
     except (pa.ArrowException, OSError):
         return True  # listed as a damaged container
     except InputError:
@@ -224,13 +224,13 @@ def _parquet_files(files: list[File], images: ImagesConfig) -> Iterator[File]:
         raise InputError(f"images.uri: {', '.join(images.uris)}: no .parquet files there")
     unusable: list[File] = []
     for file in sorted(files):
-        filesystem, path = open_uri(local_path_or_uri(file.uri))
         try:
-            schema = pq.read_schema(path, filesystem=filesystem)
-            if image_column(schema, images, file.uri) is not None:
-                yield file._replace(is_container=True)
+            with open_file(file.uri) as opened:
+                is_list = image_column(pq.read_schema(opened), images, file.uri) is None
+            if is_list:
+                yield from _listed_files(read_parquet_list(file.uri, images.uri_column), file.uri)
             else:
-                yield from _listed_files(read_parquet_list(filesystem, path, file.uri, images.uri_column), file.uri)
+                yield file._replace(is_container=True)
         except InputError as error:
             if len(files) == 1:
                 raise

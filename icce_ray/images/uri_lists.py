@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from icce_ray.errors import InputError
 from icce_ray.images.parquet_columns import check_expansion, find_field, is_string
-from icce_ray.images.uris import is_remote, is_utf8, resolve
+from icce_ray.images.uris import is_remote, is_utf8, open_file, resolve
 from icce_ray.store.filesystem import open_uri
 
 BATCH_ROWS = 65_536
@@ -37,10 +37,10 @@ def read_text_list(filesystem: pafs.FileSystem, path: str, uri: str) -> Iterator
         raise InputError(f"images.uri: the list {uri} names no images; write one path or URI per line")
 
 
-def read_parquet_list(filesystem: pafs.FileSystem, path: str, uri: str, column: str) -> Iterator[str]:
+def read_parquet_list(uri: str, column: str) -> Iterator[str]:
     """The entries of a Parquet list, as of a text list; empty text for a null. Raises InputError: no such column, a
     column of another type, or no rows."""
-    with filesystem.open_input_file(path) as opened:
+    with open_file(uri) as opened:
         file = pq.ParquetFile(opened)
         field = find_field(file.schema_arrow, column, uri, "images.uri_column")
         if not is_string(field.type):
@@ -65,7 +65,7 @@ def named_images(uri: str, column: str) -> Iterator[str]:
         raise InputError(f"embeddings.images: {uri} is no file; give a .txt or .parquet list of the images")
     folder = uri.rpartition("/")[0] if is_remote(uri) else path.rpartition("/")[0] or "/"
     is_parquet = path.lower().endswith((".parquet", ".pq"))
-    entries = read_parquet_list(filesystem, path, uri, column) if is_parquet else read_text_list(filesystem, path, uri)
+    entries = read_parquet_list(uri, column) if is_parquet else read_text_list(filesystem, path, uri)
     for row, entry in enumerate(entries):
         resolved = resolve(entry, folder)
         if not entry or not is_utf8(resolved):

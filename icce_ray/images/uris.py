@@ -5,7 +5,10 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote_to_bytes, urlsplit
+
+from icce_ray.store.filesystem import open_uri
 
 # The first place counts: the name of a member is the archive's, and may look like another place.
 TAR_MEMBER = re.compile(r"^(?P<file>.*?\.tar)#(?P<offset>\d+)\+(?P<size>\d+)/(?P<name>.*)$", re.DOTALL | re.IGNORECASE)
@@ -40,6 +43,12 @@ def local_path(uri: str) -> str | bytes:
 def local_path_or_uri(uri: str) -> str:
     """`uri` as :func:`~icce_ray.store.filesystem.open_uri` takes it."""
     return uri if is_remote(uri) else os.fsdecode(local_path(uri))
+
+
+def open_file(uri: str) -> Any:
+    """A file as pyarrow's, to read from any place in it."""
+    filesystem, path = open_uri(local_path_or_uri(uri))
+    return filesystem.open_input_file(path if is_utf8(path) else os.fsencode(path))
 
 
 def resolve(entry: str, folder: str) -> str:

@@ -138,6 +138,10 @@ class Folder:
 
     @classmethod
     def at(cls, uri: str | Path) -> Folder:
+        try:
+            str(uri).encode()
+        except UnicodeEncodeError:
+            raise InputError(f"{str(uri)!r} is not valid UTF-8; rename it, or lead to it by a link") from None
         filesystem, path = open_uri(str(uri))
         is_local = isinstance(filesystem, pafs.LocalFileSystem)
         options = s3.current_options() if s3.is_s3(str(uri)) else None

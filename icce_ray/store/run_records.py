@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 from icce_ray.errors import InputError
 from icce_ray.store.filesystem import Folder
 
+FINGERPRINT = re.compile(r"[0-9a-f]+")
 RUNS_FOLDER = "runs"
 UNFINISHED_FOLDER = "unfinished"
 MAX_UNFINISHED_S = 14 * 86_400.0
@@ -51,7 +53,7 @@ def take_unfinished(output: str, *, remove_old: bool) -> list[dict[str, Any]]:
     """The notes of :func:`write_unfinished` that are no older than MAX_UNFINISHED_S. The others may be removed."""
     folder, found = Folder.at(output) / RUNS_FOLDER / UNFINISHED_FOLDER, []
     for name in folder.names():
-        record = json.loads(folder.read_bytes(name))
+        record = _read(folder, name)
         if time.time() - record["began"] <= MAX_UNFINISHED_S:
             found.append(record)
         elif remove_old:
@@ -72,9 +74,24 @@ def remove_record(output: str, run: str) -> None:
 
 
 def read_records(output: str) -> list[dict[str, Any]]:
-    """The records of all runs under an output folder."""
+    """The records of all runs under an output folder. Raises InputError: one of them is damaged."""
     folder = Folder.at(output) / RUNS_FOLDER
-    return [json.loads(folder.read_bytes(name)) for name in folder.names() if name.endswith(".json")]
+    return [_read(folder, name) for name in folder.names() if name.endswith(".json")]
+
+
+def _read(folder: Folder, name: str) -> dict[str, Any]:
+    """A record whose `stages` lead to folders of artifacts and nowhere else."""
+    try:
+        record = json.loads(folder.read_bytes(name))
+    except (ValueError, RecursionError):
+        record = None
+    stages = record.get("stages") if isinstance(record, dict) else None
+    if not isinstance(stages, dict) or any(
+        "." in stage or not FINGERPRINT.fullmatch(str(stages[stage])) for stage in stages
+    ):
+        raise InputError(f"{folder.file_uri(name)} is damaged, or no record of a run; move it away")
+    found: dict[str, Any] = record
+    return found
 
 
 def read_latest(output: str) -> dict[str, Any] | None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -217,3 +219,31 @@ def test_a_comparison_takes_settings_of_any_of_its_methods(tmp_path: Path, monke
     cli.main(["compare", str(tmp_path / "run.yaml"), "--methods", "icce, kmeans"])
     assert [config.kmeans.num_starts for config in seen] == [3]
     assert cli.main(["compare", str(tmp_path / "run.yaml"), "--methods", "icce,temi"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(errno.ENOTDIR, 2), (errno.ELOOP, 2), (errno.ENAMETOOLONG, 2), (errno.ENOSPC, 2), (errno.EIO, 1)],
+)
+def test_a_place_that_cannot_be_used_is_the_users_to_mend(
+    config_file: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], number: int, code: int
+) -> None:
+    error = WorkerError("method: failed 3 times")
+    error.__cause__ = OSError(number, os.strerror(number), "/out")
+    pipeline_that(monkeypatch, error)
+    assert main([config_file]) == code
+    remedy = "free some space" if number == errno.ENOSPC else "give another place"
+    assert (remedy in capsys.readouterr().err) == (code == 2)
+
+
+@pytest.mark.parametrize(
+    "record", ["{", "[]", "5", '{"stages": 5}', '{"stages": {"..": "ab"}}', '{"stages": {"a": "../x"}}']
+)
+@pytest.mark.parametrize("command", ["status", "gc"])
+def test_a_damaged_record_of_a_run_is_one_message(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], record: str, command: str
+) -> None:
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "x.json").write_text(record)
+    assert cli.main([command, str(tmp_path)]) == 2
+    assert "runs/x.json is damaged, or no record of a run" in capsys.readouterr().err

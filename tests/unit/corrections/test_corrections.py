@@ -71,6 +71,8 @@ def test_a_file_that_cannot_be_meant_is_refused(tmp_path: Path) -> None:
 
     good = corrections([]).model_dump(mode="json")
     assert "not a file that the page saved" in refused("{")
+    assert "not a file that the page saved" in refused("[" * 100_000)
+    assert "at most 1,000,000 are possible" in refused(good | {"made_for": good["made_for"] | {"num_clusters": 10**12}})
     assert "format" in refused(good | {"format": 2})
     assert "names cluster 9" in refused(good | {"images": [{"uri": "a", "cluster": 9}]})
     assert "circle" in refused(good | {"clusters": [{"cluster": 1, "merge_into": 2}, {"cluster": 2, "merge_into": 1}]})

@@ -230,6 +230,7 @@ def test_another_export_and_foreign_files_are_left_alone(run: Path, tmp_path: Pa
         (["--to", "csv", "--clusters", "3"], "there is no cluster 3; the last one is 2"),
         (["--to", "csv", "--clusters", "all"], "write numbers and ranges, such as 3,7-9"),
         (["--to", "csv", "--min-agreement", "1"], "no image is selected"),
+        (["--to", "csv", "--clusters", "0-999999999999"], "a number has at most 6 digits"),
         (["--to", "csv", "--min-agreement", "70"], "--min-agreement 70: allowed is 0 to 1"),
     ],
 )

@@ -195,6 +195,16 @@ def test_a_bad_entry_of_a_list_costs_itself_only(listed: Listed, tmp_path: Path)
         assert all(len(row["uri"]) < 1000 for row in rows)
 
 
+def test_containers_with_names_in_latin_1_are_opened(listed: Listed, tmp_path: Path) -> None:
+    pq.write_table(pa.table({"image": [b"content"]}), tmp_path / "a.parquet")
+    (tmp_path / "a.parquet").rename(tmp_path / os.fsdecode(b"caf\xe9.parquet"))
+    with tarfile.open(tmp_path / os.fsdecode(b"caf\xe9.tar"), "w") as tar:
+        (tmp_path / "x").write_bytes(b"content")
+        tar.add(tmp_path / "x", "x.png")
+    uris = listed(config_for(tmp_path))["uri"].to_pylist()
+    assert [read_image(uri) for uri in uris] == [b"content", b"content"]
+
+
 def test_a_list_in_utf_16_is_read(listed: Listed, tmp_path: Path) -> None:
     write_files(tmp_path, "ü.png")
     (tmp_path / "l.txt").write_bytes("ü.png\r\n".encode("utf-16"))
