@@ -39,17 +39,19 @@ def choose_on_graph(
     """`consensuses`: labels (N,) 0..num_clusters-1 by method; `best`: the one with the highest ANMI."""
     recombined_N = recombine(score, [consensuses[best], *consensuses.values()], num_clusters, seed=seed).labels_N
     made, skipped = {RECOMBINED: recombined_N}, {}
-    if is_good := _is_good_witness(score, recombined_N, num_clusters):
-        try:
-            made[RECOMBINED] = replace_loose_clusters(score, recombined_N, num_clusters)
-            made[SPECTRAL] = spectral_cut(score, len(np.unique(consensuses[best])), seed=seed)
-        except PartitionError as error:
-            skipped[SPECTRAL] = str(error)
-    else:
-        skipped[SPECTRAL] = f"over {MAX_LEAVING:.0%} of the edges leave the clusters"
+    agree, is_good = _agree_on_sizes(score.heads), _is_good_witness(score, recombined_N, num_clusters)
+    try:
+        if not is_good:
+            raise PartitionError(f"over {MAX_LEAVING:.0%} of the edges leave the clusters")
+        made[RECOMBINED] = replace_loose_clusters(score, recombined_N, num_clusters)
+        if not agree:
+            raise PartitionError("the heads don't agree which clusters are large")
+        made[SPECTRAL] = spectral_cut(score, len(np.unique(consensuses[best])), seed=seed)
+    except PartitionError as error:
+        skipped[SPECTRAL] = str(error)
     scores = score.mean_shares([*consensuses.values(), *made.values()], num_clusters)
     by_method = dict(zip((*consensuses, *made), scores, strict=True))
-    weak = RECOMBINED if _agree_on_sizes(score.heads) else best
+    weak = RECOMBINED if agree else best
     return GraphChoice(made, by_method, best_score(by_method, best) if is_good else weak, skipped)
 
 

@@ -13,6 +13,7 @@ from icce_ray.consensus.ensemble import cluster_ensemble
 from icce_ray.consensus.graph_choice import RECOMBINED, SPECTRAL, best_score, choose_on_graph
 from icce_ray.consensus.label_matrix import encode_heads
 from icce_ray.consensus.neighbor_score import RESOLUTION, NeighborScore
+from icce_ray.consensus.partition import PartitionError
 from icce_ray.consensus.recombination import merge_cells, overlay, polish, population_size, recombine
 from icce_ray.errors import InputError
 from icce_ray.metrics.true_label_scores import adjusted_rand_index, clustering_accuracy
@@ -160,7 +161,7 @@ def test_the_cut_is_kept_where_it_has_a_clear_lead(shares, expected):
 
 
 @pytest.mark.parametrize(("sizes", "expected"), [([60, 60], "vote"), ([100, 20], RECOMBINED)])
-def test_a_graph_whose_edges_leave_the_clusters_is_asked_only_where_sizes_are_known(sizes, expected, near, monkeypatch):
+def test_a_weak_graph_and_the_cut_are_asked_only_where_heads_agree_on_sizes(sizes, expected, near, monkeypatch):
     labels_N = np.repeat([0, 1], sizes).astype(np.int32)
     score = NeighborScore(encode_heads(np.stack([labels_N, labels_N, np.roll(labels_N, 4)])), near(labels_N, 0.6))
     leaving = 1 - score.shares([recombine(score, [labels_N], 2, seed=0).labels_N], 2)[0].mean()
@@ -170,7 +171,7 @@ def test_a_graph_whose_edges_leave_the_clusters_is_asked_only_where_sizes_are_kn
     assert (weak.chosen, list(weak.made), list(weak.skipped)) == (expected, [RECOMBINED], [SPECTRAL])
     monkeypatch.setattr(graph_choice, "MAX_LEAVING", leaving + 0.001)
     good = choose_on_graph(score, {"vote": labels_N}, "vote", 2, seed=0)
-    assert (list(good.made), good.skipped) == ([RECOMBINED, SPECTRAL], {})
+    assert (SPECTRAL in good.made) == (expected == RECOMBINED) == (SPECTRAL not in good.skipped)
 
 
 def test_the_spectral_cut_is_that_of_scikit_learn(planted, near):
@@ -184,22 +185,25 @@ def test_the_spectral_cut_is_that_of_scikit_learn(planted, near):
     assert adjusted_rand_index(labels_N, found_N) > 0.9
 
 
-def test_unequal_groups_are_recovered_from_heads_of_which_none_is_right(planted, near, monkeypatch):
+def test_unequal_groups_are_recovered_from_heads_of_which_none_is_right(planted, near):
     """A third of each head is noise, and each head merges two groups and splits a third one."""
     labels_N, matrix = planted([400, 150, 60, 30, 15], 8, 0.3, merges=True)
     nearest_Nk = near(labels_N, 0.8)
     without = cluster_ensemble(matrix, 5, methods=["vote"], random_state=0)
     found = cluster_ensemble(matrix, 5, methods=["vote"], random_state=0, neighbors=nearest_Nk)
-    assert found.method in (RECOMBINED, SPECTRAL)
+    assert found.method == RECOMBINED
     assert found.graph_scores[found.method] == max(found.graph_scores.values())
     assert found.anmi[found.method] == found.consensus_anmi
     assert adjusted_rand_index(labels_N, found.labels) > max(0.97, adjusted_rand_index(labels_N, without.labels))
     assert (without.method, without.graph_scores) == ("vote", {})
+
+
+def test_a_cut_of_too_many_images_and_clusters_is_refused(planted, near, monkeypatch):
+    labels_N, matrix = planted([400, 150, 60], 3, 0.1)
+    score = NeighborScore(encode_heads(matrix), near(labels_N, 0.8))
     monkeypatch.setattr(spectral_cut, "MAX_WORK", 1000)
-    recombined = cluster_ensemble(matrix, 5, methods=["vote"], random_state=0, neighbors=nearest_Nk)
-    assert recombined.method == RECOMBINED
-    assert recombined.skipped == {SPECTRAL: "655 images and 5 clusters: 16,375 are over the limit of 1,000"}
-    assert adjusted_rand_index(labels_N, recombined.labels) > 0.97
+    with pytest.raises(PartitionError, match="610 images and 3 clusters: 5,490 are over the limit of 1,000"):
+        spectral_cut.spectral_cut(score, 3, seed=0)
 
 
 def test_heads_with_other_numbers_of_clusters_take_part(planted, near):
