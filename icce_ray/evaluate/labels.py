@@ -52,6 +52,11 @@ class TrueLabels:
         places = np.minimum(np.searchsorted(self.image_ids, image_ids), len(self.image_ids) - 1)
         return np.where(self.image_ids[places] == image_ids, self.classes[places], -1)
 
+    def only(self, image_ids: npt.NDArray[np.int64]) -> TrueLabels:
+        """Those of some of the images."""
+        codes, classes = np.unique(self.classes_of(image_ids), return_inverse=True)
+        return TrueLabels(image_ids, classes, tuple(self.names[code] for code in codes.tolist()))
+
 
 def load_labels(
     evaluate: EvaluateConfig, uris: Sequence[str], image_ids: npt.NDArray[np.int64], num_listed: int
@@ -71,23 +76,34 @@ def load_labels(
     if names is None:
         _check_length(evaluate, len(labels), num_listed)
         return _encode(image_ids, [labels[i] for i in image_ids])
+    return _named(evaluate, labels, names, uris, image_ids)
+
+
+def _named(
+    evaluate: EvaluateConfig,
+    labels: Sequence[str],
+    names: Sequence[str],
+    uris: Sequence[str],
+    image_ids: npt.NDArray[np.int64],
+) -> TrueLabels:
     rows_n = _match(evaluate, names, uris)
     found = np.flatnonzero(rows_n >= 0)
     return _encode(image_ids[found], [labels[row] for row in rows_n[found]])
 
 
-def named_images(evaluate: EvaluateConfig, listing: Listing) -> npt.NDArray[np.int64]:
-    """The ids of all images that a label file with names has a label for, (n,) ascending, in memory for those alone
-    that one of its names could mean. Raises InputError: as :func:`check_labels`."""
-    _, names = _read(evaluate)
-    ends = {_text(name).rpartition("/")[2] for name in names or ()}
+def named_images(evaluate: EvaluateConfig, listing: Listing) -> TrueLabels:
+    """All images that a label file with names has a label for, ascending. URIs are in memory for those alone that one
+    of its names could mean. Raises InputError: as :func:`check_labels`."""
+    labels, names = _read(evaluate)
+    assert names is not None
+    ends = {_text(name).rpartition("/")[2] for name in names}
     ids, uris = [], []
     for start in range(0, len(listing), ROWS_AT_ONCE):
         for image_id, uri in enumerate(listing.table(start, start + ROWS_AT_ONCE)["uri"].to_pylist(), start):
             if _text(_path(uri).name) in ends or _text(uri).rpartition("/")[2] in ends:
                 ids.append(image_id)
                 uris.append(uri)
-    return load_labels(evaluate, uris, np.array(ids, dtype=np.int64), len(listing)).image_ids
+    return _named(evaluate, labels, names, uris, np.array(ids, dtype=np.int64))
 
 
 def check_labels(evaluate: EvaluateConfig, uris: Sequence[str] | None = None) -> None:

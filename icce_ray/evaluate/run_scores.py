@@ -73,9 +73,13 @@ def run(config: Config, context: StageContext) -> dict[str, Any]:
         if config.evaluate.uri_column is not None and assign.num_rows(ASSIGNMENTS).sum() > MAX_SCORED:
             # Drawn from all images, the sample might hold none of the few that have a label.
             named = named_images(config.evaluate, listing)
-        table = _read_assignments(assign, ["image_id", "cluster", "agreement"], config.seed, named)
+        ids = None if named is None else named.image_ids
+        table = _read_assignments(assign, ["image_id", "cluster", "agreement"], config.seed, ids)
         image_ids = table["image_id"].to_numpy()
-        labels = load_labels(config.evaluate, listing.uris(image_ids).to_pylist(), image_ids, len(listing))
+        if named is None:
+            labels = load_labels(config.evaluate, listing.uris(image_ids).to_pylist(), image_ids, len(listing))
+        else:
+            labels = named.only(image_ids)
         names = pa.array(labels.names, pa.string()).take(pa.array(labels.classes)).dictionary_encode()
         context.output.write_table(LABELS_NAME, pa.table({"image_id": labels.image_ids, "label": names}))
         if len(labels.image_ids) < assign.num_rows(ASSIGNMENTS).sum():

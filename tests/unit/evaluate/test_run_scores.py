@@ -135,9 +135,18 @@ def test_the_few_images_with_a_label_are_all_found_among_many(tmp_path: Path, mo
     (tmp_path / "labels.csv").write_text(f"uri,label\n{rows}\n")
     config, context = planted(tmp_path, str(tmp_path / "labels.csv"))
     of_names = config.evaluate.model_copy(update={"uri_column": "uri"})
+    read, times = labels._read, list[object]()
+    monkeypatch.setattr(labels, "_read", lambda settings: times.append(settings) or read(settings))
     metrics = run(config.model_copy(update={"evaluate": of_names}), context)
+    assert len(times) == 1
     assert pq.read_table(tmp_path / "evaluate" / "labels.parquet")["image_id"].to_pylist() == named
     assert (metrics["num_labelled"], metrics["acc"]) == (5, 1.0)
+
+
+def test_the_labels_of_some_images_name_the_classes_that_occur_there() -> None:
+    whole = TrueLabels(np.array([2, 5, 7, 9]), np.array([1, 0, 2, 1]), ("a", "b", "c"))
+    some = whole.only(np.array([2, 7]))
+    assert (some.image_ids.tolist(), some.classes.tolist(), some.names) == ([2, 7], [0, 1], ("b", "c"))
 
 
 def test_without_labels_there_is_an_estimate_only(tmp_path: Path) -> None:
