@@ -1,8 +1,8 @@
 """Errors, by who has to fix them.
 
 The user has to fix a ``UserError``: its message gives the value, the bound and the remedy, and the program prints it
-without a traceback and exits with code 2. All other errors are ours or the machine's: exit code 1, with the cause on
-the last line.
+without a traceback and exits with code 2, as it does for a full disk and for paths that cannot be used. All other
+errors are ours or the machine's: exit code 1, with the cause on the last line.
 """
 
 

@@ -18,13 +18,12 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.csv as pc_csv
 import pyarrow.fs as pafs
-import pyarrow.parquet as pq
 
 from icce_ray.config import EvaluateConfig
 from icce_ray.errors import InputError
 from icce_ray.images.containers import Cell, Span, labels_beside, locate
 from icce_ray.images.listing import Listing
-from icce_ray.images.parquet_columns import check_expansion, find_field
+from icce_ray.images.parquet_columns import check_expansion, find_field, is_string, open_column, read_text
 from icce_ray.store.filesystem import open_uri
 
 FOLDER = "folder"
@@ -179,7 +178,7 @@ def _read(evaluate: EvaluateConfig) -> tuple[list[str], list[str] | None]:
                 array = np.lib.format.read_array(file, allow_pickle=False)
                 array = np.char.decode(array, "utf-8") if array.dtype.kind == "S" else array
             elif ending == ".parquet":
-                table = _read_columns(pq.ParquetFile(file), evaluate, uri)
+                table = _read_columns(file, evaluate, uri)
             else:
                 # As text: type inference would turn 1, 01 and 001 into the same number.
                 text = {name: pa.string() for name in (evaluate.label_column, evaluate.uri_column) if name}
@@ -206,20 +205,19 @@ def _read(evaluate: EvaluateConfig) -> tuple[list[str], list[str] | None]:
     return labels, names.to_pylist()
 
 
-def _read_columns(file: pq.ParquetFile, evaluate: EvaluateConfig, uri: str) -> pa.Table:
-    """The label and URI columns. Raises InputError: there is no such column; ArrowInvalid, ValueError: not UTF-8, or a
-    decompression bomb."""
+def _read_columns(opened: Any, evaluate: EvaluateConfig, uri: str) -> pa.Table:
+    """The label and URI columns. Raises InputError: there is no such column; ArrowInvalid, ValueError: not UTF-8, or
+    texts of absurd size."""
     columns = {"label_column": evaluate.label_column, "uri_column": evaluate.uri_column}
-    names = list(dict.fromkeys(name for name in columns.values() if name is not None))
+    found: dict[str, pa.ChunkedArray] = {}
     for setting, name in columns.items():
         if name is not None:
-            find_field(file.schema_arrow, name, uri, f"evaluate.{setting}")
-    for group in range(file.metadata.num_row_groups):
-        for name in names:
-            check_expansion(file.metadata.row_group(group), name)
-    table = file.read(columns=names)
-    table.validate(full=True)
-    return table
+            file = open_column(opened, name)
+            kind = find_field(file.schema_arrow, name, uri, f"evaluate.{setting}").type
+            for group in range(file.metadata.num_row_groups):
+                check_expansion(file.metadata.row_group(group), name)
+            found[name] = read_text(file, name) if is_string(kind) else file.read(columns=[name])[name]
+    return pa.table(found)
 
 
 def _check_separator(names: Sequence[str]) -> None:

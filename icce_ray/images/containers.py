@@ -23,7 +23,7 @@ from icce_ray.images import tar_shards
 from icce_ray.images.file_kinds import IMAGE_ENDINGS, PARQUET_ENDINGS
 from icce_ray.images.file_shards import File
 from icce_ray.images.listing import Entry
-from icce_ray.images.parquet_columns import check_expansion, image_column
+from icce_ray.images.parquet_columns import check_expansion, image_column, open_column
 from icce_ray.images.skipped_files import ending
 from icce_ray.images.uris import PARQUET_MEMBER, TAR_MEMBER, is_remote, open_file
 
@@ -241,7 +241,7 @@ class ParquetCells:
         key = (cell.file, group, cell.column)
         if key not in self._groups:
             with open_file(cell.file) as opened:
-                file = pq.ParquetFile(opened)
+                file = open_column(opened, cell.column)
                 check_expansion(file.metadata.row_group(group), cell.column)
                 self._groups[key] = file.read_row_group(group, columns=[cell.column])[cell.column]
             while len(self._groups) > MAX_OPEN_GROUPS:

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from icce_ray.config import EmbeddingsConfig
 from icce_ray.errors import InputError
-from icce_ray.images.parquet_columns import check_expansion, find_field, is_string
+from icce_ray.images.parquet_columns import check_expansion, find_field, is_string, open_column, read_text
 from icce_ray.store.filesystem import open_uri
 
 READ_BATCH_ROWS = 8192
@@ -168,8 +168,7 @@ class ParquetEmbeddings:
             uris = _row_uris(file.uri, first, last)
             if uri_column in schema.names and is_string(schema.field(uri_column).type):
                 with _opened_parquet(file, uri_column) as parquet:
-                    own = parquet.read(columns=[uri_column])[uri_column].cast(pa.string())
-                    own.validate(full=True)  # UTF-8
+                    own = read_text(parquet, uri_column)
                 uris = pc.coalesce(own.slice(first, last - first).combine_chunks(), uris)
             chunks.append(uris)
         return pa.chunked_array(chunks, type=pa.string())
@@ -236,7 +235,7 @@ def _opened_parquet(file: EmbeddingFile, column: str | None = None) -> Iterator[
     """A file to read `column` from. Raises InputError: the file is damaged, or unpacks to an absurd size."""
     try:
         with file.filesystem.open_input_file(file.path) as opened:
-            parquet = pq.ParquetFile(opened)
+            parquet = pq.ParquetFile(opened) if column is None else open_column(opened, column)
             for group in range(parquet.metadata.num_row_groups if column is not None else 0):
                 check_expansion(parquet.metadata.row_group(group), str(column))
             yield parquet

@@ -6,11 +6,15 @@ import difflib
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from icce_ray.config import ImagesConfig
 from icce_ray.errors import InputError
 
 MAX_EXPANSION = 100
+MAX_TEXT_BYTES = 4096
+"""Of a URI or a label."""
 MIN_BOMB_BYTES = 2**28
 """A row group that unpacks to more bytes than this, and to more than MAX_EXPANSION times its own, is not read."""
 
@@ -79,3 +83,27 @@ def check_expansion(group: Any, column: str) -> None:
     packed = sum(chunk.total_compressed_size for chunk in chunks)
     if unpacked > max(MIN_BOMB_BYTES, MAX_EXPANSION * packed):
         raise ValueError(f"decompression bomb: {packed} bytes would become {unpacked}")
+
+
+def open_column(opened: Any, column: str) -> pq.ParquetFile:
+    """A Parquet file in which equal values of `column` are one in memory, if it is of text or bytes: a file of a
+    megabyte could name one value a million times."""
+    metadata = pq.read_metadata(opened)
+    leaves = [metadata.schema.column(index) for index in range(metadata.num_columns)]
+    names = (column, f"{column}.bytes")
+    shared = [leaf.path for leaf in leaves if leaf.path in names and leaf.physical_type == "BYTE_ARRAY"]
+    return pq.ParquetFile(opened, metadata=metadata, read_dictionary=shared)
+
+
+def read_text(file: pq.ParquetFile, column: str) -> pa.ChunkedArray:
+    """A text column of :func:`open_column`. Raises ArrowInvalid: not UTF-8; ValueError: a text over MAX_TEXT_BYTES."""
+    shared = file.read(columns=[column])[column]
+    for chunk in shared.chunks if pa.types.is_dictionary(shared.type) else ():
+        longest = pc.max(pc.binary_length(chunk.dictionary)).as_py() or 0
+        if longest > MAX_TEXT_BYTES:
+            raise ValueError(
+                f"column {column!r} holds a text of {longest:,} bytes; at most {MAX_TEXT_BYTES:,} are read"
+            )
+    text = shared.cast(pa.string())
+    text.validate(full=True)
+    return text

@@ -8,10 +8,9 @@ from collections.abc import Iterator
 
 import pyarrow as pa
 import pyarrow.fs as pafs
-import pyarrow.parquet as pq
 
 from icce_ray.errors import InputError
-from icce_ray.images.parquet_columns import check_expansion, find_field, is_string
+from icce_ray.images.parquet_columns import check_expansion, find_field, is_string, open_column
 from icce_ray.images.uris import is_remote, is_utf8, open_file, resolve
 from icce_ray.store.filesystem import open_uri
 
@@ -41,7 +40,7 @@ def read_parquet_list(uri: str, column: str) -> Iterator[str]:
     """The entries of a Parquet list, as of a text list; empty text for a null. Raises InputError: no such column, a
     column of another type, or no rows."""
     with open_file(uri) as opened:
-        file = pq.ParquetFile(opened)
+        file = open_column(opened, column)
         field = find_field(file.schema_arrow, column, uri, "images.uri_column")
         if not is_string(field.type):
             raise InputError(f"images.uri_column: {column!r} in {uri} is {field.type}, not text")
@@ -53,8 +52,11 @@ def read_parquet_list(uri: str, column: str) -> Iterator[str]:
         except ValueError as error:
             raise InputError(f"images.uri: the list {uri} is not read: {error}") from None
         for batch in file.iter_batches(BATCH_ROWS, columns=[column]):
-            for entry in batch.column(0).cast(pa.string()).cast(pa.binary()).to_pylist():
-                yield (entry or b"").decode("utf-8", "surrogateescape").strip()
+            shared = batch.column(0)
+            values = shared.dictionary.cast(pa.string()).cast(pa.binary()).to_pylist()
+            texts = [(value or b"").decode("utf-8", "surrogateescape").strip() for value in values]
+            for index in shared.indices.to_pylist():
+                yield "" if index is None else texts[index]
 
 
 def named_images(uri: str, column: str) -> Iterator[str]:

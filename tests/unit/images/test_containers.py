@@ -13,12 +13,13 @@ import pytest
 
 from icce_ray.config import Config, EvaluateConfig
 from icce_ray.errors import InputError
-from icce_ray.evaluate.labels import load_labels
+from icce_ray.evaluate.labels import check_labels, load_labels
 from icce_ray.images import job
-from icce_ray.images.containers import Cell, Span, file_of, labels_beside, locate, members
+from icce_ray.images.containers import Cell, ParquetCells, Span, file_of, labels_beside, locate, members
 from icce_ray.images.file_shards import File
 from icce_ray.images.listing import Listing
 from icce_ray.images.read_images import read_image
+from icce_ray.images.uri_lists import read_parquet_list
 from icce_ray.pipeline import run as pipeline
 
 Listed = Callable[[Config], pa.Table]
@@ -221,3 +222,18 @@ def test_shards_that_were_opened_before_a_kill_are_not_opened_again(
     names = [row.uri.rpartition("/")[2] for row in Listing(artifact).rows(0, 100)]
     assert names == [name for n in range(5) for name in (f"{n}.png", *(f"{n}-{k}.png" for k in range(3)))]
     assert sorted(path.name for path in Path(artifact.folder.uri).iterdir() if path.name.startswith("members")) == []
+
+
+def test_a_small_file_that_repeats_a_value_a_thousand_times_stays_small(tmp_path: Path) -> None:
+    repeated = pa.DictionaryArray.from_arrays(pa.array(np.zeros(1000, np.int32)), pa.array(["x" * 100_000]))
+    images = pa.StructArray.from_arrays([repeated.cast(pa.dictionary(pa.int32(), pa.binary()))], ["bytes"])
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"uri": repeated, "image": images}), path, store_schema=False)
+    assert path.stat().st_size < 100_000
+    assert pq.read_table(path).nbytes > 100_000_000
+    cells = ParquetCells()
+    assert cells.read(Cell(str(path), 7, "image")) == b"x" * 100_000
+    assert next(iter(cells._groups.values())).nbytes < 1_000_000
+    assert len({id(entry) for entry in read_parquet_list(str(path), "uri")}) == 1
+    with pytest.raises(InputError, match="holds a text of 100,000 bytes; at most 4,096 are read"):
+        check_labels(EvaluateConfig(labels=str(path), label_column="uri"))
