@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from icce_ray.config.schema import Config
-from icce_ray.config.strict_yaml import load_yaml
+from icce_ray.config.strict_yaml import MAX_CHARACTERS, load_yaml
 from icce_ray.config.unused_settings import unused_settings
 from icce_ray.errors import ConfigError
 
@@ -64,7 +64,8 @@ def validate(model: type[Model], data: dict[str, Any], source: str) -> Model:
 def read_yaml(path: Path) -> dict[str, Any]:
     """Read the settings in a YAML file. Raises ConfigError: the file cannot be read or holds no settings."""
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open(encoding="utf-8") as file:
+            text = file.read(MAX_CHARACTERS + 1)  # /dev/zero would never end
     except FileNotFoundError:
         raise ConfigError(f"{path}: there is no such config file") from None
     except (OSError, ValueError) as error:  # also a path that holds a NUL

@@ -113,6 +113,9 @@ def read_bytes(uri: str) -> bytes:
     """Content of a file. Raises InputError: it cannot be read."""
     folder, _, name = uri.rpartition("/")
     try:
-        return Folder.at(folder or ".").read_bytes(name)
+        place = Folder.at(folder or ".")
+        if not place.exists(name):  # nor a device, which would never end
+            raise FileNotFoundError("there is no such file")
+        return place.read_bytes(name)
     except OSError as error:
         raise InputError(f"corrections: {uri} cannot be read: {error}") from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -65,6 +66,8 @@ def open_embeddings(config: EmbeddingsConfig) -> Embeddings:
         if not files:
             raise InputError(f"embeddings.uri: no .parquet file in the folder {config.uri}")
         return ParquetEmbeddings(files, config.column)
+    if info.type != pafs.FileType.File:
+        raise InputError(f"embeddings.uri: {config.uri} is neither a file nor a folder")
     file = _embedding_file(filesystem, info, config.uri)
     if path.lower().endswith(".npy"):
         return NpyEmbeddings(file)
@@ -121,6 +124,8 @@ class NpyEmbeddings:
             read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
             shape, fortran_order, dtype = read(file)
             self._offset = file.tell()
+            if file.size() < self._offset + math.prod(shape) * dtype.itemsize:
+                raise ValueError("it is cut off")
         if fortran_order:
             raise ValueError("it is stored column by column; save np.ascontiguousarray of it")
         return shape, dtype

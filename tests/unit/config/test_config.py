@@ -222,6 +222,11 @@ def test_a_value_that_cannot_be_meant_is_refused(config_file: Path, override: st
     assert "secret@" not in str(caught.value)
 
 
+def test_a_device_is_no_config() -> None:
+    with pytest.raises(ConfigError, match="at most 65,536 are read"):
+        load_config("/dev/zero")
+
+
 @pytest.mark.parametrize("method", ["icce", "temi", "scan"])
 def test_a_config_that_is_written_out_whole_can_be_loaded_again(tmp_path: Path, method: str) -> None:
     config = load_config(None, base={"embeddings": "x.npy", "num_clusters": 3, "output": "out", "method": method})

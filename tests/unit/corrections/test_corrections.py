@@ -77,6 +77,8 @@ def test_a_file_that_cannot_be_meant_is_refused(tmp_path: Path) -> None:
     assert "names cluster 9" in refused(good | {"images": [{"uri": "a", "cluster": 9}]})
     assert "circle" in refused(good | {"clusters": [{"cluster": 1, "merge_into": 2}, {"cluster": 2, "merge_into": 1}]})
     with pytest.raises(InputError, match="cannot be read"):
+        read_corrections("/dev/zero")
+    with pytest.raises(InputError, match="cannot be read"):
         read_corrections(str(tmp_path / "nothing.json"))
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 from icce_ray.config import Config, EmbeddingsConfig
 from icce_ray.errors import InputError
 from icce_ray.images import embedding_files, list_images
-from icce_ray.images.embedding_files import open_embeddings
+from icce_ray.images.embedding_files import EmbeddingFile, NpyEmbeddings, open_embeddings
 from icce_ray.runtime.progress import Progress
 from icce_ray.stage import StageContext
 from icce_ray.store import ArtifactWriter, Folder
@@ -155,6 +156,20 @@ def test_embeddings_that_cannot_work_are_refused_with_what_is_wrong(tmp_path: Pa
     make, column, message = REFUSED[case]
     with pytest.raises(InputError, match=message):
         list(open_file(make(tmp_path), column).blocks(100))
+
+
+def test_what_is_no_file_is_never_opened(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.npy")
+    with pytest.raises(InputError, match="is neither a file nor a folder"):
+        open_file(tmp_path / "pipe.npy")
+
+
+def test_a_remote_array_that_is_cut_off_is_refused(tmp_path: Path) -> None:
+    path = _npy(tmp_path, ROWS)
+    path.write_bytes(path.read_bytes()[:-1])
+    remote = pafs.SubTreeFileSystem(str(tmp_path), pafs.LocalFileSystem())
+    with pytest.raises(InputError, match="it is cut off"):
+        NpyEmbeddings(EmbeddingFile(remote, "e.npy", "s3://bucket/e.npy", path.stat().st_size, None))
 
 
 def test_names_that_are_not_utf_8_are_refused(tmp_path: Path) -> None:
