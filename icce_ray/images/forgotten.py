@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable
 
+from icce_ray.errors import InputError
 from icce_ray.store import Folder
 
 FORGOTTEN_FOLDER, FORGOTTEN_NAME = "forgotten", "uri_hashes"
@@ -28,11 +29,14 @@ def placeholder(digest: bytes) -> str:
 
 
 def read_forgotten(output: str) -> Hashes:
-    """The hashes of all forgotten URIs."""
+    """The hashes of all forgotten URIs. Raises InputError: the file of them is damaged."""
     try:
         data = (Folder.at(output) / FORGOTTEN_FOLDER).read_bytes(FORGOTTEN_NAME)
     except FileNotFoundError:
         return frozenset()
+    if len(data) % HASH_BYTES:
+        place = (Folder.at(output) / FORGOTTEN_FOLDER).file_uri(FORGOTTEN_NAME)
+        raise InputError(f"{place} is damaged, so forgotten images might come back; restore it, or forget them again")
     return frozenset(data[start : start + HASH_BYTES] for start in range(0, len(data), HASH_BYTES))
 
 

@@ -62,10 +62,10 @@ def changes_line(changes: dict[str, Any]) -> str:
 
 def _read(asked: Config) -> dict[str, Any] | None:
     try:
-        value: dict[str, Any] = json.loads(_folder(asked).read_bytes(_name(asked)))
-    except (FileNotFoundError, ValueError):
+        value = json.loads(_folder(asked).read_bytes(_name(asked)))
+        return {key: str(value[key]) for key in ("run", "images", "numbers_from")}
+    except (FileNotFoundError, ValueError, KeyError, TypeError):  # missing or damaged
         return None
-    return value
 
 
 def _folder(asked: Config) -> Folder:

@@ -116,7 +116,7 @@ class Said:
             content = json.loads((root / RUNS_FOLDER / PROGRESS_FOLDER).read_bytes(f"{run}.json"))
             reading = Reading(**content.pop("reading"))
             return cls(reading=reading, **content)
-        except (FileNotFoundError, ValueError, KeyError, TypeError):
+        except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
             return None
 
 

@@ -82,7 +82,7 @@ class Artifact:
         MAX_LISTED_PARTS parts, one is missing or of the wrong size."""
         try:
             manifest = Manifest.model_validate_json(folder.read_bytes(MANIFEST_NAME))
-        except (FileNotFoundError, NotADirectoryError, ValidationError):
+        except (FileNotFoundError, ValidationError):
             return None
         if manifest.schema_version != SCHEMA_VERSION:
             return None

@@ -12,7 +12,7 @@ from typing import Any
 from icce_ray.errors import InputError
 from icce_ray.store.filesystem import Folder
 
-FINGERPRINT = re.compile(r"[0-9a-f]+")
+FINGERPRINT = re.compile(r"[\w-]+")
 RUNS_FOLDER = "runs"
 UNFINISHED_FOLDER = "unfinished"
 MAX_UNFINISHED_S = 14 * 86_400.0

@@ -14,7 +14,7 @@ import pytest
 from icce_ray.config import Config
 from icce_ray.errors import InputError
 from icce_ray.images import folder_walk, list_images
-from icce_ray.images.forgotten import add_forgotten, uri_hash
+from icce_ray.images.forgotten import FORGOTTEN_FOLDER, FORGOTTEN_NAME, add_forgotten, read_forgotten, uri_hash
 from icce_ray.images.own_results import RESULT_FOLDERS, is_result
 from icce_ray.images.read_images import read_image
 from icce_ray.pipeline.plan import stages_of
@@ -250,3 +250,12 @@ def test_reading_waits_for_no_pipe_and_fills_no_memory(tmp_path: Path, monkeypat
     assert read_image(str(tmp_path / "a.png")) == "unreadable: ValueError: over the limit of 10 bytes"
     assert read_image(f"{tmp_path}/a.tar#0+11/a.png") == "missing"
     assert read_image("s3://bucket/a.png", 11) == "unreadable: over the limit of 10 bytes"
+
+
+def test_forgotten_images_do_not_come_back_because_their_file_is_damaged(tmp_path: Path) -> None:
+    add_forgotten(str(tmp_path), [uri_hash("a"), uri_hash("b")])
+    assert len(read_forgotten(str(tmp_path))) == 2
+    path = tmp_path / FORGOTTEN_FOLDER / FORGOTTEN_NAME
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(InputError, match="is damaged"):
+        read_forgotten(str(tmp_path))
