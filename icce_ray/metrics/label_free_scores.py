@@ -3,12 +3,14 @@ labels"), and the spaces that silhouettes are measured in."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from sklearn.decomposition import PCA
+from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import silhouette_score
 from sklearn.model_selection import StratifiedKFold, cross_val_score
@@ -55,7 +57,10 @@ def generalization_score(
     classifier = make_pipeline(StandardScaler(with_std=False), LogisticRegression(max_iter=200))
     folds = StratifiedKFold(NUM_FOLDS, shuffle=True, random_state=random_state)
     features_nD = np.asarray(features_ND[kept], dtype=np.float32)
-    return float(has_cluster.mean() * cross_val_score(classifier, features_nD, codes_N[kept], cv=folds).mean())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # the score needs no exact optimum
+        accuracy = cross_val_score(classifier, features_nD, codes_N[kept], cv=folds).mean()
+    return float(has_cluster.mean() * accuracy)
 
 
 def silhouette(features_ND: npt.NDArray[np.floating], labels_N: npt.NDArray[np.integer]) -> float | None:
