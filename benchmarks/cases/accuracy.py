@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections import Counter
 from collections.abc import Callable
 from itertools import product
 from pathlib import Path
@@ -224,8 +225,10 @@ def judge(figures: dict[str, Any]) -> dict[str, bool]:
 
 
 def best_temi(figures: dict[str, Any]) -> str:
-    """The row of TEMI that is best on the sets that our constants were chosen on, or on all."""
-    rows = {row for found in figures.values() for row in found if row.startswith("temi")}
+    """The row of TEMI that is best on the sets that our constants were chosen on, or on all. Rows that were measured on
+    fewer sets than another don't count."""
+    counts = Counter(row for found in figures.values() for row in found if row.startswith("temi"))
+    rows = [row for row, count in counts.items() if count == max(counts.values())]
     sets = [name for name in figures if name in CHOSEN_ON] or list(figures)
     return max(
         rows,
