@@ -90,12 +90,17 @@ def run_stage(heads_HN: Any, nearest_Nk: Any, num_clusters: int) -> tuple[dict[s
     from icce_ray.consensus import job
     from icce_ray.methods.clusterings import LABELS_NAME
     from icce_ray.runtime.ray_cluster import connect, disconnect
+    from icce_ray.sample.training_set import IMAGE_IDS_NAME
 
     with tempfile.TemporaryDirectory(prefix="icce_ray-consensus-") as folder:
-        writer = ArtifactWriter(Folder.at(Path(folder) / "heads"))
+        writer = ArtifactWriter(Folder.at(Path(folder) / "sample" / "f"))
+        writer.write_array(IMAGE_IDS_NAME, np.arange(heads_HN.shape[1]))
+        writer.commit(stage="sample", fingerprint="f", inputs={}, config={}, metrics={}, seconds=0.0)
+        writer = ArtifactWriter(Folder.at(Path(folder) / "method" / "f"))
         writer.write_array(LABELS_NAME, heads_HN)
         writer.write_json("clusterings.json", {"history": [], "losses": [0.0] * len(heads_HN)})
-        heads = writer.commit(stage="heads", fingerprint="f", inputs={}, config={}, metrics={}, seconds=0.0)
+        made_from = {"sample": "f"}
+        heads = writer.commit(stage="method", fingerprint="f", inputs=made_from, config={}, metrics={}, seconds=0.0)
         writer = ArtifactWriter(Folder.at(Path(folder) / "neighbors"))
         writer.write_array("part-00000-nearest.npy", nearest_Nk)
         graph = writer.commit(stage="neighbors", fingerprint="g", inputs={}, config={}, metrics={}, seconds=0.0)

@@ -3,8 +3,8 @@
 Workers are processes of this machine with one thread each, and talk over gloo. Where there are more of them than cores,
 the ideal step time is that of the cores. The bound is for what is lost to communication and to the input that every
 worker prepares, in CPU seconds, which are counted in those calls. What the whole step loses is printed beside it: by
-the clock, which needs an idle machine, and by CPU seconds. That includes what processes lose to each other because they
-share caches and memory.
+the clock, which needs an idle machine, and by CPU seconds. That includes waiting, and whatever else processes on one
+machine cost each other.
 
 H heads, B pairs of a step, K clusters, W workers.
 """
