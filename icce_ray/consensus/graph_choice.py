@@ -8,7 +8,7 @@ import numpy as np
 
 from icce_ray.consensus.label_matrix import Heads, Labels
 from icce_ray.consensus.loose_clusters import MIN_SHARE, replace_loose_clusters
-from icce_ray.consensus.neighbor_score import NeighborScore
+from icce_ray.consensus.neighbor_score import NeighborScore, Shares
 from icce_ray.consensus.partition import PartitionError
 from icce_ray.consensus.recombination import recombine
 from icce_ray.consensus.spectral_cut import spectral_cut
@@ -39,11 +39,12 @@ def choose_on_graph(
     """`consensuses`: labels (N,) 0..num_clusters-1 by method; `best`: the one with the highest ANMI."""
     recombined_N = recombine(score, [consensuses[best], *consensuses.values()], num_clusters, seed=seed).labels_N
     made, skipped = {RECOMBINED: recombined_N}, {}
-    agree, is_good = _agree_on_sizes(score.heads), _is_good_witness(score, recombined_N, num_clusters)
+    (shares_K,) = score.shares([recombined_N], num_clusters)
+    agree, is_good = _agree_on_sizes(score.heads), _is_good_witness(shares_K)
     try:
         if not is_good:
             raise PartitionError(f"over {MAX_LEAVING:.0%} of the edges leave the clusters")
-        made[RECOMBINED] = replace_loose_clusters(score, recombined_N, num_clusters)
+        made[RECOMBINED] = replace_loose_clusters(score, recombined_N, shares_K)
         if not agree:
             raise PartitionError("the heads don't agree which clusters are large")
         made[SPECTRAL] = spectral_cut(score, len(np.unique(consensuses[best])), seed=seed)
@@ -63,8 +64,7 @@ def best_score(scores: dict[str, float], best: str) -> str:
     return chosen
 
 
-def _is_good_witness(score: NeighborScore, labels_N: Labels, num_clusters: int) -> bool:
-    (shares_K,) = score.shares([labels_N], num_clusters)
+def _is_good_witness(shares_K: Shares) -> bool:
     firm = np.sort(shares_K[shares_K >= MIN_SHARE])
     return len(firm) > 0 and 1 - float(firm.mean()) <= MAX_LEAVING
 

@@ -16,7 +16,7 @@ from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
 from threadpoolctl import threadpool_limits
 
 from icce_ray.consensus.label_matrix import Labels
-from icce_ray.consensus.neighbor_score import NeighborScore
+from icce_ray.consensus.neighbor_score import NeighborScore, Shares
 from icce_ray.consensus.partition import PartitionError
 from icce_ray.consensus.spectral_cut import TOLERANCE, to_matrix
 
@@ -29,20 +29,19 @@ Floats = npt.NDArray[np.float64]
 Images = npt.NDArray[np.int64]
 
 
-def replace_loose_clusters(score: NeighborScore, labels_N: Labels, num_clusters: int) -> Labels:
+def replace_loose_clusters(score: NeighborScore, labels_N: Labels, shares_K: Shares) -> Labels:
     """The labels (N,), with each loose cluster joined to another one, and its number given to a part of a third.
 
-    At least one cluster holds together. Raises PartitionError: the input is too large, or the eigenvectors weren't
-    found.
+    `shares_K` are those of `labels_N`; at least one cluster holds together. Raises PartitionError: the input is too
+    large, or the eigenvectors weren't found.
     """
-    (shares_K,) = score.shares([labels_N], num_clusters)
     firm = np.flatnonzero(shares_K >= MIN_SHARE)
     loose = np.setdiff1d(labels_N, firm)
     if not len(loose):
         return labels_N
     matrix = to_matrix(score)
-    owner_K = np.arange(num_clusters, dtype=np.int32)
-    owner_K[loose] = firm[score.between(labels_N, num_clusters)[np.ix_(loose, firm)].argmax(axis=1)]
+    owner_K = np.arange(len(shares_K), dtype=np.int32)
+    owner_K[loose] = firm[score.between(labels_N, len(shares_K))[np.ix_(loose, firm)].argmax(axis=1)]
     joined_N = owner_K[labels_N]
 
     def split(cluster: int) -> tuple[float, Images]:

@@ -21,6 +21,9 @@ RESOLUTION = 0.6
 BLOCK_IMAGES = 4096
 """Images whose moves are found at a time: their edges fit into a processor's cache."""
 
+Shares = npt.NDArray[np.float64]
+"""(K,) the share of the weight at each cluster that stays within it."""
+
 
 class Nearest(Protocol):
     """The most similar neighbours of each image: (N, k) integers, -1 where there are fewer. Rows are read by slices."""
@@ -61,7 +64,7 @@ class NeighborScore:
             self._score(within_K.sum(), volumes_K) for within_K, volumes_K in self._within(clusterings, num_clusters)
         ]
 
-    def shares(self, clusterings: Sequence[Labels], num_clusters: int) -> list[npt.NDArray[np.float64]]:
+    def shares(self, clusterings: Sequence[Labels], num_clusters: int) -> list[Shares]:
         """For each clustering, the share of the weight at each cluster that stays within it (K,); 0 for an empty
         cluster."""
         within = self._within(clusterings, num_clusters)

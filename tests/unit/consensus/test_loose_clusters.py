@@ -59,11 +59,12 @@ def test_loose_clusters_give_way_to_groups_that_no_head_separates(near):
     groups_N, score = joined_groups(near, [80, 30, 15, 40], purity=0.95)
     labels_N = np.where(groups_N == 3, 4, 0).astype(np.int32)
     labels_N[[3, 7]] = 1, 2
-    found_N = replace_loose_clusters(score, labels_N, 6)
+    found_N = replace_loose_clusters(score, labels_N, *score.shares([labels_N], 6))
     assert sorted(np.unique(found_N)) == [0, 1, 2, 4]
     assert adjusted_rand_index(groups_N, found_N) > 0.97
     np.testing.assert_array_equal(found_N == 4, groups_N == 3)
-    np.testing.assert_array_equal(replace_loose_clusters(score, found_N, 6), found_N)
+    again_N = replace_loose_clusters(score, found_N, *score.shares([found_N], 6))
+    np.testing.assert_array_equal(again_N, found_N)
 
 
 def test_a_consensus_of_heads_that_merge_small_groups_separates_them(near):
@@ -79,5 +80,6 @@ def test_a_consensus_of_heads_that_merge_small_groups_separates_them(near):
 def test_a_graph_that_is_too_large_to_read_as_a_whole_is_refused(near, monkeypatch):
     _, score = joined_groups(near, [20, 10, 5])
     monkeypatch.setattr(spectral_cut, "MAX_EDGES", 300)
+    labels_N = np.r_[1, np.zeros(34, int)].astype(np.int32)
     with pytest.raises(PartitionError, match="350 edges are over the limit of 300"):
-        replace_loose_clusters(score, np.r_[1, np.zeros(34, int)].astype(np.int32), 2)
+        replace_loose_clusters(score, labels_N, *score.shares([labels_N], 2))
