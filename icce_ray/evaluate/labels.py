@@ -23,7 +23,7 @@ from icce_ray.config import EvaluateConfig
 from icce_ray.errors import InputError
 from icce_ray.images.containers import Cell, Span, labels_beside, locate
 from icce_ray.images.listing import Listing
-from icce_ray.images.parquet_columns import check_expansion, find_field, is_string, open_column, read_text
+from icce_ray.images.parquet_columns import check_column, find_field, is_string, open_column, read_text
 from icce_ray.store.filesystem import open_uri
 
 FOLDER = "folder"
@@ -214,8 +214,7 @@ def _read_columns(opened: Any, evaluate: EvaluateConfig, uri: str) -> pa.Table:
         if name is not None:
             file = open_column(opened, name)
             kind = find_field(file.schema_arrow, name, uri, f"evaluate.{setting}").type
-            for group in range(file.metadata.num_row_groups):
-                check_expansion(file.metadata.row_group(group), name)
+            check_column(file, name)
             found[name] = read_text(file, name) if is_string(kind) else file.read(columns=[name])[name]
     return pa.table(found)
 

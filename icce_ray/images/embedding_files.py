@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from icce_ray.config import EmbeddingsConfig
 from icce_ray.errors import InputError
-from icce_ray.images.parquet_columns import check_expansion, find_field, is_string, open_column, read_text
+from icce_ray.images.parquet_columns import check_column, find_field, is_string, open_column, read_text
 from icce_ray.store.filesystem import open_uri
 
 READ_BATCH_ROWS = 8192
@@ -240,10 +240,12 @@ def _opened_parquet(file: EmbeddingFile, column: str | None = None) -> Iterator[
     """A file to read `column` from. Raises InputError: the file is damaged, or unpacks to an absurd size."""
     try:
         with file.filesystem.open_input_file(file.path) as opened:
-            parquet = pq.ParquetFile(opened) if column is None else open_column(opened, column)
-            for group in range(parquet.metadata.num_row_groups if column is not None else 0):
-                check_expansion(parquet.metadata.row_group(group), str(column))
-            yield parquet
+            if column is None:
+                yield pq.ParquetFile(opened)
+            else:
+                parquet = open_column(opened, column)
+                check_column(parquet, column)
+                yield parquet
     except InputError:
         raise
     except (pa.ArrowException, OSError, ValueError) as error:

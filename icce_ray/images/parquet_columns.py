@@ -85,6 +85,12 @@ def check_expansion(group: Any, column: str) -> None:
         raise ValueError(f"decompression bomb: {packed} bytes would become {unpacked}")
 
 
+def check_column(file: pq.ParquetFile, column: str) -> None:
+    """:func:`check_expansion` of all row groups."""
+    for group in range(file.metadata.num_row_groups):
+        check_expansion(file.metadata.row_group(group), column)
+
+
 def open_column(opened: Any, column: str) -> pq.ParquetFile:
     """A Parquet file in which equal values of `column` are one in memory, if it is of text or bytes: a file of a
     megabyte could name one value a million times."""

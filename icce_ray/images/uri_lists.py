@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 
 from icce_ray.errors import InputError
-from icce_ray.images.parquet_columns import check_expansion, find_field, is_string, open_column
+from icce_ray.images.parquet_columns import check_column, find_field, is_string, open_column
 from icce_ray.images.uris import is_remote, is_utf8, open_file, resolve
 from icce_ray.store.filesystem import open_uri
 
@@ -47,8 +47,7 @@ def read_parquet_list(uri: str, column: str) -> Iterator[str]:
         if file.metadata.num_rows == 0:
             raise InputError(f"images.uri: the list {uri} has no rows")
         try:
-            for group in range(file.metadata.num_row_groups):
-                check_expansion(file.metadata.row_group(group), column)
+            check_column(file, column)
         except ValueError as error:
             raise InputError(f"images.uri: the list {uri} is not read: {error}") from None
         for batch in file.iter_batches(BATCH_ROWS, columns=[column]):
