@@ -16,16 +16,24 @@ Seed = Annotated[int, Field(ge=0, lt=2**31)]
 MAX_PATH_CHARACTERS = 4096
 
 
+def is_utf8(text: str) -> bool:
+    """Whether text can be written as UTF-8: it holds no half of a character, as bytes of another encoding do when they
+    are read with `surrogateescape`."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _check_place(place: str) -> str:
     """Refuse paths and URIs that cannot be meant as they are written."""
     if not place.strip():
         raise ValueError("it is empty")
     if "\0" in place:
         raise ValueError("it holds a NUL character")
-    try:
-        place.encode()
-    except UnicodeEncodeError:
-        raise ValueError("it is not valid UTF-8; rename it, or lead to it by a link") from None
+    if not is_utf8(place):
+        raise ValueError("it is not valid UTF-8; rename it, or lead to it by a link")
     if len(place) > MAX_PATH_CHARACTERS:
         raise ValueError(f"it is {len(place):,} characters long; at most {MAX_PATH_CHARACTERS:,} are possible")
     if place.startswith(("~", "$")):

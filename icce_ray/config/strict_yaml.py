@@ -11,6 +11,8 @@ from typing import Any
 
 import yaml
 
+from icce_ray.config.section import is_utf8
+
 MAX_NODES = 100_000
 """Limit of a document's size with all aliases expanded. A short file with nested aliases can stand for gigabytes."""
 MAX_DIGITS = 300
@@ -95,10 +97,8 @@ def _check(root: yaml.Node) -> None:
 
 def _check_scalar(node: yaml.ScalarNode) -> None:
     text = str(node.value)
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise ValueError(f"line {_line(node)}: {text!r} holds half of a character, which is no text") from None
+    if not is_utf8(text):
+        raise ValueError(f"line {_line(node)}: {text!r} holds half of a character, which is no text")
     if node.style is not None:  # quoted
         return
     for pattern, problem in _MISREAD.items():

@@ -21,7 +21,7 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from icce_ray.config import ImagesConfig, ResourcesConfig, StorageConfig
-from icce_ray.config.section import MAX_PATH_CHARACTERS
+from icce_ray.config.section import MAX_PATH_CHARACTERS, is_utf8
 from icce_ray.errors import InputError
 from icce_ray.images.bucket_listing import BucketPrefix
 from icce_ray.images.file_kinds import IMAGE_ENDINGS, PARQUET_ENDINGS, TAR_ENDING, take_file
@@ -33,7 +33,7 @@ from icce_ray.images.own_results import is_result, result_folders
 from icce_ray.images.parquet_columns import image_column
 from icce_ray.images.skipped_files import describe, ending, remedy
 from icce_ray.images.uri_lists import read_parquet_list, read_text_list
-from icce_ray.images.uris import is_remote, is_utf8, local_path_or_uri, local_uri, open_file, resolve
+from icce_ray.images.uris import is_remote, local_path_or_uri, local_uri, open_file, resolve
 from icce_ray.runtime.progress import Progress
 from icce_ray.store import Claim, Folder, s3
 from icce_ray.store.filesystem import OBJECT_STORES, open_uri, redacted

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 from urllib.parse import quote
 
+from icce_ray.config.section import is_utf8
 from icce_ray.images.skipped_files import LFS_POINTER, LFS_REMEDY
 
 BLOCK_BYTES = tarfile.BLOCKSIZE
@@ -207,8 +208,4 @@ def _reason(error: Exception, block: bytes) -> str:
 def _utf8(name: str) -> str:
     """The name without a leading ``./``, percent-encoded if it is not valid UTF-8."""
     name = name.removeprefix("./")
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return quote(name.encode("utf-8", "surrogateescape"))
-    return name
+    return name if is_utf8(name) else quote(name.encode("utf-8", "surrogateescape"))

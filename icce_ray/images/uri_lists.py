@@ -9,9 +9,10 @@ from collections.abc import Iterator
 import pyarrow as pa
 import pyarrow.fs as pafs
 
+from icce_ray.config.section import is_utf8
 from icce_ray.errors import InputError
 from icce_ray.images.parquet_columns import check_column, find_field, is_string, open_column
-from icce_ray.images.uris import is_remote, is_utf8, open_file, resolve
+from icce_ray.images.uris import is_remote, open_file, resolve
 from icce_ray.store.filesystem import open_uri
 
 BATCH_ROWS = 65_536

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote_to_bytes, urlsplit
 
+from icce_ray.config.section import is_utf8
 from icce_ray.store.filesystem import open_uri
 
 # The first place counts: the name of a member is the archive's, and may look like another place.
@@ -24,15 +25,6 @@ def local_uri(path: str) -> str:
     like a place in a container."""
     is_plain = is_utf8(path) and not TAR_MEMBER.match(path) and not PARQUET_MEMBER.match(path)
     return path if is_plain else Path(path).as_uri()
-
-
-def is_utf8(text: str) -> bool:
-    """Whether text that was read with `surrogateescape` is valid UTF-8."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def local_path(uri: str) -> str | bytes:

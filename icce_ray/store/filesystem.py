@@ -21,6 +21,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 
 from icce_ray.config import StorageConfig
+from icce_ray.config.section import is_utf8
 from icce_ray.errors import InputError
 from icce_ray.store import s3
 from icce_ray.store.local_files import replacing
@@ -138,10 +139,8 @@ class Folder:
 
     @classmethod
     def at(cls, uri: str | Path) -> Folder:
-        try:
-            str(uri).encode()
-        except UnicodeEncodeError:
-            raise InputError(f"{str(uri)!r} is not valid UTF-8; rename it, or lead to it by a link") from None
+        if not is_utf8(str(uri)):
+            raise InputError(f"{str(uri)!r} is not valid UTF-8; rename it, or lead to it by a link")
         filesystem, path = open_uri(str(uri))
         is_local = isinstance(filesystem, pafs.LocalFileSystem)
         options = s3.current_options() if s3.is_s3(str(uri)) else None
