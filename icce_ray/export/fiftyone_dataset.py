@@ -66,11 +66,8 @@ def write(source: SelectedImages, task: ExportTask) -> Written:
                     problems.append(f"{row['uri']}: {name}")
                     continue
                 file.write(b",\n" if sample_ids else b"\n")
-                file.write(
-                    json.dumps(
-                        _sample(row, source.labels.get(row["cluster"], "noise"), name, features_nD[number], now)
-                    ).encode()
-                )
+                label = source.labels.get(row["cluster"], "noise")
+                file.write(json.dumps(_sample(row, label, name, features_nD[number], now)).encode())
                 sample_ids.append(_object_id("sample", row["image_id"]))
                 points.append(points_n2[number])
             task.progress.update(len(sample_ids) + len(problems), num_wanted, num_errors=len(problems))
@@ -90,16 +87,16 @@ def write(source: SelectedImages, task: ExportTask) -> Written:
     return Written(len(sample_ids), len(problems), problems[0] if problems else "")
 
 
-def _sample(row: Row, cluster: str, file: str, features_D: npt.NDArray[Any], now: dict[str, str]) -> dict[str, Any]:
+def _sample(row: Row, label: str, file: str, features_D: npt.NDArray[Any], now: dict[str, str]) -> dict[str, Any]:
     others = {name: value for name, value in row.items() if name not in ("cluster", "uri")}
-    label = {"_cls": "Classification", "tags": [], "label": cluster}
+    cluster = {"_cls": "Classification", "tags": [], "label": label}
     return {
         "_id": {"$oid": _object_id("sample", row["image_id"])},
         "filepath": file,
         "tags": [],
         "_media_type": "image",
         "_rand": row["image_id"] * 0.6180339887 % 1.0,
-        "cluster": {"_id": {"$oid": _object_id("label", row["image_id"])}, **label},
+        "cluster": {"_id": {"$oid": _object_id("label", row["image_id"])}, **cluster},
         "uri": row["uri"],
         **others,
         "embedding": {"$binary": {"base64": _packed(features_D.astype(np.float32)), "subType": "00"}},

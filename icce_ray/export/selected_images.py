@@ -93,11 +93,9 @@ class SelectedImages:
         beyond = [cluster for cluster in selection.clusters or () if cluster >= self.num_clusters]
         if beyond:
             raise InputError(f"--clusters: there is no cluster {beyond[0]}; the last one is {self.num_clusters - 1}")
-        has_corrections = "corrections" in self.assign.manifest.inputs
-        applied = applied_corrections({"corrections": self.find("corrections")} if has_corrections else {})
-        self.names = {
-            row["cluster"]: row["name"] for row in (applied or {"clusters": []})["clusters"] if row.get("name")
-        }
+        is_corrected = "corrections" in self.assign.manifest.inputs
+        applied = applied_corrections({"corrections": self.find("corrections")} if is_corrected else {}) or {}
+        self.names = {row["cluster"]: row["name"] for row in applied.get("clusters", ()) if row.get("name")}
         """Names that a person gave to clusters on the page."""
         plain = {cluster: self.names.get(cluster, str(cluster)) for cluster in range(self.num_clusters)}
         times = Counter(plain.values())
