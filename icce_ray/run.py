@@ -117,7 +117,8 @@ def guarded(command: Callable[[argparse.Namespace], Any], arguments: argparse.Na
 
 
 def _unusable_place(error: Exception) -> str | None:
-    """What is wrong with a place that the user named, or None: a file where a folder should be, a full disk."""
+    """The message for an error about a place that the user named, such as a full disk or a file in place of a folder.
+    None if the error is another one."""
     cause = find_cause(error, OSError)
     if not isinstance(cause, OSError) or cause.errno not in PLACE_ERRORS:
         return None

@@ -34,7 +34,7 @@ from icce_ray.stage import Settings, Stage
 from icce_ray.store import Artifact
 
 VERSION = 2
-"""Of what is done with new images alone."""
+"""Raised when the treatment of new images changes and that of a run's own images does not."""
 NEW_CLUSTERS_SHOWN = 5
 FREE_EMBED_SETTINGS = {"batch_size", "max_error_rate", "max_image_pixels"}
 """Settings of `embed` that don't change the features. All others are the model's."""

@@ -1,4 +1,4 @@
-"""What the neighbour graph makes of the heads, and which clustering is kept (docs/METHOD.md, "Choice on the graph")."""
+"""Makes clusterings with the neighbour graph and chooses which one is kept (docs/METHOD.md, "Choice on the graph")."""
 
 from __future__ import annotations
 

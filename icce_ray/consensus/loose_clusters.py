@@ -73,7 +73,8 @@ def best_split(matrix: csr_matrix, degree_N: npt.NDArray[np.int64], images_n: Im
 
 
 def _second_eigenvector(within: csr_matrix) -> Floats:
-    """Of the random walk on the edges (n, n) of one cluster (n,): the first, which is constant, is projected out."""
+    """The second eigenvector (n,) of the random walk on the edges (n, n) of one cluster. The first one, which is
+    constant, is projected out."""
     degree_n = np.asarray(within.sum(axis=1)).ravel()
     scale_n = 1 / np.sqrt(np.maximum(degree_n, 1))
     normal, first_n = diags(scale_n) @ within @ diags(scale_n), np.sqrt(degree_n)

@@ -37,7 +37,7 @@ T = TypeVar("T")
 Row = dict[str, Any]
 """A row of the assignments."""
 MAX_DIGITS = 6
-"""Of a cluster's number on the command line."""
+"""The most digits that a cluster's number may have on the command line."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class SelectedImages:
         plain = {cluster: self.names.get(cluster, str(cluster)) for cluster in range(self.num_clusters)}
         times = Counter(plain.values())
         self.labels = {cluster: f"{name} ({cluster})" if times[name] > 1 else name for cluster, name in plain.items()}
-        """Of each cluster its name, else its number; no two are the same."""
+        """The name of each cluster, or its number if it has none. No two are the same."""
         self.schema: pa.Schema = next(self._parts()).schema
         """Columns of the assignments."""
 

@@ -14,7 +14,7 @@ from icce_ray.errors import InputError
 
 MAX_EXPANSION = 100
 MAX_TEXT_BYTES = 4096
-"""Of a URI or a label."""
+"""The longest URI or label that is read."""
 MIN_BOMB_BYTES = 2**28
 """A row group that unpacks to more bytes than this, and to more than MAX_EXPANSION times its own, is not read."""
 
