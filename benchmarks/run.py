@@ -60,8 +60,11 @@ CASES = {
 
 def main() -> int:
     """Run one case. Returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("case", choices=CASES, help="; ".join(f"{name}: {text}" for name, text in CASES.items()))
+    cases = "\n".join(f"  {name:18}  {text}" for name, text in CASES.items())
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=f"cases:\n{cases}", formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("case", choices=CASES, metavar="CASE", help="one of those below")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of the case")
     arguments = parser.parse_args()
     module = importlib.import_module(f"cases.{arguments.case.replace('-', '_')}")
