@@ -8,6 +8,8 @@ from __future__ import annotations
 import copy
 import json
 import re
+import subprocess
+import sys
 import tomllib
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -386,3 +388,12 @@ def test_files_that_are_named_exist_and_no_secrets_or_registries_are(path: Path)
     addresses = re.findall(r"https?://[^\s`'\"]+", text)
     assert all(address.startswith(("http://127.0.0.1:", "https://arxiv.org/")) for address in addresses), addresses
     assert not re.search(r"AKIA[0-9A-Z]{16}|(secret_key|password|auth_token)\s*[:=]\s*[^\s}|)~]", text)
+
+
+def test_every_benchmark_is_listed_and_has_a_module() -> None:
+    path = ROOT / "benchmarks"
+    said = subprocess.check_output([sys.executable, path / "run.py", "--help"], text=True).partition("cases:")[2]
+    listed = re.findall(r"^  ([a-z-]+)  ", said, re.MULTILINE)
+    helpers = {"__init__", "datasets", "peak", "plain_heads", "plain_turtle", "process_memory"}
+    modules = {file.stem for file in (path / "cases").glob("*.py")} - helpers
+    assert {name.replace("-", "_") for name in listed} == modules
