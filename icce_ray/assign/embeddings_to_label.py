@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +18,15 @@ import pyarrow.parquet as pq
 
 from icce_ray.config import EmbeddingsConfig
 from icce_ray.embed.feature_matrix import PART_PREFIX, table_to_arrays
-from icce_ray.images.embedding_files import EmbeddingFile, Embeddings, NpyEmbeddings, ParquetEmbeddings, open_embeddings
+from icce_ray.embed.finished_parts import ERRORS_SCHEMA
+from icce_ray.images.embedding_files import (
+    Block,
+    EmbeddingFile,
+    Embeddings,
+    NpyEmbeddings,
+    ParquetEmbeddings,
+    open_embeddings,
+)
 from icce_ray.images.listing import LISTING_PREFIX, Listing
 from icce_ray.store import Artifact
 
@@ -26,8 +34,15 @@ READ_ROWS = 8_192
 MIN_ROWS_PER_PART, MAX_ROWS_PER_PART = 32_768, 131_072
 """Within these bounds there are 32 parts: enough for many workers, each part worth the files it takes."""
 
-Rows = tuple[npt.NDArray[np.int64], npt.NDArray[Any], pa.ChunkedArray]
-"""image_ids (n,), features (n, D), uris (n,)."""
+
+class Rows(NamedTuple):
+    """Some images of a part."""
+
+    image_ids: npt.NDArray[np.int64]
+    features_nD: npt.NDArray[Any]
+    uris: pa.ChunkedArray
+    errors: pa.Table | None = None
+    """Rows beside them that cannot be used, as ERRORS_SCHEMA."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +86,7 @@ class EmbeddedImages:
         """The rows of a part, in order."""
         for name in part.inputs:
             image_ids, features_nD = table_to_arrays(self.embed.read_table(name))
-            yield image_ids, features_nD, self._listing.uris(image_ids)
+            yield Rows(image_ids, features_nD, self._listing.uris(image_ids))
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "_listing"}
@@ -120,15 +135,19 @@ class EmbeddingFiles:
         uris = opened.uris(self.uri_column, part.start, part.start + part.num_rows)
         done = 0
         for block in opened.blocks(READ_ROWS, start=part.start):
-            features_nD = block[: part.num_rows - done]
-            image_ids = np.arange(part.first_row + done, part.first_row + done + len(features_nD))
-            yield image_ids, features_nD, uris.slice(done, len(features_nD))
-            done += len(features_nD)
+            block = Block(*(column[: part.num_rows - done] for column in block))
+            good, problems = block.is_usable_n, block.problems()
+            image_ids = np.arange(part.first_row + done, part.first_row + done + len(good))
+            named = uris.slice(done, len(good))
+            bad = [image_ids[~good], named.filter(pa.array(~good)), list(problems.values())]
+            errors = pa.table(bad, schema=ERRORS_SCHEMA) if problems else None
+            yield Rows(image_ids[good], block.rows_nD[good], named.filter(pa.array(good)), errors)
+            done += len(good)
             if done == part.num_rows:
                 return
 
     def _open(self, file: EmbeddingFile) -> Embeddings:
-        return ParquetEmbeddings([file], self.column) if self.column is not None else NpyEmbeddings(file)
+        return ParquetEmbeddings([file], self.column, self.dim) if self.column is not None else NpyEmbeddings(file)
 
 
 Source = EmbeddedImages | EmbeddingFiles

@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import uuid
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
@@ -22,10 +23,18 @@ from icce_ray.assign.drift import summarize_drift
 from icce_ray.assign.embeddings_to_label import AssignPart, EmbeddedImages, EmbeddingFiles, Source
 from icce_ray.assign.exemplars import choose_exemplars
 from icce_ray.assign.new_clusters import NEW_CLUSTERS_NAME, find_new_clusters
-from icce_ray.assign.part_labeler import ASSIGNMENTS_FOLDER, CANDIDATES_FOLDER, OUTLIERS_FOLDER, PartLabeler
+from icce_ray.assign.part_labeler import (
+    ASSIGNMENTS_FOLDER,
+    CANDIDATES_FOLDER,
+    ERRORS_FOLDER,
+    OUTLIERS_FOLDER,
+    PartLabeler,
+)
 from icce_ray.assign.stage import ASSIGN
 from icce_ray.assign.totals import Totals
 from icce_ray.config import Config, ResourcesConfig
+from icce_ray.embed.embedding_parts import ERRORS_NAME
+from icce_ray.embed.finished_parts import ERRORS_SCHEMA, REASONS_SHOWN, too_many_errors
 from icce_ray.images.first_ids import FIRST_ID, first_id
 from icce_ray.runtime.workers import run_on_actors
 from icce_ray.stage import StageContext
@@ -61,7 +70,7 @@ class Labeler:
 
 def run(config: Config, context: StageContext) -> dict[str, Any]:
     """Label every image: assignments/part-*.parquet and exemplars.parquet; for new images also drift.json and
-    new_clusters.parquet.
+    new_clusters.parquet; for ready-made embeddings also errors.parquet.
 
     Returns:
         num_images, num_in_consensus, num_noise, num_outliers, num_exemplars, mean_consensus_probability,
@@ -69,7 +78,7 @@ def run(config: Config, context: StageContext) -> dict[str, Any]:
         was added to the ids of the listing or the rows.
 
     Raises:
-        InputError: ready-made embeddings that cannot be read.
+        InputError: ready-made embeddings that cannot be read, or more bad rows than `embed.max_error_rate` allows.
         DamagedArtifactError: a part of an input is not what its manifest promises.
         WorkerError: workers died, or storage failed, more often than they are retried; finished parts stay.
     """
@@ -83,7 +92,7 @@ def run(config: Config, context: StageContext) -> dict[str, Any]:
     start = first_id(config.output, config.images, config.embeddings) if is_new else 0
     labeler = PartLabeler(source, output.folder, inputs, num_exemplars=num_exemplars, seed=config.seed, first_id=start)
     records = PartRecords(output.folder, _digest(source, context, config))
-    files, totals = _label_all(config.resources, context, labeler, records)
+    files, totals = _label_all(config.resources, context, labeler, records, config.embed.max_error_rate)
 
     assignments = [file for file in files if file.name.startswith(ASSIGNMENTS_FOLDER)]
     candidates = [file for file in files if file.name.startswith(CANDIDATES_FOLDER)]
@@ -96,11 +105,13 @@ def run(config: Config, context: StageContext) -> dict[str, Any]:
         outliers = [file for file in files if file.name.startswith(OUTLIERS_FOLDER)]
         found = find_new_clusters(_read_tables(output.folder, outliers), labeler.classifier, config.seed)
         output.write_table(NEW_CLUSTERS_NAME, found)
+        if "embed" not in inputs:
+            output.write_table(ERRORS_NAME, _errors(output.folder, files))
         metrics["new_cluster_sizes"] = np.bincount(found["new_cluster"].to_numpy()).tolist()
     for file in assignments:
         output.add(file)
     records.clear()
-    for folder in (CANDIDATES_FOLDER, OUTLIERS_FOLDER):
+    for folder in (CANDIDATES_FOLDER, OUTLIERS_FOLDER, ERRORS_FOLDER):
         (output.folder / folder.rstrip("/")).clear()
     return metrics
 
@@ -114,9 +125,14 @@ def _digest(source: Source, context: StageContext, config: Config) -> str:
 
 
 def _label_all(
-    resources: ResourcesConfig, context: StageContext, labeler: PartLabeler, records: PartRecords
+    resources: ResourcesConfig,
+    context: StageContext,
+    labeler: PartLabeler,
+    records: PartRecords,
+    max_error_rate: float,
 ) -> tuple[list[Part], Totals]:
-    """Label the parts that are not finished. Returns the files and the totals of all."""
+    """Label the parts that are not finished. Returns the files and the totals of all. Raises InputError: more rows of
+    ready-made embeddings cannot be used than `max_error_rate` allows."""
     finished = records.read_all()
     parts = labeler.source.plan()
     pending = [part for part in parts if part.name not in finished]
@@ -124,16 +140,37 @@ def _label_all(
     num_images = sum(part.num_rows for part in parts)
     context.progress.update(num_done, num_images)
     make = partial(Labeler, labeler, records, uuid.uuid4().hex)
+    num_errors = sum(map(_num_errors, finished.values()))
     for part, record in run_on_actors(
         "assign", make, pending, resources=resources, progress=context.progress, num_images=num_images
     ):
         finished[part.name] = record
         num_done += part.num_rows
-        context.progress.update(num_done, num_images)
+        num_errors += _num_errors(record)
+        context.progress.update(num_done, num_images, num_errors=num_errors)
+        if num_errors > max_error_rate * num_images:
+            break
+    if num_errors > max_error_rate * num_images:
+        files = [file for record in finished.values() for file in record.files]
+        errors = _errors(records.folder, files)
+        common = Counter(errors["reason"].to_pylist()).most_common(REASONS_SHOWN)
+        reasons = ", ".join(f"{count:,} x {reason}" for reason, count in common)
+        reasons += f" (such as {errors['uri'][0]})"
+        raise too_many_errors(num_errors, num_images, max_error_rate, reasons)
     ordered = [finished[part.name] for part in parts]
     totals = Totals.add(Totals.from_json(record.metrics) for record in ordered)
-    assert totals.num_images == num_images
+    assert totals.num_images + num_errors == num_images
     return [file for record in ordered for file in record.files], totals
+
+
+def _num_errors(record: PartRecord) -> int:
+    return sum(file.rows or 0 for file in record.files if file.name.startswith(ERRORS_FOLDER))
+
+
+def _errors(folder: Folder, files: Iterable[Part]) -> pa.Table:
+    """The rows of all parts that cannot be used."""
+    found = [file for file in files if file.name.startswith(ERRORS_FOLDER)]
+    return _read_tables(folder, found) if found else ERRORS_SCHEMA.empty_table()
 
 
 def _read_tables(folder: Folder, files: Sequence[Part]) -> pa.Table:

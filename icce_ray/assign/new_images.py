@@ -33,7 +33,7 @@ from icce_ray.runtime.progress import format_seconds
 from icce_ray.stage import Settings, Stage
 from icce_ray.store import Artifact
 
-VERSION = 2
+VERSION = 3
 """Raised when the treatment of new images changes and that of a run's own images does not."""
 NEW_CLUSTERS_SHOWN = 5
 FREE_EMBED_SETTINGS = {"batch_size", "max_error_rate", "max_image_pixels"}
@@ -78,8 +78,8 @@ class AssignResult:
     """A Parquet table: new_cluster, image_id, uri, cluster (the assigned one)."""
     new_cluster_sizes: list[int]
     """Images of each new cluster that is offered."""
-    errors: str | None
-    """A Parquet table: image_id, uri, reason; None for ready-made embeddings."""
+    errors: str
+    """A Parquet table: image_id, uri, reason."""
     all_images: str | None
     """Folder of the assignments of the run's images and of all new ones; None if the output has another newest run."""
     drift: dict[str, Any]
@@ -173,10 +173,11 @@ def _config_for(model: Artifact, settings: Settings, overrides: list[str]) -> Co
 
 
 def _sum_up(artifacts: dict[str, Artifact], seconds: dict[str, float], all_images: str | None) -> AssignResult:
-    made, embed = artifacts["assign"], artifacts.get("embed")
+    made = artifacts["assign"]
+    embed = artifacts.get("embed", made)  # which has the errors of ready-made embeddings
     return AssignResult(
         num_images=made.metrics["num_images"],
-        num_errors=num_failed(embed) if embed is not None else 0,
+        num_errors=num_failed(embed),
         num_outliers=made.metrics["num_outliers"],
         num_clusters_used=made.metrics["num_clusters_used"],
         mean_consensus_probability=made.metrics["mean_consensus_probability"],
@@ -185,7 +186,7 @@ def _sum_up(artifacts: dict[str, Artifact], seconds: dict[str, float], all_image
         drift_file=made.folder.file_uri("drift.json"),
         new_clusters=made.folder.file_uri(NEW_CLUSTERS_NAME),
         new_cluster_sizes=made.metrics["new_cluster_sizes"],
-        errors=embed.folder.file_uri("errors.parquet") if embed is not None else None,
+        errors=embed.folder.file_uri("errors.parquet"),
         all_images=all_images,
         drift=made.read_json("drift.json"),
         seconds=seconds,

@@ -27,6 +27,7 @@ ASSIGNMENTS_FOLDER = "assignments/"
 """Holds nothing but Parquet files of one schema, so that pandas can read the folder as it is."""
 CANDIDATES_FOLDER = "candidates/"
 OUTLIERS_FOLDER = "outliers/"
+ERRORS_FOLDER = "errors/"
 
 
 class PartLabeler:
@@ -65,9 +66,10 @@ class PartLabeler:
         """Label the images of a part and write its files. Raises InputError: embeddings that cannot be used;
         DamagedArtifactError: an input is not what its manifest says."""
         tables, candidates, totals = [SCHEMA.empty_table()], [CANDIDATES_SCHEMA.empty_table()], []
-        outliers = list[pa.Table]()
+        outliers, errors = list[pa.Table](), list[pa.Table]()
         row = part.first_row
-        for image_ids, features_nD, uris in self.source.read(part):
+        for image_ids, features_nD, uris, failed in self.source.read(part):
+            errors += [failed] if failed is not None else []
             consensus_n, agreement_n = self._consensus_of(image_ids, row)
             # Images that took part in the consensus keep its label.
             prediction = self.classifier.label(features_nD, consensus_n)
@@ -95,6 +97,8 @@ class PartLabeler:
         ]
         if outliers:
             files.append(writer.write_table(f"{OUTLIERS_FOLDER}{part.name}.parquet", pa.concat_tables(outliers)))
+        if errors:
+            files.append(writer.write_table(f"{ERRORS_FOLDER}{part.name}.parquet", pa.concat_tables(errors)))
         return files, Totals.add(totals)
 
     @cached_property

@@ -91,7 +91,7 @@ class EmbedConfig(BackboneConfig):
     max_image_pixels: PositiveInt = 100_000_000
     """Largest image (width x height) that is decoded. A larger one goes into the errors table."""
     max_error_rate: Fraction = 0.1
-    """Share of unusable images above which the stage stops."""
+    """Share of unusable images, or rows of ready-made embeddings, above which the stage stops."""
 
     @property
     def backbones(self) -> tuple[BackboneConfig, ...]:

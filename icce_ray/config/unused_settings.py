@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from icce_ray.config.data_settings import PIXELS
+from icce_ray.config.data_settings import PIXELS, EmbedConfig
 from icce_ray.config.schema import Config
 from icce_ray.methods import METHODS
 
+_EMBEDDING = tuple(f"embed.{name}" for name in EmbedConfig.model_fields if name != "max_error_rate")
 _NETWORK = ("embed.weights", "embed.features", "embed.precision", "embed.compile")
 _TEACHER = (
     "heads.sinkhorn", "heads.sinkhorn_iterations", "heads.balance", "heads.teacher_temperature", "heads.beta",
@@ -31,7 +32,7 @@ def _has_no_label_table(config: Config) -> bool:
 
 
 RULES: tuple[tuple[tuple[str, ...], Callable[[Config], bool], str], ...] = (
-    (("embed",), lambda c: c.embeddings.uri is not None, "embeddings are ready-made, so no image is embedded"),
+    (_EMBEDDING, lambda c: c.embeddings.uri is not None, "embeddings are ready-made, so no image is embedded"),
     (("images.bytes_column",), lambda c: c.embeddings.uri is not None, "embeddings are ready-made"),
     (("embeddings.column",), lambda c: c.embeddings.uri is None, "no embeddings are given"),
     (_NETWORK, lambda c: c.embed.backbone == PIXELS, "the backbone is pixels"),

@@ -44,7 +44,7 @@ def run(config: Config, context: StageContext) -> dict[str, Any]:
     """
     if config.embeddings.uri is not None:
         draw = Draw.of(num_listed(context.inputs["images"]), config.sample.max_images, config.seed)
-        return rewrite_embeddings(config.embeddings, context, draw)
+        return rewrite_embeddings(config.embeddings, context, draw, config.embed.max_error_rate)
     listing = Listing(context.inputs["images"])
     task = _task(config, context, len(listing))
     tally = Tally(context, listing, config.embed.max_error_rate)

@@ -120,11 +120,7 @@ class Tally:
             del self._finished[next(iter(self._finished))]
         self._show()
         if num_errors - self._counts[REMOVED] > self._max_error_rate * num_listed:
-            raise InputError(
-                f"{num_errors:,} of {num_listed:,} images cannot be used so far, more than "
-                f"embed.max_error_rate ({self._max_error_rate:g}) allows: {self._reasons_with_examples()}. "
-                "Repair or remove them, or raise embed.max_error_rate; finished parts are kept"
-            )
+            raise too_many_errors(num_errors, num_listed, self._max_error_rate, self._reasons_with_examples())
 
     def add_batch(self, part: PartRange, num_embedded: int) -> None:
         """Show how many images of an unfinished part are embedded. May be called by another thread, and too late."""
@@ -218,6 +214,14 @@ class Tally:
             for reason, count in common[:REASONS_SHOWN]
         ]
         return ", ".join(shown) + (", ..." if len(common) > REASONS_SHOWN else "")
+
+
+def too_many_errors(num_errors: int, num_images: int, max_error_rate: float, reasons: str) -> InputError:
+    return InputError(
+        f"{num_errors:,} of {num_images:,} images cannot be used so far, more than embed.max_error_rate "
+        f"({max_error_rate:g}) allows: {reasons}. Repair or remove them, or raise embed.max_error_rate; finished parts "
+        "are kept"
+    )
 
 
 def _pieces(image_ids: Ids) -> Iterator[slice]:

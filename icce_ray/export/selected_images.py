@@ -128,7 +128,7 @@ class SelectedImages:
         source = EmbeddedImages(self.find("embed"), self.find("images"))
         for part, table in zip(source.plan(), self._parts(), strict=True):
             start = 0
-            for image_ids, features_nD, _ in source.read(part):
+            for image_ids, features_nD, *_ in source.read(part):
                 block = table.slice(start, len(image_ids))
                 start += len(image_ids)
                 rows = self.selection.rows_of(block)

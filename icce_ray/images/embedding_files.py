@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +22,30 @@ from icce_ray.images.parquet_columns import check_column, find_field, is_string,
 from icce_ray.store.filesystem import open_uri
 
 READ_BATCH_ROWS = 8192
+NULL, NOT_FINITE = -1, -2
+"""In place of the number of values of a row that cannot be used."""
+
+
+class Block(NamedTuple):
+    """Some rows in order. Those that cannot be used are there, too, and hold NaN."""
+
+    rows_nD: npt.NDArray[Any]
+    num_values_n: npt.NDArray[np.int64]
+    """(n,) D for each row that can be used; otherwise its number of values, NULL or NOT_FINITE."""
+
+    @property
+    def is_usable_n(self) -> npt.NDArray[np.bool_]:
+        return np.asarray(self.num_values_n == self.rows_nD.shape[1])
+
+    def problems(self) -> dict[int, str]:
+        """Why a row cannot be used, by its number in the block."""
+        dim, dtype = self.rows_nD.shape[1], self.rows_nD.dtype
+        texts = {NULL: "null: the row has no embedding", NOT_FINITE: f"NaN, null or infinite values, as {dtype}"}
+        bad = np.flatnonzero(~self.is_usable_n).tolist()
+        return {
+            row: texts.get(number, f"{number:,} values; the others have {dim:,}")
+            for row, number in zip(bad, self.num_values_n[bad].tolist(), strict=True)
+        }
 
 
 @dataclass(frozen=True)
@@ -48,9 +73,8 @@ class Embeddings(Protocol):
         """(n,) string, the URIs of the rows from `start` to `stop` (None: to the end): the file's own column
         `uri_column` if it has one, else ``<file>#<row of that file>``."""
 
-    def blocks(self, num_rows: int, start: int = 0) -> Iterator[npt.NDArray[Any]]:
-        """Rows from `start` on, in order, in blocks (num_rows, D) of `dtype`; the last one may be shorter. Raises
-        InputError: a list of another length, a null, or a value that is not finite."""
+    def blocks(self, num_rows: int, start: int = 0) -> Iterator[Block]:
+        """Rows from `start` on, in order, in blocks (num_rows, D) of `dtype`; the last one may be shorter."""
 
 
 def open_embeddings(config: EmbeddingsConfig) -> Embeddings:
@@ -112,11 +136,11 @@ class NpyEmbeddings:
     def uris(self, uri_column: str, start: int = 0, stop: int | None = None) -> pa.ChunkedArray:
         return pa.chunked_array([_row_uris(self.files[0].uri, start, self.num_rows if stop is None else stop)])
 
-    def blocks(self, num_rows: int, start: int = 0) -> Iterator[npt.NDArray[Any]]:
+    def blocks(self, num_rows: int, start: int = 0) -> Iterator[Block]:
         for first in range(start, self.num_rows, num_rows):
             stop = min(first + num_rows, self.num_rows)
-            block = self._array[first:stop] if self._array is not None else self._read_rows(first, stop)
-            yield _checked(block, self.dtype, first, self.files[0].uri)
+            rows_nD = self._array[first:stop] if self._array is not None else self._read_rows(first, stop)
+            yield _checked(rows_nD, np.full(stop - first, self.dim), self.dtype)
 
     def _read_header(self) -> tuple[tuple[int, ...], np.dtype[Any]]:
         with self.files[0].filesystem.open_input_file(self.files[0].path) as file:
@@ -139,9 +163,13 @@ class NpyEmbeddings:
 
 
 class ParquetEmbeddings:
-    """A list column of floats, all lists of the same length; the files of a folder in the order of their names."""
+    """A list column of floats; the files of a folder in the order of their names.
 
-    def __init__(self, files: list[EmbeddingFile], column: str | None) -> None:
+    Args:
+        dim: D. None: the length of most of the first lists.
+    """
+
+    def __init__(self, files: list[EmbeddingFile], column: str | None, dim: int | None = None) -> None:
         self.files = files
         self._schemas: list[pa.Schema] = []
         self._rows: list[int] = []
@@ -159,7 +187,7 @@ class ParquetEmbeddings:
         self.num_rows = sum(self._rows)
         if self.num_rows == 0:
             raise InputError(f"embeddings.uri: {files[0].uri} holds no rows")
-        self.dim = self._first_length()
+        self.dim = dim or self._usual_length()
 
     def uris(self, uri_column: str, start: int = 0, stop: int | None = None) -> pa.ChunkedArray:
         chunks: list[pa.Array] = []
@@ -178,21 +206,21 @@ class ParquetEmbeddings:
             chunks.append(uris)
         return pa.chunked_array(chunks, type=pa.string())
 
-    def blocks(self, num_rows: int, start: int = 0) -> Iterator[npt.NDArray[Any]]:
-        pending: list[npt.NDArray[Any]] = []
+    def blocks(self, num_rows: int, start: int = 0) -> Iterator[Block]:
+        pending: list[Block] = []
         held = 0
-        for rows in self._read(start):
-            pending.append(rows)
-            held += len(rows)
+        for block in self._read(start):
+            pending.append(block)
+            held += len(block.rows_nD)
             if held >= num_rows:
-                joined = np.concatenate(pending)
+                joined = _joined(pending)
                 whole = held - held % num_rows
-                yield from (joined[first : first + num_rows] for first in range(0, whole, num_rows))
-                pending, held = [joined[whole:]], held - whole
+                yield from (_part_of(joined, first, first + num_rows) for first in range(0, whole, num_rows))
+                pending, held = [_part_of(joined, whole)], held - whole
         if held:
-            yield np.concatenate(pending)
+            yield _joined(pending)
 
-    def _read(self, start: int) -> Iterator[npt.NDArray[Any]]:
+    def _read(self, start: int) -> Iterator[Block]:
         """Small batches of rows from `start` on; row groups before it are not read."""
         skip = start
         for file, rows in zip(self.files, self._rows, strict=True):
@@ -204,35 +232,45 @@ class ParquetEmbeddings:
                 while skip - first >= parquet.metadata.row_group(groups[0]).num_rows:
                     first += parquet.metadata.row_group(groups.pop(0)).num_rows
                 for batch in parquet.iter_batches(READ_BATCH_ROWS, row_groups=groups, columns=[self.column]):
-                    rows_nD = self._to_array(batch.column(0), first, file.uri)
-                    if first + len(rows_nD) > skip:
-                        yield rows_nD[max(skip - first, 0) :]
-                    first += len(rows_nD)
+                    if first + len(batch) > skip:
+                        yield _part_of(self._to_block(batch.column(0)), max(skip - first, 0))
+                    first += len(batch)
             skip = 0
 
-    def _to_array(self, lists: pa.Array, first: int, uri: str) -> npt.NDArray[Any]:
+    def _to_block(self, lists: pa.Array) -> Block:
         lists = _storage_array(lists)
-        lengths = pc.list_value_length(lists).fill_null(-1).to_numpy(zero_copy_only=False)
-        wrong = np.flatnonzero(lengths != self.dim)
-        if len(wrong):
-            row, length = first + int(wrong[0]), int(lengths[wrong[0]])
-            found = "null" if length < 0 else f"a list of {length} values"
-            raise InputError(
-                f"embeddings.uri: {uri}, column {self.column!r}, row {row} holds {found}; the first row has {self.dim}"
-            )
-        values = lists.flatten()
-        if values.null_count:
-            raise InputError(f"embeddings.uri: {uri}, column {self.column!r}: nulls inside the lists after row {first}")
-        return _checked(values.to_numpy(zero_copy_only=False).reshape(len(lists), self.dim), self.dtype, first, uri)
+        num_values_n = _lengths(lists)
+        has_all = num_values_n == self.dim
+        whole = lists if has_all.all() else lists.filter(pa.array(has_all))
+        # Nulls inside the lists become NaN.
+        rows_nD = whole.flatten().to_numpy(zero_copy_only=False).reshape(-1, self.dim)
+        if whole is not lists:
+            whole_nD, rows_nD = rows_nD, np.full((len(lists), self.dim), np.nan, rows_nD.dtype)
+            rows_nD[has_all] = whole_nD
+        return _checked(rows_nD, num_values_n, self.dtype)
 
-    def _first_length(self) -> int:
+    def _usual_length(self) -> int:
         file = next(file for file, rows in zip(self.files, self._rows, strict=True) if rows)
         with _opened_parquet(file, self.column) as parquet:
-            batch = next(parquet.iter_batches(1, columns=[self.column]))
-        length = pc.list_value_length(_storage_array(batch.column(0)))[0].as_py()
-        if not length:
-            raise InputError(f"embeddings.uri: {file.uri}, column {self.column!r}: the first row is empty")
-        return int(length)
+            batch = next(parquet.iter_batches(READ_BATCH_ROWS, columns=[self.column]))
+        lengths = [length for length in _lengths(_storage_array(batch.column(0))).tolist() if length > 0]
+        if not lengths:
+            raise InputError(f"embeddings.uri: {file.uri}, column {self.column!r}: the first rows are empty")
+        return int(Counter(lengths).most_common(1)[0][0])
+
+
+def _lengths(lists: pa.Array) -> npt.NDArray[np.int64]:
+    """(n,) number of values of each list; NULL where there is none."""
+    return np.asarray(pc.list_value_length(lists).fill_null(NULL).to_numpy(zero_copy_only=False), np.int64)
+
+
+def _joined(blocks: list[Block]) -> Block:
+    rows, num_values = zip(*blocks, strict=True)
+    return Block(np.concatenate(rows), np.concatenate(num_values))
+
+
+def _part_of(block: Block, start: int, stop: int | None = None) -> Block:
+    return Block(block.rows_nD[start:stop], block.num_values_n[start:stop])
 
 
 @contextmanager
@@ -312,18 +350,11 @@ def _row_uris(uri: str, start: int, stop: int) -> pa.Array:
     return pc.binary_join_element_wise(pa.scalar(uri), rows, "#")
 
 
-def _checked(rows_nD: npt.NDArray[Any], dtype: np.dtype[Any], first: int, uri: str) -> npt.NDArray[Any]:
+def _checked(rows_nD: npt.NDArray[Any], num_values_n: npt.NDArray[np.int64], dtype: np.dtype[Any]) -> Block:
     with np.errstate(over="ignore"):
         kept = np.ascontiguousarray(rows_nD, dtype=dtype)
-    wrong = np.flatnonzero(~_is_finite(kept).all(axis=1))
-    if len(wrong):
-        more = f" and {len(wrong) - 3} more there" if len(wrong) > 3 else ""
-        rows = ", ".join(str(first + row) for row in wrong[:3])
-        raise InputError(
-            f"embeddings.uri: {uri}, row {rows}{more}: NaN or infinite as {dtype}. "
-            "Leave these rows out, or fix the program that wrote them"
-        )
-    return kept
+    is_finite = _is_finite(kept).all(axis=1)
+    return Block(kept, np.where(is_finite | (num_values_n != kept.shape[1]), num_values_n, NOT_FINITE))
 
 
 def _is_finite(values: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:

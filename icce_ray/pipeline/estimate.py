@@ -194,15 +194,16 @@ class _Sample:
 def _read_sample(config: Config, num_samples: int) -> _Sample:
     began = time.monotonic()
     found = open_embeddings(config.embeddings)
-    features_nD = next(iter(found.blocks(min(found.num_rows, MAX_READ_ROWS))))
-    read_s = (time.monotonic() - began) / len(features_nD)
+    block = next(iter(found.blocks(min(found.num_rows, MAX_READ_ROWS))))
+    read_s = (time.monotonic() - began) / len(block.rows_nD)
     rows = np.random.default_rng(config.seed).choice(
-        len(features_nD), min(num_samples, len(features_nD)), replace=False
+        len(block.rows_nD), min(num_samples, len(block.rows_nD)), replace=False
     )
+    usable = rows[block.is_usable_n[rows]]
     return _Sample(
-        features_nD=features_nD[rows],
+        features_nD=block.rows_nD[usable],
         num_sampled=len(rows),
-        num_errors=0,
+        num_errors=len(rows) - len(usable),
         seconds_per_image=3 * read_s,  # read, compressed, written
         startup_s=0.0,
         bytes_per_image=found.dim * found.dtype.itemsize,

@@ -256,8 +256,8 @@ def retry_failed_images(config: Config, planned: list[PlannedStage], quiet: bool
     step = next(step for step in planned if step.name == EMBED.name)
     inputs = {other.name: other.artifact for other in planned if other.name in step.stage.inputs}
     images, artifact = inputs["images"], step.artifact
-    if artifact is None or images is None or not num_failed(artifact):
-        return False
+    if artifact is None or images is None or not num_failed(artifact) or config.embeddings.uri is not None:
+        return False  # files of embeddings that were mended are another input
     writer, progress = ArtifactWriter(step.folder, amends=True), Progress("retry", step.stage.unit, quiet)
     check_stages(config, [step.stage])
     with Claim(step.folder) as claim:

@@ -221,7 +221,8 @@ def test_embeddings_give_what_their_images_give_for_any_number_of_parts_and_work
     features: npt.NDArray[np.float16] = (np.array(pixels) / np.float32(255)).astype(np.float16)
     lists = pa.FixedSizeListArray.from_arrays(pa.array(features.ravel()), features.shape[1])
     pq.write_table(pa.table({"uri": table["uri"], "x": lists}), tmp_path / "x.parquet", row_group_size=16)
-    np.save(tmp_path / "x.npy", features)
+    bad = np.full((1, features.shape[1]), np.nan, np.float16)
+    np.save(tmp_path / "x.npy", np.concatenate([features, bad]))
     wanted = [name for name in SCHEMA.names if name not in ("uri", "agreement")]
     exemplars = pq.read_table(assigned.exemplars)["image_id"].to_pylist()
     for source, rows_per_part, num_workers in (("x.parquet", 32, 2), ("x.parquet", 1000, 1), ("x.npy", 40, 1)):
@@ -238,6 +239,9 @@ def test_embeddings_give_what_their_images_give_for_any_number_of_parts_and_work
         assert pq.read_table(result.exemplars)["image_id"].to_pylist() == exemplars
         if source == "x.parquet":
             assert found["uri"] == table["uri"]
+        errors = pq.read_table(result.errors)["image_id"].to_pylist()
+        assert errors == ([120] if source == "x.npy" else [])
+        assert result.num_errors == len(errors)
     assert len(list((tmp_path / "out-32").rglob("assignments/*.parquet"))) == 4
 
 
@@ -254,7 +258,7 @@ def test_one_new_image_is_enough(run: Path, new_images: tuple[list[Path], list[i
         (["{run}/nowhere", "--images", "{run}/new"], "no model there"),
         (["{run}/out", "--images", "{run}/nowhere"], "does not exist"),
         (["{run}/out", "--embeddings", "{tmp}/wide.npy"], "has 5 dimensions; the model takes 192"),
-        (["{run}/out", "--embeddings", "{tmp}/nan.npy"], "row 1: NaN"),
+        (["{run}/out", "--embeddings", "{tmp}/nan.npy"], "1 of 3 images cannot be used so far, more than"),
         (
             ["{run}/out", "--images", "{run}/new", "--set", "embed.backbone=resnet18"],
             "given by the model",

@@ -14,7 +14,6 @@ from icce_ray.assign import embeddings_to_label
 from icce_ray.assign.embeddings_to_label import EmbeddedImages, EmbeddingFiles, Source
 from icce_ray.config import EmbeddingsConfig
 from icce_ray.embed.embedding_parts import part_table, plan_parts
-from icce_ray.errors import InputError
 from icce_ray.images.listing import Listing
 from icce_ray.store import Artifact, ArtifactWriter, Folder
 
@@ -54,7 +53,7 @@ def read_all(source: Source) -> tuple[list[int], npt.NDArray[np.float16], list[s
     rows: list[tuple[int, npt.NDArray[np.float16], str]] = []
     for part in reversed(parts):
         before = len(rows)
-        for ids, features, uris in pickle.loads(pickle.dumps(source)).read(part):
+        for ids, features, uris, _ in pickle.loads(pickle.dumps(source)).read(part):
             rows += zip(ids.tolist(), features, uris.to_pylist(), strict=True)
         assert len(rows) - before == part.num_rows
     rows.sort(key=lambda row: row[0])
@@ -131,12 +130,22 @@ def test_the_identity_changes_with_the_embeddings_and_the_listing(tmp_path: Path
     assert EmbeddedImages(artifact(writer, "embed"), source.images).identity() != first
 
 
-def test_a_value_that_is_not_finite_is_named(tmp_path: Path) -> None:
+def test_a_row_that_is_not_finite_is_an_error_with_its_place(tmp_path: Path, rows_per_part: int) -> None:
     features = FEATURES.copy()
-    features[31, 2] = np.nan
-    write_parquet(tmp_path / "a.parquet", features, 10)
-    with pytest.raises(InputError, match=r"a\.parquet, row 31: NaN"):
-        read_all(EmbeddingFiles(EmbeddingsConfig(uri=str(tmp_path)), "uri"))
+    features[[0, 31, 32], 2] = np.nan
+    write_parquet(tmp_path / "a.parquet", features[:30], 10)
+    write_parquet(tmp_path / "b.parquet", features[30:], 10)
+    source = EmbeddingFiles(EmbeddingsConfig(uri=str(tmp_path)), "uri")
+    blocks = [rows for part in source.plan() for rows in source.read(part)]
+    ids = np.concatenate([rows.image_ids for rows in blocks])
+    assert ids.tolist() == [i for i in range(53) if i not in (0, 31, 32)]
+    np.testing.assert_array_equal(np.concatenate([rows.features_nD for rows in blocks]), FEATURES[ids])
+    uris = [uri for rows in blocks for uri in rows.uris.to_pylist()]
+    assert uris[:1] + uris[29:31] == [f"{tmp_path}/a.parquet#1", f"{tmp_path}/b.parquet#0", f"{tmp_path}/b.parquet#3"]
+    errors = pa.concat_tables([rows.errors for rows in blocks if rows.errors is not None])
+    assert errors["image_id"].to_pylist() == [0, 31, 32]
+    assert errors["uri"].to_pylist() == [f"{tmp_path}/a.parquet#0", *(f"{tmp_path}/b.parquet#{i}" for i in (1, 2))]
+    assert errors["reason"].to_pylist() == ["NaN, null or infinite values, as float16"] * 3
 
 
 def test_uris_are_found_across_parts(tmp_path: Path) -> None:

@@ -14,10 +14,11 @@ import pytest
 from icce_ray.config import Config, EmbeddingsConfig
 from icce_ray.embed import embed_images, finished_parts, job
 from icce_ray.embed.embedding_parts import part_table, write_part
+from icce_ray.embed.feature_matrix import load_features
 from icce_ray.embed.part_hashes import hashes_name
 from icce_ray.embed.ready_made import rewrite_embeddings
 from icce_ray.embed.work_items import OpenParts, join_items, joined
-from icce_ray.errors import DamagedArtifactError
+from icce_ray.errors import DamagedArtifactError, InputError
 from icce_ray.images.listing import Entry, entry_tables, numbered
 from icce_ray.stage import StageContext
 from icce_ray.store import Artifact, ArtifactWriter, Folder, PartRecords
@@ -182,3 +183,31 @@ def test_ready_made_embeddings_are_not_read_again_after_a_kill_at_the_end(
     with pytest.raises(KeyboardInterrupt):
         rewrite_embeddings(EmbeddingsConfig(uri=str(tmp_path / "rows.npy")), fake.context())
     assert (tmp_path / "embed" / "records" / "part-00000.json").exists()
+
+
+def test_bad_rows_of_ready_made_embeddings_are_errors_up_to_the_limit(
+    fake: FakeEmbed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("icce_ray.embed.embedding_parts.MAX_PART_ROWS", 16)
+    first, second = np.random.default_rng(0).standard_normal((2, NUM_IMAGES, 3)).astype(np.float32)
+    first[[0, 17], 1], second[[17, 39], 0] = np.nan, np.inf
+    np.save(tmp_path / "first.npy", first)
+    np.save(tmp_path / "second.npy", second)
+    given = EmbeddingsConfig(uri=str(tmp_path / "first.npy"), extra=(str(tmp_path / "second.npy"),))
+    with pytest.raises(InputError, match=r"2 of 40 images cannot be used .*max_error_rate \(0.049\).* 2 x NaN"):
+        rewrite_embeddings(given, fake.context(), max_error_rate=0.049)
+    context = fake.context()
+    metrics = rewrite_embeddings(given, context, max_error_rate=0.1)
+    artifact = commit(context.output, metrics)
+    assert (metrics["num_images"], metrics["num_errors"]) == (37, 3)
+    errors = artifact.read_table("errors.parquet").to_pylist()
+    reason = "NaN, null or infinite values, as float32"
+    assert [tuple(row.values()) for row in errors] == [
+        (0, "/0.png", reason),
+        (17, "/17.png", reason),
+        (39, "/39.png", f"embeddings.extra[0]: {reason}"),
+    ]
+    good = [i for i in range(NUM_IMAGES) if i not in (0, 17, 39)]
+    features = load_features(artifact, 1)
+    assert features.image_ids.tolist() == good
+    assert np.array_equal(features.matrix, second[good])

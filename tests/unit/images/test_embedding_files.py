@@ -13,7 +13,7 @@ import pytest
 from icce_ray.config import Config, EmbeddingsConfig
 from icce_ray.errors import InputError
 from icce_ray.images import embedding_files, list_images
-from icce_ray.images.embedding_files import EmbeddingFile, NpyEmbeddings, open_embeddings
+from icce_ray.images.embedding_files import EmbeddingFile, NpyEmbeddings, ParquetEmbeddings, open_embeddings
 from icce_ray.runtime.progress import Progress
 from icce_ray.stage import StageContext
 from icce_ray.store import ArtifactWriter, Folder
@@ -39,9 +39,10 @@ def check_blocks(embeddings: embedding_files.Embeddings, expected: np.ndarray) -
     for num_rows in (1, 5, 23, 100):
         for start in (0, 1, 7, 22):
             blocks = list(embeddings.blocks(num_rows, start))
-            assert all(len(block) == num_rows for block in blocks[:-1])
-            assert all(block.dtype == expected.dtype and block.flags.c_contiguous for block in blocks)
-            assert np.array_equal(np.concatenate(blocks), expected[start:])
+            assert all(len(block.rows_nD) == num_rows for block in blocks[:-1])
+            assert all(block.rows_nD.dtype == expected.dtype and block.rows_nD.flags.c_contiguous for block in blocks)
+            assert np.array_equal(np.concatenate([block.rows_nD for block in blocks]), expected[start:])
+            assert all(block.is_usable_n.all() and not block.problems() for block in blocks)
 
 
 @pytest.mark.parametrize(("stored", "kept"), [("f2", "f2"), ("f4", "f4"), ("f8", "f4"), (">f4", "f4")])
@@ -133,11 +134,8 @@ REFUSED: dict[str, tuple[Any, str | None, str]] = {
     "an empty list": (
         lambda path: _parquet(path, x=pa.array([[]], pa.list_(pa.float32()))),
         None,
-        "first row is empty",
+        "first rows are empty",
     ),
-    "another length": (lambda path: _parquet(path, x=[[1.0, 2.0], [3.0]]), None, "row 1 holds a list of 1 values"),
-    "a null row": (lambda path: _parquet(path, x=[[1.0, 2.0], None]), None, "row 1 holds null"),
-    "a null value": (lambda path: _parquet(path, x=[[1.0, 2.0], [1.0, None]]), None, "nulls inside the lists"),
     "two columns of a name": (
         lambda path: _table(path, pa.table([[[1.0]], [[2.0]]], names=["x", "x"])),
         None,
@@ -145,10 +143,73 @@ REFUSED: dict[str, tuple[Any, str | None, str]] = {
     ),
     "lists of no values": (lambda path: _parquet(path, x=pa.array([[]], pa.list_(pa.float32(), 0))), None, "Parquet"),
     "a damaged page": (lambda path: _damaged(_parquet(path, x=[[1.0]] * 9)), None, "cannot be read as Parquet"),
-    "nan": (lambda path: _npy(path, np.array([[1.0], [np.nan]])), None, "row 1: NaN or infinite"),
-    "infinity": (lambda path: _parquet(path, x=[[1.0]] * 9 + [[np.inf]] * 5), None, "row 9, 10, 11 and 2 more"),
-    "too large": (lambda path: _npy(path, np.array([[1e300]])), None, "NaN or infinite as float32"),
 }
+NOT_FINITE = "NaN, null or infinite values, as float"
+BAD_ROWS: dict[str, tuple[Any, dict[int, str]]] = {
+    "another length": ([[1.0, 2.0], [3.0], [], [1.0] * 9], {1: "1 values; ", 2: "0 values; ", 3: "9 values; "}),
+    "the first is another length": ([[3.0], [1.0, 2.0], [1.0, 2.0]], {0: "1 values; the others have 2"}),
+    "a null row": ([[1.0, 2.0], None, [3.0, 4.0], None], {1: "null: ", 3: "null: "}),
+    "the first is null": ([None, [1.0, 2.0], [3.0, 4.0]], {0: "null: "}),
+    "a null value": ([[1.0, 2.0], [1.0, None], [None, None]], {1: NOT_FINITE, 2: NOT_FINITE}),
+    "nan and infinity": ([[1.0, np.nan], [1.0, 2.0], [-np.inf, 2.0]], {0: NOT_FINITE, 2: NOT_FINITE}),
+    "all kinds": (
+        [[1.0, 2.0], None, [np.nan, 1.0], [1.0], [3.0, 4.0]],
+        {1: "null: ", 2: NOT_FINITE, 3: "1 values; "},
+    ),
+}
+
+
+def problems_of(embeddings: embedding_files.Embeddings, num_rows: int, start: int = 0) -> dict[int, str]:
+    found, row = {}, start
+    for block in embeddings.blocks(num_rows, start):
+        assert np.flatnonzero(~block.is_usable_n).tolist() == sorted(block.problems())
+        assert np.isnan(block.rows_nD[~block.is_usable_n]).any(axis=1).all() or np.isinf(block.rows_nD).any()
+        found |= {row + bad: text for bad, text in block.problems().items()}
+        row += len(block.rows_nD)
+    return found
+
+
+@pytest.mark.parametrize("kind", [pa.float16(), pa.float32(), pa.float64()])
+@pytest.mark.parametrize("case", BAD_ROWS)
+def test_a_row_that_cannot_be_used_costs_itself(tmp_path: Path, case: str, kind: pa.DataType) -> None:
+    rows, wanted = BAD_ROWS[case]
+    halves: Any = [None if row is None else [None if v is None else np.float16(v) for v in row] for row in rows]
+    values = pa.array(halves if kind == pa.float16() else rows, pa.list_(kind))
+    pq.write_table(pa.table({"x": values}), tmp_path / "e.parquet", row_group_size=2)
+    embeddings = open_file(tmp_path / "e.parquet")
+    assert embeddings.dim == 2
+    good = [i for i in range(len(rows)) if i not in wanted]
+    for num_rows in (1, 2, 100):
+        problems = problems_of(embeddings, num_rows)
+        assert problems.keys() == wanted.keys()
+        assert all(problems[row].startswith(text) for row, text in wanted.items())
+        blocks = list(embeddings.blocks(num_rows))
+        kept = np.concatenate([block.rows_nD[block.is_usable_n] for block in blocks])
+        assert kept.tolist() == [rows[i] for i in good]
+    assert problems_of(embeddings, 1, 1) == {row: text for row, text in problems_of(embeddings, 1).items() if row >= 1}
+
+
+def test_a_null_in_a_column_of_fixed_length_costs_its_row(tmp_path: Path) -> None:
+    rows = pa.array([[1.0, 2.0], None, [3.0, 4.0], [5.0, None]], pa.list_(pa.float32(), 2))
+    embeddings = open_file(_parquet(tmp_path, x=rows))
+    (block,) = embeddings.blocks(10)
+    assert block.is_usable_n.tolist() == [True, False, True, False]
+    assert block.rows_nD[block.is_usable_n].tolist() == [[1.0, 2.0], [3.0, 4.0]]
+
+
+@pytest.mark.parametrize("is_remote", [False, True])
+def test_a_row_of_an_array_that_is_not_finite_costs_itself(tmp_path: Path, is_remote: bool) -> None:
+    path = _npy(tmp_path, np.array([[1.0, 2.0], [np.nan, 1.0], [1e300, 1.0], [3.0, 4.0]]))
+    system = pafs.SubTreeFileSystem(str(tmp_path), pafs.LocalFileSystem()) if is_remote else pafs.LocalFileSystem()
+    name = "e.npy" if is_remote else str(path)
+    embeddings = NpyEmbeddings(EmbeddingFile(system, name, "s3://bucket/e.npy", path.stat().st_size, None))
+    assert problems_of(embeddings, 3) == dict.fromkeys((1, 2), f"{NOT_FINITE}32")
+
+
+def test_all_rows_of_a_file_of_another_length_are_bad_where_the_length_is_known(tmp_path: Path) -> None:
+    file = open_file(_parquet(tmp_path, x=[[1.0, 2.0], [3.0, 4.0]])).files[0]
+    assert ParquetEmbeddings([file], "x", 3).dim == 3
+    assert problems_of(ParquetEmbeddings([file], "x", 3), 9) == dict.fromkeys((0, 1), "2 values; the others have 3")
 
 
 @pytest.mark.parametrize("case", REFUSED)
