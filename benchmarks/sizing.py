@@ -21,7 +21,7 @@ from icce_ray.classifier.outliers import MAX_DIRECTIONS
 from icce_ray.classifier.self_training import MAX_STEPS
 from icce_ray.config import BackboneConfig, ClassifierConfig, ConsensusConfig, HeadsConfig, SampleConfig
 from icce_ray.consensus.consensus_memory import coordinator_bytes
-from icce_ray.neighbors.search_memory import needed_bytes, shard_bytes, worker_bytes
+from icce_ray.neighbors.search import needed_bytes, shard_bytes, worker_bytes
 from icce_ray.runtime.progress import format_bytes
 
 NUM_CLUSTERS = 1000

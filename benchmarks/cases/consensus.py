@@ -20,7 +20,7 @@ from icce_ray.config import Config, ConsensusConfig
 from icce_ray.consensus.consensus_memory import coordinator_bytes, worker_bytes
 from icce_ray.consensus.ensemble import cluster_ensemble
 from icce_ray.metrics.true_label_scores import evaluate_clustering, normalized_mutual_info
-from icce_ray.neighbors.graph_rows import NUM_NEAREST
+from icce_ray.neighbors.graph import NUM_NEAREST
 from icce_ray.runtime.progress import Progress
 from icce_ray.stage import StageContext
 from icce_ray.store import ArtifactWriter, Folder

@@ -20,7 +20,7 @@ import pyarrow as pa
 from cases.process_memory import pss_bytes, worker_processes
 from icce_ray.config import Config
 from icce_ray.neighbors import job
-from icce_ray.neighbors.search_memory import TORCH_BYTES
+from icce_ray.neighbors.search import TORCH_BYTES
 from icce_ray.runtime.progress import Progress
 from icce_ray.runtime.ray_cluster import connect
 from icce_ray.sample.unit_features import Floats, prepare

@@ -14,9 +14,8 @@ import numpy as np
 import torch
 
 from cases.peak import matmul_peak
-from icce_ray.neighbors.adaptive_rule import Rule
-from icce_ray.neighbors.graph_rows import merge_shards, part_ranges, search_shard
-from icce_ray.neighbors.queries import Queries
+from icce_ray.neighbors.adaptive_rule import Queries, Rule
+from icce_ray.neighbors.graph import merge_shards, part_ranges, search_shard
 from icce_ray.neighbors.search import merge, search
 from icce_ray.neighbors.torch_engine import TorchEngine
 from icce_ray.runtime.threads import in_threads

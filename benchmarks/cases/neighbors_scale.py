@@ -15,8 +15,7 @@ import numpy as np
 import torch
 
 from cases.neighbors import clustered, threshold_for
-from icce_ray.neighbors.adaptive_rule import Rule
-from icce_ray.neighbors.queries import Queries
+from icce_ray.neighbors.adaptive_rule import Queries, Rule
 from icce_ray.neighbors.search import merge, search
 from icce_ray.neighbors.torch_engine import TorchEngine
 from icce_ray.sample.unit_features import UnitFeatures, prepare

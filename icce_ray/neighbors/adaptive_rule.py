@@ -1,4 +1,4 @@
-"""The adaptive rule: which of the pairs found are neighbours (docs/METHOD.md, "Adaptive neighbours").
+"""The adaptive rule: which of the pairs found are neighbours of the queries (docs/METHOD.md, "Adaptive neighbours").
 
 N(i) = all images at least `threshold` similar to i. If these are fewer than `min_neighbors`: the `min_neighbors` most
 similar. If they are more than `max_neighbors`: a uniform random subset, drawn by a hash of (seed, i, j), so that it
@@ -7,19 +7,20 @@ doesn't depend on how the work is divided.
 Pairs whose score is within its error of a border are scored again in float64, and ties go to the lower id. So the
 neighbours don't depend on how pairs were found, nor on their order.
 
-Legend: Q queries, P pairs, k list length, R some of the rows.
+Legend: D feature dimension, Q queries, P pairs, k list length, R some of the rows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
 
 from icce_ray.random_numbers import splitmix64
-from icce_ray.sample.unit_features import Floats, Ids
+from icce_ray.sample.unit_features import Floats, Ids, UnitFeatures, exact_similarity
 
 PADDED_ELEMENTS = 4_000_000
 
@@ -166,3 +167,38 @@ def _runs(sorted_rows_P: npt.NDArray[np.integer]) -> tuple[Ids, Ids]:
     np.not_equal(sorted_rows_P[1:], sorted_rows_P[:-1], out=is_first_P[1:])
     first_R = np.flatnonzero(is_first_P)
     return first_R, np.diff(first_R, append=len(sorted_rows_P))
+
+
+UNREACHABLE = 2.0
+"""A radius that no score reaches; every score reaches -2."""
+
+
+@dataclass(frozen=True)
+class Queries:
+    """Q images whose neighbours are wanted, by their rows in the features of all images."""
+
+    unit: UnitFeatures
+    ids_Q: Ids
+
+    def __len__(self) -> int:
+        return len(self.ids_Q)
+
+    @cached_property
+    def features(self) -> Floats:
+        """(Q, D). Prepared on first use, since most answers are merged without it."""
+        return self.unit[self.ids_Q]
+
+    def unsearched(self, rule: Rule, error: float) -> npt.NDArray[np.bool_]:
+        """(Q,) the zero vectors, if the threshold is above 0: all images are equally far from them, none is near."""
+        if rule.threshold is not None and rule.threshold <= error:
+            return np.zeros(len(self), bool)
+        return np.logical_not(self.features.any(axis=1))
+
+    def exact(self, rows_P: npt.NDArray[np.int32], ids_P: Ids) -> Ids:
+        """Cosine of each pair of a query and any image in units of `RESOLUTION`, from float64 products: (P,) int64."""
+        return exact_similarity(self.features, rows_P, self.unit, ids_P)
+
+
+def always_wanted(rule: Rule, error: float) -> float:
+    """The score from which on a pair is kept regardless of the rest of its row; `UNREACHABLE` without a threshold."""
+    return UNREACHABLE if rule.threshold is None else min(rule.threshold - error, UNREACHABLE)

@@ -16,10 +16,8 @@ import numpy.typing as npt
 
 from icce_ray.config import NeighborsConfig
 from icce_ray.neighbors.adaptive_rule import Rule
-from icce_ray.neighbors.neighbor_precision import cluster_labels
-from icce_ray.neighbors.search import most_similar
-from icce_ray.neighbors.search_memory import shard_bytes, worker_bytes
-from icce_ray.neighbors.threshold_curves import FINEST_STEP, Curves, count_pairs, curves_of
+from icce_ray.neighbors.neighbor_precision import FINEST_STEP, Curves, cluster_labels, count_pairs, curves_of
+from icce_ray.neighbors.search import most_similar, shard_bytes, worker_bytes
 from icce_ray.sample.unit_features import Floats, UnitFeatures
 
 STREAM = 2

@@ -13,8 +13,8 @@ from typing import Any
 from icce_ray.config import Config, ResourcesConfig, WorkerResources
 from icce_ray.embed.feature_matrix import load_features
 from icce_ray.neighbors.audit import Audit
-from icce_ray.neighbors.graph_rows import Rows
-from icce_ray.neighbors.search_memory import needed_bytes
+from icce_ray.neighbors.graph import Rows
+from icce_ray.neighbors.search import needed_bytes
 from icce_ray.neighbors.shards import AUDIT, GraphPart, GraphTask, ShardWorker
 from icce_ray.neighbors.stage import NEIGHBORS
 from icce_ray.runtime.cluster_resources import memory_of_machines, wait_for_machines, worker_threads

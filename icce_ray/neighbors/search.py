@@ -1,4 +1,4 @@
-"""Search by the adaptive rule, exact to the last tie, shard by shard.
+"""Search by the adaptive rule, exact to the last tie, shard by shard; and the memory that it needs.
 
 A shard applies the rule to its own images: its answer to a query has all that are similar enough or, if they are fewer
 than `min_neighbors`, its most similar. Every neighbour is in some shard's answer, so applying the rule again to all
@@ -9,6 +9,7 @@ Legend: D feature dimension, n images of the shard, Q queries, P pairs, k list l
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,8 +17,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from icce_ray.neighbors.adaptive_rule import PairList, Rule, keep
-from icce_ray.neighbors.queries import Queries
+from icce_ray.neighbors.adaptive_rule import PairList, Queries, Rule, keep
 from icce_ray.runtime.threads import in_threads, threads_within
 from icce_ray.sample.unit_features import Floats, Ids, UnitFeatures
 
@@ -115,3 +115,31 @@ def _lowest_ids(ids_n: Ids, rows: Ids, ids_Q: Ids, k: int) -> PairList:
     ids_P = np.concatenate([np.empty(0, np.int64), *lists])
     rows_P = np.repeat(rows, [len(ids) for ids in lists]).astype(np.int32)
     return PairList(rows_P, ids_P, np.zeros(len(ids_P), np.float32), np.zeros(len(ids_P), bool))
+
+
+MAX_ROWS_PER_PART = 16_384
+"""A part is built in memory, then written."""
+TORCH_BYTES = 550_000_000
+"""Memory of a process that has imported torch, of which 250 MB are libraries that processes of a machine share."""
+SCORED_PAIRS = 2**24
+HIT_BYTES = 40
+"""A pair as it is found, and its row, column and flags."""
+PAIR_BYTES = 48
+"""A held pair, and its hash and order while rows are cut."""
+
+
+def shard_bytes(num_images: int, dim: int) -> int:
+    """Memory of the features of N images in a shard, float32, and of their ids."""
+    return num_images * (dim * 4 + 8)
+
+
+def worker_bytes(num_images: int, dim: int, mean_neighbors: float) -> int:
+    """Memory of one worker besides the features of its shard, at worst."""
+    queries, rows = (min(num_images, most) for most in (QUERY_BLOCK, MAX_ROWS_PER_PART))
+    hits = min(SCORED_PAIRS, num_images**2) * HIT_BYTES + min(PAIRS_HELD, num_images**2) * PAIR_BYTES
+    return TORCH_BYTES + hits + int(rows * mean_neighbors * 3 * 8) + (queries + rows) * dim * 4
+
+
+def needed_bytes(base_bytes: int, worker_bytes: int, num_here: int, num_workers: int) -> int:
+    """Memory of a machine with `num_here` of `num_workers` workers, each with its share of the features."""
+    return math.ceil(num_here * (base_bytes / num_workers + worker_bytes))

@@ -18,8 +18,7 @@ from icce_ray.config import NeighborsConfig
 from icce_ray.embed.feature_matrix import load_features
 from icce_ray.neighbors.adaptive_rule import Rule
 from icce_ray.neighbors.audit import Audit, audit_features
-from icce_ray.neighbors.graph import NEAREST_SUFFIX
-from icce_ray.neighbors.graph_rows import merge_shards, part_ranges, search_shard
+from icce_ray.neighbors.graph import NEAREST_SUFFIX, merge_shards, part_ranges, search_shard
 from icce_ray.neighbors.search import Candidates
 from icce_ray.runtime.threads import set_threads
 from icce_ray.sample.unit_features import UnitFeatures, prepare

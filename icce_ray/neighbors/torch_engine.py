@@ -25,8 +25,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from icce_ray.neighbors.adaptive_rule import PairList, Rule
-from icce_ray.neighbors.queries import UNREACHABLE, Queries, always_wanted
+from icce_ray.neighbors.adaptive_rule import UNREACHABLE, PairList, Queries, Rule, always_wanted
 from icce_ray.runtime.threads import in_threads
 from icce_ray.sample.unit_features import RESOLUTION, Ids, UnitFeatures, exact_similarity, in_units
 

@@ -27,8 +27,8 @@ from icce_ray.images.listing import Listing
 from icce_ray.images.stage import IMAGES
 from icce_ray.methods.heads.pair_batches import choose_batch_size
 from icce_ray.methods.heads.training_memory import training_bytes
-from icce_ray.neighbors.search_memory import shard_bytes
-from icce_ray.neighbors.search_memory import worker_bytes as search_bytes
+from icce_ray.neighbors.search import shard_bytes
+from icce_ray.neighbors.search import worker_bytes as search_bytes
 from icce_ray.pipeline.pilot import PilotRun, run_pilot, trains_heads
 from icce_ray.pipeline.plan import plan
 from icce_ray.pipeline.run import run_stage

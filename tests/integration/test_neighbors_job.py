@@ -17,8 +17,7 @@ from icce_ray.config import Config
 from icce_ray.errors import InputError, ResourceError, find_cause
 from icce_ray.neighbors import job
 from icce_ray.neighbors.audit import Audit
-from icce_ray.neighbors.graph import build_graph, load_graph
-from icce_ray.neighbors.graph_rows import part_ranges
+from icce_ray.neighbors.graph import build_graph, load_graph, part_ranges
 from icce_ray.runtime.progress import Progress
 from icce_ray.stage import StageContext
 from icce_ray.store import Artifact, ArtifactWriter, Folder

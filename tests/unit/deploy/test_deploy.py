@@ -252,7 +252,7 @@ def test_a_config_fits_its_machines_and_uses_them(name: str, path: str) -> None:
 
 
 def test_only_machines_with_much_memory_can_hold_the_search() -> None:
-    from icce_ray.neighbors.search_memory import needed_bytes, shard_bytes, worker_bytes
+    from icce_ray.neighbors.search import needed_bytes, shard_bytes, worker_bytes
 
     path = "kubernetes/raycluster-autoscaling.yaml"
     config = load_config(DEPLOY / "configs" / "sixty-four-gpus.yaml")

@@ -14,7 +14,7 @@ from icce_ray.neighbors import audit as audit_module
 from icce_ray.neighbors import neighbor_precision as precision
 from icce_ray.neighbors.audit import MAX_CLASS_SHARE, Audit, audit_features, choose_threshold
 from icce_ray.neighbors.graph import build_graph
-from icce_ray.neighbors.threshold_curves import Curves
+from icce_ray.neighbors.neighbor_precision import Curves
 from icce_ray.sample.unit_features import prepare
 
 

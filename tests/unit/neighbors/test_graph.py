@@ -10,14 +10,19 @@ import pytest
 from icce_ray.config import NeighborsConfig
 from icce_ray.errors import InputError
 from icce_ray.neighbors import adaptive_rule as rule_module
-from icce_ray.neighbors import graph_rows as rows_module
+from icce_ray.neighbors import graph as graph_module
 from icce_ray.neighbors import neighbor_precision as precision
 from icce_ray.neighbors import search, torch_engine
-from icce_ray.neighbors import search_memory as memory
-from icce_ray.neighbors import threshold_curves as curves
 from icce_ray.neighbors.adaptive_rule import PairList, Rule, keep, pair_hash
-from icce_ray.neighbors.graph import NeighborGraph, build_graph, load_graph
-from icce_ray.neighbors.graph_rows import Rows, merge_shards, part_ranges, search_shard
+from icce_ray.neighbors.graph import (
+    NeighborGraph,
+    Rows,
+    build_graph,
+    load_graph,
+    merge_shards,
+    part_ranges,
+    search_shard,
+)
 from icce_ray.runtime import threads
 from icce_ray.sample import unit_features as prepared_module
 from icce_ray.sample.unit_features import UnitFeatures, prepare
@@ -32,10 +37,10 @@ def build(features: np.ndarray, **settings: object) -> NeighborGraph:
 
 
 def shrink_blocks(monkeypatch: pytest.MonkeyPatch, query: int, base: int) -> None:
-    for module in (search, rows_module):
+    for module in (search, graph_module):
         monkeypatch.setattr(module, "QUERY_BLOCK", query)
     monkeypatch.setattr(torch_engine, "SCORES_PER_BLOCK", {"cpu": query * base})
-    monkeypatch.setattr(rows_module, "MAX_ROWS_PER_PART", query * 2)
+    monkeypatch.setattr(graph_module, "MAX_ROWS_PER_PART", query * 2)
 
 
 def build_rows(prepared: UnitFeatures, start: int, stop: int, rule: Rule, num_shards: int = 1) -> Rows:
@@ -75,7 +80,7 @@ def test_the_nearest_are_the_most_similar_of_each_row_whatever_the_shards(
     for image, neighbors in enumerate(reference.lists_of(graph)):
         row = np.array(neighbors)
         units = prepared_module.exact_similarity(prepared, np.full(len(row), image), prepared, row)
-        expected = np.sort(row[np.lexsort((row, -units))][: rows_module.NUM_NEAREST])
+        expected = np.sort(row[np.lexsort((row, -units))][: graph_module.NUM_NEAREST])
         assert np.array_equal(graph.nearest_Nk[image, : len(expected)], expected)
         assert (graph.nearest_Nk[image, len(expected) :] == -1).all()
     rule = Rule(threshold, min_neighbors, 40, seed=3)
@@ -128,7 +133,7 @@ def test_threads_do_not_change_the_graph(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(search, "CHUNK_ELEMENTS", 16 * 200)
     monkeypatch.setattr(prepared_module, "ELEMENTS_PER_BLOCK", 16 * 100)
     monkeypatch.setattr(precision, "LABEL_BLOCK", 100)
-    monkeypatch.setattr(curves, "QUERY_BLOCK", 100)
+    monkeypatch.setattr(precision, "QUERY_BLOCK", 100)
     features = reference.awkward_features(1500, 16)
     graphs = []
     for num_threads in (1, 5):
@@ -218,7 +223,7 @@ def test_parts_cover_each_row_once(num_images: int) -> None:
     assert ranges[0][0] == 0
     assert ranges[-1][1] == num_images
     assert all(before[1] == after[0] for before, after in itertools.pairwise(ranges))
-    assert max(stop - start for start, stop in ranges) <= memory.MAX_ROWS_PER_PART
+    assert max(stop - start for start, stop in ranges) <= search.MAX_ROWS_PER_PART
 
 
 def test_a_feature_that_is_not_finite_is_refused() -> None:

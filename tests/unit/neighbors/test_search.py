@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -7,9 +9,8 @@ import torch
 from icce_ray.neighbors import adaptive_rule as rule_module
 from icce_ray.neighbors import search as search_module
 from icce_ray.neighbors import torch_engine
-from icce_ray.neighbors.adaptive_rule import Rule
-from icce_ray.neighbors.queries import Queries
-from icce_ray.neighbors.search import merge, most_similar, search
+from icce_ray.neighbors.adaptive_rule import Queries, Rule
+from icce_ray.neighbors.search import merge, most_similar, needed_bytes, search, shard_bytes
 from icce_ray.neighbors.torch_engine import TorchEngine
 from icce_ray.sample import unit_features
 from icce_ray.sample.unit_features import RESOLUTION, UnitFeatures, exact_similarity, prepare
@@ -223,3 +224,9 @@ def test_a_gpu_finds_the_neighbours_of_a_cpu(threshold: float | None) -> None:
         results.append((pairs.rows_P[order], pairs.ids_P[order]))
     for cpu, gpu in zip(*results, strict=True):
         assert np.array_equal(cpu, gpu)
+
+
+def test_a_machine_needs_the_share_of_its_workers() -> None:
+    base = shard_bytes(1_000_000, 1023)
+    assert base == 1_000_000 * (1023 * 4 + 8)
+    assert needed_bytes(base, 10**9, num_here=2, num_workers=8) == math.ceil(base / 4) + 2 * 10**9
