@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from icce_ray.assign.drift import summarize_drift
+from icce_ray.assign.drift import Totals, summarize_drift
 from icce_ray.assign.embeddings_to_label import AssignPart, EmbeddedImages, EmbeddingFiles, Source
 from icce_ray.assign.exemplars import choose_exemplars
 from icce_ray.assign.new_clusters import NEW_CLUSTERS_NAME, find_new_clusters
@@ -31,7 +31,6 @@ from icce_ray.assign.part_labeler import (
     PartLabeler,
 )
 from icce_ray.assign.stage import ASSIGN
-from icce_ray.assign.totals import Totals
 from icce_ray.config import Config, ResourcesConfig
 from icce_ray.embed.embedding_parts import ERRORS_NAME
 from icce_ray.embed.finished_parts import ERRORS_SCHEMA, REASONS_SHOWN, too_many_errors

@@ -13,11 +13,11 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from icce_ray.assign.drift import Totals
 from icce_ray.assign.embeddings_to_label import AssignPart, Source
 from icce_ray.assign.exemplars import CANDIDATES_SCHEMA, candidates_table
 from icce_ray.assign.labeling import SCHEMA, assignments_table
 from icce_ray.assign.new_clusters import outliers_table
-from icce_ray.assign.totals import Totals
 from icce_ray.classifier.linear import MODEL_NAME, UNKNOWN, LinearClassifier
 from icce_ray.corrections.stage import consensus_of, moved_clusters
 from icce_ray.sample.training_set import TrainingRows, training_rows

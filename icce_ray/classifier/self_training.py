@@ -19,8 +19,16 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.special import logsumexp
 
-from icce_ray.classifier.calibration import FloatArray, IntArray, calibrate, expected_calibration_error, fit_calibration
-from icce_ray.classifier.linear import LinearClassifier, center_and_scale, probability_histogram
+from icce_ray.classifier.linear import (
+    FloatArray,
+    IntArray,
+    LinearClassifier,
+    calibrate,
+    center_and_scale,
+    expected_calibration_error,
+    fit_calibration,
+    probability_histogram,
+)
 from icce_ray.classifier.outliers import Float32Array, fit_outlier_rule
 from icce_ray.config import ClassifierConfig
 from icce_ray.errors import InputError

@@ -1,6 +1,5 @@
 """Every setting of a run: what it means (schema), where its values come from (loading), and what presets fill in."""
 
-from icce_ray.config.conventional_settings import ConventionalConfig
 from icce_ray.config.data_settings import (
     PIXELS,
     BackboneConfig,
@@ -18,12 +17,12 @@ from icce_ray.config.method_settings import (
     ClusterCountConfig,
     ConsensusConfig,
     ConsensusMethod,
+    ConventionalConfig,
     HeadsConfig,
     KMeansConfig,
     NeighborsConfig,
 )
-from icce_ray.config.presets import PRESETS
-from icce_ray.config.schema import AUTO, ClusteringConfig, Config
+from icce_ray.config.schema import AUTO, PRESETS, ClusteringConfig, Config
 from icce_ray.config.section import PositiveFloat, PositiveInt, Section, Seed
 from icce_ray.config.turtle_settings import TurtleConfig
 

@@ -1,4 +1,4 @@
-"""Every setting, declared once, with its meaning under it.
+"""Every setting, declared once, with its meaning under it, and the presets.
 
 A config is YAML; three lines do for the common case::
 
@@ -19,7 +19,6 @@ from typing import Any, Literal, Self
 
 from pydantic import ConfigDict, Field, TypeAdapter, field_validator, model_validator
 
-from icce_ray.config.conventional_settings import ConventionalConfig
 from icce_ray.config.data_settings import (
     EmbedConfig,
     EmbeddingsConfig,
@@ -34,17 +33,38 @@ from icce_ray.config.method_settings import (
     ClassifierConfig,
     ClusterCountConfig,
     ConsensusConfig,
+    ConventionalConfig,
     HeadsConfig,
     KMeansConfig,
     NeighborsConfig,
 )
-from icce_ray.config.presets import PRESETS
 from icce_ray.config.section import Place, PositiveInt, Section, Seed
 from icce_ray.config.turtle_settings import TurtleConfig
 from icce_ray.errors import ConfigError
 from icce_ray.methods import METHODS
 
 AUTO: Literal["auto"] = "auto"
+
+PRESETS: dict[str, dict[str, dict[str, Any]]] = {
+    # ICCE as published (arXiv 2511.16213; docs/METHOD.md, "Paper recipe and defaults").
+    "paper": {
+        "sample": {"duplicate_threshold": None},
+        "neighbors": {"similarity_threshold": 0.3, "min_neighbors": 50, "max_neighbors": None, "center": False},
+        "heads": {
+            "num_heads": 50,
+            "num_epochs": 400,
+            "batch_size": 1024,
+            "learning_rate": 1e-4,
+            "warmup_epochs": 20,
+            "input_norm": "batch_norm",
+            "rotate": False,
+            "input_share": 1.0,
+            "balance": 1.0,
+            "teacher_momentum": 0.996,
+        },
+        "consensus": {"methods": ("mcla", "cspa"), "refine": False, "recombine": False},
+    },
+}
 
 
 class ClusteringConfig(Section):

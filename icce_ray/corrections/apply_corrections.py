@@ -3,6 +3,10 @@
 An image that was trained on gets its new label here, and its near-duplicates follow it. The assign stage gives every
 image that was moved or dropped its own label, whether it was trained on or not.
 
+Corrections are carried over to another clustering of the same images, for example after images were added. The numbers
+of clusters mean nothing there. A cluster is found again by the images that both clusterings have: the two are matched
+one to one so that most images agree, and a match counts if it holds at least half of the old cluster.
+
 Shape letters: N images trained on, K clusters.
 """
 
@@ -22,15 +26,16 @@ from icce_ray.consensus.cluster_counts import count_consensus
 from icce_ray.consensus.extra_runs import find_heads
 from icce_ray.consensus.hierarchy import HIERARCHY_NAME, build_hierarchy
 from icce_ray.consensus.stored_label_matrix import open_heads
-from icce_ray.corrections.carry_over import carry_over, read_base
 from icce_ray.corrections.corrections_file import Corrections, read_corrections
 from icce_ray.corrections.stage import APPLIED_NAME, MOVED_NAME
 from icce_ray.embed.feature_matrix import load_features
+from icce_ray.errors import InputError
 from icce_ray.images.listing import LISTING_PREFIX, Listing
+from icce_ray.metrics.matched_clusters import match_clusters
 from icce_ray.metrics.nmi import anmi_from_counts
 from icce_ray.sample.training_set import training_set
 from icce_ray.stage import StageContext
-from icce_ray.store import Artifact
+from icce_ray.store import Artifact, Folder
 
 BASE_NAME = "base.parquet"
 """uri, cluster: the consensus before the corrections, so that a later run can tell which of its clusters is which."""
@@ -130,3 +135,57 @@ def moved_images(given: Corrections, images: Artifact) -> pa.Table:
         ids += found["image_id"]
         clusters += [wanted[uri] for uri in found["uri"]]
     return pa.table({"image_id": pa.array(ids, pa.int64()), "cluster": pa.array(clusters, pa.int32())})
+
+
+def read_base(given: Corrections, output: str) -> pa.Table:
+    """uri, cluster: the clustering that the corrections were made for. Raises InputError: it is no longer in the
+    output."""
+    root, made_for = Folder.at(output), given.made_for
+    for stage, fingerprint, prefix in (
+        ("corrections", made_for.corrections, "base.parquet"),
+        ("assign", made_for.assign, "assignments/"),
+    ):
+        artifact = Artifact.find(root / stage / fingerprint) if fingerprint else None
+        if artifact is not None:
+            names = artifact.part_names(prefix)
+            return pa.concat_tables([artifact.read_table(name).select(["uri", "cluster"]) for name in names])
+    raise InputError(
+        f"corrections: they were made for another clustering ({made_for.consensus}), which is not in {output}; set "
+        "corrections: none to run without them"
+    )
+
+
+def carry_over(
+    given: Corrections, old: pa.Table, new: pa.Table, consensus: str, num_clusters: int
+) -> tuple[Corrections, list[int]]:
+    """The corrections for a new clustering, and the corrected clusters that are not in it.
+
+    Args:
+        old: uri, cluster: the clustering that they were made for.
+        new: uri, cluster: the clustering that they are wanted for.
+        consensus: identity of the new one.
+        num_clusters: K of the new one.
+    """
+    both = old.rename_columns(["uri", "old"]).join(new.rename_columns(["uri", "new"]), "uri", join_type="inner")
+    old_n, new_n = both["old"].to_numpy(), both["new"].to_numpy()
+    has_both = (old_n >= 0) & (new_n >= 0)
+    table = np.zeros((given.made_for.num_clusters, num_clusters), dtype=np.int64)
+    np.add.at(table, (old_n[has_both], new_n[has_both]), 1)
+    matched: dict[Any, Any] = {None: None, **match_clusters(table)}
+    new_ones = [one.cluster for one in given.clusters if one.is_new]
+    matched |= {cluster: num_clusters + place for place, cluster in enumerate(new_ones)}
+    clusters = [
+        one.model_copy(update={"cluster": matched[one.cluster], "merge_into": matched.get(one.merge_into)})
+        for one in given.clusters
+        if one.cluster in matched
+    ]
+    images = [
+        image.model_copy(update={"cluster": matched[image.cluster]})
+        for image in given.images
+        if image.cluster in matched
+    ]
+    made_for = given.made_for.model_copy(
+        update={"consensus": consensus, "num_clusters": num_clusters, "assign": None, "corrections": None}
+    )
+    carried = given.model_copy(update={"made_for": made_for, "clusters": tuple(clusters), "images": tuple(images)})
+    return carried, sorted(given.named_clusters - matched.keys())

@@ -30,9 +30,8 @@ from icce_ray.methods.heads.training_memory import training_bytes
 from icce_ray.neighbors.search import shard_bytes
 from icce_ray.neighbors.search import worker_bytes as search_bytes
 from icce_ray.pipeline.pilot import PilotRun, run_pilot, trains_heads
-from icce_ray.pipeline.plan import plan
+from icce_ray.pipeline.plan import plan, stages_of
 from icce_ray.pipeline.run import run_stage
-from icce_ray.pipeline.stages import stages_of
 from icce_ray.report.page import EXEMPLARS_ON_SHEET
 from icce_ray.report.pictures import (
     MAX_SHEET_ROWS,

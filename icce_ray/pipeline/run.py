@@ -20,6 +20,7 @@ from icce_ray.pipeline.numbers_kept import remember, with_numbers_from
 from icce_ray.pipeline.plan import (
     SHARED_BY_METHODS,
     PlannedStage,
+    clustering_stages,
     combine_methods,
     connect_storage,
     fingerprints_of,
@@ -29,10 +30,10 @@ from icce_ray.pipeline.plan import (
     plan,
     plan_other_methods,
     run_name,
+    stages_of,
     with_chosen_number,
 )
 from icce_ray.pipeline.result import Result, sum_up, summary
-from icce_ray.pipeline.stages import clustering_stages, stages_of
 from icce_ray.pipeline.status import RunProgress
 from icce_ray.runtime.progress import Progress
 from icce_ray.runtime.ray_cluster import lost_ray

@@ -27,8 +27,7 @@ from icce_ray.runtime.ray_cluster import run_here
 from icce_ray.store.cache import scratch_folder
 from icce_ray.store.part_records import PartRecords
 from icce_ray.sweeps import trial
-from icce_ray.sweeps.search_space import CHOICE, GRID
-from icce_ray.sweeps.sweep_config import Sweep
+from icce_ray.sweeps.sweep_config import CHOICE, GRID, Sweep
 from icce_ray.sweeps.trial import Listings, RunOutcome, key_of, reason_of
 from icce_ray.sweeps.trial_table import Row, parameters_text
 

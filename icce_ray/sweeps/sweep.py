@@ -15,10 +15,9 @@ import yaml
 
 from icce_ray.config import build_config
 from icce_ray.errors import ResourceError
-from icce_ray.pipeline.plan import plan
+from icce_ray.pipeline.plan import plan, stages_of
 from icce_ray.pipeline.result import Result
 from icce_ray.pipeline.run import run_pipeline
-from icce_ray.pipeline.stages import stages_of
 from icce_ray.runtime.progress import Progress, format_seconds
 from icce_ray.store import Artifact, ArtifactWriter, Claim, Folder, fingerprint
 from icce_ray.store.part_records import PartRecords

@@ -20,9 +20,8 @@ from icce_ray.config import Config
 from icce_ray.embed.feature_matrix import load_features
 from icce_ray.errors import BusyError, UserError, describe_cause, find_cause
 from icce_ray.images.stage import IMAGES
-from icce_ray.pipeline.plan import finished_artifacts, is_complete, plan, with_chosen_number
+from icce_ray.pipeline.plan import finished_artifacts, is_complete, plan, stages_of, with_chosen_number
 from icce_ray.pipeline.run import run_stages
-from icce_ray.pipeline.stages import stages_of
 from icce_ray.sample.training_set import training_rows
 from icce_ray.stage import Stage
 from icce_ray.store import Artifact

@@ -17,8 +17,7 @@ from icce_ray.config import Config, build_config
 from icce_ray.count import count_clusters, job
 from icce_ray.count.choice import coarse_grid
 from icce_ray.errors import InputError
-from icce_ray.pipeline.plan import is_complete, plan
-from icce_ray.pipeline.stages import stages_of
+from icce_ray.pipeline.plan import is_complete, plan, stages_of
 from icce_ray.runtime.progress import Progress
 from icce_ray.stage import StageContext
 from icce_ray.store import ArtifactWriter, Folder

@@ -17,8 +17,7 @@ import ray
 from PIL import Image
 
 from icce_ray.config import Config, load_config
-from icce_ray.pipeline.plan import PlannedStage, plan, run_name
-from icce_ray.pipeline.stages import stages_of
+from icce_ray.pipeline.plan import PlannedStage, plan, run_name, stages_of
 from icce_ray.pipeline.status import RunStatus, find_status
 from icce_ray.run import main
 from icce_ray.store import Folder

@@ -124,7 +124,7 @@ def test_every_module_that_names_ray_is_one_that_may() -> None:
             assert not [line for line in lines if line.strip().startswith(("import ray", "from ray"))], name
 
 
-@pytest.mark.parametrize("module", ["", ".pipeline.run", ".pipeline.stages", ".cli", ".run"])
+@pytest.mark.parametrize("module", ["", ".pipeline.run", ".pipeline.plan", ".cli", ".run"])
 def test_the_entrance_is_light(module: str) -> None:
     assert imported_after(f"import icce_ray{module}", {"ray", "torch", "timm", "faiss", "sklearn"}) == set()
 

@@ -22,7 +22,7 @@ import numpy.typing as npt
 from threadpoolctl import ThreadpoolController, threadpool_limits
 
 from icce_ray.errors import ResourceError
-from icce_ray.methods.kmeans.assignment import Labels, Sums, nearest, squared_distances
+from icce_ray.methods.kmeans.assignment import Labels, Sums, TorchAssigner, nearest, squared_distances
 from icce_ray.methods.kmeans.projection import (
     Doubles,
     Features,
@@ -80,9 +80,7 @@ class KMeansShard:
         return self.load()
 
     @cached_property
-    def assigner(self) -> Any:
-        from icce_ray.methods.kmeans.torch_assignment import TorchAssigner
-
+    def assigner(self) -> TorchAssigner:
         assert self.device is not None
         return TorchAssigner(self.device)
 

@@ -6,8 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from icce_ray.assign.drift import drift_lines, stability_index, summarize_drift
-from icce_ray.assign.totals import Totals
+from icce_ray.assign.drift import Totals, drift_lines, stability_index, summarize_drift
 from icce_ray.classifier.linear import LinearClassifier, Prediction
 from icce_ray.classifier.self_training import fit_classifier
 from icce_ray.config import ClassifierConfig

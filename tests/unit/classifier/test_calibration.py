@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.special import softmax
 
-from icce_ray.classifier.calibration import calibrate, expected_calibration_error, fit_calibration
+from icce_ray.classifier.linear import calibrate, expected_calibration_error, fit_calibration
 
 
 def test_planted_temperature_and_floor_are_found() -> None:

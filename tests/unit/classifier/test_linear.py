@@ -9,8 +9,7 @@ import pytest
 import torch
 from sklearn.datasets import load_digits
 
-from icce_ray.classifier.calibration import expected_calibration_error
-from icce_ray.classifier.linear import NOISE, UNKNOWN, LinearClassifier
+from icce_ray.classifier.linear import NOISE, UNKNOWN, LinearClassifier, expected_calibration_error
 from icce_ray.classifier.self_training import fit_classifier
 from icce_ray.config import ClassifierConfig
 from icce_ray.errors import InputError

@@ -11,7 +11,7 @@ from sklearn.datasets import load_digits
 from sklearn.preprocessing import normalize
 
 from icce_ray import cluster_ensemble
-from icce_ray.classifier.calibration import expected_calibration_error
+from icce_ray.classifier.linear import expected_calibration_error
 from icce_ray.classifier.self_training import Candidate, SelfTraining, fit_classifier, num_steps
 from icce_ray.config import ClassifierConfig
 

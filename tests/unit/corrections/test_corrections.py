@@ -9,8 +9,7 @@ import pyarrow as pa
 import pytest
 
 from icce_ray.config import Config
-from icce_ray.corrections.apply_corrections import correct_labels
-from icce_ray.corrections.carry_over import carry_over
+from icce_ray.corrections.apply_corrections import carry_over, correct_labels
 from icce_ray.corrections.corrections_file import Corrections, read_corrections
 from icce_ray.corrections.stage import kept_name
 from icce_ray.errors import InputError

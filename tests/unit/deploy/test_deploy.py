@@ -102,7 +102,7 @@ def machines(path: str) -> list[tuple[float, float]]:
 
 
 def shortfalls(config: Config, there: list[tuple[float, float]]) -> list[str]:
-    from icce_ray.runtime.placement import shortfall
+    from icce_ray.runtime.cluster_resources import shortfall
 
     found = [shortfall(stage, getattr(config.resources, stage), there) for stage in STAGES]
     return [problem for problem in found if problem is not None]

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pytest
 
 from icce_ray.config import NeighborsConfig
-from icce_ray.neighbors import graph
+from icce_ray.neighbors import graph as graph_module
 from icce_ray.neighbors.graph import build_graph
 from icce_ray.neighbors.shards import GraphTask, ShardWorker
 from icce_ray.store import Artifact, ArtifactWriter, Folder
@@ -36,7 +36,7 @@ def embed(tmp_path: Path) -> Artifact:
 def test_shards_that_know_storage_only_make_the_graph_of_one_process(
     changes: dict[str, Any], num_shards: int, embed: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(graph, "QUERY_BLOCK", 50)
+    monkeypatch.setattr(graph_module, "QUERY_BLOCK", 50)
     config = NeighborsConfig(similarity_threshold=0.6, min_neighbors=9, max_neighbors=30, **changes)
     graph, audit = build_graph(FEATURES, config, num_clusters=4, seed=0)
     records = PartRecords(Folder.at(tmp_path / "out"), "source")

@@ -20,7 +20,7 @@ from icce_ray.consensus.stage import CONSENSUS
 from icce_ray.count.stage import CLUSTER_COUNT
 from icce_ray.errors import InputError, ResourceError
 from icce_ray.methods import METHODS
-from icce_ray.pipeline.stages import stages_of
+from icce_ray.pipeline.plan import stages_of
 from icce_ray.report.stage import REPORT
 from icce_ray.stage import Stage, StageContext
 from icce_ray.store import Artifact, ArtifactWriter, Folder
@@ -485,7 +485,7 @@ def test_a_retry_leaves_nothing_of_the_parts_that_it_replaced(tmp_path: Path, mo
 
 def test_workers_that_do_not_fit_are_refused_with_the_numbers() -> None:
     from icce_ray.config import WorkerResources
-    from icce_ray.runtime.placement import shortfall
+    from icce_ray.runtime.cluster_resources import shortfall
 
     machines = [(4.0, 0.0), (4.0, 1.0)]
     assert shortfall("method", WorkerResources(num_workers=8), machines) is None

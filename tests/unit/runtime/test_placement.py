@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from icce_ray.runtime.placement import fitting_cpus
+from icce_ray.runtime.cluster_resources import fitting_cpus
 
 
 @pytest.mark.parametrize("machines", [[1.0], [4.0], [1.0, 1.0, 1.0], [16.0, 16.0], [8.0, 2.0], [0.5, 3.0, 3.0]])

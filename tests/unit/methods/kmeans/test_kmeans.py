@@ -13,11 +13,10 @@ from icce_ray.config import KMeansConfig
 from icce_ray.errors import InputError, ResourceError
 from icce_ray.methods.kmeans import fit_kmeans as module
 from icce_ray.methods.kmeans import kmeans_shard
-from icce_ray.methods.kmeans.assignment import Sums, nearest
+from icce_ray.methods.kmeans.assignment import Sums, TorchAssigner, nearest
 from icce_ray.methods.kmeans.fit_kmeans import FittedKMeans, Shards, fit_kmeans
 from icce_ray.methods.kmeans.kmeans_shard import KMeansShard
 from icce_ray.methods.kmeans.projection import Projection, make_projection, measure, part_bounds, read_rows, shift_of
-from icce_ray.methods.kmeans.torch_assignment import TorchAssigner
 from icce_ray.runtime.progress import Progress
 from icce_ray.store import Folder
 from icce_ray.store.part_records import PartRecords

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from icce_ray.config import TurtleConfig
-from icce_ray.methods.turtle import feature_batches
+from icce_ray.methods.turtle import bilevel_step
 from icce_ray.methods.turtle.feature_scaling import label_rows, prepare_features
 from icce_ray.methods.turtle.run_block import RunBlock, run_blocks
 from icce_ray.metrics.true_label_scores import clustering_accuracy
@@ -47,7 +47,7 @@ def make_block(sets: list[np.ndarray], settings: TurtleConfig, pool: ThreadPool,
 def test_the_losses_of_50_steps_are_those_of_the_formulas(
     planted, monkeypatch: pytest.MonkeyPatch, num_spaces: int, changes: dict[str, Any], warm_start: bool
 ) -> None:
-    monkeypatch.setattr(feature_batches, "CHUNK_ROWS", 70)
+    monkeypatch.setattr(bilevel_step, "CHUNK_ROWS", 70)
     settings = settings_of(warm_start=warm_start, **changes)
     with ThreadPool(2) as pool:
         block, other = (make_block(planted[0][:num_spaces], settings, pool, runs=[0, 1]) for _ in range(2))
@@ -98,7 +98,7 @@ def test_planted_clusters_are_found_in_any_unit(planted, precision: str) -> None
 
 
 def test_the_number_of_threads_does_not_change_a_bit(planted, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(feature_batches, "CHUNK_ROWS", 37)
+    monkeypatch.setattr(bilevel_step, "CHUNK_ROWS", 37)
     found = []
     for num_threads in (1, 2, 3):
         with ThreadPool(num_threads) as pool:
