@@ -52,7 +52,7 @@ CASES = {
     "resume-scale": "bytes that a resumed embedding reads, the time to plan a retry, and what its driver keeps",
     "small-run": "CPU seconds of a run over 40 images, all processes together, and of the same command again",
     "sweep-metrics": "how well metrics without labels rank a sweep's trials by ACC, and the consensus of the best",
-    "table-memory": "peak memory of the tables of errors and duplicates, extrapolated to 100 million images",
+    "table-memory": "peak memory of tables of errors and duplicates, and of named labels, for 100 million images",
     "tar-reads": "requests and bytes of 1,000 images in tar shards on object storage, counted",
     "turtle": "a run of TURTLE against a plain transcription of the paper in PyTorch",
 }

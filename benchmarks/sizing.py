@@ -402,8 +402,10 @@ The sums that the stages check before they start.
 - **The driver** holds no ids or hashes of the images. Embeddings are joined to parts of at most 65,536 rows or 64 MiB:
   60,000 parts for a billion images. The table of two million parts takes 0.8 s of CPU and 33 MB (**measured**,
   `manifest-scale`). The driver keeps 12 bytes for each image that failed. It makes the tables of errors and duplicates from
-  hashes that it reads once and sorts on its disk, 40 bytes an image: 1.0 GB of memory for 100 million images, 7.4 GB for a
-  billion (1% errors, 10% duplicates; extrapolated from 4 and 8 million, `table-memory`).
+  hashes that it reads once and sorts on its disk, 40 bytes an image: 1 GB of memory for 100 million images, 4 to 7 GB for
+  a billion (1% errors, 10% duplicates; extrapolated from 4 and 8 million in two runs, `table-memory`).
+- **evaluate** reads a label file some rows at a time. It compares 2 million images, and, of a file that names more, 1 to 2
+  million: 2 GB however many there are (**measured** with 2 and 8 million names, `table-memory`).
 
 ## Rates
 

@@ -5,30 +5,25 @@ Only the evaluate stage and the checks before a run may import this.
 
 from __future__ import annotations
 
-import unicodedata
+import hashlib
+import sys
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import Any
 from urllib.parse import unquote
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
-import pyarrow.csv as pc_csv
-import pyarrow.fs as pafs
 
 from icce_ray.config import EvaluateConfig
 from icce_ray.errors import InputError
+from icce_ray.evaluate.label_files import has_names, read_labels, to_text
 from icce_ray.images.containers import Cell, Span, labels_beside, locate
 from icce_ray.images.listing import Listing
-from icce_ray.images.parquet_columns import check_column, find_field, is_string, open_column, read_text
-from icce_ray.store.filesystem import open_uri
 
 FOLDER = "folder"
 WEBDATASET = "cls"
-ENDINGS = (".npy", ".csv", ".parquet")
 MAX_SHOWN = 3
 MAX_DIGITS = 19
 ROWS_AT_ONCE = 2**20
@@ -71,69 +66,59 @@ def load_labels(
         return _encode(image_ids, _from_folders(uris))
     if evaluate.labels == WEBDATASET:
         return _encode(image_ids, _from_shards(uris))
-    labels, names = _read(evaluate)
-    if names is None:
-        _check_length(evaluate, len(labels), num_listed)
-        return _encode(image_ids, [labels[i] for i in image_ids])
-    return _named(evaluate, labels, names, uris, image_ids)
+    if not has_names(evaluate):
+        return _encode(image_ids, _in_order(evaluate, image_ids, num_listed))
+    rows = (row for labels, names in read_labels(evaluate) for row in zip(labels, names or (), strict=True))
+    return _match(evaluate, rows, uris, image_ids)
 
 
-def _named(
-    evaluate: EvaluateConfig,
-    labels: Sequence[str],
-    names: Sequence[str],
-    uris: Sequence[str],
-    image_ids: npt.NDArray[np.int64],
-) -> TrueLabels:
-    rows_n = _match(evaluate, names, uris)
-    found = np.flatnonzero(rows_n >= 0)
-    return _encode(image_ids[found], [labels[row] for row in rows_n[found]])
-
-
-def named_images(evaluate: EvaluateConfig, listing: Listing) -> TrueLabels:
-    """All images that a label file with names has a label for, ascending. URIs are in memory for those alone that one
-    of its names could mean. Raises InputError: as :func:`check_labels`."""
-    labels, names = _read(evaluate)
-    assert names is not None
-    ends = {_text(name).rpartition("/")[2] for name in names}
+def named_images(evaluate: EvaluateConfig, listing: Listing, max_names: int) -> TrueLabels:
+    """All images that a label file with names has a label for, ascending. If it has more than `max_names` rows, a half,
+    a quarter and so on of them are used, drawn by their names. Only these, and the URIs that they could mean, are in
+    memory. Raises InputError: as :func:`check_labels`."""
+    rows: list[tuple[str, str]] = []
+    limit = 2**64
+    for labels, names in read_labels(evaluate):
+        rows += (row for row in zip(map(sys.intern, labels), names or (), strict=True) if _draw(row[1]) < limit)
+        while len(rows) > max_names:
+            limit //= 2
+            rows = [row for row in rows if _draw(row[1]) < limit]
+    ends = {_end(name) for _, name in rows}
+    lengths = {end.count("/") + 1 for end in ends}
     ids, uris = [], []
     for start in range(0, len(listing), ROWS_AT_ONCE):
         for image_id, uri in enumerate(listing.table(start, start + ROWS_AT_ONCE)["uri"].to_pylist(), start):
-            if _text(_path(uri).name) in ends or _text(uri).rpartition("/")[2] in ends:
+            path = to_text(str(_path(uri)))
+            if _end(uri) in ends or any(_last(path, length) in ends for length in lengths):
                 ids.append(image_id)
                 uris.append(uri)
-    return _named(evaluate, labels, names, uris, np.array(ids, dtype=np.int64))
+    return _match(evaluate, rows, uris, np.array(ids, dtype=np.int64))
 
 
 def check_labels(evaluate: EvaluateConfig, uris: Sequence[str] | None = None) -> None:
     """Refuse labels that cannot be used, before any work starts. Returns nothing, so no label leaves this module.
 
     Args:
-        uris: of the listed images; None if they are not listed yet: then only the label file is checked.
+        uris: of the listed images; None if they are not listed yet, or too many: then only the label file is checked.
 
     Raises:
-        InputError: no such file, another format, no such column or two of that name, a type that cannot be a label, a
-            row without a label, a number of labels that is not the number of images, a name that fits several images
-            or none of them any, images with a label of their own each.
+        InputError: as :func:`read_labels`; a number of labels that is not the number of images, a name that fits
+            several images or none of them any, images with a label of their own each.
     """
-    if evaluate.labels in (FOLDER, WEBDATASET):
-        if uris is not None and evaluate.labels == FOLDER:
-            _check_repeated(evaluate, _from_folders(uris))
-        elif uris is not None:
-            _from_shards(uris)
-        return
-    labels, names = _read(evaluate)
-    if uris is None:
-        return
-    if names is None:
-        _check_length(evaluate, len(labels), len(uris))
-    else:
-        _match(evaluate, names, uris)
-    _check_repeated(evaluate, labels)
+    if uris is not None:
+        labels = load_labels(evaluate, uris, np.arange(len(uris)), len(uris))
+        if 2 < len(labels.names) == len(labels.image_ids):
+            raise InputError(
+                f"evaluate.labels: {evaluate.labels}: each of {len(labels.names):,} images has a class of its own, "
+                f"e.g. {', '.join(labels.names[:MAX_SHOWN])}; name the labels by which images belong together"
+            )
+    elif evaluate.labels not in (FOLDER, WEBDATASET):
+        for _ in read_labels(evaluate):
+            pass
 
 
 def _from_folders(uris: Sequence[str]) -> list[str]:
-    folders = [_text(_path(uri).parent.name) for uri in uris]
+    folders = [to_text(_path(uri).parent.name) for uri in uris]
     if len(set(folders)) < 2:
         raise InputError(
             f"evaluate.labels: 'folder', but all images are in one folder, {_path(uris[0]).parent}; name a label file, "
@@ -150,7 +135,7 @@ def _from_shards(uris: Sequence[str]) -> list[str]:
             f"evaluate.labels: 'cls', but {len(without):,} of {len(uris):,} images have no .cls file beside them in a "
             f"tar shard, e.g. {', '.join(without[:MAX_SHOWN])}"
         )
-    return [_text(str(label)) for label in labels]
+    return [to_text(str(label)) for label in labels]
 
 
 def _path(uri: str) -> PurePosixPath:
@@ -163,159 +148,82 @@ def _path(uri: str) -> PurePosixPath:
     return PurePosixPath(unquote(uri) if uri.startswith("file://") else uri)
 
 
-def _read(evaluate: EvaluateConfig) -> tuple[list[str], list[str] | None]:
-    """The labels as text, and the names of their images; None if they are in the order of the images."""
-    uri = str(evaluate.labels)
-    ending = PurePosixPath(uri).suffix.lower()
-    if ending not in ENDINGS:
-        raise InputError(f"evaluate.labels: {uri}: give 'folder', 'cls', or a file that ends with {', '.join(ENDINGS)}")
-    filesystem, path = open_uri(uri)
-    if filesystem.get_file_info(path).type != pafs.FileType.File:
-        raise InputError(f"evaluate.labels: {uri}: there is no such file")
-    with filesystem.open_input_file(path) as file:
-        try:
-            if ending == ".npy":
-                array = np.lib.format.read_array(file, allow_pickle=False)
-                array = np.char.decode(array, "utf-8") if array.dtype.kind == "S" else array
-            elif ending == ".parquet":
-                table = _read_columns(file, evaluate, uri)
-            else:
-                # As text: type inference would turn 1, 01 and 001 into the same number.
-                text = {name: pa.string() for name in (evaluate.label_column, evaluate.uri_column) if name}
-                table = pc_csv.read_csv(file, convert_options=pc_csv.ConvertOptions(column_types=text))
-                _check_separator(table.column_names)
-        except InputError:
-            raise
-        except (pa.ArrowException, OSError, ValueError, EOFError) as error:
-            raise InputError(f"evaluate.labels: {uri}: cannot be read: {' '.join(str(error).split())}") from None
-    if ending == ".npy":
-        if array.ndim != 1 or array.dtype.kind not in "iubUSf":
-            raise InputError(
-                f"evaluate.labels: {uri} holds {array.dtype} of shape {array.shape}; give one whole number or text per "
-                "image"
-            )
-        return _labels(array.tolist(), uri), None
-    labels = _labels(_column(table, "label_column", evaluate.label_column, uri).to_pylist(), uri)
-    if evaluate.uri_column is None:
-        return labels, None
-    names = _column(table, "uri_column", evaluate.uri_column, uri)
-    if not _is_text(names.type) or names.null_count:
-        what = "empty rows" if _is_text(names.type) else f"{names.type}"
-        raise InputError(f"evaluate.uri_column: {uri}: column {evaluate.uri_column!r} holds {what}; give text")
-    return labels, names.to_pylist()
-
-
-def _read_columns(opened: Any, evaluate: EvaluateConfig, uri: str) -> pa.Table:
-    """The label and URI columns. Raises InputError: there is no such column; ArrowInvalid, ValueError: not UTF-8, or
-    texts of absurd size."""
-    columns = {"label_column": evaluate.label_column, "uri_column": evaluate.uri_column}
-    found: dict[str, pa.ChunkedArray] = {}
-    for setting, name in columns.items():
-        if name is not None:
-            file = open_column(opened, name)
-            kind = find_field(file.schema_arrow, name, uri, f"evaluate.{setting}").type
-            check_column(file, name)
-            found[name] = read_text(file, name) if is_string(kind) else file.read(columns=[name])[name]
-    return pa.table(found)
-
-
-def _check_separator(names: Sequence[str]) -> None:
-    if len(names) == 1 and (found := next((mark for mark in ";\t|" if mark in names[0]), None)):
-        raise ValueError(f"its columns are separated by {found!r}; separate them by commas")
-
-
-def _column(table: pa.Table, setting: str, name: str, uri: str) -> pa.ChunkedArray:
-    find_field(table.schema, name, uri, f"evaluate.{setting}")
-    column = table[name]
-    if pa.types.is_dictionary(column.type):
-        column = column.cast(column.type.value_type)
-    kind = column.type
-    if setting == "label_column" and not (
-        _is_text(kind) or pa.types.is_boolean(kind) or pa.types.is_integer(kind) or pa.types.is_floating(kind)
-    ):
-        raise InputError(f"evaluate.{setting}: {uri}: column {name!r} holds {kind}; labels are whole numbers or text")
-    return column
-
-
-def _is_text(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
-
-
-def _labels(values: Sequence[Any], uri: str) -> list[str]:
-    """The labels as text. Refuses missing ones and fractions."""
-    if not len(values):
-        raise InputError(f"evaluate.labels: {uri} holds no labels")
-    labels = []
-    for row, value in enumerate(values):
-        if isinstance(value, float) and value.is_integer():
-            value = int(value)
-        label = "" if value is None else _text(str(value))
-        if label.lower() in ("", "nan"):
-            raise InputError(
-                f"evaluate.labels: {uri}: row {row} has no label ({value!r}); fill it in, or leave evaluate.labels out"
-            )
-        if isinstance(value, float):
-            raise InputError(f"evaluate.labels: {uri}: row {row} holds {value}; labels are whole numbers or text")
-        labels.append(label)
-    return labels
-
-
-def _text(value: str) -> str:
-    """`value` in Unicode's normal form C and stripped, so that labels that look equal are equal."""
-    return unicodedata.normalize("NFC", value.strip())
-
-
-def _check_length(evaluate: EvaluateConfig, num_labels: int, num_images: int) -> None:
-    if num_labels != num_images:
+def _in_order(evaluate: EvaluateConfig, image_ids: npt.NDArray[np.int64], num_listed: int) -> list[str]:
+    """(n,) labels of images, from a file that has one for each listed image."""
+    order = np.argsort(image_ids)
+    found, num_rows = [""] * len(image_ids), 0
+    for labels, _ in read_labels(evaluate):
+        first, last = np.searchsorted(image_ids, [num_rows, num_rows + len(labels)], sorter=order)
+        for place in order[first:last].tolist():
+            found[place] = labels[image_ids[place] - num_rows]
+        num_rows += len(labels)
+    if num_rows != num_listed:
         raise InputError(
-            f"evaluate.labels: {evaluate.labels} holds {num_labels:,} labels, but there are {num_images:,} images. "
+            f"evaluate.labels: {evaluate.labels} holds {num_rows:,} labels, but there are {num_listed:,} images. "
             "Without evaluate.uri_column there must be one for each image, in the order of the sorted URIs"
         )
+    return found
 
 
-def _check_repeated(evaluate: EvaluateConfig, labels: Sequence[str]) -> None:
-    if len(labels) > 2 and len(set(labels)) == len(labels):
-        raise InputError(
-            f"evaluate.labels: {evaluate.labels}: each of {len(labels):,} images has a class of its own, e.g. "
-            f"{', '.join(labels[:MAX_SHOWN])}; name the labels by which images belong together"
-        )
-
-
-def _match(evaluate: EvaluateConfig, names: Sequence[str], uris: Sequence[str]) -> npt.NDArray[np.int64]:
-    """(n,) row of the label file for each image, -1 if it has none. A name is a whole URI or the end of one. Raises
-    InputError: none has a label; a name fits several images; an image is named twice."""
-    ids_by_uri: dict[str, list[int]] = defaultdict(list)
-    for image_id, uri in enumerate(uris):
-        ids_by_uri[_text(uri)].append(image_id)
-    paths = [_text(str(_path(uri))) for uri in uris]
+def _match(
+    evaluate: EvaluateConfig,
+    rows: Iterable[tuple[str, str]],
+    uris: Sequence[str],
+    image_ids: npt.NDArray[np.int64],
+) -> TrueLabels:
+    """The labels of those images that `rows`, labels and names, have one for. A name is a whole URI or the end of one.
+    Raises InputError: none has a label; a name fits several images; an image is named twice."""
+    places_by_uri: dict[str, list[int]] = defaultdict(list)
+    for place, uri in enumerate(uris):
+        places_by_uri[_end(uri)].append(place)
+    paths = [to_text(str(_path(uri))) for uri in uris]
     # By the last n components of the path, for each n that a name has: comparing all pairs would be quadratic.
-    ids_by_end: dict[int, dict[str, list[int]]] = {}
-    rows_M = np.full(len(uris), -1, dtype=np.int64)
-    for row, name in enumerate(names):
-        end = _text(name).removeprefix("./").lstrip("/")
+    places_by_end: dict[int, dict[str, list[int]]] = {}
+    labels: dict[int, str] = {}
+    shown = list[str]()
+    for label, name in rows:
+        end = _end(name)
         length = end.count("/") + 1
-        if length not in ids_by_end:
-            ids_by_end[length] = defaultdict(list)
-            for image_id, path in enumerate(paths):
-                ids_by_end[length]["/".join(path.rsplit("/", length)[-length:])].append(image_id)
-        found = ids_by_uri.get(_text(name)) or ids_by_end[length].get(end, [])
+        if length not in places_by_end:
+            places_by_end[length] = defaultdict(list)
+            for place, path in enumerate(paths):
+                places_by_end[length][_last(path, length)].append(place)
+        found = places_by_uri.get(end) or places_by_end[length].get(end, [])
         if len(found) > 1:
-            shown = ", ".join(uris[i] for i in found[:MAX_SHOWN])
             raise InputError(
-                f"evaluate.labels: {evaluate.labels}: {name!r} fits {len(found)} images ({shown}); "
-                f"give more of the path in column {evaluate.uri_column!r}"
+                f"evaluate.labels: {evaluate.labels}: {name!r} fits {len(found)} images "
+                f"({', '.join(uris[place] for place in found[:MAX_SHOWN])}); give more of the path in column "
+                f"{evaluate.uri_column!r}"
             )
-        for image_id in found:
-            if rows_M[image_id] >= 0:
-                raise InputError(f"evaluate.labels: {evaluate.labels} names the image {uris[image_id]} twice")
-            rows_M[image_id] = row
-    if len(uris) and (rows_M < 0).all():
+        for place in found:
+            if place in labels:
+                raise InputError(f"evaluate.labels: {evaluate.labels} names the image {uris[place]} twice")
+            labels[place] = label
+        if len(shown) < MAX_SHOWN:
+            shown.append(name)
+    if not labels:
         raise InputError(
             f"evaluate.labels: {evaluate.labels}: column {evaluate.uri_column!r} fits none of the images: it holds "
-            f"e.g. {', '.join(names[:MAX_SHOWN])}, and the images are e.g. {', '.join(uris[:MAX_SHOWN])}. It must hold "
+            f"e.g. {', '.join(shown)}, and the images are e.g. {', '.join(uris[:MAX_SHOWN])}. It must hold "
             "the URIs of images or the ends of them"
         )
-    return rows_M
+    places = sorted(labels)
+    return _encode(image_ids[places], [labels[place] for place in places])
+
+
+def _end(name: str) -> str:
+    """A name, or a URI, as the end of a path."""
+    return to_text(name).removeprefix("./").lstrip("/")
+
+
+def _last(path: str, length: int) -> str:
+    """The last components of a path."""
+    return "/".join(path.rsplit("/", length)[-length:])
+
+
+def _draw(name: str) -> int:
+    """A number below 2**64 that is the same for all spellings of a name."""
+    return int.from_bytes(hashlib.blake2b(_end(name).encode(errors="replace"), digest_size=8).digest(), "big")
 
 
 def _encode(image_ids: npt.NDArray[np.int64], labels: Sequence[str]) -> TrueLabels:

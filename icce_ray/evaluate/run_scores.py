@@ -15,6 +15,7 @@ from icce_ray.config import Config
 from icce_ray.corrections.stage import consensus_of
 from icce_ray.embed.feature_matrix import load_features
 from icce_ray.evaluate.estimated_accuracy import MAX_IMAGES, estimate_accuracy
+from icce_ray.evaluate.label_files import has_names
 from icce_ray.evaluate.labels import TrueLabels, load_labels, named_images
 from icce_ray.evaluate.method_clusterings import method_clusterings, nmi_matrix
 from icce_ray.images.listing import Listing
@@ -36,7 +37,8 @@ from icce_ray.store import Artifact
 METRICS_NAME = "metrics.json"
 ASSIGNMENTS = "assignments/"
 MAX_SCORED = 2_000_000
-"""If there are more images, a sample of about this size is compared with the true labels."""
+"""If there are more images, a sample of about this size is compared with the true labels; with more names in a label
+file, at least half as many."""
 SAMPLED_IMAGES = 2 * MAX_IMAGES
 """Images that are read for the estimate, since some of them may be noise."""
 LABELS_NAME = "labels.parquet"
@@ -70,9 +72,9 @@ def run(config: Config, context: StageContext) -> dict[str, Any]:
     classes_N = None
     if config.evaluate.labels is not None:
         assign, listing, named = inputs["assign"], Listing(inputs["images"]), None
-        if config.evaluate.uri_column is not None and assign.num_rows(ASSIGNMENTS).sum() > MAX_SCORED:
+        if has_names(config.evaluate) and assign.num_rows(ASSIGNMENTS).sum() > MAX_SCORED:
             # Drawn from all images, the sample might hold none of the few that have a label.
-            named = named_images(config.evaluate, listing)
+            named = named_images(config.evaluate, listing, MAX_SCORED)
         ids = None if named is None else named.image_ids
         table = _read_assignments(assign, ["image_id", "cluster", "agreement"], config.seed, ids)
         image_ids = table["image_id"].to_numpy()

@@ -32,7 +32,7 @@ def _check(config: Config) -> None:
 EVALUATE = Stage(
     "evaluate",
     "icce_ray.evaluate.run_scores",
-    4,
+    5,
     ("images", "embed", "sample", "method", "consensus", "corrections", "assign"),
     _settings,
     "heads",

@@ -114,6 +114,21 @@ def open_embedding_sets(config: EmbeddingsConfig) -> list[Embeddings]:
     return sets
 
 
+def read_npy_header(file: Any) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    """Shape and type of the array in an opened .npy file, whose rows follow. Raises ValueError: it is none, or cut off,
+    or stored column by column, or holds objects."""
+    version = np.lib.format.read_magic(file)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, fortran_order, dtype = read(file)
+    if dtype.hasobject:
+        raise ValueError("it holds Python objects")
+    if file.size() < file.tell() + math.prod(shape) * dtype.itemsize:
+        raise ValueError("it is cut off")
+    if fortran_order and len(shape) > 1:
+        raise ValueError("it is stored column by column; save np.ascontiguousarray of it")
+    return shape, dtype
+
+
 class NpyEmbeddings:
     """An (N, D) floating-point array. On remote storage it is read by byte ranges, never as a whole."""
 
@@ -125,7 +140,9 @@ class NpyEmbeddings:
                 self._array = np.load(file.path, mmap_mode="r", allow_pickle=False)
                 shape, self._stored = self._array.shape, self._array.dtype
             else:
-                shape, self._stored = self._read_header()
+                with file.filesystem.open_input_file(file.path) as opened:
+                    shape, self._stored = read_npy_header(opened)
+                    self._offset = opened.tell()
         except (ValueError, EOFError, OSError) as error:
             raise InputError(f"embeddings.uri: {file.uri} cannot be read as a .npy array: {error}") from None
         if len(shape) != 2 or 0 in shape:
@@ -141,18 +158,6 @@ class NpyEmbeddings:
             stop = min(first + num_rows, self.num_rows)
             rows_nD = self._array[first:stop] if self._array is not None else self._read_rows(first, stop)
             yield _checked(rows_nD, np.full(stop - first, self.dim), self.dtype)
-
-    def _read_header(self) -> tuple[tuple[int, ...], np.dtype[Any]]:
-        with self.files[0].filesystem.open_input_file(self.files[0].path) as file:
-            version = np.lib.format.read_magic(file)
-            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-            shape, fortran_order, dtype = read(file)
-            self._offset = file.tell()
-            if file.size() < self._offset + math.prod(shape) * dtype.itemsize:
-                raise ValueError("it is cut off")
-        if fortran_order:
-            raise ValueError("it is stored column by column; save np.ascontiguousarray of it")
-        return shape, dtype
 
     def _read_rows(self, start: int, stop: int) -> npt.NDArray[Any]:
         row_bytes = self.dim * self._stored.itemsize

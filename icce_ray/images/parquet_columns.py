@@ -91,19 +91,24 @@ def check_column(file: pq.ParquetFile, column: str) -> None:
         check_expansion(file.metadata.row_group(group), column)
 
 
-def open_column(opened: Any, column: str) -> pq.ParquetFile:
-    """A Parquet file in which equal values of `column` are one in memory, if it is of text or bytes: a file of a
+def open_column(opened: Any, *columns: str) -> pq.ParquetFile:
+    """A Parquet file in which equal values of `columns` are one in memory, if they are of text or bytes: a file of a
     megabyte could name one value a million times."""
     metadata = pq.read_metadata(opened)
     leaves = [metadata.schema.column(index) for index in range(metadata.num_columns)]
-    names = (column, f"{column}.bytes")
+    names = (*columns, *(f"{column}.bytes" for column in columns))
     shared = [leaf.path for leaf in leaves if leaf.path in names and leaf.physical_type == "BYTE_ARRAY"]
     return pq.ParquetFile(opened, metadata=metadata, read_dictionary=shared)
 
 
 def read_text(file: pq.ParquetFile, column: str) -> pa.ChunkedArray:
-    """A text column of :func:`open_column`. Raises ArrowInvalid: not UTF-8; ValueError: a text over MAX_TEXT_BYTES."""
-    shared = file.read(columns=[column])[column]
+    """A text column of :func:`open_column`. Raises as :func:`to_strings`."""
+    return to_strings(file.read(columns=[column])[column], column)
+
+
+def to_strings(shared: pa.ChunkedArray, column: str) -> pa.ChunkedArray:
+    """Values of a text column of :func:`open_column`. Raises ArrowInvalid: not UTF-8; ValueError: a text over
+    MAX_TEXT_BYTES."""
     for chunk in shared.chunks if pa.types.is_dictionary(shared.type) else ():
         longest = pc.max(pc.binary_length(chunk.dictionary)).as_py() or 0
         if longest > MAX_TEXT_BYTES:

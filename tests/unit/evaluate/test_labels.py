@@ -11,8 +11,9 @@ import pytest
 
 from icce_ray.config import EvaluateConfig
 from icce_ray.errors import InputError
+from icce_ray.evaluate import label_files
 from icce_ray.evaluate import labels as labels_module
-from icce_ray.evaluate.labels import TrueLabels, check_labels
+from icce_ray.evaluate.labels import TrueLabels, check_labels, named_images
 
 URIS = ["/data/cat/1.png", "/data/cat/2.png", "/data/dog/1.png", "/data/eel/3.png"]
 ALL = np.arange(4)
@@ -284,3 +285,53 @@ def test_pickled_labels_are_refused(tmp_path: Path) -> None:
     np.save(tmp_path / "y.npy", np.array(["a", None], dtype=object), allow_pickle=True)
     with pytest.raises(InputError, match="cannot be read"):
         check_labels(config(tmp_path / "y.npy"))
+
+
+@pytest.mark.parametrize("name", ["y.npy", "y.csv", "y.parquet"])
+def test_files_are_read_some_rows_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr(label_files, "BATCH_ROWS", 3)
+    values = np.random.default_rng(0).integers(9, size=100)
+    uris = [f"/data/{number}.png" for number in range(100)]
+    ids = np.random.default_rng(1).permutation(100)[:40]
+    labels = load_labels(write_labels(tmp_path / name, values), uris, ids)
+    assert [labels.names[code] for code in labels.classes] == values[ids].astype(str).tolist()
+    with pytest.raises(InputError, match="row 77 has no label"):
+        check_labels(write_labels(tmp_path / name, np.where(np.arange(100) == 77, "", "x")))
+
+
+def test_a_column_of_a_csv_file_may_turn_to_text_after_a_million_bytes(tmp_path: Path) -> None:
+    rows = [f"{number},{'' if number < 150_000 else 'x'}{number}" for number in range(150_001)]
+    check_labels(config(write_csv(tmp_path / "y.csv", "label,other", *rows)))
+
+
+@pytest.mark.parametrize("batch_rows", [9, 70, 1000])
+def test_of_many_names_a_part_is_drawn_by_the_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch_rows: int
+) -> None:
+    monkeypatch.setattr(label_files, "BATCH_ROWS", batch_rows)
+    monkeypatch.setattr(labels_module, "ROWS_AT_ONCE", 64)
+    uris = [f"s3://bucket/{number % 30}/{number // 30}.png" for number in range(900)]
+    listing: Any = FakeListing(uris)
+    names = [uri.removeprefix("s3://bucket/") if number % 2 else uri for number, uri in enumerate(uris)]
+    pq.write_table(pa.table({"label": np.arange(800) % 7, "uri": names[:800]}), tmp_path / "y.parquet")
+    found = named_images(config(tmp_path / "y.parquet", uri_column="uri"), listing, 150)
+    ids = found.image_ids.tolist()
+    assert 75 < len(ids) <= 150
+    assert ids == sorted(ids)
+    assert ids[-1] < 800
+    assert [found.names[code] for code in found.classes] == [str(number % 7) for number in ids]
+    again = named_images(config(tmp_path / "y.parquet", uri_column="uri"), listing, 150)
+    assert again.image_ids.tolist() == ids
+    everything = named_images(config(tmp_path / "y.parquet", uri_column="uri"), listing, 800)
+    assert everything.image_ids.tolist() == list(range(800))
+
+
+class FakeListing:
+    def __init__(self, uris: list[str]) -> None:
+        self.uris = uris
+
+    def __len__(self) -> int:
+        return len(self.uris)
+
+    def table(self, start: int, stop: int) -> pa.Table:
+        return pa.table({"uri": self.uris[start:stop]})

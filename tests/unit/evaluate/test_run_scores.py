@@ -135,8 +135,8 @@ def test_the_few_images_with_a_label_are_all_found_among_many(tmp_path: Path, mo
     (tmp_path / "labels.csv").write_text(f"uri,label\n{rows}\n")
     config, context = planted(tmp_path, str(tmp_path / "labels.csv"))
     of_names = config.evaluate.model_copy(update={"uri_column": "uri"})
-    read, times = labels._read, list[object]()
-    monkeypatch.setattr(labels, "_read", lambda settings: times.append(settings) or read(settings))
+    read, times = labels.read_labels, list[object]()
+    monkeypatch.setattr(labels, "read_labels", lambda settings: times.append(settings) or read(settings))
     metrics = run(config.model_copy(update={"evaluate": of_names}), context)
     assert len(times) == 1
     assert pq.read_table(tmp_path / "evaluate" / "labels.parquet")["image_id"].to_pylist() == named
