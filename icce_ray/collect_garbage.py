@@ -13,8 +13,7 @@ from dataclasses import dataclass
 from icce_ray.errors import BusyError, InputError
 from icce_ray.store import Artifact, Claim, Folder
 from icce_ray.store.artifact import MANIFEST_NAME
-from icce_ray.store.output_artifacts import Artifacts, find_artifacts, with_inputs
-from icce_ray.store.run_records import read_records, take_unfinished
+from icce_ray.store.run_records import Artifacts, find_artifacts, read_records, take_unfinished, with_inputs
 
 ALWAYS_KEPT = ("sweep", "comparison")
 """Stages whose artifacts are results that no run refers to."""

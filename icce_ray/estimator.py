@@ -21,7 +21,7 @@ from icce_ray.classifier.self_training import fit_classifier
 from icce_ray.config import ClusteringConfig, validate
 from icce_ray.consensus.ensemble import cluster_ensemble
 from icce_ray.count.choice import Choice
-from icce_ray.count.count_clusters import count_clusters
+from icce_ray.count.clustering import count_clusters
 from icce_ray.errors import ConfigError, InputError
 from icce_ray.estimator_base import FeatureClusterer
 from icce_ray.methods import METHODS

@@ -24,14 +24,20 @@ from icce_ray.errors import InputError
 from icce_ray.forget_parts import Found, forget_in, put_placeholders, to_bytes, without_uris
 from icce_ray.images.forgotten import add_forgotten, uri_hash
 from icce_ray.images.uri_lists import named_images
-from icce_ray.pipeline.all_images import ALL_IMAGES_NAME
-from icce_ray.pipeline.latest import ASSIGNMENTS_NAME
+from icce_ray.pipeline.latest import ALL_IMAGES_NAME, ASSIGNMENTS_NAME
 from icce_ray.pipeline.plan import connect_storage
 from icce_ray.store import Claim, Folder
 from icce_ray.store.artifact import MANIFEST_NAME
 from icce_ray.store.cache import cache_folder
-from icce_ray.store.output_artifacts import Artifacts, find_artifacts, inputs_of, with_inputs
-from icce_ray.store.run_records import LATEST_FOLDER, RUNS_FOLDER, read_records
+from icce_ray.store.run_records import (
+    LATEST_FOLDER,
+    RUNS_FOLDER,
+    Artifacts,
+    find_artifacts,
+    inputs_of,
+    read_records,
+    with_inputs,
+)
 
 STAGES = ("embed", "sample", "corrections", "assign", "evaluate")
 """The artifacts that hold ids with URIs or features. Others hold ids at most."""

@@ -15,7 +15,7 @@ import numpy as np
 
 from cases import datasets
 from icce_ray.config import ClusterCountConfig, HeadsConfig, NeighborsConfig
-from icce_ray.count.count_clusters import count_clusters
+from icce_ray.count.clustering import count_clusters
 from icce_ray.runtime.progress import Progress
 
 SETTINGS: dict[str, Any] = {

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from icce_ray.config import HeadsConfig
 from icce_ray.methods.heads.model import HeadParameters
-from icce_ray.methods.heads.schedule import teacher_momentum
+from icce_ray.methods.heads.optimizer import teacher_momentum
 
 
 class PlainHead(torch.nn.Module):

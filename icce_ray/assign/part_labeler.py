@@ -1,6 +1,10 @@
 """Labels one part: reads its embeddings, writes its assignments and its candidates for exemplars.
 
-It pickles: it holds artifacts and reads them when they are first used.
+Images that took part in the consensus keep its label, so the assignments equal ``ICCE.labels_``; all others get the
+classifier's (docs/METHOD.md, "Self-training"). Noise stays noise. The labeler pickles: it holds artifacts and reads
+them when they are first used.
+
+Shapes: n images, D dimensions.
 """
 
 from __future__ import annotations
@@ -16,12 +20,49 @@ import pyarrow as pa
 from icce_ray.assign.drift import Totals
 from icce_ray.assign.embeddings_to_label import AssignPart, Source
 from icce_ray.assign.exemplars import CANDIDATES_SCHEMA, candidates_table
-from icce_ray.assign.labeling import SCHEMA, assignments_table
 from icce_ray.assign.new_clusters import outliers_table
-from icce_ray.classifier.linear import MODEL_NAME, UNKNOWN, LinearClassifier
+from icce_ray.classifier.linear import MODEL_NAME, UNKNOWN, LinearClassifier, Prediction
 from icce_ray.corrections.stage import consensus_of, moved_clusters
 from icce_ray.sample.training_set import TrainingRows, training_rows
 from icce_ray.store import Artifact, ArtifactWriter, Folder, Part
+
+SCHEMA = pa.schema(
+    [
+        ("image_id", pa.int64()),
+        ("uri", pa.string()),
+        ("cluster", pa.int32()),
+        ("agreement", pa.float32()),
+        ("consensus_probability", pa.float32()),
+        ("second_choice", pa.int32()),
+        ("outlier_score", pa.float32()),
+        ("is_outlier", pa.bool_()),
+    ]
+)
+"""Columns of the assignments, for a run's images and for new ones.
+
+`cluster` is -1 for noise, images that the method left without a cluster; their `consensus_probability` is 0 and their
+`second_choice` the cluster that the classifier would give. `agreement`: share of the clusterings that agree with
+`cluster`, null for noise and for images that took no part in the consensus. `consensus_probability`: calibrated
+probability, by the classifier, that `cluster` is the image's cluster in the consensus.
+"""
+
+
+def assignments_table(
+    image_ids: npt.NDArray[np.int64], uris: Any, prediction: Prediction, agreement_n: npt.NDArray[np.floating]
+) -> pa.Table:
+    """The assignments of n images, in the order given. NaN agreement becomes null."""
+    columns = [
+        pa.array(image_ids),
+        uris,
+        pa.array(prediction.cluster),
+        pa.array(agreement_n, pa.float32(), from_pandas=True),
+        pa.array(prediction.consensus_probability),
+        pa.array(prediction.second_choice),
+        pa.array(prediction.outlier_score),
+        pa.array(prediction.is_outlier),
+    ]
+    return pa.table(columns, schema=SCHEMA)
+
 
 ASSIGNMENTS_FOLDER = "assignments/"
 """Holds nothing but Parquet files of one schema, so that pandas can read the folder as it is."""

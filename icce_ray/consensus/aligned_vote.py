@@ -16,7 +16,7 @@ from icce_ray.consensus.cluster_counts import count_consensus
 from icce_ray.consensus.empty_clusters import fill_empty_clusters
 from icce_ray.consensus.label_matrix import MISSING, Counts, Heads, Labels
 from icce_ray.consensus.votes import vote
-from icce_ray.metrics.nmi import anmi_from_counts
+from icce_ray.metrics.contingency import anmi_from_counts
 
 MAX_ROUNDS = 20
 

@@ -14,8 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from icce_ray.consensus.label_matrix import Heads
-from icce_ray.metrics.contingency import cell_numbers
-from icce_ray.metrics.nmi import anmi_from_counts
+from icce_ray.metrics.contingency import anmi_from_counts, cell_numbers
 
 
 def count_consensus(labels_N: npt.NDArray[Any], heads: Heads, num_clusters: int) -> npt.NDArray[Any]:

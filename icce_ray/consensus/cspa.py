@@ -9,8 +9,7 @@ from __future__ import annotations
 import numpy as np
 import scipy.sparse as sp
 
-from icce_ray.consensus.label_hashes import group_equal_images
-from icce_ray.consensus.label_matrix import HeadLabels, Heads, Labels
+from icce_ray.consensus.label_matrix import HeadLabels, Heads, Labels, group_equal_images
 from icce_ray.consensus.partition import PartitionError, partition_graph
 
 MAX_IMAGES = 5_000

@@ -16,7 +16,7 @@ from scipy.special import xlogy
 
 from icce_ray.consensus.cluster_counts import count_consensus
 from icce_ray.consensus.label_matrix import Counts, HeadLabels, Heads, Labels
-from icce_ray.metrics.nmi import entropy, mutual_information
+from icce_ray.metrics.contingency import entropy, mutual_information
 
 Floats = npt.NDArray[np.float64]
 Split = tuple[int, int]

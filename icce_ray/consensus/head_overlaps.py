@@ -19,8 +19,7 @@ import scipy.sparse as sp
 
 from icce_ray.consensus import label_matrix
 from icce_ray.consensus.label_matrix import Counts, Heads
-from icce_ray.metrics.contingency import Table, count_table
-from icce_ray.metrics.nmi import nmi_from_counts
+from icce_ray.metrics.contingency import Table, count_table, nmi_from_counts
 
 MAX_FULL_CLUSTERS = 2000
 MIN_JACCARD = 0.01

@@ -16,8 +16,7 @@ from icce_ray.consensus.best_consensus import EnsembleResult
 from icce_ray.consensus.extra_runs import IMAGES, input_of, read_record, trained_ids
 from icce_ray.errors import InputError
 from icce_ray.images.listing import Listing, has_ids_of
-from icce_ray.metrics.contingency import count_table
-from icce_ray.metrics.matched_clusters import largest_share, match_clusters
+from icce_ray.metrics.contingency import count_table, largest_share, match_clusters
 from icce_ray.store import Artifact
 
 CONSENSUS = "consensus"

@@ -17,8 +17,7 @@ from math import comb
 import numpy as np
 import numpy.typing as npt
 
-from icce_ray.consensus.label_hashes import hash_numbers
-from icce_ray.consensus.label_matrix import Labels
+from icce_ray.consensus.label_matrix import Labels, hash_numbers
 from icce_ray.consensus.neighbor_score import RESOLUTION, Moves, NeighborScore, sum_weights
 from icce_ray.consensus.refinement import leave_no_cluster_empty
 

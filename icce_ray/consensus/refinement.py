@@ -21,7 +21,7 @@ import numpy.typing as npt
 from icce_ray.consensus.cluster_counts import count_consensus
 from icce_ray.consensus.label_matrix import PART_LABELS, Counts, HeadLabels, Heads, Labels
 from icce_ray.consensus.votes import rank_votes
-from icce_ray.metrics.nmi import anmi_from_counts, entropy, mutual_information
+from icce_ray.metrics.contingency import anmi_from_counts, entropy, mutual_information
 
 MAX_DENSE_CLUSTERS = 32
 """Up to this many clusters, an image may move to any of them; above, to the NUM_CANDIDATES that its heads vote for."""

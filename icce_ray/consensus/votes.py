@@ -13,8 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from icce_ray.consensus.label_hashes import hash_numbers
-from icce_ray.consensus.label_matrix import Heads, Labels
+from icce_ray.consensus.label_matrix import Heads, Labels, hash_numbers
 
 
 def vote(heads: Heads, cluster_of_column: npt.NDArray[Any], num_clusters: int, *, seed: int, by_mean: bool) -> Labels:

@@ -31,8 +31,7 @@ from icce_ray.corrections.stage import APPLIED_NAME, MOVED_NAME
 from icce_ray.embed.feature_matrix import load_features
 from icce_ray.errors import InputError
 from icce_ray.images.listing import LISTING_PREFIX, Listing
-from icce_ray.metrics.matched_clusters import match_clusters
-from icce_ray.metrics.nmi import anmi_from_counts
+from icce_ray.metrics.contingency import anmi_from_counts, match_clusters
 from icce_ray.sample.training_set import training_set
 from icce_ray.stage import StageContext
 from icce_ray.store import Artifact, Folder

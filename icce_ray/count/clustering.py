@@ -1,5 +1,5 @@
-"""One small clustering of a sample of the images, and the measures it is judged by (docs/METHOD.md, "Number of
-clusters").
+"""Small clusterings of a sample of the images with different numbers of clusters, and the measures they are compared by
+(docs/METHOD.md, "Number of clusters").
 
 All clusterings see one sample, one neighbour graph that does not depend on the number of clusters, and one space of
 principal components, so they differ in their number of clusters and their seed only.
@@ -10,7 +10,7 @@ heads.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,13 +20,14 @@ import numpy.typing as npt
 from icce_ray.config import ClusterCountConfig, ConsensusConfig, HeadsConfig, NeighborsConfig
 from icce_ray.consensus.best_consensus import find_consensus
 from icce_ray.consensus.label_matrix import encode_heads
-from icce_ray.count.choice import Measured
-from icce_ray.count.settings import fixed_neighbors
+from icce_ray.count.choice import Choice, Measured, search
+from icce_ray.count.stage import fixed_neighbors, small_heads
 from icce_ray.errors import InputError, WorkerError
 from icce_ray.methods.heads.fit import fit
 from icce_ray.metrics.label_free_scores import generalization_score, project_pca, silhouette
 from icce_ray.metrics.true_label_scores import adjusted_rand_index
 from icce_ray.neighbors.graph import NeighborGraph, build_graph
+from icce_ray.runtime.progress import Progress
 from icce_ray.sample.training_set import sample_ids
 
 Floats = npt.NDArray[Any]
@@ -128,3 +129,61 @@ def compare(num_clusters: int, seeds: Sequence[int], clusterings: Sequence[Clust
         generalization=np.array([made.generalization for made in clusterings]),
         silhouette=np.array([made.silhouette for made in clusterings]),
     )
+
+
+Task = tuple[int, int]
+"""A clustering to be made: number of clusters, seed."""
+Maker = Callable[[Sequence[Task]], Iterable[tuple[Task, Clustering]]]
+"""Makes the clusterings of some tasks, in any order."""
+
+
+def count_clusters(
+    features_ND: Floats,
+    asked: ClusterCountConfig,
+    heads: HeadsConfig,
+    neighbors: NeighborsConfig,
+    *,
+    seed: int,
+    num_threads: int,
+    progress: Progress,
+) -> Choice:
+    """Choose the number of clusters of the rows of `features_ND` in this process. Raises InputError: fewer rows than
+    clusters to choose from; WorkerError: a loss was not finite.
+
+    Args:
+        features_ND: (N, D) float16 or float32, finite.
+        asked, heads, neighbors: sections of the config.
+        seed: seed of the sample and of the first clustering; the others follow.
+    """
+    heads = small_heads(heads, asked)
+    cluster_range(asked, len(features_ND))  # refuses before the work starts
+    sample = draw_sample(features_ND, asked.max_images, neighbors, seed)
+
+    def make(tasks: Sequence[Task]) -> Iterator[tuple[Task, Clustering]]:
+        for number, task_seed in tasks:
+            yield (number, task_seed), make_clustering(sample, number, task_seed, heads, num_threads)
+
+    return choose_number(len(features_ND), asked, make, seed=seed, progress=progress)
+
+
+def choose_number(num_images: int, asked: ClusterCountConfig, make: Maker, *, seed: int, progress: Progress) -> Choice:
+    """Choose the number of clusters of `num_images` from the clusterings that `make` makes. Raises InputError: fewer
+    images than clusters to choose from."""
+    low, high = cluster_range(asked, num_images)
+    seeds = [(seed + number) % 2**31 for number in range(asked.num_seeds)]
+    done = 0
+
+    def measure(numbers: Sequence[int]) -> Iterator[Measured]:
+        nonlocal done
+        tasks = [(number, task_seed) for number in numbers for task_seed in seeds]
+        total = done + len(tasks)
+        progress.update(done, total)
+        made: dict[Task, Clustering] = {}
+        for task, clustering in make(tasks):
+            made[task] = clustering
+            done += 1
+            progress.update(done, total, f"{task[0]} clusters")
+        for number in numbers:
+            yield compare(number, seeds, [made[number, task_seed] for task_seed in seeds])
+
+    return search(low, high, measure)

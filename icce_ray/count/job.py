@@ -11,10 +11,8 @@ import numpy as np
 
 from icce_ray.config import Config, HeadsConfig, NeighborsConfig
 from icce_ray.count.choice import METRICS
-from icce_ray.count.clustering import Clustering, Sample, draw_sample, make_clustering
-from icce_ray.count.count_clusters import Task, choose_number
-from icce_ray.count.settings import small_heads
-from icce_ray.count.stage import CLUSTER_COUNT
+from icce_ray.count.clustering import Clustering, Sample, Task, choose_number, draw_sample, make_clustering
+from icce_ray.count.stage import CLUSTER_COUNT, small_heads
 from icce_ray.embed.feature_matrix import load_features
 from icce_ray.runtime.workers import run_tasks
 from icce_ray.sample.training_set import training_set

@@ -1,8 +1,9 @@
 """Which backbones a config means: their features, dimensions and preprocessing, found without their weights.
 
 Any timm model works. A vision transformer gives its class token, the mean of its patch tokens, or the class tokens of
-its last four blocks, all after the final norm; any other model gives its pooled features. torch and timm are imported
-only when a network has to be looked at: ``pixels`` needs neither.
+its last four blocks, all after the final norm; any other model gives its pooled features. torch and timm, which take
+seconds, are imported only when a network has to be looked at: ``pixels`` needs neither, and the plan of a network is
+kept on this machine.
 
 D of a transformer of width W: ``cls`` W, ``cls+patch_mean`` 2 W, ``last4`` 4 W, ``last4+patch_mean`` 5 W.
 """
@@ -12,16 +13,43 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
-from typing import Any
+from importlib.metadata import version
+from typing import Any, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
 
 from icce_ray.config import PIXELS, BackboneConfig, EmbedConfig, EmbeddingsConfig
-from icce_ray.embed.plan_cache import remembered
 from icce_ray.embed.weights import check_hub, check_weights, weights_digest
 from icce_ray.errors import ConfigError, UserError
 from icce_ray.images.decoding import Preprocessing, SeveralViews, common_preprocessing
+from icce_ray.store import Folder, fingerprint
+from icce_ray.store.cache import cache_folder
+
+VERSION = 1
+T = TypeVar("T")
+
+
+def remembered(kind: type[T], asked: dict[str, Any], find_out: Callable[[], T]) -> T:
+    """What `find_out` returned for the same `asked` with this version of timm; otherwise what it returns now.
+
+    Args:
+        kind: the dataclass that it returns.
+        asked: everything that the answer depends on, JSON-able.
+        find_out: takes seconds. Its exceptions are not remembered.
+    """
+    name = f"{fingerprint('backbone', VERSION, asked | {'timm': version('timm')}, {})}.json"
+    adapter = TypeAdapter(kind)
+    folder = Folder.at(cache_folder() / "backbones")
+    with suppress(OSError, ValidationError):
+        return adapter.validate_json(folder.read_bytes(name))
+    found = find_out()
+    with suppress(OSError):  # a full or read-only cache costs seconds the next time
+        folder.write_bytes(name, adapter.dump_json(found))
+    return found
+
 
 PIXELS_IMAGE_SIZE = 32
 DEFAULT_IMAGE_SIZE = 224

@@ -21,10 +21,9 @@ import numpy.typing as npt
 
 from icce_ray.embed.decode_and_embed import Outcome
 from icce_ray.embed.embedding_parts import is_part_file, read_hashes
-from icce_ray.embed.hash_table import NO_FILE, HashTable, Keys
-from icce_ray.embed.part_hashes import KEY_BYTES, Hashes, hashes_name, num_hashes, to_bytes
+from icce_ray.embed.part_hashes import KEY_BYTES, NO_FILE, Hashes, HashTable, Keys, hashes_name, num_hashes, to_bytes
 from icce_ray.store import Folder
-from icce_ray.store.output_artifacts import read_manifest
+from icce_ray.store.run_records import read_manifest
 
 LOAD_THREADS = 16
 MAX_TIMES = 100

@@ -14,12 +14,12 @@ from typing import Any
 from icce_ray.config import Config
 from icce_ray.embed.backbone_plan import EmbeddingPlan
 from icce_ray.embed.embedding_parts import images_per_item, items_per_part, plan_parts, revision_of
+from icce_ray.embed.feature_matrix import Draw
 from icce_ray.embed.finished_parts import Tally
 from icce_ray.embed.job import embed_on_ray
 from icce_ray.embed.part_embedder import EmbedTask, embed_here
 from icce_ray.embed.ready_made import rewrite_embeddings
 from icce_ray.embed.reuse_parts import ReusableParts, reuse_parts
-from icce_ray.embed.sampled_rows import Draw
 from icce_ray.embed.work_items import OpenPart, OpenParts, WorkItems, remove_items
 from icce_ray.errors import DamagedArtifactError
 from icce_ray.images.listing import REMOVED, Listing

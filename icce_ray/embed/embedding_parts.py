@@ -20,9 +20,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from icce_ray.embed.feature_matrix import COLUMN, column_name
+from icce_ray.embed.feature_matrix import COLUMN, Draw, column_name
 from icce_ray.embed.part_hashes import HASH_BYTES, PartHashes, of_column, read_hashes_file, write_hashes
-from icce_ray.embed.sampled_rows import Draw
 from icce_ray.errors import DamagedArtifactError
 from icce_ray.images.decoding import Preprocessing, SeveralViews
 from icce_ray.store import Artifact, Folder, Part

@@ -16,8 +16,8 @@ from icce_ray.embed.embedding_parts import (
     source_digest,
     write_part,
 )
+from icce_ray.embed.feature_matrix import Draw
 from icce_ray.embed.finished_parts import Tally
-from icce_ray.embed.sampled_rows import Draw
 from icce_ray.errors import InputError
 from icce_ray.images.embedding_files import Embeddings, open_embedding_sets
 from icce_ray.images.listing import Listing

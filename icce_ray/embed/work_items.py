@@ -18,8 +18,8 @@ import pyarrow as pa
 
 from icce_ray.embed.content_index import Index, to_keys
 from icce_ray.embed.embedding_parts import ITEM, PartRange, read_hashes, read_part, write_part
+from icce_ray.embed.feature_matrix import Draw
 from icce_ray.embed.part_hashes import KEY_BYTES, names_beside
-from icce_ray.embed.sampled_rows import Draw
 from icce_ray.store import Folder, PartRecord, PartRecords
 
 JOINS_AT_ONCE = 8

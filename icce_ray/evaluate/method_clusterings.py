@@ -14,8 +14,7 @@ import numpy.typing as npt
 from icce_ray.config import Config
 from icce_ray.consensus.extra_runs import find_heads
 from icce_ray.methods.clusterings import LABELS_NAME, read_losses
-from icce_ray.metrics.contingency import count_table
-from icce_ray.metrics.matched_clusters import match_clusters
+from icce_ray.metrics.contingency import count_table, match_clusters
 from icce_ray.metrics.true_label_scores import normalized_mutual_info
 from icce_ray.store import Artifact
 

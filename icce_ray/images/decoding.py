@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError, features
 
-from icce_ray.images.skipped_files import HEIC_REMEDY, LFS_POINTER, LFS_REMEDY, RAW_REMEDY
+from icce_ray.images.file_kinds import HEIC_REMEDY, LFS_POINTER, LFS_REMEDY, RAW_REMEDY
 
 ENDINGS = {b"\xff\xd8\xff": b"\xff\xd9", b"\x89PNG": b"IEND\xaeB`\x82", b"GIF8": b";"}
 """The last bytes of a complete file, by its first bytes."""

@@ -1,4 +1,5 @@
-"""Which files are images or containers of images, by their endings."""
+"""Which files are images or containers of images, by their endings; and what lies among them and is not taken: counted
+by ending, and said with the remedy."""
 
 from __future__ import annotations
 
@@ -8,7 +9,52 @@ from PIL import features
 
 from icce_ray.images.file_shards import File
 from icce_ray.images.folder_walk import UNREADABLE_FOLDER
-from icce_ray.images.skipped_files import ending
+
+MAX_SHOWN = 6
+COMPRESSED_TARS = (".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst")
+ARCHIVES = (*COMPRESSED_TARS, ".tgz", ".tbz2", ".txz", ".zip", ".7z", ".rar")
+HEIC_ENDINGS = (".heic", ".heif", ".hif")
+RAW_ENDINGS = (".arw", ".cr2", ".cr3", ".crw", ".dng", ".nef", ".nrw", ".orf", ".pef", ".raf", ".raw", ".rw2", ".srw")
+OTHER_IMAGES = (".dcm", ".dds", ".exr", ".fits", ".hdr", ".ico", ".jxl", ".nii", ".psd", ".tga")
+DRAWINGS = (".ai", ".eps", ".pdf", ".svg")
+VIDEOS = (".avi", ".mkv", ".mov", ".mp4", ".webm")
+HEIC_REMEDY = "HEIC: not supported; convert to JPEG or PNG, for example with ImageMagick (magick mogrify -format jpg)"
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+LFS_REMEDY = "a Git LFS pointer, not the file; fetch it with git lfs pull"
+RAW_REMEDY = "RAW: not supported; convert to JPEG or TIFF, for example with darktable-cli or dcraw"
+REMEDIES = (
+    (HEIC_ENDINGS, HEIC_REMEDY),
+    (RAW_ENDINGS, RAW_REMEDY),
+    (ARCHIVES, "unpack it, or repack it as a plain .tar"),
+    (OTHER_IMAGES, "not supported; convert to PNG or TIFF"),
+    ((".avif",), "this Pillow cannot decode AVIF; install a newer one"),
+    ((".parquet without images",), "name it in images.uri if it is a list, or images.bytes_column"),
+    (DRAWINGS, "not supported; render to PNG"),
+    (VIDEOS, "not supported; extract frames"),
+)
+
+
+def ending(name: str) -> str:
+    """The ending of a file's name in lower case, ``.tar.gz`` as a whole; empty if there is none."""
+    base = name.rpartition("/")[2].lower()
+    if base.endswith(COMPRESSED_TARS):
+        return next(compressed for compressed in COMPRESSED_TARS if base.endswith(compressed))
+    stem, dot, last = base.rpartition(".")
+    return f".{last}" if dot and stem else ""
+
+
+def remedy(kind: str) -> str | None:
+    """What to do about files with this ending, or None if nothing is known."""
+    return next((text for endings, text in REMEDIES if kind in endings), None)
+
+
+def describe(skipped: Counter[str]) -> str:
+    """Such as ``3 x .heic (HEIC: not supported; ...), 2 x .csv``: those with a remedy first, then the most frequent."""
+    kinds = sorted(skipped, key=lambda kind: (remedy(kind) is None, -skipped[kind], kind))
+    shown = [f"{skipped[kind]} x {kind}" + (f" ({text})" if (text := remedy(kind)) else "") for kind in kinds]
+    more = [f"{len(kinds) - MAX_SHOWN} other kinds"] if len(kinds) > MAX_SHOWN else []
+    return ", ".join(shown[:MAX_SHOWN] + more)
+
 
 IMAGE_ENDINGS = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".bmp", ".dib", ".gif", ".tif", ".tiff"),

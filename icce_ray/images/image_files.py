@@ -24,14 +24,13 @@ from icce_ray.config import ImagesConfig, ResourcesConfig, StorageConfig
 from icce_ray.config.section import MAX_PATH_CHARACTERS, is_utf8
 from icce_ray.errors import InputError
 from icce_ray.images.bucket_listing import BucketPrefix
-from icce_ray.images.file_kinds import IMAGE_ENDINGS, PARQUET_ENDINGS, TAR_ENDING, take_file
+from icce_ray.images.file_kinds import IMAGE_ENDINGS, PARQUET_ENDINGS, TAR_ENDING, describe, ending, remedy, take_file
 from icce_ray.images.file_shards import File, FileShards, Shard, shards_of
 from icce_ray.images.folder_walk import local_file, walk_folder
 from icce_ray.images.inventory import MANIFEST_NAME, open_inventory
 from icce_ray.images.job import list_bucket, list_inventory
 from icce_ray.images.own_results import is_result, result_folders
 from icce_ray.images.parquet_columns import image_column
-from icce_ray.images.skipped_files import describe, ending, remedy
 from icce_ray.images.uri_lists import read_parquet_list, read_text_list
 from icce_ray.images.uris import is_remote, local_path_or_uri, local_uri, open_file, resolve
 from icce_ray.runtime.progress import Progress

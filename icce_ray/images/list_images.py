@@ -30,6 +30,7 @@ from icce_ray.errors import InputError
 from icce_ray.images.bucket_listing import ALL
 from icce_ray.images.containers import file_of, locate
 from icce_ray.images.embedding_files import open_embedding_sets, open_embeddings
+from icce_ray.images.file_kinds import describe
 from icce_ray.images.file_shards import File, FileShards
 from icce_ray.images.forgotten import read_forgotten, uri_hash
 from icce_ray.images.image_files import Sources, list_files
@@ -44,7 +45,6 @@ from icce_ray.images.listing import (
     entry_tables,
     numbered,
 )
-from icce_ray.images.skipped_files import describe
 from icce_ray.images.uri_lists import named_images
 from icce_ray.images.uris import is_remote
 from icce_ray.runtime.progress import Progress

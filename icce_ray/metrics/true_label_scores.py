@@ -15,8 +15,7 @@ import scipy.sparse as sp
 from scipy.optimize import linear_sum_assignment
 
 from icce_ray.errors import InputError
-from icce_ray.metrics.contingency import count_table
-from icce_ray.metrics.nmi import Mean, nmi_from_counts
+from icce_ray.metrics.contingency import Mean, count_table, nmi_from_counts
 
 
 def contingency_table(y_true: npt.ArrayLike, y_pred: npt.ArrayLike) -> sp.csr_array:

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from icce_ray.assign.labeling import SCHEMA
+from icce_ray.assign.part_labeler import SCHEMA
 from icce_ray.random_numbers import splitmix64
 
 NOISE = -1

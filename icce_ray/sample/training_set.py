@@ -19,7 +19,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from icce_ray.config import SampleConfig
-from icce_ray.embed.sampled_rows import read_rows
+from icce_ray.embed.feature_matrix import read_rows
 from icce_ray.random_numbers import id_hashes
 from icce_ray.sample.near_duplicates import find_near_duplicates
 from icce_ray.sample.unit_features import Ids

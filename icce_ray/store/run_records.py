@@ -1,5 +1,8 @@
-"""Records of runs beside their artifacts: ``<output>/runs/<run>.json`` says which artifacts belong to a run, and
-``runs/unfinished/<name>.json`` which ones a command uses that no run records: for new images, or in a sweep."""
+"""What lies under an output: records of runs, and all artifacts and what each was made from.
+
+``<output>/runs/<run>.json`` says which artifacts belong to a run, and ``runs/unfinished/<name>.json`` which ones a
+command uses that no run records: for new images, or in a sweep.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +12,13 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from pydantic import ValidationError
+
 from icce_ray.errors import InputError
+from icce_ray.store.artifact import MANIFEST_NAME, Artifact, Manifest
 from icce_ray.store.filesystem import Folder
 
-FINGERPRINT = re.compile(r"[\w-]+")
+SAFE_NAME, FINGERPRINT = re.compile(r"[\w-]+"), re.compile(r"[0-9a-f]{16}")
 RUNS_FOLDER = "runs"
 UNFINISHED_FOLDER = "unfinished"
 MAX_UNFINISHED_S = 14 * 86_400.0
@@ -87,7 +93,7 @@ def _read(folder: Folder, name: str) -> dict[str, Any]:
         record = None
     stages = record.get("stages") if isinstance(record, dict) else None
     if not isinstance(stages, dict) or any(
-        "." in stage or not FINGERPRINT.fullmatch(str(stages[stage])) for stage in stages
+        "." in stage or not SAFE_NAME.fullmatch(str(stages[stage])) for stage in stages
     ):
         raise InputError(f"{folder.file_uri(name)} is damaged, or no record of a run; move it away")
     found: dict[str, Any] = record
@@ -102,3 +108,43 @@ def read_latest(output: str) -> dict[str, Any] | None:
     except (FileNotFoundError, NotADirectoryError, ValueError):
         return None
     return summary if isinstance(summary, dict) and {"run", "stages"} <= summary.keys() else None
+
+
+Artifacts = dict[str, Artifact | None]
+"""By their folder below the output, ``<stage>/<fingerprint>``; None: without a manifest, so unfinished."""
+
+
+def find_artifacts(root: Folder) -> Artifacts:
+    """The artifacts under an output. Only manifests are read; the parts are not looked at."""
+    found: Artifacts = {}
+    for stage in root.folder_names():
+        for name in (root / stage).folder_names():
+            if FINGERPRINT.fullmatch(name):
+                found[f"{stage}/{name}"] = read_manifest(root / stage / name)
+    return found
+
+
+def read_manifest(folder: Folder) -> Artifact | None:
+    """The artifact in a folder, without a look at its parts; None if it is unfinished."""
+    try:
+        return Artifact(folder, Manifest.model_validate_json(folder.read_bytes(MANIFEST_NAME)))
+    except (FileNotFoundError, ValidationError):
+        return None
+
+
+def inputs_of(artifact: Artifact) -> list[str]:
+    """The folders below the output of what an artifact was made from."""
+    return [f"{stage}/{identity.partition('.')[0]}" for stage, identity in artifact.manifest.inputs.items()]
+
+
+def with_inputs(wanted: set[str], artifacts: Mapping[str, Artifact | None]) -> set[str]:
+    """`wanted`, what these were made from, and the folders that hold parts of theirs."""
+    kept, pending = set[str](), list(wanted)
+    while pending:
+        key = pending.pop()
+        if key not in kept:
+            kept.add(key)
+            artifact = artifacts.get(key)
+            if artifact is not None:
+                pending += [*inputs_of(artifact), *artifact.part_folders()]
+    return kept

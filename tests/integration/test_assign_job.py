@@ -18,7 +18,7 @@ import pytest
 
 from icce_ray.assign import embeddings_to_label
 from icce_ray.assign import job as assign_job
-from icce_ray.assign.labeling import SCHEMA
+from icce_ray.assign.part_labeler import SCHEMA
 from icce_ray.classifier import job as classifier_job
 from icce_ray.classifier.linear import LinearClassifier
 from icce_ray.classifier.self_training import fit_classifier

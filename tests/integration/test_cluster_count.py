@@ -14,7 +14,7 @@ import pytest
 from icce_ray import ICCE, cut_hierarchy, run_pipeline
 from icce_ray.cli import main
 from icce_ray.config import Config, build_config
-from icce_ray.count import count_clusters, job
+from icce_ray.count import clustering, job
 from icce_ray.count.choice import coarse_grid
 from icce_ray.errors import InputError
 from icce_ray.pipeline.plan import is_complete, plan, stages_of
@@ -141,7 +141,7 @@ def test_what_a_killed_run_had_clustered_is_not_done_again(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(count_clusters, "search", killed)
+        patch.setattr(clustering, "search", killed)
         with pytest.raises(KeyboardInterrupt):
             count(Recorded())
     left = sorted(path.name for path in (tmp_path / "count" / "clusterings").iterdir())

@@ -20,8 +20,8 @@ from PIL import Image
 import icce_ray
 from icce_ray import cli
 from icce_ray.assign import embeddings_to_label
-from icce_ray.assign.labeling import SCHEMA
 from icce_ray.assign.new_images import AssignResult
+from icce_ray.assign.part_labeler import SCHEMA
 from icce_ray.classifier import job as classifier_job
 from icce_ray.config import Config
 from icce_ray.embed import embed_images

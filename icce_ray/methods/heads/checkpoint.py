@@ -1,9 +1,13 @@
-"""Checkpoints of the trainer. At each, every worker saves the state of its heads; any number of workers can resume from
-them."""
+"""What a training leaves in the artifact's folder: checkpoints, and live metrics, one JSON object per epoch.
+
+At each checkpoint, every worker saves the state of its heads; any number of workers can resume from them.
+"""
 
 from __future__ import annotations
 
+import json
 import re
+import time
 from typing import Any
 
 import torch
@@ -75,3 +79,22 @@ class CheckpointFolder:
         """Epoch, heads and name of every checkpoint."""
         matches = [match for name in self.records.folder.names() if (match := NAME.fullmatch(name))]
         return [(int(match[2]), range(int(match[3]), int(match[4])), match[1]) for match in matches]
+
+
+FILE_NAME = "metrics.jsonl"
+WRITE_INTERVAL_S = 10.0
+
+
+class MetricsLog:
+    """Writes the history as it grows, at most every ten seconds. Object stores cannot append, so it writes all of it
+    each time."""
+
+    def __init__(self, folder: Folder) -> None:
+        self.folder = folder
+        self._last_write = 0.0
+
+    def update(self, history: list[dict[str, Any]], finished: bool = False) -> None:
+        now = time.monotonic()
+        if finished or now - self._last_write >= WRITE_INTERVAL_S:
+            self._last_write = now
+            self.folder.write_bytes(FILE_NAME, "".join(json.dumps(epoch) + "\n" for epoch in history).encode())

@@ -59,10 +59,10 @@ def _work(
     # Imported here: the driver imports this module too, and torch takes seconds.
     import torch
 
-    from icce_ray.methods.heads import heads_artifact
     from icce_ray.methods.heads.communicator import SingleWorker, TorchDistributed
+    from icce_ray.methods.heads.fit import fit_stage
 
     torch.set_num_threads(num_threads)
     communicator = TorchDistributed() if torch.distributed.is_initialized() else SingleWorker()
-    metrics = heads_artifact.run(config, StageContext(output, inputs, progress), communicator, device)
+    metrics = fit_stage(config, StageContext(output, inputs, progress), communicator, device)
     return {"parts": list(output.parts.values()), "metrics": metrics}

@@ -32,8 +32,8 @@ from icce_ray.methods.heads.compiled_step import choose_passes
 from icce_ray.methods.heads.division import HeadDivision
 from icce_ray.methods.heads.inputs import ROWS_AT_ONCE, FeatureNorm, HeadInputs, seen_columns
 from icce_ray.methods.heads.model import head_cosines
+from icce_ray.methods.heads.optimizer import ce_weight_at, learning_rate_at, teacher_momentum
 from icce_ray.methods.heads.pair_batches import choose_batch_size, epoch_batches, num_steps_per_epoch
-from icce_ray.methods.heads.schedule import ce_weight_at, learning_rate_at, teacher_momentum
 from icce_ray.methods.heads.state import HeadState
 from icce_ray.methods.heads.step import Batch, HeadBlock, StepValues
 from icce_ray.methods.heads.teacher import pair_weights

@@ -9,8 +9,7 @@ import numpy.typing as npt
 import torch
 
 from icce_ray.methods.heads.inputs import to_device
-from icce_ray.metrics.contingency import count_table
-from icce_ray.metrics.nmi import nmi_from_counts
+from icce_ray.metrics.contingency import count_table, nmi_from_counts
 
 MAX_WATCHED_IMAGES = 4096
 MAX_HEAD_PAIRS = 16

@@ -18,7 +18,7 @@ from icce_ray.assign.exemplars import (
     choose_exemplars,
     farthest_first,
 )
-from icce_ray.assign.labeling import assignments_table
+from icce_ray.assign.part_labeler import assignments_table
 from icce_ray.classifier.self_training import fit_classifier
 from icce_ray.config import ClassifierConfig
 from icce_ray.random_numbers import id_hashes

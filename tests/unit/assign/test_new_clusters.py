@@ -5,8 +5,8 @@ import pyarrow as pa
 import pytest
 
 from icce_ray.assign import new_clusters as module
-from icce_ray.assign.labeling import assignments_table
 from icce_ray.assign.new_clusters import find_new_clusters, outliers_table
+from icce_ray.assign.part_labeler import assignments_table
 from icce_ray.classifier.linear import LinearClassifier
 from icce_ray.classifier.self_training import fit_classifier
 from icce_ray.config import ClassifierConfig

@@ -13,8 +13,7 @@ import pytest
 
 from icce_ray.assign.embeddings_to_label import EmbeddingFiles
 from icce_ray.assign.exemplars import CANDIDATES_SCHEMA
-from icce_ray.assign.labeling import SCHEMA
-from icce_ray.assign.part_labeler import PartLabeler
+from icce_ray.assign.part_labeler import SCHEMA, PartLabeler
 from icce_ray.classifier.linear import MODEL_NAME, LinearClassifier
 from icce_ray.classifier.self_training import fit_classifier
 from icce_ray.config import ClassifierConfig, EmbeddingsConfig

@@ -14,8 +14,7 @@ from icce_ray.consensus.cspa import co_association, cspa
 from icce_ray.consensus.empty_clusters import fill_empty_clusters
 from icce_ray.consensus.hbgf import hbgf
 from icce_ray.consensus.head_overlaps import JACCARD_SCALE, compare_heads
-from icce_ray.consensus.label_hashes import group_equal_images
-from icce_ray.consensus.label_matrix import encode_heads
+from icce_ray.consensus.label_matrix import encode_heads, group_equal_images
 from icce_ray.consensus.mcla import mcla
 from icce_ray.consensus.partition import PartitionError
 from icce_ray.consensus.votes import vote

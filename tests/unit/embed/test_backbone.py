@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from timm.data import create_transform, resolve_model_data_config
 
 from icce_ray.config import Config
-from icce_ray.embed import plan_cache, timm_models, weights
+from icce_ray.embed import backbone_plan, timm_models, weights
 from icce_ray.embed.backbone_plan import check_backbones, embed_settings, plan_backbone
 from icce_ray.embed.build_backbone import build_backbone
 from icce_ray.errors import ConfigError, ResourceError
@@ -133,7 +133,7 @@ def test_a_plan_is_made_once_for_each_question(asked: list[str], monkeypatch: py
     assert len({plan.dim for plan in first}) == 2
     assert [plan_backbone(config_for("test_vit", **question).embed) for question in questions] == first
     assert len(asked) == 3
-    monkeypatch.setattr(plan_cache, "version", lambda _: "another timm")
+    monkeypatch.setattr(backbone_plan, "version", lambda _: "another timm")
     assert plan_backbone(config_for("test_vit").embed) == first[0]
     assert len(asked) == 4
 

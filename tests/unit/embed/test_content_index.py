@@ -27,8 +27,7 @@ from icce_ray.embed.content_index import (
 )
 from icce_ray.embed.embedding_parts import PartRange, part_table, write_part
 from icce_ray.embed.gather_embeddings import VectorReader, gather, known_hashes
-from icce_ray.embed.hash_table import HashTable
-from icce_ray.embed.part_hashes import hashes_name
+from icce_ray.embed.part_hashes import HashTable, hashes_name
 from icce_ray.store import ArtifactWriter, Folder
 from icce_ray.store.part_records import PartRecords
 

@@ -5,7 +5,7 @@ import timm
 
 from icce_ray.config import BackboneConfig
 from icce_ray.embed.backbone_plan import plan_backbone
-from icce_ray.embed.foreign_names import timm_name
+from icce_ray.embed.timm_models import timm_name
 from icce_ray.errors import ConfigError
 
 NAMES = {

@@ -7,8 +7,8 @@ import pyarrow as pa
 import pytest
 
 from icce_ray.embed.embedding_parts import part_table, plan_parts, write_part
+from icce_ray.embed.feature_matrix import Draw, read_rows
 from icce_ray.embed.part_hashes import sampled_name
-from icce_ray.embed.sampled_rows import Draw, read_rows
 from icce_ray.random_numbers import id_hashes
 from icce_ray.sample import training_set
 from icce_ray.store import Artifact, ArtifactWriter, Folder, PartRecords

@@ -23,7 +23,7 @@ from icce_ray.images.job import list_bucket
 from icce_ray.runtime.progress import Progress
 from icce_ray.runtime.ray_cluster import run_here
 from icce_ray.store import Claim, Folder, s3
-from icce_ray.store.output_artifacts import find_artifacts
+from icce_ray.store.run_records import find_artifacts
 
 
 class StubBucket:

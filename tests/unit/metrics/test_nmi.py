@@ -7,8 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import mutual_info_score, normalized_mutual_info_score
 
-from icce_ray.metrics.contingency import count_table
-from icce_ray.metrics.nmi import anmi_from_counts, entropy, mutual_information, nmi_from_counts
+from icce_ray.metrics.contingency import anmi_from_counts, count_table, entropy, mutual_information, nmi_from_counts
 
 
 def nmi_in_loops(a_N, b_N):

@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from icce_ray.assign.labeling import SCHEMA
+from icce_ray.assign.part_labeler import SCHEMA
 from icce_ray.report import page_content
 from icce_ray.report.page_content import PageContent, images_per_cluster
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from icce_ray.store import Artifact, ArtifactWriter, Folder
-from icce_ray.store.output_artifacts import find_artifacts, with_inputs
+from icce_ray.store.run_records import find_artifacts, with_inputs
 
 NAMES = {stage: f"{number:016x}" for number, stage in enumerate(("images", "embed", "sample", "other"))}
 

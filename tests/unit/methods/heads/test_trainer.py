@@ -6,8 +6,8 @@ import torch
 
 from icce_ray.config import method_settings
 from icce_ray.methods import METHODS
+from icce_ray.methods.heads.optimizer import teacher_momentum
 from icce_ray.methods.heads.pair_batches import epoch_batches
-from icce_ray.methods.heads.schedule import teacher_momentum
 
 from .reference import ReferenceTrainer
 from .workers import make_trainer, small_settings

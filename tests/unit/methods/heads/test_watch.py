@@ -8,7 +8,7 @@ import pytest
 import torch
 from sklearn.metrics import normalized_mutual_info_score
 
-from icce_ray.methods.heads.metrics_log import MetricsLog
+from icce_ray.methods.heads.checkpoint import MetricsLog
 from icce_ray.methods.heads.watch import EpochWatch, mean_pairwise_nmi
 from icce_ray.store import Folder
 
