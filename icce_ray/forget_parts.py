@@ -60,7 +60,7 @@ class Found:
 def _amend(artifact: Artifact, parts: dict[str, Part], metrics: dict[str, Any], *, revision: int) -> int:
     """Replace parts of an artifact. Returns their number."""
     if parts:
-        writer = ArtifactWriter(artifact.folder, amends=True)
+        writer = ArtifactWriter(artifact.folder)
         for name in artifact.part_names():
             writer.add(parts.get(name) or artifact.part(name))
         writer.amend(artifact, artifact.metrics | metrics, revision=revision)
@@ -97,7 +97,7 @@ def forget_in(artifact: Artifact, found: Found) -> tuple[set[int], int]:
         data = artifact.folder.read_bytes(APPLIED_NAME)
         kept_data = without_uris(data, lambda uri: uri_hash(uri) in found.hashes)
         if kept_data != data:
-            parts[APPLIED_NAME] = ArtifactWriter(artifact.folder, amends=True).write_bytes(APPLIED_NAME, kept_data)
+            parts[APPLIED_NAME] = ArtifactWriter(artifact.folder).write_bytes(APPLIED_NAME, kept_data)
     return same, _amend(artifact, parts, metrics, revision=artifact.manifest.revision)
 
 

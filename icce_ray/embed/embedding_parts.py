@@ -25,7 +25,7 @@ from icce_ray.embed.part_hashes import HASH_BYTES, PartHashes, of_column, read_h
 from icce_ray.errors import DamagedArtifactError
 from icce_ray.images.decoding import Preprocessing, SeveralViews
 from icce_ray.store import Artifact, Folder, Part
-from icce_ray.store.artifact_writer import check_unfinished
+from icce_ray.store.claim import check_claim
 from icce_ray.store.part_records import PartRecord, PartRecords
 
 MIN_IMAGES_PER_ITEM = 16
@@ -159,8 +159,7 @@ def write_part(
     sink = io.BytesIO()
     pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
     data = sink.getbuffer()
-    if not part.revision:
-        check_unfinished(records.folder)
+    check_claim(records.folder)
     if found := _hashes_of(table):
         write_hashes(records.folder, part.file_name, found)
     kind = table.schema.field(COLUMN).type

@@ -13,7 +13,7 @@ from icce_ray.embed.part_hashes import write_hashes
 from icce_ray.errors import DamagedArtifactError
 from icce_ray.images.listing import REMOVED, Listing
 from icce_ray.store import Artifact
-from icce_ray.store.artifact_writer import check_unfinished
+from icce_ray.store.claim import check_claim
 from icce_ray.store.part_records import PartRecord, PartRecords
 
 REUSE_THREADS = 8
@@ -70,7 +70,7 @@ class ReusableParts:
             data = self._artifact.read_bytes(file.name)
         except DamagedArtifactError:
             return None
-        check_unfinished(records.folder)
+        check_claim(records.folder)
         if hashes := read_hashes(owner, file.name):
             write_hashes(records.folder, part.file_name, hashes)
         records.folder.write_bytes(part.file_name, data)

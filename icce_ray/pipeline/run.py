@@ -207,7 +207,6 @@ def run_stage(
 ) -> Artifact:
     """Make the artifact of one stage of a plan; `artifacts` holds its inputs. `run` replaces the stage's own."""
     Artifact.discard_damage(step.folder)
-    writer = ArtifactWriter(step.folder)
     inputs = {name: artifacts[name] for name in step.stage.inputs}
     config = step.stage.config_of(config)
     shortcut = step.stage.shortcut(config) if step.stage.shortcut is not None else ""
@@ -218,7 +217,7 @@ def run_stage(
             return finished
         if told is not None:
             told.watch(progress)
-        began = time.monotonic()
+        began, writer = time.monotonic(), ArtifactWriter(claim.folder)
         run = run or importlib.import_module(step.stage.module).run
         with outages_told([config.output, *config.images.uris], config.storage, progress):
             metrics = run(config, StageContext(writer, inputs, progress))
@@ -259,9 +258,10 @@ def retry_failed_images(config: Config, planned: list[PlannedStage], quiet: bool
     images, artifact = inputs["images"], step.artifact
     if artifact is None or images is None or not num_failed(artifact) or config.embeddings.uri is not None:
         return False  # files of embeddings that were mended are another input
-    writer, progress = ArtifactWriter(step.folder, amends=True), Progress("retry", step.stage.unit, quiet)
+    progress = Progress("retry", step.stage.unit, quiet)
     check_stages(config, [step.stage])
     with Claim(step.folder) as claim:
+        writer = ArtifactWriter(claim.folder)
         module = importlib.import_module(step.stage.module)
         metrics = module.retry(config, StageContext(writer, {"images": images}, progress), artifact)
         if metrics is None:

@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 
 from icce_ray.errors import WorkerError
 from icce_ray.store.artifact import MANIFEST_NAME, Artifact, Manifest
+from icce_ray.store.claim import check_claim
 from icce_ray.store.filesystem import Folder, open_uri
 from icce_ray.store.parts_table import Part, parts_bytes
 
@@ -29,13 +30,11 @@ class ArtifactWriter:
     driver, which calls :meth:`add` and, at the end, :meth:`commit`.
 
     Args:
-        amends: whether the artifact is finished and is amended. Otherwise a writer that lost its claim, on S3, must not
-            write into what another job has finished.
+        folder: :attr:`Claim.folder` where several jobs might write, so that one that lost its claim writes no part.
     """
 
-    def __init__(self, folder: Folder, *, amends: bool = False) -> None:
+    def __init__(self, folder: Folder) -> None:
         self.folder = folder
-        self._amends = amends
         self.parts: dict[str, Part] = {}
 
     def add(self, part: Part) -> None:
@@ -50,10 +49,8 @@ class ArtifactWriter:
         dtype: str | None = None,
         shape: tuple[int, ...] | None = None,
     ) -> Part:
-        """Write a part atomically and add it to the manifest. Raises WorkerError: another job has finished the
-        artifact."""
-        if not self._amends:
-            check_unfinished(self.folder)
+        """Write a part atomically and add it to the manifest. Raises WorkerError: another job took the claim over."""
+        check_claim(self.folder)
         self.folder.write_bytes(name, data)
         digest = hashlib.sha256(data).hexdigest()
         part = Part(name=name, num_bytes=len(data), sha256=digest, rows=rows, dtype=dtype, shape=shape)
@@ -79,9 +76,8 @@ class ArtifactWriter:
             num_bytes = file.tell()
             file.seek(0)
             digest = hashlib.file_digest(file, "sha256").hexdigest()
-            if not self._amends:
-                check_unfinished(self.folder)
             file.seek(0)
+            check_claim(self.folder)
             self.folder.write_file(name, file)
         part = Part(name=name, num_bytes=num_bytes, sha256=digest, rows=rows)
         self.add(part)
@@ -101,6 +97,7 @@ class ArtifactWriter:
         with filesystem.open_input_file(path) as file:
             digest, num_bytes = hashlib.file_digest(file, "sha256").hexdigest(), file.size()
         target = self.folder.filesystem
+        check_claim(self.folder)
         target.create_dir(self.folder.path)
         pafs.copy_files(path, f"{self.folder.path}/{name}", source_filesystem=filesystem, destination_filesystem=target)
         part = Part(name=name, num_bytes=num_bytes, sha256=digest)
@@ -172,16 +169,6 @@ class ArtifactWriter:
         for name in set(artifact.file_names()) - set(amended.file_names()):
             self.folder.remove(name)
         return amended
-
-
-def check_unfinished(folder: Folder) -> None:
-    """Before a part is written where a lost claim is possible. Raises WorkerError: another job has finished the
-    artifact."""
-    if folder.s3_options is not None and folder.exists(MANIFEST_NAME):
-        raise WorkerError(
-            f"{folder.uri}: another job has finished this artifact meanwhile, so this one stops; run the same command "
-            "again, which uses its result"
-        )
 
 
 def _library_versions() -> dict[str, str]:

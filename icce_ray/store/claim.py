@@ -2,8 +2,8 @@
 
 On local disks a claim is a file lock, which the kernel releases when its holder dies. On S3 it is an object that is
 created by a conditional put and renewed by its holder. A claim that is no longer renewed is taken over, by another
-conditional put; a holder that was only cut off finds out at its next renewal, and stops. Storage that supports neither
-(gs://) is not guarded.
+conditional put; a holder that was only cut off finds out at its next renewal, and stops. Its workers, and those that a
+killed job left, look at the claim before they write a part. Storage that supports neither (gs://) is not guarded.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import threading
 import time
 import uuid
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
@@ -41,6 +42,7 @@ class Claim:
     Usage::
 
         with Claim(folder) as claim:
+            writer = ArtifactWriter(claim.folder)
             ...
             claim.confirm()
 
@@ -54,7 +56,8 @@ class Claim:
     def __init__(self, folder: Folder) -> None:
         self._folder = folder
         self._file: IO[str] | None = None
-        own = {"id": uuid.uuid4().hex, "host": socket.gethostname(), "machine": _machine(), **_process(os.getpid())}
+        self._id = uuid.uuid4().hex
+        own = {"id": self._id, "host": socket.gethostname(), "machine": _machine(), **_process(os.getpid())}
         self._me = json.dumps(own)
         self._renewals = 0
         self._etag = ""
@@ -62,6 +65,12 @@ class Claim:
         self._done = threading.Event()
         self._is_lost = False
         self._renewer: threading.Thread | None = None
+
+    @property
+    def folder(self) -> Folder:
+        """The folder for writers that lose the right to write with the claim."""
+        guarded = self._folder.local_path is not None or self._folder.s3_options is not None
+        return replace(self._folder, claim=self._id) if guarded else self._folder
 
     def __enter__(self) -> Claim:
         if self._folder.local_path is not None:
@@ -82,7 +91,7 @@ class Claim:
             self._done.set()
             self._renewer.join()
             if self._is_lost and (kind is None or kind is KeyboardInterrupt):
-                raise self._lost() from None
+                raise _lost(self._folder) from None
             with suppress(OSError, InputError, WorkerError):  # a claim that stays is taken over
                 if not self._is_lost and self._content() == self._text():
                     self._folder.remove(CLAIM_NAME)
@@ -90,7 +99,7 @@ class Claim:
     def confirm(self) -> None:
         """Make sure that the claim still holds, before the last write. Raises WorkerError: another job took it over."""
         if self._renewer is not None and (self._is_lost or not s3.patiently(self._folder.uri, self._put_again)):
-            raise self._lost()
+            raise _lost(self._folder)
 
     def _lock(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -180,12 +189,6 @@ class Claim:
                 self._renewals -= 1
                 raise
 
-    def _lost(self) -> WorkerError:
-        return WorkerError(
-            f"{self._folder.uri}: another job took this artifact over while this one could not reach the storage, so "
-            "this one stops. Wait for the other (the same command then uses its result)"
-        )
-
     def _busy(self, content: str) -> BusyError:
         holder = _parse(content)
         who = f"process {holder['pid']} on {holder['host']}" if holder else "another job"
@@ -193,6 +196,25 @@ class Claim:
             f"{self._folder.uri}: {who} is writing this artifact. Wait for it (the same command then uses its "
             "result), stop it, or choose another output"
         )
+
+
+def check_claim(folder: Folder) -> None:
+    """Before a part is written. Raises WorkerError: the claim that `folder` was given for is lost."""
+    if folder.claim is None:
+        return
+    try:
+        content = folder.read_bytes(CLAIM_NAME)
+    except FileNotFoundError:
+        content = b""
+    if folder.claim.encode() not in content:
+        raise _lost(folder)
+
+
+def _lost(folder: Folder) -> WorkerError:
+    return WorkerError(
+        f"{folder.uri}: another job took this artifact over while this one was stopped or could not reach the storage, "
+        "so this one stops. Wait for the other (the same command then uses its result)"
+    )
 
 
 def _process(pid: int) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import shutil
 import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
@@ -136,6 +136,8 @@ class Folder:
     uri: str
     s3_options: StorageConfig | None = None
     """Set if the folder is on S3."""
+    claim: str | None = field(default=None, compare=False)
+    """Id of the claim under which parts are written here, see :func:`icce_ray.store.claim.check_claim`."""
 
     @classmethod
     def at(cls, uri: str | Path) -> Folder:

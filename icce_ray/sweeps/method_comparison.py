@@ -127,7 +127,7 @@ def _write(config: Config, outcomes: Sequence[_Outcome]) -> tuple[Comparison, st
     runs = {row.parameters[METHOD]: row.runs[0] if row.runs else str(row.error) for row in rows}
     own = fingerprint(STAGE, VERSION, runs, {})
     folder = Folder.at(config.output) / STAGE / own
-    writer = ArtifactWriter(folder, amends=True)
+    writer = ArtifactWriter(folder)
     writer.write_table(TABLE_NAME, to_table(rows, [METHOD]))
     page = render_page(
         "comparison.html",

@@ -66,8 +66,8 @@ def run_sweep(asked: Sweep, *, quiet: bool = False) -> SweepResult:
     artifact = Artifact.find(folder)
     if artifact is None or artifact.metrics["num_failed"]:
         _check(asked)
-        with Claim(folder):
-            artifact = _search(asked, listings, folder, name, quiet)
+        with Claim(folder) as claim:
+            artifact = _search(asked, listings, claim.folder, name, quiet)
     if not quiet:
         print(_summary(artifact, time.monotonic() - started), file=sys.stderr, flush=True)
     ensemble = None
@@ -88,7 +88,7 @@ def _search(asked: Sweep, listings: Listings, folder: Folder, name: str, quiet: 
     failures = _make_shared(asked, known or [{}], listings, quiet)
     records = PartRecords(folder, name)
     rows = run_trials(asked, known, listings, failures, records, Progress(STAGE, "trials", quiet))
-    writer = ArtifactWriter(folder, amends=True)  # a sweep may grow
+    writer = ArtifactWriter(folder)
     metrics = write(asked, rows, listings, writer)
     artifact = writer.commit(
         stage=STAGE,

@@ -255,19 +255,54 @@ def test_a_dead_machines_claim_is_taken_over_and_a_renewed_one_is_not(
         folder.create_bytes("manifest.json", b"second")
 
 
-def test_a_writer_without_a_claim_cannot_touch_what_another_has_finished(endpoint: str) -> None:
+WRITE_UNTIL_STOPPED = """
+import json, sys, time
+from icce_ray.config import StorageConfig
+from icce_ray.errors import WorkerError
+from icce_ray.store import ArtifactWriter, Claim, Folder, claim
+from icce_ray.store.s3 import use_s3
+use_s3(StorageConfig(**json.loads(sys.argv[1])))
+claim.RENEW_S = 0.2
+try:
+    with Claim(Folder.at(sys.argv[2])) as held:
+        while True:
+            ArtifactWriter(held.folder).write_json("part.json", "of the first")
+            print("written", flush=True)
+            time.sleep(0.01)
+except WorkerError as error:
+    sys.exit(str(error))
+"""
+
+
+@pytest.mark.parametrize("is_finished", [False, True])
+def test_a_job_that_was_frozen_while_another_took_over_writes_nothing_more(
+    endpoint: str, monkeypatch: pytest.MonkeyPatch, is_finished: bool
+) -> None:
     use_s3(config_for(endpoint, "s3://results/x").storage)
-    first, second = (ArtifactWriter(Folder.at("s3://results/mixed")) for _ in range(2))
-    second.write_json("part.json", "of the second")
-    first.write_json("part.json", "of the first")
+    folder = Folder.at(f"s3://results/frozen-{is_finished}")
+    monkeypatch.setattr(claim, "LEASE_S", 1.0)
+    monkeypatch.setattr(claim, "POLL_S", 0.1)
+    monkeypatch.setattr(claim, "_machine", lambda: "another machine")
+    storage = json.dumps({"endpoint": endpoint, "access_key": ACCESS_KEY, "secret_key": SECRET_KEY})
+    command = [sys.executable, "-c", WRITE_UNTIL_STOPPED, storage, folder.uri]
     options = {"stage": "s", "fingerprint": "f", "inputs": {}, "config": {}, "metrics": {}, "seconds": 0.0}
-    finished = first.commit(**options, exclusive=True)
-    with pytest.raises(WorkerError, match="another job has finished this artifact meanwhile"):
-        second.write_json("part.json", "of the second")
-    with pytest.raises(WorkerError, match="another job wrote this artifact at the same time"):
-        second.commit(**options, exclusive=True)
-    assert finished.read_json("part.json") == "of the first"
-    ArtifactWriter(finished.folder, amends=True).write_json("more.json", 1)
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as first:
+        assert first.stdout is not None
+        assert first.stdout.readline() == "written\n"
+        os.kill(first.pid, signal.SIGSTOP)
+        with Claim(folder) as held:
+            writer = ArtifactWriter(held.folder)
+            writer.write_json("part.json", "of the second")
+            if is_finished:
+                finished = writer.commit(**options, exclusive=True)
+            os.kill(first.pid, signal.SIGCONT)
+            said = first.communicate(timeout=60)[1]
+            if not is_finished:
+                finished = writer.commit(**options, exclusive=True)
+    assert first.returncode == 1
+    assert said.startswith(f"{folder.uri}: another job took this artifact over")
+    assert finished.read_json("part.json") == "of the second"
+    assert set(folder.sizes()) == {"part.json", "manifest.json", finished.manifest.parts.name}
 
 
 def _work_while_another_takes_over(folder: Folder) -> None:

@@ -68,16 +68,16 @@ class FakeEmbed:
             table = part_table(ids, np.repeat(ids[:, None], 3, axis=1).astype(np.float16), hashes)
             yield write_part(self.records, item, table, [(i, self.bad[i]) for i in covered if i in self.bad])
 
-    def context(self, amends: bool = False) -> StageContext:
+    def context(self) -> StageContext:
         progress: Any = SimpleNamespace(update=lambda *values, **named: None, note=lambda text: None)
-        return StageContext(ArtifactWriter(self.folder, amends=amends), {"images": self.images}, progress)
+        return StageContext(ArtifactWriter(self.folder), {"images": self.images}, progress)
 
     def run(self) -> Artifact:
         context = self.context()
         return commit(context.output, embed_images.run(self.config, context))
 
     def retry(self, artifact: Artifact) -> Any:
-        return embed_images.retry(self.config, self.context(amends=True), artifact)
+        return embed_images.retry(self.config, self.context(), artifact)
 
 
 @pytest.fixture

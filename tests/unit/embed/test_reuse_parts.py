@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,6 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from icce_ray.embed import reuse_parts as reuse_module
 from icce_ray.embed.embedding_parts import ERRORS_NAME, PartRange, part_table, plan_parts
 from icce_ray.embed.part_hashes import read_hashes_file
 from icce_ray.embed.reuse_parts import ReusableParts, reuse_parts
@@ -73,15 +73,12 @@ def test_parts_of_the_same_images_are_taken_over_and_no_others(source: ReusableP
     assert (tmp_path / "copy" / "part-00000.parquet").read_bytes() == original
 
 
-def test_nothing_is_copied_into_an_artifact_that_another_job_has_finished(
-    source: ReusableParts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_nothing_is_copied_into_an_artifact_that_another_job_has_taken_over(
+    source: ReusableParts, tmp_path: Path
 ) -> None:
-    def refuse(folder: Folder) -> None:
-        raise WorkerError(f"{folder.uri}: another job has finished this artifact")
-
-    monkeypatch.setattr(reuse_module, "check_unfinished", refuse)
-    listing, records = listing_of(tmp_path / "same", ENTRIES), PartRecords(Folder.at(tmp_path / "copy"), "source")
-    with pytest.raises(WorkerError, match="has finished"):
+    lost = replace(Folder.at(tmp_path / "copy"), claim="of a job that was killed")
+    listing, records = listing_of(tmp_path / "same", ENTRIES), PartRecords(lost, "source")
+    with pytest.raises(WorkerError, match="another job took this artifact over"):
         list(reuse_parts(source.parts, listing, [source], records))
     assert not (tmp_path / "copy").exists()
 

@@ -239,7 +239,7 @@ def test_a_file_that_is_sound_for_its_owner_stays_when_another_artifact_refers_t
     writer.add(first.part("labels.npy").model_copy(update={"folder": "toy/first"}))
     writer.write_json("own.json", 1)
     writer.commit(stage="toy", fingerprint="s", inputs={}, config={}, metrics={}, seconds=0)
-    amending = ArtifactWriter(first.folder, amends=True)
+    amending = ArtifactWriter(first.folder)
     amending.write_array("labels.npy", np.arange(7))
     amending.commit(stage="toy", fingerprint="f", inputs={}, config={}, metrics={}, seconds=0)
     assert Artifact.discard_damage(writer.folder) == ["labels.npy"]
@@ -274,7 +274,7 @@ def test_the_manifest_does_not_grow_with_the_parts(tmp_path: Path) -> None:
 
 def test_amending_leaves_the_old_table_until_the_new_manifest_is_there(tmp_path: Path) -> None:
     first = write_artifact(Folder.at(tmp_path))
-    writer = ArtifactWriter(first.folder, amends=True)
+    writer = ArtifactWriter(first.folder)
     writer.write_json("more.json", 1)
     second = writer.commit(stage="toy", fingerprint="f", inputs={}, config={}, metrics={}, seconds=0, revision=1)
     assert first.file_names()[-2:] == [first.manifest.parts.name, MANIFEST_NAME]
