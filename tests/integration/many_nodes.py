@@ -61,10 +61,9 @@ SETTINGS: dict[str, Any] = {
     "classifier": {"num_iterations": 100},
     "resources": {
         "embed": {"num_workers": 3, "cpus_per_worker": 1},
-        "neighbors": {"num_workers": 3, "cpus_per_worker": 1},
+        "neighbors": {"num_workers": 2, "cpus_per_worker": 1},
         "method": {"num_workers": 2, "cpus_per_worker": 1},
-        "classifier": {"num_workers": 1, "cpus_per_worker": 1},
-        "assign": {"num_workers": 3, "cpus_per_worker": 1},
+        "assign": {"num_workers": 2, "cpus_per_worker": 1},
     },
 }
 RUN_TIMEOUT_S = 420.0
