@@ -121,15 +121,18 @@ class ClusteringConfig(Section):
 
     @property
     def needed_images(self) -> tuple[int, str]:
-        """Smallest number of images that the clusters can be made of, and the setting that asks for it."""
+        """Smallest number of images that the clusters can be made of, and what asks for it: the setting and what it
+        asks for."""
+        if self.method == "hdbscan":
+            size = self.conventional.min_cluster_size
+            return 2 * size, f"conventional.min_cluster_size: 2 clusters of {size} images"
+        asked, number, setting = self.cluster_count, 2, "num_clusters"
         if not self.is_auto:
-            return self.num_clusters, "num_clusters"
-        if self.finds_num_clusters:
-            return 2, "num_clusters"
-        asked = self.cluster_count
-        if asked.max_clusters is None:
-            return asked.min_clusters, "cluster_count.min_clusters"
-        return asked.max_clusters, "cluster_count.max_clusters"
+            number = self.num_clusters
+        elif not self.finds_num_clusters:
+            limit = "min_clusters" if asked.max_clusters is None else "max_clusters"
+            number, setting = getattr(asked, limit), f"cluster_count.{limit}"
+        return number, f"{setting}: {number} clusters"
 
     def with_num_clusters(self, num_clusters: int) -> Self:
         """The same with this K."""

@@ -300,11 +300,11 @@ def check_stages(config: Config, pending: Collection[Stage]) -> None:
 
 def _check_counts(config: Config, artifacts: Mapping[str, Artifact]) -> None:
     """Refuse what is known to fail once the images are listed, and again once they are embedded."""
-    needed, setting = config.needed_images
+    needed, what = config.needed_images
     if "sample" in artifacts and needed > (trained := artifacts["sample"].metrics["num_images"]):
         raise InputError(
-            f"{setting}: {needed} clusters asked for, but only {trained:,} images are trained on; near-duplicates are "
-            "left out, and images above sample.max_images"
+            f"{what} asked for, but only {trained:,} images are trained on; near-duplicates are left out, and images "
+            "above sample.max_images"
         )
     if "images" not in artifacts:
         return
@@ -314,7 +314,7 @@ def _check_counts(config: Config, artifacts: Mapping[str, Artifact]) -> None:
         reasons = artifacts["embed"].metrics.get("errors", {})
         why = ": " + ", ".join(f"{count:,} x {reason}" for reason, count in reasons.items())
     if needed > usable:
-        raise InputError(f"{setting}: {needed} clusters asked for, but there are only {usable:,} {which}{why}")
+        raise InputError(f"{what} asked for, but there are only {usable:,} {which}{why}")
     if "embed" not in artifacts and config.evaluate.labels is not None:
         from icce_ray.evaluate.labels import check_labels
         from icce_ray.images.listing import Listing

@@ -34,8 +34,8 @@ DAMPING, MAX_ITERATIONS = 0.9, 1_000
 class Clusterer:
     """How scikit-learn is called."""
 
-    make: Callable[[ConventionalConfig, int | None, int], Any]
-    """From the settings, the number of clusters (None where the method finds it) and the seed."""
+    make: Callable[[ConventionalConfig, int | None, int, int], Any]
+    """From the settings, the number of clusters (None where the method finds it), the seed and the number of images."""
     needed_bytes: Callable[[ConventionalConfig, int, int, int], float]
     """Memory besides the points, from the settings and the numbers of images N, dimensions D and clusters K."""
     remedy: str
@@ -45,7 +45,7 @@ class Clusterer:
 CLUSTERERS = {
     # The distances of all pairs, and the copy that the merging works on.
     "agglomerative": Clusterer(
-        lambda settings, num_clusters, seed: AgglomerativeClustering(
+        lambda settings, num_clusters, seed, n: AgglomerativeClustering(
             num_clusters, linkage=settings.linkage, distance_threshold=settings.distance_threshold
         ),
         lambda settings, n, d, k: 8.0 * n**2,
@@ -53,27 +53,29 @@ CLUSTERERS = {
     ),
     # The factors of the Laplacian, which are dense in the worst case.
     "spectral": Clusterer(
-        lambda settings, num_clusters, seed: SpectralClustering(
-            num_clusters, affinity="nearest_neighbors", n_neighbors=settings.num_neighbors, random_state=seed
+        lambda settings, num_clusters, seed, n: SpectralClustering(
+            num_clusters, affinity="nearest_neighbors", n_neighbors=min(settings.num_neighbors, n), random_state=seed
         ),
         lambda settings, n, d, k: 12.0 * n**2,
         "raise conventional.num_neighbors",
     ),
     # Similarities, responsibilities, availabilities and a work array, and the noise that breaks ties.
     "affinity_propagation": Clusterer(
-        lambda settings, num_clusters, seed: AffinityPropagation(
+        lambda settings, num_clusters, seed, n: AffinityPropagation(
             damping=DAMPING, max_iter=MAX_ITERATIONS, preference=settings.preference, random_state=seed
         ),
         lambda settings, n, d, k: 32.0 * n**2,
         "raise conventional.preference",
     ),
     "hdbscan": Clusterer(
-        lambda settings, num_clusters, seed: HDBSCAN(min_cluster_size=settings.min_cluster_size, copy=True, n_jobs=1),
+        lambda settings, num_clusters, seed, n: HDBSCAN(
+            min_cluster_size=settings.min_cluster_size, copy=True, n_jobs=1
+        ),
         lambda settings, n, d, k: 16.0 * n * d + 1_000.0 * n,
         "lower conventional.min_cluster_size, or set conventional.representation: umap",
     ),
     "gmm": Clusterer(
-        lambda settings, num_clusters, seed: GaussianMixture(
+        lambda settings, num_clusters, seed, n: GaussianMixture(
             num_clusters, covariance_type=settings.covariance, random_state=seed
         ),
         lambda settings, n, d, k: 16.0 * n * (d + 2 * k) + 32.0 * k * (d**2 if settings.covariance == "full" else d),
@@ -118,16 +120,19 @@ def fit(
         if progress is not None:
             progress.update(1, 2, method)
         try:
-            labels_N = clusterer.make(settings, num_clusters, seed).fit_predict(points_Nd)
+            labels_N = np.arange(len(points_Nd))  # `spectral` cannot have as many clusters as images
+            if num_clusters != len(points_Nd):
+                labels_N = clusterer.make(settings, num_clusters, seed, len(points_Nd)).fit_predict(points_Nd)
         except ValueError as error:
             raise InputError(f"method {method}: {error}") from None
     used, codes_N = np.unique(labels_N, return_inverse=True)
     codes_N = codes_N - np.count_nonzero(used < 0)
     num_found, num_noise = int(codes_N.max()) + 1, int((codes_N < 0).sum())
     if num_found < 2:
+        remedy = clusterer.remedy if np.ptp(points_Nd, axis=0).any() else "all have the same features"
         raise InputError(
             f"method {method} found {num_found} clusters among {len(labels_N):,} images ({num_noise:,} are noise); at "
-            f"least 2 are needed: {clusterer.remedy}"
+            f"least 2 are needed: {remedy}"
         )
     if progress is not None:
         progress.update(2, 2, method)

@@ -95,12 +95,12 @@ def test_all_mistakes_are_told_at_once(config_file: Path) -> None:
 def test_auto_is_a_number_of_clusters_only_where_it_is_chosen(config_file: Path) -> None:
     config = load_config(config_file, ["num_clusters=auto", "cluster_count.max_clusters=30"])
     assert config.is_auto
-    assert config.needed_images == (30, "cluster_count.max_clusters")
+    assert config.needed_images == (30, "cluster_count.max_clusters: 30 clusters")
     assert Config.model_validate_json(config.model_dump_json()) == config
     with pytest.raises(ConfigError, match="num_clusters: 'auto' is chosen by a run; a number is needed here"):
         _ = config.num_clusters
     chosen = config.with_num_clusters(7)
-    assert (chosen.is_auto, chosen.num_clusters, chosen.needed_images) == (False, 7, (7, "num_clusters"))
+    assert (chosen.is_auto, chosen.num_clusters, chosen.needed_images) == (False, 7, (7, "num_clusters: 7 clusters"))
     assert chosen.model_dump()["num_clusters"] == 7
     assert chosen == load_config(config_file, ["num_clusters=7", "cluster_count.max_clusters=30"])
 

@@ -296,6 +296,9 @@ def test_a_range_that_the_images_do_not_allow_is_refused_once_they_are_listed(
     asked = AUTO | {"cluster_count": {"max_clusters": 7}}
     with pytest.raises(InputError, match=r"cluster_count\.max_clusters: 7 clusters asked for, but there are only 6"):
         pipeline.run_pipeline(config_for(tmp_path, **asked), quiet=True)
+    asked = {"num_clusters": "auto", "method": "hdbscan"}
+    with pytest.raises(InputError, match=r"min_cluster_size: 2 clusters of 15 images asked for, but there are only 6"):
+        pipeline.run_pipeline(config_for(tmp_path, **asked), quiet=True)
     assert ran == ["images"]
 
 

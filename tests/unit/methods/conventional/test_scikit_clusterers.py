@@ -109,3 +109,19 @@ def test_umap_is_asked_for_before_the_work_where_it_is_missing(monkeypatch: pyte
     check(build_config(asked, "test"))
     with pytest.raises(ResourceError, match=r"umap needs the package umap-learn: pip install 'icce_ray\[umap\]'"):
         check(build_config(asked | {"conventional": {"representation": "umap"}}, "test"))
+
+
+@pytest.mark.parametrize("num_images", [2, 3, 9])
+@pytest.mark.parametrize("method", sorted(CLUSTERERS.keys() - {"hdbscan"}))
+def test_few_images_have_clusters(features: np.ndarray, method: str, num_images: int) -> None:
+    for number in {2, num_images}:
+        asked = None if method == "affinity_propagation" else number
+        found = fit(features[:num_images], settings(preference=None), method=method, num_clusters=asked, seed=0)
+        assert found.labels_HN.shape == (1, num_images)
+        assert found.notes["num_clusters"] == number or asked is None
+
+
+@pytest.mark.parametrize("method", ["affinity_propagation", "gmm", "hdbscan"])
+def test_images_that_are_all_alike_are_named(method: str) -> None:
+    with pytest.raises(InputError, match=r"at least 2 are needed: (all have the same features)"):
+        fit(np.ones((20, 3), np.float32), settings(), method=method, num_clusters=2, seed=0)
