@@ -9,6 +9,7 @@ from PIL import features
 
 from icce_ray.images.file_shards import File
 from icce_ray.images.folder_walk import UNREADABLE_FOLDER
+from icce_ray.images.uris import PARQUET_MEMBER, TAR_MEMBER
 
 MAX_SHOWN = 6
 COMPRESSED_TARS = (".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst")
@@ -19,6 +20,7 @@ OTHER_IMAGES = (".dcm", ".dds", ".exr", ".fits", ".hdr", ".ico", ".jxl", ".nii",
 DRAWINGS = (".ai", ".eps", ".pdf", ".svg")
 VIDEOS = (".avi", ".mkv", ".mov", ".mp4", ".webm")
 HEIC_REMEDY = "HEIC: not supported; convert to JPEG or PNG, for example with ImageMagick (magick mogrify -format jpg)"
+PLACE_LIKE = "name that reads like a place in a container"
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 LFS_REMEDY = "a Git LFS pointer, not the file; fetch it with git lfs pull"
 RAW_REMEDY = "RAW: not supported; convert to JPEG or TIFF, for example with darktable-cli or dcraw"
@@ -31,6 +33,7 @@ REMEDIES = (
     ((".parquet without images",), "name it in images.uri if it is a list, or images.bytes_column"),
     (DRAWINGS, "not supported; render to PNG"),
     (VIDEOS, "not supported; extract frames"),
+    ((PLACE_LIKE,), "rename it"),
 )
 
 
@@ -73,6 +76,9 @@ def take_file(file: File, others: Counter[str], tables: list[File]) -> File | No
         # A broken link without an ending may have led to a folder of images.
         is_listed = kind in (*IMAGE_ENDINGS, TAR_ENDING, "") or file.problem.startswith(UNREADABLE_FOLDER)
         return file if is_listed else None
+    if "#" in file.uri and (TAR_MEMBER.match(file.uri) or PARQUET_MEMBER.match(file.uri)):
+        others[PLACE_LIKE] += 1  # on remote storage; local ones are percent-encoded
+        return None
     if kind in IMAGE_ENDINGS:
         return file
     if kind == TAR_ENDING:

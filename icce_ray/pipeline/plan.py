@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from icce_ray.assign.stage import ASSIGN
 from icce_ray.classifier.stage import CLASSIFIER
 from icce_ray.config import Config
-from icce_ray.consensus.stage import CONSENSUS
+from icce_ray.consensus.stage import CONSENSUS, NONE
 from icce_ray.corrections.stage import CORRECTIONS, has_corrections, with_kept_corrections
 from icce_ray.count.stage import CLUSTER_COUNT
 from icce_ray.embed.stage import EMBED
@@ -84,6 +84,8 @@ class PlannedStage:
     """Where its artifact lies, or will."""
     artifact: Artifact | None
     """None where it is not finished."""
+    numbers_from: str = NONE
+    """The run whose numbers the consensus keeps."""
 
     @property
     def name(self) -> str:
@@ -137,7 +139,7 @@ def _plan(config: Config, stages: tuple[Stage, ...], before: Sequence[PlannedSta
             artifact = Artifact.find(folder)
         except OSError as error:
             raise InputError(f"output: {config.output!r} cannot be read: {error}") from None
-        planned.append(PlannedStage(stage, own, inputs, folder, artifact))
+        planned.append(PlannedStage(stage, own, inputs, folder, artifact, config.consensus.numbers_from))
         identities[stage.name] = planned[-1].identity
         if stage.chooses_number:
             if artifact is None:

@@ -10,13 +10,14 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from icce_ray.config import Config
+from icce_ray.consensus.stage import CONSENSUS
 from icce_ray.corrections.stage import with_kept_corrections
 from icce_ray.embed.part_hashes import names_beside
 from icce_ray.embed.stage import EMBED, num_failed
 from icce_ray.errors import BusyError, DamagedArtifactError, InputError, WorkerError, find_cause
 from icce_ray.images.stage import IMAGES, num_listed, settings_for
 from icce_ray.pipeline.latest import publish
-from icce_ray.pipeline.numbers_kept import remember, with_numbers_from
+from icce_ray.pipeline.numbers_kept import remember
 from icce_ray.pipeline.plan import (
     SHARED_BY_METHODS,
     PlannedStage,
@@ -87,8 +88,11 @@ def run_pipeline(config: Config, *, refresh: bool = False, retry_errors: bool = 
     resolved = with_chosen_number(config, planned, artifacts)
     for other, steps in plan_other_methods(resolved, planned):
         spent.update(_make_clusterings(other, steps, artifacts, quiet))
-    images = next(step.identity for step in planned if step.name == IMAGES.name)
-    resolved = with_numbers_from(combine_methods(resolved, planned), asked, images)
+    by_name = {step.name: step for step in planned}
+    resolved = combine_methods(resolved, planned)
+    # As planned: another run may have become the newest since.
+    numbers = {"numbers_from": by_name[CONSENSUS.name].numbers_from}
+    resolved = resolved.model_copy(update={"consensus": resolved.consensus.model_copy(update=numbers)})
     name = run_name(planned)
     record = asked.to_record()
     write_record(config.output, name, fingerprints_of(planned), record)
@@ -99,7 +103,7 @@ def run_pipeline(config: Config, *, refresh: bool = False, retry_errors: bool = 
     is_new = len(finished_before) < len(planned)
     if is_new:
         write_record(config.output, name, fingerprints_of(planned), record, result.to_json())
-    remember(asked, name, images, resolved.consensus.numbers_from)
+    remember(asked, name, by_name[IMAGES.name].identity, resolved.consensus.numbers_from)
     try:
         places = publish(config.output, name, artifacts, result.to_json(), is_new=is_new)
     except (OSError, BusyError) as error:

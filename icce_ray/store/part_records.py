@@ -27,7 +27,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from icce_ray.store.artifact import is_sound
+from icce_ray.store.artifact import Artifact, is_sound
 from icce_ray.store.filesystem import Folder
 from icce_ray.store.parts_table import Part
 
@@ -100,9 +100,15 @@ class PartRecords:
         return {record.name: record for record, is_kept in zip(records, valid, strict=True) if is_kept}
 
     def discard_damage(self) -> None:
-        """Forget the parts whose files no longer have the bytes that were written."""
-        for name in self.read_all(check_files=False).keys() - self.read_all().keys():
-            self.remove(name)
+        """Forget the parts whose files no longer have the bytes that were written, and discard the artifacts that hold
+        such a file for them."""
+        for record in self.read_all(check_files=False).values():
+            for file in record.files:
+                holder = self.folder if file.folder is None else self.folder.parent.parent / file.folder
+                if not is_sound(holder, file):
+                    self.remove(record.name)
+                    if file.folder is not None:
+                        Artifact.discard_damage(holder)
 
     def remove(self, name: str) -> None:
         """Forget a part."""

@@ -17,8 +17,8 @@ from icce_ray.config import Config, ResourcesConfig, StorageConfig
 from icce_ray.errors import BusyError, InputError, WorkerError
 from icce_ray.images import bucket_listing, image_files, job, list_images
 from icce_ray.images.bucket_listing import BucketPrefix, KeyRange, list_ranges, missing_ranges
-from icce_ray.images.file_kinds import take_file
-from icce_ray.images.file_shards import FileShards
+from icce_ray.images.file_kinds import describe, take_file
+from icce_ray.images.file_shards import File, FileShards
 from icce_ray.images.job import list_bucket
 from icce_ray.runtime.progress import Progress
 from icce_ray.runtime.ray_cluster import run_here
@@ -290,3 +290,11 @@ def test_gc_and_forget_see_that_a_bucket_is_being_listed(monkeypatch: pytest.Mon
     monkeypatch.setattr(bucket, "list_objects_v2", during)
     list_files_of(config)
     assert claimed == [f"images/{list_images._key(config)}"]
+
+
+@pytest.mark.parametrize("key", ["a.tar#0+5/x.png", "deep/a.parquet#3/image.jpg", "A.TAR#1+2/b.tar"])
+def test_a_key_that_reads_like_a_place_in_a_container_is_counted_with_the_remedy(key: str) -> None:
+    others: Counter[str] = Counter()
+    assert take_file(File(f"s3://photos/{key}", 5, "etag"), others, []) is None
+    assert describe(others) == "1 x name that reads like a place in a container (rename it)"
+    assert take_file(File("s3://photos/a.tar#0/x.png", 5, "etag"), others, []) is not None

@@ -20,6 +20,7 @@ from icce_ray.consensus.stage import CONSENSUS
 from icce_ray.count.stage import CLUSTER_COUNT
 from icce_ray.errors import InputError, ResourceError
 from icce_ray.methods import METHODS
+from icce_ray.pipeline.numbers_kept import remember
 from icce_ray.pipeline.plan import stages_of
 from icce_ray.report.stage import REPORT
 from icce_ray.stage import Stage, StageContext
@@ -352,6 +353,25 @@ def test_methods_with_the_same_settings_share_their_clusterings(tmp_path: Path) 
     temi = METHODS["temi"].settings
     assert identity(method="temi") == identity(heads=temi["heads"]) != identity()
     assert identity(heads={"checkpoint_interval_s": 5}) == identity()
+
+
+def test_numbers_are_those_of_the_run_that_was_newest_when_it_was_planned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, kept = config_for(tmp_path), []
+
+    def overtaken(config: Config, pending: Any) -> None:  # as while another method trains
+        Folder.at(tmp_path / "out" / "runs").write_bytes("other.json", b"{}")
+        remember(asked, "other", "another listing", numbers_from="none")
+
+    def keep(config: Config, context: StageContext) -> dict[str, Any]:
+        kept.append(config.consensus.numbers_from)
+        return consensus(config, context)
+
+    monkeypatch.setattr(pipeline, "check_stages", overtaken)
+    install(monkeypatch, "consensus", keep)
+    pipeline.run_pipeline(asked, quiet=True)
+    assert kept == ["none"]
 
 
 def test_a_failed_stage_keeps_what_was_finished_before_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

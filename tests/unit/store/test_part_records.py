@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from icce_ray.store import ArtifactWriter, Folder, Part
+from icce_ray.store import Artifact, ArtifactWriter, Folder, Part
 from icce_ray.store.part_records import PartRecords
 
 
@@ -110,3 +110,17 @@ def test_a_record_of_a_file_that_another_artifact_no_longer_holds_does_not_count
     else:
         owner.write_bytes("a.bin", b"r")
     assert list(records.read_all(check_files=False)) == ([] if damage == "remove all" else ["b"])
+
+
+def test_damage_in_a_file_that_another_artifact_holds_is_discarded_there_too(tmp_path: Path) -> None:
+    owner, folder = Folder.at(tmp_path / "embed" / "base"), Folder.at(tmp_path / "embed" / "next")
+    writer, records = ArtifactWriter(owner), PartRecords(folder, "source")
+    for name in ("a.bin", "b.bin"):
+        shared = writer.write_bytes(name, b"rows").model_copy(update={"folder": "embed/base"})
+        records.write(name.removesuffix(".bin"), [shared], {})
+    writer.commit(stage="embed", fingerprint="base", inputs={}, config={}, metrics={}, seconds=0.0)
+    owner.write_bytes("a.bin", b"ROWS")
+    records.discard_damage()
+    assert list(records.read_all(check_files=False)) == ["b"]
+    assert Artifact.find(owner) is None
+    assert owner.names() == ["b.bin"]
