@@ -359,7 +359,7 @@ Consequences:
   images of a shard are read in one request (1,000 images of 100 kB in 16, **measured**, `tar-reads`). To open a shard
   of small images, its bytes are read once more, by tasks on all machines; this is not counted here.
 - **Decoding needs about 25 CPUs for each H100.** Machines with fewer CPUs wait for them, hence the machines that only
-  decode.
+  decode. `embed.decoder: nvjpeg` moves JPEGs to the GPUs; its speed has not been measured.
 - **Training takes the same time from 2 million images on**, and one GPU is enough. More GPUs divide the heads:
 
 {gpus}

@@ -54,6 +54,11 @@ def find_cause(error: BaseException, kind: type[BaseException]) -> BaseException
     return None
 
 
+def one_line(error: BaseException) -> str:
+    """Type and start of the message of an error."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+
+
 def describe_cause(error: BaseException) -> str:
     """One line about the error at the bottom of a chain of wrapped errors."""
     current, seen = error, {id(error)}

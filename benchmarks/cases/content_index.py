@@ -22,7 +22,6 @@ import pyarrow as pa
 from icce_ray.embed.content_index import ContentIndex, keys_of
 from icce_ray.embed.embedding_parts import PartRange, part_table, read_part, write_part
 from icce_ray.store import Folder
-from icce_ray.store.local_files import TEMPORARY
 from icce_ray.store.part_records import PartRecords
 
 SETTINGS: dict[str, Any] = {"num_images": 200_000, "num_resumed": 2_000_000, "dim": 1024, "min_speedup": 8.0}
@@ -34,7 +33,7 @@ class Before:
     """What the index did, one row at a time."""
 
     def __init__(self) -> None:
-        self.database = sqlite3.connect(TEMPORARY)
+        self.database = sqlite3.connect("")
         self.database.execute("CREATE TABLE content (hash BLOB PRIMARY KEY, place INTEGER, part TEXT) WITHOUT ROWID")
         self.claims: dict[str, str] = {}
         self.published: dict[str, Any] = {}

@@ -141,6 +141,8 @@ def embed_settings(embed: EmbedConfig, embeddings: EmbeddingsConfig, seed: int) 
     if embeddings.uri is not None:
         return {"embeddings": {"column": embeddings.column}}
     settings = {"max_image_pixels": embed.max_image_pixels} | _backbone_settings(embed, embed.precision, seed)
+    if embed.decoder != "pillow":
+        settings["decoder"] = embed.decoder
     if embed.extra:
         settings["extra"] = [_backbone_settings(extra, embed.precision, seed) for extra in embed.extra]
     return {"embed": settings}

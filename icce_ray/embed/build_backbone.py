@@ -15,7 +15,7 @@ from icce_ray.embed.backbone_plan import (
 )
 from icce_ray.embed.networks import Backbone, PixelsBackbone, SeveralBackbones, TimmBackbone, find_batch_size
 from icce_ray.embed.weights import load_model, no_hub
-from icce_ray.errors import ConfigError
+from icce_ray.errors import ConfigError, one_line
 
 
 def build_backbone(
@@ -85,4 +85,4 @@ def _create_from_hub(name: str, size: int) -> Any:
     except ConfigError:
         raise
     except Exception as error:  # whatever the hub's client, and the network below it, raise
-        raise no_hub(name, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}") from None
+        raise no_hub(name, one_line(error)) from None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, Protocol
 
@@ -15,6 +15,7 @@ import pyarrow as pa
 
 from icce_ray.embed.embedding_parts import Error, PartRange, part_table
 from icce_ray.embed.networks import Features
+from icce_ray.embed.nvjpeg import is_plain_jpeg
 from icce_ray.images.decoding import Pixels, Preprocessing, SeveralViews, decode_image, is_deep_grey
 from icce_ray.images.listing import ListedImage
 from icce_ray.images.read_images import read_images
@@ -40,7 +41,8 @@ class DecodedPart:
     image_ids: npt.NDArray[np.int64]
     """(n,) ascending."""
     rows: npt.NDArray[np.int32]
-    """(n,) rows of `pixels`; -1 if the content has an embedding already and was not decoded."""
+    """(n,) rows of `pixels` and, after these, of `jpegs`; -1 if the content has an embedding already and was not
+    decoded."""
     pixels: Pixels
     """(m, H, W, C) uint8; with several views (m, P)."""
     hashes: list[str]
@@ -50,6 +52,29 @@ class DecodedPart:
     """Grey images of more than 8 bits among them, whose range is a guess."""
     num_bytes: int = 0
     """Size of the files that were read."""
+    jpegs: tuple[bytes, ...] = ()
+    """Files that the device of the backbone decodes."""
+
+    def with_jpegs(self, decode: Callable[[Sequence[bytes]], list[Pixels | str]]) -> DecodedPart:
+        """The same with all pixels; JPEGs that turn out to be damaged become errors."""
+        if not self.jpegs:
+            return self
+        pictures = [*self.pixels, *decode(self.jpegs)]
+        reasons = {row: reason for row, reason in enumerate(pictures) if isinstance(reason, str)}
+        images = list(zip(self.image_ids.tolist(), self.rows.tolist(), self.hashes, strict=True))
+        good = [image for image in images if image[1] not in reasons]
+        pixels = np.zeros((len(pictures), *self.pixels.shape[1:]), np.uint8)
+        for row in {*range(len(pictures))} - reasons.keys():
+            pixels[row] = pictures[row]
+        return replace(
+            self,
+            image_ids=np.array([image_id for image_id, _, _ in good], np.int64),
+            rows=np.array([row for _, row, _ in good], np.int32),
+            pixels=pixels,
+            hashes=[content for _, _, content in good],
+            errors=sorted(self.errors + [(image_id, reasons[row]) for image_id, row, _ in images if row in reasons]),
+            jpegs=(),
+        )
 
 
 NOTHING_DECODED = DecodedPart(np.empty(0, np.int64), np.empty(0, np.int32), np.empty(0, np.uint8), [], [])
@@ -70,6 +95,7 @@ def decoded_to_table(part: PartRange, decoded: DecodedPart, problem: str = "") -
         "shape": [list(decoded.pixels.shape)],
         "num_stretched": [decoded.num_stretched],
         "num_bytes": [decoded.num_bytes],
+        "jpegs": pa.array([decoded.jpegs], pa.list_(pa.large_binary())),
         "problem": [problem],
         "pixels": pixels,
     }
@@ -82,7 +108,7 @@ def decoded_from_table(table: pa.Table) -> tuple[PartRange, DecodedPart]:
     pixels = np.frombuffer(table["pixels"][0].as_buffer(), dtype=np.uint8).reshape(row["shape"])
     errors = [(image_id, reason) for image_id, reason in json.loads(row["errors"])]
     ids, rows = np.array(row["image_ids"], dtype=np.int64), np.array(row["rows"], dtype=np.int32)
-    counts = row["num_stretched"], row["num_bytes"]
+    counts = row["num_stretched"], row["num_bytes"], tuple(row["jpegs"])
     return PartRange.from_json(row["part"]), DecodedPart(ids, rows, pixels, row["hashes"], errors, *counts)
 
 
@@ -95,6 +121,7 @@ def decode_part(
     known: Callable[[list[str]], set[str]] | None = None,
     attempt: Attempt | UnrecordedAttempt | None = None,
     decode: Callable[..., Pixels | str] = decode_image,
+    keep_jpegs: bool = False,
 ) -> DecodedPart:
     """Read, hash and decode the images of a part; those that fail become errors.
 
@@ -106,6 +133,7 @@ def decode_part(
         known: returns those of the given contents that need not be decoded.
         attempt: records what the worker is doing, in case it dies.
         decode: :func:`decode_image`, or the same in another process.
+        keep_jpegs: leave JPEGs to the device of the backbone.
     """
     assert len(images) == part.num_images
     attempt = attempt or UnrecordedAttempt()
@@ -116,6 +144,7 @@ def decode_part(
     pixels = np.empty((len(by_id), *preprocessing.shape), dtype=np.uint8)
     num_decoded = num_stretched = num_bytes = 0
     outcomes: dict[str, int | str] = {}
+    jpegs: list[bytes] = []
     for files in _files(list(by_id.values()), attempt):
         hashes = [hashlib.sha256(data).hexdigest() if isinstance(data, bytes) else "" for _, data in files]
         new = sorted({value for value in hashes if value and value not in outcomes})
@@ -126,6 +155,9 @@ def decode_part(
                 continue
             num_bytes += len(data)
             num_stretched += is_deep_grey(data)
+            if content not in outcomes and keep_jpegs and is_plain_jpeg(data, preprocessing, max_pixels):
+                outcomes[content] = len(by_id) + len(jpegs)
+                jpegs.append(data)
             if content not in outcomes:
                 decoded = decode(data, preprocessing, max_pixels=max_pixels)
                 if isinstance(decoded, str):
@@ -139,14 +171,17 @@ def decode_part(
             else:
                 good.append((image.image_id, outcome, content))
     good.sort()  # files arrive in any order
+    rows = np.array([row for _, row, _ in good], dtype=np.int32)
+    rows[rows >= len(by_id)] -= len(by_id) - num_decoded
     return DecodedPart(
         image_ids=np.array([image_id for image_id, _, _ in good], dtype=np.int64),
-        rows=np.array([row for _, row, _ in good], dtype=np.int32),
+        rows=rows,
         pixels=pixels[:num_decoded],
         hashes=[content for _, _, content in good],
         errors=sorted(errors),
         num_stretched=num_stretched,
         num_bytes=num_bytes,
+        jpegs=tuple(jpegs),
     )
 
 

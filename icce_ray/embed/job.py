@@ -214,56 +214,60 @@ def embed_on_ray(
         # Ray Data fuses steps that ask for the same resources. An image that kills its decoder would then kill actors,
         # which take longer to come back than tasks.
         actor_cpus -= 0.001
-    # If decoding is the faster step, it would fill Ray's object store, the more the more images there are.
-    ahead = math.ceil(available_cpus() / decode_cpus) + ITEMS_PER_ACTOR * num_workers
     part_bytes = pending.images_per_item * math.prod(task.plan.preprocessing.shape)
     data_context = ray.data.DataContext.get_current().copy()
     data_context.enable_progress_bars = False
     data_context.execution_no_progress_timeout_s = NO_PROGRESS_TIMEOUT_S
-    data_context.execution_options.resource_limits = ray.data.ExecutionResources.for_limits(
-        object_store_memory=ahead * part_bytes
-    )
     shards = _start_index(task.folders, pending.num_images)
     join_task: Any = ray.remote(_join).options(num_cpus=0, scheduling_strategy="SPREAD")  # type: ignore[attr-defined]
 
     def join(whole: OpenPart, items: list[PartRecord]) -> PartRecord:
         return _from_row(ray.get(join_task.remote(task, shards, whole, items)).to_pylist()[0])
 
+    def embedded(items: list[PartRange]) -> Any:
+        dataset = (
+            _one_block_per_item(items, decoding_cpus)
+            .map_batches(
+                cast(Any, decode),
+                batch_size=1,
+                batch_format="pyarrow",
+                fn_kwargs={"task": task, "shards": shards},
+                num_cpus=decode_cpus,
+                max_retries=-1,  # `Attempt` decides when to give up
+            )
+            .map_batches(
+                Embedder,
+                batch_size=1,
+                batch_format="pyarrow",
+                compute=ray.data.ActorPoolStrategy(
+                    min_size=min_workers,
+                    max_size=num_workers,
+                    max_concurrent_calls_per_actor=ITEMS_AT_ONCE,
+                    enable_true_multi_threading=True,
+                ),
+                fn_constructor_kwargs={
+                    "task": task,
+                    "shards": shards,
+                    "num_threads": max(1, int(worker_cpus(worker))),
+                    "device": "cuda" if worker.gpus_per_worker else "cpu",
+                },
+                num_cpus=actor_cpus,
+                num_gpus=worker.gpus_per_worker or None,
+            )
+        )
+        dataset.set_name("embed")
+        return dataset
+
     def finished_items() -> Iterator[PartRecord]:
         left = iter(pending)
         while wave := list(islice(left, ITEMS_PER_WAVE)):
-            dataset = (
-                _one_block_per_item(wave, decoding_cpus)
-                .map_batches(
-                    cast(Any, decode),
-                    batch_size=1,
-                    batch_format="pyarrow",
-                    fn_kwargs={"task": task, "shards": shards},
-                    num_cpus=decode_cpus,
-                    max_retries=-1,  # `Attempt` decides when to give up
-                )
-                .map_batches(
-                    Embedder,
-                    batch_size=1,
-                    batch_format="pyarrow",
-                    compute=ray.data.ActorPoolStrategy(
-                        min_size=min_workers,
-                        max_size=num_workers,
-                        max_concurrent_calls_per_actor=ITEMS_AT_ONCE,
-                        enable_true_multi_threading=True,
-                    ),
-                    fn_constructor_kwargs={
-                        "task": task,
-                        "shards": shards,
-                        "num_threads": max(1, int(worker_cpus(worker))),
-                        "device": "cuda" if worker.gpus_per_worker else "cpu",
-                    },
-                    num_cpus=actor_cpus,
-                    num_gpus=worker.gpus_per_worker or None,
-                )
+            # If decoding is the faster step, it would fill Ray's object store, the more the more images there are.
+            ahead = math.ceil(available_cpus() / decode_cpus) + ITEMS_PER_ACTOR * num_workers
+            data_context.execution_options.resource_limits = ray.data.ExecutionResources.for_limits(
+                object_store_memory=ahead * part_bytes
             )
-            dataset.set_name("embed")
-            yield from map(_from_row, dataset.iter_rows())
+            # No variable holds the dataset, which would keep its figures during the next wave.
+            yield from map(_from_row, embedded(wave).iter_rows())
 
     try:
         _wait_for_index(shards, progress)

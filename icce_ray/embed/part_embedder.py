@@ -30,6 +30,7 @@ from icce_ray.embed.embedding_parts import PartRange, images_per_item, source_di
 from icce_ray.embed.feature_matrix import Draw
 from icce_ray.embed.gather_embeddings import VectorReader, gather, known_hashes
 from icce_ray.embed.networks import Backbone, Features
+from icce_ray.embed.nvjpeg import decode_on_device
 from icce_ray.embed.reuse_parts import ReusableParts
 from icce_ray.embed.work_items import OpenParts, join_items, joined
 from icce_ray.images.decoding import Pixels
@@ -97,8 +98,10 @@ class EmbedTask:
 
     def decode(self, part: PartRange, listing: Listing, **options: Any) -> DecodedPart:
         images = listing.rows(part.start, part.stop)
-        max_pixels = self.config.embed.max_image_pixels
-        return decode_part(part, images, self.plan.preprocessing, max_pixels=max_pixels, **options)
+        max_pixels, keep_jpegs = self.config.embed.max_image_pixels, self.config.embed.decoder == "nvjpeg"
+        return decode_part(
+            part, images, self.plan.preprocessing, max_pixels=max_pixels, keep_jpegs=keep_jpegs, **options
+        )
 
 
 class BackboneThread:
@@ -164,6 +167,7 @@ class PartEmbedder:
         )
         self._turns = Turns(ITEMS_AT_ONCE)
         self._images_per_item = task.images_per_item
+        self._decode_jpegs = partial(decode_on_device, preprocessing=task.plan.preprocessing, device=device)
 
     def embed(self, part: PartRange, decoded: DecodedPart, attempt: Attempt | None = None) -> PartRecord:
         """Embed and write a part. A careful attempt works alone: if the process dies then, it was at that part."""
@@ -179,11 +183,12 @@ class PartEmbedder:
             nonlocal decoded
             skipped = {content for content, row in zip(decoded.hashes, decoded.rows, strict=True) if row < 0}
             if not skipped.isdisjoint(hashes):  # on storage when decoding was skipped, but no longer
-                decoded = self._decode(part)
+                decoded = self._decode(part).with_jpegs(self._decode_jpegs)
             on_batch = partial(self._on_batch, part)
             batch_size = min(self.backbone.backbone.batch_size, self._images_per_item)
             return embed_contents(decoded, hashes, self.backbone, batch_size, attempt, on_batch)
 
+        decoded = decoded.with_jpegs(self._decode_jpegs)
         contents = list(dict.fromkeys(decoded.hashes))
         outcomes, embedded = gather(part.file_name, contents, self._index, self._reader, embed)
         dims, model = self._task.plan.dims, self._task.model

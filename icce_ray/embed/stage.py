@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from icce_ray.config import Config
+from icce_ray.errors import ConfigError
 from icce_ray.stage import Settings, Stage
 from icce_ray.store import Artifact
 
@@ -18,6 +19,10 @@ def _settings(config: Config) -> Settings:
 
 def _check(config: Config) -> None:
     if config.embeddings.uri is None:
+        if config.embed.decoder == "nvjpeg" and not config.resources.embed.gpus_per_worker:
+            raise ConfigError(
+                "embed.decoder: nvjpeg decodes on GPUs; set resources.embed.gpus_per_worker=1, or the decoder to pillow"
+            )
         from icce_ray.embed.backbone_plan import check_backbones
 
         check_backbones(config.embed)

@@ -104,17 +104,14 @@ def _read_parquet(opened: Any, evaluate: EvaluateConfig, uri: str) -> Iterator[A
 
 
 def _check_columns(schema: pa.Schema, evaluate: EvaluateConfig, uri: str) -> None:
-    kind = find_field(schema, evaluate.label_column, uri, "evaluate.label_column").type
-    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-    if not (is_string(kind) or pa.types.is_boolean(kind) or pa.types.is_integer(kind) or pa.types.is_floating(kind)):
-        raise InputError(
-            f"evaluate.label_column: {uri}: column {evaluate.label_column!r} holds {kind}; labels are whole numbers or "
-            "text"
-        )
-    if evaluate.uri_column is not None:
-        kind = find_field(schema, evaluate.uri_column, uri, "evaluate.uri_column").type
-        if not is_string(kind):
-            raise InputError(f"evaluate.uri_column: {uri}: column {evaluate.uri_column!r} holds {kind}; give text")
+    wanted = {"label_column": "labels are whole numbers or text", "uri_column": "give text"}
+    for setting, what in wanted.items():
+        if (name := getattr(evaluate, setting)) is not None:
+            kind = find_field(schema, name, uri, f"evaluate.{setting}").type
+            kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+            is_number = pa.types.is_boolean(kind) or pa.types.is_integer(kind) or pa.types.is_floating(kind)
+            if not (is_string(kind) or (setting == "label_column" and is_number)):
+                raise InputError(f"evaluate.{setting}: {uri}: column {name!r} holds {kind}; {what}")
 
 
 def _columns(table: Any, evaluate: EvaluateConfig, uri: str) -> tuple[list[Any], list[str] | None]:

@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError, features
 
+from icce_ray.errors import one_line
 from icce_ray.images.file_kinds import HEIC_REMEDY, LFS_POINTER, LFS_REMEDY, RAW_REMEDY
 
 ENDINGS = {b"\xff\xd8\xff": b"\xff\xd9", b"\x89PNG": b"IEND\xaeB`\x82", b"GIF8": b";"}
@@ -146,7 +147,7 @@ def decode_image(
     except UnidentifiedImageError:
         return _why_unidentified(data)
     except Exception as error:  # whatever a decoder raises must cost this image alone
-        return "truncated" if _is_cut_off(data, error) else f"unreadable: {_one_line(error)}"
+        return "truncated" if _is_cut_off(data, error) else f"unreadable: {one_line(error)}"
     if isinstance(pictures, str):
         return pictures
     return pictures[0] if len(pictures) == 1 else np.concatenate([picture.ravel() for picture in pictures])
@@ -175,7 +176,7 @@ def convert_image(image: Image.Image, preprocessing: Preprocessing, *, max_pixel
         upright = _turn_upright(image.copy())
         return _to_pixels(_convert(upright, "L" if preprocessing.grayscale else "RGB"), preprocessing)
     except Exception as error:
-        return f"unreadable: {_one_line(error)}"
+        return f"unreadable: {one_line(error)}"
 
 
 def _decode_views(data: bytes, views: tuple[Preprocessing, ...], max_pixels: int) -> list[Pixels] | str:
@@ -290,7 +291,3 @@ def _is_cut_off(data: bytes, error: Exception) -> bool:
         return len(data) < int.from_bytes(data[4:8], "little") + 8
     text = str(error).lower()
     return isinstance(error, EOFError) or any(word in text for word in ("truncated", "unexpected end", "not enough"))
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:200]

@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 
-from icce_ray.errors import InputError, WorkerError
+from icce_ray.errors import InputError, WorkerError, one_line
 from icce_ray.images.containers import Cell, ParquetCells, Span, file_of, locate
 from icce_ray.images.listing import ListedImage
 from icce_ray.images.uris import is_remote, local_path, resolve
@@ -86,7 +86,7 @@ def read_image(uri: str, size_bytes: int | None = None) -> bytes | str:
         except WorkerError:
             raise
         except Exception as error:
-            problem = f"unreadable: {' '.join(f'{type(error).__name__}: {error}'.split())[:200]}"
+            problem = f"unreadable: {one_line(error)}"
             if not is_remote(uri) or isinstance(error, (ValueError, BadObjectError)):  # too large, say
                 return problem
             is_lasting = False

@@ -8,10 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-TEMPORARY = ""
-"""Name of an SQLite database in a nameless file of the temporary folder (TMPDIR): nothing stays behind, even if its
-process is killed."""
-
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import pyarrow as pa
 import pyarrow.fs as pafs
 
-from icce_ray.errors import InputError
+from icce_ray.errors import InputError, one_line
 from icce_ray.store import s3
 
 MAX_ATTEMPTS = 4
@@ -105,7 +105,7 @@ class PatientFileSystem(pafs.FileSystemHandler):
         except (FileNotFoundError, NotADirectoryError):
             return
         except Exception as error:
-            raise self._refused(error) or InputError(f"{self.store} cannot be reached: {_one_line(error)}") from None
+            raise self._refused(error) or InputError(f"{self.store} cannot be reached: {one_line(error)}") from None
 
     def answers(self, bad: str = "") -> bool:
         """Whether the store answers now, whatever it answers, for the object that was read last if it isn't `bad`."""
@@ -141,7 +141,7 @@ class PatientFileSystem(pafs.FileSystemHandler):
                 if (refused := self._refused(error)) is not None:
                     self.check(path.rpartition("/")[0] if self._readable == self.root else self._readable)
                     raise RefusedError(f"{path}: {refused}") from None
-                problem = _one_line(error)
+                problem = one_line(error)
             now = time.monotonic()
             if self.answers(path):
                 attempt, last_answer = attempt + 1, now
@@ -173,7 +173,7 @@ class PatientFileSystem(pafs.FileSystemHandler):
             return None
         return InputError(
             f"access to {self.store} was refused; check the credentials in the environment and what they may do "
-            f"({_one_line(error)})"
+            f"({one_line(error)})"
         )
 
     def get_type_name(self) -> str:
@@ -295,7 +295,7 @@ class _Upload(io.RawIOBase):
         try:
             self._files.call(self._path, self._send, self._spool.tell())
         except (FileNotFoundError, RefusedError) as error:
-            raise InputError(f"{self._files.store}: {self._path} cannot be written: {_one_line(error)}") from None
+            raise InputError(f"{self._files.store}: {self._path} cannot be written: {one_line(error)}") from None
 
     def _send(self) -> None:
         # An earlier attempt may still be running. It keeps the spool open, since what it leaves unfinished may count.
@@ -315,7 +315,3 @@ def _unless_missing(remove: Callable[[str], None], path: str) -> None:
     """An attempt whose answer got lost may have removed it."""
     with suppress(FileNotFoundError):
         remove(path)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:200]

@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 from pydantic import SecretStr
 
 from icce_ray.config import StorageConfig
-from icce_ray.errors import ConfigError, InputError, WorkerError
+from icce_ray.errors import ConfigError, InputError, WorkerError, one_line
 from icce_ray.store import object_lists
 
 CONNECT_TIMEOUT_S = 5.0
@@ -215,13 +215,6 @@ def given_up(uri: str, error: object) -> WorkerError:
     )
 
 
-def list_objects(uri: str, options: StorageConfig) -> Iterator[tuple[str, int, str]]:
-    """(key, size, etag) of each object under the prefix, in the order of the keys' UTF-8 bytes, page by page."""
-    for page in list_pages(uri, options):
-        for entry in page.get("Contents", ()):
-            yield entry["Key"], entry["Size"], entry["ETag"].strip('"')
-
-
 def list_pages(uri: str, options: StorageConfig, **settings: str) -> Iterator[dict[str, Any]]:
     """The pages of a listing. `settings` are those of boto3's ``list_objects_v2``."""
     bucket, prefix = split_uri(uri)
@@ -332,5 +325,5 @@ def raise_translated(error: BaseException, uri: str) -> NoReturn:
     ).__module__.startswith(("urllib3", "http"))
     if isinstance(error, BotoCoreError) or is_connection:
         kind = AwayError if is_connection else OSError
-        raise kind(f"{uri}: {type(error).__name__}: {' '.join(str(error).split())[:200]}") from None
+        raise kind(f"{uri}: {one_line(error)}") from None
     raise error
