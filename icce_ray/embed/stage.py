@@ -37,7 +37,7 @@ def _shortcut(config: Config) -> str:
     return ", ".join(hints) if config.embeddings.uri is None else ""
 
 
-EMBED = Stage("embed", "icce_ray.embed.embed_images", 6, ("images",), _settings, check=_check, shortcut=_shortcut)
+EMBED = Stage("embed", "icce_ray.embed.embed_images", 7, ("images",), _settings, check=_check, shortcut=_shortcut)
 
 
 def num_failed(embed: Artifact) -> int:

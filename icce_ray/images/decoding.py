@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps, UnidentifiedImageError, features
+from PIL import Image, ImageOps, TiffImagePlugin, UnidentifiedImageError, features
 
 from icce_ray.errors import one_line
 from icce_ray.images.file_kinds import HEIC_REMEDY, LFS_POINTER, LFS_REMEDY, RAW_REMEDY
@@ -38,11 +38,19 @@ UNSUPPORTED = {
     b"<!DOCTYPE html": "a web page, not an image",
     b"<html": "a web page, not an image",
     LFS_POINTER: LFS_REMEDY,
+    b"MM\0+": "BigTIFF in big-endian order: not supported; convert to TIFF",
+    b"P7\n": "PAM: not supported; convert to PNG or TIFF",
+    b"DDS ": "DDS: not supported; convert to PNG or TIFF",
+    b"icns": "ICNS: not supported; convert to PNG or TIFF",
+    b"\x76\x2f\x31\x01": "OpenEXR: not supported; convert to TIFF",
+    b"#?RADIANCE": "HDR: not supported; convert to TIFF",
+    b"SIMPLE  =": "FITS: not supported; convert to TIFF",
 }
 """Reasons by the first bytes."""
-DEEP_SIGNATURES = (b"II*\0", b"MM\0*", b"P", b"\0\0\0\x0cjP", b"\xff\x4f\xff\x51")
+TIFF_REMEDY = "TIFF: pixels of this type are not supported; convert to 8 or 16 bits, or to 32-bit float"
+TIFF_SIGNATURES = (b"II*\0", b"MM\0*", b"II+\0")
+DEEP_SIGNATURES = (*TIFF_SIGNATURES, b"P", b"\0\0\0\x0cjP", b"\xff\x4f\xff\x51")
 """Of formats besides PNG that may hold grey images of more than 8 bits: TIFF, PPM, JPEG 2000."""
-OTHER_SIGNATURES = (b"RIFF", b"BM", b"II*\0", b"MM\0*")
 DRAFT_FORMATS = ("JPEG", "MPO")
 """MPO: several JPEGs in one file, as some cameras write."""
 DRAFT_FACTOR = 2
@@ -220,9 +228,17 @@ def _to_pixels(upright: Image.Image, view: Preprocessing) -> Pixels:
 
 def _turn_upright(image: Image.Image) -> Image.Image:
     try:
-        return ImageOps.exif_transpose(image)
+        upright = ImageOps.exif_transpose(image)
     except Exception:  # damaged EXIF data; the image itself may be fine
-        return image
+        upright = image
+    if not image.mode.startswith(("I", "F")) or not isinstance(image, TiffImagePlugin.TiffImageFile):
+        return upright
+    # Pillow takes 32 bits without a sign for numbers with one, and the least number for black where it means white.
+    is_unsigned, is_white = image.mode == "I" and image.tag_v2.get(339, (1,))[0] == 1, image.tag_v2.get(262) == 0
+    values = np.asarray(upright).view(np.uint32) if is_unsigned else np.asarray(upright)
+    if is_white:
+        values = -values.astype(np.float64)
+    return Image.fromarray(values.astype(np.float32)) if is_unsigned or is_white else upright
 
 
 def _convert(image: Image.Image, mode: str) -> Image.Image:
@@ -283,7 +299,16 @@ def _why_unidentified(data: bytes) -> str:
     for signature, ending in ENDINGS.items():
         if data.startswith(signature):
             return "unreadable: damaged header" if data.rstrip(b"\0").endswith(ending) else "truncated"
-    return "truncated" if data.startswith(OTHER_SIGNATURES) else "not an image"
+    if data.startswith(TIFF_SIGNATURES):
+        try:
+            with warnings.catch_warnings(action="ignore"):
+                TiffImagePlugin.TiffImageFile(io.BytesIO(data))
+        except Exception as error:
+            return TIFF_REMEDY if "unknown" in str(error) else "truncated"
+    if data[128:132] == b"DICM":
+        return "DICOM: not supported; convert to PNG or TIFF"
+    is_cut_off = data.startswith(b"BM") or (data.startswith(b"RIFF") and data[8:12] in (b"WEBP", b""))
+    return "truncated" if is_cut_off else "not an image"
 
 
 def _is_cut_off(data: bytes, error: Exception) -> bool:

@@ -22,6 +22,8 @@ from icce_ray.runtime.progress import BoardProgress, Progress, ProgressBoard
 from icce_ray.runtime.worker_process import MAX_RESTARTS, Work, attempt, relayed_progress
 from icce_ray.store.cache import scratch_folder
 
+MAX_STARTS = 10
+"""How often Ray Train, which waits a minute each time, tries to start the workers. By default it tries for ever."""
 GLOO_INTERFACE = "GLOO_SOCKET_IFNAME"
 
 
@@ -49,12 +51,21 @@ def train(stage: str, work: Work, workers: WorkerResources, progress: Progress, 
                 # Ray Train resumes a run of the same name by itself, with its own idea of what was done.
                 name=f"{stage}-{uuid.uuid4().hex[:12]}",
                 storage_path=str(storage),
-                failure_config=FailureConfig(max_failures=MAX_RESTARTS),
+                failure_config=FailureConfig(
+                    max_failures=MAX_RESTARTS,
+                    controller_failure_limit=MAX_STARTS - 1,  # type: ignore[call-arg]
+                ),
             ),
         )
         try:
             with relayed_progress(board.read.remote, progress):
                 return fit_in_thread(trainer)
+        except ray.train.ControllerError as error:
+            raise WorkerError(
+                f"{stage}: its {workers.num_workers} workers could not be started, {MAX_STARTS} times: a machine is "
+                "gone or does not start, or other jobs use it. See `ray status`; then run the same command again, or "
+                f"with a smaller resources.{stage}.num_workers"
+            ) from error
         except ray.train.TrainingFailedError as error:
             raise WorkerError(f"{stage}: ended {MAX_RESTARTS + 1} times: {describe_cause(error)}") from error
 

@@ -165,6 +165,22 @@ def test_values_that_are_not_finite_do_not_change_the_others() -> None:
     assert np.array_equal(decoded(encode(Image.fromarray(values), "TIFF")), expected)
 
 
+def with_tag(tiff: bytes, tag: int, value: int) -> bytes:
+    """The TIFF with another value of a short tag."""
+    place = tiff.index(struct.pack("<HHI", tag, 3, 1)) + 8
+    return tiff[:place] + struct.pack("<H", value) + tiff[place + 2 :]
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_grey_without_a_sign_and_grey_whose_least_is_white(orientation: int) -> None:
+    values = np.arange(256, dtype=np.uint32).reshape(16, 16)
+    tags = {"tiffinfo": {274: orientation}}
+    plain = encode(Image.fromarray(values.astype(np.uint16)), "TIFF", **tags)
+    large = encode(Image.fromarray((values * 2**24).view(np.int32)), "TIFF", **tags)
+    assert np.array_equal(decoded(with_tag(large, 339, 1)), decoded(plain))
+    assert np.array_equal(decoded(with_tag(plain, 262, 0)), 255 - decoded(plain))
+
+
 @pytest.mark.parametrize("kind", ["text", "compressed text", "profile"])
 def test_large_metadata_does_not_cost_the_image(kind: str) -> None:
     info = PngInfo()
@@ -190,6 +206,12 @@ def test_only_the_promised_formats_are_opened() -> None:
 def test_what_pillow_cannot_decode_says_so() -> None:
     assert str(decode_image(b"\0\0\0\x18ftypheic" + bytes(100), WHOLE)).startswith("HEIC: not supported; convert")
     assert str(decode_image(b"\0\0\0\x18ftypcrx " + bytes(100), WHOLE)).startswith("RAW: not supported; convert")
+    doubles = with_tag(encode(Image.fromarray(np.ones((16, 16), np.float32)), "TIFF"), 258, 64)
+    assert str(decode_image(doubles, WHOLE)).startswith("TIFF: pixels of this type are not supported; convert")
+    assert decode_image(bytes(128) + b"DICM" + bytes(9), WHOLE) == "DICOM: not supported; convert to PNG or TIFF"
+    for start, name in ((b"DDS ", "DDS"), (b"#?RADIANCE", "HDR"), (b"MM\0+", "BigTIFF in big-endian order")):
+        assert str(decode_image(start + bytes(99), WHOLE)).startswith(f"{name}: not supported; convert")
+    assert decode_image(b"RIFF\x24\0\0\0WAVEfmt " + bytes(40), WHOLE) == "not an image"
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
