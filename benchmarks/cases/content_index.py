@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from cases import show_aim
 from icce_ray.embed.content_index import ContentIndex, keys_of
 from icce_ray.embed.embedding_parts import PartRange, part_table, read_part, write_part
 from icce_ray.store import Folder
@@ -117,6 +118,12 @@ def run(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, bool]]:
     for kind, row in figures.items():
         print(f"{kind:<8}" + "".join(f"{value:>18.2f}" for value in row.values()))
     before, now, faster = figures["before"], figures["now"], settings["min_speedup"]
+    for what, aim, keys in (
+        ("us of CPU for an image", "under 3", ["us"]),
+        ("bytes of messages and memory for an image", "under 100", ["message_bytes", "memory_bytes"]),
+    ):
+        counts = (sum(row[key] for key in keys) for row in (before, now))
+        show_aim(what, *(f"{count:.1f}" for count in counts), aim)
     bounds = {
         f"at least {faster:g} times as fast": now["us"] * faster < before["us"],
         f"its start is at least {faster:g} times as fast": now["start_us"] * faster < before["start_us"],

@@ -18,6 +18,7 @@ import pandas as pd
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from cases import show_aim
 from icce_ray.assign.new_images import assign_images
 from icce_ray.config import Config
 from icce_ray.embed.stage import EMBED
@@ -66,6 +67,13 @@ def run(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, bool]]:
         figures["rows_of_all_images"], figures["ids_of_all_images"] = len(table), table["image_id"].nunique()
     for name, value in figures.items():
         print(f"{name:24} {value:.4g}", flush=True)
+    show_aim("bytes of the base that a small day reads", "all", f"{figures['small_day_read']:.3g} an image", "0")
+    show_aim(
+        "bytes that a day writes for each new one",
+        "not known",
+        f"{figures['day_written']:.2f}",
+        f"at most {MAX_WRITTEN:g}",
+    )
     days = settings["day"] + settings["small_day"]
     return figures, {
         "a small day reads nothing of the base": figures["small_day_read"] == 0,

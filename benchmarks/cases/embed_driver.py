@@ -2,12 +2,14 @@
 
 Ray Data, the content index, the waves and the tally are the real ones; decoding, the backbone and the files are left
 out. Within a wave the driver's memory grows, because Ray Data keeps figures of each block. `slope` is what is left of
-that for each item of the second half of the waves: the first ones fill caches. `own` is what our structures keep of an
-item, without Ray: records of parts, counts, the tables of errors.
+that for each item of the second half of the waves, in bytes that are allocated: the first ones fill caches, and freed
+memory that the allocator keeps (resident) is used again. `own` is what our structures keep of an item, without Ray:
+records of parts, counts, the tables of errors.
 """
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import tempfile
 import time
@@ -19,6 +21,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from cases import show_aim
 from icce_ray.config import Config
 from icce_ray.embed import job
 from icce_ray.embed.embedding_parts import PartRange, plan_parts
@@ -66,7 +69,7 @@ def record_of(part: PartRange, **metrics: Any) -> PartRecord:
 def run(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, bool]]:
     num_items, per_wave = settings["num_items"], settings["items_per_wave"]
     job.decode, job.Embedder, job._join = decode, Embedder, join  # type: ignore[assignment, misc]
-    job.ITEMS_PER_WAVE = per_wave
+    job_items, job.ITEMS_PER_WAVE = job.ITEMS_PER_WAVE, per_wave
     with tempfile.TemporaryDirectory() as place:
         own = measure_own(place, settings["num_own_items"])
         print(f"{own:.0f} bytes of our own for each item", flush=True)
@@ -82,7 +85,7 @@ def run(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, bool]]:
         task: Any = SimpleNamespace(config=config, plan=plan, folders=[Folder.at(place)])
         pending, tally = of_items(place, num_items)
         connect(config.resources)
-        held, began, num_finished = [_memory()], time.perf_counter(), 0
+        held, resident, began, num_finished = [_allocated()], [_resident()], time.perf_counter(), 0
         try:
             with closing(job.embed_on_ray(task, pending, lambda *_: None, PROGRESS)) as finished:
                 for record in finished:
@@ -90,20 +93,25 @@ def run(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, bool]]:
                     num_finished += not record.metrics.get("joined")
                     if num_finished == len(held) * per_wave and not record.metrics.get("joined"):
                         gc.collect()
-                        held.append(_memory())
+                        held.append(_allocated())
+                        resident.append(_resident())
                         seconds = time.perf_counter() - began
-                        print(f"{num_finished:>9,} items {held[-1] / 1e6:8.1f} MB {seconds:6.0f} s", flush=True)
+                        sizes = f"{held[-1] / 1e6:8.2f} MB allocated, {resident[-1] / 1e6:6.1f} MB resident"
+                        print(f"{num_finished:>9,} items {sizes} {seconds:6.0f} s", flush=True)
         finally:
             disconnect()
     assert tally._num_done == num_items * ITEM
     half = len(held) // 2
-    slope = (held[-1] - held[half]) / ((len(held) - 1 - half) * per_wave)
-    print(f"{slope:.0f} bytes of the driver for each item of the second half, {own:.0f} of them our own (aim: 0)")
+    num_waves = len(held) - 1 - half
+    slope = (held[-1] - held[half]) / (num_waves * per_wave)
+    show_aim("bytes of the driver for each item", "not known", f"{slope:.0f}, {own:.0f} of them our own", "0")
+    print(f"{slope * per_wave / 1e6:.2f} MB for each wave, of which the run has one for {job_items:,} items")
     bounds = {
         f"at most {settings['max_bytes_per_item']:g} bytes for each item": slope <= settings["max_bytes_per_item"],
         f"at most {settings['max_own_bytes']:g} of them our own": own <= settings["max_own_bytes"],
     }
-    return {"driver_bytes": held, "slope": slope, "own": own, "items_per_s": num_items / seconds}, bounds
+    figures = {"allocated": held, "resident": resident, "slope": slope, "own": own, "items_per_s": num_items / seconds}
+    return figures, bounds
 
 
 def measure_own(place: str, num_items: int) -> float:
@@ -133,5 +141,20 @@ def _traced() -> int:
     return tracemalloc.get_traced_memory()[0]
 
 
-def _memory() -> int:
+MALLINFO2 = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
+
+
+class _Mallinfo2(ctypes.Structure):
+    _fields_ = tuple((name, ctypes.c_size_t) for name in MALLINFO2.split())
+
+
+def _allocated() -> int:
+    """Bytes that Python and C++ have allocated in this process, by glibc."""
+    mallinfo2 = ctypes.CDLL("libc.so.6").mallinfo2
+    mallinfo2.restype = _Mallinfo2
+    found = mallinfo2()
+    return int(found.uordblks + found.hblkhd)
+
+
+def _resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096

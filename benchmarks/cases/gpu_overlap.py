@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from cases import show_aim
 from icce_ray.config import Config
 from icce_ray.embed.content_index import ContentIndex
 from icce_ray.embed.decode_and_embed import DecodedPart
@@ -67,6 +68,7 @@ def run(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, bool]]:
         print(f"{num_threads} parts at a time: busy for {share:.0%} of the time", flush=True)
         busy[f"{num_threads} at a time"] = share
         written.append(content)
+    show_aim("share of the time that the device is busy", *(f"{value:.0%}" for value in busy.values()), "90%")
     bounds = {
         f"busy for at least {settings['min_busy']:.0%} of the time": share >= settings["min_busy"],
         "the parts have the same bytes": written[0] == written[1],

@@ -16,6 +16,8 @@ from types import SimpleNamespace
 from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
+from cases import show_aim
+
 SETTINGS: dict[str, Any] = {
     "num_keys": 1_500_000,
     "page_s": 0.1,
@@ -84,6 +86,7 @@ def run(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, bool]]:
     wanted, num_tasks = settings["min_keys_per_s"], settings["num_tasks"]
     possible = num_tasks * min(num_keys / cpu_s, NUM_THREADS * PAGE_KEYS / settings["page_s"])
     print(f"{num_tasks} tasks with a CPU each: {possible:,.0f} keys/s")
+    show_aim("keys a second", f"{before:,.0f} page by page", f"{possible:,.0f} with {num_tasks} tasks", f"{wanted:,}")
     bounds = {
         f"{num_tasks} tasks with a CPU each: over {wanted:,} keys/s": possible > wanted,
         f"two CPUs: over {wanted:,} keys/s": 2 * num_keys / cpu_s > wanted,

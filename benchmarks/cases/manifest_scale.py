@@ -20,6 +20,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from cases import show_aim
 from icce_ray.store import Artifact, ArtifactWriter, Folder, Part
 from icce_ray.store.artifact import MANIFEST_NAME
 from icce_ray.store.parts_table import SCHEMA, parts_bytes, table_bytes
@@ -46,6 +47,9 @@ def run(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, bool]]:
     for name, values in figures.items():
         print(f"{name:50} {values['bytes'] / 1e6:10,.1f} MB {values['seconds']:8.3f} s, {values['cpu_s']:.3f} of CPU")
     used = figures[f"find and use, {num_parts:,} parts"]
+    listed = figures[f"listed, {num_parts:,} parts (from {num_listed:,})"]
+    sizes = (f"{values['bytes'] / 1e6:,.0f} MB and {values['cpu_s']:.1f} s" for values in (listed, used))
+    show_aim(f"to find and use {num_parts:,} parts", *sizes, "100 MB and 2 s")
     bounds = {
         f"found and used below {settings['max_bytes'] / 1e6:g} MB": used["bytes"] < settings["max_bytes"],
         f"found and used below {settings['max_s']:g} s of CPU": used["cpu_s"] < settings["max_s"],

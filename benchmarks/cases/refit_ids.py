@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
+from cases import show_aim
 from icce_ray.assign.new_images import assign_images
 from icce_ray.config import Config
 from icce_ray.pipeline.run import run_pipeline
@@ -84,6 +85,7 @@ def run(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, bool]]:
     }
     for name, value in figures.items():
         print(f"{name:20} {value}", flush=True)
+    show_aim("images that keep their cluster's number", "not known", f"{figures['kept']:.1%}", f"{MIN_KEPT:.0%}")
     return figures, {
         f"at least {MIN_KEPT:.0%} of the images keep their number": figures["kept"] >= MIN_KEPT,
         "the new class is a cluster of its own, and named as new": changes["new"] == [number]

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from cases import show_aim
 from icce_ray.embed.content_index import ContentIndex
 from icce_ray.embed.embedding_parts import ERRORS_NAME, PartRange, part_table, plan_parts, write_part
 from icce_ray.embed.finished_parts import Tally
@@ -62,6 +63,8 @@ def run(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, bool]]:
     figures |= {"driver_bytes_per_item": kept}
     for name, value in figures.items():
         print(f"{name:28} {value}")
+    show_aim("bytes read, times the artifact", "2.0", f"{figures['read_share']:.3f}", f"{settings['max_share']:g}")
+    show_aim("a retry of twice the parts, times as long", "4", f"{figures['retry_growth']:.1f}", "2")
     bounds = {
         "bytes read in all, share of the artifact": figures["read_share"] < settings["max_share"],
         "retry of twice the parts, times as long": figures["retry_growth"] < settings["max_growth"],

@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from cases import show_aim
 from icce_ray.config import EvaluateConfig
 from icce_ray.embed.finished_parts import DUPLICATES_NAME, Tally
 from icce_ray.embed.part_hashes import PartHashes, write_hashes
@@ -59,7 +60,9 @@ def run(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, bool]]:
         gigabytes = (max(peaks) + max(0, per_image) * (settings["wanted"] - counts[1])) / 1e9
         figures[name] = {"peak_bytes": peaks, "bytes_per_image": per_image, "gb_of_wanted": gigabytes}
         print(f"{name}, {settings['wanted']:,} images: {gigabytes:.2f} GB ({per_image:.1f} bytes an image)", flush=True)
-        print(f"{name}: {BEFORE_GB[name]} GB -> {gigabytes:.2f} GB (aim: below {settings['max_gb']:g} GB)")
+        show_aim(
+            f"memory of {name}", f"{BEFORE_GB[name]} GB", f"{gigabytes:.2f} GB", f"below {settings['max_gb']:g} GB"
+        )
         bounds[f"{name}: below {settings['max_gb']:g} GB"] = gigabytes < settings["max_gb"]
     return figures, bounds
 

@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from cases import show_aim
+
 SETTINGS: dict[str, Any] = {
     "num_shards": 4,
     "images_per_shard": 250,
@@ -46,6 +48,8 @@ def run(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, bool]]:
     image_bytes = sum(row.size_bytes or 0 for row in rows)
     for name, (requests, num_bytes) in figures.items():
         print(f"{name:<11} {requests:6,} requests, {num_bytes / image_bytes:.3f} times the images' bytes", flush=True)
+    counts = (f"{figures[name][0]:,}" for name in ("one by one", "together"))
+    show_aim(f"requests for {len(rows):,} images", *counts, f"at most {settings['max_requests']}")
     bounds = {
         f"{len(rows):,} images are read in at most {settings['max_requests']} requests": figures["together"][0]
         <= settings["max_requests"],
