@@ -61,18 +61,16 @@ class DecodedPart:
             return self
         pictures = [*self.pixels, *decode(self.jpegs)]
         reasons = {row: reason for row, reason in enumerate(pictures) if isinstance(reason, str)}
-        images = list(zip(self.image_ids.tolist(), self.rows.tolist(), self.hashes, strict=True))
-        good = [image for image in images if image[1] not in reasons]
-        pixels = np.zeros((len(pictures), *self.pixels.shape[1:]), np.uint8)
-        for row in {*range(len(pictures))} - reasons.keys():
-            pixels[row] = pictures[row]
+        good = ~np.isin(self.rows, list(reasons))
+        failed = [(int(self.image_ids[place]), reasons[self.rows[place]]) for place in np.flatnonzero(~good)]
+        blank = np.zeros(self.pixels.shape[1:], np.uint8)
         return replace(
             self,
-            image_ids=np.array([image_id for image_id, _, _ in good], np.int64),
-            rows=np.array([row for _, row, _ in good], np.int32),
-            pixels=pixels,
-            hashes=[content for _, _, content in good],
-            errors=sorted(self.errors + [(image_id, reasons[row]) for image_id, row, _ in images if row in reasons]),
+            image_ids=self.image_ids[good],
+            rows=self.rows[good],
+            pixels=np.stack([blank if isinstance(picture, str) else picture for picture in pictures]),
+            hashes=[self.hashes[place] for place in np.flatnonzero(good)],
+            errors=sorted(self.errors + failed),
             jpegs=(),
         )
 

@@ -60,6 +60,7 @@ def load_labels(
 
     Args:
         uris: (n,) of the images to label.
+        image_ids: (n,) ascending.
         num_listed: number of all listed images.
     """
     if evaluate.labels == FOLDER:
@@ -149,13 +150,11 @@ def _path(uri: str) -> PurePosixPath:
 
 
 def _in_order(evaluate: EvaluateConfig, image_ids: npt.NDArray[np.int64], num_listed: int) -> list[str]:
-    """(n,) labels of images, from a file that has one for each listed image."""
-    order = np.argsort(image_ids)
-    found, num_rows = [""] * len(image_ids), 0
+    """(n,) labels of images, given ascending, from a file that has one for each listed image."""
+    found, num_rows = list[str](), 0
     for labels, _ in read_labels(evaluate):
-        first, last = np.searchsorted(image_ids, [num_rows, num_rows + len(labels)], sorter=order)
-        for place in order[first:last].tolist():
-            found[place] = labels[image_ids[place] - num_rows]
+        first, last = np.searchsorted(image_ids, [num_rows, num_rows + len(labels)])
+        found += (labels[image_id - num_rows] for image_id in image_ids[first:last].tolist())
         num_rows += len(labels)
     if num_rows != num_listed:
         raise InputError(

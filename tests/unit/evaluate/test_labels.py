@@ -292,7 +292,7 @@ def test_files_are_read_some_rows_at_a_time(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(label_files, "BATCH_ROWS", 3)
     values = np.random.default_rng(0).integers(9, size=100)
     uris = [f"/data/{number}.png" for number in range(100)]
-    ids = np.random.default_rng(1).permutation(100)[:40]
+    ids = np.sort(np.random.default_rng(1).permutation(100)[:40])
     labels = load_labels(write_labels(tmp_path / name, values), uris, ids)
     assert [labels.names[code] for code in labels.classes] == values[ids].astype(str).tolist()
     with pytest.raises(InputError, match="row 77 has no label"):
