@@ -15,7 +15,7 @@ from icce_ray.errors import InputError
 from icce_ray.export import FORMATS
 from icce_ray.methods import METHODS
 from icce_ray.pipeline.status import find_status
-from icce_ray.run import add_arguments, add_debug_argument, add_run_options, guarded, run_command
+from icce_ray.run import add_arguments, add_options, guarded, run_command
 from icce_ray.store import Folder
 from icce_ray.store.run_records import read_records
 
@@ -28,37 +28,38 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"icce_ray {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    run = commands.add_parser("run", help="cluster the images of a config, or of the built-in demo")
+    def command(name: str, purpose: str) -> argparse.ArgumentParser:
+        return commands.add_parser(name, help=purpose, description=f"{purpose[0].upper()}{purpose[1:]}.")
+
+    run = command("run", "cluster the images of a config, or of the built-in demo")
     add_arguments(run)
     run.set_defaults(function=run_command)
 
-    cluster = commands.add_parser("cluster", help="cluster a folder of photos, without a config")
+    cluster = command("cluster", "cluster a folder of photos, without a config")
     cluster.add_argument("photos", metavar="PHOTOS", help="a folder, a bucket prefix, or a list of images")
     cluster.add_argument("--clusters", default="auto", metavar="N", help="number of clusters, or auto (the default)")
     cluster.add_argument(
         "--output", metavar="URI", help="where the results go (default: PHOTOS-clusters, beside the photos)"
     )
     cluster.add_argument("--no-open", action="store_true", help="don't open the page in a browser")
-    add_run_options(cluster)
+    add_options(cluster)
     cluster.set_defaults(function=_cluster)
 
-    sweep = commands.add_parser(
-        "sweep", help="try settings of a config, judge the results without labels, pool the best"
-    )
+    sweep = command("sweep", "try settings of a config, judge the results without labels, pool the best")
     sweep.add_argument(
         "sweep", metavar="SWEEP", help="a YAML file with a base config, a search space and how to search it"
     )
-    add_run_options(sweep)
+    add_options(sweep)
     sweep.set_defaults(function=_sweep)
 
-    compare = commands.add_parser("compare", help="run several methods on the same images, and compare their clusters")
+    compare = command("compare", "run several methods on the same images, and compare their clusters")
     compare.add_argument("config", metavar="CONFIG", help="a YAML file")
-    compare.add_argument("--methods", required=True, metavar="A,B,...", help=f"of {', '.join(METHODS)}")
+    compare.add_argument("--methods", required=True, metavar="A,B,...", help=f"two or more of {', '.join(METHODS)}")
     compare.add_argument("--combine", action="store_true", help="also make one consensus of all methods")
-    add_run_options(compare)
+    add_options(compare)
     compare.set_defaults(function=_compare)
 
-    assign = commands.add_parser("assign", help="label new images with a finished run's model")
+    assign = command("assign", "label new images with a finished run's model")
     assign.add_argument("run", metavar="RUN", help=f"{RUN}; or the folder of its model")
     source = assign.add_mutually_exclusive_group(required=True)
     source.add_argument("--images", metavar="URI", help="a folder of images, or a list of them (.txt, .parquet)")
@@ -66,18 +67,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--embeddings", metavar="URI", help="ready-made embeddings: .npy, or Parquet with a list column"
     )
     assign.add_argument("--output", metavar="URI", help="where the results go (default: the output of the run)")
-    add_run_options(assign)
+    add_options(assign)
     assign.set_defaults(function=_assign)
 
-    apply = commands.add_parser("apply", help="take over corrections that were made on the page of a run")
+    apply = command("apply", "take over corrections that were made on the page of a run")
     apply.add_argument("run", metavar="RUN", help=RUN)
     apply.add_argument("corrections", metavar="FILE", help="the corrections.json that the page saved")
-    apply.add_argument("--json", action="store_true", help="print the result as JSON on the last line of stdout")
-    apply.add_argument("--quiet", action="store_true", help="no progress and no summary on stderr")
-    add_debug_argument(apply)
+    add_options(apply, "json", "quiet", "debug")
     apply.set_defaults(function=_apply)
 
-    cut = commands.add_parser("cut", help="merge a finished run's most confused clusters until N groups are left")
+    cut = command("cut", "merge a finished run's most confused clusters until N groups are left")
     cut.add_argument("run", metavar="RUN", help=RUN)
     cut.add_argument(
         "--clusters", type=int, required=True, metavar="N", help="number of groups, at most the number of clusters"
@@ -85,49 +84,44 @@ def main(arguments: Sequence[str] | None = None) -> int:
     cut.add_argument(
         "--output", required=True, metavar="FILE", help="Parquet file to write: image_id, uri, cluster, group"
     )
-    add_debug_argument(cut)
+    add_options(cut, "debug")
     cut.set_defaults(function=_cut)
 
-    export = commands.add_parser("export", help="take a finished run's images and clusters into other tools")
+    export = command("export", "take a finished run's images and clusters into other tools")
     export.add_argument("run", metavar="RUN", help=RUN)
-    export.add_argument("--to", required=True, metavar="FORMAT", help=", ".join(FORMATS))
+    export.add_argument("--to", required=True, metavar="FORMAT", help=f"one of {', '.join(FORMATS)}")
     export.add_argument("--output", required=True, metavar="URI", help="an empty folder or prefix")
     export.add_argument("--clusters", metavar="3,7-9", help="only these clusters")
     export.add_argument("--min-agreement", type=float, metavar="X", help="only images at least this agreed on, 0 to 1")
     export.add_argument(
         "--copy", action="store_true", help="folders, fiftyone: copy image files on this machine instead of linking"
     )
-    export.add_argument("--quiet", action="store_true", help="no progress on stderr")
-    add_debug_argument(export)
+    add_options(export, "quiet", "debug")
     export.set_defaults(function=_export)
 
-    forget = commands.add_parser("forget", help="remove images from a finished run and everything beside it")
+    forget = command("forget", "remove images from a finished run and everything beside it")
     forget.add_argument("run", metavar="RUN", help=RUN)
     forget.add_argument("--uris", required=True, metavar="FILE", help=".txt or .parquet list of the images")
-    forget.add_argument("--json", action="store_true", help="print the result as JSON on the last line of stdout")
-    forget.add_argument("--quiet", action="store_true", help="no progress on stderr")
-    add_debug_argument(forget)
+    add_options(forget, "json", "quiet", "debug")
     forget.set_defaults(function=_forget)
 
-    gc = commands.add_parser("gc", help="list artifacts that no run refers to any more, or remove them")
+    gc = command("gc", "list artifacts that no run refers to any more, or remove them")
     gc.add_argument("output", metavar="OUTPUT", help="the output folder of runs")
     gc.add_argument("--delete", action="store_true", help="remove them")
-    add_debug_argument(gc)
+    add_options(gc, "debug")
     gc.set_defaults(function=_gc)
 
-    estimate = commands.add_parser("estimate", help="say what each stage of a run will take: time, memory, storage")
+    estimate = command("estimate", "say what each stage of a run will take: time, memory, storage")
     estimate.add_argument("config", metavar="CONFIG", help="a YAML file")
-    estimate.add_argument("--set", action="append", default=[], metavar="A.B=C", dest="overrides")
-    estimate.add_argument("--samples", type=int, default=256, metavar="N", help="images to embed (256)")
-    estimate.add_argument("--json", action="store_true", help="print the figures as JSON on the last line of stdout")
-    add_debug_argument(estimate)
+    estimate.add_argument(
+        "--samples", type=int, default=256, metavar="N", help="number of images to embed (default: 256)"
+    )
+    add_options(estimate, "set", "json", "debug")
     estimate.set_defaults(function=_estimate)
 
-    status = commands.add_parser("status", help="show how far a run is and where its artifacts are")
+    status = command("status", "show how far a run is and where its artifacts are")
     status.add_argument("target", metavar="CONFIG|OUTPUT", help="a YAML config, or an output folder")
-    status.add_argument("--set", action="append", default=[], metavar="A.B=C", dest="overrides")
-    status.add_argument("--json", action="store_true", help="also print it as JSON on the last line of stdout")
-    add_debug_argument(status)
+    add_options(status, "set", "json", "debug")
     status.set_defaults(function=_status)
 
     parsed = parser.parse_args(arguments)

@@ -30,6 +30,18 @@ EXIT_INTERRUPTED = 130
 FULL = (errno.ENOSPC, errno.EDQUOT)
 PLACE_ERRORS = (*FULL, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EROFS, errno.EACCES)
 """Errors of the file system that the user has to fix."""
+OPTIONS: dict[str, dict[str, Any]] = {
+    "set": {
+        "action": "append",
+        "default": [],
+        "metavar": "A.B=C",
+        "dest": "overrides",
+        "help": "override one setting, e.g. heads.num_heads=16; may be repeated",
+    },
+    "json": {"action": "store_true", "help": "print the result as JSON on the last line of stdout"},
+    "quiet": {"action": "store_true", "help": "no progress and no summary on stderr"},
+    "debug": {"action": "store_true", "help": "print the traceback of an error"},
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -53,26 +65,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="try the images of a finished run's errors table again; those that can be read now are added",
     )
-    add_run_options(parser)
+    add_options(parser)
 
 
-def add_run_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options of every command that does long work."""
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="A.B=C",
-        dest="overrides",
-        help="override one setting, e.g. heads.num_heads=16; may be repeated",
-    )
-    parser.add_argument("--json", action="store_true", help="print the result as JSON on the last line of stdout")
-    parser.add_argument("--quiet", action="store_true", help="no progress and no summary on stderr")
-    add_debug_argument(parser)
-
-
-def add_debug_argument(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--debug", action="store_true", help="print the traceback of an error")
+def add_options(parser: argparse.ArgumentParser, *names: str) -> None:
+    """Add those options that several commands have; without `names` all of them."""
+    for name in names or OPTIONS:
+        parser.add_argument(f"--{name}", **OPTIONS[name])
 
 
 def run_command(arguments: argparse.Namespace) -> Any:
