@@ -35,7 +35,9 @@ async function show() {
   }
   const made = el("div"), place = location.hash;
   try {
-    await VIEWS[key][1](made, decodeURIComponent(rest.join("/")));
+    const about = decodeURIComponent(rest.join("/"));
+    document.getElementById("search").elements.text.value = key === "search" ? about : "";
+    await VIEWS[key][1](made, about);
   } catch (error) {
     made.append(el("p", {className: "problem", role: "alert"}, error.message));
   }

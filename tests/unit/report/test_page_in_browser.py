@@ -195,6 +195,10 @@ def test_search_finds_paths(opened: Opened) -> None:
     opened.tab.locator("#search input").press("Enter")
     opened.tab.wait_for_selector("main .tiles")
     assert opened.tab.locator(".tiles .tile").count() == 10
+    opened.go("errors")
+    assert opened.tab.locator("#search input").input_value() == ""
+    opened.go("search/blue")
+    assert opened.tab.locator("#search input").input_value() == "blue"
 
 
 def test_thumbnails_are_painted_from_their_sheet(opened: Opened) -> None:
