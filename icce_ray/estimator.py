@@ -132,11 +132,9 @@ class ICCE(FeatureClusterer):
             choice = count_clusters(
                 trained_on_nD,
                 config.cluster_count,
-                config.heads,
-                config.neighbors,
+                center=config.neighbors.center,
                 seed=config.seed,
-                num_threads=self.n_threads or torch.get_num_threads(),
-                progress=self._progress("cluster_count", "clusterings"),
+                progress=self._progress("cluster_count", "parts of the sample"),
             )
             config = config.with_num_clusters(choice.num_clusters)
         graph, audit = build_graph(

@@ -20,19 +20,14 @@ CONSENSUS_METHODS: tuple[ConsensusMethod, ...] = get_args(ConsensusMethod)
 
 
 class ClusterCountConfig(Section):
-    """How `num_clusters: auto` chooses the number: by small clusterings of a sample, from few clusters to many."""
+    """How `num_clusters: auto` chooses the number: by clusterings of parts of a sample, from few clusters to many."""
 
     min_clusters: AtLeastTwo = 2
     """Smallest number of clusters to try."""
     max_clusters: AtLeastTwo | None = None
     """Largest number of clusters to try. Not set: 100, or a tenth of the sample if that is less."""
-    num_seeds: AtLeastTwo = 3
-    """Clusterings for each number of clusters, each with its own seed. Their spread is the uncertainty of the
-    choice."""
-    num_heads: PositiveInt = 4
-    """Heads in each clustering. They are smaller than the heads of the run itself and learn faster."""
-    num_epochs: PositiveInt = 40
-    """Passes over the sample for each clustering."""
+    num_seeds: AtLeastTwo = 5
+    """Parts that are clustered, nine tenths of the sample each. Their spread is the uncertainty of the choice."""
     max_images: Annotated[int, Field(ge=20)] = 5_000
     """Size of the uniform random sample that is clustered, if there are more images."""
 

@@ -1,189 +1,193 @@
-"""Small clusterings of a sample of the images with different numbers of clusters, and the measures they are compared by
+"""Clusterings of parts of a sample with different numbers of clusters, and the measures they are compared by
 (docs/METHOD.md, "Number of clusters").
 
-All clusterings see one sample, one neighbour graph that does not depend on the number of clusters, and one space of
-principal components, so they differ in their number of clusters and their seed only.
+They are spectral clusterings of the neighbour graph: that sees groups of any size, and the eigenvectors serve all
+numbers. Every seed draws a part of the same sample and clusters it with all numbers.
 
-Shape letters: n images of the sample, m of those that are measured, D feature dimension, d principal components, H
-heads.
+Shape letters: n images of the sample, m of a part, p of those that are measured, D feature dimension, k neighbours, C
+numbers of clusters, V eigenvectors.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from scipy.sparse import csr_matrix, diags
+from scipy.sparse.linalg import ArpackNoConvergence, eigsh
+from threadpoolctl import threadpool_limits
 
-from icce_ray.config import ClusterCountConfig, ConsensusConfig, HeadsConfig, NeighborsConfig
-from icce_ray.consensus.best_consensus import find_consensus
-from icce_ray.consensus.label_matrix import encode_heads
-from icce_ray.count.choice import Choice, Measured, search
-from icce_ray.count.stage import fixed_neighbors, small_heads
-from icce_ray.errors import InputError, WorkerError
-from icce_ray.methods.heads.fit import fit
-from icce_ray.metrics.label_free_scores import generalization_score, project_pca, silhouette
+from icce_ray.config import ClusterCountConfig
+from icce_ray.count.choice import SHARE, Choice, Measured, choose
+from icce_ray.errors import InputError
+from icce_ray.metrics.label_free_scores import project_pca, silhouette
 from icce_ray.metrics.true_label_scores import adjusted_rand_index
-from icce_ray.neighbors.graph import NeighborGraph, build_graph
 from icce_ray.runtime.progress import Progress
 from icce_ray.sample.training_set import sample_ids
+from icce_ray.sample.unit_features import prepare
 
 Floats = npt.NDArray[Any]
 
-MAX_MEASURED = 2_000
 MOST_CLUSTERS, MIN_IMAGES_PER_CLUSTER = 100, 10
 """The upper end of the range if none is given."""
-CONSENSUS = ConsensusConfig(methods=("vote",))
+MAX_NUMBERS = 100
+"""Above so many numbers in the range, only some are tried, in steps of equal ratios."""
+NUM_NEIGHBORS = 10
+SHARPNESS = 2.0
+"""How fast the weight of an edge falls with its length."""
+MAX_MEASURED = 1_000
+"""Images that the silhouette is measured on."""
+DENSE_SHARE = 0.2
+"""If more than this share of all eigenvectors is needed, all are found at once."""
+TOLERANCE = 1e-5
+"""Relative error of the eigenvalues."""
 
 
-@dataclass(frozen=True)
-class Sample:
-    """Data that all clusterings share."""
+class Clusterings(NamedTuple):
+    """The clusterings of one part of the sample, one for each number of clusters."""
 
-    features_nD: Floats
-    graph: NeighborGraph
-    measured_m: npt.NDArray[np.int64]
-    """Rows that the silhouette and the generalisation score are measured on."""
-    points_md: npt.NDArray[np.float32]
-    """Their principal components."""
-
-
-@dataclass(frozen=True)
-class Clustering:
-    """The clustering of the sample with one seed."""
-
-    heads_Hn: npt.NDArray[np.int32]
-    """Cluster of each image, by each head that did not collapse."""
-    num_clusters_used: int
-    """Clusters of the consensus that have images."""
-    generalization: float
-    """Generalisation score of the consensus, 0 to 1; NaN if it is undefined."""
-    silhouette: float
-    """Mean over the heads, -1 to 1; NaN if it is undefined."""
+    labels_Cn: npt.NDArray[np.int32]
+    """Cluster of each image, -1 for those that are not in the part."""
+    silhouettes_C: npt.NDArray[np.float64]
+    """-1 to 1; NaN if it is undefined."""
+    gaps_C: npt.NDArray[np.float64]
+    """Difference of the last eigenvalue that counts and the next; NaN if there is none."""
 
 
-def draw_sample(features_ND: Floats, max_images: int, neighbors: NeighborsConfig, seed: int) -> Sample:
-    """Draw at most `max_images` of the features (N, D), and compute their graph and their principal components."""
-    rows = sample_ids(len(features_ND), max_images, seed)
-    features_nD = np.array(features_ND if rows is None else features_ND[rows])
-    graph, _ = build_graph(features_nD, fixed_neighbors(neighbors), num_clusters=2, seed=seed)
-    measured_m = sample_ids(len(features_nD), MAX_MEASURED, seed)
-    if measured_m is None:
-        measured_m = np.arange(len(features_nD))
-    return Sample(features_nD, graph, measured_m, project_pca(features_nD[measured_m].astype(np.float32), seed))
-
-
-def cluster_range(asked: ClusterCountConfig, num_images: int) -> tuple[int, int]:
-    """Fewest and most clusters to choose from, for a set of `num_images`. Raises InputError: there are fewer images in
-    the sample than clusters."""
+def numbers_to_try(asked: ClusterCountConfig, num_images: int) -> list[int]:
+    """The numbers of clusters to choose from, for a set of `num_images`, ascending. Raises InputError: a part of the
+    sample has fewer images than clusters."""
     num_images = min(num_images, asked.max_images)
     most = asked.max_clusters or max(asked.min_clusters, min(MOST_CLUSTERS, num_images // MIN_IMAGES_PER_CLUSTER))
-    if most > num_images:
+    if most > _part_size(num_images):
         setting = "max_clusters" if asked.max_clusters else "min_clusters"
         raise InputError(
-            f"cluster_count.{setting}: {most} clusters, but {num_images} images are looked at; lower it to at most that"
+            f"cluster_count.{setting}: {most} clusters, but {_part_size(num_images)} images are clustered at a time; "
+            "lower it to at most that"
         )
-    return asked.min_clusters, most
+    if most - asked.min_clusters < MAX_NUMBERS:
+        return list(range(asked.min_clusters, most + 1))
+    return sorted({round(number) for number in np.geomspace(asked.min_clusters, most, MAX_NUMBERS)})
 
 
-def make_clustering(sample: Sample, num_clusters: int, seed: int, heads: HeadsConfig, num_threads: int) -> Clustering:
-    """Train small heads and measure them. `num_threads` does not change the result. Raises WorkerError: the loss was
-    not finite."""
+def cluster_part(
+    features_ND: Floats, asked: ClusterCountConfig, numbers: Sequence[int], center: bool, seed: int, number: int
+) -> Clusterings:
+    """Cluster part `number` of a sample of the rows of `features_ND`. `seed` draws the sample."""
+    from sklearn.cluster import KMeans  # takes two seconds, and most processes do not need it
+
+    rows_n = sample_ids(len(features_ND), asked.max_images, seed)
+    unit_nD = prepare(np.array(features_ND if rows_n is None else features_ND[rows_n]), center)[:]
+    rng = np.random.default_rng([seed, number])
+    part_m = rng.permutation(len(unit_nD))[: _part_size(len(unit_nD))]
+    measured_p = np.arange(min(len(part_m), MAX_MEASURED))
+    with threadpool_limits(1), warnings.catch_warnings():  # several threads may round a sum differently
+        warnings.simplefilter("ignore")  # k-means warns of copies
+        points_pd = project_pca(unit_nD[part_m[measured_p]], seed)
+        values_V, rows_mV = _spectrum(weigh_edges(unit_nD[part_m]), max(numbers) + 1, rng)
+        labels_Cn = np.full((len(numbers), len(unit_nD)), -1, dtype=np.int32)
+        silhouettes_C = np.full(len(numbers), np.nan)
+        for place, num_clusters in enumerate(numbers):
+            kmeans = KMeans(num_clusters, n_init=1, random_state=number)
+            labels_Cn[place, part_m] = labels_m = kmeans.fit_predict(np.ascontiguousarray(rows_mV[:, :num_clusters]))
+            if (found := silhouette(points_pd, labels_m[measured_p])) is not None:
+                silhouettes_C[place] = found
+    gaps_V = np.append(values_V[:-1] - values_V[1:], np.nan)
+    return Clusterings(labels_Cn, silhouettes_C, gaps_V[np.array(numbers) - 1])
+
+
+def weigh_edges(unit_mD: npt.NDArray[np.float32]) -> csr_matrix:
+    """The graph of the nearest neighbours, in both directions (m, m). An edge is weighed by its length against the
+    distances of its ends to their last neighbours (Zelnik-Manor and Perona), so that a small group apart from a large
+    one keeps its weight."""
+    from sklearn.neighbors import NearestNeighbors
+
+    num_neighbors = min(NUM_NEIGHBORS, len(unit_mD) - 1)
+    distances_mk, ids_mk = NearestNeighbors(n_neighbors=num_neighbors).fit(unit_mD).kneighbors()
+    scale_m = np.maximum(distances_mk[:, -1].astype(np.float64), 1e-6)
+    weights_mk = np.exp(-SHARPNESS * distances_mk**2 / (scale_m[:, None] * scale_m[ids_mk]))
+    sources = np.repeat(np.arange(len(unit_mD)), num_neighbors)
+    directed = csr_matrix((weights_mk.ravel(), (sources, ids_mk.ravel())), shape=(len(unit_mD), len(unit_mD)))
+    return directed + directed.T
+
+
+def _spectrum(
+    weights: csr_matrix, number: int, rng: np.random.Generator
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """The largest `number` eigenvalues of the random walk on the edges (V,), descending, and eigenvectors (m, V)."""
+    size = weights.shape[0]
+    scale_m = 1 / np.sqrt(np.asarray(weights.sum(axis=1)).ravel())
+    normal = diags(scale_m) @ weights @ diags(scale_m)
+    start_m = rng.uniform(-1, 1, size)
     try:
-        trained = fit(
-            sample.features_nD, sample.graph, heads, num_clusters=num_clusters, seed=seed, num_threads=num_threads
-        )
-    except FloatingPointError as error:
-        raise WorkerError(f"cluster_count: {num_clusters} clusters, seed {seed}: {error}") from error
-    heads_Hn = trained.labels_HN
-    labels_n = find_consensus(encode_heads(heads_Hn), num_clusters, CONSENSUS, seed=seed).labels
-    silhouettes = [silhouette(sample.points_md, labels_m) for labels_m in heads_Hn[:, sample.measured_m]]
-    generalization = generalization_score(sample.points_md, labels_n[sample.measured_m], random_state=seed)
-    return Clustering(
-        heads_Hn=heads_Hn,
-        num_clusters_used=len(np.unique(labels_n)),
-        generalization=np.nan if generalization is None else generalization,
-        silhouette=np.nan if None in silhouettes else float(np.mean(silhouettes)),  # type: ignore[arg-type]
-    )
+        if number > DENSE_SHARE * size:
+            raise ArpackNoConvergence("too many", np.empty(0), np.empty(0))
+        values_V, vectors_mV = eigsh(normal, k=number, which="LA", v0=start_m, tol=TOLERANCE)
+    except ArpackNoConvergence:
+        values_V, vectors_mV = np.linalg.eigh(normal.toarray())
+    order = np.argsort(-values_V, kind="stable")[:number]
+    return values_V[order], vectors_mV[:, order] * scale_m[:, None]
 
 
-def compare(num_clusters: int, seeds: Sequence[int], clusterings: Sequence[Clustering]) -> Measured:
-    """The measures of one number of clusters, from one clustering for each seed.
+def compare(numbers: Sequence[int], parts: Sequence[Clusterings]) -> list[Measured]:
+    """The measures of each number of clusters.
 
-    The stability of a seed is the mean adjusted Rand index of its heads with those of the other seeds. It is adjusted
-    for chance because the overlap by chance depends on the number of clusters.
+    The stability of a part is the mean adjusted Rand index of its clustering with those of the other parts, on the
+    images that both hold. It is adjusted for chance because the overlap by chance depends on the number of clusters.
     """
-    size = len(clusterings)
-    together = np.full((size, size), np.nan)
-    for one in range(size):
-        for other in range(one):
-            pairs = [(a, b) for a in clusterings[one].heads_Hn for b in clusterings[other].heads_Hn]
-            together[one, other] = together[other, one] = np.mean([adjusted_rand_index(a, b) for a, b in pairs])
-    return Measured(
-        num_clusters=num_clusters,
-        seeds=tuple(seeds),
-        num_clusters_used=np.array([made.num_clusters_used for made in clusterings]),
-        stability=np.nanmean(together, axis=1),
-        generalization=np.array([made.generalization for made in clusterings]),
-        silhouette=np.array([made.silhouette for made in clusterings]),
-    )
+    measured = []
+    for place, num_clusters in enumerate(numbers):
+        together = np.full((len(parts), len(parts)), np.nan)
+        for one in range(len(parts)):
+            for other in range(one):
+                first_n, second_n = parts[one].labels_Cn[place], parts[other].labels_Cn[place]
+                both_n = (first_n >= 0) & (second_n >= 0)
+                index = adjusted_rand_index(first_n[both_n], second_n[both_n])
+                together[one, other] = together[other, one] = index
+        silhouettes, gaps = (
+            np.array([getattr(part, name)[place] for part in parts]) for name in Clusterings._fields[1:]
+        )
+        measured.append(Measured(num_clusters, np.nanmean(together, axis=1), silhouettes, gaps))
+    return measured
 
 
-Task = tuple[int, int]
-"""A clustering to be made: number of clusters, seed."""
-Maker = Callable[[Sequence[Task]], Iterable[tuple[Task, Clustering]]]
-"""Makes the clusterings of some tasks, in any order."""
+Maker = Callable[[Sequence[int], Sequence[int]], Iterable[tuple[int, Clusterings]]]
+"""Clusters some parts with some numbers of clusters, in any order."""
 
 
 def count_clusters(
-    features_ND: Floats,
-    asked: ClusterCountConfig,
-    heads: HeadsConfig,
-    neighbors: NeighborsConfig,
-    *,
-    seed: int,
-    num_threads: int,
-    progress: Progress,
+    features_ND: Floats, asked: ClusterCountConfig, *, center: bool, seed: int, progress: Progress
 ) -> Choice:
     """Choose the number of clusters of the rows of `features_ND` in this process. Raises InputError: fewer rows than
-    clusters to choose from; WorkerError: a loss was not finite.
+    clusters to choose from.
 
     Args:
         features_ND: (N, D) float16 or float32, finite.
-        asked, heads, neighbors: sections of the config.
-        seed: seed of the sample and of the first clustering; the others follow.
+        center: subtract the mean feature.
+        seed: draws the sample and its parts.
     """
-    heads = small_heads(heads, asked)
-    cluster_range(asked, len(features_ND))  # refuses before the work starts
-    sample = draw_sample(features_ND, asked.max_images, neighbors, seed)
 
-    def make(tasks: Sequence[Task]) -> Iterator[tuple[Task, Clustering]]:
-        for number, task_seed in tasks:
-            yield (number, task_seed), make_clustering(sample, number, task_seed, heads, num_threads)
+    def make(parts: Sequence[int], numbers: Sequence[int]) -> Iterable[tuple[int, Clusterings]]:
+        for part in parts:
+            yield part, cluster_part(features_ND, asked, numbers, center, seed, part)
 
-    return choose_number(len(features_ND), asked, make, seed=seed, progress=progress)
+    return choose_number(len(features_ND), asked, make, progress=progress)
 
 
-def choose_number(num_images: int, asked: ClusterCountConfig, make: Maker, *, seed: int, progress: Progress) -> Choice:
+def choose_number(num_images: int, asked: ClusterCountConfig, make: Maker, *, progress: Progress) -> Choice:
     """Choose the number of clusters of `num_images` from the clusterings that `make` makes. Raises InputError: fewer
     images than clusters to choose from."""
-    low, high = cluster_range(asked, num_images)
-    seeds = [(seed + number) % 2**31 for number in range(asked.num_seeds)]
-    done = 0
+    numbers = numbers_to_try(asked, num_images)
+    made: dict[int, Clusterings] = {}
+    progress.update(0, asked.num_seeds)
+    for part, clusterings in make(range(asked.num_seeds), numbers):
+        made[part] = clusterings
+        progress.update(len(made), asked.num_seeds)
+    return choose(compare(numbers, [made[part] for part in sorted(made)]))
 
-    def measure(numbers: Sequence[int]) -> Iterator[Measured]:
-        nonlocal done
-        tasks = [(number, task_seed) for number in numbers for task_seed in seeds]
-        total = done + len(tasks)
-        progress.update(done, total)
-        made: dict[Task, Clustering] = {}
-        for task, clustering in make(tasks):
-            made[task] = clustering
-            done += 1
-            progress.update(done, total, f"{task[0]} clusters")
-        for number in numbers:
-            yield compare(number, seeds, [made[number, task_seed] for task_seed in seeds])
 
-    return search(low, high, measure)
+def _part_size(num_images: int) -> int:
+    return round(SHARE * num_images)

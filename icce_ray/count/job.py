@@ -1,5 +1,5 @@
-"""The choice of the number of clusters on Ray: a task for each number and seed. A run that was killed keeps the
-clusterings that it had made."""
+"""The choice of the number of clusters on Ray: a task for each part of the sample. A run that was killed keeps the
+clusterings of the parts that it had made."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from icce_ray.config import Config, HeadsConfig, NeighborsConfig
+from icce_ray.config import Config
 from icce_ray.count.choice import METRICS
-from icce_ray.count.clustering import Clustering, Sample, Task, choose_number, draw_sample, make_clustering
-from icce_ray.count.stage import CLUSTER_COUNT, small_heads
+from icce_ray.count.clustering import Clusterings, choose_number, cluster_part
+from icce_ray.count.stage import CLUSTER_COUNT
 from icce_ray.embed.feature_matrix import load_features
 from icce_ray.runtime.workers import run_tasks
 from icce_ray.sample.training_set import training_set
@@ -28,40 +28,26 @@ def run(config: Config, context: StageContext) -> dict[str, Any]:
 
     Returns:
         num_clusters, num_clusters_range (fewest and most that are as good), choice (in words), num_tried, num_images
-        (in the sample), and stability, generalization and silhouette of the chosen number (means over seeds).
+        (in the sample), and stability, silhouette and gap of the chosen number (means over the parts).
 
     Raises:
         InputError: fewer images than clusters to choose from.
-        WorkerError: tasks died more often than they are retried, or a loss was not finite.
+        WorkerError: tasks died more often than they are retried.
     """
     embed, output, asked = training_set(context.inputs), context.output, config.cluster_count
     num_images = load_features(embed).num_images
-    heads = small_heads(config.heads, asked)
     records = PartRecords(output.folder, f"{embed.identity}-{CLUSTER_COUNT.version}")
-    finished = records.read_all()
-    sample: list[Sample] = []
 
-    def distribute(function: Any, items: Sequence[Any], *shared: Any) -> Iterator[tuple[Any, Any]]:
-        return run_tasks(
-            "cluster_count", function, items, shared, resources=config.resources, num_images=num_images,
-            name=function.__name__.strip("_"),
-        )  # fmt: skip
+    def make(parts: Sequence[int], numbers: Sequence[int]) -> Iterator[tuple[int, Clusterings]]:
+        finished = records.read_all()
+        yield from ((part, _read(records, finished[str(part)])) for part in parts if str(part) in finished)
+        pending = [part for part in parts if str(part) not in finished]
+        shared = (embed, config, numbers, records)
+        yield from run_tasks(
+            "cluster_count", _cluster, pending, shared, resources=config.resources, num_images=num_images
+        )
 
-    def make(tasks: Sequence[Task]) -> Iterator[tuple[Task, Clustering]]:
-        pending = []
-        for task in tasks:
-            if (record := finished.get(_name(task))) is not None:
-                yield task, _read(records, record)
-            else:
-                pending.append(task)
-        if not pending:
-            return
-        if not sample:
-            ((_, drawn),) = distribute(_draw, [embed], asked.max_images, config.neighbors, config.seed)
-            sample.append(drawn)
-        yield from distribute(_make, pending, *sample, heads, records)
-
-    choice = choose_number(num_images, asked, make, seed=config.seed, progress=context.progress)
+    choice = choose_number(num_images, asked, make, progress=context.progress)
     by_count = choice.by_count()
     output.write_table("by_count.parquet", by_count)
     output.write_table("by_seed.parquet", choice.by_seed())
@@ -79,22 +65,15 @@ def run(config: Config, context: StageContext) -> dict[str, Any]:
     }
 
 
-def _draw(embed: Artifact, max_images: int, neighbors: NeighborsConfig, seed: int) -> Sample:
-    return draw_sample(load_features(embed).matrix, max_images, neighbors, seed)
-
-
-def _make(task: Task, sample: Sample, heads: HeadsConfig, records: PartRecords) -> Clustering:
-    made = make_clustering(sample, *task, heads, num_threads=1)
-    part = ArtifactWriter(records.folder).write_array(f"{FOLDER}/{_name(task)}.npy", made.heads_Hn)
-    metrics = {name: getattr(made, name) for name in ("num_clusters_used", "generalization", "silhouette")}
-    records.write(_name(task), [part], metrics)
+def _cluster(part: int, embed: Artifact, config: Config, numbers: Sequence[int], records: PartRecords) -> Clusterings:
+    features = load_features(embed).matrix
+    made = cluster_part(features, config.cluster_count, numbers, config.neighbors.center, config.seed, part)
+    writer = ArtifactWriter(records.folder)
+    files = [writer.write_array(f"{FOLDER}/{part}-{name}.npy", value) for name, value in made._asdict().items()]
+    records.write(str(part), files, {})
     return made
 
 
-def _read(records: PartRecords, record: PartRecord) -> Clustering:
-    heads_Hn = np.load(io.BytesIO(records.folder.read_bytes(record.files[0].name)), allow_pickle=False)
-    return Clustering(heads_Hn, **record.metrics)
-
-
-def _name(task: Task) -> str:
-    return "{}-{}".format(*task)
+def _read(records: PartRecords, record: PartRecord) -> Clusterings:
+    contents = [records.folder.read_bytes(file.name) for file in record.files]
+    return Clusterings(*(np.load(io.BytesIO(content), allow_pickle=False) for content in contents))

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from icce_ray.config import Config
+from icce_ray.count.clustering import numbers_to_try
 from icce_ray.methods import METHODS
 from icce_ray.methods.heads.pair_batches import choose_batch_size, num_steps_per_epoch
 from icce_ray.pipeline.plan import plan
@@ -26,8 +27,8 @@ from icce_ray.runtime.ray_cluster import run_here
 
 MAX_IMAGES = 2_000
 FEW_EPOCHS, MORE_EPOCHS = 1, 4
-NUM_TRIED = 50
-"""Numbers of clusters that `num_clusters: auto` tries, at most."""
+SHARE_OF_A_NUMBER = 1 / 8
+"""Of the time for one number of clusters, what each further number that `num_clusters: auto` tries adds."""
 GUESSED_CLUSTERS = 20
 """For the stages after it, when the number is still to be chosen."""
 GROWTH = {"sample": 2, "neighbors": 2, "classifier": 0, "evaluate": 0, "report": 0}
@@ -59,7 +60,7 @@ def run_pilot(
         features_nD: of a sample, at least two rows.
         num_images: in the whole collection.
         folder: for the pilot's files.
-        num_parallel: how many of the small clusterings that choose the number run at a time.
+        num_parallel: how many of the tasks that choose the number run at a time.
     """
     num_trained = min(num_images, config.sample.max_images or num_images)
     num_pilot = min(num_trained, MAX_IMAGES)
@@ -90,9 +91,9 @@ def run_pilot(
     }
     if counted is not None:
         asked = config.cluster_count
-        tried = min(NUM_TRIED, (asked.max_clusters or min(100, num_trained // 10)) - asked.min_clusters + 1)
-        images = min(num_trained, asked.max_images)
-        scaled = {"cluster_count": counted * tried * images / num_pilot / num_parallel, **scaled}
+        tried, images = len(numbers_to_try(asked, num_trained)), min(num_trained, asked.max_images)
+        spent = counted * (1 + SHARE_OF_A_NUMBER * tried) * images / num_pilot
+        scaled = {"cluster_count": spent / min(num_parallel, asked.num_seeds), **scaled}
     graph = artifacts.get("neighbors")
     # A pilot of a few images has fewer neighbours than there will be.
     mean_neighbors = 0.0 if graph is None else graph.metrics["mean_neighbors"] * growth[0]

@@ -24,7 +24,7 @@ COUNT_METRICS = (
     ("score", "Score"),
     ("stability", "Stability"),
     ("silhouette", "Silhouette"),
-    ("generalization", "Generalisation score"),
+    ("gap", "Gap of the eigenvalues"),
 )
 """Columns of by_count.parquet and their names."""
 
@@ -119,7 +119,7 @@ def _training(history: Sequence[Plot]) -> list[Plot]:
 
 
 def _by_count(rows: Sequence[Plot]) -> list[Plot]:
-    """Each metric by number of clusters, with a band of two standard errors over seeds."""
+    """Each metric by number of clusters, with a band of two standard errors over the parts of the sample."""
     numbers = [row["num_clusters"] for row in rows]
     as_good = [row["num_clusters"] for row in rows if row["as_good"]]
     chosen = next(row["num_clusters"] for row in rows if row["chosen"])

@@ -14,8 +14,7 @@ import pytest
 from icce_ray import ICCE, cut_hierarchy, run_pipeline
 from icce_ray.cli import main
 from icce_ray.config import Config, build_config
-from icce_ray.count import clustering, job
-from icce_ray.count.choice import coarse_grid
+from icce_ray.count import job
 from icce_ray.errors import InputError
 from icce_ray.pipeline.plan import is_complete, plan, stages_of
 from icce_ray.runtime.progress import Progress
@@ -27,7 +26,7 @@ pytestmark = pytest.mark.slow
 
 NUM_IMAGES, NUM_CLUSTERS = 240, 4
 SECTIONS: dict[str, Any] = {
-    "cluster_count": {"max_clusters": 9, "num_seeds": 2, "num_heads": 2, "num_epochs": 8},
+    "cluster_count": {"max_clusters": 9, "num_seeds": 2},
     "neighbors": {"min_neighbors": 10},
     "heads": {"num_heads": 3, "num_epochs": 8, "hidden_dim": 32, "bottleneck_dim": 16, "learning_rate": 4e-3},
     "consensus": {"methods": ["vote"]},
@@ -119,12 +118,15 @@ def test_a_run_chooses_and_is_then_the_run_of_that_number(
 
 
 class Recorded(Progress):
-    def __init__(self) -> None:
+    def __init__(self, killed_at: int | None = None) -> None:
         super().__init__("test", quiet=True)
         self.seen: list[tuple[int, int]] = []
+        self.killed_at = killed_at
 
     def update(self, done: int, total: int, note: str = "") -> None:
         self.seen.append((done, total))
+        if done == self.killed_at:
+            raise KeyboardInterrupt
 
 
 def test_what_a_killed_run_had_clustered_is_not_done_again(
@@ -133,19 +135,13 @@ def test_what_a_killed_run_had_clustered_is_not_done_again(
     config = config_for(folder, cluster_count=SECTIONS["cluster_count"] | {"max_clusters": 5})
     inputs = run_until("sample", config)
 
-    def count(progress: Progress) -> dict[str, Any]:
-        return job.run(config, StageContext(ArtifactWriter(Folder.at(tmp_path / "count")), inputs, progress))
+    def count(name: str, progress: Progress) -> dict[str, Any]:
+        return job.run(config, StageContext(ArtifactWriter(Folder.at(tmp_path / name)), inputs, progress))
 
-    def killed(low: int, high: int, measure: Any) -> None:
-        list(measure(coarse_grid(low, high)[:2]))
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(clustering, "search", killed)
-        with pytest.raises(KeyboardInterrupt):
-            count(Recorded())
+    with without_ray(), pytest.raises(KeyboardInterrupt):
+        count("count", Recorded(killed_at=1))
     left = sorted(path.name for path in (tmp_path / "count" / "clusterings").iterdir())
-    assert left == ["2-0.npy", "2-1.npy", "3-0.npy", "3-1.npy"]
+    assert left == ["0-gaps_C.npy", "0-labels_Cn.npy", "0-silhouettes_C.npy"]
 
     made: list[Any] = []
     run_tasks = job.run_tasks
@@ -156,23 +152,20 @@ def test_what_a_killed_run_had_clustered_is_not_done_again(
 
     monkeypatch.setattr(job, "run_tasks", watched)
     progress = Recorded()
-    metrics = count(progress)
-    again = [task for task in made if isinstance(task, tuple)]
-    assert len(again) == 2 * metrics["num_tried"] - 4
-    assert not {(2, 0), (2, 1), (3, 0), (3, 1)} & set(again)
-    assert progress.seen[-1][0] == 2 * metrics["num_tried"]
+    metrics = count("count", progress)
+    assert made == [1]
+    assert progress.seen[-1] == (2, 2)
     assert sorted(path.name for path in (tmp_path / "count").iterdir() if path.is_file()) == [
         "by_count.parquet",
         "by_seed.parquet",
     ]
     assert not list((tmp_path / "count").rglob("*.npy"))
     table = pq.read_table(tmp_path / "count" / "by_count.parquet")
-    assert table["num_clusters"].to_pylist() == sorted(table["num_clusters"].to_pylist())
+    assert table["num_clusters"].to_pylist() == [2, 3, 4, 5]
     assert table.filter(table["chosen"])["num_clusters"].to_pylist() == [metrics["num_clusters"]]
 
-    context = StageContext(ArtifactWriter(Folder.at(tmp_path / "here")), inputs, Recorded())
     with without_ray():
-        assert job.run(config, context) == metrics
+        assert count("here", Recorded()) == metrics
     assert pq.read_table(tmp_path / "here" / "by_count.parquet").equals(table)
 
 

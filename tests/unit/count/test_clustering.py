@@ -1,68 +1,108 @@
-"""One small clustering: its sample and its measures."""
+"""The clusterings of parts of a sample, and their measures."""
 
 from __future__ import annotations
+
+from itertools import pairwise
 
 import numpy as np
 import pytest
 
-from icce_ray.config import ClusterCountConfig, HeadsConfig, NeighborsConfig
-from icce_ray.count.clustering import Clustering, cluster_range, compare, draw_sample, make_clustering
+from icce_ray.config import ClusterCountConfig
+from icce_ray.count.clustering import (
+    Clusterings,
+    cluster_part,
+    compare,
+    count_clusters,
+    numbers_to_try,
+    weigh_edges,
+)
 from icce_ray.errors import InputError
+from icce_ray.metrics.true_label_scores import adjusted_rand_index
+from icce_ray.runtime.progress import Progress
 
 
-def gaussians(num_clusters: int, num_images: int, spread: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Overlapping: (features of 32 dimensions, labels)."""
+def gaussians(sizes: list[int], seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """(features of 16 dimensions, labels)."""
     generator = np.random.default_rng(seed)
-    centres = generator.normal(size=(num_clusters, 32)) * spread
-    labels = generator.integers(0, num_clusters, num_images)
-    return (centres[labels] + generator.normal(size=(num_images, 32))).astype(np.float32), labels
+    labels = np.repeat(np.arange(len(sizes)), sizes)
+    centres = generator.normal(size=(len(sizes), 16)) * 1.5
+    return (centres[labels] + generator.normal(size=(len(labels), 16))).astype(np.float32), labels
 
 
-def clustering(*heads: list[int], silhouette: float = 0.5) -> Clustering:
-    return Clustering(np.array(heads, dtype=np.int32), 2, 0.9, silhouette)
+def clusterings(*labels: list[int]) -> Clusterings:
+    return Clusterings(np.array(labels, dtype=np.int32), np.full(len(labels), 0.5), np.full(len(labels), 0.1))
 
 
-def test_stability_is_between_the_heads_of_different_seeds_and_adjusted_for_chance() -> None:
-    same = clustering([0, 0, 1, 1], [1, 1, 0, 0])
-    across = clustering([0, 1, 0, 1], [0, 1, 0, 1])
-    agreed = compare(2, [0, 1], [same, same])
+def test_stability_is_between_parts_on_what_both_hold_and_adjusted_for_chance() -> None:
+    same, across = [0, 0, 1, 1, 2, -1], [0, 1, 0, 1, -1, 2]
+    (agreed,) = compare([2], [clusterings(same), clusterings([-1, 1, 0, 0, 2, 0])])
     np.testing.assert_allclose(agreed.stability, 1.0)
-    # The third seed's heads agree among themselves; that is not stability.
-    divided = compare(2, [0, 1, 2], [same, same, across])
-    np.testing.assert_allclose(divided.stability, [0.25, 0.25, -0.5])
+    first, second = compare([2, 3], [clusterings(one, same) for one in (same, same, across)])
+    np.testing.assert_allclose(first.stability, [0.25, 0.25, -0.5])
+    np.testing.assert_allclose(second.stability, 1.0)
+    assert (first.num_clusters, second.num_clusters) == (2, 3)
     rng = np.random.default_rng(0)
-    drawn = [clustering(rng.integers(0, 50, 2000).tolist()) for _ in range(2)]
-    assert abs(compare(50, [0, 1], drawn).stability[0]) < 0.01, "chance alone is no stability, however many clusters"
+    drawn = [clusterings(rng.integers(0, 50, 2000).tolist()) for _ in range(2)]
+    assert abs(compare([50], drawn)[0].stability[0]) < 0.01, "chance alone is no stability, however many clusters"
 
 
-def test_the_range_fits_the_images_or_is_refused() -> None:
+def test_the_numbers_fit_the_images_or_are_refused() -> None:
     default, given = ClusterCountConfig(), ClusterCountConfig(min_clusters=5, max_clusters=40)
-    assert cluster_range(default, 10_000) == (2, 100)
-    assert cluster_range(default, 300) == (2, 30)
-    assert cluster_range(default, 12) == (2, 2)
-    assert cluster_range(given, 40) == (5, 40)
-    with pytest.raises(InputError, match=r"cluster_count\.max_clusters: 40 clusters, but 39 images are looked at"):
-        cluster_range(given, 39)
-    with pytest.raises(InputError, match=r"cluster_count\.min_clusters: 5 clusters, but 4 images are looked at"):
-        cluster_range(ClusterCountConfig(min_clusters=5), 4)
+    assert numbers_to_try(default, 10_000) == list(range(2, 101))
+    assert numbers_to_try(default, 300) == list(range(2, 31))
+    assert numbers_to_try(default, 12) == [2]
+    assert numbers_to_try(given, 45) == list(range(5, 41))
+    with pytest.raises(InputError, match=r"cluster_count\.max_clusters: 40 clusters, but 39 images are clustered at a"):
+        numbers_to_try(given, 43)
+    with pytest.raises(InputError, match=r"cluster_count\.min_clusters: 5 clusters, but 4 images are clustered at a"):
+        numbers_to_try(ClusterCountConfig(min_clusters=5), 4)
+    many = numbers_to_try(ClusterCountConfig(min_clusters=3, max_clusters=1000), 10_000)
+    assert (many[0], many[-1]) == (3, 1000)
+    assert len(many) <= 100
+    assert all(upper <= 1.0605 * lower + 1 for lower, upper in pairwise(many))
 
 
-def test_the_sample_is_bounded_seeded_and_knows_no_number_of_clusters() -> None:
-    features, _ = gaussians(4, 400, 1.0, 0)
-    neighbors = NeighborsConfig(min_neighbors=10)
-    sample = draw_sample(features, 150, neighbors, 0)
-    assert sample.features_nD.shape == (150, 32)
-    assert sample.points_md.shape == (150, 32)
-    assert set(sample.graph.degrees) == {10}
-    np.testing.assert_array_equal(draw_sample(features, 150, neighbors, 0).features_nD, sample.features_nD)
-    other = draw_sample(features, 150, neighbors, 1)
-    assert not np.array_equal(other.features_nD, sample.features_nD)
+def test_a_part_is_clustered_with_all_numbers_and_is_a_part_of_a_bounded_sample() -> None:
+    features, labels = gaussians([90, 60, 50])
+    asked = ClusterCountConfig(max_images=150)
+    made = cluster_part(features, asked, [2, 3, 4], True, 0, 0)
+    assert made.labels_Cn.shape == (3, 150)
+    np.testing.assert_array_equal((made.labels_Cn < 0).sum(axis=1), 15)
+    for number, labels_n in zip((2, 3, 4), made.labels_Cn, strict=True):
+        assert set(labels_n) == set(range(-1, number))
+    assert made.gaps_C.argmax() == 1
+    assert made.silhouettes_C.argmax() == 1
+    again, other = (cluster_part(features, asked, [2, 3, 4], True, 0, part) for part in (0, 1))
+    for one, two in zip(made, again, strict=True):
+        np.testing.assert_array_equal(one, two)
+    assert not np.array_equal(made.labels_Cn < 0, other.labels_Cn < 0)
+    whole = cluster_part(features, ClusterCountConfig(), [3], True, 0, 0).labels_Cn[0]
+    assert adjusted_rand_index(labels[whole >= 0], whole[whole >= 0]) == 1.0
 
 
-def test_a_clustering_is_the_same_on_any_number_of_threads() -> None:
-    features, _ = gaussians(3, 200, 1.0, 0)
-    sample = draw_sample(features, 1000, NeighborsConfig(), 0)
-    heads = HeadsConfig(num_heads=2, num_epochs=3, hidden_dim=64, bottleneck_dim=32)
-    one, two = (make_clustering(sample, 3, 5, heads, num_threads) for num_threads in (1, 2))
-    np.testing.assert_array_equal(one.heads_Hn, two.heads_Hn)
-    assert (one.silhouette, one.generalization) == (two.silhouette, two.generalization)
+def test_edges_of_equal_length_weigh_more_where_images_are_sparse() -> None:
+    # Ten images a step of 1 apart, then ten a step of 10 apart.
+    line = np.concatenate([np.arange(10.0), 9.0 + 10.0 * np.arange(1, 11)])[:, None].astype(np.float32)
+    weights = weigh_edges(line).toarray()
+    np.testing.assert_array_equal(weights, weights.T)
+    assert (weights.diagonal() == 0).all()
+    tenth = np.sort(np.abs(line - line[:, 0]), axis=1)[:, 10]
+    for one, other, length in ((4, 5, 1.0), (12, 13, 10.0)):
+        expected = 2 * np.exp(-2 * length**2 / (tenth[one] * tenth[other]))
+        assert weights[one, other] == pytest.approx(expected, rel=1e-5)
+
+
+def test_copies_of_one_image_are_no_error() -> None:
+    choice = count_clusters(
+        np.ones((40, 4), np.float32), ClusterCountConfig(), center=True, seed=0, progress=Progress("count", quiet=True)
+    )
+    assert 2 <= choice.num_clusters <= 4
+
+
+@pytest.mark.parametrize("sizes", [[60] * 5, [200, 60, 30, 20, 15], [150, 150, 20, 20, 20, 20]])
+def test_equal_and_unequal_groups_are_counted(sizes: list[int]) -> None:
+    features, _ = gaussians(sizes, seed=1)
+    asked = ClusterCountConfig(num_seeds=3, max_clusters=12)
+    choice = count_clusters(features, asked, center=True, seed=0, progress=Progress("count", quiet=True))
+    assert choice.num_clusters == len(sizes)
+    assert choice.low <= len(sizes) <= choice.high

@@ -306,14 +306,10 @@ def test_a_range_that_the_images_do_not_allow_is_refused_once_they_are_listed(
 @pytest.mark.parametrize(
     ("section", "setting", "values", "counts_anew"),
     [
-        ("heads", "hidden_dim", (32, 64), True),
-        ("heads", "hidden_dim", (256, 512), False),  # it has no more than 128 of its own
-        ("heads", "learning_rate", (3e-3, 4e-3), True),
-        ("heads", "num_heads", (16, 50), False),
-        ("heads", "input_share", (0.5, 1.0), False),  # it shows its heads all
+        ("heads", "num_heads", (16, 50), False),  # it trains none
         ("neighbors", "center", (True, False), True),
         ("neighbors", "similarity_threshold", (0.5, None), False),
-        ("cluster_count", "num_heads", (4, 6), True),
+        ("cluster_count", "num_seeds", (4, 6), True),
     ],
 )
 def test_the_choice_is_made_anew_when_what_it_is_made_with_changes(
