@@ -124,6 +124,9 @@ def _describe(problem: Any, model: type[BaseModel]) -> str:
         known = _known_keys(location[:-1], model)
         close = difflib.get_close_matches(location[-1], known, n=3)
         remedy = f"did you mean {' or '.join(close)}?" if close else f"known here: {', '.join(known)}"
+        section, _, setting = location[-1].partition(".")
+        if setting and section in known:
+            remedy = f"write {setting} below {section}"
         return f"{key}: unknown setting; {remedy}"
     if problem["type"] == "missing":
         return f"{key}: not given, and it has no default"
@@ -131,11 +134,30 @@ def _describe(problem: Any, model: type[BaseModel]) -> str:
     given = problem.get("input")
     if not key:
         return message
+    if problem["type"] == "model_type":
+        return f"{key}: this is a section; write its settings below it, such as {location[-1]}: {{setting: value}}"
+    if problem["type"] in ("int_parsing", "float_parsing") and (meant := _meant(given)):
+        message = f"write {meant}"
     if isinstance(given, (dict, list)) or location[0] == "storage" or "@" in str(given):  # may be a secret
         return f"{key}: {message}"
     shown = repr(given)
     shown = shown if len(shown) <= MAX_SHOWN else f"{shown[:MAX_SHOWN]}..."
     return f"{key}: {shown} is not usable: {message}"
+
+
+def _meant(given: str) -> str:
+    """The spelling of a number, or of nothing, that was written as text; empty if none is known."""
+    text = given.strip().lower()
+    found = re.fullmatch(r"([\d_.]+(?:e\d{1,2})?) ?(?:([kmgt])(i?)b?|(b)|(%))?", text)
+    if text in ("none", "nil", "auto"):
+        return "auto" if text == "auto" else "null"
+    try:
+        if found is None:
+            return ""
+        number = float(found[1]) * (1024 if found[3] else 1000) ** (" kmgt".index(found[2]) if found[2] else 0)
+        return f"{number / 100:g}" if found[5] else str(int(number)) if number.is_integer() else ""
+    except ValueError:
+        return ""
 
 
 def _known_keys(sections: list[str], root: type[BaseModel]) -> list[str]:

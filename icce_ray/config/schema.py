@@ -169,6 +169,8 @@ class ClusteringConfig(Section):
     @classmethod
     def _number_or_auto(cls, value: Any, handler: Any) -> int | Literal["auto"]:
         # The union's own messages would name "num_clusters.int" and "num_clusters.literal['auto']".
+        if isinstance(value, bool):
+            raise ValueError("true and false are not allowed here")
         return AUTO if value == AUTO else TypeAdapter(PositiveInt).validate_python(value)
 
     @model_validator(mode="after")
@@ -239,9 +241,7 @@ class Config(ClusteringConfig):
     @field_validator("images", "embeddings", mode="before")
     @classmethod
     def _place_alone(cls, value: Any) -> Any:
-        """``images: /data/photos`` is short for ``images: {uri: /data/photos}``, and null for nothing."""
-        if value is None:
-            return {}
+        """``images: /data/photos`` is short for ``images: {uri: /data/photos}``."""
         return {"uri": value} if isinstance(value, (str, list, tuple)) else value
 
     @model_validator(mode="after")

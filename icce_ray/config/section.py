@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 PositiveFloat = Annotated[float, Field(gt=0.0)]
@@ -51,7 +51,13 @@ Place = Annotated[str, AfterValidator(_check_place)]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _nothing_below(cls, data: Any) -> Any:
+        """A section whose settings are all commented out is null to YAML."""
+        return {} if data is None else data
 
     @field_validator("*", mode="before")
     @classmethod

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import os
+import re
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -39,6 +40,8 @@ from icce_ray.store.filesystem import OBJECT_STORES, open_uri, redacted
 from icce_ray.store.part_records import PartRecord
 
 COUNTED_TOGETHER = 1000
+MORE_THAN_A_PATH = re.compile(r"^[\"']|\.\w{2,5}[\"']?[\s,;|]")
+"""In a line of a list."""
 
 
 @dataclass(frozen=True)
@@ -260,8 +263,12 @@ def _listed_files(entries: Iterator[str], list_uri: str) -> Iterator[File]:
             continue
         is_container = uri.lower().endswith(TAR_ENDING)
         scheme = uri.partition("://")[0]
-        if not is_remote(uri):
+        if uri.lower().endswith(PARQUET_ENDINGS):
+            yield File(uri, None, None, problem="a Parquet file in a list; name it in images.uri")
+        elif not is_remote(uri):
             file = local_file(uri)
+            if file.problem == "missing" and MORE_THAN_A_PATH.search(entry):
+                file = file._replace(problem="missing: write one path a line, without quotes, labels or comments")
             yield file._replace(is_container=is_container and file.problem is None)
         elif scheme not in OBJECT_STORES:
             problem = f"{scheme[:20]}:// is not supported; copy the image to a folder or a bucket"

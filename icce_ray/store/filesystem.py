@@ -48,7 +48,11 @@ def open_uri(uri: str) -> tuple[pafs.FileSystem, str]:
     try:
         return _from_uri(uri) if uri.startswith("file://") else _remote_path(uri)
     except (pa.ArrowInvalid, OSError, ValueError, ImportError) as error:
-        reason = "the location holds credentials; give them in the environment" if redacted(uri) != uri else error
+        reason = str(error)
+        if redacted(uri) != uri:
+            reason = "the location holds credentials; give them in the environment"
+        elif uri.partition("://")[0] not in ("file", *OBJECT_STORES):
+            reason = f"supported are local paths and {', '.join(f'{scheme}://' for scheme in OBJECT_STORES)}"
         raise InputError(f"{redacted(uri)}: cannot be opened as a storage location: {reason}") from None
 
 

@@ -78,7 +78,19 @@ def test_a_config_survives_the_way_through_json(config_file: Path) -> None:
         ("method=best", r"method: 'best' is unknown; the methods are icce, temi, scan"),
         ("consensus.methods=[]", r"consensus: methods is empty"),
         ("heads", r"--set heads: write it as section\.key=value"),
-        ("heads=5", r"heads: 5 is not usable"),
+        ("heads=5", r"heads: this is a section; write its settings below it"),
+        ("heads=[1]", r"heads: this is a section; write its settings below it"),
+        ("num_clusters=1e3", r"num_clusters: '1e3' is not usable: write 1000$"),
+        ("num_clusters=Auto", r"num_clusters: 'Auto' is not usable: write auto$"),
+        ("num_clusters=true", r"num_clusters: True is not usable: true and false are not allowed here"),
+        ("sample.max_images=none", r"max_images: 'none' is not usable: write null$"),
+        ("sample.max_images=20k", r"max_images: '20k' is not usable: write 20000$"),
+        ("embed.max_error_rate=10%", r"max_error_rate: '10%' is not usable: write 0\.1$"),
+        ("resources.object_store_bytes=2GB", r"object_store_bytes: '2GB' is not usable: write 2000000000$"),
+        ("resources.object_store_bytes=1.5 GiB", r"'1\.5 GiB' is not usable: write 1610612736$"),
+        ("resources.object_store_bytes=1.2.3 GB", r"'1\.2\.3 GB' is not usable: .*valid integer"),
+        ("heads.learning_rate=.inf", r"learning_rate: inf is not usable: .*finite"),
+        ("heads.learning_rate=.nan", r"learning_rate: nan is not usable"),
     ],
 )
 def test_a_mistake_is_answered_with_key_value_and_remedy(config_file: Path, override: str, message: str) -> None:
@@ -195,6 +207,16 @@ def test_a_place_alone_is_the_uri_of_its_section(tmp_path: Path) -> None:
     assert load_config(path).images.uris == ("/data/a", "/data/b")
     assert load_config(path, ["images=/data/photos"]).images.uris == ("/data/photos",)
     assert load_config(path, ["images=null", "embeddings=x.npy"]).embeddings.uri == "x.npy"
+
+
+def test_a_section_with_nothing_below_is_the_default(config_file: Path) -> None:
+    assert load_config(config_file, ["heads=null", "embed=~"]) == load_config(config_file)
+
+
+def test_a_dotted_name_in_the_file_is_told_where_it_belongs(config_file: Path) -> None:
+    config_file.write_text(config_file.read_text() + "heads.num_heads: 3\n")
+    with pytest.raises(ConfigError, match=r"heads\.num_heads: unknown setting; write num_heads below heads$"):
+        load_config(config_file)
 
 
 @pytest.mark.parametrize(

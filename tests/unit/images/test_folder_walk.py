@@ -240,6 +240,22 @@ def test_devices_pipes_and_unknown_schemes_in_a_list_are_rows(listed: Listed, tm
     ]
 
 
+@pytest.mark.parametrize("entry", ['"a.png"', "'a.png'", "a.png\tcat", "a.png,cat", "a.png 3", "a.png # a comment"])
+def test_a_line_that_holds_more_than_a_path_says_so(listed: Listed, tmp_path: Path, entry: str) -> None:
+    write_files(tmp_path, "a.png", "b c, d.png", "#e.png")
+    found = list_file(listed, tmp_path, entry, "b c, d.png", "./#e.png", "x.png", "t.parquet")
+    assert list(found.values()).count(None) == 2
+    assert found[f"{tmp_path}/{entry}"] == "missing: write one path a line, without quotes, labels or comments"
+    assert found[f"{tmp_path}/x.png"] == "missing"
+    assert found[f"{tmp_path}/t.parquet"] == "a Parquet file in a list; name it in images.uri"
+
+
+@pytest.mark.parametrize("uri", ["s3a://b/x", "S3://b/x", "ftp://h/x"])
+def test_a_scheme_that_is_unknown_is_answered_with_those_that_are(uri: str) -> None:
+    with pytest.raises(InputError, match=r"supported are local paths and s3://, gs://"):
+        open_uri(uri)
+
+
 def test_reading_waits_for_no_pipe_and_fills_no_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     os.mkfifo(tmp_path / "pipe.png")
     assert read_image(str(tmp_path / "pipe.png")) == "unreadable: OSError: not a file"
