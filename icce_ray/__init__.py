@@ -28,18 +28,9 @@ if TYPE_CHECKING:
     from icce_ray.turtle_estimator import TURTLE
 
 __all__ = [
-    "ICCE",
-    "TURTLE",
-    "Config",
-    "KMeans",
-    "assign_images",
-    "cluster_ensemble",
-    "clustering_accuracy",
-    "cut_hierarchy",
-    "export_run",
-    "load",
-    "run_pipeline",
-]
+    "ICCE", "TURTLE", "Config", "KMeans", "assign_images", "cluster_ensemble", "clustering_accuracy", "cut_hierarchy",
+    "export_run", "load", "run_pipeline",
+]  # fmt: skip
 
 _MODULES = {
     "Config": "icce_ray.config",

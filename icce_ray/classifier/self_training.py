@@ -33,7 +33,7 @@ from icce_ray.classifier.outliers import Float32Array, fit_outlier_rule
 from icce_ray.config import ClassifierConfig
 from icce_ray.errors import InputError
 from icce_ray.random_numbers import sampled_rows
-from icce_ray.runtime.progress import Progress
+from icce_ray.runtime.progress import QUIET, Progress
 
 NUM_EPOCHS = 100
 MIN_STEPS, MAX_STEPS = 1_000, 12_500
@@ -99,7 +99,7 @@ class SelfTraining:
         self.holdout_rows, self.holdout_labels = rows[holdout], labels[holdout]
         self.mean_D, self.scale = _mean_and_scale(features_ND, self.train_rows)
 
-    def train(self, positions: Sequence[int], *, device: str = "cpu", progress: Progress | None = None) -> Candidate:
+    def train(self, positions: Sequence[int], *, device: str = "cpu", progress: Progress = QUIET) -> Candidate:
         """Train the learning rates at `positions` of the grid side by side and return the best classifier."""
         # Imported here because torch takes seconds to import, and labelling images doesn't need it.
         from icce_ray.classifier.sgd import train_grid
@@ -120,7 +120,7 @@ class SelfTraining:
             num_steps=num_steps(self.config, num_train),
             seed=self.batch_seed,
             device=device,
-            on_step=progress.update if progress is not None else None,
+            on_step=progress.update,
         )
         num_diverged = len(positions) - len(grid.positions)
         empty = np.empty((0, 0), dtype=np.float32)
@@ -184,7 +184,7 @@ def fit_classifier(
     num_clusters: int,
     seed: int,
     outlier_quantile: float,
-    progress: Progress | None = None,
+    progress: Progress = QUIET,
     device: str = "cpu",
 ) -> LinearClassifier:
     """Self-training in this process; arguments as :class:`SelfTraining` and :meth:`SelfTraining.train`. Raises

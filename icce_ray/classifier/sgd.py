@@ -60,7 +60,7 @@ def train_grid(
     num_steps: int,
     seed: int,
     device: str = "cpu",
-    on_step: Callable[[int, int], None] | None = None,
+    on_step: Callable[[int, int], object] = lambda done, total: None,
 ) -> Grid:
     """Minimise the mean cross-entropy by SGD with momentum, once per learning rate. Returns the classifiers whose
     weights stayed finite, possibly none.
@@ -99,7 +99,7 @@ def train_grid(
                     rate_row = _per_column(rates[alive], num_clusters, device)
                 if not len(alive):
                     break
-            if on_step is not None and (step + 1) % PROGRESS_STEPS == 0:
+            if (step + 1) % PROGRESS_STEPS == 0:
                 on_step(step + 1, num_steps)
     solved = weights.cpu().numpy().reshape(num_dims + 1, len(alive), num_clusters).transpose(1, 0, 2)
     return Grid(alive.tolist(), np.ascontiguousarray(solved[:, :-1]), np.ascontiguousarray(solved[:, -1]))

@@ -28,7 +28,7 @@ from icce_ray.metrics.true_label_scores import (
     match_clusters,
 )
 from icce_ray.random_numbers import id_hashes, sampled_rows
-from icce_ray.runtime.progress import Progress
+from icce_ray.runtime.progress import QUIET, Progress
 from icce_ray.sample.training_set import training_rows, training_set
 from icce_ray.sample.unit_features import prepare
 from icce_ray.stage import StageContext
@@ -153,7 +153,7 @@ def evaluate(
     agreement_N: npt.NDArray[np.floating],
     heads_HN: npt.NDArray[np.integer],
     losses_H: npt.NDArray[np.floating] | None,
-    progress: Progress | None = None,
+    progress: Progress = QUIET,
 ) -> dict[str, Any]:
     """The metrics of :func:`run`.
 
@@ -169,8 +169,7 @@ def evaluate(
         given = head_N >= 0
         if given.any():
             accuracy_H[head] = clustering_accuracy(labels.classes[given], head_N[given])
-        if progress is not None:
-            progress.update(head + 1, len(heads_HN), "compared with the labels")
+        progress.update(head + 1, len(heads_HN), "compared with the labels")
     if np.isfinite(accuracy_H).any():
         metrics["head_acc_mean"] = float(np.nanmean(accuracy_H))
         metrics["head_acc_best"] = float(np.nanmax(accuracy_H))

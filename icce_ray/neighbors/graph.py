@@ -16,7 +16,7 @@ from icce_ray.config import NeighborsConfig
 from icce_ray.neighbors.adaptive_rule import PairList, Queries, Rule, keep, rank_in_row
 from icce_ray.neighbors.audit import Audit, audit_features
 from icce_ray.neighbors.search import MAX_ROWS_PER_PART, QUERY_BLOCK, Candidates, merge, search
-from icce_ray.runtime.progress import Progress
+from icce_ray.runtime.progress import QUIET, Progress
 from icce_ray.runtime.threads import in_threads
 from icce_ray.sample.unit_features import Ids, UnitFeatures, prepare
 from icce_ray.store import Artifact
@@ -174,7 +174,7 @@ def build_graph(
     *,
     num_clusters: int,
     seed: int,
-    progress: Progress | None = None,
+    progress: Progress = QUIET,
     device: str = "cpu",
     num_threads: int = 1,
 ) -> tuple[NeighborGraph, Audit]:
@@ -195,8 +195,7 @@ def build_graph(
     for start, stop in part_ranges(len(unit)):
         ids = np.arange(start, stop)
         parts.append(merge_shards([search_shard(engine, unit, ids, rule)], unit, ids, rule, num_threads))
-        if progress is not None:
-            progress.update(stop, len(unit))
+        progress.update(stop, len(unit))
     rows = Rows.join(parts)
     return NeighborGraph(rows.indptr, rows.indices, rows.nearest), audit
 

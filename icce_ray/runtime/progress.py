@@ -132,6 +132,10 @@ class Progress:
             print(text, file=sys.stderr, flush=True)
 
 
+QUIET = Progress("", quiet=True)
+"""For functions that nobody watches."""
+
+
 class ProgressBoard:
     """Holds the latest progress of a worker for others to read. For several workers it is an actor of its own, which
     need not import what they do."""

@@ -22,12 +22,14 @@ from icce_ray.sample.near_duplicates import (
     ProjectedRows,
     SearchPlan,
     find_pairs,
+    from_bytes,
     group,
     group_table,
     pair_table,
     plan_search,
     project_rows,
     sort_rows,
+    to_bytes,
 )
 from icce_ray.sample.stage import SAMPLE
 from icce_ray.sample.training_set import (
@@ -150,12 +152,17 @@ def _copy_part(part: TrainingPart, source: Artifact, records: PartRecords) -> Pa
 
 def _find_near_duplicates(source: Artifact, setting: Setting, folder: Folder, work: Tasks) -> NearDuplicates:
     records = PartRecords(folder, source_digest(source, SAMPLE.version))
-    projected = _read_projected(records) or _project(source, setting, records, work)
+    record = records.read("projected")
+    projected = (
+        _project(source, setting, records, work)
+        if record is None
+        else from_bytes(ProjectedRows, folder.read_bytes(record.files[0].name))
+    )
     finished = records.read_all()
     parts = {f"pairs-{number:05d}": ends for number, ends in enumerate(projected.parts)}
     missing = [(name, *ends) for name, ends in parts.items() if name not in finished]
     work.map("near-duplicates", _find_pairs, missing, source, projected, records)
-    found = [DuplicatePairs.from_bytes(folder.read_bytes(f"{name}.npz")) for name in parts]
+    found = [from_bytes(DuplicatePairs, folder.read_bytes(f"{name}.npz")) for name in parts]
     return group(projected, found)
 
 
@@ -167,14 +174,9 @@ def _project(source: Artifact, setting: Setting, records: PartRecords, work: Tas
     projected_NM, digests_N = (np.concatenate(column) for column in zip(*made, strict=True))
     projected = sort_rows(plan, projected_NM, digests_N)
     # Written down, since another machine might round the coordinates otherwise and cut other parts.
-    file = ArtifactWriter(records.folder).write_bytes("projected.npz", projected.to_bytes())
+    file = ArtifactWriter(records.folder).write_bytes("projected.npz", to_bytes(projected))
     records.write("projected", [file], {})
     return projected
-
-
-def _read_projected(records: PartRecords) -> ProjectedRows | None:
-    record = records.read("projected")
-    return None if record is None else ProjectedRows.from_bytes(records.folder.read_bytes(record.files[0].name))
 
 
 def _plan_search(setting: Setting, source: Artifact) -> SearchPlan:
@@ -188,4 +190,4 @@ def _project_rows(ends: tuple[int, int], source: Artifact, plan: SearchPlan) -> 
 def _find_pairs(part: tuple[str, int, int], source: Artifact, projected: ProjectedRows, records: PartRecords) -> None:
     name, start, stop = part
     pairs = find_pairs(load_features(source).matrix, projected, start, stop)
-    records.write(name, [ArtifactWriter(records.folder).write_bytes(f"{name}.npz", pairs.to_bytes())], {})
+    records.write(name, [ArtifactWriter(records.folder).write_bytes(f"{name}.npz", to_bytes(pairs))], {})

@@ -19,7 +19,7 @@ import hashlib
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -34,6 +34,8 @@ from icce_ray.sample.unit_features import (
     in_units,
     prepare,
 )
+
+T = TypeVar("T")
 
 NUM_NEAREST = 20
 NUM_QUERIES = 256
@@ -84,14 +86,6 @@ class ProjectedRows:
     projected_nM: Floats
     first_N: Ids
 
-    def to_bytes(self) -> bytes:
-        return _to_bytes(self)
-
-    @staticmethod
-    def from_bytes(data: bytes) -> ProjectedRows:
-        arrays = _from_bytes(data)
-        return ProjectedRows(**arrays | {"threshold": float(arrays["threshold"])})
-
     @property
     def parts(self) -> list[tuple[int, int]]:
         """Ranges of rows to search with; they depend on n only."""
@@ -123,13 +117,6 @@ class DuplicatePairs:
         first_P = np.flatnonzero(is_first_P)[np.cumsum(is_first_P) - 1]
         order_P = order_P[np.arange(len(order_P)) - first_P < MAX_DUPLICATES_PER_IMAGE]
         return DuplicatePairs(higher_P[order_P], lower_P[order_P], units_P[order_P])
-
-    def to_bytes(self) -> bytes:
-        return _to_bytes(self)
-
-    @staticmethod
-    def from_bytes(data: bytes) -> DuplicatePairs:
-        return DuplicatePairs(**_from_bytes(data))
 
 
 @dataclass(frozen=True)
@@ -300,12 +287,13 @@ def _spread(num_images: int, num_wanted: int) -> Ids:
     return np.unique(np.linspace(0, num_images - 1, min(num_images, num_wanted)).astype(np.int64))
 
 
-def _to_bytes(arrays: DuplicatePairs | ProjectedRows) -> bytes:
+def to_bytes(arrays: DuplicatePairs | ProjectedRows) -> bytes:
     sink = io.BytesIO()
     np.savez(sink, **vars(arrays))
     return sink.getvalue()
 
 
-def _from_bytes(data: bytes) -> dict[str, Any]:
+def from_bytes(kind: type[T], data: bytes) -> T:
+    """What was written as bytes; a number comes back as one."""
     with np.load(io.BytesIO(data), allow_pickle=False) as stored:
-        return dict(stored)
+        return kind(**{name: array if array.ndim else array.item() for name, array in stored.items()})

@@ -8,13 +8,5 @@ from icce_ray.store.part_records import PartRecord, PartRecords
 from icce_ray.store.parts_table import Part
 
 __all__ = [
-    "Artifact",
-    "ArtifactWriter",
-    "Claim",
-    "Folder",
-    "Manifest",
-    "Part",
-    "PartRecord",
-    "PartRecords",
-    "fingerprint",
-]
+    "Artifact", "ArtifactWriter", "Claim", "Folder", "Manifest", "Part", "PartRecord", "PartRecords", "fingerprint",
+]  # fmt: skip

@@ -23,7 +23,7 @@ from icce_ray.errors import InputError
 from icce_ray.methods.clusterings import Clusterings
 from icce_ray.metrics.label_free_scores import PCA_DIMS, project_pca, project_umap
 from icce_ray.runtime.machine import available_memory_bytes, require_memory
-from icce_ray.runtime.progress import Progress
+from icce_ray.runtime.progress import QUIET, Progress
 from icce_ray.sample.unit_features import prepare
 
 DAMPING, MAX_ITERATIONS = 0.9, 1_000
@@ -93,7 +93,7 @@ def fit(
     method: str,
     num_clusters: int | None,
     seed: int,
-    progress: Progress | None = None,
+    progress: Progress = QUIET,
 ) -> Clusterings:
     """Cluster the images with a clusterer of scikit-learn's.
 
@@ -117,8 +117,7 @@ def fit(
     with threadpool_limits(1), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         points_Nd = represent(features_ND, settings, seed)
-        if progress is not None:
-            progress.update(1, 2, method)
+        progress.update(1, 2, method)
         try:
             labels_N = np.arange(len(points_Nd))  # `spectral` cannot have as many clusters as images
             if num_clusters != len(points_Nd):
@@ -134,8 +133,7 @@ def fit(
             f"method {method} found {num_found} clusters among {len(labels_N):,} images ({num_noise:,} are noise); at "
             f"least 2 are needed: {remedy}"
         )
-    if progress is not None:
-        progress.update(2, 2, method)
+    progress.update(2, 2, method)
     notes = {
         "num_clusters": num_found,
         "num_noise": num_noise,

@@ -19,7 +19,7 @@ from icce_ray.methods.heads.checkpoint import CheckpointFolder, MetricsLog
 from icce_ray.methods.heads.communicator import Communicator, SingleWorker
 from icce_ray.methods.heads.trainer import HeadTrainer
 from icce_ray.neighbors.graph import NeighborGraph, load_graph
-from icce_ray.runtime.progress import Progress
+from icce_ray.runtime.progress import QUIET, Progress
 from icce_ray.sample.training_set import training_set
 from icce_ray.stage import StageContext
 from icce_ray.store import Folder
@@ -37,7 +37,7 @@ def fit(
     seed: int,
     device: torch.device | str = "cpu",
     num_threads: int | None = None,
-    progress: Progress | None = None,
+    progress: Progress = QUIET,
     folder: Folder | None = None,
     communicator: Communicator | None = None,
 ) -> Clusterings:
@@ -77,8 +77,7 @@ def fit(
     last_saved = time.monotonic()
     while not _is_finished(trainer):
         trainer.train_epoch()
-        if progress is not None:
-            progress.update(trainer.epoch, settings.num_epochs, f"loss {trainer.history[-1]['loss']:.4f}")
+        progress.update(trainer.epoch, settings.num_epochs, f"loss {trainer.history[-1]['loss']:.4f}")
         if metrics_log is not None:
             metrics_log.update(trainer.history, finished=_is_finished(trainer))
         if checkpoints is not None and not _is_finished(trainer):

@@ -20,10 +20,9 @@ import numpy.typing as npt
 from icce_ray.config import KMeansConfig
 from icce_ray.methods.clusterings import Clusterings
 from icce_ray.methods.kmeans.assignment import Labels, Sums
-from icce_ray.methods.kmeans.kmeans_memory import sample_size
-from icce_ray.methods.kmeans.kmeans_shard import Far, KMeansShard, unit_length
+from icce_ray.methods.kmeans.kmeans_shard import Far, KMeansShard, sample_size, unit_length
 from icce_ray.methods.kmeans.projection import Doubles, Floats, Projection, make_projection
-from icce_ray.runtime.progress import Progress
+from icce_ray.runtime.progress import QUIET, Progress
 from icce_ray.store import ArtifactWriter
 from icce_ray.store.part_records import PartRecords
 
@@ -119,7 +118,7 @@ def fit_kmeans(
     dim: int,
     num_clusters: int,
     seed: int,
-    progress: Progress | None = None,
+    progress: Progress = QUIET,
     records: PartRecords | None = None,
 ) -> FittedKMeans:
     """Cluster the images of the shards from `num_starts` starts. The number of shards doesn't change the result. Raises
@@ -129,9 +128,9 @@ def fit_kmeans(
         records: where to keep finished starts and, every `CHECKPOINT_INTERVAL_S`, those under way; resumed from.
     """
     limit = settings.num_iterations if settings.algorithm == "lloyd" else settings.num_epochs
-    if progress is not None and (records is None or not records.read_all()):
+    if records is None or not records.read_all():
         progress.update(0, settings.num_starts * limit, "prepares the rows")
-    projection = _read_projection(records) or _project(shards, settings, num_images, dim, records)
+    projection = _projection(shards, settings, num_images, dim, records)
     squares = math.fsum(each for of_shard in shards.all("prepare", projection) for each in of_shard)
     run = KMeansRun(shards, settings, projection, squares, num_images, num_clusters, seed, progress, records)
     fit = run.lloyd if settings.algorithm == "lloyd" else run.mini_batches
@@ -150,12 +149,11 @@ class KMeansRun:
     num_images: int
     num_clusters: int
     seed: int
-    progress: Progress | None
+    progress: Progress
     records: PartRecords | None
     last_saved: float = field(default_factory=time.monotonic)
 
     def lloyd(self) -> list[Start]:
-        """Full iterations, one start after the other."""
         return [self.lloyd_from(number) for number in range(self.settings.num_starts)]
 
     def mini_batches(self) -> list[Start]:
@@ -174,13 +172,11 @@ class KMeansRun:
             moved = self.shards.each("mini_batch_epoch", arguments)
             for number, (centroids_Kd, counts_K) in zip(due, moved, strict=True):
                 states[number] = Start(centroids_Kd, counts_K, epoch + 1)
-            self._report(len(states) * (epoch + 1), len(states) * self.settings.num_epochs)
+            self.progress.update(len(states) * (epoch + 1), len(states) * self.settings.num_epochs)
             if self._is_due():
                 for number in due:
                     self._write(number, states[number])
-        return [
-            state if state.labels_N is not None else self._finish(number, state) for number, state in enumerate(states)
-        ]
+        return [self._finish(number, state) for number, state in enumerate(states)]
 
     def lloyd_from(self, number: int) -> Start:
         """One start: full iterations from its last checkpoint to the end."""
@@ -188,13 +184,13 @@ class KMeansRun:
         limit = self.settings.num_iterations
         while state.step < limit and not state.is_converged:
             state = self.iterate(state)
-            self._report(
+            self.progress.update(
                 number * limit + state.step, self.settings.num_starts * limit,
                 f"start {number + 1}, inertia {state.inertias[-1] / self.num_images:.5g} per image",
             )  # fmt: skip
             if self._is_due():
                 self._write(number, state)
-        return state if state.labels_N is not None else self._finish(number, state)
+        return self._finish(number, state)
 
     def iterate(self, state: Start) -> Start:
         """One iteration of Lloyd's algorithm."""
@@ -230,6 +226,8 @@ class KMeansRun:
         return Start(centroids_Kd.astype(np.float64), np.zeros(self.num_clusters, np.int64))
 
     def _finish(self, number: int, state: Start) -> Start:
+        if state.labels_N is not None:
+            return state
         centroids_Kd = state.centroids_Kd.astype(np.float32)
         labels, sums = zip(*self.shards.all("label", self.projection, centroids_Kd), strict=True)
         inertia = inertia_of(self.squares, Sums.join(sums), centroids_Kd)
@@ -237,15 +235,11 @@ class KMeansRun:
         self._write(number, finished)
         return finished
 
-    def _report(self, done: int, total: int, note: str = "") -> None:
-        if self.progress is not None:
-            self.progress.update(done, total, note)
-
     def _is_due(self) -> bool:
-        is_due = time.monotonic() - self.last_saved >= CHECKPOINT_INTERVAL_S
-        if is_due:
-            self.last_saved = time.monotonic()
-        return is_due
+        if time.monotonic() - self.last_saved < CHECKPOINT_INTERVAL_S:
+            return False
+        self.last_saved = time.monotonic()
+        return True
 
     def _write(self, number: int, state: Start) -> None:
         if self.records is None:
@@ -255,23 +249,16 @@ class KMeansRun:
         if state.labels_N is not None:
             arrays["labels"] = state.labels_N
         files = [writer.write_array(f"{name}-{state.step:05d}-{what}.npy", array) for what, array in arrays.items()]
-        self.records.write(
-            name, files,
-            {
-                "step": state.step,
-                "inertias": state.inertias,
-                "converged": state.is_converged,
-                "inertia": 0.0 if state.labels_N is None else state.inertia,
-            },
-        )  # fmt: skip
+        inertia = 0.0 if state.labels_N is None else state.inertia
+        values = {"step": state.step, "inertias": state.inertias, "converged": state.is_converged, "inertia": inertia}
+        self.records.write(name, files, values)
         kept = {file.name for file in files}
         for file_name in self.records.folder.names():
             if file_name.startswith(f"{name}-") and file_name not in kept:
                 self.records.folder.remove(file_name)
 
     def _read(self, number: int) -> Start | None:
-        record = None if self.records is None else self.records.read(f"start-{number:04d}")
-        if record is None or self.records is None:
+        if self.records is None or (record := self.records.read(f"start-{number:04d}")) is None:
             return None
         folder, metrics = self.records.folder, record.metrics
         arrays = [np.load(io.BytesIO(folder.read_bytes(file.name)), allow_pickle=False) for file in record.files]
@@ -289,9 +276,11 @@ def inertia_of(squares: float, sums: Sums, centroids_Kd: Floats) -> float:
     return max(0.0, math.fsum([squares, *(-2 * crossed_K), *squares_K]))
 
 
-def _project(
+def _projection(
     shards: Shards, settings: KMeansConfig, num_images: int, dim: int, records: PartRecords | None
 ) -> Projection:
+    if records is not None and (record := records.read(PROJECTION)) is not None:
+        return Projection.from_bytes(records.folder.read_bytes(record.files[0].name))
     found = shards.all("measure", settings.num_components is not None)
     moments = dict(each for of_shard in found for each in of_shard)
     (shift_D,) = shards.each("shift", [()])
@@ -304,13 +293,6 @@ def _project(
         file = ArtifactWriter(records.folder).write_bytes(f"{PROJECTION}.npz", projection.to_bytes())
         records.write(PROJECTION, [file], {})
     return projection
-
-
-def _read_projection(records: PartRecords | None) -> Projection | None:
-    record = None if records is None else records.read(PROJECTION)
-    if record is None or records is None:
-        return None
-    return Projection.from_bytes(records.folder.read_bytes(record.files[0].name))
 
 
 def _seed(seed: int, start: int, step: int) -> int:

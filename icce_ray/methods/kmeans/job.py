@@ -11,13 +11,12 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from icce_ray.config import Config, ResourcesConfig
+from icce_ray.config import Config, KMeansConfig, ResourcesConfig
 from icce_ray.embed.feature_matrix import load_features
 from icce_ray.methods import METHODS
 from icce_ray.methods.kmeans.fit_kmeans import Shards, ShardsHere, fit_kmeans
-from icce_ray.methods.kmeans.kmeans_memory import driver_bytes, worker_bytes
-from icce_ray.methods.kmeans.kmeans_shard import KMeansShard
-from icce_ray.methods.kmeans.projection import Features
+from icce_ray.methods.kmeans.kmeans_shard import BLOCK_ELEMENTS, KMeansShard, sample_size
+from icce_ray.methods.kmeans.projection import ELEMENTS_AT_A_TIME, MAX_PRODUCTS, Features
 from icce_ray.runtime.cluster_resources import memory_of_machines, wait_for_machines, worker_threads
 from icce_ray.runtime.machine import available_memory_bytes, require_memory
 from icce_ray.runtime.ray_cluster import connect, runs_here, threads_here
@@ -119,3 +118,21 @@ def _check_memory(
             "memory",
             f" on a machine with {count} of {num_workers} workers",
         )
+
+
+def worker_bytes(settings: KMeansConfig, num_images: int, dim: int, num_clusters: int, num_threads: int) -> int:
+    """``8 K d`` sums for each thread, 24 bytes for each number of a block, ``12 K d`` centroids, ``16 d`` for each row
+    of the sample, ``8 D D`` covariance sums of each part; with mini-batches ``8 N`` for the order of the images."""
+    d = settings.num_components or dim
+    cells = num_clusters * d
+    products = 0 if settings.num_components is None else 8 * min(MAX_PRODUCTS, 256 * dim**2)
+    order = 8 * num_images if settings.algorithm == "mini_batch" else 0
+    blocks = num_threads * (8 * cells + 24 * max(BLOCK_ELEMENTS, ELEMENTS_AT_A_TIME))
+    return blocks + 12 * cells + 16 * d * min(num_images, sample_size(num_clusters)) + products + order
+
+
+def driver_bytes(settings: KMeansConfig, num_images: int, dim: int, num_clusters: int, num_workers: int) -> int:
+    """``12 H N`` labels, as a matrix and as a file, ``8 K d`` sums of each worker, and ``4 H K d`` centroids."""
+    cells = num_clusters * (settings.num_components or dim)
+    labels = 12 * settings.num_starts * num_images
+    return labels + 8 * (num_workers + 2) * cells + 4 * settings.num_starts * cells

@@ -42,6 +42,9 @@ MIN_BLOCK_ROWS = 256
 BLOCKS_WANTED = 64
 """A small collection has smaller blocks, so that several workers have something to do."""
 
+SAMPLE_ROWS, SAMPLE_ROWS_PER_CLUSTER = 20_000, 10
+"""Images that k-means++ chooses the starts from."""
+
 Ids = npt.NDArray[np.int64]
 R = TypeVar("R")
 
@@ -238,6 +241,11 @@ class KMeansShard:
     def _in_threads(self, function: Callable[[Any], R], items: Any) -> list[R]:
         with self.blas.limit(limits=1):
             return in_threads(function, items, self.num_threads)
+
+
+def sample_size(num_clusters: int) -> int:
+    """Number of images that k-means++ chooses K starts from."""
+    return max(SAMPLE_ROWS, SAMPLE_ROWS_PER_CLUSTER * num_clusters)
 
 
 def unit_length(vectors_Kd: Doubles) -> Doubles:

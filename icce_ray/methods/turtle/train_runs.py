@@ -22,7 +22,7 @@ from icce_ray.methods.turtle.linear_layers import Layers
 from icce_ray.methods.turtle.run_block import RunBlock, run_blocks
 from icce_ray.metrics.label_free_scores import generalization_score, project_pca
 from icce_ray.runtime.machine import available_memory_bytes, matmul_dtype, require_memory
-from icce_ray.runtime.progress import Progress
+from icce_ray.runtime.progress import QUIET, Progress
 from icce_ray.runtime.threads import ThreadPool
 from icce_ray.sample.training_set import sample_ids
 from icce_ray.store.part_records import PartRecords
@@ -91,7 +91,7 @@ def train_runs(
     seed: int,
     device: torch.device | str = "cpu",
     num_threads: int | None = None,
-    progress: Progress | None = None,
+    progress: Progress = QUIET,
     records: PartRecords | None = None,
 ) -> list[FinishedRuns]:
     """Train some of the blocks of runs, one after the other. Raises FloatingPointError: a loss is not finite;
@@ -211,7 +211,7 @@ def _run_score(
 
 
 def _train(
-    block: RunBlock, runs: range, number: int, num_blocks: int, progress: Progress | None, records: PartRecords | None
+    block: RunBlock, runs: range, number: int, num_blocks: int, progress: Progress, records: PartRecords | None
 ) -> list[dict[str, Any]]:
     """All steps of a block, from its checkpoint on. Returns its history."""
     num_steps = block.settings.num_steps
@@ -233,9 +233,8 @@ def _train(
                 "or set turtle.scale_features=true and turtle.precision=float32"
             )
         history.append({"step": block.step, "prediction_errors": errors, "entropies": entropies})
-        if progress is not None:
-            done = number * num_steps + block.step
-            progress.update(done, num_blocks * num_steps, f"prediction error {np.mean(errors):.3f}")
+        done = number * num_steps + block.step
+        progress.update(done, num_blocks * num_steps, f"prediction error {np.mean(errors):.3f}")
         if records is not None and time.monotonic() - last_saved >= block.settings.checkpoint_interval_s:
             values = {"step": block.step, "history": history}
             save_state(records, _name(runs), block.tensors(), values, f"-{block.step:06d}")

@@ -8,15 +8,18 @@ from icce_ray.config import SampleConfig
 from icce_ray.sample import near_duplicates
 from icce_ray.sample.near_duplicates import (
     DuplicatePairs,
+    ProjectedRows,
     auto_threshold,
     find_near_duplicates,
     find_pairs,
+    from_bytes,
     group,
     group_table,
     pair_table,
     plan_search,
     project_rows,
     sort_rows,
+    to_bytes,
 )
 from icce_ray.sample.unit_features import RESOLUTION, prepare
 
@@ -98,9 +101,9 @@ def test_any_parts_in_any_order_give_the_same_duplicates() -> None:
     pieces = [project_rows(features, plan, start, stop) for start, stop in ((0, 70), (70, 71), (71, 300))]
     projected = sort_rows(plan, *(np.concatenate(column) for column in zip(*pieces, strict=True)))
     assert len(projected.parts) > 3
-    again = type(projected).from_bytes(projected.to_bytes())
+    again = from_bytes(ProjectedRows, to_bytes(projected))
     found = [find_pairs(features, again, start, stop) for start, stop in reversed(projected.parts)]
-    divided = group(again, [DuplicatePairs.from_bytes(pairs.to_bytes()) for pairs in found])
+    divided = group(again, [from_bytes(DuplicatePairs, to_bytes(pairs)) for pairs in found])
     assert np.array_equal(divided.leader_N, whole.leader_N)
     assert divided.threshold == whole.threshold
     for name in ("higher_P", "lower_P", "units_P"):
