@@ -124,11 +124,7 @@ def _digest(source: Source, context: StageContext, config: Config) -> str:
 
 
 def _label_all(
-    resources: ResourcesConfig,
-    context: StageContext,
-    labeler: PartLabeler,
-    records: PartRecords,
-    max_error_rate: float,
+    resources: ResourcesConfig, context: StageContext, labeler: PartLabeler, records: PartRecords, max_error_rate: float
 ) -> tuple[list[Part], Totals]:
     """Label the parts that are not finished. Returns the files and the totals of all. Raises InputError: more rows of
     ready-made embeddings cannot be used than `max_error_rate` allows."""

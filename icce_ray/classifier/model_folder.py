@@ -26,15 +26,12 @@ LIBRARIES = ("icce_ray", "numpy", "torch", "timm", "scipy")
 def write_model(
     output: ArtifactWriter, classifier: LinearClassifier, config: Config, embed: Artifact, consensus: Artifact
 ) -> dict[str, Any]:
-    """Write the folder.
+    """Write the folder. Returns learning_rate (chosen), num_diverged (learning rates), num_holdout, holdout_agreement,
+    temperature, probability_floor, ece, outlier_threshold.
 
     Args:
         embed: the embeddings that the classifier was trained on.
         consensus: its targets.
-
-    Returns:
-        learning_rate (chosen), num_diverged (learning rates), num_holdout, holdout_agreement, temperature,
-        probability_floor, ece, outlier_threshold.
     """
     metrics = {
         "learning_rate": classifier.learning_rate,

@@ -63,7 +63,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "teacher_momentum": 0.996,
         },
         "consensus": {"methods": ("mcla", "cspa"), "refine": False, "recombine": False},
-    },
+    }
 }
 
 

@@ -43,17 +43,15 @@ def rank_votes(
     seed: int | None,
     cluster_weights: npt.NDArray[np.float64] | None = None,
 ) -> tuple[Labels, npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """The `num_ranks` clusters with the most votes for each image.
+    """The `num_ranks` clusters with the most votes for each image. Returns clusters (n, R) int32, -1 where fewer got
+    votes; their scores (n, R), votes times weight, 0 there; and the entropy (n,) of the image's votes (unweighted), in
+    nats.
 
     Args:
         votes_nH: (n, H) cluster that each head votes for, -1 where it does not vote.
         num_ranks: number of clusters returned for each image.
         seed: seed of the tie-break; None: the lowest cluster wins.
         cluster_weights: (K,) weight of a vote for each cluster; None: 1.
-
-    Returns:
-        clusters (n, R) int32, -1 where fewer got votes; their scores (n, R), votes times weight, 0 there; and the
-        entropy (n,) of the image's votes (unweighted), in nats.
     """
     num_rows, num_heads = votes_nH.shape
     votes = np.sort(votes_nH.astype(np.int32, copy=False), axis=1)

@@ -238,11 +238,7 @@ def _checked(embedding: npt.NDArray[np.float16]) -> Outcome:
 
 
 def assemble_part(
-    decoded: DecodedPart,
-    outcomes: Mapping[str, Outcome],
-    dims: tuple[int, ...],
-    *,
-    model: str = "",
+    decoded: DecodedPart, outcomes: Mapping[str, Outcome], dims: tuple[int, ...], *, model: str = ""
 ) -> tuple[pa.Table, list[Error]]:
     """Put the embeddings of a part's contents together: its table, and the images that failed.
 

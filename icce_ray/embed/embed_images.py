@@ -32,16 +32,10 @@ from icce_ray.store import Artifact
 
 
 def run(config: Config, context: StageContext) -> dict[str, Any]:
-    """Embed all images of the ``images`` artifact.
-
-    Returns:
-        Metrics: those of :meth:`Tally.finish`; images_per_part; with several backbones feature_sets and dims of all.
-
-    Raises:
-        InputError: more failed images than `embed.max_error_rate` allows.
-        ConfigError, ResourceError: the backbone cannot be built, as in :func:`build_backbone`.
-        WorkerError: workers died, or storage failed, more often than retries could repair.
-    """
+    """Embed all images of the ``images`` artifact. Returns metrics: those of :meth:`Tally.finish`; images_per_part;
+    with several backbones feature_sets and dims of all. Raises InputError: more failed images than
+    `embed.max_error_rate` allows; ConfigError, ResourceError: the backbone cannot be built, as in
+    :func:`build_backbone`; WorkerError: workers died, or storage failed, more often than retries could repair."""
     if config.embeddings.uri is not None:
         draw = Draw.of(num_listed(context.inputs["images"]), config.sample.max_images, config.seed)
         return rewrite_embeddings(config.embeddings, context, draw, config.embed.max_error_rate)

@@ -179,11 +179,8 @@ class Draw:
 
 
 def read_rows(artifact: Artifact, name: str, rows: npt.NDArray[np.int64]) -> pa.Table:
-    """Some rows of a part, given by number, ascending.
-
-    Raises:
-        DamagedArtifactError: the part is needed, and is missing or damaged.
-    """
+    """Some rows of a part, given by number, ascending. Raises DamagedArtifactError: the part is needed, and is missing
+    or damaged."""
     part = artifact.part(name)
     try:
         data = artifact.folder_of(part).read_bytes(sampled_name(name))

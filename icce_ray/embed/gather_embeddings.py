@@ -59,11 +59,7 @@ class VectorReader:
 
 
 def gather(
-    part: str,
-    hashes: list[str],
-    index: Index,
-    reader: VectorReader,
-    embed: Callable[[list[str]], dict[str, Outcome]],
+    part: str, hashes: list[str], index: Index, reader: VectorReader, embed: Callable[[list[str]], dict[str, Outcome]]
 ) -> tuple[dict[str, Outcome], list[str]]:
     """Get an outcome for each content of a part: read it, take it from another part, or embed it here. Returns the
     outcomes by hash, and the hashes that were embedded here.

@@ -30,12 +30,7 @@ from icce_ray.embed.work_items import OpenPart, OpenParts, join_items, joined
 from icce_ray.images.decoding_process import decode_or_die
 from icce_ray.images.listing import Listing
 from icce_ray.images.uris import is_remote
-from icce_ray.runtime.cluster_resources import (
-    available_cpus,
-    cpus_beside,
-    largest_machine_cpus,
-    worker_cpus,
-)
+from icce_ray.runtime.cluster_resources import available_cpus, cpus_beside, largest_machine_cpus, worker_cpus
 from icce_ray.runtime.progress import Progress
 from icce_ray.runtime.threads import repeating
 from icce_ray.store import Artifact, Folder
@@ -271,11 +266,7 @@ def embed_on_ray(
 
     try:
         _wait_for_index(shards, progress)
-        with (
-            ray.data.DataContext.current(data_context),
-            warnings.catch_warnings(),
-            _batches_shown(shards[0], on_batch),
-        ):
+        with ray.data.DataContext.current(data_context), warnings.catch_warnings(), _batches_shown(shards[0], on_batch):
             warnings.simplefilter("ignore")  # Ray Data warns of max_retries, which it has no parameter for yet
             yield from joined(finished_items(), pending, join)
     except (errors.UserError, errors.WorkerError, errors.DamagedArtifactError):

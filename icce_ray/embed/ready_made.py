@@ -8,14 +8,7 @@ from typing import Any
 import numpy as np
 
 from icce_ray.config import EmbeddingsConfig
-from icce_ray.embed.embedding_parts import (
-    PartRange,
-    part_table,
-    plan_parts,
-    rows_per_part,
-    source_digest,
-    write_part,
-)
+from icce_ray.embed.embedding_parts import PartRange, part_table, plan_parts, rows_per_part, source_digest, write_part
 from icce_ray.embed.feature_matrix import Draw
 from icce_ray.embed.finished_parts import Tally
 from icce_ray.errors import InputError

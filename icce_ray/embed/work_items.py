@@ -118,9 +118,7 @@ class OpenParts(Iterable[PartRange]):
 
 
 def joined(
-    finished: Iterable[PartRecord],
-    open_parts: OpenParts,
-    join: Callable[[OpenPart, list[PartRecord]], PartRecord],
+    finished: Iterable[PartRecord], open_parts: OpenParts, join: Callable[[OpenPart, list[PartRecord]], PartRecord]
 ) -> Iterator[PartRecord]:
     """The records of finished items, in any order, and after each part's last item that of the joined part.
 
@@ -146,16 +144,10 @@ def joined(
 def join_items(
     records: PartRecords, draw: Draw | None, index: Index, whole: OpenPart, items: Sequence[PartRecord]
 ) -> PartRecord:
-    """Write a part from its finished items, record it, and remove the items' files. These stay
-    until the part is recorded, so a worker that is killed in between loses nothing.
-
-    Returns:
-        The part's record, with `joined` in its metrics: its images have been counted with the items. A part that is
-        amended and has no more images than before keeps its earlier file.
-
-    Raises:
-        DamagedArtifactError: a file is missing or damaged.
-    """
+    """Write a part from its finished items, record it, and remove the items' files. These stay until the part is
+    recorded, so a worker that is killed in between loses nothing. Returns the part's record, with `joined` in its
+    metrics: its images have been counted with the items. A part that is amended and has no more images than before
+    keeps its earlier file. Raises DamagedArtifactError: a file is missing or damaged."""
     # A worker that died may have recorded the part already, and removed some of the items.
     record = records.read(whole.part.name) or _write_joined(records, draw, whole, items)
     (file,) = record.files

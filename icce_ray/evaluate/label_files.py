@@ -26,12 +26,8 @@ Batch = tuple[list[str], list[str] | None]
 
 
 def read_labels(evaluate: EvaluateConfig) -> Iterator[Batch]:
-    """All rows of the file, in order.
-
-    Raises:
-        InputError: no such file, another format, no such column or two of that name, a type that cannot be a label, a
-            row without a label, a name that is not text, no rows.
-    """
+    """All rows of the file, in order. Raises InputError: no such file, another format, no such column or two of that
+    name, a type that cannot be a label, a row without a label, a name that is not text, no rows."""
     uri = str(evaluate.labels)
     ending = PurePosixPath(uri).suffix.lower()
     if ending not in ENDINGS:

@@ -98,13 +98,11 @@ def named_images(evaluate: EvaluateConfig, listing: Listing, max_names: int) -> 
 
 def check_labels(evaluate: EvaluateConfig, uris: Sequence[str] | None = None) -> None:
     """Refuse labels that cannot be used, before any work starts. Returns nothing, so no label leaves this module.
+    Raises InputError: as :func:`read_labels`; a number of labels that is not the number of images, a name that fits
+    several images or none of them any, images with a label of their own each.
 
     Args:
         uris: of the listed images; None if they are not listed yet, or too many: then only the label file is checked.
-
-    Raises:
-        InputError: as :func:`read_labels`; a number of labels that is not the number of images, a name that fits
-            several images or none of them any, images with a label of their own each.
     """
     if uris is not None:
         labels = load_labels(evaluate, uris, np.arange(len(uris)), len(uris))
@@ -165,10 +163,7 @@ def _in_order(evaluate: EvaluateConfig, image_ids: npt.NDArray[np.int64], num_li
 
 
 def _match(
-    evaluate: EvaluateConfig,
-    rows: Iterable[tuple[str, str]],
-    uris: Sequence[str],
-    image_ids: npt.NDArray[np.int64],
+    evaluate: EvaluateConfig, rows: Iterable[tuple[str, str]], uris: Sequence[str], image_ids: npt.NDArray[np.int64]
 ) -> TrueLabels:
     """The labels of those images that `rows`, labels and names, have one for. A name is a whole URI or the end of one.
     Raises InputError: none has a label; a name fits several images; an image is named twice."""

@@ -11,10 +11,7 @@ from icce_ray.export.streams import written_whole
 
 def write(source: SelectedImages, task: ExportTask) -> Written:
     num_images, num_wanted = 0, source.count()
-    with (
-        written_whole(task.output, "assignments.csv") as file,
-        pacsv.CSVWriter(file, source.schema) as writer,
-    ):
+    with written_whole(task.output, "assignments.csv") as file, pacsv.CSVWriter(file, source.schema) as writer:
         for table in source.tables():
             writer.write_table(table)
             num_images += len(table)

@@ -211,12 +211,8 @@ class ParquetCells:
 
     def read(self, cell: Cell) -> bytes | str | None:
         """The cell's bytes; a string if it has the path of a file instead (``{bytes: null, path: ...}``); None if null.
-
-        Raises:
-            IndexError: the file has fewer rows.
-            OSError, pa.ArrowInvalid: it cannot be read.
-            ValueError: its row group would unpack to an absurd size.
-        """
+        Raises IndexError: the file has fewer rows; OSError, pa.ArrowInvalid: it cannot be read; ValueError: its row
+        group would unpack to an absurd size."""
         starts = self._starts.get(cell.file)
         if starts is None:
             with open_file(cell.file) as opened:

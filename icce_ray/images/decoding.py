@@ -129,15 +129,14 @@ def decode_image(
         pixels = decode_image(data, Preprocessing(size=224, scale_size=256))
         if isinstance(pixels, str): ...   # the reason
 
+    Returns (H, W, C) uint8, or (P,) for several views; or the reason: ``zero bytes``, ``truncated``, ``not an image``,
+    ``decompression bomb`` (more than twice Pillow's own limit of 89 million pixels), ``over the limit of N pixels``,
+    ``unreadable: ...``. It never raises.
+
     Args:
         data: the file's bytes.
         preprocessing: the wanted size and colours.
         max_pixels: images with more pixels (width x height) are not decoded.
-
-    Returns:
-        (H, W, C) uint8, or (P,) for several views; or the reason: ``zero bytes``, ``truncated``, ``not an image``,
-        ``decompression bomb`` (more than twice Pillow's own limit of 89 million pixels), ``over the limit of N
-        pixels``, ``unreadable: ...``. It never raises.
     """
     if not data:
         return "zero bytes"

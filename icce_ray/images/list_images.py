@@ -58,16 +58,10 @@ PART_ROWS = 65_536
 
 
 def run(config: Config, context: StageContext) -> dict[str, Any]:
-    """Write the parts ``images-*.parquet``.
-
-    Returns:
-        Metrics: num_images, num_removed, skipped (what lies there and is not taken, by ending or kind), size_bytes
-        (None if unknown), list_s; digest and files_digest, which identify the snapshot; generation, 1 more than that
-        of the listing before.
-
-    Raises:
-        InputError: nothing there, no images, or a list or container that cannot be read.
-    """
+    """Write the parts ``images-*.parquet``. Returns metrics: num_images, num_removed, skipped (what lies there and is
+    not taken, by ending or kind), size_bytes (None if unknown), list_s; digest and files_digest, which identify the
+    snapshot; generation, 1 more than that of the listing before. Raises InputError: nothing there, no images, or a list
+    or container that cannot be read."""
     images, embeddings, output = config.images, config.embeddings, config.output
     if embeddings.uri is not None:
         digest = _embeddings_digest(embeddings, images)

@@ -11,23 +11,9 @@ from icce_ray.images.uris import is_remote
 from icce_ray.store.run_records import LATEST_FOLDER, RUNS_FOLDER
 
 RESULT_FOLDERS = (
-    "images",
-    "embed",
-    "sample",
-    "cluster_count",
-    "neighbors",
-    "method",
-    "consensus",
-    "corrections",
-    "classifier",
-    "assign",
-    "evaluate",
-    "report",
-    "silhouette_spaces",
-    "trial_scores",
-    "sweep",
-    "comparison",
-)
+    "images", "embed", "sample", "cluster_count", "neighbors", "method", "consensus", "corrections", "classifier",
+    "assign", "evaluate", "report", "silhouette_spaces", "trial_scores", "sweep", "comparison",
+)  # fmt: skip
 """Folders of an output whose subfolders hold artifacts."""
 RUN_FOLDERS = (RUNS_FOLDER, LATEST_FOLDER)
 RESULT = re.compile(rf"/(?:{'|'.join(RUN_FOLDERS)}|(?:{'|'.join(RESULT_FOLDERS)})/[0-9a-f]{{16}})/")

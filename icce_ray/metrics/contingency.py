@@ -25,15 +25,13 @@ MIN_DENSE_CELLS = 1 << 20
 
 
 def count_table(a_N: npt.NDArray[Any], b_N: npt.NDArray[Any], num_a: int, num_b: int) -> Table:
-    """Contingency table of two labellings: cell (p, q) counts the images with label p in `a_N` and q in `b_N`.
+    """Contingency table of two labellings: cell (p, q) counts the images with label p in `a_N` and q in `b_N`. Returns
+    (num_a, num_b) int64: an array, or a sparse array without stored zeros where an array would be far larger than the
+    labels.
 
     Args:
         a_N, b_N: (N,) integers 0..num-1, or -1 where missing.
         num_a, num_b: number of rows and of columns of the table.
-
-    Returns:
-        (num_a, num_b) int64: an array, or a sparse array without stored zeros where an array would be far larger than
-        the labels.
     """
     cells_n = cell_numbers(a_N, b_N, num_b)
     if num_a * num_b <= max(MIN_DENSE_CELLS, MAX_DENSE_CELLS_PER_IMAGE * len(a_N)):

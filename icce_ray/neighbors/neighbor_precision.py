@@ -124,10 +124,7 @@ class Curves:
 
 
 def count_pairs(
-    unit: UnitFeatures,
-    queries_Q: Ids,
-    labels_RN: npt.NDArray[np.int32],
-    thresholds_T: npt.NDArray[np.float64],
+    unit: UnitFeatures, queries_Q: Ids, labels_RN: npt.NDArray[np.int32], thresholds_T: npt.NDArray[np.float64]
 ) -> Ids:
     """Compare the query images with all others and count the pairs between each threshold and the next, by the number
     of k-means runs that put both images into one cluster: (Q, T, R + 1).

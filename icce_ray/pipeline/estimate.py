@@ -33,14 +33,7 @@ from icce_ray.pipeline.pilot import PilotRun, run_pilot, trains_heads
 from icce_ray.pipeline.plan import plan, stages_of
 from icce_ray.pipeline.run import run_stage
 from icce_ray.report.page import EXEMPLARS_ON_SHEET
-from icce_ray.report.pictures import (
-    MAX_SHEET_ROWS,
-    SHEET_CELLS,
-    contact_sheet,
-    load_thumbnails,
-    may_be_image,
-    sheet,
-)
+from icce_ray.report.pictures import MAX_SHEET_ROWS, SHEET_CELLS, contact_sheet, load_thumbnails, may_be_image, sheet
 from icce_ray.runtime.machine import available_memory_bytes, num_gpus, peak_memory_bytes, usable_cpus
 from icce_ray.runtime.progress import LONG_S, Progress, format_bytes, format_seconds
 from icce_ray.runtime.ray_cluster import runs_here

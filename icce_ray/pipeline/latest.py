@@ -97,20 +97,14 @@ NUM_THREADS = 16
 def publish(
     output: str, run: str, artifacts: Mapping[str, Artifact], result: Mapping[str, Any], *, is_new: bool
 ) -> dict[str, str]:
-    """Make `run` the latest one.
+    """Make `run` the latest one. Returns where the entries lie (`assignments.parquet`, `report`, `model`): in
+    ``latest``, or in their artifacts if they are too large to copy. Raises OSError: the output cannot be written to;
+    BusyError: another job has been writing copies for MAX_WAIT_S.
 
     Args:
         artifacts: its finished artifacts by stage.
         result: its figures, JSON-able.
         is_new: whether the run made anything; if not, what is there for it is kept.
-
-    Returns:
-        Where the entries lie (`assignments.parquet`, `report`, `model`): in ``latest``, or in their artifacts if they
-        are too large to copy.
-
-    Raises:
-        OSError: the output cannot be written to.
-        BusyError: another job has been writing copies for MAX_WAIT_S.
     """
     root = Folder.at(output)
     summary = {**result, "run": run, "stages": {name: artifact.fingerprint for name, artifact in artifacts.items()}}

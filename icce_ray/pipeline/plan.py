@@ -98,11 +98,7 @@ class PlannedStage:
 
 
 def plan(
-    config: Config,
-    stages: tuple[Stage, ...] | None = None,
-    before: Sequence[PlannedStage] = (),
-    *,
-    lists: bool = True,
+    config: Config, stages: tuple[Stage, ...] | None = None, before: Sequence[PlannedStage] = (), *, lists: bool = True
 ) -> list[PlannedStage]:
     """Plan the stages of a run in order. The images are listed, otherwise only manifests are read.
 

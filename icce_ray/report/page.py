@@ -254,11 +254,7 @@ def _write_contact_sheet(
 
 
 def _core(
-    config: Config,
-    inputs: Mapping[str, Artifact],
-    content: PageContent,
-    shown: pa.Table,
-    position: Mapping[int, int],
+    config: Config, inputs: Mapping[str, Artifact], content: PageContent, shown: pa.Table, position: Mapping[int, int]
 ) -> dict[str, Any]:
     """What the page holds from the start."""
     summary = consensus_of(inputs).read_json("summary.json")

@@ -32,7 +32,7 @@ REPORT = Stage(
         "assign",
         "evaluate",
         "cluster_count",
-    ),
+    ),  # fmt: skip
     _settings,
     "pictures",
     check=_check,

@@ -35,12 +35,7 @@ def train(stage: str, work: Work, workers: WorkerResources, progress: Progress, 
     with scratch_folder() as storage:
         trainer = TorchTrainer(
             _on_worker,  # type: ignore[arg-type]  # what it returns is `return_value` below
-            train_loop_config={
-                "stage": stage,
-                "work": work,
-                "on_gpu": workers.gpus_per_worker > 0,
-                "board": board,
-            },
+            train_loop_config={"stage": stage, "work": work, "on_gpu": workers.gpus_per_worker > 0, "board": board},
             torch_config=HostsTorchConfig(backend=backend),
             scaling_config=ScalingConfig(
                 num_workers=workers.num_workers,

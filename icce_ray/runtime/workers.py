@@ -80,7 +80,9 @@ def run_tasks(
     name: str | None = None,
     in_order: bool = False,
 ) -> Iterator[tuple[Any, Any]]:
-    """Call ``function(item, *shared)`` for each item, each in a task with one CPU and one thread.
+    """Call ``function(item, *shared)`` for each item, each in a task with one CPU and one thread. Yields each item and
+    its result. Raises UserError, DamagedArtifactError: as a task raised it; WorkerError: a task failed otherwise, or
+    its process died more often than it is repeated.
 
     Args:
         function: a module-level function.
@@ -89,13 +91,6 @@ def run_tasks(
         num_images: decides whether the tasks run here.
         name: of the tasks in Ray's dashboard.
         in_order: yield in the order of the items instead of as they are finished.
-
-    Yields:
-        Each item and its result.
-
-    Raises:
-        UserError, DamagedArtifactError: as a task raised it.
-        WorkerError: a task failed otherwise, or its process died more often than it is repeated.
     """
     if runs_here(resources, num_images):
         for item in items:
@@ -128,7 +123,9 @@ def run_on_actors(
     progress: Progress,
     num_images: int,
 ) -> Iterator[tuple[Any, Any]]:
-    """Call an object with each item, each item on any of the stage's actors.
+    """Call an object with each item, each item on any of the stage's actors. Yields each item and its result, as they
+    are finished. Raises UserError, DamagedArtifactError: as the object raised it; WorkerError: it failed otherwise, or
+    an actor died more often than it is restarted.
 
     Args:
         stage: the section of `resources`, and the name in messages.
@@ -136,13 +133,6 @@ def run_on_actors(
         items: consumed as actors become free.
         resources: the run's. The section says how many actors there are, and what each has.
         num_images: decides whether the object is made and called here.
-
-    Yields:
-        Each item and its result, as they are finished.
-
-    Raises:
-        UserError, DamagedArtifactError: as the object raised it.
-        WorkerError: it failed otherwise, or an actor died more often than it is restarted.
     """
     if runs_here(resources, num_images):
         call = make()

@@ -25,15 +25,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from icce_ray.sample.unit_features import (
-    RESOLUTION,
-    Floats,
-    Ids,
-    UnitFeatures,
-    exact_similarity,
-    in_units,
-    prepare,
-)
+from icce_ray.sample.unit_features import RESOLUTION, Floats, Ids, UnitFeatures, exact_similarity, in_units, prepare
 
 T = TypeVar("T")
 

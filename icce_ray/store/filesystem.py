@@ -92,11 +92,8 @@ def store_of(uri: str) -> str | None:
 
 
 def check_store(uri: str, options: StorageConfig, setting: str = "") -> None:
-    """Fail within seconds if the store of a remote URI cannot be reached: later calls would wait for it.
-
-    Raises:
-        InputError: there is no such bucket, credentials are refused or missing, or nothing answers.
-    """
+    """Fail within seconds if the store of a remote URI cannot be reached: later calls would wait for it. Raises
+    InputError: there is no such bucket, credentials are refused or missing, or nothing answers."""
     if s3.is_s3(uri):
         s3.check_bucket(uri, options, setting)
     elif store_of(uri) is not None:

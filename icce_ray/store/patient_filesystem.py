@@ -53,11 +53,7 @@ class RefusedError(BadObjectError):
 
 
 def within(seconds: float, call: Callable[[], T]) -> T:
-    """`call()` in a thread, which is left alone if it takes longer.
-
-    Raises:
-        AwayError: it has not returned in time.
-    """
+    """`call()` in a thread, which is left alone if it takes longer. Raises AwayError: it has not returned in time."""
     future: Future[T] = Future()
 
     def run() -> None:
@@ -95,11 +91,8 @@ class PatientFileSystem(pafs.FileSystemHandler):
         return PatientFileSystem, (self.inner, self.store, self.root)
 
     def check(self, path: str) -> None:
-        """Fail within seconds if the store does not answer for `path`, or refuses access.
-
-        Raises:
-            InputError: the reason.
-        """
+        """Fail within seconds if the store does not answer for `path`, or refuses access. Raises InputError: the
+        reason."""
         try:
             within(CHECK_S, lambda: self.inner.get_file_info(path))
         except (FileNotFoundError, NotADirectoryError):
@@ -117,18 +110,14 @@ class PatientFileSystem(pafs.FileSystemHandler):
         return True
 
     def call(self, path: str, call: Callable[[], T], num_bytes: int = 0) -> T:
-        """`call()`, again and again while the store is away.
+        """`call()`, again and again while the store is away. Raises InputError: access to the store is refused;
+        BadObjectError: access to this object is refused, or the call failed MAX_ATTEMPTS times although the store
+        answers; WorkerError: the store has been away for OUTAGE_S.
 
         Args:
             path: what it concerns, for messages.
             call: sends the request.
             num_bytes: that it transfers: the time limit grows with them.
-
-        Raises:
-            InputError: access to the store is refused.
-            BadObjectError: access to this object is refused, or the call failed MAX_ATTEMPTS times although the store
-                answers.
-            WorkerError: the store has been away for OUTAGE_S.
         """
         began = last_answer = time.monotonic()
         attempt = 0

@@ -185,15 +185,13 @@ def answers(uri: str, options: StorageConfig) -> bool:
 
 
 def patiently(uri: str, call: Callable[[], T], max_wait_s: float | None = None) -> T:
-    """`call()`, again and again while the store is away. Raises what :func:`translated` raises.
+    """`call()`, again and again while the store is away. Raises what :func:`translated` raises. Raises WorkerError: the
+    store has been away for as long.
 
     Args:
         uri: for messages.
         call: sends the request.
         max_wait_s: OUTAGE_S if None.
-
-    Raises:
-        WorkerError: the store has been away for as long.
     """
     max_wait_s = OUTAGE_S if max_wait_s is None else max_wait_s
     began = time.monotonic()
@@ -219,10 +217,7 @@ def list_pages(uri: str, options: StorageConfig, **settings: str) -> Iterator[di
     """The pages of a listing. `settings` are those of boto3's ``list_objects_v2``."""
     bucket, prefix = split_uri(uri)
     while True:
-        page = patiently(
-            uri,
-            lambda: client(options).list_objects_v2(Bucket=bucket, Prefix=prefix, **settings),
-        )
+        page = patiently(uri, lambda: client(options).list_objects_v2(Bucket=bucket, Prefix=prefix, **settings))
         yield page
         if not page.get("IsTruncated"):
             return

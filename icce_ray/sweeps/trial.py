@@ -42,11 +42,7 @@ SPACES = Stage(
     "spaces",
 )
 SCORES = Stage(
-    "trial_scores",
-    "icce_ray.sweeps.trial_scores",
-    1,
-    ("embed", "sample", "consensus", SPACES.name),
-    lambda config: {},
+    "trial_scores", "icce_ray.sweeps.trial_scores", 1, ("embed", "sample", "consensus", SPACES.name), lambda config: {}
 )
 
 

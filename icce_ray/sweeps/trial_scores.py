@@ -15,12 +15,9 @@ from icce_ray.sweeps.silhouette_spaces import SEED, sample, spaces
 
 
 def run(config: Config, context: StageContext) -> dict[str, Any]:
-    """Score the consensus; nothing but the metrics is kept.
-
-    Returns:
-        anmi, generalization, silhouette_pca, and silhouette_umap if UMAP is installed; None where a score is not
-        defined, such as for a single cluster; num_clusters_used.
-    """
+    """Score the consensus; nothing but the metrics is kept. Returns anmi, generalization, silhouette_pca, and
+    silhouette_umap if UMAP is installed; None where a score is not defined, such as for a single cluster;
+    num_clusters_used."""
     consensus = context.inputs["consensus"]
     labels_N = consensus.read_array("labels.npy")
     matrix_ND = load_features(training_set(context.inputs)).matrix

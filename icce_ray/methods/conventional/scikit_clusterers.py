@@ -97,20 +97,15 @@ def fit(
 ) -> Clusterings:
     """Cluster the images with a clusterer of scikit-learn's.
 
-    It computes with one thread, since sums would otherwise depend on the number of threads.
+    It computes with one thread, since sums would otherwise depend on the number of threads. Returns one row of labels,
+    0..K-1 without gaps, -1 for noise; as notes `num_clusters` (found), `num_noise` and `converged`. Raises InputError:
+    features that are not finite, or fewer than two clusters were found; ResourceError: this machine lacks the memory;
+    the message says what is needed.
 
     Args:
         features_ND: floating point (N, D), finite.
         method: one of CLUSTERERS.
         num_clusters: K; None if the method finds it.
-
-    Returns:
-        One row of labels, 0..K-1 without gaps, -1 for noise; as notes `num_clusters` (found), `num_noise` and
-        `converged`.
-
-    Raises:
-        InputError: features that are not finite, or fewer than two clusters were found.
-        ResourceError: this machine lacks the memory; the message says what is needed.
     """
     clusterer = CLUSTERERS[method]
     check_memory(method, settings, *features_ND.shape, num_clusters=num_clusters)

@@ -33,10 +33,7 @@ def epoch_batches(
     """The batches of an epoch: every image that has neighbours once, in random order.
 
     Batches are of nearly equal size: with a small last batch, batch normalisation and Sinkhorn-Knopp would see too few
-    images.
-
-    Yields:
-        rows (1 + num_positives, B) int64: the images and, below each, the neighbours drawn for it.
+    images. Yields rows (1 + num_positives, B) int64: the images and, below each, the neighbours drawn for it.
     """
     anchors = graph.anchors
     num_images = len(anchors)

@@ -112,12 +112,8 @@ class HeadTrainer:
         return Batch(rows, HeadInputs(batch_nD.to(self.dtype), self.columns_hS))
 
     def train_steps(self, batches: Iterable[Batch]) -> tuple[torch.Tensor, torch.Tensor]:
-        """One update for each batch, from the start of the present epoch.
-
-        Returns:
-            The loss summed over pairs (h,), float64, and the first step at which it was not finite (h,), or the number
-            of steps where it always was.
-        """
+        """One update for each batch, from the start of the present epoch. Returns the loss summed over pairs (h,),
+        float64, and the first step at which it was not finite (h,), or the number of steps where it always was."""
         upcoming = prefetched(batches)
         batch = next(upcoming)
         agreement_hB = torch.cat(self.pool.map(partial(self._look, batch=batch), self.blocks))

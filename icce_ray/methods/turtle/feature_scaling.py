@@ -40,13 +40,7 @@ class Space:
 
 
 def prepare_features(
-    features_ND: npt.NDArray[Any],
-    *,
-    scale: bool,
-    seed: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    pool: ThreadPool,
+    features_ND: npt.NDArray[Any], *, scale: bool, seed: int, dtype: torch.dtype, device: torch.device, pool: ThreadPool
 ) -> Space:
     """Put the features on the device.
 

@@ -17,7 +17,7 @@ from icce_ray.methods.kmeans.assignment import Sums, TorchAssigner, nearest
 from icce_ray.methods.kmeans.fit_kmeans import FittedKMeans, Shards, fit_kmeans
 from icce_ray.methods.kmeans.kmeans_shard import KMeansShard
 from icce_ray.methods.kmeans.projection import Projection, make_projection, measure, part_bounds, read_rows, shift_of
-from icce_ray.runtime.progress import Progress
+from icce_ray.runtime.progress import QUIET, Progress
 from icce_ray.store import Folder
 from icce_ray.store.part_records import PartRecords
 
@@ -48,7 +48,7 @@ def blobs(num_images: int = 1500, dim: int = 12, num_clusters: int = 6, noise: f
 
 def fit(features: np.ndarray, num_shards: int = 1, num_clusters: int = 6, **settings: Any) -> FittedKMeans:
     options = {name: settings.pop(name) for name in ("num_threads", "on_disk") if name in settings}
-    records, progress = settings.pop("records", None), settings.pop("progress", None)
+    records, progress = settings.pop("records", None), settings.pop("progress", QUIET)
     return fit_kmeans(
         InProcess(features, num_shards, **options), KMeansConfig(**{"num_starts": 2} | settings),
         num_images=len(features), dim=features.shape[1], num_clusters=num_clusters, seed=3, records=records,
