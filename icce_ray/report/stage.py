@@ -6,6 +6,11 @@ from icce_ray.config import Config
 from icce_ray.runtime.machine import check_umap
 from icce_ray.stage import Settings, Stage
 
+INPUTS = (
+    "images", "embed", "sample", "neighbors", "method", "consensus", "corrections", "classifier", "assign", "evaluate",
+    "cluster_count",
+)  # fmt: skip
+
 
 def _settings(config: Config) -> Settings:
     return {"report": config.report.model_dump(), "num_clusters": config.num_clusters}
@@ -20,19 +25,7 @@ REPORT = Stage(
     "report",
     "icce_ray.report.page",
     7,
-    (
-        "images",
-        "embed",
-        "sample",
-        "neighbors",
-        "method",
-        "consensus",
-        "corrections",
-        "classifier",
-        "assign",
-        "evaluate",
-        "cluster_count",
-    ),  # fmt: skip
+    INPUTS,
     _settings,
     "pictures",
     check=_check,
