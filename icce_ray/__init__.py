@@ -3,8 +3,6 @@
 Names are imported when they are first used: importing the package starts nothing and imports neither Ray nor torch.
 """
 
-from __future__ import annotations
-
 import importlib
 import sys
 from typing import TYPE_CHECKING, Any

@@ -4,8 +4,6 @@ The corrections are kept in the run's output, and the run is repeated from the c
 classifier that learns it, assignments, scores and a page.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from icce_ray.config import build_config, without_secrets

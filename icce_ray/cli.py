@@ -1,7 +1,5 @@
 """The command ``icce-ray``: cluster, run, sweep, compare, estimate, assign, apply, cut, export, forget, gc, status."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import sys

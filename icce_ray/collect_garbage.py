@@ -5,8 +5,6 @@ newest listing of each source, and whatever these were made from or share parts 
 for two weeks what a command uses that labels new images, compares or sweeps, also if it was killed.
 """
 
-from __future__ import annotations
-
 from contextlib import suppress
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """The built-in demo: scikit-learn's 1,797 handwritten digits (8 x 8 pixels) as PNG files, and a config for them."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 from typing import Any

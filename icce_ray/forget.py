@@ -6,8 +6,6 @@ placeholders in the listings, so that a takedown that was killed finds them agai
 next run trains without them, and no listing takes them up again (:mod:`icce_ray.images.forgotten`).
 """
 
-from __future__ import annotations
-
 import shutil
 import sys
 from collections.abc import Collection

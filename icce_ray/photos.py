@@ -4,8 +4,6 @@ It runs the pipeline with settings that suit this machine, and writes them to ``
 the next step.
 """
 
-from __future__ import annotations
-
 import os
 import sys
 import webbrowser

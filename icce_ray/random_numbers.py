@@ -3,8 +3,6 @@
 The hash is SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014).
 """
 
-from __future__ import annotations
-
 import numpy as np
 import numpy.typing as npt
 

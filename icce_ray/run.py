@@ -4,8 +4,6 @@ Without CONFIG it runs the built-in demo. Exit codes: 0 done; 2 a user error, ex
 error, with the cause on the last line; 130 interrupted.
 """
 
-from __future__ import annotations
-
 import argparse
 import errno
 import json

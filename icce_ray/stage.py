@@ -3,8 +3,6 @@
 Each stage's folder declares it in ``stage.py``, which imports neither Ray nor torch; `icce_ray.pipeline` orders them.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any

@@ -4,8 +4,6 @@ Both divide their rows into parts and read a part a few thousand rows at a time.
 workers read.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property

@@ -8,8 +8,6 @@ thinned out to images that are unlike each other. Outliers and noise are never e
 Shapes: n images, D dimensions, K clusters, p projected dimensions.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

@@ -4,8 +4,6 @@ Each image is in exactly one part. A part is recorded when its files are written
 others. With a consensus among its inputs the stage labels a run's own images, without one new images.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import uuid

@@ -5,8 +5,6 @@ They are offered in a table of their own; the assignments don't change.
 Shapes: n images, D dimensions.
 """
 
-from __future__ import annotations
-
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa

@@ -4,8 +4,6 @@ New images go through the run's stages ``images`` and ``embed``; ready-made embe
 stages and parts are used again, so the same command resumes after a kill.
 """
 
-from __future__ import annotations
-
 import sys
 import time
 from collections.abc import Sequence

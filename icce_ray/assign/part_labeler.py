@@ -7,8 +7,6 @@ them when they are first used.
 Shapes: n images, D dimensions.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from functools import cached_property
 from typing import Any

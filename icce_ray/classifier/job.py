@@ -3,8 +3,6 @@
 One worker is an actor. Several are started by Ray Train and exchange nothing but their best classifier.
 """
 
-from __future__ import annotations
-
 from functools import partial
 from typing import Any
 

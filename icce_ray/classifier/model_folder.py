@@ -7,8 +7,6 @@
 :func:`icce_ray.load` reads it.
 """
 
-from __future__ import annotations
-
 import importlib.metadata
 from pathlib import PurePosixPath
 from typing import Any

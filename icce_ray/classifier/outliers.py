@@ -12,8 +12,6 @@ Sources: Lee et al. (NeurIPS 2018) for the shared covariance, ViM (CVPR 2022) fo
 Shapes: N images, D dimensions, K clusters, r directions. The model stores D x r + K x D values.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np

@@ -10,8 +10,6 @@ learning rates on all images and sends only its best one. The result is that of 
 Shapes: N images, D dimensions, K clusters.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

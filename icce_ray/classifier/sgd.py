@@ -6,8 +6,6 @@ Weights start at 0: the problem is convex, so nothing but the batches depends on
 Shapes: N images, D dimensions, K clusters, G learning rates, B batch.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """The ``classifier`` stage: a linear classifier that learns the consensus (self-training)."""
 
-from __future__ import annotations
-
 from icce_ray.config import Config
 from icce_ray.stage import Settings, Stage, num_clusters_and_seed
 

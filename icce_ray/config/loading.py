@@ -1,7 +1,5 @@
 """Read a config: YAML, ``--set`` overrides, messages that name the file, the key, the value and what is allowed."""
 
-from __future__ import annotations
-
 import difflib
 import re
 from pathlib import Path

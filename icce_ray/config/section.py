@@ -1,7 +1,5 @@
 """The base of all sections of the config, and the types of their settings."""
 
-from __future__ import annotations
-
 import re
 from typing import Annotated, Any, get_args
 

@@ -4,8 +4,6 @@ PyYAML reads ``off`` as false, ``010`` as 8, ``1:30`` as 90 and a date as an obj
 keeps the last. Here such values are refused with the spelling that is meant, and dates stay text.
 """
 
-from __future__ import annotations
-
 import re
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Settings of TURTLE (docs/METHOD.md, "TURTLE"). "Paper" marks a default that differs from arXiv 2406.07236."""
 
-from __future__ import annotations
-
 from typing import Literal
 
 from icce_ray.config.section import AtLeastTwo, NonNegativeFloat, PositiveFloat, PositiveInt, Section

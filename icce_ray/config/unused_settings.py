@@ -1,7 +1,5 @@
 """Settings that have no effect in a config, which are refused."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from typing import Any
 

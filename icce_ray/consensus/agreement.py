@@ -3,8 +3,6 @@
 Shape letters: N images, n images of a part, H heads, C head clusters, K clusters of the consensus.
 """
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 import numpy as np

@@ -3,8 +3,6 @@
 Shape letters: N images, H heads, C head clusters, K clusters of the consensus.
 """
 
-from __future__ import annotations
-
 from itertools import pairwise
 from typing import Any
 

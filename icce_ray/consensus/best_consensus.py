@@ -4,8 +4,6 @@ consensus").
 It reads the labels part by part only: the same code makes the consensus of an array and of a matrix on a cluster.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache

@@ -1,7 +1,5 @@
 """The best head, unchanged, as the consensus (docs/METHOD.md, "Choice of the consensus")."""
 
-from __future__ import annotations
-
 from itertools import pairwise
 
 import numpy as np

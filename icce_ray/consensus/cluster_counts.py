@@ -5,8 +5,6 @@ Everything that a consensus needs to know about the images passes through such c
 Shape letters: N images, H heads, K clusters of the consensus, C head clusters.
 """
 
-from __future__ import annotations
-
 from itertools import pairwise
 from typing import Any
 

@@ -7,8 +7,6 @@ N x N, up to its limit.
 Shape letters: N images, H heads, K clusters, C head clusters.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from icce_ray.consensus import cspa, hbgf, recombination

@@ -4,8 +4,6 @@ It compares all pairs of images, so it is left out for large N. Images that all 
 the weight of all.
 """
 
-from __future__ import annotations
-
 import numpy as np
 import scipy.sparse as sp
 

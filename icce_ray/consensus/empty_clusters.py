@@ -4,8 +4,6 @@ Shape letters: N images, n images of a part, r of those in clusters that may be 
 clusters of the consensus, R ranks, M splits.
 """
 
-from __future__ import annotations
-
 from itertools import pairwise
 from typing import Any
 

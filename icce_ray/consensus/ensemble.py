@@ -6,8 +6,6 @@
 array([0, 0, 1, 1], dtype=int32)
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

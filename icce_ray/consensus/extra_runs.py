@@ -1,7 +1,5 @@
 """The other runs whose heads take part in a consensus (`consensus.extra_runs`): found by name, over the same images."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """Makes clusterings with the neighbour graph and chooses which one is kept (docs/METHOD.md, "Choice on the graph")."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import numpy as np

@@ -4,8 +4,6 @@
 Images that all heads label alike are one vertex with the weight of all: the cut is the same, the graph smaller.
 """
 
-from __future__ import annotations
-
 import numpy as np
 import scipy.sparse as sp
 

@@ -7,8 +7,6 @@ not. A billion images of one pair take a few seconds.
 Shape letters: N images, H heads, C head clusters.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from math import isqrt
 from typing import Any, NamedTuple

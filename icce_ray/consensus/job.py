@@ -1,7 +1,5 @@
 """The consensus stage on Ray: a task for each part of the label matrix. The driver combines their results."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass

@@ -3,8 +3,6 @@
 Shape letters: K clusters of the earlier run, L of this one, n images of both, N images of this one.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any
 

@@ -7,8 +7,6 @@ that no head separates.
 Shape letters: N images, K clusters, n images of a cluster.
 """
 
-from __future__ import annotations
-
 import numpy as np
 import numpy.typing as npt
 from scipy.sparse import csr_matrix, diags

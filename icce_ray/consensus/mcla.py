@@ -5,8 +5,6 @@ cuts it into K meta-clusters, and each image goes to the meta-cluster that its c
 graph comes from contingency counts and the vote is made image by image, so MCLA works for any number of images.
 """
 
-from __future__ import annotations
-
 import numpy as np
 
 from icce_ray.consensus.head_overlaps import HeadPairs

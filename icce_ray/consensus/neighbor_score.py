@@ -6,8 +6,6 @@ weights are integers, so all sums are exact: they are the same for any parts of 
 Shape letters: N images, n images of a part, k neighbours, H heads, K clusters, P clusterings, X cells.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 

@@ -7,8 +7,6 @@ scores are overlaid with each other, once: a second round changed nothing for th
 Shape letters: N images, K clusters, X cells.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations, islice

@@ -10,8 +10,6 @@ Shape letters: N images, n images of a part, b images of a block, r contested im
 clusters, M candidate clusters of an image.
 """
 
-from __future__ import annotations
-
 from itertools import pairwise
 from typing import Any, NamedTuple
 

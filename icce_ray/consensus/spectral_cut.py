@@ -5,8 +5,6 @@ It reads the whole graph in one place, so it is for inputs of limited size.
 Shape letters: N images, K clusters.
 """
 
-from __future__ import annotations
-
 import numpy as np
 from scipy.sparse import coo_matrix, csr_matrix, diags
 from scipy.sparse.linalg import ArpackNoConvergence, eigsh

@@ -1,7 +1,5 @@
 """The ``consensus`` stage: one clustering of all rows of the label matrix."""
 
-from __future__ import annotations
-
 from icce_ray.config import Config
 from icce_ray.stage import Settings, Stage, num_clusters_and_seed
 

@@ -3,8 +3,6 @@
 It is memory-mapped and read part by part: no process holds all of it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any

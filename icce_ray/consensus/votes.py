@@ -6,8 +6,6 @@ the result depends neither on the parts nor on the order of the images, and imag
 Shape letters: n images, H heads, R ranks, C head clusters, K clusters.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

@@ -10,8 +10,6 @@ one to one so that most images agree, and a match counts if it holds at least ha
 Shape letters: N images trained on, K clusters.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

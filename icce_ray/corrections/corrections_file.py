@@ -4,8 +4,6 @@ It holds a final state, not a sequence of steps, so the order of the changes doe
 numbers: one that was merged is empty afterwards, and new ones get the numbers from K on.
 """
 
-from __future__ import annotations
-
 import json
 from typing import Literal
 

@@ -5,8 +5,6 @@ clusters. So the next run with these settings has them too, also after images we
 has not.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Mapping

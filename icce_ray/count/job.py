@@ -1,8 +1,6 @@
 """The choice of the number of clusters on Ray: a task for each part of the sample. A run that was killed keeps the
 clusterings of the parts that it had made."""
 
-from __future__ import annotations
-
 import io
 from collections.abc import Iterator, Sequence
 from typing import Any

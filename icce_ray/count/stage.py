@@ -1,7 +1,5 @@
 """The ``cluster_count`` stage of a run with ``num_clusters: auto``."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from icce_ray.config import ClusteringConfig

@@ -8,8 +8,6 @@ kept on this machine.
 D of a transformer of width W: ``cls`` W, ``cls+patch_mean`` 2 W, ``last4`` 4 W, ``last4+patch_mean`` 5 W.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math

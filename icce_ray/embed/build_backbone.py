@@ -1,7 +1,5 @@
 """Build the backbones of a config with their weights."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from icce_ray.config import PIXELS, BackboneConfig, EmbedConfig

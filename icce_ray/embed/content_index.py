@@ -6,8 +6,6 @@ parts with the same bytes one waits for the other. It holds no embeddings: reade
 the worker that made them. A large index is divided by hash among several processes (:class:`ShardedIndex`).
 """
 
-from __future__ import annotations
-
 import hashlib
 import math
 import threading

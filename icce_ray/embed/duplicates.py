@@ -4,8 +4,6 @@ Each hash is read once. The rows are put into files on the local disk by hash, a
 some millions are in memory at a time.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass

@@ -4,8 +4,6 @@ A resumed run uses the recorded parts; parts of other finished artifacts with th
 were embedded before are not embedded again.
 """
 
-from __future__ import annotations
-
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """Progress of the ``embed`` stage: finished parts, images that failed and why, and images with the same content."""
 
-from __future__ import annotations
-
 import threading
 import time
 from array import array

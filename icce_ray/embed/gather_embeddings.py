@@ -1,7 +1,5 @@
 """Gets an embedding for each content of a part: from a file, from the worker that just made it, or by making it."""
 
-from __future__ import annotations
-
 import threading
 import time
 from collections import OrderedDict

@@ -4,8 +4,6 @@ An actor writes its item and the item's record to storage itself and returns the
 whole, or not at all, whoever dies.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import threading

@@ -7,8 +7,6 @@ and the pieces so far, so the index reads the first piece alone. No manifest lis
 damaged is made again from its part.
 """
 
-from __future__ import annotations
-
 import hashlib
 from dataclasses import dataclass
 

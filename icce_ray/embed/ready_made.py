@@ -1,7 +1,5 @@
 """The ``embed`` stage for ready-made embeddings, which are only rewritten as parts, in one process."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 

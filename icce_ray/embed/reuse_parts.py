@@ -1,7 +1,5 @@
 """Reuse the parts of finished ``embed`` artifacts, for a new listing with the same images or to try errors again."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 

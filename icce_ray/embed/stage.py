@@ -1,7 +1,5 @@
 """The ``embed`` stage: an embedding for each image, or the reason why there is none."""
 
-from __future__ import annotations
-
 from icce_ray.config import Config
 from icce_ray.errors import ConfigError
 from icce_ray.stage import Settings, Stage

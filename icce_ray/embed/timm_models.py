@@ -1,8 +1,6 @@
 """timm models: build one, find out what it wants and gives, and extract features from it. Backbones that other projects
 call otherwise are found by those names too."""
 
-from __future__ import annotations
-
 import difflib
 import re
 from typing import Any

@@ -3,8 +3,6 @@
 A file on object storage is copied once to each machine that needs it, into the cache folder (ICCE_CACHE).
 """
 
-from __future__ import annotations
-
 import hashlib
 import pickle
 import shutil

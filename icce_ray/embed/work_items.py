@@ -5,8 +5,6 @@ a worker. When the last item of a part is there, they are joined to the part's f
 images that failed are tried again: the part is then joined from its earlier file and the items.
 """
 
-from __future__ import annotations
-
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence

@@ -10,8 +10,6 @@ are compared with other kinds of clustering. The estimate is the median of three
 Shapes: n images, D dimensions, R runs.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

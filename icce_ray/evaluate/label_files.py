@@ -1,7 +1,5 @@
 """Files of true labels: .npy, .csv or .parquet, read some rows at a time, since there may be a row for each image."""
 
-from __future__ import annotations
-
 import unicodedata
 from collections.abc import Iterator, Sequence
 from pathlib import PurePosixPath

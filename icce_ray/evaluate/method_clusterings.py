@@ -3,8 +3,6 @@
 Shapes: N images trained on, M methods.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Sequence
 

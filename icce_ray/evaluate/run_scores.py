@@ -1,8 +1,6 @@
 """The evaluate stage: scores without labels, and how well the clusters match the true labels if there are any. Only the
 report depends on it."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The ``evaluate`` stage: scores without labels, and against true labels. No other stage is told where these are."""
 
-from __future__ import annotations
-
 from icce_ray.config import Config
 from icce_ray.runtime.machine import check_umap
 from icce_ray.stage import Settings, Stage

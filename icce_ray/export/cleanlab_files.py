@@ -6,8 +6,6 @@ the images whose cluster the classifier doubts::
     issues = cleanlab.filter.find_label_issues(np.load("labels.npy"), np.load("pred_probs.npy"))
 """
 
-from __future__ import annotations
-
 import numpy as np
 import pyarrow as pa
 import pyarrow.csv as pacsv

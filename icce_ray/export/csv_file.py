@@ -1,7 +1,5 @@
 """``assignments.csv``: all columns of the assignments, a row per image."""
 
-from __future__ import annotations
-
 import pyarrow.csv as pacsv
 
 from icce_ray.export.export_run import ExportTask, Written

@@ -1,7 +1,5 @@
 """Merge the clusters of a finished run into fewer groups, along the hierarchy that its consensus wrote."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

@@ -4,8 +4,6 @@
 an export that was cut off, and does nothing for one that is finished.
 """
 
-from __future__ import annotations
-
 import importlib
 import json
 from dataclasses import asdict, dataclass

@@ -6,8 +6,6 @@ principal components, and `icce_similarity`, for sorting by similarity.
 Images on this machine are referred to where they are; others, and all with `copy`, are copied to ``data/``.
 """
 
-from __future__ import annotations
-
 import base64
 import io
 import json

@@ -1,8 +1,6 @@
 """A folder for each cluster with its images, linked to or copied, and ``manifest.csv``: file, then all columns of the
 assignments."""
 
-from __future__ import annotations
-
 import csv
 import io
 import os

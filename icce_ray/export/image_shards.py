@@ -4,8 +4,6 @@ it.
 Each shard is made in memory, written at once and recorded, so an export that was cut off resumes after its last shard.
 """
 
-from __future__ import annotations
-
 import io
 import json
 import tarfile

@@ -1,7 +1,5 @@
 """Files that are too large for memory, written from start to end."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any

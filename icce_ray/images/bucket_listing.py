@@ -5,8 +5,6 @@ first key behind a point between its ends. What a thread has listed is written a
 listing that was killed goes on where it was.
 """
 
-from __future__ import annotations
-
 import hashlib
 import threading
 import time

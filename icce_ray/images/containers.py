@@ -5,8 +5,6 @@ The URI of an image in a container says where it lies: ``shard.tar#<offset>+<byt
 with its row group.
 """
 
-from __future__ import annotations
-
 import io
 from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Iterator, Sequence

@@ -1,7 +1,5 @@
 """Ready-made embeddings as input: a .npy file, or Parquet with a list column, read a block of rows at a time."""
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from collections.abc import Iterator

@@ -1,8 +1,6 @@
 """Which files are images or containers of images, by their endings; and what lies among them and is not taken: counted
 by ending, and said with the remedy."""
 
-from __future__ import annotations
-
 from collections import Counter
 
 from PIL import features

@@ -5,8 +5,6 @@ multiple of IDS_PER_SOURCE.
 listed again keeps its ids. A hash of the settings chooses the number, so nothing else has to be read.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from itertools import count

@@ -1,7 +1,5 @@
 """Walk a local folder: each real folder once, and each file with what tells whether it is the same file elsewhere."""
 
-from __future__ import annotations
-
 import heapq
 import os
 import stat

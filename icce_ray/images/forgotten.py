@@ -4,8 +4,6 @@ No listing of this output takes them up again, though their files may still be t
 placeholder keeps their ids.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Iterable
 

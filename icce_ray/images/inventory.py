@@ -1,8 +1,6 @@
 """S3 Inventory: the list of a bucket's objects that AWS writes every day or week, as CSV or Parquet files and a
 ``manifest.json`` that names them. To read it takes a thousandth of the requests that listing the bucket takes."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections import Counter

@@ -9,8 +9,6 @@ refresh lists it again and appends new images behind the known ids. Everything i
 the collection.
 """
 
-from __future__ import annotations
-
 import hashlib
 import time
 from collections import Counter

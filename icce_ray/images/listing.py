@@ -1,7 +1,5 @@
 """The finished listing of a collection: every image once, with its id. See :mod:`icce_ray.images.list_images`."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from itertools import islice, pairwise
 from typing import NamedTuple

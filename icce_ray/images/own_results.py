@@ -1,7 +1,5 @@
 """What this engine wrote itself: no images, though it may lie among them."""
 
-from __future__ import annotations
-
 import re
 from contextlib import suppress
 from pathlib import Path

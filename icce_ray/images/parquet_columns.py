@@ -1,7 +1,5 @@
 """Columns of Parquet files that others wrote: which is meant, and what it holds."""
 
-from __future__ import annotations
-
 import difflib
 from typing import Any
 

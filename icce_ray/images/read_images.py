@@ -3,8 +3,6 @@
 The bytes are checked against the size in the listing, so a truncated answer is requested again.
 """
 
-from __future__ import annotations
-
 import os
 import random
 import stat

@@ -1,7 +1,5 @@
 """The ``images`` stage: the list of all images, each with an id."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from icce_ray.config import Config

@@ -4,8 +4,6 @@
 of the first of several archives, follows a negative size backwards, and reads extended headers of any size.
 """
 
-from __future__ import annotations
-
 import posixpath
 import tarfile
 from collections.abc import Iterator

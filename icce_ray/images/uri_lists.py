@@ -1,7 +1,5 @@
 """Lists of images: a text file with one path or URI per line, or a Parquet file with a column of them."""
 
-from __future__ import annotations
-
 import codecs
 import io
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """URIs of files: remote ones, and local paths as the tables hold them."""
 
-from __future__ import annotations
-
 import os
 import re
 from pathlib import Path

@@ -7,8 +7,6 @@ settings, and an entry in the table below.
 This module imports nothing heavy, since the config is checked against it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any

@@ -1,7 +1,5 @@
 """The result of every method: several clusterings of the same images, as one label matrix."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any

@@ -1,7 +1,5 @@
 """The state of a training on storage: tensors in a safetensors file, and a record with the values."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import safetensors.torch

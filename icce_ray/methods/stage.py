@@ -1,7 +1,5 @@
 """The ``method`` stage: clusterings of the images by the method that the config names."""
 
-from __future__ import annotations
-
 from importlib import import_module
 
 from icce_ray.config import AUTO, Config

@@ -8,8 +8,6 @@ the geometric mean of the two entropies. Entropies are in nats.
 Shape letters: N images, n images that have both labels.
 """
 
-from __future__ import annotations
-
 from itertools import pairwise
 from typing import Any, Literal, TypeAlias
 

@@ -1,8 +1,6 @@
 """Quality of clusters without true labels: silhouette and generalisation score (docs/METHOD.md, "Scores without
 labels"), and the spaces that silhouettes are measured in."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Mapping
 from typing import Any

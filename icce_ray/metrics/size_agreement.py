@@ -1,7 +1,5 @@
 """How far clusterings agree about sizes: whether these are a property of the images (docs/METHOD.md, "Balance")."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

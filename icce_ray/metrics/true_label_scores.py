@@ -5,8 +5,6 @@ All scores come from one contingency table, so the tables of shards can be added
 strings, and the number of clusters may differ from the number of classes.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

@@ -6,8 +6,6 @@ images neighbours for another. The audit measures what each threshold would do, 
 Legend: N images, D feature dimension, Q sampled query images, T thresholds, R k-means runs, P pairs, k list length.
 """
 
-from __future__ import annotations
-
 import time
 from dataclasses import dataclass
 

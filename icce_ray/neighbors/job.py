@@ -6,8 +6,6 @@ A shard that dies is started again from storage, and only its unfinished work is
 parts on storage.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from icce_ray.config import Config, ResourcesConfig, WorkerResources

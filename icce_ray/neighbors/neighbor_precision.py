@@ -12,8 +12,6 @@ Legend: N images, D feature dimension, K clusters, R k-means runs, P pairs, Q sa
 thresholds, C = R + 1 numbers of runs that agree, k list length.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import faiss

@@ -1,7 +1,5 @@
 """The ``neighbors`` stage: the graph of neighbours, and the audit of the features that chose its thresholds."""
 
-from __future__ import annotations
-
 from icce_ray.config import Config
 from icce_ray.stage import Settings, Stage, num_clusters_and_seed
 

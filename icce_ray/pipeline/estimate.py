@@ -1,8 +1,6 @@
 """Estimate what every stage of a run will take: embed a sample of the images where the run would, and run the other
 stages on a pilot."""
 
-from __future__ import annotations
-
 import tempfile
 import time
 from dataclasses import asdict, dataclass

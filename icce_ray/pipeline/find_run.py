@@ -1,7 +1,5 @@
 """Find a run that the user names by its config, its output folder or its record."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from icce_ray.config import load_config

@@ -20,8 +20,6 @@ model and of the embeddings, the version of the code, and where the images come 
 folder is a link; elsewhere the files are copied within the store.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

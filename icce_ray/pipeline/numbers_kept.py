@@ -5,8 +5,6 @@ It names the newest of them, its listing, and the run whose numbers that one kep
 numbers of that newest run; over the same listing, those that it kept, so that the same run has the same result again.
 """
 
-from __future__ import annotations
-
 import json
 from typing import Any, TypeVar
 

@@ -6,8 +6,6 @@ the search for neighbours with its square; the classifier takes a fixed number o
 and the page a sample.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path

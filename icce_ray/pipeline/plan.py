@@ -3,8 +3,6 @@
 Planning starts nothing and imports neither Ray nor torch, so a run that finds everything finished needs neither.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 

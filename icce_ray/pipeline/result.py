@@ -1,7 +1,5 @@
 """The result of a run: its figures, the places of its files, and the closing summary."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any

@@ -1,7 +1,5 @@
 """Run a plan: skip what is finished, run the rest in order, sum up."""
 
-from __future__ import annotations
-
 import importlib
 import sys
 import time

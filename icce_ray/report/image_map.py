@@ -3,8 +3,6 @@
 Both work in the first 50 principal components of the features. Shapes: n images, D dimensions, P components.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

@@ -4,8 +4,6 @@ The page is ``report.html``; with many images it has a folder ``report_data`` be
 are needed. Everything on it comes from the artifacts of the run. How it works is in ``web/*.js``.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from pathlib import PurePosixPath
 from typing import Any

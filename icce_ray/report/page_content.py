@@ -3,8 +3,6 @@
 Memory grows with the clusters and the images shown, not with the number of images.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import Any
 

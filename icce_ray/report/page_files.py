@@ -4,8 +4,6 @@ A page that is opened from a disk may not fetch files, but it may load scripts a
 script that hands over one value. As long as everything is small, it is kept in the page itself and there is no folder.
 """
 
-from __future__ import annotations
-
 import base64
 import importlib.resources
 import json

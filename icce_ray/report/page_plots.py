@@ -6,8 +6,6 @@ A diagram is a dict: `heading`; `x` and `y`, each with a `label` and perhaps `lo
 there are any; `points`; `bars`, whose x are the edges.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

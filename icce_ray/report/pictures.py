@@ -4,8 +4,6 @@ A sheet is one JPEG with the thumbnails of many images, so that a page with thou
 decoded in processes of their own: one that kills its decoder costs only its picture.
 """
 
-from __future__ import annotations
-
 import io
 import queue
 import threading

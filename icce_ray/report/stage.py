@@ -1,7 +1,5 @@
 """The ``report`` stage: a page that shows the clusters."""
 
-from __future__ import annotations
-
 from icce_ray.config import Config
 from icce_ray.runtime.machine import check_umap
 from icce_ray.stage import Settings, Stage

@@ -1,7 +1,5 @@
 """Progress of a stage on standard error: a line that rewrites itself on a terminal, plain lines elsewhere."""
 
-from __future__ import annotations
-
 import sys
 import time
 from collections import deque

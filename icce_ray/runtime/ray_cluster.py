@@ -4,8 +4,6 @@ A Ray that was already running is joined and left running. A Ray that we started
 small enough uses neither: see :func:`runs_here`.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 import shutil

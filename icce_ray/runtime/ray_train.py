@@ -1,8 +1,6 @@
 """Work on several processes by Ray Train: it starts them, lets them find each other by torch.distributed, and starts
 all of them again when one dies."""
 
-from __future__ import annotations
-
 import os
 import threading
 import uuid

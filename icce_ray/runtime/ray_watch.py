@@ -1,8 +1,6 @@
 """Notice that Ray has died, before Ray itself ends this process without a message: seconds after its raylet died, a
 minute after its GCS did."""
 
-from __future__ import annotations
-
 import os
 import signal
 import socket

@@ -1,7 +1,5 @@
 """Show in a stage's progress that it waits for a store that does not answer."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager

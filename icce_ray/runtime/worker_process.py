@@ -1,7 +1,5 @@
 """The work of one worker process, whoever started it: an actor or Ray Train."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any

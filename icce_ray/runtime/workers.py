@@ -5,8 +5,6 @@ Three kinds of work: processes that train together (:func:`work_on_workers`), ta
 that dies is repeated elsewhere. None of it may return anything else for being repeated or divided differently.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial

@@ -4,8 +4,6 @@ A killed run resumes with the parts that it has. Intermediate results lie in a f
 the end.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeVar
 

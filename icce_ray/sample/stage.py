@@ -1,7 +1,5 @@
 """The ``sample`` stage: the images that are trained on, and the near-duplicates among them."""
 
-from __future__ import annotations
-
 from icce_ray.config import Config
 from icce_ray.stage import Settings, Stage
 

@@ -6,8 +6,6 @@ embeddings of the images that remain as an artifact of the same form as `embed`;
 Afterwards a near-duplicate gets the consensus of its leader, and the classifier labels all other images.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Mapping

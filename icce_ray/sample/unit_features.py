@@ -6,8 +6,6 @@ and single rows give the same bits, and nobody has to hold all prepared rows.
 Legend: N images, D feature dimension, n some of the rows, P pairs.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

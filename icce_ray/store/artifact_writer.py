@@ -1,7 +1,5 @@
 """Writes the parts of an artifact, and commits it."""
 
-from __future__ import annotations
-
 import hashlib
 import importlib.metadata
 import io

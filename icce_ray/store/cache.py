@@ -4,8 +4,6 @@ Each entry is a folder, ``<cache>/<kind>/<name>``. Files are sealed with their c
 made again. Entries that nobody used for long, or that fill the disk, are removed.
 """
 
-from __future__ import annotations
-
 import fcntl
 import hashlib
 import os

@@ -1,7 +1,5 @@
 """Files that one process of a machine makes and its others use: a lock between them, and writes seen whole or not."""
 
-from __future__ import annotations
-
 import fcntl
 import uuid
 from collections.abc import Iterator

@@ -1,8 +1,6 @@
 """Reads the answers to ``ListObjectsV2`` without an XML parser: botocore, which parses each page twice, makes an object
 of every date and looks each field up in its model, would take ten times the CPU time."""
 
-from __future__ import annotations
-
 import re
 from typing import Any
 

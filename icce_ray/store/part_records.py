@@ -17,8 +17,6 @@ Usage, in a stage::
     records.clear()
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor

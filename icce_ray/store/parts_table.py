@@ -1,7 +1,5 @@
 """The parts of an artifact as columns of a Parquet file beside its manifest: a large artifact has millions."""
 
-from __future__ import annotations
-
 import hashlib
 import io
 from array import array

@@ -3,8 +3,6 @@
 A call that fails although the store answers is tried MAX_ATTEMPTS times; then its object is to blame.
 """
 
-from __future__ import annotations
-
 import io
 import threading
 import time

@@ -4,8 +4,6 @@
 command uses that no run records: for new images, or in a sweep.
 """
 
-from __future__ import annotations
-
 import json
 import re
 import time

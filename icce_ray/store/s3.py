@@ -6,8 +6,6 @@ everything that it leaves open. A :class:`~icce_ray.store.Folder` keeps the opti
 worker needs no setup. Secrets appear in no ``repr`` and in no message.
 """
 
-from __future__ import annotations
-
 import functools
 import os
 import threading

@@ -5,8 +5,6 @@ several or for a GPU. Tune's state is not kept: finished work is found by its fi
 trials of an earlier attempt first.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 from collections.abc import Callable, Mapping

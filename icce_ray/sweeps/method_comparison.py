@@ -4,8 +4,6 @@ Every method is a run of its own, with its page and its model. The comparison ad
 table, and how much their clusters agree.
 """
 
-from __future__ import annotations
-
 import sys
 import time
 from collections.abc import Sequence

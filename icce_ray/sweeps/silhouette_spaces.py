@@ -3,8 +3,6 @@ trials that share their features, of a sample of the images, since a silhouette 
 (docs/METHOD.md, "Scores without labels").
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

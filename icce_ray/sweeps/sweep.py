@@ -4,8 +4,6 @@ The stages that trials share run first, once each, on the whole cluster; then th
 are found by their fingerprints, so the same command resumes a sweep that was killed.
 """
 
-from __future__ import annotations
-
 import sys
 import time
 from dataclasses import dataclass

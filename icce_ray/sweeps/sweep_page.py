@@ -1,7 +1,5 @@
 """The page of a sweep: its trials, a diagram for each setting, the best config. It opens without a network."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

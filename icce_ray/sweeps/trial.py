@@ -5,8 +5,6 @@ second sweep uses those of the first, and `icce-ray run` finds a trial's cluster
 that another is making.
 """
 
-from __future__ import annotations
-
 import json
 import time
 from collections.abc import Mapping, Sequence

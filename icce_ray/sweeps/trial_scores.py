@@ -1,7 +1,5 @@
 """How good the clusters of a trial are, judged without labels (docs/METHOD.md, "Scores without labels")."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

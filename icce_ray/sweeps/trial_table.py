@@ -1,7 +1,5 @@
 """The trials of a sweep as rows: their ranking, and the table as Parquet and as text."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field

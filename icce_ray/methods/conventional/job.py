@@ -1,7 +1,5 @@
 """Scikit-learn's clusterers on Ray: one worker clusters all images of the sample."""
 
-from __future__ import annotations
-
 from functools import partial
 from typing import Any
 

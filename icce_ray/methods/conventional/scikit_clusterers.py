@@ -4,8 +4,6 @@ They compare many or all pairs of images, so a method has a limit of images abov
 memory is checked before the work starts.
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -4,8 +4,6 @@
 H heads of a block, K clusters, n rows, P bottleneck width.
 """
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 import torch.nn.functional as F

@@ -3,8 +3,6 @@
 At each checkpoint, every worker saves the state of its heads; any number of workers can resume from them.
 """
 
-from __future__ import annotations
-
 import json
 import re
 import time

@@ -1,8 +1,6 @@
 """How workers exchange results of their heads. Each worker trains some of the heads, so gathering is all they need. All
 workers call the same methods in the same order."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

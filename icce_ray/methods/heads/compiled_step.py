@@ -5,8 +5,6 @@ and the products with the prototypes are in half precision: cosines in float16, 
 is float32.
 """
 
-from __future__ import annotations
-
 import logging
 
 import torch

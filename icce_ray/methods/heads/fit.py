@@ -1,8 +1,6 @@
 """Train heads and label every image with each (docs/METHOD.md, "Heads"), from arrays or from artifacts, without Ray. A
 worker of job.py runs it with a communicator; sweeps run it as it is."""
 
-from __future__ import annotations
-
 import time
 from typing import Any
 

@@ -1,8 +1,6 @@
 """Inputs of the heads: rotated, normalised batches of features, and a random subset of the dimensions for each head
 (docs/METHOD.md, "Batch normalisation" and "Architecture")."""
 
-from __future__ import annotations
-
 from typing import Any, Literal
 
 import numpy as np

@@ -3,8 +3,6 @@
 A run that was killed goes on from the newest checkpoint, on any number of workers.
 """
 
-from __future__ import annotations
-
 from functools import partial
 from typing import Any
 

@@ -5,8 +5,6 @@ learning rate, weight of the cross-entropy, teacher momentum.
 second in every process that trains.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

@@ -1,8 +1,6 @@
 """The pairs of images that each step trains on. They follow from the seed and the epoch alone, so that every worker
 draws the same batches, and a resumed run the same as an undisturbed one."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Literal
 

@@ -1,7 +1,5 @@
 """Sinkhorn-Knopp: teacher targets that spread a batch over the clusters (docs/METHOD.md, "Sinkhorn-Knopp")."""
 
-from __future__ import annotations
-
 import torch
 
 MAX_EXPONENT = 40.0

@@ -7,8 +7,6 @@ compiled_step.py compiles for GPUs.
 V views, H heads of the block, B pairs, K clusters, n = V B rows.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any

@@ -3,8 +3,6 @@
 V views: an image and the m neighbours drawn for it; H heads of the block, B pairs, K clusters.
 """
 
-from __future__ import annotations
-
 import torch
 
 from icce_ray.config import HeadsConfig

@@ -7,8 +7,6 @@ CPU each thread computes one head at a time, so the number of threads does not m
 H heads of all workers, h of this one, B pairs of a step, K clusters.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterable
 from functools import partial

@@ -4,8 +4,6 @@ N images, D feature dimensions, S of them that a head sees, h heads of a worker,
 head's layers, n rows of a batch, all views together.
 """
 
-from __future__ import annotations
-
 import torch
 
 from icce_ray.config import HeadsConfig

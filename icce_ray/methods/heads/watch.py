@@ -1,7 +1,5 @@
 """Training metrics of the heads, from the labels that the steps compute anyway."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

@@ -4,8 +4,6 @@ wherever they are.
 Legend: N images, n images of a shard, D feature dimension, d dimensions of the rows, K clusters, H starts.
 """
 
-from __future__ import annotations
-
 import io
 import math
 import time

@@ -5,8 +5,6 @@ images. An actor that dies is started again, prepares its rows again, and repeat
 resumes with the starts that are finished, and from the last checkpoint of those under way.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import partial
 from typing import Any

@@ -7,8 +7,6 @@ thread, so that a row's label doesn't depend on the number of shards and threads
 Legend: N images, n images of the shard, D feature dimension, d dimensions of the rows, K clusters.
 """
 
-from __future__ import annotations
-
 import mmap
 import os
 import tempfile

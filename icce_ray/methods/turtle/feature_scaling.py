@@ -1,8 +1,6 @@
 """Features in the scale that TURTLE's inner classifiers need, and the labels of features as they are
 (docs/METHOD.md, "TURTLE")."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce

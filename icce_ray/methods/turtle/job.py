@@ -5,8 +5,6 @@ A run of the pipeline that was killed keeps the finished runs, and goes on from 
 number of workers.
 """
 
-from __future__ import annotations
-
 from functools import partial
 from typing import Any
 

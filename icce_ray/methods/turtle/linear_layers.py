@@ -5,8 +5,6 @@ Shape letters: D dimensions of a space, E = D + 1, K clusters, C = R K columns, 
 an E x C matrix: the transpose of the weights of torch's ``nn.Linear``, and a last row of biases.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -3,8 +3,6 @@
 The blocks depend on the number of runs and of clusters alone, so a run gives the same bits on any number of workers.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from itertools import pairwise
 

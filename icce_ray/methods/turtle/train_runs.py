@@ -1,8 +1,6 @@
 """Train runs of TURTLE in memory that is known before, and judge each by its generalisation score (docs/METHOD.md,
 "TURTLE")."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
