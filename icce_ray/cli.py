@@ -3,7 +3,7 @@
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +26,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"icce_ray {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def command(name: str, purpose: str) -> argparse.ArgumentParser:
-        return commands.add_parser(name, help=purpose, description=f"{purpose[0].upper()}{purpose[1:]}.")
+    def command(name: str, function: Callable[[argparse.Namespace], Any], purpose: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=purpose, description=f"{purpose[0].upper()}{purpose[1:]}.")
+        added.set_defaults(function=function)
+        return added
 
-    run = command("run", "cluster the images of a config, or of the built-in demo")
+    run = command("run", run_command, "cluster the images of a config, or of the built-in demo")
     add_arguments(run)
-    run.set_defaults(function=run_command)
 
-    cluster = command("cluster", "cluster a folder of photos, without a config")
+    cluster = command("cluster", _cluster, "cluster a folder of photos, without a config")
     cluster.add_argument("photos", metavar="PHOTOS", help="a folder, a bucket prefix, or a list of images")
     cluster.add_argument("--clusters", default="auto", metavar="N", help="number of clusters, or auto (the default)")
     cluster.add_argument(
@@ -41,23 +42,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     cluster.add_argument("--no-open", action="store_true", help="don't open the page in a browser")
     add_options(cluster)
-    cluster.set_defaults(function=_cluster)
 
-    sweep = command("sweep", "try settings of a config, judge the results without labels, pool the best")
+    sweep = command("sweep", _sweep, "try settings of a config, judge the results without labels, pool the best")
     sweep.add_argument(
         "sweep", metavar="SWEEP", help="a YAML file with a base config, a search space and how to search it"
     )
     add_options(sweep)
-    sweep.set_defaults(function=_sweep)
 
-    compare = command("compare", "run several methods on the same images, and compare their clusters")
+    compare = command("compare", _compare, "run several methods on the same images, and compare their clusters")
     compare.add_argument("config", metavar="CONFIG", help="a YAML file")
     compare.add_argument("--methods", required=True, metavar="A,B,...", help=f"two or more of {', '.join(METHODS)}")
     compare.add_argument("--combine", action="store_true", help="also make one consensus of all methods")
     add_options(compare)
-    compare.set_defaults(function=_compare)
 
-    assign = command("assign", "label new images with a finished run's model")
+    assign = command("assign", _assign, "label new images with a finished run's model")
     assign.add_argument("run", metavar="RUN", help=f"{RUN}; or the folder of its model")
     source = assign.add_mutually_exclusive_group(required=True)
     source.add_argument("--images", metavar="URI", help="a folder of images, or a list of them (.txt, .parquet)")
@@ -66,15 +64,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     assign.add_argument("--output", metavar="URI", help="where the results go (default: the output of the run)")
     add_options(assign)
-    assign.set_defaults(function=_assign)
 
-    apply = command("apply", "take over corrections that were made on the page of a run")
+    apply = command("apply", _apply, "take over corrections that were made on the page of a run")
     apply.add_argument("run", metavar="RUN", help=RUN)
     apply.add_argument("corrections", metavar="FILE", help="the corrections.json that the page saved")
     add_options(apply, "json", "quiet", "debug")
-    apply.set_defaults(function=_apply)
 
-    cut = command("cut", "merge a finished run's most confused clusters until N groups are left")
+    cut = command("cut", _cut, "merge a finished run's most confused clusters until N groups are left")
     cut.add_argument("run", metavar="RUN", help=RUN)
     cut.add_argument(
         "--clusters", type=int, required=True, metavar="N", help="number of groups, at most the number of clusters"
@@ -83,9 +79,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--output", required=True, metavar="FILE", help="Parquet file to write: image_id, uri, cluster, group"
     )
     add_options(cut, "debug")
-    cut.set_defaults(function=_cut)
 
-    export = command("export", "take a finished run's images and clusters into other tools")
+    export = command("export", _export, "take a finished run's images and clusters into other tools")
     export.add_argument("run", metavar="RUN", help=RUN)
     export.add_argument("--to", required=True, metavar="FORMAT", help=f"one of {', '.join(FORMATS)}")
     export.add_argument("--output", required=True, metavar="URI", help="an empty folder or prefix")
@@ -95,32 +90,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--copy", action="store_true", help="folders, fiftyone: copy image files on this machine instead of linking"
     )
     add_options(export, "quiet", "debug")
-    export.set_defaults(function=_export)
 
-    forget = command("forget", "remove images from a finished run and everything beside it")
+    forget = command("forget", _forget, "remove images from a finished run and everything beside it")
     forget.add_argument("run", metavar="RUN", help=RUN)
     forget.add_argument("--uris", required=True, metavar="FILE", help=".txt or .parquet list of the images")
     add_options(forget, "json", "quiet", "debug")
-    forget.set_defaults(function=_forget)
 
-    gc = command("gc", "list artifacts that no run refers to any more, or remove them")
+    gc = command("gc", _gc, "list artifacts that no run refers to any more, or remove them")
     gc.add_argument("output", metavar="OUTPUT", help="the output folder of runs")
     gc.add_argument("--delete", action="store_true", help="remove them")
     add_options(gc, "debug")
-    gc.set_defaults(function=_gc)
 
-    estimate = command("estimate", "say what each stage of a run will take: time, memory, storage")
+    estimate = command("estimate", _estimate, "say what each stage of a run will take: time, memory, storage")
     estimate.add_argument("config", metavar="CONFIG", help="a YAML file")
     estimate.add_argument(
         "--samples", type=int, default=256, metavar="N", help="number of images to embed (default: 256)"
     )
     add_options(estimate, "set", "json", "debug")
-    estimate.set_defaults(function=_estimate)
 
-    status = command("status", "show how far a run is and where its artifacts are")
+    status = command("status", _status, "show how far a run is and where its artifacts are")
     status.add_argument("target", metavar="CONFIG|OUTPUT", help="a YAML config, or an output folder")
     add_options(status, "set", "json", "debug")
-    status.set_defaults(function=_status)
 
     parsed = parser.parse_args(arguments)
     return guarded(parsed.function, parsed)

@@ -26,8 +26,7 @@ from icce_ray.embed.part_hashes import sampled_name
 from icce_ray.errors import DamagedArtifactError
 from icce_ray.random_numbers import id_hashes
 from icce_ray.store import Artifact, Folder, Part
-from icce_ray.store.cache import cache_entry, is_sealed, seal
-from icce_ray.store.local_files import locked, replacing
+from icce_ray.store.cache import cache_entry, is_sealed, locked, replacing, seal
 
 PART_PREFIX = "part-"
 COLUMN = "embedding"

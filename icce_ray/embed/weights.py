@@ -18,9 +18,8 @@ from urllib.request import getproxies
 import pyarrow.fs as pafs
 
 from icce_ray.errors import ConfigError, ResourceError
-from icce_ray.store.cache import cache_entry, is_sealed, seal
+from icce_ray.store.cache import cache_entry, is_sealed, locked, replacing, seal
 from icce_ray.store.filesystem import open_uri
-from icce_ray.store.local_files import locked, replacing
 
 WEIGHTS_ENDINGS = (".safetensors", ".pth", ".pt", ".bin")
 WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model", "teacher")

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from icce_ray.store import Folder
-from icce_ray.store.local_files import replacing
+from icce_ray.store.cache import replacing
 
 
 @contextmanager

@@ -20,8 +20,7 @@ from icce_ray.runtime.progress import QUIET, Progress
 from icce_ray.runtime.threads import in_threads
 from icce_ray.sample.unit_features import Ids, UnitFeatures, prepare
 from icce_ray.store import Artifact
-from icce_ray.store.cache import cache_entry, is_sealed, seal
-from icce_ray.store.local_files import locked, replacing
+from icce_ray.store.cache import cache_entry, is_sealed, locked, replacing, seal
 
 if TYPE_CHECKING:
     from icce_ray.neighbors.torch_engine import TorchEngine

@@ -62,7 +62,11 @@ class StageEstimate:
 
     def line(self) -> str:
         memory, disk = format_bytes(self.memory_bytes), format_bytes(self.disk_bytes)
-        return f"{self.stage:<14} {format_seconds(self.seconds):>13} {memory:>10} {disk:>10}"
+        return _row(self.stage, format_seconds(self.seconds), memory, disk)
+
+
+def _row(stage: str, time: str, memory: str, disk: str) -> str:
+    return f"{stage:<14} {time:>13} {memory:>10} {disk:>10}"
 
 
 @dataclass(frozen=True)
@@ -93,20 +97,11 @@ class Estimate:
         """The estimate as text."""
         rate = "" if self.images_per_s is None else f"; {self.images_per_s:,.3g} images/s"
         said = f"{self.num_sampled:,} of {self.num_images:,} images embedded, {self.sampled_errors:,} failed{rate}"
-        rows = [
-            (
-                stage.stage,
-                format_seconds(stage.seconds),
-                format_bytes(stage.memory_bytes),
-                format_bytes(stage.disk_bytes),
-            )
-            for stage in self.stages
-        ]
         largest = max(stage.memory_bytes for stage in self.stages)
-        rows.append(("together", format_seconds(self.seconds), format_bytes(largest), format_bytes(self.disk_bytes)))
-        table = [f"{name:<14} {time:>13} {memory:>10} {disk:>10}" for name, time, memory, disk in rows]
+        table = [*self.stages, StageEstimate("together", self.seconds, largest, self.disk_bytes)]
         memory = f"{self.cpus:g} CPUs, {self.gpus:g} GPUs, {format_bytes(self.available_memory_bytes)} of free memory"
-        return [said, memory, "", f"{'stage':<14} {'time':>13} {'memory':>10} {'storage':>10}", *table, *self.shortcuts]
+        head = _row("stage", "time", "memory", "storage")
+        return [said, memory, "", head, *(stage.line() for stage in table), *self.shortcuts]
 
     def to_json(self) -> dict[str, Any]:
         return {**asdict(self), "seconds": self.seconds, "disk_bytes": self.disk_bytes}

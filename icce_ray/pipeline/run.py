@@ -78,7 +78,9 @@ def run_pipeline(config: Config, *, refresh: bool = False, retry_errors: bool = 
         check_stages(config.of_method(method), clustering_stages(config.of_method(method))[-1:])
     spent: Counter[str] = Counter()
     if unplanned:
-        spent.update(_choose_number(first, planned, artifacts, quiet))
+        # Until the number of clusters is chosen, a run of its own, so that `status` can show how far that is.
+        spent.update(_run_recorded(first, planned, artifacts, quiet))
+        remove_record(config.output, run_name(planned))
         rest = plan(with_chosen_number(config, planned, artifacts), unplanned, planned)
         planned += rest
         artifacts |= finished_artifacts(rest)
@@ -130,31 +132,25 @@ def _list_images(config: Config, quiet: bool) -> None:
             remove_record(config.output, name)
 
 
-def _choose_number(
-    config: Config, planned: list[PlannedStage], artifacts: dict[str, Artifact], quiet: bool
-) -> dict[str, float]:
-    """Run the stages that choose the number of clusters. Until they have, they are recorded as a run of their own, so
-    that `status` can show how far it is."""
-    name = run_name(planned)
-    write_record(config.output, name, fingerprints_of(planned), config.model_dump(mode="json"))
-    with RunProgress(config.output, name) as told:
-        seconds = run_stages(config, planned, artifacts, quiet, told)
-    remove_record(config.output, name)
-    return seconds
-
-
 def _make_clusterings(
     config: Config, planned: list[PlannedStage], artifacts: dict[str, Artifact], quiet: bool
 ) -> dict[str, float]:
     """Run one of several methods up to its clusterings, and record it, so that a consensus finds it by its name. Adds
     what it shares with the others to `artifacts`."""
-    name = run_name(planned)
-    write_record(config.output, name, fingerprints_of(planned), config.model_dump(mode="json"))
     made = finished_artifacts(planned) | {name: artifacts[name] for name in SHARED_BY_METHODS if name in artifacts}
-    with RunProgress(config.output, name) as told:
-        seconds = run_stages(config, planned, made, quiet, told)
+    seconds = _run_recorded(config, planned, made, quiet)
     artifacts |= {name: made[name] for name in SHARED_BY_METHODS}
     return seconds
+
+
+def _run_recorded(
+    config: Config, planned: list[PlannedStage], artifacts: dict[str, Artifact], quiet: bool
+) -> dict[str, float]:
+    """Record the planned stages as a run, and run them."""
+    name = run_name(planned)
+    write_record(config.output, name, fingerprints_of(planned), config.model_dump(mode="json"))
+    with RunProgress(config.output, name) as told:
+        return run_stages(config, planned, artifacts, quiet, told)
 
 
 def run_stages(

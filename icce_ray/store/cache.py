@@ -1,7 +1,8 @@
-"""This machine's cache of files that can be made again: copies of remote parts, and parts joined to one file.
+"""This machine's files that its processes share: a lock between them, writes seen whole or not, and a cache of what can
+be made again: copies of remote parts, and parts joined to one file.
 
-Each entry is a folder, ``<cache>/<kind>/<name>``. Files are sealed with their checksum, and one that does not match is
-made again. Entries that nobody used for long, or that fill the disk, are removed.
+Each entry of the cache is a folder, ``<cache>/<kind>/<name>``. Files are sealed with their checksum, and one that does
+not match is made again. Entries that nobody used for long, or that fill the disk, are removed.
 """
 
 import fcntl
@@ -17,6 +18,27 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from icce_ray.errors import ResourceError
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A path to write to that becomes `path` at the end, or vanishes after an error."""
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold the lock file for this machine's other processes; the kernel lets go of it when a holder dies."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
 
 MAX_UNUSED_S = 14 * 86_400.0
 IN_USE_S = 3_600.0

@@ -24,7 +24,7 @@ from icce_ray.config import StorageConfig
 from icce_ray.config.section import is_utf8
 from icce_ray.errors import InputError
 from icce_ray.store import s3
-from icce_ray.store.local_files import replacing
+from icce_ray.store.cache import replacing
 from icce_ray.store.patient_filesystem import PatientFileSystem, within
 
 OBJECT_STORES = ("s3", "gs", "gcs", "abfs", "abfss", "hdfs", "viewfs")
