@@ -13,8 +13,6 @@ a row that are not, and to the choice. The parts overlap, so the variance over i
 one over parts (the jackknife that leaves out several at a time).
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any

@@ -8,8 +8,6 @@ Shape letters: n images of the sample, m of a part, p of those that are measured
 numbers of clusters, V eigenvectors.
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple

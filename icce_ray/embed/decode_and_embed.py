@@ -1,5 +1,7 @@
 """The work on one part: from the URIs of its images to pixels, and from pixels to embeddings."""
 
+from __future__ import annotations
+
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
