@@ -41,11 +41,14 @@ MAX_GAP_BYTES = 2**17
 """Bytes between two images that are read along with them: this takes less time than another request."""
 
 
+CHANGED = "changed since it was listed; run again with --refresh"
+
+
 class NoImageError(Exception):
     """The place is there, but holds no image; reading it again would not help."""
 
 
-def read_image(uri: str, size_bytes: int | None = None) -> bytes | str:
+def read_image(uri: str, size_bytes: int | None = None, etag: str | None = None) -> bytes | str:
     """The bytes of an image, or why they cannot be read: ``missing``, ``unreadable: ...``.
 
     While the store is away, this waits for it. An object is given up only if its store answers meanwhile. Raises
@@ -54,6 +57,7 @@ def read_image(uri: str, size_bytes: int | None = None) -> bytes | str:
     Args:
         uri: a file or a place in a container, as in the listing.
         size_bytes: expected size; None if unknown.
+        etag: expected state of a container, as in the listing: in another state, the place may hold another image.
     """
     if size_bytes is not None and size_bytes > MAX_FILE_BYTES:
         return f"unreadable: over the limit of {MAX_FILE_BYTES} bytes"
@@ -64,7 +68,7 @@ def read_image(uri: str, size_bytes: int | None = None) -> bytes | str:
     while True:
         is_lasting = True
         try:
-            data = _read_once(uri, READ_TIMEOUTS_S[min(attempt, len(READ_TIMEOUTS_S) - 1)])
+            data = _read_once(uri, READ_TIMEOUTS_S[min(attempt, len(READ_TIMEOUTS_S) - 1)], etag)
             if size_bytes is None or len(data) == size_bytes or not is_remote(uri):
                 if s3.is_s3(uri):
                     _readable[f"s3://{s3.split_uri(uri)[0]}"] = file_of(uri)
@@ -72,6 +76,8 @@ def read_image(uri: str, size_bytes: int | None = None) -> bytes | str:
             problem = f"unreadable: {len(data)} bytes came of {size_bytes}"
         except FileNotFoundError:
             return "missing"
+        except FileExistsError:  # the answer to a condition
+            return CHANGED
         except NoImageError as error:
             return str(error)
         except InputError as error:
@@ -159,14 +165,14 @@ def _read_together(request: list[ListedImage]) -> list[bytes | str]:
     spans = [span for row in request if isinstance(span := locate(row.uri), Span)]
     if len(request) > 1:
         whole = Span(spans[0].file, spans[0].start, spans[-1].end - spans[0].start)
-        data = read_image(whole.uri(), whole.num_bytes)
+        data = read_image(whole.uri(), whole.num_bytes, request[0].etag)
         if isinstance(data, bytes):
             return [data[span.start - whole.start : span.end - whole.start] for span in spans]
     return [_read_row(row) for row in request]
 
 
 def _read_row(row: ListedImage) -> bytes | str:
-    return row.problem or read_image(row.uri, row.size_bytes)
+    return row.problem or read_image(row.uri, row.size_bytes, row.etag)
 
 
 def _open_at_once(path: str, flags: int) -> int:
@@ -179,8 +185,10 @@ def _check_size(num_bytes: int) -> None:
         raise ValueError(f"over the limit of {MAX_FILE_BYTES} bytes")
 
 
-def _read_once(uri: str, timeout_s: float) -> bytes:
+def _read_once(uri: str, timeout_s: float, etag: str | None = None) -> bytes:
     place = locate(uri)
+    if place is not None and etag and not is_remote(uri) and str(os.stat(local_path(place.file)).st_mtime_ns) != etag:
+        raise NoImageError(CHANGED)
     if isinstance(place, Cell):
         with _cells_lock:
             value = _cells.read(place)
@@ -207,7 +215,8 @@ def _read_once(uri: str, timeout_s: float) -> bytes:
         client = s3.client(s3.current_options(), read_timeout_s=timeout_s, attempts=1)
         span = () if place is None else (place.start, place.num_bytes)
         with s3.translated(file):
-            return s3.get_once(file, client, *span, max_slow_s=2 * timeout_s, max_bytes=MAX_FILE_BYTES)
+            condition = {"IfMatch": f'"{etag}"'} if etag and place is not None else {}
+            return s3.get_once(file, client, *span, max_slow_s=2 * timeout_s, max_bytes=MAX_FILE_BYTES, **condition)
     try:
         filesystem, path = open_uri(file)
     except InputError as error:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from icce_ray.config import StorageConfig
@@ -21,7 +25,7 @@ from icce_ray.store import s3
 LISTING = b"<ListBucketResult><Name>photos</Name><KeyCount>0</KeyCount></ListBucketResult>"
 ERRORS = {
     code: f"<Error><Code>{name}</Code></Error>".encode()
-    for code, name in ((403, "AccessDenied"), (500, "InternalError"), (503, "SlowDown"))
+    for code, name in ((403, "AccessDenied"), (412, "PreconditionFailed"), (500, "InternalError"), (503, "SlowDown"))
 }
 Answer = Callable[[str], Any]
 
@@ -34,6 +38,7 @@ class Store:
         self.seen: list[str] = []
         self.ranges: list[tuple[str, str | None]] = []
         """Key and range of each request."""
+        self.conditions: list[str | None] = []
 
 
 @pytest.fixture
@@ -45,6 +50,7 @@ def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
             key = self.path.partition("?")[0].removeprefix("/photos").removeprefix("/")
             told.seen.append(key)
             told.ranges.append((key, self.headers["Range"]))
+            told.conditions.append(self.headers["If-Match"])
             found = told.answer(key)
             if callable(found):
                 found(self)
@@ -183,3 +189,26 @@ def test_results_are_read_and_written_when_the_store_is_back(store: Store, monke
     store.answer = lambda key: 503 if len(store.seen) < 20 else b"content"
     assert s3.get_object("s3://photos/manifest.json", s3.current_options()) == b"content"
     assert len(store.seen) >= 20
+
+
+def test_an_image_of_a_container_that_changed_since_it_was_listed_is_a_row(store: Store) -> None:
+    store.answer = lambda key: 412 if store.conditions[-1] == '"old"' else b"picture"
+    place = "s3://photos/0.tar#0+7/x.png"
+    assert read_images.read_image(place, 7, "old") == read_images.CHANGED
+    assert read_images.read_image(place, 7, "new") == b"picture"
+    assert read_images.read_image("s3://photos/x.png", 7, "old") == b"picture", "a file of its own is what it is"
+
+
+@pytest.mark.parametrize("kind", ["tar", "parquet"])
+def test_an_image_of_a_local_container_that_changed_is_a_row(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / f"0.{kind}"
+    if kind == "tar":
+        path.write_bytes(b"picture")
+        place = Span(str(path), 0, 7).uri("x.png")
+    else:
+        pq.write_table(pa.table({"image": [b"picture"]}), path)
+        place = f"{path}#0/image"
+    etag = str(path.stat().st_mtime_ns)
+    assert read_images.read_image(place, 7, etag) == b"picture"
+    os.utime(path, ns=(0, 0))
+    assert read_images.read_image(place, 7, etag) == "changed since it was listed; run again with --refresh"
