@@ -56,7 +56,12 @@ def find_cause(error: BaseException, kind: type[BaseException]) -> BaseException
 
 def one_line(error: BaseException) -> str:
     """Type and start of the message of an error."""
-    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+    return f"{type(error).__name__}: {message_of(error)}"[:200].rstrip()
+
+
+def message_of(error: BaseException) -> str:
+    """Start of the message of an error, in one line."""
+    return " ".join(str(error).split())[:200]
 
 
 def describe_cause(error: BaseException) -> str:

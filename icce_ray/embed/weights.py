@@ -17,7 +17,7 @@ from urllib.request import getproxies
 
 import pyarrow.fs as pafs
 
-from icce_ray.errors import ConfigError, ResourceError
+from icce_ray.errors import ConfigError, ResourceError, message_of
 from icce_ray.store.cache import cache_entry, is_sealed, locked, replacing, seal
 from icce_ray.store.filesystem import open_uri
 
@@ -181,8 +181,7 @@ def _reading(location: str) -> Iterator[None]:
     except FileNotFoundError:
         raise ConfigError(f"embed.weights: there is no file {location}") from None
     except OSError as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ResourceError(f"embed.weights: {location} cannot be read: {reason}") from None
+        raise ResourceError(f"embed.weights: {location} cannot be read: {message_of(error)}") from None
 
 
 def _strip(key: str) -> str:

@@ -11,7 +11,7 @@ import pyarrow.csv as pc_csv
 import pyarrow.fs as pafs
 
 from icce_ray.config import EvaluateConfig
-from icce_ray.errors import InputError
+from icce_ray.errors import InputError, message_of
 from icce_ray.images.embedding_files import read_npy_header
 from icce_ray.images.parquet_columns import check_column, find_field, is_string, open_column, to_strings
 from icce_ray.store.filesystem import open_uri
@@ -47,7 +47,7 @@ def read_labels(evaluate: EvaluateConfig) -> Iterator[Batch]:
         except InputError:
             raise
         except (pa.ArrowException, OSError, ValueError, EOFError) as error:
-            raise InputError(f"evaluate.labels: {uri}: cannot be read: {' '.join(str(error).split())}") from None
+            raise InputError(f"evaluate.labels: {uri}: cannot be read: {message_of(error)}") from None
     if not first:
         raise InputError(f"evaluate.labels: {uri} holds no labels")
 

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from icce_ray.config import ImagesConfig
-from icce_ray.errors import InputError
+from icce_ray.errors import InputError, message_of
 from icce_ray.images import tar_shards
 from icce_ray.images.file_kinds import IMAGE_ENDINGS, PARQUET_ENDINGS, ending
 from icce_ray.images.file_shards import File
@@ -82,26 +82,12 @@ def members(container: File, images: ImagesConfig, skipped: Counter[str]) -> Ite
         try:
             with open_file(uri) as opened:
                 file = pq.ParquetFile(opened)
-                column, num_rows, max_rows = (
-                    image_column(file.schema_arrow, images, uri),
-                    file.metadata.num_rows,
-                    opened.size(),
-                )
+                column, num_rows = image_column(file.schema_arrow, images, uri), file.metadata.num_rows
+                if not 0 <= num_rows <= opened.size():
+                    raise OSError("absurd number of rows")
         except (pa.ArrowException, OSError) as error:
-            yield Entry(
-                f"{uri}#0/{DAMAGED_NAME}",
-                container.size_bytes,
-                container.etag,
-                f"damaged Parquet file: {_one_line(error)}",
-            )
-            return
-        if not 0 <= num_rows <= max_rows:
-            yield Entry(
-                f"{uri}#0/{DAMAGED_NAME}",
-                container.size_bytes,
-                container.etag,
-                "damaged Parquet file: absurd number of rows",
-            )
+            problem = f"damaged Parquet file: {message_of(error)}"
+            yield Entry(f"{uri}#0/{DAMAGED_NAME}", container.size_bytes, container.etag, problem)
             return
         for row in range(num_rows):
             yield Entry(f"{uri}#{row}/{column}", None, container.etag)
@@ -166,7 +152,7 @@ def labels_beside(uris: Sequence[str]) -> list[str | None]:
                         for number in numbers:
                             labels[number] = text
         except OSError as error:
-            raise InputError(f"evaluate.labels: the tar {file} cannot be read: {_one_line(error)}") from None
+            raise InputError(f"evaluate.labels: the tar {file} cannot be read: {message_of(error)}") from None
     return labels
 
 
@@ -186,11 +172,7 @@ def _walk_tar(uri: str) -> Iterator[tar_shards.Member | tar_shards.Link | tar_sh
     except FileNotFoundError:
         yield tar_shards.Damage(0, 0, "missing")
     except OSError as error:
-        yield tar_shards.Damage(position, 0, f"unreadable: {_one_line(error)}")
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
+        yield tar_shards.Damage(position, 0, f"unreadable: {message_of(error)}")
 
 
 @contextmanager

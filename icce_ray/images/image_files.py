@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 
 from icce_ray.config import ImagesConfig, ResourcesConfig, StorageConfig
 from icce_ray.config.section import MAX_PATH_CHARACTERS, is_utf8
-from icce_ray.errors import InputError
+from icce_ray.errors import InputError, message_of
 from icce_ray.images.bucket_listing import BucketPrefix
 from icce_ray.images.file_kinds import IMAGE_ENDINGS, PARQUET_ENDINGS, TAR_ENDING, describe, ending, remedy, take_file
 from icce_ray.images.file_shards import File, FileShards, Shard, shards_of
@@ -238,8 +238,7 @@ def _parquet_files(files: list[File], images: ImagesConfig) -> Iterator[File]:
                 raise
             unusable.append(file._replace(problem=f"not usable: {error}"))
         except (pa.ArrowException, OSError) as error:
-            reason = " ".join(str(error).split())[:200]
-            unusable.append(file._replace(problem=f"damaged Parquet file: {reason}"))
+            unusable.append(file._replace(problem=f"damaged Parquet file: {message_of(error)}"))
     if len(unusable) == len(files):
         others = f"; nor can the other {len(files) - 1} be used" if len(files) > 1 else ""
         raise InputError(f"images.uri: {unusable[0].uri}: {unusable[0].problem}{others}")

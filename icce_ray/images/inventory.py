@@ -16,7 +16,7 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from icce_ray.config import StorageConfig
-from icce_ray.errors import InputError
+from icce_ray.errors import InputError, message_of
 from icce_ray.images.bucket_listing import Classify, object_file
 from icce_ray.images.file_shards import SHARD_ROWS, File, files_table, sorted_files
 from icce_ray.store import ArtifactWriter, Folder, Part, s3
@@ -104,7 +104,7 @@ def list_data_file(uri: str, inventory: Inventory) -> PartRecord:
             parts.append(ArtifactWriter(inventory.folder).write_table(name, table))
             ends.append([table["uri"][0].as_py(), table["uri"][-1].as_py()])
     except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = message_of(error)
         raise InputError(f"images.uri: {uri}, which {inventory.uri} names, cannot be read: {reason}") from None
     metrics = {"ends": ends, "others": others, "tables": tables, "num_keys": num_keys}
     return inventory.records.write(shard_name(uri), parts, metrics)

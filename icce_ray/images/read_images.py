@@ -215,8 +215,8 @@ def _read_once(uri: str, timeout_s: float, etag: str | None = None) -> bytes:
         client = s3.client(s3.current_options(), read_timeout_s=timeout_s, attempts=1)
         span = () if place is None else (place.start, place.num_bytes)
         with s3.translated(file):
-            condition = {"IfMatch": f'"{etag}"'} if etag and place is not None else {}
-            return s3.get_once(file, client, *span, max_slow_s=2 * timeout_s, max_bytes=MAX_FILE_BYTES, **condition)
+            etag = None if place is None else etag
+            return s3.get_once(file, client, *span, max_slow_s=2 * timeout_s, max_bytes=MAX_FILE_BYTES, etag=etag)
     try:
         filesystem, path = open_uri(file)
     except InputError as error:

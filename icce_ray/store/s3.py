@@ -243,7 +243,7 @@ def get_once(
     *,
     max_slow_s: float = READ_TIMEOUT_S,
     max_bytes: int | None = None,
-    **condition: str,
+    etag: str | None = None,
 ) -> bytes:
     """Content of an object, or `num_bytes` of it from `start` on, in one request. Call it within :func:`translated`.
     Raises AwayError: the body broke off, or came too slowly; ValueError: over `max_bytes`.
@@ -251,11 +251,12 @@ def get_once(
     Args:
         max_slow_s: the body may take this long, and a second for each MIN_BYTES_PER_S.
         max_bytes: larger objects are not read.
-        condition: such as IfMatch.
+        etag: without its quotes. An object with another one is not read.
     """
     bucket, key = split_uri(uri)
-    span = {} if num_bytes is None else {"Range": f"bytes={start}-{start + num_bytes - 1}"}
-    answer = client.get_object(Bucket=bucket, Key=key, **span, **condition)
+    options = {} if num_bytes is None else {"Range": f"bytes={start}-{start + num_bytes - 1}"}
+    options |= {"IfMatch": f'"{etag}"'} if etag else {}
+    answer = client.get_object(Bucket=bucket, Key=key, **options)
     wanted = int(answer["ContentLength"])
     if max_bytes is not None and wanted > max_bytes:
         answer["Body"].close()
