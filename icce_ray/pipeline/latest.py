@@ -39,6 +39,14 @@ from icce_ray.store.run_records import LATEST_FOLDER, RUNS_FOLDER, SUMMARY_NAME,
 
 ALL_IMAGES_NAME = "all_images"
 ASSIGNMENTS_PREFIX = "assignments/"
+ASSIGNMENTS_NAME = "assignments.parquet"
+FOLDERS = {"report": "report", "classifier": "model"}
+"""The stages whose folders are in ``latest``, and their names there."""
+MAX_COPIED_BYTES = 2**30
+"""An entry that is larger is not copied; the run's closing lines say where it lies."""
+MAX_WAIT_S = 600.0
+"""How long a job waits for another that is writing copies."""
+NUM_THREADS = 16
 
 
 def place_of(assign: Artifact) -> str:
@@ -80,16 +88,6 @@ def add_new_images(output: str, assign: Artifact) -> str | None:
                 folder.filesystem.create_dir(f"{folder.path}/{place}")
             folder.filesystem.copy_file(source, f"{folder.path}/{name}")
     return folder.file_uri(ALL_IMAGES_NAME)
-
-
-ASSIGNMENTS_NAME = "assignments.parquet"
-FOLDERS = {"report": "report", "classifier": "model"}
-"""The stages whose folders are in ``latest``, and their names there."""
-MAX_COPIED_BYTES = 2**30
-"""An entry that is larger is not copied; the run's closing lines say where it lies."""
-MAX_WAIT_S = 600.0
-"""How long a job waits for another that is writing copies."""
-NUM_THREADS = 16
 
 
 def publish(

@@ -24,7 +24,6 @@ from icce_ray.config import StorageConfig
 from icce_ray.config.section import is_utf8
 from icce_ray.errors import InputError
 from icce_ray.store import s3
-from icce_ray.store.cache import replacing
 from icce_ray.store.patient_filesystem import PatientFileSystem, within
 
 OBJECT_STORES = ("s3", "gs", "gcs", "abfs", "abfss", "hdfs", "viewfs")
@@ -244,7 +243,7 @@ class Folder:
             with self.filesystem.open_output_stream(f"{self.path}/{name}") as file:
                 file.write(data)
             return
-        self._write_beside(self.local_path / name, data, lambda temporary, target: temporary.replace(target))
+        _write_beside(self.local_path / name, lambda file: file.write(data))
 
     def write_file(self, name: str, source: BinaryIO) -> None:
         """Write a file of any size atomically, from where `source` stands to its end."""
@@ -252,11 +251,7 @@ class Folder:
             with self.filesystem.open_output_stream(f"{self.path}/{name}") as file:
                 shutil.copyfileobj(source, file)
             return
-        target = self.local_path / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(target) as temporary, temporary.open("wb") as file:
-            shutil.copyfileobj(source, file)
-            os.fsync(file.fileno())
+        _write_beside(self.local_path / name, lambda file: shutil.copyfileobj(source, file))
 
     def create_bytes(self, name: str, data: bytes | memoryview) -> None:
         """Create a file. If several processes try at once, one succeeds.
@@ -271,7 +266,7 @@ class Folder:
                 raise FileExistsError(self.file_uri(name))
             self.write_bytes(name, data)
             return
-        self._write_beside(self.local_path / name, data, _link_or_move)
+        _write_beside(self.local_path / name, lambda file: file.write(data), _link_or_move)
 
     def remove(self, name: str) -> None:
         """Remove a file if it exists."""
@@ -300,18 +295,21 @@ class Folder:
             max_wait_s=None if wait else 0.0,
         )
 
-    @staticmethod
-    def _write_beside(target: Path, data: bytes | memoryview, finish: Callable[[Path, Path], object]) -> None:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
-        try:
-            with temporary.open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            finish(temporary, target)
-        finally:
-            temporary.unlink(missing_ok=True)
+
+def _write_beside(
+    target: Path, write: Callable[[BinaryIO], object], finish: Callable[[Path, Path], object] = os.replace
+) -> None:
+    """Write a file under a temporary name, and give it its name when it is on the disk."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
+    try:
+        with temporary.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        finish(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _link_or_move(temporary: Path, target: Path) -> None:

@@ -29,14 +29,9 @@ SPOOL_BYTES = 2**26
 REFUSALS = ("ACCESS_DENIED", "PERMISSION_DENIED", "UNAUTHENTICATED", "AuthorizationFailure", "AuthenticationFailed")
 """In the messages of Amazon's, Google's and Microsoft's clients."""
 ANSWERS = (
-    FileNotFoundError,
-    FileExistsError,
-    IsADirectoryError,
-    NotADirectoryError,
-    NotImplementedError,
-    TypeError,
+    FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, NotImplementedError, TypeError,
     ValueError,
-)
+)  # fmt: skip
 """Errors that no outage causes."""
 
 T = TypeVar("T")

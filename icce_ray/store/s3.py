@@ -286,16 +286,9 @@ def translated(uri: str) -> Iterator[None]:
 
 def raise_translated(error: BaseException, uri: str) -> NoReturn:
     """Raise our error for one of boto3's, and any other error unchanged."""
-    from botocore.exceptions import (
-        BotoCoreError,
-        ClientError,
-        HTTPClientError,
-        NoCredentialsError,
-        PartialCredentialsError,
-    )
-    from botocore.exceptions import ConnectionError as BotoConnectionError
+    from botocore import exceptions as boto
 
-    if isinstance(error, ClientError):
+    if isinstance(error, boto.ClientError):
         code = str(error.response.get("Error", {}).get("Code", "unknown"))
         bucket = uri.removeprefix("s3://").partition("/")[0]
         if code in MISSING:
@@ -311,15 +304,14 @@ def raise_translated(error: BaseException, uri: str) -> NoReturn:
             raise FileExistsError(f"{uri}: exists already, or was changed by another job") from None
         is_away = code in THROTTLED or error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0) >= 500
         raise (AwayError if is_away else OSError)(f"{uri}: the storage answered {code}") from None
-    if isinstance(error, (NoCredentialsError, PartialCredentialsError)):
+    if isinstance(error, (boto.NoCredentialsError, boto.PartialCredentialsError)):
         raise InputError(
             f"{uri}: no credentials found; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE, or the "
             "storage section (storage.anonymous: true for a public bucket)"
         ) from None
-    is_connection = isinstance(error, (HTTPClientError, BotoConnectionError, ConnectionError, TimeoutError)) or type(
-        error
-    ).__module__.startswith(("urllib3", "http"))
-    if isinstance(error, BotoCoreError) or is_connection:
+    connection_errors = boto.HTTPClientError, boto.ConnectionError, ConnectionError, TimeoutError
+    is_connection = isinstance(error, connection_errors) or type(error).__module__.startswith(("urllib3", "http"))
+    if isinstance(error, boto.BotoCoreError) or is_connection:
         kind = AwayError if is_connection else OSError
         raise kind(f"{uri}: {one_line(error)}") from None
     raise error
