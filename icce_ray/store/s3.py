@@ -36,9 +36,15 @@ CHUNK_BYTES = 2**20
 BODY_ATTEMPTS = 4
 """Attempts to read a body that has another length than expected."""
 MISSING = ("NoSuchKey", "404", "NotFound")
-REFUSED = ("403", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken", "401")
+REFUSED = (
+    *("403", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken", "401"),
+    "RequestTimeTooSkewed",  # the clock of this machine
+)
+ELSEWHERE = ("PermanentRedirect", "301", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException")
 CONDITION_FAILED = ("PreconditionFailed", "412", "ConditionalRequestConflict", "409")
 THROTTLED = ("SlowDown", "RequestTimeout", "Throttling", "ThrottlingException", "RequestLimitExceeded")
+BUSY = (408, 429)
+"""Status of the answer, besides those from 500 on."""
 
 T = TypeVar("T")
 
@@ -302,7 +308,12 @@ def raise_translated(error: BaseException, uri: str) -> NoReturn:
             ) from None
         if code in CONDITION_FAILED:
             raise FileExistsError(f"{uri}: exists already, or was changed by another job") from None
-        is_away = code in THROTTLED or error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0) >= 500
+        if code in ELSEWHERE:
+            raise InputError(
+                f"s3://{bucket} is not in the region {region_name(_current)} ({code}); set storage.region or AWS_REGION"
+            ) from None
+        status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+        is_away = code in THROTTLED or status >= 500 or status in BUSY
         raise (AwayError if is_away else OSError)(f"{uri}: the storage answered {code}") from None
     if isinstance(error, (boto.NoCredentialsError, boto.PartialCredentialsError)):
         raise InputError(

@@ -3,9 +3,11 @@ from __future__ import annotations
 import pickle
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 from botocore.exceptions import (
+    ClientError,
     ConnectionClosedError,
     ConnectTimeoutError,
     EndpointConnectionError,
@@ -78,6 +80,33 @@ def test_what_the_config_leaves_open_comes_from_the_environment(monkeypatch: pyt
 def test_a_store_that_cannot_be_reached_is_away(kind: type[Exception]) -> None:
     with pytest.raises(s3.AwayError, match=f"s3://b/x: {kind.__name__}"), s3.translated("s3://b/x"):
         raise kind(endpoint_url="http://127.0.0.1:9")
+
+
+@pytest.mark.parametrize(
+    ("code", "status", "kind", "message"),
+    [
+        ("TooManyRequests", 429, s3.AwayError, "the storage answered TooManyRequests"),
+        ("SlowDown", 503, s3.AwayError, "the storage answered SlowDown"),
+        ("RequestTimeout", 400, s3.AwayError, "the storage answered RequestTimeout"),
+        (
+            "PermanentRedirect",
+            301,
+            InputError,
+            r"s3://b is not in the region .*\(PermanentRedirect\); set storage.region",
+        ),
+        ("AuthorizationHeaderMalformed", 400, InputError, r"set storage\.region or AWS_REGION"),
+        ("RequestTimeTooSkewed", 403, InputError, r"access to s3://b was refused \(RequestTimeTooSkewed\)"),
+        ("PreconditionFailed", 412, FileExistsError, "changed by another job"),
+        ("InvalidObjectState", 400, OSError, "the storage answered InvalidObjectState"),
+    ],
+)
+def test_what_the_storage_answers_is_the_users_the_stores_or_the_objects(
+    code: str, status: int, kind: type[Exception], message: str
+) -> None:
+    answer: Any = {"Error": {"Code": code}, "ResponseMetadata": {"HTTPStatusCode": status}}
+    with pytest.raises(kind, match=message) as caught, s3.translated("s3://b/x"):
+        raise ClientError(answer, "GetObject")
+    assert type(caught.value) is kind
 
 
 def test_a_store_that_refuses_connections_is_waited_for_but_not_by_the_first_look(
