@@ -400,8 +400,9 @@ The sums that the stages check before they start.
   (**measured**, `content-index`). Above 100 million images it is divided among several processes on different machines,
   each of which reads 8 bytes per image when a run is resumed.
 - **The driver** holds no ids or hashes of the images. Embeddings are joined to parts of at most 65,536 rows or 64 MiB:
-  60,000 parts for a billion images. The table of two million parts takes 0.8 s of CPU and 33 MB (**measured**,
-  `manifest-scale`). The driver keeps 12 bytes for each image that failed. It makes the tables of errors and duplicates from
+  60,000 parts for a billion images. The table of two million parts takes 0.5 s of CPU and 33 MB (**measured**,
+  `manifest-scale`). The driver keeps 12 bytes for each image that failed, and
+  some 100 bytes for each work item (**measured** over 20,000, `embed-driver`). It makes the tables of errors and duplicates from
   hashes that it reads once and sorts on its disk, 40 bytes an image: 1 GB of memory for 100 million images, 4 to 7 GB for
   a billion (1% errors, 10% duplicates; extrapolated from 4 and 8 million in two runs, `table-memory`).
 - **evaluate** reads a label file some rows at a time. It compares 2 million images, and, of a file that names more, 1 to 2

@@ -37,7 +37,7 @@ SETTINGS: dict[str, Any] = {
     "num_cpus": 16,
     "num_workers": 4,
     "num_own_items": 100_000,
-    "max_bytes_per_item": 1000.0,
+    "max_bytes_per_item": 250.0,
     "max_own_bytes": 50.0,
 }
 ITEM, ITEMS_PER_PART = 512, 128

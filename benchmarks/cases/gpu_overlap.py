@@ -89,7 +89,7 @@ def _embed(place: Path, settings: dict[str, Any], num_threads: int) -> tuple[flo
     images = pipeline.run_stage(config, pipeline.plan(config)[0], {}, True)
     task = EmbedTask.of(config, images, Folder.at(place / "embed"))
     own = task.folders[0]
-    folder = SlowFolder(own.filesystem, own.path, own.uri, None, settings["storage_s"])
+    folder = SlowFolder(own.filesystem, own.path, own.uri, storage_s=settings["storage_s"])
     task = replace(task, folders=[folder])
 
     def work(number: int) -> None:

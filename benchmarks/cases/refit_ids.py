@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 from cases import show_aim
 from icce_ray.assign.new_images import assign_images
 from icce_ray.config import Config
+from icce_ray.images.first_ids import IDS_PER_SOURCE
 from icce_ray.pipeline.run import run_pipeline
 from icce_ray.store import Artifact, Folder
 from icce_ray.store.run_records import read_records
@@ -72,7 +73,7 @@ def run(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, bool]]:
         changes = consensus.metrics["numbers"]
     found = np.bincount(after[is_new], minlength=num_clusters + 1)
     number = int(found.argmax())
-    of_new = is_new[num_images:][new_clusters["image_id"].to_numpy()]
+    of_new = is_new[num_images:][new_clusters["image_id"].to_numpy() % IDS_PER_SOURCE]
     figures = {
         "kept": float((after[:num_images] == before).mean()),
         "changes": changes,
