@@ -18,7 +18,6 @@ from icce_ray.config import EmbeddingsConfig
 from icce_ray.embed.feature_matrix import PART_PREFIX, table_to_arrays
 from icce_ray.embed.finished_parts import ERRORS_SCHEMA
 from icce_ray.images.embedding_files import (
-    Block,
     EmbeddingFile,
     Embeddings,
     NpyEmbeddings,
@@ -133,7 +132,7 @@ class EmbeddingFiles:
         uris = opened.uris(self.uri_column, part.start, part.start + part.num_rows)
         done = 0
         for block in opened.blocks(READ_ROWS, start=part.start):
-            block = Block(*(column[: part.num_rows - done] for column in block))
+            block = block.part(0, part.num_rows - done)
             good, problems = block.is_usable_n, block.problems()
             image_ids = np.arange(part.first_row + done, part.first_row + done + len(good))
             named = uris.slice(done, len(good))

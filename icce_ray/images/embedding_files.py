@@ -35,6 +35,9 @@ class Block(NamedTuple):
     def is_usable_n(self) -> npt.NDArray[np.bool_]:
         return np.asarray(self.num_values_n == self.rows_nD.shape[1])
 
+    def part(self, start: int, stop: int | None = None) -> "Block":
+        return Block(self.rows_nD[start:stop], self.num_values_n[start:stop])
+
     def problems(self) -> dict[int, str]:
         """Why a row cannot be used, by its number in the block."""
         dim, dtype = self.rows_nD.shape[1], self.rows_nD.dtype
@@ -216,12 +219,12 @@ class ParquetEmbeddings:
             pending.append(block)
             held += len(block.rows_nD)
             if held >= num_rows:
-                joined = _joined(pending)
+                joined = Block(*map(np.concatenate, zip(*pending, strict=True)))
                 whole = held - held % num_rows
-                yield from (_part_of(joined, first, first + num_rows) for first in range(0, whole, num_rows))
-                pending, held = [_part_of(joined, whole)], held - whole
+                yield from (joined.part(first, first + num_rows) for first in range(0, whole, num_rows))
+                pending, held = [joined.part(whole)], held - whole
         if held:
-            yield _joined(pending)
+            yield Block(*map(np.concatenate, zip(*pending, strict=True)))
 
     def _read(self, start: int) -> Iterator[Block]:
         """Small batches of rows from `start` on; row groups before it are not read."""
@@ -236,7 +239,7 @@ class ParquetEmbeddings:
                     first += parquet.metadata.row_group(groups.pop(0)).num_rows
                 for batch in parquet.iter_batches(READ_BATCH_ROWS, row_groups=groups, columns=[self.column]):
                     if first + len(batch) > skip:
-                        yield _part_of(self._to_block(batch.column(0)), max(skip - first, 0))
+                        yield self._to_block(batch.column(0)).part(max(skip - first, 0))
                     first += len(batch)
             skip = 0
 
@@ -267,26 +270,15 @@ def _lengths(lists: pa.Array) -> npt.NDArray[np.int64]:
     return np.asarray(pc.list_value_length(lists).fill_null(NULL).to_numpy(zero_copy_only=False), np.int64)
 
 
-def _joined(blocks: list[Block]) -> Block:
-    rows, num_values = zip(*blocks, strict=True)
-    return Block(np.concatenate(rows), np.concatenate(num_values))
-
-
-def _part_of(block: Block, start: int, stop: int | None = None) -> Block:
-    return Block(block.rows_nD[start:stop], block.num_values_n[start:stop])
-
-
 @contextmanager
 def _opened_parquet(file: EmbeddingFile, column: str | None = None) -> Iterator[pq.ParquetFile]:
     """A file to read `column` from. Raises InputError: the file is damaged, or unpacks to an absurd size."""
     try:
         with file.filesystem.open_input_file(file.path) as opened:
-            if column is None:
-                yield pq.ParquetFile(opened)
-            else:
-                parquet = open_column(opened, column)
+            parquet = open_column(opened, *filter(None, [column]))
+            if column is not None:
                 check_column(parquet, column)
-                yield parquet
+            yield parquet
     except InputError:
         raise
     except (pa.ArrowException, OSError, ValueError) as error:

@@ -57,8 +57,7 @@ class Claim:
         self._folder = folder
         self._file: IO[str] | None = None
         self._id = uuid.uuid4().hex
-        own = {"id": self._id, "host": socket.gethostname(), "machine": _machine(), **_process(os.getpid())}
-        self._me = json.dumps(own)
+        self._own = {"id": self._id, "host": socket.gethostname(), "machine": _machine(), **_process(os.getpid())}
         self._renewals = 0
         self._etag = ""
         self._putting = threading.Lock()
@@ -119,7 +118,7 @@ class Claim:
             self._file.close()
             raise self._busy(holder) from None
         self._file.truncate(0)
-        self._file.write(self._me)
+        self._file.write(self._text())
         self._file.flush()
 
     def _put_or_take_over(self) -> None:
@@ -165,7 +164,7 @@ class Claim:
         return content
 
     def _text(self) -> str:
-        return json.dumps({**json.loads(self._me), "renewals": self._renewals})
+        return json.dumps({**self._own, "renewals": self._renewals})
 
     def _renew(self, interrupts: bool) -> None:
         while not self._done.wait(RENEW_S):
