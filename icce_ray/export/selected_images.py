@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -168,5 +169,4 @@ def file_name(row: Row) -> str:
 
 def safe_name(text: str) -> str:
     """Letters, digits, ``_`` and ``-`` of a text, for the name of a file or folder; may be empty."""
-    safe = "".join(letter if letter.isalnum() or letter in "_-" else "_" for letter in text).strip("_-")
-    return safe[:MAX_NAME_CHARACTERS]
+    return re.sub(r"[^\w-]+", "_", text).strip("_-")[:MAX_NAME_CHARACTERS]

@@ -260,7 +260,7 @@ def test_names_from_the_page_are_the_names_of_folders_and_classes(run: Path, tmp
     for to in ("folders", "huggingface", "fiftyone"):
         export_run(tmp_path / "out", to, tmp_path / to, quiet=True)
     folders = {path.name for path in (tmp_path / "folders").iterdir() if path.is_dir()}
-    assert folders == {"cluster-0-Cats___dogs", "cluster-1-2", "cluster-2", "noise"}
+    assert folders == {"cluster-0-Cats_dogs", "cluster-1-2", "cluster-2", "noise"}
     metadata = pq.read_schema(tmp_path / "huggingface" / "data" / "train-000000.parquet").metadata
     labels = ["../Cats & dogs", "2 (1)", "2 (2)"]
     assert json.loads(metadata[b"huggingface"])["info"]["features"]["cluster"]["names"] == labels
