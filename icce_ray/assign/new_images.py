@@ -25,8 +25,8 @@ from icce_ray.images.list_images import source_digest
 from icce_ray.images.stage import IMAGES
 from icce_ray.pipeline.find_run import find_stage
 from icce_ray.pipeline.latest import add_new_images
-from icce_ray.pipeline.plan import PlannedStage, plan
-from icce_ray.pipeline.run import check_stages, run_stages
+from icce_ray.pipeline.plan import PlannedStage, check_stages, plan
+from icce_ray.pipeline.run import run_stages
 from icce_ray.runtime.progress import format_seconds
 from icce_ray.stage import Settings, Stage
 from icce_ray.store import Artifact

@@ -3,7 +3,7 @@
 Planning starts nothing and imports neither Ray nor torch, so a run that finds everything finished needs neither.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from icce_ray.assign.stage import ASSIGN
@@ -12,10 +12,10 @@ from icce_ray.config import Config
 from icce_ray.consensus.stage import CONSENSUS, NONE
 from icce_ray.corrections.stage import CORRECTIONS, has_corrections, with_kept_corrections
 from icce_ray.count.stage import CLUSTER_COUNT
-from icce_ray.embed.stage import EMBED
+from icce_ray.embed.stage import EMBED, num_failed
 from icce_ray.errors import InputError
 from icce_ray.evaluate.stage import EVALUATE
-from icce_ray.images.stage import AS_LISTED, IMAGES
+from icce_ray.images.stage import AS_LISTED, IMAGES, num_listed
 from icce_ray.methods import METHODS
 from icce_ray.methods.stage import method_stage
 from icce_ray.neighbors.stage import NEIGHBORS
@@ -26,6 +26,9 @@ from icce_ray.stage import Stage
 from icce_ray.store import Artifact, Folder, fingerprint
 from icce_ray.store.filesystem import check_store, store_of
 from icce_ray.store.s3 import use_s3
+
+MAX_CHECKED = 2_000_000
+"""With more images, labels are compared with the images only when these are scored."""
 
 
 def stages_of(config: Config) -> tuple[Stage, ...]:
@@ -213,3 +216,40 @@ def connect_storage(config: Config) -> None:
         if (store := store_of(uri)) is not None and store not in seen:
             seen.add(store)
             check_store(uri, config.storage, setting)
+
+
+def check_stages(config: Config, pending: Collection[Stage]) -> None:
+    """Refuse what is known to fail before any work starts."""
+    for stage in pending:
+        if stage.check is not None:
+            stage.check(stage.config_of(config))
+    if pending:
+        from icce_ray.runtime.cluster_resources import check_resources
+
+        check_resources(config, [stage.name for stage in pending])
+
+
+def check_counts(config: Config, artifacts: Mapping[str, Artifact]) -> None:
+    """Refuse what is known to fail once the images are listed, and again once they are embedded."""
+    needed, what = config.needed_images
+    if "sample" in artifacts and needed > (trained := artifacts["sample"].metrics["num_images"]):
+        raise InputError(
+            f"{what} asked for, but only {trained:,} images are trained on; near-duplicates are left out, and images "
+            "above sample.max_images"
+        )
+    if "images" not in artifacts:
+        return
+    usable, which, why = num_listed(artifacts["images"]), "images", ""
+    if "embed" in artifacts and num_failed(artifacts["embed"]):
+        usable, which = usable - num_failed(artifacts["embed"]), "usable images"
+        reasons = artifacts["embed"].metrics.get("errors", {})
+        why = ": " + ", ".join(f"{count:,} x {reason}" for reason, count in reasons.items())
+    if needed > usable:
+        raise InputError(f"{what} asked for, but there are only {usable:,} {which}{why}")
+    if "embed" not in artifacts and config.evaluate.labels is not None:
+        from icce_ray.evaluate.labels import check_labels
+        from icce_ray.images.listing import Listing
+
+        listing = Listing(artifacts["images"])
+        is_large = len(listing) > MAX_CHECKED
+        check_labels(config.evaluate, None if is_large else listing.table(0, len(listing))["uri"].to_pylist())

@@ -4,7 +4,7 @@ import importlib
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from icce_ray.config import Config
@@ -12,13 +12,15 @@ from icce_ray.consensus.stage import CONSENSUS
 from icce_ray.corrections.stage import with_kept_corrections
 from icce_ray.embed.part_hashes import names_beside
 from icce_ray.embed.stage import EMBED, num_failed
-from icce_ray.errors import BusyError, DamagedArtifactError, InputError, WorkerError, find_cause
-from icce_ray.images.stage import IMAGES, num_listed, settings_for
+from icce_ray.errors import BusyError, DamagedArtifactError, WorkerError, find_cause
+from icce_ray.images.stage import IMAGES, settings_for
 from icce_ray.pipeline.latest import publish
 from icce_ray.pipeline.numbers_kept import remember
 from icce_ray.pipeline.plan import (
     SHARED_BY_METHODS,
     PlannedStage,
+    check_counts,
+    check_stages,
     clustering_stages,
     combine_methods,
     connect_storage,
@@ -37,12 +39,9 @@ from icce_ray.pipeline.status import RunProgress
 from icce_ray.runtime.progress import Progress
 from icce_ray.runtime.ray_cluster import lost_ray
 from icce_ray.runtime.storage_watch import outages_told
-from icce_ray.stage import Stage, StageContext
+from icce_ray.stage import StageContext
 from icce_ray.store import Artifact, ArtifactWriter, Claim, Folder, fingerprint
 from icce_ray.store.run_records import remove_record, write_record, write_unfinished
-
-MAX_CHECKED = 2_000_000
-"""With more images, labels are compared with the images only when these are scored."""
 
 RunStage = Callable[[Config, StageContext], dict[str, Any]]
 
@@ -176,7 +175,7 @@ def run_stages(
     while step := next((step for step in planned if step.name not in artifacts), None):
         began = time.monotonic()
         try:
-            _check_counts(config, artifacts)
+            check_counts(config, artifacts)
             artifacts[step.name] = run_stage(config, step, artifacts, quiet, told)
         except (Exception, KeyboardInterrupt) as error:
             if (lost := lost_ray()) is not None:
@@ -283,40 +282,3 @@ def _damage_of_inputs(
     inputs = [name for name in step.stage.inputs if name in artifacts]
     damage = {name: Artifact.discard_damage(artifacts[name].folder) for name in inputs}
     return {name: parts for name, parts in damage.items() if parts}
-
-
-def check_stages(config: Config, pending: Collection[Stage]) -> None:
-    """Refuse what is known to fail before any work starts."""
-    for stage in pending:
-        if stage.check is not None:
-            stage.check(stage.config_of(config))
-    if pending:
-        from icce_ray.runtime.cluster_resources import check_resources
-
-        check_resources(config, [stage.name for stage in pending])
-
-
-def _check_counts(config: Config, artifacts: Mapping[str, Artifact]) -> None:
-    """Refuse what is known to fail once the images are listed, and again once they are embedded."""
-    needed, what = config.needed_images
-    if "sample" in artifacts and needed > (trained := artifacts["sample"].metrics["num_images"]):
-        raise InputError(
-            f"{what} asked for, but only {trained:,} images are trained on; near-duplicates are left out, and images "
-            "above sample.max_images"
-        )
-    if "images" not in artifacts:
-        return
-    usable, which, why = num_listed(artifacts["images"]), "images", ""
-    if "embed" in artifacts and num_failed(artifacts["embed"]):
-        usable, which = usable - num_failed(artifacts["embed"]), "usable images"
-        reasons = artifacts["embed"].metrics.get("errors", {})
-        why = ": " + ", ".join(f"{count:,} x {reason}" for reason, count in reasons.items())
-    if needed > usable:
-        raise InputError(f"{what} asked for, but there are only {usable:,} {which}{why}")
-    if "embed" not in artifacts and config.evaluate.labels is not None:
-        from icce_ray.evaluate.labels import check_labels
-        from icce_ray.images.listing import Listing
-
-        listing = Listing(artifacts["images"])
-        is_large = len(listing) > MAX_CHECKED
-        check_labels(config.evaluate, None if is_large else listing.table(0, len(listing))["uri"].to_pylist())
