@@ -120,6 +120,7 @@ class Claim:
         self._file.truncate(0)
         self._file.write(self._text())
         self._file.flush()
+        os.fsync(self._file.fileno())  # workers on other machines read it, perhaps through NFS
 
     def _put_or_take_over(self) -> None:
         if self._put(IfNoneMatch="*"):
