@@ -103,6 +103,7 @@ def _embed(place: Path, settings: dict[str, Any], num_threads: int) -> tuple[flo
         on_batch=lambda part, num: None,
     )  # fmt: skip
     embedder.backbone = BackboneThread(lambda: SlowBackbone(settings["batch_s"]))
+    embedder._images_per_item = PART  # the listing has a single image
     began = time.perf_counter()
     with ThreadPoolExecutor(num_threads) as threads:
         list(threads.map(work, range(len(parts))))
