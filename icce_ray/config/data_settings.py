@@ -90,8 +90,8 @@ class EmbedConfig(BackboneConfig):
     faster and fits."""
     decoder: Literal["pillow", "nvjpeg"] = "pillow"
     """What decodes JPEGs. `nvjpeg`: the GPUs of the embedding workers, which also scale them, so that fewer CPUs are
-    needed. Pillow still decodes other images, and JPEGs that are rotated, over 33 million pixels, or neither RGB nor
-    grey. The pixels differ a little, also between kinds of GPUs."""
+    needed. Pillow still decodes other images, and JPEGs that are rotated, over a MiB or 33 million pixels, or neither
+    RGB nor grey. The pixels differ a little, also between kinds of GPUs."""
     max_image_pixels: PositiveInt = 100_000_000
     """Largest image (width x height) that is decoded. A larger one goes into the errors table."""
     max_error_rate: Fraction = 0.1

@@ -11,7 +11,8 @@ from PIL import ExifTags, Image
 
 from icce_ray.images.decoding import MAX_ASPECT, Pixels, Preprocessing, SeveralViews, decode_image
 
-MAX_PIXELS = 2**25
+MAX_PIXELS, MAX_FILE_BYTES = 2**25, 2**20
+"""Larger files would fill Ray's object store, and Pillow decodes them at a smaller scale."""
 FILES_TOGETHER = 16
 """Decoded at a time: at most 1.6 GB on the device."""
 
@@ -19,7 +20,8 @@ FILES_TOGETHER = 16
 def is_plain_jpeg(data: bytes, preprocessing: Preprocessing | SeveralViews, max_pixels: int) -> bool:
     """Whether the device decodes this file: a complete JPEG in RGB or grey, upright, not too large or long, that is
     scaled in one of the ways that torch knows."""
-    if not data.startswith(b"\xff\xd8\xff") or not data.rstrip(b"\0").endswith(b"\xff\xd9"):
+    is_whole = data.startswith(b"\xff\xd8\xff") and data.rstrip(b"\0").endswith(b"\xff\xd9")
+    if not is_whole or len(data) > MAX_FILE_BYTES:
         return False
     if any(view.grayscale or view.interpolation not in ("bilinear", "bicubic") for view in preprocessing.views):
         return False

@@ -78,6 +78,7 @@ def test_only_plain_jpegs_are_for_the_device() -> None:
         jpeg(picture(0, 400, 6)),
         png.getvalue(),
         plain[:-100],
+        plain[:2] + 17 * (b"\xff\xfe\xff\xff" + bytes(65533)) + plain[2:],
     ):
         assert not is_plain_jpeg(other, VIEW, 10**6)
 
