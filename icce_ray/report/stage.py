@@ -22,7 +22,7 @@ def _check(config: Config) -> None:
 REPORT = Stage(
     "report",
     "icce_ray.report.page",
-    7,
+    8,
     INPUTS,
     _settings,
     "pictures",

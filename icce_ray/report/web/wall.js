@@ -68,7 +68,7 @@ function card({cluster, size, agreement}) {
   return el("article", {className: "card"},
     el("a", {className: "card-head", href: cluster === NOISE ? "#noise" : `#cluster/${cluster}`},
       dot(cluster), el("strong", {}, nameOf(cluster)), el("span", {className: "soft"}, [count(size, "image"), changeOf(cluster)].filter(Boolean).join(", ")),
-      el("span", {className: "soft end", title: "mean share of the clusterings that agree with an image's cluster"}, percent(agreement)),
+      el("span", {className: "soft end", title: "mean share of the clusterings that agree with an image's cluster"}, agreement == null ? "" : `${percent(agreement)} agreement`),
       meter(agreement, "agreement")),
     el("div", {className: "row8"}, ...rows.slice(0, EXEMPLARS_ON_WALL).map((row) => tile(row, rows))));
 }
@@ -81,7 +81,7 @@ function summaryTiles() {
     one(counts.assigned.toLocaleString("en"), counts.assigned === 1 ? "image" : "images"),
     one(clusterNumbers().length.toLocaleString("en"), "clusters"),
     one(percent(scores.agreement), "agreement", "mean share of the clusterings that agree with an image's cluster"),
-    estimate ? one(`≈ ${percent(estimate)}`, "estimated accuracy", "made without labels; docs/METHOD.md says how far it may be off") : null,
+    estimate ? one(`≈ ${percent(estimate)}`, "estimated accuracy", "made without labels; it was within 9 points on seven of nine real sets, 17 to 22 too high on the others") : null,
     one(scores.anmi.toFixed(3), "ANMI", "mean normalised mutual information of the consensus with each clustering"),
     ...scores.true.slice(0, 1).map(([name, value]) => one(percent(value, 1), `${name}, true labels`)),
     one(counts.outliers.toLocaleString("en"), "outliers"),
