@@ -93,7 +93,7 @@ def measure(features: Any, settings: dict[str, Any]) -> dict[str, Any]:
         seed=settings["seed"],
         progress=progress,
     )
-    columns = ("num_clusters", "score", "stability", "silhouette", "gap")
+    columns = ("num_clusters", "score", "silhouette", "gap")
     return {
         "num_clusters": choice.num_clusters,
         "range": [choice.low, choice.high],

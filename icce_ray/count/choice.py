@@ -1,16 +1,15 @@
 """Which number of clusters is chosen from the measurements, and how certain it is (docs/METHOD.md, "Number of
 clusters"). Pure maths.
 
-Three measures complement each other. *Stability* is the adjusted Rand index of clusterings of different parts of the
-sample: with too few clusters each merges groups in its own way, and with too many each splits them in its own way.
-*Silhouette*, in the space of the principal components, is how much nearer images are to their own cluster than to the
-next. The *gap* is how much more of the neighbour graph leaves the next cluster: it peaks where groups end, however
-unequal they are, but knows no second best. Each is scaled to 0..1 over all numbers tried; their mean is the *score*.
+Two measures complement each other. *Silhouette*, in the space of the principal components, is how much nearer images
+are to their own cluster than to the next. The *gap* is how much more of the neighbour graph leaves the next cluster:
+it peaks where groups end, however unequal they are, but knows no second best, and says nothing where it is small.
+Both are scaled over all numbers tried; their mean is the *score*.
 
-The *range* says how certain the choice is, by stability and silhouette alone. A number is as good as their best if it
-is at most one standard error of the difference behind. The range runs down and up to the last such number before two in
-a row that are not, and to the choice. The parts overlap, so the variance over images is SHARE / (1 - SHARE) times the
-one over parts (the jackknife that leaves out several at a time).
+The *range* says how certain the choice is, by the silhouette alone. A number is as good as the best if it is at most
+one standard error of the difference behind. The range runs down and up to the last such number before two in a row
+that are not, and to the choice. The parts overlap, so the variance over images is SHARE / (1 - SHARE) times the one
+over parts (the jackknife that leaves out several at a time).
 """
 
 from collections.abc import Sequence
@@ -21,8 +20,9 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-SMOOTH = ("stability", "silhouette")
-METRICS = (*SMOOTH, "gap")
+METRICS = ("silhouette", "gap")
+CLEAR_GAP = 0.08
+"""A gap that counts as much as the best silhouette. If the largest one is smaller, all count for less."""
 SHARE = 0.9
 """Share of the sample that each part holds."""
 NUM_ERRORS = 2.0
@@ -34,8 +34,6 @@ class Measured:
     """The measures of one number of clusters. Arrays have a value for each part, NaN if it is undefined."""
 
     num_clusters: int
-    stability: npt.NDArray[np.float64]
-    """Adjusted Rand index, at most 1, about 0 by chance."""
     silhouette: npt.NDArray[np.float64]
     """-1 to 1."""
     gap: npt.NDArray[np.float64]
@@ -100,13 +98,12 @@ class Choice:
 
 def choose(curve: Sequence[Measured]) -> Choice:
     """The number with the highest score. `curve`: by ascending number of clusters."""
-    scaled = {metric: _scaled(curve, metric) for metric in METRICS}
-    scores_PS = np.mean(list(scaled.values()), axis=0)
+    silhouettes_PS = _scaled(curve, "silhouette")
+    scores_PS = (silhouettes_PS + _scaled(curve, "gap", least_width=CLEAR_GAP)) / 2
     best = int(scores_PS.mean(axis=1).argmax())
-    smooth_PS = np.mean([scaled[metric] for metric in SMOOTH], axis=0)
-    means_P = smooth_PS.mean(axis=1)
+    means_P = silhouettes_PS.mean(axis=1)
     # The variance is the mean over all points: the parts of one point are too few to estimate it.
-    error = (2 * SHARE / (1 - SHARE) * smooth_PS.var(axis=1, ddof=1).mean()) ** 0.5
+    error = (2 * SHARE / (1 - SHARE) * silhouettes_PS.var(axis=1, ddof=1).mean()) ** 0.5
     is_as_good_P, top = means_P >= means_P.max() - error, int(means_P.argmax())
     first = min(best, top - _reach(is_as_good_P[:top][::-1]))
     last = max(best, top + _reach(is_as_good_P[top + 1 :]))
@@ -125,15 +122,15 @@ def _reach(is_as_good: npt.NDArray[np.bool_]) -> int:
     return reached
 
 
-def _scaled(curve: Sequence[Measured], metric: str) -> npt.NDArray[np.float64]:
-    """A metric of each point and part (P, S), scaled so that its means over parts run from 0 to 1. Undefined values
-    count as the worst."""
+def _scaled(curve: Sequence[Measured], metric: str, least_width: float = 0.0) -> npt.NDArray[np.float64]:
+    """A metric of each point and part (P, S), scaled so that its means over parts run from 0 to 1, or less far if they
+    span less than `least_width`. Undefined values count as the worst."""
     values_PS = np.stack([getattr(point, metric) for point in curve])
     is_known_PS = ~np.isnan(values_PS)
     values_PS = np.where(is_known_PS, values_PS, values_PS[is_known_PS].min(initial=np.inf))
     means_P = values_PS.mean(axis=1)
     if not is_known_PS.any() or means_P.max() == means_P.min():
         return np.zeros_like(values_PS)
-    width = means_P.max() - means_P.min()
+    width = max(means_P.max() - means_P.min(), least_width)
     scaled_PS: npt.NDArray[np.float64] = (values_PS - means_P.min()) / width
     return scaled_PS

@@ -1,4 +1,4 @@
-"""Clusterings of parts of a sample with different numbers of clusters, and the measures they are compared by
+"""PartMeasures of parts of a sample with different numbers of clusters, and the measures they are compared by
 (docs/METHOD.md, "Number of clusters").
 
 They are spectral clusterings of the neighbour graph: that sees groups of any size, and the eigenvectors serve all
@@ -10,6 +10,7 @@ numbers of clusters, V eigenvectors.
 
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,7 +23,6 @@ from icce_ray.config import ClusterCountConfig
 from icce_ray.count.choice import SHARE, Choice, Measured, choose
 from icce_ray.errors import InputError
 from icce_ray.metrics.label_free_scores import project_pca, silhouette
-from icce_ray.metrics.true_label_scores import adjusted_rand_index
 from icce_ray.runtime.progress import Progress
 from icce_ray.sample.training_set import sample_ids
 from icce_ray.sample.unit_features import prepare
@@ -44,11 +44,9 @@ TOLERANCE = 1e-5
 """Relative error of the eigenvalues."""
 
 
-class Clusterings(NamedTuple):
-    """The clusterings of one part of the sample, one for each number of clusters."""
+class PartMeasures(NamedTuple):
+    """The measures of the clusterings of one part of the sample, one for each number of clusters."""
 
-    labels_Cn: npt.NDArray[np.int32]
-    """Cluster of each image, -1 for those that are not in the part."""
     silhouettes_C: npt.NDArray[np.float64]
     """-1 to 1; NaN if it is undefined."""
     gaps_C: npt.NDArray[np.float64]
@@ -71,10 +69,10 @@ def numbers_to_try(asked: ClusterCountConfig, num_images: int) -> list[int]:
     return sorted({round(number) for number in np.geomspace(asked.min_clusters, most, MAX_NUMBERS)})
 
 
-def cluster_part(
+def measure_part(
     features_ND: Floats, asked: ClusterCountConfig, numbers: Sequence[int], center: bool, seed: int, number: int
-) -> Clusterings:
-    """Cluster part `number` of a sample of the rows of `features_ND`. `seed` draws the sample."""
+) -> PartMeasures:
+    """Cluster part `number` of a sample of the rows of `features_ND` with all `numbers`. `seed` draws the sample."""
     from sklearn.cluster import KMeans  # takes two seconds, and most processes do not need it
 
     rows_n = sample_ids(len(features_ND), asked.max_images, seed)
@@ -86,15 +84,14 @@ def cluster_part(
         warnings.simplefilter("ignore")  # k-means warns of copies
         points_pd = project_pca(unit_nD[part_m[measured_p]], seed)
         values_V, rows_mV = _spectrum(weigh_edges(unit_nD[part_m]), max(numbers) + 1, rng)
-        labels_Cn = np.full((len(numbers), len(unit_nD)), -1, dtype=np.int32)
         silhouettes_C = np.full(len(numbers), np.nan)
         for place, num_clusters in enumerate(numbers):
             kmeans = KMeans(num_clusters, n_init=1, random_state=number)
-            labels_Cn[place, part_m] = labels_m = kmeans.fit_predict(np.ascontiguousarray(rows_mV[:, :num_clusters]))
+            labels_m = kmeans.fit_predict(np.ascontiguousarray(rows_mV[:, :num_clusters]))
             if (found := silhouette(points_pd, labels_m[measured_p])) is not None:
                 silhouettes_C[place] = found
     gaps_V = np.append(values_V[:-1] - values_V[1:], np.nan)
-    return Clusterings(labels_Cn, silhouettes_C, gaps_V[np.array(numbers) - 1])
+    return PartMeasures(silhouettes_C, gaps_V[np.array(numbers) - 1])
 
 
 def weigh_edges(unit_mD: npt.NDArray[np.float32]) -> csr_matrix:
@@ -120,40 +117,17 @@ def _spectrum(
     scale_m = 1 / np.sqrt(np.asarray(weights.sum(axis=1)).ravel())
     normal = diags(scale_m) @ weights @ diags(scale_m)
     start_m = rng.uniform(-1, 1, size)
-    try:
-        if number > DENSE_SHARE * size:
-            raise ArpackNoConvergence("too many", np.empty(0), np.empty(0))
-        values_V, vectors_mV = eigsh(normal, k=number, which="LA", v0=start_m, tol=TOLERANCE)
-    except ArpackNoConvergence:
-        values_V, vectors_mV = np.linalg.eigh(normal.toarray())
+    found = None
+    if number <= DENSE_SHARE * size:
+        with suppress(ArpackNoConvergence):
+            found = eigsh(normal, k=number, which="LA", v0=start_m, tol=TOLERANCE)
+    values_V, vectors_mV = found or np.linalg.eigh(normal.toarray())
     order = np.argsort(-values_V, kind="stable")[:number]
     return values_V[order], vectors_mV[:, order] * scale_m[:, None]
 
 
-def compare(numbers: Sequence[int], parts: Sequence[Clusterings]) -> list[Measured]:
-    """The measures of each number of clusters.
-
-    The stability of a part is the mean adjusted Rand index of its clustering with those of the other parts, on the
-    images that both hold. It is adjusted for chance because the overlap by chance depends on the number of clusters.
-    """
-    measured = []
-    for place, num_clusters in enumerate(numbers):
-        together = np.full((len(parts), len(parts)), np.nan)
-        for one in range(len(parts)):
-            for other in range(one):
-                first_n, second_n = parts[one].labels_Cn[place], parts[other].labels_Cn[place]
-                both_n = (first_n >= 0) & (second_n >= 0)
-                index = adjusted_rand_index(first_n[both_n], second_n[both_n])
-                together[one, other] = together[other, one] = index
-        silhouettes, gaps = (
-            np.array([getattr(part, name)[place] for part in parts]) for name in Clusterings._fields[1:]
-        )
-        measured.append(Measured(num_clusters, np.nanmean(together, axis=1), silhouettes, gaps))
-    return measured
-
-
-Maker = Callable[[Sequence[int], Sequence[int]], Iterable[tuple[int, Clusterings]]]
-"""Clusters some parts with some numbers of clusters, in any order."""
+Maker = Callable[[Sequence[int], Sequence[int]], Iterable[tuple[int, PartMeasures]]]
+"""Measures some parts with some numbers of clusters, in any order."""
 
 
 def count_clusters(
@@ -168,23 +142,26 @@ def count_clusters(
         seed: draws the sample and its parts.
     """
 
-    def make(parts: Sequence[int], numbers: Sequence[int]) -> Iterable[tuple[int, Clusterings]]:
+    def make(parts: Sequence[int], numbers: Sequence[int]) -> Iterable[tuple[int, PartMeasures]]:
         for part in parts:
-            yield part, cluster_part(features_ND, asked, numbers, center, seed, part)
+            yield part, measure_part(features_ND, asked, numbers, center, seed, part)
 
     return choose_number(len(features_ND), asked, make, progress=progress)
 
 
 def choose_number(num_images: int, asked: ClusterCountConfig, make: Maker, *, progress: Progress) -> Choice:
-    """Choose the number of clusters of `num_images` from the clusterings that `make` makes. Raises InputError: fewer
+    """Choose the number of clusters of `num_images` from the measures that `make` makes. Raises InputError: fewer
     images than clusters to choose from."""
     numbers = numbers_to_try(asked, num_images)
-    made: dict[int, Clusterings] = {}
+    made: dict[int, PartMeasures] = {}
     progress.update(0, asked.num_seeds)
-    for part, clusterings in make(range(asked.num_seeds), numbers):
-        made[part] = clusterings
+    for part, measures in make(range(asked.num_seeds), numbers):
+        made[part] = measures
         progress.update(len(made), asked.num_seeds)
-    return choose(compare(numbers, [made[part] for part in sorted(made)]))
+    silhouettes_CS, gaps_CS = (
+        np.stack(values, axis=1) for values in zip(*(made[part] for part in sorted(made)), strict=True)
+    )
+    return choose([Measured(*measures) for measures in zip(numbers, silhouettes_CS, gaps_CS, strict=True)])
 
 
 def _part_size(num_images: int) -> int:

@@ -1,7 +1,6 @@
 """The choice of the number of clusters on Ray: a task for each part of the sample. A run that was killed keeps the
-clusterings of the parts that it had made."""
+measures of the parts that it had clustered."""
 
-import io
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -9,16 +8,14 @@ import numpy as np
 
 from icce_ray.config import Config
 from icce_ray.count.choice import METRICS
-from icce_ray.count.clustering import Clusterings, choose_number, cluster_part
+from icce_ray.count.clustering import PartMeasures, choose_number, measure_part
 from icce_ray.count.stage import CLUSTER_COUNT
 from icce_ray.embed.feature_matrix import load_features
 from icce_ray.runtime.workers import run_tasks
 from icce_ray.sample.training_set import training_set
 from icce_ray.stage import StageContext
-from icce_ray.store import Artifact, ArtifactWriter
+from icce_ray.store import Artifact
 from icce_ray.store.part_records import PartRecord, PartRecords
-
-FOLDER = "clusterings"
 
 
 def run(config: Config, context: StageContext) -> dict[str, Any]:
@@ -26,7 +23,7 @@ def run(config: Config, context: StageContext) -> dict[str, Any]:
 
     Returns:
         num_clusters, num_clusters_range (fewest and most that are as good), choice (in words), num_tried, num_images
-        (in the sample), and stability, silhouette and gap of the chosen number (means over the parts).
+        (in the sample), and silhouette and gap of the chosen number (means over the parts).
 
     Raises:
         InputError: fewer images than clusters to choose from.
@@ -36,20 +33,19 @@ def run(config: Config, context: StageContext) -> dict[str, Any]:
     num_images = load_features(embed).num_images
     records = PartRecords(output.folder, f"{embed.identity}-{CLUSTER_COUNT.version}")
 
-    def make(parts: Sequence[int], numbers: Sequence[int]) -> Iterator[tuple[int, Clusterings]]:
+    def make(parts: Sequence[int], numbers: Sequence[int]) -> Iterator[tuple[int, PartMeasures]]:
         finished = records.read_all()
-        yield from ((part, _read(records, finished[str(part)])) for part in parts if str(part) in finished)
+        yield from ((part, _read(finished[str(part)])) for part in parts if str(part) in finished)
         pending = [part for part in parts if str(part) not in finished]
         shared = (embed, config, numbers, records)
         yield from run_tasks(
-            "cluster_count", _cluster, pending, shared, resources=config.resources, num_images=num_images
+            "cluster_count", _measure, pending, shared, resources=config.resources, num_images=num_images
         )
 
     choice = choose_number(num_images, asked, make, progress=context.progress)
     by_count = choice.by_count()
     output.write_table("by_count.parquet", by_count)
     output.write_table("by_seed.parquet", choice.by_seed())
-    (output.folder / FOLDER).clear()
     records.clear()
     context.progress.note(choice.sentence())
     chosen = next(row for row in by_count.to_pylist() if row["chosen"])
@@ -63,15 +59,12 @@ def run(config: Config, context: StageContext) -> dict[str, Any]:
     }
 
 
-def _cluster(part: int, embed: Artifact, config: Config, numbers: Sequence[int], records: PartRecords) -> Clusterings:
+def _measure(part: int, embed: Artifact, config: Config, numbers: Sequence[int], records: PartRecords) -> PartMeasures:
     features = load_features(embed).matrix
-    made = cluster_part(features, config.cluster_count, numbers, config.neighbors.center, config.seed, part)
-    writer = ArtifactWriter(records.folder)
-    files = [writer.write_array(f"{FOLDER}/{part}-{name}.npy", value) for name, value in made._asdict().items()]
-    records.write(str(part), files, {})
+    made = measure_part(features, config.cluster_count, numbers, config.neighbors.center, config.seed, part)
+    records.write(str(part), [], {name: values.tolist() for name, values in made._asdict().items()})
     return made
 
 
-def _read(records: PartRecords, record: PartRecord) -> Clusterings:
-    contents = [records.folder.read_bytes(file.name) for file in record.files]
-    return Clusterings(*(np.load(io.BytesIO(content), allow_pickle=False) for content in contents))
+def _read(record: PartRecord) -> PartMeasures:
+    return PartMeasures(**{name: np.array(values, dtype=np.float64) for name, values in record.metrics.items()})

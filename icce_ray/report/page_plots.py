@@ -20,7 +20,6 @@ Plot = dict[str, Any]
 
 COUNT_METRICS = (
     ("score", "Score"),
-    ("stability", "Stability"),
     ("silhouette", "Silhouette"),
     ("gap", "Gap of the eigenvalues"),
 )

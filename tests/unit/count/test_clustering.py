@@ -9,15 +9,12 @@ import pytest
 
 from icce_ray.config import ClusterCountConfig
 from icce_ray.count.clustering import (
-    Clusterings,
-    cluster_part,
-    compare,
     count_clusters,
+    measure_part,
     numbers_to_try,
     weigh_edges,
 )
 from icce_ray.errors import InputError
-from icce_ray.metrics.true_label_scores import adjusted_rand_index
 from icce_ray.runtime.progress import Progress
 
 
@@ -27,23 +24,6 @@ def gaussians(sizes: list[int], seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     labels = np.repeat(np.arange(len(sizes)), sizes)
     centres = generator.normal(size=(len(sizes), 16)) * 1.5
     return (centres[labels] + generator.normal(size=(len(labels), 16))).astype(np.float32), labels
-
-
-def clusterings(*labels: list[int]) -> Clusterings:
-    return Clusterings(np.array(labels, dtype=np.int32), np.full(len(labels), 0.5), np.full(len(labels), 0.1))
-
-
-def test_stability_is_between_parts_on_what_both_hold_and_adjusted_for_chance() -> None:
-    same, across = [0, 0, 1, 1, 2, -1], [0, 1, 0, 1, -1, 2]
-    (agreed,) = compare([2], [clusterings(same), clusterings([-1, 1, 0, 0, 2, 0])])
-    np.testing.assert_allclose(agreed.stability, 1.0)
-    first, second = compare([2, 3], [clusterings(one, same) for one in (same, same, across)])
-    np.testing.assert_allclose(first.stability, [0.25, 0.25, -0.5])
-    np.testing.assert_allclose(second.stability, 1.0)
-    assert (first.num_clusters, second.num_clusters) == (2, 3)
-    rng = np.random.default_rng(0)
-    drawn = [clusterings(rng.integers(0, 50, 2000).tolist()) for _ in range(2)]
-    assert abs(compare([50], drawn)[0].stability[0]) < 0.01, "chance alone is no stability, however many clusters"
 
 
 def test_the_numbers_fit_the_images_or_are_refused() -> None:
@@ -62,22 +42,22 @@ def test_the_numbers_fit_the_images_or_are_refused() -> None:
     assert all(upper <= 1.0605 * lower + 1 for lower, upper in pairwise(many))
 
 
-def test_a_part_is_clustered_with_all_numbers_and_is_a_part_of_a_bounded_sample() -> None:
-    features, labels = gaussians([90, 60, 50])
+def test_a_part_of_a_bounded_sample_is_measured_with_all_numbers() -> None:
+    features, _ = gaussians([90, 60, 50])
     asked = ClusterCountConfig(max_images=150)
-    made = cluster_part(features, asked, [2, 3, 4], True, 0, 0)
-    assert made.labels_Cn.shape == (3, 150)
-    np.testing.assert_array_equal((made.labels_Cn < 0).sum(axis=1), 15)
-    for number, labels_n in zip((2, 3, 4), made.labels_Cn, strict=True):
-        assert set(labels_n) == set(range(-1, number))
-    assert made.gaps_C.argmax() == 1
-    assert made.silhouettes_C.argmax() == 1
-    again, other = (cluster_part(features, asked, [2, 3, 4], True, 0, part) for part in (0, 1))
-    for one, two in zip(made, again, strict=True):
-        np.testing.assert_array_equal(one, two)
-    assert not np.array_equal(made.labels_Cn < 0, other.labels_Cn < 0)
-    whole = cluster_part(features, ClusterCountConfig(), [3], True, 0, 0).labels_Cn[0]
-    assert adjusted_rand_index(labels[whole >= 0], whole[whole >= 0]) == 1.0
+    made = measure_part(features, asked, [2, 3, 4], True, 0, 0)
+    assert made.gaps_C.argmax() == made.silhouettes_C.argmax() == 1
+    again, other, whole = (
+        measure_part(features, asked, [2, 3, 4], True, 0, part)
+        for part, asked in ((0, asked), (1, asked), (0, ClusterCountConfig()))
+    )
+    np.testing.assert_array_equal(made, again)
+    assert not np.array_equal(made, other)
+    assert not np.array_equal(made, whole)
+    # More clusters than eigenvalues after them, or as many as images, have no measure.
+    ends = measure_part(features[::20], ClusterCountConfig(min_clusters=8, max_clusters=9), [8, 9], True, 0, 0)
+    assert np.isnan(ends.gaps_C).tolist() == [False, True]
+    assert np.isnan(ends.silhouettes_C).tolist() == [False, True]
 
 
 def test_edges_of_equal_length_weigh_more_where_images_are_sparse() -> None:
