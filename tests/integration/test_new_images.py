@@ -226,8 +226,8 @@ def test_embeddings_give_what_their_images_give_for_any_number_of_parts_and_work
     pq.write_table(pa.table({"uri": table["uri"], "x": lists}), tmp_path / "x.parquet", row_group_size=16)
     bad = np.full((1, features.shape[1]), np.nan, np.float16)
     np.save(tmp_path / "x.npy", np.concatenate([features, bad]))
-    wanted = [name for name in SCHEMA.names if name not in ("uri", "agreement")]
-    exemplars = pq.read_table(assigned.exemplars)["image_id"].to_pylist()
+    wanted = [name for name in SCHEMA.names if name not in ("image_id", "uri", "agreement")]
+    exemplars: list[list[int]] = []
     for source, rows_per_part, num_workers in (("x.parquet", 32, 2), ("x.parquet", 1000, 1), ("x.npy", 40, 1)):
         arguments = ["assign", str(model_folder), "--embeddings", str(tmp_path / source), "--output"]
         arguments += [str(tmp_path / f"out-{rows_per_part}"), "--json", "--quiet"]
@@ -239,12 +239,14 @@ def test_embeddings_give_what_their_images_give_for_any_number_of_parts_and_work
         assert found.num_rows == 120
         for name in wanted:
             np.testing.assert_allclose(found[name].to_numpy(), table[name].to_numpy(), atol=1e-4)
-        assert pq.read_table(result.exemplars)["image_id"].to_pylist() == exemplars
+        assert [image_id % IDS_PER_SOURCE for image_id in found["image_id"].to_pylist()] == list(range(120))
+        exemplars.append(pq.read_table(result.exemplars)["image_id"].to_pylist())
         if source == "x.parquet":
             assert found["uri"] == table["uri"]
         errors = pq.read_table(result.errors)["image_id"].to_pylist()
         assert errors == ([120] if source == "x.npy" else [])
         assert result.num_errors == len(errors)
+    assert exemplars[0] == exemplars[1]  # drawn by the ids, which are those of the source
     assert len(list((tmp_path / "out-32").rglob("assignments/*.parquet"))) == 4
 
 
