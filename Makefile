@@ -15,12 +15,11 @@ demo: $(INSTALLED)  ## Cluster scikit-learn's handwritten digits: images and res
 
 setup: $(INSTALLED)  ## Everything installed into .venv
 
-# One thread a process: with more they would wait for each other. The slow tests wait for Ray and timeouts as much as they
-# compute, so there are three of them at a time.
+# A core for each of the two processes: with more threads they would wait for each other.
 test: export OMP_NUM_THREADS = 1
 test: $(INSTALLED)  ## The quick tests first, then the slow ones
 	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
-	$(BIN)/python -m pytest -m slow -n 3 --dist loadfile --no-loadscope-reorder --durations=10
+	$(BIN)/python -m pytest -m slow -n 2 --dist loadfile --no-loadscope-reorder --durations=10
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
