@@ -20,6 +20,10 @@ import numpy.typing as npt
 
 from icce_ray.classifier.linear import NOISE, LinearClassifier, Prediction, probability_histogram
 
+NUM_MOST_CHANGED = 5
+SMOOTHING = 0.5
+"""Added to each bin: an empty one would make the index infinite."""
+
 
 @dataclass(frozen=True)
 class Totals:
@@ -83,11 +87,6 @@ class Totals:
             key: np.array(value) if isinstance(value, list) else value for key, value in values.items()
         }
         return cls(**arrays)
-
-
-NUM_MOST_CHANGED = 5
-SMOOTHING = 0.5
-"""Added to each bin: an empty one would make the index infinite."""
 
 
 def stability_index(counts_a: npt.ArrayLike, counts_b: npt.ArrayLike) -> dict[str, float]:

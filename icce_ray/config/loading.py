@@ -218,7 +218,7 @@ RULES: tuple[tuple[tuple[str, ...], Callable[[Config], bool], str], ...] = (
 
 
 def unused_settings(config: Config, given: Mapping[str, Any]) -> list[str]:
-    """What is wrong with each setting of `given`, by section, that differs from its default and has no effect."""
+    """A message for each setting in `given` (by section) that has no effect in this config and isn't the default."""
     return [
         f"{name}: {value!r} has no effect: {reason}; leave it out"
         for names, applies, reason in RULES

@@ -1,4 +1,4 @@
-"""PartMeasures of parts of a sample with different numbers of clusters, and the measures they are compared by
+"""Clusterings of parts of a sample with different numbers of clusters, and the measures that compare the numbers
 (docs/METHOD.md, "Number of clusters").
 
 They are spectral clusterings of the neighbour graph: that sees groups of any size, and the eigenvectors serve all

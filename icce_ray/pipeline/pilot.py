@@ -26,7 +26,7 @@ from icce_ray.runtime.ray_cluster import run_here
 MAX_IMAGES = 2_000
 FEW_EPOCHS, MORE_EPOCHS = 1, 4
 SHARE_OF_A_NUMBER = 1 / 8
-"""Of the time for one number of clusters, what each further number that `num_clusters: auto` tries adds."""
+"""The time that each number tried by `num_clusters: auto` adds, as a share of the time for a single one."""
 GUESSED_CLUSTERS = 20
 """For the stages after it, when the number is still to be chosen."""
 GROWTH = {"sample": 2, "neighbors": 2, "classifier": 0, "evaluate": 0, "report": 0}

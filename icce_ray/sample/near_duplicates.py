@@ -286,6 +286,6 @@ def to_bytes(arrays: DuplicatePairs | ProjectedRows) -> bytes:
 
 
 def from_bytes(kind: type[T], data: bytes) -> T:
-    """What was written as bytes; a number comes back as one."""
+    """The inverse of :func:`to_bytes`. Arrays without a dimension become numbers."""
     with np.load(io.BytesIO(data), allow_pickle=False) as stored:
         return kind(**{name: array if array.ndim else array.item() for name, array in stored.items()})
