@@ -31,7 +31,7 @@ from icce_ray.assign.part_labeler import (
 from icce_ray.assign.stage import ASSIGN
 from icce_ray.config import Config, ResourcesConfig
 from icce_ray.embed.embedding_parts import ERRORS_NAME
-from icce_ray.embed.finished_parts import ERRORS_SCHEMA, REASONS_SHOWN, too_many_errors
+from icce_ray.embed.finished_parts import ERRORS_SCHEMA, too_many_errors
 from icce_ray.images.first_ids import FIRST_ID, first_id
 from icce_ray.runtime.workers import run_on_actors
 from icce_ray.stage import StageContext
@@ -146,10 +146,10 @@ def _label_all(
     if num_errors > max_error_rate * num_images:
         files = [file for record in finished.values() for file in record.files]
         errors = _errors(records.folder, files)
-        common = Counter(errors["reason"].to_pylist()).most_common(REASONS_SHOWN)
-        reasons = ", ".join(f"{count:,} x {reason}" for reason, count in common)
-        reasons += f" (such as {errors['uri'][0]})"
-        raise too_many_errors(num_errors, num_images, max_error_rate, reasons)
+        reasons, uris = errors["reason"].to_pylist(), errors["uri"].to_pylist()
+        examples = dict(zip(reversed(reasons), reversed(uris), strict=True))  # the first of each
+        common = Counter(reasons).most_common()
+        raise too_many_errors(num_errors, num_images, max_error_rate, common, examples.__getitem__)
     ordered = [finished[part.name] for part in parts]
     totals = Totals.add(Totals.from_json(record.metrics) for record in ordered)
     assert totals.num_images + num_errors == num_images

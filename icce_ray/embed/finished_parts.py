@@ -4,7 +4,7 @@ import threading
 import time
 from array import array
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from typing import Any
@@ -118,7 +118,10 @@ class Tally:
             del self._finished[next(iter(self._finished))]
         self._show()
         if num_errors - self._counts[REMOVED] > self._max_error_rate * num_listed:
-            raise too_many_errors(num_errors, num_listed, self._max_error_rate, self._reasons_with_examples())
+            raise too_many_errors(
+                num_errors, num_listed, self._max_error_rate, self._most_common(),
+                lambda reason: self._listing.uri(self._examples[reason]),
+            )  # fmt: skip
 
     def add_batch(self, part: PartRange, num_embedded: int) -> None:
         """Show how many images of an unfinished part are embedded. May be called by another thread, and too late."""
@@ -205,16 +208,18 @@ class Tally:
         """The reasons and their counts; among equal counts, that of the first image comes first."""
         return sorted(self._counts.items(), key=lambda item: (-item[1], self._examples[item[0]]))
 
-    def _reasons_with_examples(self) -> str:
-        common = self._most_common()
-        shown = [
-            f"{count:,} x {reason} (such as {self._listing.uri(self._examples[reason])})"
-            for reason, count in common[:REASONS_SHOWN]
-        ]
-        return ", ".join(shown) + (", ..." if len(common) > REASONS_SHOWN else "")
 
-
-def too_many_errors(num_errors: int, num_images: int, max_error_rate: float, reasons: str) -> InputError:
+def too_many_errors(
+    num_errors: int,
+    num_images: int,
+    max_error_rate: float,
+    common: Sequence[tuple[str, int]],
+    example_of: Callable[[str], str],
+) -> InputError:
+    """The error to raise. `common`: the reasons and their counts, most common first; `example_of`: says which image
+    failed for a reason."""
+    shown = [f"{count:,} x {reason} (such as {example_of(reason)})" for reason, count in common[:REASONS_SHOWN]]
+    reasons = ", ".join(shown) + (", ..." if len(common) > REASONS_SHOWN else "")
     return InputError(
         f"{num_errors:,} of {num_images:,} images cannot be used so far, more than embed.max_error_rate "
         f"({max_error_rate:g}) allows: {reasons}. Repair or remove them, or raise embed.max_error_rate; finished parts "
