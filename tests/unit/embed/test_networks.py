@@ -53,6 +53,19 @@ def test_half_precision_gives_nearly_the_features_of_float32(name: str, features
     assert np.linalg.norm(half - exact) < 0.02 * np.linalg.norm(exact)
 
 
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+@pytest.mark.parametrize("name", ["test_vit", "test_convnext", "test_resnet"])
+def test_weights_are_held_in_the_reduced_precision_and_give_the_bits_of_autocast(name: str, precision: str) -> None:
+    half, full = (build(config_for(backbone=name, precision=each)) for each in (precision, "float32"))
+    kinds = {p.dtype for m in half._model.modules() if isinstance(m, torch.nn.Linear | torch.nn.Conv2d) for p in m.parameters()}  # fmt: skip  # noqa: E501
+    assert kinds == {getattr(torch, precision)}
+    half_bytes, full_bytes = (sum(p.nbytes for p in each._model.parameters()) for each in (half, full))
+    assert half_bytes < 0.51 * full_bytes
+    assert {p.dtype for p in full._model.parameters()} == {torch.float32}
+    full._dtype = half._dtype  # autocast then casts the weights in each pass
+    assert np.array_equal(half.embed(random_images()), full.embed(random_images()))
+
+
 def test_auto_is_bfloat16_where_the_processor_multiplies_it(monkeypatch: pytest.MonkeyPatch) -> None:
     for capabilities, expected in (({"avx512_bf16": True}, "bfloat16"), ({"avx2": True}, "float32")):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=capabilities: found)
