@@ -47,6 +47,7 @@ CASES = {
     "neighbors-gpu": "the exact graph of 1.28 million images on a GPU: seconds by step, equality with a CPU's",
     "neighbors-scale": "counted operations, bytes and predicted time of the graph for 10M to 1B images",
     "proxies": "how well scores without labels rank clusterings of all methods by their true AMI and ACC",
+    "recipe": "the whole recipe, one setting at a time around the defaults, on half of the sets of `accuracy`",
     "refit-ids": "a refit with 1% new images and a new class: which images keep their cluster's number, what is found",
     "report": "the page for 100 to 100,000 images: time to make it, size, and frame time of the map in Chromium",
     "resume-scale": "bytes that a resumed embedding reads, the time to plan a retry, and what its driver keeps",

@@ -117,7 +117,7 @@ def find_consensus(
     more clusters.
 
     Args:
-        head_losses: (H,) losses of the heads, for `best_head`.
+        head_losses: (H,) losses of the heads, for `best_head` and the choice on the graph.
         nearest: the neighbour graph; None: the consensus with the highest ANMI is kept.
         report: called with the number of finished steps, of all steps, and the name of the next one.
     """
@@ -159,7 +159,9 @@ def find_consensus(
         report(len(config.methods), total, "recombination")
         consensuses = {method: one.labels_N for method, one in best_tries.items()}
         score = NeighborScore(heads, nearest)
-        made, graph_scores, chosen, left_out = choose_on_graph(score, consensuses, chosen, num_clusters, seed=seeds[0])
+        made, graph_scores, chosen, left_out = choose_on_graph(
+            score, consensuses, chosen, num_clusters, seed=seeds[0], losses_H=head_losses
+        )
         best_tries |= {name: _Try(anmi(labels_N, heads, num_clusters), labels_N, 0) for name, labels_N in made.items()}
         skipped |= left_out
     report(total - 1, total, "agreement")

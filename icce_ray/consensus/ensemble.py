@@ -45,7 +45,7 @@ def cluster_ensemble(
         random_state: int, RandomState or None. The same int gives the same result.
         refine: whether images are reassigned as long as that raises the ANMI.
         imbalance: weight of METIS's heaviest part allowed, relative to the average.
-        head_losses: (H,) losses of the heads of a single matrix, for `best_head`.
+        head_losses: (H,) losses of the heads of a single matrix, for `best_head` and the choice on the graph.
         neighbors: (N, k) integers, the images most similar to each image, -1 where there are fewer; 10 are a good
             number. With them, the clusterings and the consensus are recombined, the graph is cut, and it takes part in
             the choice.

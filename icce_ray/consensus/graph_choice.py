@@ -3,7 +3,9 @@
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
+from icce_ray.consensus.cluster_counts import anmi
 from icce_ray.consensus.label_matrix import Heads, Labels
 from icce_ray.consensus.loose_clusters import MIN_SHARE, replace_loose_clusters
 from icce_ray.consensus.neighbor_score import NeighborScore, Shares
@@ -32,7 +34,13 @@ class GraphChoice(NamedTuple):
 
 
 def choose_on_graph(
-    score: NeighborScore, consensuses: dict[str, Labels], best: str, num_clusters: int, *, seed: int
+    score: NeighborScore,
+    consensuses: dict[str, Labels],
+    best: str,
+    num_clusters: int,
+    *,
+    seed: int,
+    losses_H: npt.NDArray[np.float64] | None = None,
 ) -> GraphChoice:
     """`consensuses`: labels (N,) 0..num_clusters-1 by method; `best`: the one with the highest ANMI."""
     recombined_N = recombine(score, [consensuses[best], *consensuses.values()], num_clusters, seed=seed).labels_N
@@ -50,8 +58,16 @@ def choose_on_graph(
         skipped[SPECTRAL] = str(error)
     scores = score.mean_shares([*consensuses.values(), *made.values()], num_clusters)
     by_method = dict(zip((*consensuses, *made), scores, strict=True))
-    weak = RECOMBINED if agree else best
-    return GraphChoice(made, by_method, best_score(by_method, best) if is_good else weak, skipped)
+    if is_good:
+        chosen = best_score(by_method, best)
+    elif agree or losses_H is None:
+        chosen = RECOMBINED if agree else best
+    else:
+        lowest = int(np.nan_to_num(losses_H, nan=np.inf).argmin())
+        head = score.heads.gather(slice(lowest, lowest + 1))
+        candidates = {best: consensuses[best], RECOMBINED: made[RECOMBINED]}
+        chosen = max(candidates, key=lambda method: anmi(candidates[method], head, num_clusters))
+    return GraphChoice(made, by_method, chosen, skipped)
 
 
 def best_score(scores: dict[str, float], best: str) -> str:

@@ -174,6 +174,20 @@ def test_a_weak_graph_and_the_cut_are_asked_only_where_heads_agree_on_sizes(size
     assert (SPECTRAL in good.made) == (expected == RECOMBINED) == (SPECTRAL not in good.skipped)
 
 
+def test_the_lowest_loss_head_decides_where_the_graph_is_weak_and_heads_disagree_on_sizes(near, monkeypatch):
+    labels_N = np.repeat([0, 1], 60).astype(np.int32)
+    shifted_N = np.roll(labels_N, 12)
+    score = NeighborScore(encode_heads(np.stack([labels_N, labels_N, shifted_N])), near(labels_N, 0.6))
+    monkeypatch.setattr(graph_choice, "MAX_LEAVING", -1.0)
+
+    def chosen(losses: list[float] | None) -> str:
+        losses_H = None if losses is None else np.array(losses)
+        return choose_on_graph(score, {"vote": shifted_N}, "vote", 2, seed=0, losses_H=losses_H).chosen
+
+    assert chosen([0.1, 0.2, 0.3]) == chosen([np.nan, 0.2, 0.3]) == RECOMBINED
+    assert chosen([0.2, 0.3, 0.1]) == chosen(None) == "vote"
+
+
 def test_the_spectral_cut_is_that_of_scikit_learn(planted, near):
     labels_N, matrix = planted([200, 60, 30], 5, 0.3)
     nearest_Nk = near(labels_N, 0.8)
