@@ -6,6 +6,9 @@ are to their own cluster than to the next. The *gap* is how much more of the nei
 it peaks where groups end, however unequal they are, but knows no second best, and says nothing where it is small.
 Both are scaled over all numbers tried; their mean is the *score*.
 
+Two clusters are the coarsest split, which the silhouette favours: where numbers above three are as good and no clear
+gap follows the second cluster, the best of the others in the range is chosen.
+
 The *range* says how certain the choice is, by the silhouette alone. A number is as good as the best if it is at most
 one standard error of the difference behind. The range runs down and up to the last such number before two in a row
 that are not, and to the choice. The parts overlap, so the variance over images is SHARE / (1 - SHARE) times the one
@@ -23,6 +26,8 @@ import pyarrow as pa
 METRICS = ("silhouette", "gap")
 CLEAR_GAP = 0.08
 """A gap that counts as much as the best silhouette. If the largest one is smaller, all count for less."""
+COARSE = 3
+"""A range that ends here or before has no finer number to offer than two clusters."""
 SHARE = 0.9
 """Share of the sample that each part holds."""
 NUM_ERRORS = 2.0
@@ -97,7 +102,7 @@ class Choice:
 
 
 def choose(curve: Sequence[Measured]) -> Choice:
-    """The number with the highest score. `curve`: by ascending number of clusters."""
+    """The number with the highest score, if that is not a doubtful two. `curve`: by ascending number of clusters."""
     silhouettes_PS = _scaled(curve, "silhouette")
     scores_PS = (silhouettes_PS + _scaled(curve, "gap", least_width=CLEAR_GAP)) / 2
     best = int(scores_PS.mean(axis=1).argmax())
@@ -108,6 +113,8 @@ def choose(curve: Sequence[Measured]) -> Choice:
     first = min(best, top - _reach(is_as_good_P[:top][::-1]))
     last = max(best, top + _reach(is_as_good_P[top + 1 :]))
     numbers = [point.num_clusters for point in curve]
+    if numbers[best] == 2 and numbers[last] > COARSE and float(np.mean(curve[best].gap)) < CLEAR_GAP:
+        best = 1 + int(scores_PS.mean(axis=1)[1 : last + 1].argmax())
     return Choice(numbers[best], numbers[first], numbers[last], tuple(curve), scores_PS)
 
 

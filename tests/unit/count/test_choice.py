@@ -34,6 +34,15 @@ def test_a_clear_gap_decides_and_a_small_one_leaves_it_to_the_silhouette() -> No
     assert small.scores.mean(axis=1) == pytest.approx([0.5, 0.4, 0.125])
 
 
+@pytest.mark.parametrize(
+    ("gap", "silhouette", "expected"), [(0.02, 0.97, (2, 5, 6)), (0.09, 0.97, (2, 2, 6)), (0.02, 0.5, (2, 2, 2))]
+)
+def test_two_clusters_need_a_clear_gap_or_a_range_without_finer_numbers(gap, silhouette, expected) -> None:
+    values = {2: (1.0, gap), 5: (silhouette, 0.01), 6: (silhouette - 0.01, 0.01), 30: (0.0, 0.0)}
+    choice = curve(values, noise=1.0)
+    assert (choice.low, choice.num_clusters, choice.high) == expected
+
+
 def test_the_range_goes_as_far_as_the_images_leave_it_open() -> None:
     height = {2: 0.96, 4: 0.1, 6: 0.2, 8: 0.985, 10: 1.0, 13: 0.97, 20: 0.5, 30: 0.4}
     values = {number: (value, 0.5 * value) for number, value in height.items()}
