@@ -1,17 +1,20 @@
 """List a bucket by ranges of keys, many at a time: a request answers with 1,000 keys at most, and takes its time.
 
 A thread without work takes over the upper part of the range of another. Where to divide it is found by asking for the
-first key behind a point between its ends. What a thread has listed is written and recorded every few seconds, so that a
-listing that was killed goes on where it was.
+first key behind a point between its ends. What a thread has listed is written as a shard every few seconds, and each
+page is kept until then: a listing that was killed goes on where it was.
 """
 
 import hashlib
+import json
 import threading
 import time
+import uuid
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any, NamedTuple
 
 from icce_ray.config import StorageConfig
@@ -21,7 +24,7 @@ from icce_ray.store.part_records import PartRecord, PartRecords
 
 NUM_THREADS = 16
 SHARD_KEYS = 20_000
-"""Keys after which a thread writes what it has."""
+"""Keys after which a thread writes a shard."""
 CALL_S = 5.0
 """Time after which :func:`list_ranges` returns with what is left, so that it can be divided anew."""
 IDLE_S = 0.02
@@ -31,10 +34,14 @@ MAX_AGE_S = 24 * 3600.0
 """Shards that are older are listed again: the bucket may have changed."""
 ALL = "all"
 """The record of a finished listing. It names the records of the shards and has no files itself."""
+KEPT_NAME = "kept"
+"""The folder of pages that are in no shard yet."""
 LOWEST, HIGHEST_ASCII, HIGHEST = 0x20, 0x7F, 0x10FFFF
 SURROGATES = range(0xD800, 0xE000)
 
 Classify = Callable[[File, Counter[str], list[File]], File | None]
+Entry = tuple[str, int | None, str | None]
+"""Key without the prefix, size, ETag."""
 
 
 class KeyRange(NamedTuple):
@@ -81,6 +88,43 @@ class BucketPrefix:
                 self.records.remove(record.name)
         return kept
 
+    def write(self, keys: KeyRange, entries: Sequence[Entry], listed_at: float) -> None:
+        """Write and record a shard: all `entries` of a range."""
+        bucket, start = s3.split_uri(self.uri)
+        others, tables = Counter[str](), list[File]()
+        found = (object_file(f"s3://{bucket}/{start}", *entry, self.classify, others, tables) for entry in entries)
+        files = [file for file in found if file is not None]
+        name = hashlib.sha256(keys.after.encode()).hexdigest()[:16]
+        parts = []
+        if files:
+            table = sorted_files(files_table(files))
+            parts.append(ArtifactWriter(self.folder).write_table(f"files/{name}.parquet", table))
+        ends = [[files[0].uri, files[-1].uri]] if files else []
+        metrics = {"keys": keys, "ends": ends, "others": others, "tables": tables, "listed_at": listed_at}
+        self.records.write(name, parts, metrics | {"num_keys": len(entries)})
+
+    def write_kept(self, missing: Sequence[KeyRange], oldest: float) -> bool:
+        """Write shards of the pages within the `missing` ranges that killed calls had kept since `oldest`. Returns
+        whether there were any."""
+        kept, source = self.folder / KEPT_NAME, self.records.source
+        names = sorted(name for name in kept.sizes() if name.startswith(source))
+        for _, of_call in groupby(names, lambda name: name.rpartition("-")[0]):
+            files = list(of_call)
+            pages = [page for name in files for page in json.loads(kept.read_bytes(name)) if page[2] >= oldest]
+            runs: list[list[Any]] = []
+            for (after, until), entries, listed_at in sorted(pages, key=lambda page: page[0][0]):
+                if not any(gap.after <= after and _ends_within(until, gap.until) for gap in missing):
+                    continue
+                if not runs or runs[-1][0][1] != after:
+                    runs.append([[after, until], [], listed_at])
+                runs[-1][0][1] = until
+                runs[-1][1] += entries
+            for keys, entries, listed_at in runs:
+                self.write(KeyRange(*keys), entries, listed_at)
+            for name in files:
+                kept.remove(name)
+        return bool(names)
+
 
 def object_file(
     root: str,
@@ -98,6 +142,10 @@ def object_file(
     if not key or key.endswith("/"):
         return None
     return classify(File(root + key, num_bytes, etag and etag.strip('"')), others, tables)
+
+
+def _ends_within(until: str | None, end: str | None) -> bool:
+    return end is None or (until is not None and until <= end)
 
 
 def _keys_of(record: PartRecord) -> KeyRange:
@@ -123,6 +171,7 @@ def list_ranges(ranges: Sequence[KeyRange], prefix: BucketPrefix) -> tuple[list[
     calls = _Call(prefix, ranges)
     with ThreadPoolExecutor(NUM_THREADS) as threads:
         list(threads.map(calls.work, range(NUM_THREADS)))
+        list(threads.map(prefix.folder.remove, calls.kept))
     return [*calls.left, *calls.pending], calls.num_keys
 
 
@@ -144,11 +193,14 @@ class _Call:
         self.prefix, self.pending = prefix, deque(ranges)
         self.left: list[KeyRange] = []
         self.num_keys = self._num_pages = self._turn = 0
+        self.kept: list[str] = []
+        """Files of pages."""
         self._walks: list[_Walk] = []
-        self._lock = threading.Lock()
+        self._lock, self._keeping = threading.Lock(), threading.Lock()
+        self._unkept: list[tuple[KeyRange, list[Entry], float]] = []
         self._ends = time.monotonic() + CALL_S
-        bucket, self._key = s3.split_uri(prefix.uri)
-        self._root = f"s3://{bucket}/{self._key}"
+        self._key = s3.split_uri(prefix.uri)[1]
+        self._name = f"{KEPT_NAME}/{prefix.records.source}-{uuid.uuid4().hex}"
 
     def work(self, thread: int) -> None:
         try:
@@ -171,12 +223,12 @@ class _Call:
             raise
 
     def _list(self, walk: _Walk) -> None:
-        files, num_keys, after = list[File](), 0, walk.position
-        others, tables = Counter[str](), list[File]()
+        entries, after = list[Entry](), walk.position
         while True:
-            page = self._page(walk.position)
-            entries = page.get("Contents", ())
-            found = [(entry["Key"][len(self._key) :], entry["Size"], entry["ETag"]) for entry in entries]
+            start, page = walk.position, self._page(walk.position)
+            found = [
+                (entry["Key"][len(self._key) :], entry["Size"], entry["ETag"]) for entry in page.get("Contents", ())
+            ]
             with self._lock:
                 self._num_pages += 1
                 until = walk.until
@@ -184,18 +236,17 @@ class _Call:
                 is_finished = not page.get("IsTruncated") or (until is not None and walk.position >= until)
                 if is_finished:
                     self._walks.remove(walk)
-            for key, size, etag in found:
-                if until is not None and key > until:
-                    break
-                num_keys += 1
-                file = object_file(self._root, key, size, etag, self.prefix.classify, others, tables)
-                files += [] if file is None else [file]
+            found = [entry for entry in found if until is None or entry[0] <= until]
+            entries += found
             is_over = time.monotonic() >= self._ends
-            if is_finished or is_over or num_keys >= SHARD_KEYS:
-                keys = KeyRange(after, until if is_finished else walk.position)
-                self._write(keys, files, others, tables, num_keys)
-                files, num_keys, after = [], 0, walk.position
-                others, tables = Counter(), []
+            end = until if is_finished else walk.position
+            if is_finished or is_over or len(entries) >= SHARD_KEYS:
+                self.prefix.write(KeyRange(after, end), entries, time.time())
+                with self._lock:
+                    self.num_keys += len(entries)
+                entries, after = [], walk.position
+            else:
+                self._keep(KeyRange(start, end), found)
             if is_finished:
                 return
             if is_over:
@@ -204,19 +255,18 @@ class _Call:
                     self.left.append(KeyRange(walk.position, walk.until))
                 return
 
-    def _write(
-        self, keys: KeyRange, files: list[File], others: Counter[str], tables: list[File], num_keys: int
-    ) -> None:
-        name = hashlib.sha256(keys.after.encode()).hexdigest()[:16]
-        parts = []
-        if files:
-            table = sorted_files(files_table(files))
-            parts.append(ArtifactWriter(self.prefix.folder).write_table(f"files/{name}.parquet", table))
-        ends = [[files[0].uri, files[-1].uri]] if files else []
-        metrics = {"keys": keys, "ends": ends, "others": others, "tables": tables, "listed_at": time.time()}
-        self.prefix.records.write(name, parts, metrics | {"num_keys": num_keys})
+    def _keep(self, keys: KeyRange, entries: list[Entry]) -> None:
+        """Write a page that is in no shard yet, together with those of other threads that wait. So a job that is killed
+        loses one page of each thread."""
         with self._lock:
-            self.num_keys += num_keys
+            self._unkept.append((keys, entries, time.time()))
+        with self._keeping:
+            with self._lock:
+                pages, self._unkept = self._unkept, []
+            if pages:
+                name = f"{self._name}-{len(self.kept):06d}.json"
+                self.prefix.folder.write_bytes(name, json.dumps(pages).encode())
+                self.kept.append(name)
 
     def _take_over(self, thread: int) -> _Walk | None:
         """Divide the range of another thread; None if that did not work."""

@@ -36,8 +36,9 @@ from icce_ray.runtime.workers import run_tasks
 from icce_ray.store import ArtifactWriter, s3
 from icce_ray.store.part_records import PartRecord, PartRecords
 
-NUM_ITEMS = 16
-"""Tasks that a bucket is divided among at least."""
+NUM_TASKS = 16
+"""Tasks that list a bucket at a time. A job that is killed loses a page of 1,000 keys of each of their threads, in all
+no more than a shard of SHARD_ROWS."""
 CONTAINERS_PER_TASK = 16
 LARGE_BYTES = 2**30
 """Containers of this size together are opened in tasks."""
@@ -55,6 +56,8 @@ def list_bucket(prefix: BucketPrefix, resources: ResourcesConfig, progress: Prog
     else:
         prefix.records.remove(ALL)
         finished = prefix.without_overlaps(finished)
+        if prefix.write_kept(missing_ranges(finished), oldest):
+            finished = prefix.without_overlaps(prefix.finished(oldest))
         pending = deque(missing_ranges(finished))
     if finished and pending:
         progress.note("the listing that was begun goes on")
@@ -65,9 +68,10 @@ def list_bucket(prefix: BucketPrefix, resources: ResourcesConfig, progress: Prog
         pending, num_keys = deque(left), num_keys + listed
         progress.update(num_keys, None)
         if pending:
-            items = _Items(pending, 1 if runs_here(resources, num_keys) else NUM_ITEMS)
+            items = _Items(pending, 1 if runs_here(resources, num_keys) else NUM_TASKS)
             tasks = run_tasks("images", list_ranges, items, (prefix,), resources=resources, num_images=num_keys)
             for _, (left, listed) in tasks:
+                items.num_running -= 1
                 pending.extend(left)
                 num_keys += listed
                 progress.update(num_keys, None)
@@ -93,17 +97,19 @@ def _num_keys(records: Sequence[PartRecord]) -> int:
 
 
 class _Items:
-    """The pending ranges in items of several. While tasks run, more may come, so the end is not final."""
+    """The pending ranges in items of several, at most `num_items` at a time. While tasks run, more may come, so the end
+    is not final."""
 
     def __init__(self, pending: deque[KeyRange], num_items: int) -> None:
-        self._pending, self._num_items = pending, num_items
+        self._pending, self._num_items, self.num_running = pending, num_items, 0
 
     def __iter__(self) -> _Items:
         return self
 
     def __next__(self) -> list[KeyRange]:
-        if not self._pending:
+        if not self._pending or self.num_running >= self._num_items:
             raise StopIteration
+        self.num_running += 1
         number = min(NUM_THREADS, math.ceil(len(self._pending) / self._num_items))
         return [self._pending.popleft() for _ in range(number)]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import bisect
 import time
-from collections import Counter
+from collections import Counter, deque
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +18,7 @@ from icce_ray.errors import BusyError, InputError, WorkerError
 from icce_ray.images import bucket_listing, image_files, job, list_images
 from icce_ray.images.bucket_listing import BucketPrefix, KeyRange, list_ranges, missing_ranges
 from icce_ray.images.file_kinds import describe, take_file
-from icce_ray.images.file_shards import File, FileShards
+from icce_ray.images.file_shards import SHARD_ROWS, File, FileShards
 from icce_ray.images.job import list_bucket
 from icce_ray.runtime.progress import Progress
 from icce_ray.runtime.ray_cluster import run_here
@@ -105,24 +105,46 @@ def test_threads_share_a_large_bucket(monkeypatch: pytest.MonkeyPatch, tmp_path:
 
 
 def test_a_killed_listing_goes_on_where_it_was(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(bucket_listing, "SHARD_KEYS", 50)
+    write_bytes = Folder.write_bytes
+
+    def write(*arguments: Any, **options: Any) -> None:
+        if bucket.left < 0:
+            raise KeyboardInterrupt
+        write_bytes(*arguments, **options)
+
+    monkeypatch.setattr(Folder, "write_bytes", write)
+    monkeypatch.setattr(bucket_listing, "SHARD_KEYS", 200)
     keys = [f"all/{n:05d}.jpg" for n in range(5000)]
     bucket = stub(monkeypatch, keys, page_s=0.001)
     bucket.left = 450
     with pytest.raises(KeyboardInterrupt):
         listed(tmp_path)
-    before = Counter(bucket.answered)
+    before, bucket.left = list(bucket.answered), 0
+    with pytest.raises(KeyboardInterrupt):
+        listed(tmp_path)
+    assert not list((tmp_path / "kept").iterdir())
+    gaps = [KeyRange(after, until or "~") for after, until in missing_ranges(prefix_in(tmp_path).finished(0.0))]
+    lost = [key for key in before if any(after < key.removeprefix("all/") <= until for after, until in gaps)]
+    assert len(lost) <= bucket_listing.NUM_THREADS * 10  # a page for each thread
     bucket.left = 10**9
     uris, _ = listed(tmp_path)
     assert uris == [f"s3://photos/{key}" for key in keys]
-    again = sum(1 for key, number in bucket.answered.items() if key in before and number > before[key])
-    assert again <= bucket_listing.NUM_THREADS * 70  # a shard and a page for each thread
+    assert not list((tmp_path / "kept").iterdir())
     bucket.num_pages = 0
     assert listed(tmp_path)[0] == uris
     assert bucket.num_pages == 0
     monkeypatch.setattr(job, "MAX_AGE_S", 0.0)
     assert listed(tmp_path)[0] == uris
     assert bucket.num_pages >= 500
+
+
+def test_no_more_tasks_list_at_a_time_than_may_lose_a_page_for_each_thread() -> None:
+    items = job._Items(deque(KeyRange(str(n), None) for n in range(99)), 4)
+    assert [len(item) for item in items] == [16, 16, 16, 13]
+    items.num_running -= 1
+    assert [len(item) for item in items] == [10]
+    keys_lost = job.NUM_TASKS * bucket_listing.NUM_THREADS * 1000
+    assert keys_lost <= SHARD_ROWS
 
 
 def test_a_bucket_gets_the_same_ids_as_a_plain_loop_over_its_sorted_keys(
