@@ -2,11 +2,14 @@
 
 An actor works on ITEMS_AT_ONCE work items at a time, each in a thread of its own, so that the device need not wait for
 storage: while one item is on the device, the next is brought there and the last one is written. A batch never holds
-images of two items: all batches of an item have the same shape, on which a network's rounding depends.
+images of two items: an item would have to wait for others, and its bytes would depend on them. An item is divided into
+equal batches, so rows are wasted only where images fail or have an embedding, and in the last item; all batches have
+the same shape, on which a network's rounding depends.
 """
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 import uuid
@@ -185,7 +188,8 @@ class PartEmbedder:
             if not skipped.isdisjoint(hashes):  # on storage when decoding was skipped, but no longer
                 decoded = self._decode(part).with_jpegs(self._decode_jpegs)
             on_batch = partial(self._on_batch, part)
-            batch_size = min(self.backbone.backbone.batch_size, self._images_per_item)
+            num_batches = math.ceil(self._images_per_item / self.backbone.backbone.batch_size)
+            batch_size = math.ceil(self._images_per_item / num_batches)
             return embed_contents(decoded, hashes, self.backbone, batch_size, attempt, on_batch)
 
         decoded = decoded.with_jpegs(self._decode_jpegs)

@@ -35,6 +35,7 @@ class Watched(PixelsBackbone):
         self.inside = self.most_inside = 0
         self.threads: set[str] = set()
         self.sizes: set[int] = set()
+        self.num_rows = 0
         self.num_loaded_meanwhile = 0
 
     def load(self, images_BHWC: Any) -> Any:
@@ -45,6 +46,7 @@ class Watched(PixelsBackbone):
         self.inside += 1
         self.most_inside = max(self.most_inside, self.inside)
         self.sizes.add(len(images_BHWC))
+        self.num_rows += len(images_BHWC)
         self.threads.add(threading.current_thread().name)
         time.sleep(0.01)
         self.inside -= 1
@@ -103,6 +105,25 @@ def test_parts_that_are_embedded_at_the_same_time_have_the_same_bytes(tmp_path: 
     assert len(backbone.threads) == 1
     assert backbone.num_loaded_meanwhile > 0
     assert not list((tmp_path / "together").glob(".part-*"))
+
+
+@pytest.mark.parametrize("batch_size", [4, 7, 8, 12, 16, 64])
+def test_batches_that_do_not_cross_items_waste_few_rows(tmp_path: Path, batch_size: int) -> None:
+    """Four items of 16 new contents, of which one has two images that failed, and a last one of three images."""
+    task, backbone = task_at(tmp_path), Watched()
+    backbone.batch_size = batch_size
+    embedder = embedder_of(task)
+    embedder.backbone = BackboneThread(lambda: backbone)
+    for number, num_images in enumerate((16, 16, 14, 16, 3)):
+        part = PartRange(number, 16 * number, 16 * number + num_images)
+        whole = decoded_part(PartRange(2 * number, part.start, part.start + 16))
+        ids, rows, hashes = (values[:num_images] for values in (whole.image_ids, whole.rows, whole.hashes))
+        fresh = [hashlib.sha256(f"{number} {content}".encode()).hexdigest() for content in hashes]
+        embedder.embed(part, replace(whole, image_ids=ids, rows=rows, hashes=fresh))
+    rows_of_an_item = 18 if batch_size == 7 else 16  # three batches of six
+    (size,) = backbone.sizes
+    assert size <= batch_size
+    assert backbone.num_rows == 4 * rows_of_an_item + size
 
 
 @pytest.mark.parametrize(("batch_size", "rows"), [(8, 8), (64, 16)])
