@@ -17,9 +17,8 @@ setup: $(INSTALLED)  ## Everything installed into .venv
 
 # A core for each of the two processes: with more threads they would wait for each other.
 test: export OMP_NUM_THREADS = 1
-test: $(INSTALLED)  ## The quick tests first, then the slow ones
-	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
-	$(BIN)/python -m pytest -m slow -n 2 --dist loadfile --no-loadscope-reorder --durations=10
+test: $(INSTALLED)  ## All tests; in one go, since each process takes seconds for its imports and its Ray
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=10
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
