@@ -125,25 +125,61 @@ def test_the_classifier_on_ray_is_the_one_of_a_single_process(
     assert metrics["holdout_agreement"] == alone.holdout_agreement > 0.9
 
 
-@pytest.mark.slow
-def test_workers_of_ray_train_share_the_grid_and_make_the_same_classifier(
-    with_classifier: dict[str, Artifact], tmp_path: Path
+@pytest.fixture
+def gathered(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Processes that Ray Train starts, one after the other in this one, the first last, in place of both at once: what
+    they gather."""
+    import torch.distributed as dist
+
+    found: list[Any] = [None, None]
+    ranks = iter((1, 0))
+
+    def work_on_workers(stage: str, work: Any, *_: Any, max_workers: int, backend: str, **others: Any) -> Any:
+        assert (stage, max_workers, backend) == ("classifier", 2, "gloo")
+        monkeypatch.setattr(dist, "is_initialized", lambda: True)
+        monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+        for rank in ranks:
+            monkeypatch.setattr(dist, "get_rank", lambda rank=rank: rank)
+            outcome = work(num_threads=1, device="cpu", progress=Progress("classifier", quiet=True))
+            assert (outcome is None) == (rank == 1)
+        return outcome
+
+    def all_gather_object(candidates: list[Any], best: Any) -> None:
+        found[dist.get_rank()] = best
+        candidates[:] = found
+
+    monkeypatch.setattr(dist, "all_gather_object", all_gather_object)
+    monkeypatch.setattr(classifier_job, "work_on_workers", work_on_workers)
+    return found
+
+
+def test_workers_share_the_grid_and_make_the_same_classifier(
+    inputs: dict[str, Artifact], gathered: list[Any], tmp_path: Path
 ) -> None:
-    config = config_for(tmp_path, resources={"classifier": {"num_workers": 2, "cpus_per_worker": 1}})
-    context = context_for(tmp_path / "classifier", with_classifier)
+    rates = [0.001, 0.1]
+    config = config_for(tmp_path, classifier={"num_iterations": 200, "learning_rates": rates})
+    context = context_for(tmp_path / "classifier", inputs)
     metrics = classifier_job.run(config, context)
-    alone = with_classifier["classifier"].metrics
-    for name in ("learning_rate", "num_diverged", "num_holdout", "holdout_agreement"):
-        assert metrics[name] == alone[name]
+    assert [best.position for best in gathered] == [0, 1]
     made = LinearClassifier.from_bytes(context.output.folder.read_bytes("classifier.safetensors"))
-    np.testing.assert_allclose(made.weights, model_of(with_classifier).weights, atol=1e-5)
+    alone = fit_classifier(
+        FEATURES,
+        CONSENSUS,
+        config.classifier,
+        num_clusters=4,
+        seed=config.seed,
+        outlier_quantile=config.assign.outlier_quantile,
+    )
+    for name in ("learning_rate", "num_diverged", "num_holdout", "holdout_agreement"):
+        assert metrics[name] == getattr(alone, name)
+    np.testing.assert_allclose(made.weights, alone.weights, atol=1e-5)
 
 
-@pytest.mark.slow
-def test_a_mistake_that_all_workers_meet_is_reported_as_the_users(inputs: dict[str, Artifact], tmp_path: Path) -> None:
-    resources = {"classifier": {"num_workers": 2, "cpus_per_worker": 1}}
-    diverging = {"num_iterations": 200, "learning_rates": [1.5e39, 1.6e39]}
-    config = config_for(tmp_path, classifier=diverging, resources=resources)
+def test_a_mistake_that_all_workers_meet_is_reported_as_the_users(
+    inputs: dict[str, Artifact], gathered: list[Any], tmp_path: Path
+) -> None:
+    """What a worker of Ray Train raises, `attempt` returns: see tests/unit/runtime/test_ray_train.py."""
+    config = config_for(tmp_path, classifier={"num_iterations": 200, "learning_rates": [1.5e39, 1.6e39]})
     with pytest.raises(InputError, match=r"classifier\.learning_rates"):
         classifier_job.run(config, context_for(tmp_path, inputs))
 
@@ -314,9 +350,3 @@ def test_a_part_that_cannot_be_written_says_why(with_classifier: dict[str, Artif
     config = config_for(tmp_path, resources={"assign": {"num_workers": 1, "cpus_per_worker": 1}})
     with pytest.raises(WorkerError, match=r"assign: .*the same command resumes\. \w*Error: .*assign"):
         assign_job.run(config, context_for(tmp_path / "assign", with_classifier))
-
-
-def test_learning_rates_that_all_diverge_are_the_users_to_mend(inputs: dict[str, Artifact], tmp_path: Path) -> None:
-    config = config_for(tmp_path, classifier={"num_iterations": 200, "learning_rates": [1.5e39]})
-    with pytest.raises(InputError, match=r"^classifier\.learning_rates"):
-        classifier_job.run(config, context_for(tmp_path, inputs))

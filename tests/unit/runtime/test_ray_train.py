@@ -9,7 +9,7 @@ from ray.train import ControllerError, TrainingFailedError
 from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 
 from icce_ray.config import WorkerResources
-from icce_ray.errors import WorkerError
+from icce_ray.errors import InputError, WorkerError
 from icce_ray.runtime import ray_train
 from icce_ray.runtime.progress import Progress
 
@@ -38,3 +38,18 @@ def test_workers_that_do_not_start_are_tried_again_and_then_one_line_says_what_t
         )
     assert "\n" not in str(caught.value)
     assert [each.controller_failure_limit for each in tried] == [9]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_users_mistake_is_what_a_worker_returns(monkeypatch: pytest.MonkeyPatch, rank: int) -> None:
+    """Raised, it would start all workers again."""
+    mistake = InputError("mend this")
+
+    def work(device: str, progress: Progress) -> None:
+        assert device == "cpu"
+        raise mistake
+
+    context = SimpleNamespace(get_world_rank=lambda: rank)
+    monkeypatch.setattr(ray_train.ray.train, "get_context", lambda: context)
+    board = SimpleNamespace(post=SimpleNamespace(remote=print))
+    assert ray_train._on_worker({"stage": "method", "work": work, "on_gpu": False, "board": board}) is mistake
