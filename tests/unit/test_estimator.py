@@ -175,5 +175,6 @@ def test_degenerate_data_have_a_result(features: np.ndarray, num_clusters: int) 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_the_checks_of_scikit_learn_pass() -> None:
-    short = {"epochs": 5, "batch_size": 16, "classifier": {"num_iterations": 20}, "consensus": {"methods": ["vote"]}}
+    classifier = {"num_iterations": 20, "learning_rates": [0.1]}
+    short = {"epochs": 3, "batch_size": 16, "classifier": classifier, "consensus": {"methods": ["vote"]}}
     check_estimator(quick(n_clusters=2, neighbors=None, **short))

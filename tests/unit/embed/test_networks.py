@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -203,9 +204,11 @@ def test_what_is_wrong_with_a_further_backbone_says_with_which() -> None:
 
 
 @pytest.mark.slow
-def test_a_compiled_network_gives_the_same_features() -> None:
-    """Of one block, which is what the compiler takes its time for."""
+def test_a_compiled_network_gives_the_same_features(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Traced and run by PyTorch: code for a CPU, which nobody compiles a network for, would take ten seconds."""
     import timm
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
 
     model: Any = timm.create_model("test_vit", num_classes=0, img_size=64, depth=1)
     backbone = TimmBackbone(model, "cls+patch_mean", 128, "cpu", "float32")

@@ -167,7 +167,13 @@ def test_weights_of_the_hub_are_fetched_once_as_safetensors_and_then_found_witho
         "    check_backbones(config.embed)\n"
         "    images = np.arange(2 * 64 * 64 * 3, dtype=np.int64).astype(np.uint8).reshape(2, 64, 64, 3)\n"
         "    return build_backbone(config.embed, config.seed).embed(images)\n"
-        "assert np.array_equal(features('test_vit.r160_in1k', None), features('test_vit', sys.argv[1]))\n"
+        "given = features('test_vit', sys.argv[1])\n"
+        "assert np.array_equal(features('test_vit.r160_in1k', None), given)\n"
+        "print('fetched', flush=True)\n"
+        "input()\n"
+        "from huggingface_hub import constants\n"
+        "constants.HF_HUB_OFFLINE = True\n"
+        "assert np.array_equal(features('test_vit.r160_in1k', None), given)\n"
     )
     environment = os.environ | {
         "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
@@ -178,8 +184,13 @@ def test_weights_of_the_hub_are_fetched_once_as_safetensors_and_then_found_witho
     }
     environment.pop("HF_HUB_OFFLINE", None)
     command = [sys.executable, "-c", code, str(tmp_path / "w.safetensors")]
-    subprocess.run(command, env=environment, check=True)
-    assert [asked for asked in _Hub.asked if asked.startswith("GET") and asked.endswith("model.safetensors")]
-    server.shutdown()
-    server.server_close()
-    subprocess.run(command, env=environment | {"HF_HUB_OFFLINE": "1"}, check=True)
+    with subprocess.Popen(
+        command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "fetched\n"
+        assert [asked for asked in _Hub.asked if asked.startswith("GET") and asked.endswith("model.safetensors")]
+        server.shutdown()
+        server.server_close()
+        process.communicate("\n")
+    assert process.returncode == 0
