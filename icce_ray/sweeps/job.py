@@ -137,8 +137,21 @@ def make_searcher(name: str, seed: int, earlier: list[Parameters]) -> Any:
 
 
 def run_trial(drawn: Parameters, *, asked: Sweep, listings: Listings, failures: Mapping[str, str]) -> None:
-    """Run one trial: Tune calls this in a process of its own."""
-    parameters = _parameters(drawn)
+    """Run one trial: Tune calls this in a process of its own, which the next trial uses again, unless an error leaves
+    this function. Only a searcher has to see that."""
+    try:
+        judged, row = _trial_row(_parameters(drawn), asked, listings, failures)
+    except Exception as error:
+        if asked.config.searcher is not None:
+            raise
+        judged, row = None, {"error": reason_of(error)}
+    tune.report({"judged": np.nan if judged is None else judged, "row": row})
+
+
+def _trial_row(
+    parameters: Parameters, asked: Sweep, listings: Listings, failures: Mapping[str, str]
+) -> tuple[float | None, Parameters]:
+    """The value that trials are judged by, and the trial's values in the table."""
     if key_of(parameters) in failures:
         raise WorkerError(failures[key_of(parameters)])
     # A task that starts workers holds no CPU: they need it. SPREAD also keeps it out of the trial's own resources.
@@ -148,14 +161,12 @@ def run_trial(drawn: Parameters, *, asked: Sweep, listings: Listings, failures: 
     )
     outcomes: list[RunOutcome] = ray.get([task.remote(run, listings, cpus) for run in asked.runs(parameters)])
     metrics = trial.combine(outcomes)
-    judged = metrics.get(asked.config.metric)
-    row = {
+    return metrics.get(asked.config.metric), {
         "metrics": metrics,
         "num_clusters_used": float(np.mean([outcome.num_clusters_used for outcome in outcomes])),
         "seconds": sum(outcome.seconds for outcome in outcomes),
         "seeds": tuple(outcome.seed for outcome in outcomes),
     }
-    tune.report({"judged": np.nan if judged is None else judged, "row": row})
 
 
 def _run(config: Config, listings: Listings, cpus: float) -> RunOutcome:
@@ -179,6 +190,9 @@ class _TrialLog(tune.Callback):
         self.num_started += 1
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        if "error" in trial.last_result.get("row", {}):
+            self.on_trial_error(iteration, trials, trial)
+            return
         value = trial.last_result.get("judged", np.nan)
         self.best = np.fmax(self.best, value)
         # `peers` is only known once all trials are finished.

@@ -10,7 +10,6 @@ import numpy.typing as npt
 
 from icce_ray.config import Config
 from icce_ray.embed.feature_matrix import load_features
-from icce_ray.metrics.label_free_scores import project_pca, project_umap
 from icce_ray.random_numbers import sampled_rows
 from icce_ray.runtime.machine import has_umap
 from icce_ray.sample.training_set import training_set
@@ -45,4 +44,7 @@ def run(config: Config, context: StageContext) -> dict[str, Any]:
 
 def project(features_nD: npt.NDArray[np.float32], space: str) -> npt.NDArray[np.float32]:
     """`features_nD` in at most 50 dimensions of `space`: `pca`, or `umap` (arXiv 2406.02465)."""
+    # Imported here: scikit-learn takes a second, and processes that wait for trials only ask for the names.
+    from icce_ray.metrics.label_free_scores import project_pca, project_umap
+
     return (project_umap if space == "umap" else project_pca)(features_nD, SEED)

@@ -1,10 +1,8 @@
-"""The first stages as the pipeline runs them, without the later ones; and what kills their workers."""
+"""The first stages as the pipeline runs them, without the later ones; and who works for them."""
 
 from __future__ import annotations
 
 import os
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -61,27 +59,3 @@ def workers(task: str) -> list[int]:
     """Processes of this test's Ray that are at work on `task`."""
     found = {pid: title(pid) for pid in descendants(os.getpid(), process_table())}
     return [pid for pid, what in found.items() if what.startswith("ray::") and task in what]
-
-
-@contextmanager
-def killing(task: str, when: Callable[[], bool], limit: int, killed: list[int]) -> Iterator[None]:
-    """In the background: kill -9 the workers of `task` whenever `when` holds, each once, at most `limit` of them; their
-    process ids go into `killed`."""
-    done = threading.Event()
-
-    def watch() -> None:
-        while not done.wait(0.002) and len(killed) < limit:
-            if not when():
-                continue
-            for pid in workers(task):
-                if pid not in killed and len(killed) < limit and when():
-                    os.kill(pid, signal.SIGKILL)
-                    killed.append(pid)
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    try:
-        yield
-    finally:
-        done.set()
-        watcher.join()

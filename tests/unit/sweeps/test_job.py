@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 
+from icce_ray.errors import WorkerError
 from icce_ray.runtime.progress import Progress
 from icce_ray.store import Folder
 from icce_ray.store.part_records import PartRecords
 from icce_ray.sweeps import job
 from icce_ray.sweeps.sweep_config import build_sweep
-from icce_ray.sweeps.trial import Listings
+from icce_ray.sweeps.trial import Listings, key_of
 
 
 def test_a_searcher_is_told_the_trials_of_an_earlier_attempt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -42,3 +43,30 @@ def test_a_searcher_is_told_the_trials_of_an_earlier_attempt(tmp_path: Path, mon
         with pytest.raises(KeyboardInterrupt):
             job.run_trials(asked, None, Listings(), {}, records, progress)
     assert told == [None, chosen]
+
+
+@pytest.mark.parametrize("searcher", [None, "optuna"])
+def test_a_trial_that_fails_is_no_error_for_tune_unless_a_searcher_has_to_know(
+    monkeypatch: pytest.MonkeyPatch, searcher: str | None
+) -> None:
+    """After an error Tune would start another process for the next trial."""
+    reported: list[Any] = []
+    said: list[str] = []
+    monkeypatch.setattr(job.tune, "report", reported.append)
+    base = {"embeddings": {"uri": "x.npy"}, "num_clusters": 5, "output": "out"}
+    space = {"heads.learning_rate": {"loguniform": [1e-4, 1e-2]}}
+    asked = build_sweep({"base": base, "space": space, "searcher": searcher, "metric": "anmi"}, "sweep.yaml")
+    drawn = {"heads.learning_rate": 1e-3}
+    failures = {key_of(drawn): "it cannot be"}
+    if searcher is not None:
+        with pytest.raises(WorkerError, match="it cannot be"):
+            job.run_trial(drawn, asked=asked, listings=Listings(), failures=failures)
+        assert reported == []
+        return
+    job.run_trial(drawn, asked=asked, listings=Listings(), failures=failures)
+    (result,) = reported
+    row = job._row(3, SimpleNamespace(config=drawn, error=None, metrics=result))
+    assert (row.trial, row.status, row.error, row.parameters) == (3, "failed", "it cannot be", drawn)
+    log = job._TrialLog(SimpleNamespace(note=said.append), "anmi", 1, None)
+    log.on_trial_complete(1, [], SimpleNamespace(config=drawn, last_result=result))
+    assert said == ["1/1 trials: heads.learning_rate=0.001: failed"]
