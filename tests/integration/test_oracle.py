@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
+import signal
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +19,8 @@ from icce_ray.config import Config, SampleConfig
 from icce_ray.methods.clusterings import read_losses
 from icce_ray.sample.training_set import choose_rows
 from icce_ray.store import Artifact, Folder
+
+from .stages import workers
 
 pytestmark = pytest.mark.slow
 
@@ -42,34 +49,33 @@ def features() -> np.ndarray:
     return rows
 
 
-def fit_estimator(features: np.ndarray, **sample: object) -> ICCE:
-    heads = dict(SECTIONS["heads"])
+def fit_estimator(features: np.ndarray, sections: dict[str, Any] = SECTIONS, **sample: object) -> ICCE:
+    heads = dict(sections["heads"])
     return ICCE(
         6,
         n_heads=heads.pop("num_heads"),
         epochs=heads.pop("num_epochs"),
         heads=heads,
         sample=sample,
-        neighbors=SECTIONS["neighbors"],
-        classifier=SECTIONS["classifier"],
+        neighbors=sections["neighbors"],
+        classifier=sections["classifier"],
         random_state=3,
     ).fit(features)
 
 
 def run(
-    features: np.ndarray, folder: Path, resources: dict[str, Any] | None = None, **sample: object
+    features: np.ndarray, folder: Path, sections: dict[str, Any] = SECTIONS, **sample: object
 ) -> tuple[dict[str, Artifact], list[int]]:
     """Artifacts by stage, and the clusters that the assignments give."""
     np.save(folder / "features.npy", features)
     config = Config.model_validate(
-        SECTIONS
+        sections
         | {
             "embeddings": {"uri": str(folder / "features.npy")},
             "num_clusters": 6,
             "output": str(folder / "out"),
             "seed": 3,
             "sample": sample,
-            "resources": resources or {},
         }
     )
     result = run_pipeline(config, quiet=True)
@@ -93,19 +99,54 @@ def test_the_pipeline_gives_the_labels_of_the_estimator_without_ray(features, tm
     assert clusters[670:] == clusters[:30]
 
 
-def test_two_workers_and_a_sample_give_the_labels_of_the_estimator(ray_cluster, features, tmp_path: Path) -> None:
+class Killer(threading.Thread):
+    """Kills one of the workers as soon as there is a checkpoint."""
+
+    def __init__(self, output: Path) -> None:
+        super().__init__(daemon=True)
+        self.output = output
+        self.killed: int | None = None
+
+    def run(self) -> None:
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline:
+            if any(self.output.glob("method/*/checkpoints/epoch-*.safetensors")):
+                pids = workers("RayTrainWorker")
+                if pids:
+                    os.kill(pids[-1], signal.SIGKILL)
+                    self.killed = pids[-1]
+                    return
+            time.sleep(0.01)
+
+
+def test_two_workers_of_which_one_is_killed_and_a_sample_give_the_labels_of_the_estimator(
+    ray_cluster, features, tmp_path: Path
+) -> None:
     """With `max_images` both draw the same sample, train on it, and label the others by the classifier."""
-    workers = {"num_workers": 2, "cpus_per_worker": 1}
-    artifacts, clusters = run(features, tmp_path, {"neighbors": workers, "method": workers}, max_images=400)
-    estimator = fit_estimator(features, max_images=400)
+    two = {"num_workers": 2, "cpus_per_worker": 1}
+    heads = SECTIONS["heads"] | {"num_epochs": 200, "checkpoint_interval_s": 0.1}
+    sections = SECTIONS | {"heads": heads, "resources": {"neighbors": two, "method": two}}
+    killer = Killer(tmp_path / "out")
+    killer.start()
+    artifacts, clusters = run(features, tmp_path, sections, max_images=400)
+    killer.join()
+    assert killer.killed is not None
+    assert killer.killed not in workers("RayTrainWorker")
+    estimator = fit_estimator(features, sections, max_images=400)
     assert artifacts["neighbors"].metrics["similarity_threshold"] == estimator.similarity_threshold_
     training = choose_rows(features, SampleConfig(max_images=400), seed=3)
     assert training is not None
     took_part = training.image_ids_n
-    labels = artifacts["method"].read_array("label_matrix.npy")
+    method = artifacts["method"]
+    labels = method.read_array("label_matrix.npy")
     assert 370 < len(took_part) < 400
     assert labels.shape == (5, len(took_part))
     assert np.array_equal(labels, estimator.label_matrix_[:, took_part])
-    assert read_losses(artifacts["method"]).tolist() == estimator.head_losses_.tolist()
+    assert read_losses(method).tolist() == estimator.head_losses_.tolist()
     assert clusters == estimator.labels_.tolist()
-    assert artifacts["method"].metrics["num_workers"] == 2
+    assert method.metrics["num_workers"] == 2
+    # No epoch is told twice.
+    history = method.read_json("clusterings.json")["history"]
+    assert [epoch["epoch"] for epoch in history] == list(range(1, 201))
+    lines = method.folder.read_bytes("metrics.jsonl").splitlines()
+    assert [json.loads(line) for line in lines] == history
