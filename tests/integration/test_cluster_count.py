@@ -133,7 +133,8 @@ def test_what_a_killed_run_had_clustered_is_not_done_again(
     ray_cluster: None, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = config_for(folder, cluster_count=SECTIONS["cluster_count"] | {"max_clusters": 5})
-    inputs = run_until("sample", config)
+    with without_ray():
+        inputs = run_until("sample", config)
 
     def count(name: str, progress: Progress) -> dict[str, Any]:
         return job.run(config, StageContext(ArtifactWriter(Folder.at(tmp_path / name)), inputs, progress))
@@ -167,7 +168,7 @@ def test_what_a_killed_run_had_clustered_is_not_done_again(
     assert pq.read_table(tmp_path / "here" / "by_count.parquet").equals(table)
 
 
-def test_more_clusters_than_images_are_refused_when_the_images_are_listed(ray_cluster: None, folder: Path) -> None:
+def test_more_clusters_than_images_are_refused_when_the_images_are_listed(folder: Path) -> None:
     asked = SECTIONS["cluster_count"] | {"max_clusters": 241}
     config = config_for(folder, cluster_count=asked, output=str(folder / "other"))
     with pytest.raises(InputError, match=r"max_clusters: 241 clusters asked for, but there are only 240 images"):

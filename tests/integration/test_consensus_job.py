@@ -1,23 +1,17 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import sys
-from functools import partial
 
 import numpy as np
 import pyarrow as pa
 import pytest
-from ray import cloudpickle
 
-from icce_ray.config import Config, ResourcesConfig
+from icce_ray.config import Config
 from icce_ray.consensus import best_consensus, consensus_artifact, cspa, job, label_matrix, neighbor_score
 from icce_ray.consensus.agreement import describe_clusters
 from icce_ray.consensus.ensemble import cluster_ensemble
 from icce_ray.consensus.extra_runs import find_heads
-from icce_ray.consensus.stored_label_matrix import open_heads
-from icce_ray.errors import InputError, ResourceError, WorkerError
+from icce_ray.errors import InputError, ResourceError
 from icce_ray.runtime.progress import Progress
 from icce_ray.stage import StageContext
 from icce_ray.store import ArtifactWriter, Folder
@@ -89,7 +83,7 @@ def run_job(root, heads, run=job.run, nearest=None, **consensus):
 def test_the_stage_writes_the_consensus_of_the_matrix_whatever_its_parts(tmp_path, matrix, run, monkeypatch):
     nearest_Nk = (np.arange(210)[:, None] + np.arange(1, 11)) % 210
     expected = cluster_ensemble(matrix, 3, random_state=5, neighbors=nearest_Nk)
-    monkeypatch.setattr(label_matrix, "PART_LABELS", 300)
+    monkeypatch.setattr(label_matrix, "PART_LABELS", 700)
     monkeypatch.setattr(neighbor_score, "PART_LABELS", 700)
     nearest = {"part-00000-nearest": nearest_Nk[:90], "part-00001-nearest": nearest_Nk[90:]}
     metrics, artifact = run_job(tmp_path, write_run(tmp_path, "own", matrix), run, nearest)
@@ -164,41 +158,6 @@ def test_embeddings_without_image_names_are_matched_by_their_rows(tmp_path, matr
     own = write_run(tmp_path, "own", matrix, uris=[f"/a/dino.npy#{i}" for i in range(210)])
     write_run(tmp_path, "other", matrix, uris=[f"/b/mae.npy#{i}" for i in range(210)])
     assert len(find_heads(["other"], str(tmp_path), own)) == 1
-
-
-def die_once(heads, start, stop, marker):
-    if not os.path.exists(marker):
-        open(marker, "w").close()
-        os.kill(os.getpid(), signal.SIGKILL)
-    return heads.read(start, stop).codes
-
-
-def die(heads, start, stop):
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-@pytest.fixture
-def _functions_of_this_file_reach_the_workers():
-    module = sys.modules[__name__]
-    cloudpickle.register_pickle_by_value(module)
-    yield
-    cloudpickle.unregister_pickle_by_value(module)
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("_functions_of_this_file_reach_the_workers")
-def test_a_worker_that_is_killed_costs_nothing_and_one_that_always_dies_is_an_error(tmp_path, matrix, monkeypatch):
-    monkeypatch.setattr(label_matrix, "PART_LABELS", 300)
-    own = write_run(tmp_path, "own", matrix)
-    heads = open_heads([own], partial(job.RayHeads, resources=ResourcesConfig()))
-    parts = list(heads.map(die_once, heads.image_parts(), str(tmp_path / "marker")))
-    np.testing.assert_array_equal(np.concatenate(parts, axis=1), heads.gather().codes)
-    monkeypatch.setattr("icce_ray.runtime.workers.MAX_RESTARTS", 1)
-    monkeypatch.setattr(
-        consensus_artifact, "find_consensus", lambda heads, *a, **k: list(heads.map(die, heads.image_parts()))
-    )
-    with pytest.raises(WorkerError, match="consensus: a worker failed, or died 2 times"):
-        run_job(tmp_path, own)
 
 
 def test_too_little_memory_is_said_before_the_work(tmp_path, matrix, monkeypatch):

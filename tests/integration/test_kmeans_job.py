@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 import signal
 from pathlib import Path
@@ -20,7 +21,7 @@ from icce_ray.runtime.progress import Progress
 from icce_ray.stage import StageContext
 from icce_ray.store import Artifact, ArtifactWriter, Folder
 
-from .stages import run_until
+from .stages import run_until, without_ray
 
 NUM_CLUSTERS = 9
 
@@ -61,9 +62,8 @@ def here(features: np.ndarray, settings: Config) -> Any:
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("ray_cluster")
-def test_a_whole_run_needs_no_graph_and_gives_what_one_process_gives(features: np.ndarray, tmp_path: Path) -> None:
-    settings = config(features, tmp_path, 2)
+def test_a_whole_run_needs_no_graph(features: np.ndarray, tmp_path: Path) -> None:
+    settings = config(features, tmp_path, 2, resources={})
     result = run_pipeline(settings, quiet=True)
     assert "neighbors" not in result.seconds
     assert "Cluster sizes" in Path(result.report).read_text()
@@ -74,8 +74,6 @@ def test_a_whole_run_needs_no_graph_and_gives_what_one_process_gives(features: n
     assert artifact is not None
     expected = here(features, settings)
     assert np.array_equal(artifact.read_array("label_matrix.npy"), expected.labels_HN)
-    assert artifact.read_json("clusterings.json")["losses"] == expected.losses_H.tolist()
-    assert artifact.read_bytes("kmeans.npz") == expected.files["kmeans.npz"]
     best = expected.labels_HN[expected.losses_H.argmin()]
     clusters = pq.read_table(result.assignments).sort_by("image_id")["cluster"].to_numpy()
     assert np.array_equal(clusters, best)
@@ -98,9 +96,12 @@ class KillOnce(Progress):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
-def test_a_killed_shard_changes_nothing(features: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = config(features, tmp_path, 2, kmeans={"num_starts": 1})
-    artifacts, progress = run_until("sample", settings), KillOnce()
+def test_two_shards_of_which_one_is_killed_give_what_one_process_gives(
+    features: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings, progress = config(features, tmp_path, 2, kmeans={"num_starts": 1}), KillOnce()
+    with without_ray():
+        artifacts = run_until("sample", config(features, tmp_path, 2, resources={}))
     make = job.ShardActors.__init__
 
     def remember(self: job.ShardActors, *arguments: Any) -> None:
@@ -111,8 +112,11 @@ def test_a_killed_shard_changes_nothing(features: np.ndarray, tmp_path: Path, mo
     output = ArtifactWriter(Folder.at(tmp_path / "method"))
     job.run(settings, StageContext(output, artifacts, progress))
     assert progress.killed_pid is not None
-    labels = np.load(tmp_path / "method" / "label_matrix.npy")
-    assert np.array_equal(labels, here(features, settings).labels_HN)
+    expected, folder = here(features, settings), tmp_path / "method"
+    assert np.array_equal(np.load(folder / "label_matrix.npy"), expected.labels_HN)
+    assert json.loads((folder / "clusterings.json").read_text())["losses"] == expected.losses_H.tolist()
+    assert (folder / "kmeans.npz").read_bytes() == expected.files["kmeans.npz"]
+    assert not (folder / "starts").exists()
 
 
 @pytest.mark.usefixtures("ray_cluster")
@@ -121,9 +125,9 @@ def test_a_machine_without_the_memory_is_refused_with_both_numbers(
 ) -> None:
     settings = config(features, tmp_path, 2)
     monkeypatch.setattr(job, "worker_bytes", lambda *sizes: 10**15)
-    context = StageContext(
-        ArtifactWriter(Folder.at(tmp_path / "method")), run_until("sample", settings), Progress("method", quiet=True)
-    )
+    with without_ray():
+        artifacts = run_until("sample", config(features, tmp_path, 2, resources={}))
+    context = StageContext(ArtifactWriter(Folder.at(tmp_path / "method")), artifacts, Progress("method", quiet=True))
     message = r"1,100 images x 24 .* 9 clusters and 3 starts need about 2000000\.0 GB on a machine with 2 of 2 workers"
     with pytest.raises(ResourceError, match=message):
         job.run(settings, context)

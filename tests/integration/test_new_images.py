@@ -59,7 +59,7 @@ def small_parts() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory, ray_cluster: None) -> Path:
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The output of a run, as far as its model needs it: images, embed, a consensus (the kinds), classifier."""
     root = tmp_path_factory.mktemp("run")
     kinds = [number % NUM_KINDS for number in range(240)]
@@ -71,7 +71,6 @@ def run(tmp_path_factory: pytest.TempPathFactory, ray_cluster: None) -> Path:
         "embed": {"backbone": "pixels", "image_size": 8},
         "classifier": {"num_iterations": 300},
         "assign": {"num_exemplars": 2},
-        "resources": {"classifier": {"cpus_per_worker": 1}, "assign": {"num_workers": 2, "cpus_per_worker": 1}},
     }
     (root / "run.yaml").write_text(json.dumps(settings))
     config = Config.model_validate(settings)
@@ -213,6 +212,7 @@ def test_a_second_time_nothing_is_done_and_an_unfinished_run_goes_on(run: Path, 
 
 
 def test_embeddings_give_what_their_images_give_for_any_number_of_parts_and_workers(
+    ray_cluster: None,
     assigned: AssignResult,
     model_folder: Path,
     tmp_path: Path,
