@@ -24,22 +24,13 @@ SCRIPTS = ("data.js", "state.js", "pictures.js", "viewer.js", "grid.js", "wall.j
 
 
 class PageFiles:
-    """Collects the data of the page, and writes it into a folder once it is too large to be kept in the page.
+    """Collects the data of the page, and writes it into a folder of `output` once it is too large to be kept in the
+    page."""
 
-    Args:
-        output: receives the files.
-        max_inline_bytes: size up to which the data is kept in the page.
-    """
-
-    def __init__(self, output: ArtifactWriter, max_inline_bytes: int = MAX_INLINE_BYTES) -> None:
+    def __init__(self, output: ArtifactWriter) -> None:
         self._output = output
-        self._room = max_inline_bytes
+        self._room = MAX_INLINE_BYTES
         self._inline: dict[str, bytes] | None = {}
-
-    @property
-    def is_single(self) -> bool:
-        """Whether all data is in the page so far."""
-        return self._inline is not None
 
     def add_json(self, name: str, value: Any) -> None:
         """Data that the page loads as `name` when it needs it."""
@@ -52,10 +43,8 @@ class PageFiles:
     def finish(self, core: dict[str, Any]) -> int:
         """Write the page itself, with `core` in it. Returns its size in bytes."""
         inline = self._inline or {}
-        scripts = [
-            '"use strict";',
-            f"const CORE = {to_script(core | {'folder': None if self.is_single else DATA_FOLDER})};",
-        ]
+        core = core | {"folder": DATA_FOLDER if self._inline is None else None}
+        scripts = ['"use strict";', f"const CORE = {to_script(core)};"]
         scripts += [read_web(name) for name in SCRIPTS[:1]]
         sheets = {
             name.removesuffix(".jpg"): base64.b64encode(data).decode()

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from icce_ray.config import Config, build_config
-from icce_ray.pipeline import estimate
+from icce_ray.pipeline import estimate, estimate_sample
 from icce_ray.pipeline.pilot import PilotRun
 from icce_ray.report.pictures import contact_sheet, load_thumbnails, sheet
 
@@ -17,8 +17,8 @@ from icce_ray.report.pictures import contact_sheet, load_thumbnails, sheet
 def test_the_rate_is_that_after_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
     """Workers start for 7 s, then embed 8 images per second."""
     times = iter([100.0, 109.0, 110.0, 112.0])
-    monkeypatch.setattr(estimate.time, "monotonic", lambda: next(times))
-    clock = estimate._Clock(quiet=True)
+    monkeypatch.setattr(estimate_sample.time, "monotonic", lambda: next(times))
+    clock = estimate_sample._Clock(quiet=True)
     for done in (16, 24, 40):
         clock.update(done, 40)
     assert clock.figures() == (7.0, 8.0)
@@ -26,8 +26,8 @@ def test_the_rate_is_that_after_the_start(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_of_a_single_part_only_the_whole_time_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
     times = iter([100.0, 110.0])
-    monkeypatch.setattr(estimate.time, "monotonic", lambda: next(times))
-    clock = estimate._Clock(quiet=True)
+    monkeypatch.setattr(estimate_sample.time, "monotonic", lambda: next(times))
+    clock = estimate_sample._Clock(quiet=True)
     clock.update(40, 40)
     assert clock.figures() == (0.0, 4.0)
 

@@ -75,7 +75,7 @@ def test_a_small_page_is_a_single_file_that_loads_nothing_from_a_network(written
 def test_a_large_page_has_a_folder_with_the_same_data(
     planted_run: Any, written: tuple[Page, Path], tmp_path: Path, monkeypatch: Any
 ) -> None:
-    monkeypatch.setattr(page_files.PageFiles.__init__, "__defaults__", (20_000,))
+    monkeypatch.setattr(page_files, "MAX_INLINE_BYTES", 20_000)
     run(planted_run.config, planted_run.context(tmp_path))
     page = Page(tmp_path)
     assert sorted(path.name for path in (tmp_path / "report_data").iterdir()) == [

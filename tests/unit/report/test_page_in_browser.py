@@ -49,7 +49,7 @@ def reports(planted_run: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[
     folder = tmp_path_factory.mktemp("pages")
     run(planted_run.config, planted_run.context(folder / "single"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(page_files.PageFiles.__init__, "__defaults__", (20_000,))
+        patch.setattr(page_files, "MAX_INLINE_BYTES", 20_000)
         run(planted_run.config, planted_run.context(folder / "folder"))
     return {name: folder / name / "report.html" for name in ("single", "folder")}
 
