@@ -104,6 +104,7 @@ def test_collapsed_heads_are_those_with_too_few_clusters() -> None:
     labels = np.stack([good, np.zeros(60, dtype=int), good % 3, good % 2])
     assert find_collapsed_heads(labels, 6) == [1, 3]
     assert find_collapsed_heads(labels[:, :1], 6) == [0, 1, 2, 3]
+    assert find_collapsed_heads(labels[:, :2], 6) == [1], "two images can be in two clusters"
     assert find_collapsed_heads(np.zeros((1, 9), dtype=int), 2) == [0]
 
 

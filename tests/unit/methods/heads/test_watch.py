@@ -36,6 +36,7 @@ def test_the_watch_counts_what_changed_and_what_is_empty(max_watched: int, monke
     moved[0] = (moved[0] + 1) % 4
     assert watched_epoch(watch, moved, 2)[0] == [num_watched, 0, 0]
     assert watched_epoch(watch, moved, 3)[0] == [0, 0, 0]
+    assert watched_epoch(watch, moved // 2, 4)[1] == [2, 2, 2], "two of four are left, whatever was there before"
 
 
 def test_pairs_of_heads_are_compared_by_their_nmi() -> None:
