@@ -10,20 +10,19 @@ Shape letters: N images, K clusters, n images of a cluster.
 import numpy as np
 import numpy.typing as npt
 from scipy.sparse import csr_matrix, diags
-from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
+from scipy.sparse.linalg import LinearOperator
 from threadpoolctl import threadpool_limits
 
+from icce_ray.consensus.eigenvectors import Floats, largest_eigenvectors
 from icce_ray.consensus.label_matrix import Labels
 from icce_ray.consensus.neighbor_score import NeighborScore, Shares
-from icce_ray.consensus.partition import PartitionError
-from icce_ray.consensus.spectral_cut import TOLERANCE, to_matrix
+from icce_ray.consensus.spectral_cut import to_matrix
 
 MIN_SHARE = 0.5
 """A cluster holds together if at least this share of the weight at it stays within it."""
 DENSE_IMAGES = 200
 """Up to so many images, all eigenvectors are found at once."""
 
-Floats = npt.NDArray[np.float64]
 Images = npt.NDArray[np.int64]
 
 
@@ -83,9 +82,6 @@ def _second_eigenvector(within: csr_matrix) -> Floats:
         else:
             rest = LinearOperator(normal.shape, lambda x: normal @ x - first_n * (first_n @ x), dtype=np.float64)
             start_n = np.random.default_rng(0).uniform(-1, 1, len(first_n))
-            try:
-                vector_n = eigsh(rest, k=1, which="LA", v0=start_n, tol=TOLERANCE)[1][:, 0]
-            except ArpackNoConvergence as error:
-                raise PartitionError(f"the eigenvectors were not found: {error}") from error
+            vector_n = largest_eigenvectors(rest, 1, start_n)[1][:, 0]
     found_n: Floats = vector_n * scale_n
     return found_n

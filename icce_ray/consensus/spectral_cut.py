@@ -7,9 +7,9 @@ Shape letters: N images, K clusters.
 
 import numpy as np
 from scipy.sparse import coo_matrix, csr_matrix, diags
-from scipy.sparse.linalg import ArpackNoConvergence, eigsh
 from threadpoolctl import threadpool_limits
 
+from icce_ray.consensus.eigenvectors import largest_eigenvectors
 from icce_ray.consensus.label_matrix import Labels
 from icce_ray.consensus.neighbor_score import NeighborScore, neighbor_ids
 from icce_ray.consensus.partition import PartitionError
@@ -18,8 +18,6 @@ MAX_WORK = 50_000_000
 """Images times clusters squared: some seconds on one core."""
 MAX_EDGES = 5_000_000
 """Edges of a graph that is read as a whole: half a gigabyte."""
-TOLERANCE = 1e-5
-"""Relative error of the eigenvalues."""
 NUM_STARTS = 10
 """Starts of k-means."""
 
@@ -39,10 +37,7 @@ def spectral_cut(score: NeighborScore, num_clusters: int, *, seed: int) -> Label
     graph = diags(scale_N) @ to_matrix(score) @ diags(scale_N)
     with threadpool_limits(1):  # several threads may round a sum differently
         rng = np.random.default_rng(seed)
-        try:
-            _, vectors_NK = eigsh(graph, k=num_clusters, which="LA", v0=rng.uniform(-1, 1, num_images), tol=TOLERANCE)
-        except ArpackNoConvergence as error:
-            raise PartitionError(f"the eigenvectors were not found: {error}") from error
+        _, vectors_NK = largest_eigenvectors(graph, num_clusters, rng.uniform(-1, 1, num_images))
         rows_NK, starts = vectors_NK * scale_N[:, None], rng.integers(0, 2**31, NUM_STARTS)
         found = [KMeans(num_clusters, n_init=1, random_state=int(start)).fit_predict(rows_NK) for start in starts]
     clusterings = [labels_N.astype(np.int32) for labels_N in found]

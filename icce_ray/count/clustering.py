@@ -10,16 +10,15 @@ numbers of clusters, V eigenvectors.
 
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 from scipy.sparse import csr_matrix, diags
-from scipy.sparse.linalg import ArpackNoConvergence, eigsh
 from threadpoolctl import threadpool_limits
 
 from icce_ray.config import ClusterCountConfig
+from icce_ray.consensus.eigenvectors import largest_eigenvectors
 from icce_ray.count.choice import SHARE, Choice, Measured, choose
 from icce_ray.errors import InputError
 from icce_ray.metrics.label_free_scores import project_pca, silhouette
@@ -40,8 +39,6 @@ MAX_MEASURED = 1_000
 """Images that the silhouette is measured on."""
 DENSE_SHARE = 0.2
 """If more than this share of all eigenvectors is needed, all are found at once."""
-TOLERANCE = 1e-5
-"""Relative error of the eigenvalues."""
 
 
 class PartMeasures(NamedTuple):
@@ -117,11 +114,8 @@ def _spectrum(
     scale_m = 1 / np.sqrt(np.asarray(weights.sum(axis=1)).ravel())
     normal = diags(scale_m) @ weights @ diags(scale_m)
     start_m = rng.uniform(-1, 1, size)
-    found = None
-    if number <= DENSE_SHARE * size:
-        with suppress(ArpackNoConvergence):
-            found = eigsh(normal, k=number, which="LA", v0=start_m, tol=TOLERANCE)
-    values_V, vectors_mV = found or np.linalg.eigh(normal.toarray())
+    few = number <= DENSE_SHARE * size
+    values_V, vectors_mV = largest_eigenvectors(normal, number, start_m) if few else np.linalg.eigh(normal.toarray())
     order = np.argsort(-values_V, kind="stable")[:number]
     return values_V[order], vectors_mV[:, order] * scale_m[:, None]
 
