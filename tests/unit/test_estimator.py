@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from sklearn.base import clone
 from sklearn.exceptions import NotFittedError
+from sklearn.metrics import normalized_mutual_info_score
 from sklearn.utils.estimator_checks import check_estimator
 
 from icce_ray import ICCE, clustering_accuracy
@@ -43,8 +44,13 @@ def test_the_fitted_attributes_are_those_promised(fitted: ICCE) -> None:
     assert set(fitted.labels_) == set(range(5))
     assert fitted.label_matrix_.shape == (4, 300)
     assert fitted.agreement_.shape == (300,)
-    assert ((fitted.agreement_ >= 0) & (fitted.agreement_ <= 1)).all()
-    assert 0 < fitted.anmi_ <= 1
+    assert set(fitted.agreement_) <= {0, 0.25, 0.5, 0.75, 1}
+    np.testing.assert_array_equal(fitted.agreement_ == 1, fitted.vote_entropy_ == 0)
+    with_heads = [
+        normalized_mutual_info_score(fitted.labels_, labels, average_method="geometric")
+        for labels in fitted.label_matrix_
+    ]
+    assert fitted.anmi_ == pytest.approx(np.mean(with_heads))
     assert -1 <= fitted.similarity_threshold_ <= 1
     assert fitted.head_losses_.shape == (4,)
     assert fitted.n_features_in_ == 20

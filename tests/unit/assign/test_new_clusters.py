@@ -67,6 +67,20 @@ def test_outliers_without_anything_in_common_are_no_cluster(classifier: LinearCl
     assert len(find(classifier, draw(1, 100))[0]) == 0
 
 
+@pytest.mark.parametrize(("distance", "num_found"), [(0.8, 0), (1.2, 40)])
+def test_a_group_near_a_known_cluster_is_no_new_one(
+    classifier: LinearClassifier, distance: float, num_found: int
+) -> None:
+    """The group is as wide as the known clusters, and so many times that from the mean of one."""
+    width, ids = np.sqrt(classifier.outliers.total_variance), np.arange(40)
+    x = classifier.outliers.cluster_means[0] + distance * width * np.eye(16)[9]
+    noise = RNG.normal(size=(40, 16))
+    x = x + (noise - noise.mean(axis=0)) * width / 4
+    table = pa.table({"image_id": ids, "uri": ids.astype(str), "cluster": np.zeros(40, np.int32)})
+    table = table.append_column("x", pa.FixedSizeListArray.from_arrays(pa.array(x.ravel().astype(np.float32)), 16))
+    assert len(find_new_clusters(table, classifier, seed=0)) == num_found
+
+
 def test_of_too_many_outliers_a_sample_is_clustered(
     classifier: LinearClassifier, monkeypatch: pytest.MonkeyPatch
 ) -> None:

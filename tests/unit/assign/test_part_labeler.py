@@ -57,7 +57,8 @@ def label(tmp_path: Path, inputs: dict[str, Artifact]) -> tuple[pa.Table, Any]:
     labeler = PartLabeler(source, Folder.at(tmp_path / "out"), inputs, num_exemplars=2, seed=0)
     (part,) = source.plan()
     assert labeler.classifier.num_clusters == 3  # loaded here, and not sent along
-    files, totals = pickle.loads(pickle.dumps(labeler)).label(part)
+    labeler = pickle.loads(pickle.dumps(labeler))
+    files, totals = labeler.label(part)
     assert len(pickle.dumps(labeler)) < 3000
     folders = ["assignments", "candidates", *([] if "consensus" in inputs else ["outliers"])]
     assert [file.name for file in files] == [f"{folder}/part-00000.parquet" for folder in folders]

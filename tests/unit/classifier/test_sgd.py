@@ -48,8 +48,8 @@ def test_each_setting_of_the_grid_equals_a_plain_loop_that_trains_it_alone() -> 
 
 def test_a_setting_that_diverges_is_dropped_and_leaves_the_others_alone() -> None:
     x, labels = blobs()
-    grid = train(x * 1e3, labels, 1e-4, 1e36)
-    assert grid.positions == [0]
+    grid = train(x * 1e3, labels, 1e36, 1e-4)
+    assert grid.positions == [1]
     np.testing.assert_allclose(grid.weights, train(x * 1e3, labels, 1e-4).weights, rtol=1e-4, atol=1e-5)
 
 

@@ -10,6 +10,9 @@ BOMB = "\n".join(
     ["a0: &a0 [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]"]
     + [f"a{level}: &a{level} [{', '.join([f'*a{level - 1}'] * 10)}]" for level in range(1, 30)]
 )
+MAPPINGS = "\n".join(
+    ["a0: &a0 {x: 1, y: 1}"] + [f"a{level}: &a{level} {{x: *a{level - 1}, y: *a{level - 1}}}" for level in range(1, 30)]
+)
 
 
 @pytest.mark.parametrize(
@@ -22,6 +25,7 @@ BOMB = "\n".join(
         ("a: {b: 1}\nc: 2\na: {d: 3}", "line 3: 'a' is given twice, first in line 1"),
         ("a: " + "9" * 5000, "line 1: a number of 5,000 digits"),
         (BOMB, "more than 100,000 values once its aliases are expanded"),
+        (MAPPINGS, "more than 100,000 values once its aliases are expanded"),
         ("a: &x [*x]", "line 1: an alias that contains itself"),
         ("a: " + "[" * 1000, "nested too deeply"),
         ("a: [1,", "not valid YAML: while parsing a flow node"),

@@ -149,6 +149,15 @@ def test_copies_that_were_cut_off_are_no_latest_run(tmp_path: Path, monkeypatch:
     assert shown(tmp_path) == expected("second")
 
 
+def test_copies_stay_copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        refuse_links(patch)
+        publish_run(tmp_path, "one")
+    publish_run(tmp_path, "second")
+    assert shown(tmp_path) == expected("second")
+    assert not (tmp_path / "latest").is_symlink()
+
+
 def test_what_is_too_large_to_copy_stays_where_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     refuse_links(monkeypatch)
     publish_run(tmp_path, "one")
