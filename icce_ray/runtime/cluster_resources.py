@@ -232,8 +232,7 @@ def shortfall(stage: str, worker: WorkerResources, machines: list[tuple[float, f
 
 def fitting_cpus(machines: Sequence[float], count: int, wanted: float, beside: float) -> float:
     """CPUs for each of `count` actors on `machines` (CPUs of each): at most `wanted`, in thousandths, such that all fit
-    and, however they are placed, some machine has `beside` CPUs left. If nothing fits, all share what `beside`
-    leaves."""
+    and, however they are placed, some machine has `beside` CPUs left. If nothing fits, a thousandth."""
     rooms = {room for cpus in machines for room in (cpus, cpus - beside) if room > 0}
     steps = {room / number for room in rooms for number in range(1, count + 1)}
     for each in sorted({wanted, *(step for step in steps if step < wanted)}, reverse=True):
@@ -243,7 +242,7 @@ def fitting_cpus(machines: Sequence[float], count: int, wanted: float, beside: f
         # It takes at least this many actors to leave no machine with room for the task.
         if sum(slots(cpus - beside, each) + 1 for cpus in machines if cpus >= beside) > count:
             return each
-    return max(0.001, _thousandths(min(wanted, (sum(machines) - beside) / count)))
+    return 0.001
 
 
 def _thousandths(cpus: float) -> float:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 
 from icce_ray.runtime.progress import Progress
@@ -30,3 +32,18 @@ def test_a_stage_that_is_short_or_has_no_remedy_says_nothing(
         now[0] = float(second)
         progress.update(second, total)
     assert "this will take" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("on_terminal", "before", "after"), [(True, "\r\x1b[K", ""), (False, "", "\n")])
+def test_on_a_terminal_each_line_replaces_the_last_one_but_not_a_note(
+    on_terminal: bool, before: str, after: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: on_terminal)
+    now, lines = [0.0], []
+    progress = Progress("embed", clock=lambda: now[0])
+    for done in (10, 20):
+        now[0] = float(done)
+        progress.update(done, 100)
+        lines.append(f"{before}embed: {progress.read().text()}{after}")
+    progress.note("a note")
+    assert capsys.readouterr().err == "".join([*lines, f"{before}embed: a note\n"])
