@@ -14,7 +14,6 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from itertools import groupby
 from typing import Any, NamedTuple
 
 from icce_ray.config import StorageConfig
@@ -92,14 +91,11 @@ class BucketPrefix:
         """Write and record a shard: all `entries` of a range."""
         bucket, start = s3.split_uri(self.uri)
         others, tables = Counter[str](), list[File]()
-        found = (object_file(f"s3://{bucket}/{start}", *entry, self.classify, others, tables) for entry in entries)
-        files = [file for file in found if file is not None]
+        found = (object_file(f"s3://{bucket}/{start}", entry, self.classify, others, tables) for entry in entries)
+        table = sorted_files(files_table([file for file in found if file is not None]))
         name = hashlib.sha256(keys.after.encode()).hexdigest()[:16]
-        parts = []
-        if files:
-            table = sorted_files(files_table(files))
-            parts.append(ArtifactWriter(self.folder).write_table(f"files/{name}.parquet", table))
-        ends = [[files[0].uri, files[-1].uri]] if files else []
+        parts = [ArtifactWriter(self.folder).write_table(f"files/{name}.parquet", table)] if len(table) else []
+        ends = [[table["uri"][0].as_py(), table["uri"][-1].as_py()]] if len(table) else []
         metrics = {"keys": keys, "ends": ends, "others": others, "tables": tables, "listed_at": listed_at}
         self.records.write(name, parts, metrics | {"num_keys": len(entries)})
 
@@ -107,45 +103,29 @@ class BucketPrefix:
         """Write shards of the pages within the `missing` ranges that killed calls had kept since `oldest`. Returns
         whether there were any."""
         kept, source = self.folder / KEPT_NAME, self.records.source
-        names = sorted(name for name in kept.sizes() if name.startswith(source))
-        for _, of_call in groupby(names, lambda name: name.rpartition("-")[0]):
-            files = list(of_call)
-            pages = [page for name in files for page in json.loads(kept.read_bytes(name)) if page[2] >= oldest]
-            runs: list[list[Any]] = []
-            for (after, until), entries, listed_at in sorted(pages, key=lambda page: page[0][0]):
-                if not any(gap.after <= after and _ends_within(until, gap.until) for gap in missing):
-                    continue
-                if not runs or runs[-1][0][1] != after:
-                    runs.append([[after, until], [], listed_at])
-                runs[-1][0][1] = until
-                runs[-1][1] += entries
-            for keys, entries, listed_at in runs:
-                self.write(KeyRange(*keys), entries, listed_at)
-            for name in files:
-                kept.remove(name)
+
+        def write(name: str) -> None:
+            for (after, until), entries, listed_at in json.loads(kept.read_bytes(name)):
+                ends = [gap.until for gap in missing if gap.after <= after]
+                if listed_at >= oldest and any(end is None or (until and until <= end) for end in ends):
+                    self.write(KeyRange(after, until), entries, listed_at)
+            kept.remove(name)
+
+        names = [name for name in kept.sizes() if name.startswith(source)]
+        with ThreadPoolExecutor(NUM_THREADS) as threads:
+            list(threads.map(write, names))
         return bool(names)
 
 
-def object_file(
-    root: str,
-    key: str,
-    num_bytes: int | None,
-    etag: str | None,
-    classify: Classify,
-    others: Counter[str],
-    tables: list[File],
-) -> File | None:
+def object_file(root: str, entry: Entry, classify: Classify, others: Counter[str], tables: list[File]) -> File | None:
     """An object below `root` as a file; None if it is not listed."""
+    key, num_bytes, etag = entry
     if key.startswith(".") or "/." in key:
         others["hidden"] += 1
         return None
     if not key or key.endswith("/"):
         return None
     return classify(File(root + key, num_bytes, etag and etag.strip('"')), others, tables)
-
-
-def _ends_within(until: str | None, end: str | None) -> bool:
-    return end is None or (until is not None and until <= end)
 
 
 def _keys_of(record: PartRecord) -> KeyRange:
@@ -225,15 +205,13 @@ class _Call:
     def _list(self, walk: _Walk) -> None:
         entries, after = list[Entry](), walk.position
         while True:
-            start, page = walk.position, self._page(walk.position)
-            found = [
-                (entry["Key"][len(self._key) :], entry["Size"], entry["ETag"]) for entry in page.get("Contents", ())
-            ]
+            start = walk.position
+            found, is_truncated = self._page(start)
             with self._lock:
                 self._num_pages += 1
                 until = walk.until
                 walk.position = found[-1][0] if found else walk.position
-                is_finished = not page.get("IsTruncated") or (until is not None and walk.position >= until)
+                is_finished = not is_truncated or (until is not None and walk.position >= until)
                 if is_finished:
                     self._walks.remove(walk)
             found = [entry for entry in found if until is None or entry[0] <= until]
@@ -247,12 +225,11 @@ class _Call:
                 entries, after = [], walk.position
             else:
                 self._keep(KeyRange(start, end), found)
-            if is_finished:
-                return
-            if is_over:
+            if is_over and not is_finished:
                 with self._lock:
                     self._walks.remove(walk)
                     self.left.append(KeyRange(walk.position, walk.until))
+            if is_over or is_finished:
                 return
 
     def _keep(self, keys: KeyRange, entries: list[Entry]) -> None:
@@ -282,8 +259,8 @@ class _Call:
             if point is None:
                 return None
             other.tried.add(point)
-        found = self._page(point, MaxKeys=1).get("Contents", ())
-        is_empty = not found or (until is not None and found[0]["Key"][len(self._key) :] > until)
+        found, _ = self._page(point, MaxKeys=1)
+        is_empty = not found or (until is not None and found[0][0] > until)
         with self._lock:
             if (
                 other not in self._walks
@@ -298,11 +275,15 @@ class _Call:
             self._walks.append(walk)
             return walk
 
-    def _page(self, after: str, **settings: Any) -> dict[str, Any]:
+    def _page(self, after: str, **settings: Any) -> tuple[list[Entry], bool]:
+        """The entries of a page, and whether there are more behind them."""
         start = {"StartAfter": self._key + after} if after else {}
         pages = s3.list_pages(self.prefix.uri, self.prefix.storage, **start, **settings)
         # A store may answer with no keys although there are more.
-        return next(page for page in pages if page.get("Contents") or not page.get("IsTruncated"))
+        page = next(page for page in pages if page.get("Contents") or not page.get("IsTruncated"))
+        contents, start_of_key = page.get("Contents", ()), len(self._key)
+        found = [(entry["Key"][start_of_key:], entry["Size"], entry["ETag"]) for entry in contents]
+        return found, bool(page.get("IsTruncated"))
 
 
 def _points_between(after: str, until: str | None, thread: int) -> Iterator[str]:

@@ -92,7 +92,7 @@ def list_data_file(uri: str, inventory: Inventory) -> PartRecord:
                 key = unquote_plus(key) if inventory.csv_columns else key
                 size = None if size in (None, "") else int(size)
                 root = f"s3://{inventory.bucket}/"
-                file = object_file(root, key, size, etag or None, inventory.classify, others, tables)
+                file = object_file(root, (key, size, etag or None), inventory.classify, others, tables)
                 if file is not None:
                     yield file
 
