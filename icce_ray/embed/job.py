@@ -43,6 +43,8 @@ BUSY_SHARE_OVER_S = 10.0
 """Time over which the share that the backbone is at work is measured."""
 ITEMS_PER_WAVE = 32_768
 """Work items that Ray Data is given at a time. For each wave it starts the actors again."""
+LIMITS_S = 10.0
+"""Time after which the limit of what is decoded ahead is set again: machines come and go."""
 ITEMS_PER_ACTOR = ITEMS_AT_ONCE + 2
 """Decoded items for each actor: those that it works on, and those that wait."""
 
@@ -251,16 +253,22 @@ def embed_on_ray(
         dataset.set_name("embed")
         return dataset
 
+    def limits() -> Any:
+        """If decoding is the faster step, it would fill Ray's object store, the more the more images there are."""
+        ahead = math.ceil(available_cpus() / decode_cpus) + ITEMS_PER_ACTOR * num_workers
+        return ray.data.ExecutionResources.for_limits(object_store_memory=ahead * part_bytes)
+
     def finished_items() -> Iterator[PartRecord]:
         left = iter(pending)
         while wave := list(islice(left, ITEMS_PER_WAVE)):
-            # If decoding is the faster step, it would fill Ray's object store, the more the more images there are.
-            ahead = math.ceil(available_cpus() / decode_cpus) + ITEMS_PER_ACTOR * num_workers
-            data_context.execution_options.resource_limits = ray.data.ExecutionResources.for_limits(
-                object_store_memory=ahead * part_bytes
-            )
-            # No variable holds the dataset, which would keep its figures during the next wave.
-            yield from map(_from_row, embedded(wave).iter_rows())
+            dataset = embedded(wave)
+            rows, options, limited_at = dataset.iter_rows(), dataset.context.execution_options, time.monotonic()
+            del dataset  # it would keep its figures during the next wave
+            options.resource_limits = limits()
+            for row in rows:
+                if time.monotonic() - limited_at >= LIMITS_S:
+                    options.resource_limits, limited_at = limits(), time.monotonic()
+                yield _from_row(row)
 
     try:
         _wait_for_index(shards, progress)

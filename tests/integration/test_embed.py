@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
@@ -333,10 +334,13 @@ def test_the_same_bytes_are_embedded_once_in_a_collection_and_across_runs(
     # Another listing, numbered anew and cut into other parts, of two work items each, which Ray Data is given some at a
     # time: only what is new goes through the backbone.
     monkeypatch.setattr(job, "ITEMS_PER_WAVE", 3)
+    limits = watched_limits(monkeypatch)
     Image.new("RGB", (30, 20), (9, 90, 200)).save(photos / "000a.png")
     config = config_for(photos, tmp_path, **PIXELS)
     second = run_embed(config)
     assert second.metrics["num_embedded"] == 1
+    assert len(limits) == 2  # waves
+    assert all(options.resource_limits.object_store_memory > at_start for options, at_start in limits)
     assert second.part_names("part-") == [f"part-{index:05d}.parquet" for index in range(3)]
     assert [name for name in second.folder.sizes() if name.startswith(("item-", ".item-", "records/"))] == []
     again = dict(zip([path.name for path in sorted(photos.iterdir())], load_features(second).matrix, strict=True))
@@ -345,6 +349,22 @@ def test_the_same_bytes_are_embedded_once_in_a_collection_and_across_runs(
     # Another preprocessing is another model.
     other = run_embed(config_for(photos, tmp_path, **PIXELS | {"image_size": 9}))
     assert other.metrics["num_embedded"] == 31
+
+
+def watched_limits(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, float]]:
+    """Of each execution by Ray Data its options and the limit of decoded bytes at its start. CPUs join all the time."""
+    from ray.data._internal.execution.interfaces.executor import Executor
+
+    watched, cpus, init = list[tuple[Any, float]](), itertools.count(2), Executor.__init__
+
+    def begin(self: Any, options: Any) -> None:
+        watched.append((options, options.resource_limits.object_store_memory))
+        init(self, options)
+
+    monkeypatch.setattr(Executor, "__init__", begin)
+    monkeypatch.setattr(job, "available_cpus", lambda: next(cpus))
+    monkeypatch.setattr(job, "LIMITS_S", 0.0)
+    return watched
 
 
 @pytest.mark.parametrize("num_written", [1, 3, 4])
