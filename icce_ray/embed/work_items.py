@@ -156,7 +156,8 @@ def join_items(
     for item in items:
         records.remove(item.name)
         for file in item.files:
-            _remove(records.folder, file.name)
+            for name in (file.name, *names_beside(file.name)):
+                records.folder.remove(name)
     return record
 
 
@@ -181,8 +182,3 @@ def remove_items(folder: Folder) -> None:
     for name in folder.names():
         if name.startswith(f"{ITEM}-"):
             folder.remove(name)
-
-
-def _remove(folder: Folder, part_file: str) -> None:
-    for name in (part_file, *names_beside(part_file)):
-        folder.remove(name)

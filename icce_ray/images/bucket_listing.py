@@ -173,8 +173,7 @@ class _Call:
         self.prefix, self.pending = prefix, deque(ranges)
         self.left: list[KeyRange] = []
         self.num_keys = self._num_pages = self._turn = 0
-        self.kept: list[str] = []
-        """Files of pages."""
+        self.kept: list[str] = []  # files of pages
         self._walks: list[_Walk] = []
         self._lock, self._keeping = threading.Lock(), threading.Lock()
         self._unkept: list[tuple[KeyRange, list[Entry], float]] = []
@@ -186,13 +185,10 @@ class _Call:
         try:
             while time.monotonic() < self._ends:
                 with self._lock:
-                    keys = self.pending.popleft() if self.pending else None
-                    walk = None if keys is None else _Walk(*keys)
-                    if walk is not None:
-                        self._walks.append(walk)
-                if walk is None:
-                    walk = self._take_over(thread)
-                if walk is not None:
+                    walk = _Walk(*self.pending.popleft()) if self.pending else None
+                    self._walks += [walk] if walk else []
+                walk = walk or self._take_over(thread)
+                if walk:
                     self._list(walk)
                 elif self._walks:
                     time.sleep(IDLE_S)
@@ -253,20 +249,16 @@ class _Call:
             self._turn += 1
             other = self._walks[self._turn % len(self._walks)]
             position, until = other.position, other.until
-            point = next(
-                (point for point in _points_between(position, until, thread) if point not in other.tried), None
-            )
+            untried = (point for point in _points_between(position, until, thread) if point not in other.tried)
+            point = next(untried, None)
             if point is None:
                 return None
             other.tried.add(point)
         found, _ = self._page(point, MaxKeys=1)
         is_empty = not found or (until is not None and found[0][0] > until)
         with self._lock:
-            if (
-                other not in self._walks
-                or point <= other.position
-                or (other.until is not None and point >= other.until)
-            ):
+            is_inside = other.position < point and (other.until is None or point < other.until)
+            if other not in self._walks or not is_inside:
                 return None
             walk = _Walk(point, other.until)
             other.until = point
