@@ -19,8 +19,11 @@ import numpy.typing as npt
 from PIL import Image, ImageOps, TiffImagePlugin, UnidentifiedImageError, features
 
 from icce_ray.errors import one_line
-from icce_ray.images.file_kinds import HEIC_REMEDY, LFS_POINTER, LFS_REMEDY, RAW_REMEDY
 
+HEIC_REMEDY = "HEIC: not supported; convert to JPEG or PNG, for example with ImageMagick (magick mogrify -format jpg)"
+RAW_REMEDY = "RAW: not supported; convert to JPEG or TIFF, for example with darktable-cli or dcraw"
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+LFS_REMEDY = "a Git LFS pointer, not the file; fetch it with git lfs pull"
 ENDINGS = {b"\xff\xd8\xff": b"\xff\xd9", b"\x89PNG": b"IEND\xaeB`\x82", b"GIF8": b";"}
 """The last bytes of a complete file, by its first bytes."""
 HEIC_BRANDS = (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1")

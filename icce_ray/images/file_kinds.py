@@ -5,6 +5,7 @@ from collections import Counter
 
 from PIL import features
 
+from icce_ray.images.decoding import HEIC_REMEDY, RAW_REMEDY
 from icce_ray.images.file_shards import File
 from icce_ray.images.folder_walk import UNREADABLE_FOLDER
 from icce_ray.images.uris import PARQUET_MEMBER, TAR_MEMBER
@@ -17,11 +18,7 @@ RAW_ENDINGS = (".arw", ".cr2", ".cr3", ".crw", ".dng", ".nef", ".nrw", ".orf", "
 OTHER_IMAGES = (".dcm", ".dds", ".exr", ".fits", ".hdr", ".ico", ".jxl", ".nii", ".psd", ".tga")
 DRAWINGS = (".ai", ".eps", ".pdf", ".svg")
 VIDEOS = (".avi", ".mkv", ".mov", ".mp4", ".webm")
-HEIC_REMEDY = "HEIC: not supported; convert to JPEG or PNG, for example with ImageMagick (magick mogrify -format jpg)"
 PLACE_LIKE = "name that reads like a place in a container"
-LFS_POINTER = b"version https://git-lfs.github.com/spec/"
-LFS_REMEDY = "a Git LFS pointer, not the file; fetch it with git lfs pull"
-RAW_REMEDY = "RAW: not supported; convert to JPEG or TIFF, for example with darktable-cli or dcraw"
 REMEDIES = (
     (HEIC_ENDINGS, HEIC_REMEDY),
     (RAW_ENDINGS, RAW_REMEDY),
