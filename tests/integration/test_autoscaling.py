@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID, FAKE_HEAD_NODE_TYPE
 
-from .hosts import Hosts, process_table, title
+from .hosts import REPOSITORY, Hosts, process_table, title
 
 pytestmark = pytest.mark.slow
 
@@ -84,7 +84,7 @@ def num_machines(hosts: Hosts) -> int:
     return sum("/raylet/raylet " in title(pid) for pid in processes) - 1
 
 
-def run_job(hosts: Hosts, folder: Path, resources: dict[str, Any]) -> subprocess.CompletedProcess[str]:
+def write_config(hosts: Hosts, folder: Path, resources: dict[str, Any]) -> Path:
     features = np.random.default_rng(0).standard_normal((300, 8)) + np.repeat(np.eye(3, 8) * 9, 100, axis=0)
     np.save(folder / "features.npy", features.astype(np.float32))
     settings = {
@@ -96,7 +96,11 @@ def run_job(hosts: Hosts, folder: Path, resources: dict[str, Any]) -> subprocess
         "resources": {"ray_address": f"127.0.0.1:{hosts.port}", **resources},
     }
     (folder / "run.yaml").write_text(json.dumps(settings))
-    command = [sys.executable, "-m", "icce_ray.run", "run.yaml", "--json"]
+    return folder / "run.yaml"
+
+
+def run_on_head(hosts: Hosts, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, *arguments]
     environment = {key: value for key, value in hosts.head.environment.items() if key != "TMPDIR"}
     return subprocess.run(
         command, cwd=folder, env=environment, capture_output=True, text=True, check=False, timeout=300
@@ -120,22 +124,22 @@ def test_a_stage_waits_until_its_machine_is_there(growing: Hosts) -> None:
     assert done.stdout.splitlines() == ["waits for machines for 1 x 3 CPUs", "3.0"], done.stderr
 
 
-def test_a_run_finishes_on_machines_that_were_not_there(growing: Hosts, tmp_path: Path) -> None:
+def test_stages_finish_on_machines_that_were_not_there(growing: Hosts, tmp_path: Path) -> None:
     before = num_machines(growing)
-    resources = {
-        "method": {"num_workers": 2, "cpus_per_worker": 2},
-        "classifier": {"num_workers": 1, "cpus_per_worker": 1},
-        "assign": {"num_workers": 1, "cpus_per_worker": 1},
-    }
-    done = run_job(growing, tmp_path, resources)
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout.splitlines()[-1])["num_images"] == 300
+    path = write_config(growing, tmp_path, {"method": {"num_workers": 2, "cpus_per_worker": 2}})
+    code = (
+        "import sys; from icce_ray.config import load_config; from tests.integration.stages import run_until\n"
+        "print(run_until('method', load_config(sys.argv[1]))['method'].read_array('label_matrix.npy').shape[1])"
+    )
+    done = run_on_head(growing, REPOSITORY, "-c", code, str(path))
+    assert (done.stdout, done.returncode) == ("300\n", 0), done.stderr
     assert (before, num_machines(growing)) == (1, 2)
 
 
 def test_what_no_machines_can_hold_is_refused_before_anything_starts(growing: Hosts, tmp_path: Path) -> None:
     began = time.monotonic()
-    done = run_job(growing, tmp_path, {"method": {"num_workers": 3, "cpus_per_worker": 3}})
+    write_config(growing, tmp_path, {"method": {"num_workers": 3, "cpus_per_worker": 3}})
+    done = run_on_head(growing, tmp_path, "-m", "icce_ray.run", "run.yaml")
     assert done.returncode == 2, done.stderr
     assert "resources.method: 3 x 3 CPUs asked for, but Ray has" in done.stderr.splitlines()[-1]
     assert "Its autoscaler has no machines for that" in done.stderr.splitlines()[-1]

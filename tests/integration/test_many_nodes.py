@@ -15,7 +15,7 @@ from icce_ray import run_pipeline
 from icce_ray.config import Config
 
 from .hosts import can_isolate, in_namespaces
-from .many_nodes import AT_WORK, KILLED_IN, NUM_CLUSTERS, NUM_IMAGES, SETTINGS, images, is_at_work, made_by
+from .many_nodes import AT_WORK, KILLED_IN, NUM_CLUSTERS, NUM_HOSTS, NUM_IMAGES, SETTINGS, images, is_at_work, made_by
 
 pytestmark = pytest.mark.slow
 
@@ -49,8 +49,8 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 def test_the_work_lands_on_all_hosts(disturbed: dict[str, Any]) -> None:
     on = {stage: {host for name, host in disturbed["worked"] if name == stage} for stage in AT_WORK}
-    assert len(on["embed"]) >= 3, on
-    assert len(on["method"]) >= 2, on  # workers
+    assert len(on["embed"]) >= NUM_HOSTS, on
+    assert len(on["method"]) > NUM_HOSTS, on  # with the one that joined after a loss
     assert "head" not in set.union(*on.values())
 
 

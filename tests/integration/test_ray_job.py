@@ -75,16 +75,6 @@ def environment() -> Iterator[dict[str, str]]:
         shutil.rmtree(home, ignore_errors=True)
 
 
-def submit(
-    name: str, folder: Path, environment: dict[str, str], *settings: str, wait: bool = True
-) -> subprocess.CompletedProcess[str]:
-    options = ["--working-dir", ".", "--submission-id", name, *([] if wait else ["--no-wait"])]
-    return subprocess.run(
-        [*RAY, "job", "submit", *options, "--", *JOB, *settings],
-        cwd=folder, env=environment, capture_output=True, text=True, check=False, timeout=300,
-    )  # fmt: skip
-
-
 def call(path: str, environment: dict[str, str], content: dict[str, Any] | None = None) -> Any:
     """Ray's REST API of jobs: GET, or POST with content. A command would take seconds to import Ray."""
     token = (Path(environment["HOME"]) / ".ray" / "auth_token").read_text()
@@ -120,14 +110,17 @@ def write_run(folder: Path) -> Path:
 def test_a_job_that_was_stopped_goes_on_by_the_same_command(tmp_path: Path, environment: dict[str, str]) -> None:
     place = write_run(tmp_path)
 
-    first = submit("first", place, environment, "--set", "heads.num_epochs=2000", wait=False)
-    assert first.returncode == 0, first.stderr
+    command = f"cd {place} && {' '.join(JOB)} --set heads.num_epochs=2000"
+    call("", environment, {"entrypoint": command, "submission_id": "first"})
     wait_for(lambda: any(tmp_path.glob("out/method/*/metrics.jsonl")))
     assert call("first/stop", environment, {})["stopped"]
     assert ended("first", environment)["status"] == "STOPPED"
     assert not any(tmp_path.glob("out/method/*/manifest.json"))
 
-    second = submit("second", place, environment, "--json")
+    second = subprocess.run(
+        [*RAY, "job", "submit", "--working-dir", ".", "--submission-id", "second", "--", *JOB, "--json"],
+        cwd=place, env=environment, capture_output=True, text=True, check=False, timeout=300,
+    )  # fmt: skip
     assert second.returncode == 0, second.stdout + second.stderr
     assert ended("second", environment)["driver_exit_code"] == 0
     result = json.loads(next(line for line in second.stdout.splitlines() if line.startswith('{"run"')))
