@@ -13,12 +13,13 @@ import pytest
 
 from icce_ray.config import Config, EmbeddingsConfig
 from icce_ray.embed import embed_images, finished_parts, job
-from icce_ray.embed.embedding_parts import part_table, write_part
+from icce_ray.embed.decode_and_embed import NOTHING_DECODED, decoded_to_table
+from icce_ray.embed.embedding_parts import PartRange, part_table, write_part
 from icce_ray.embed.feature_matrix import load_features
 from icce_ray.embed.part_hashes import hashes_name
 from icce_ray.embed.ready_made import rewrite_embeddings
 from icce_ray.embed.work_items import OpenParts, join_items, joined
-from icce_ray.errors import DamagedArtifactError, InputError
+from icce_ray.errors import ConfigError, DamagedArtifactError, InputError, WorkerError
 from icce_ray.images.listing import Entry, entry_tables, numbered
 from icce_ray.stage import StageContext
 from icce_ray.store import Artifact, ArtifactWriter, Folder, PartRecords
@@ -211,3 +212,21 @@ def test_bad_rows_of_ready_made_embeddings_are_errors_up_to_the_limit(
     features = load_features(artifact, 1)
     assert features.image_ids.tolist() == good
     assert np.array_equal(features.matrix, second[good])
+
+
+@pytest.mark.parametrize("step", ["decode", "embed"])
+@pytest.mark.parametrize("kind", [ConfigError, WorkerError])
+def test_an_error_in_a_worker_comes_back_as_it_is(kind: type[Exception], step: str) -> None:
+    """Ray would raise it inside an error of its own."""
+    error, part = kind("embed.weights: w.safetensors does not fit test_vit"), PartRange(0, 0, 8)
+
+    def fail(*_: Any) -> None:
+        raise error
+
+    actor = object.__new__(job.Embedder)
+    actor.task = SimpleNamespace(attempt=lambda *_: None)
+    actor.embedder = SimpleNamespace(embed=fail)
+    problem = job._to_text(error) if step == "decode" else ""
+    row = actor(decoded_to_table(part, NOTHING_DECODED, problem)).to_pylist()[0]
+    with pytest.raises(kind, match=r"^embed\.weights: w\.safetensors does not fit test_vit$"):
+        job._from_row(row)
