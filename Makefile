@@ -17,7 +17,8 @@ setup: $(INSTALLED)  ## Everything installed into .venv
 
 # A core for each of the two processes: with more threads they would wait for each other.
 test: export OMP_NUM_THREADS = 1
-test: $(INSTALLED)  ## All tests; in one go, since each process takes seconds for its imports and its Ray
+# In one go, since each process takes seconds for its imports and its Ray; in order: the short unit tests come last.
+test: $(INSTALLED)  ## All tests
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=10
 
 lint: $(INSTALLED)

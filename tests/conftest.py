@@ -11,12 +11,6 @@ import pytest
 from icce_ray.runtime import ray_cluster as connection
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-LONG_FILES = ("test_many_nodes.py", "test_run.py", "test_sweep.py")
-"""Minutes each: they begin first, or one of two processes would be left alone with one of them."""
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: item.path.name not in LONG_FILES)
 
 
 @pytest.hookimpl(wrapper=True)

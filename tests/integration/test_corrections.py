@@ -42,6 +42,7 @@ def settings(folder: Path) -> Config:
             "sample": {"duplicate_threshold": None},
             "neighbors": {"min_neighbors": 5},
             "heads": {"num_heads": 3, "num_epochs": 8, "hidden_dim": 16, "bottleneck_dim": 8, "learning_rate": 5e-3},
+            "consensus": {"methods": ["vote"]},
             "classifier": {"num_iterations": 200},
         }
     )
