@@ -33,6 +33,8 @@ DEPTH, WIDTH, NUM_TOKENS = 24, 1024, 257
 """The backbone's layers, width and tokens at 224 pixels: 16 x 16 patches and the class token."""
 DIM = 2 * WIDTH
 """D: the class token and the mean of the patches."""
+ROW_BYTES = 2 * DIM + 8 + 64 + 32
+"""An embedding with its id and hash, and the hash once more."""
 MEAN_NEIGHBORS = 200
 URI_BYTES = 60
 
@@ -162,6 +164,7 @@ def size(num_images: int) -> Size:
         {
             "images": num_images / _rate("list"),
             "embed": embed[bound],
+            "sample": sample_bytes(num_images, trained) / _network(),
             "neighbors": neighbors_seconds(trained, plan),
             "method": heads_seconds(trained),
             "consensus": trained * HeadsConfig().num_heads / _rate("consensus"),
@@ -242,14 +245,17 @@ def assign_seconds(num_images: int, plan: Plan) -> float:
     return max(flop / (plan.assign_cpus * _cpu()), 2.0 * num_images * DIM / (plan.num_machines * _network()))
 
 
+def sample_bytes(num_images: int, trained: int) -> int:
+    """What the sample takes, written beside the parts, a tenth more than needed, and copied from there by the head."""
+    return 21 * trained * ROW_BYTES // 10 if trained < num_images else 0
+
+
 def storage_bytes(num_images: int, trained: int) -> dict[str, int]:
     """Before compression. An embedding is D float16 values with its id and hash, and the hash once more in a file that
     is read without the embeddings."""
-    row = 2 * DIM + 8 + 64 + 32
-    sample = 21 * trained * row // 10 if trained < num_images else 0  # a tenth more lie beside the parts
     return {
         "listing": num_images * (8 + URI_BYTES + 8 + 32),
-        "embeddings": num_images * row + sample,
+        "embeddings": num_images * ROW_BYTES + sample_bytes(num_images, trained),
         "graph, at most": trained * (4 * 1000 + 8),
         "labels of heads": 4 * HeadsConfig().num_heads * trained,
         "assignments": num_images * (8 + URI_BYTES + 4 + 4 + 4 + 4 + 1 + 1),
@@ -340,6 +346,7 @@ is a rate.
 | embed, GPUs | N x depth x (24 w² T + 4 T² w) FLOP, with w = 1024, T = 257, depth 24 | GPUs x `gpu` x `gpu_share` |
 | embed, CPUs | N x (1 / `job` + 1 / `decode`) seconds | CPUs not held by embedding workers |
 | embed, network | N x `image` bytes | machines x `network` x `network_share` |
+| sample | 2.1 n rows read and written, if n < N | `network` x `network_share` of the head |
 | neighbors | at most 2 n² D FLOP: all pairs | GPUs that search x `gpu` x `search_share`, or CPUs |
 | method | epochs x n / B steps of B x 4 H (3 S M + 4 (M p + p K)) FLOP and 40 P bytes | one GPU x `heads_share`, `gpu_memory` |
 | consensus | H n labels | `consensus` |
@@ -356,8 +363,11 @@ Consequences:
 - **A billion single objects take hours to list**, once: what was listed is kept, also by a run that is killed. An S3
   Inventory as `images.uri` saves the listing. Better, put images into tar shards of about ten thousand each: 64 GPUs
   take 150,000 images per second, while S3 answers about 5,500 requests per second for each prefix, and neighbouring
-  images of a shard are read in one request (1,000 images of 100 kB in 16, **measured**, `tar-reads`). To open a shard
-  of small images, its bytes are read once more, by tasks on all machines; this is not counted here.
+  images of a shard are read in one request (1,000 images of 100 kB in 16, **measured**, `tar-reads`). To open shards of
+  small images, their bytes are read once more, by tasks on all machines: {opening} for a billion, in place of the
+  listing, at `network` x `network_share`.
+- **A killed run goes on from records**: a resumed embedding reads 2.7% of its bytes in all (**measured**,
+  `resume-scale`), and 16 tasks that list a bucket lose a page for each of their threads (`listing-scale`).
 - **Decoding needs about 25 CPUs for each H100.** Machines with fewer CPUs wait for them, hence the machines that only
   decode. `embed.decoder: nvjpeg` moves JPEGs to the GPUs; its speed has not been measured.
 - **Training takes the same time from 2 million images on**, and one GPU is enough. More GPUs divide the heads:
@@ -367,7 +377,8 @@ Consequences:
 - **The config for 64 GPUs searches on CPUs**, so that the GPUs can be released in the meantime. With
   `resources.neighbors: {{num_workers: 8, gpus_per_worker: 1, cpus_per_worker: 16}}` the search takes a quarter of a
   minute instead.
-- Not counted: starting machines, the audit of the neighbours, the report, and Ray's own work for each of the work items
+- Not counted: starting machines, the audit of the neighbours, the report (36 s with a million images on two CPUs,
+  **measured**, `report`), and Ray's own work for each of the work items
   of 512 images. Where the driver and all workers shared two busy CPUs, 36 items/s went through Ray Data, or 18,600
   images/s (`embed-driver`).
 
@@ -440,6 +451,7 @@ def page() -> str:
         [f"`{name}`", f"{_number(rate.value)} {rate.unit}", _kind(rate), rate.source] for name, rate in RATES.items()
     ]
     return PAGE.format(
+        opening=_about(embed_seconds(10**9, sizes[-1].plan)["network"]),
         start=_markdown(["images", *PAGE_IMAGES], start),
         times=_markdown(["stage", *PAGE_IMAGES], times),
         gpus=_markdown(["GPUs that train", *map(str, gpus)], steps),

@@ -188,9 +188,8 @@ class PartEmbedder:
             if not skipped.isdisjoint(hashes):  # on storage when decoding was skipped, but no longer
                 decoded = self._decode(part).with_jpegs(self._decode_jpegs)
             on_batch = partial(self._on_batch, part)
-            batch_size = math.ceil(
-                self._images_per_item / math.ceil(self._images_per_item / self.backbone.backbone.batch_size)
-            )
+            size = self._images_per_item
+            batch_size = math.ceil(size / math.ceil(size / self.backbone.backbone.batch_size))
             return embed_contents(decoded, hashes, self.backbone, batch_size, attempt, on_batch)
 
         decoded = decoded.with_jpegs(self._decode_jpegs)
