@@ -36,7 +36,10 @@ def assert_same(ours: Clusterings, alone: Clusterings) -> None:
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("method", ["icce", "temi", "scan", "paper", "several neighbours"])
-def test_two_three_and_five_workers_give_the_bits_of_one(planted, method: str, precision: str) -> None:
+def test_two_three_and_five_workers_give_the_bits_of_one(
+    planted, method: str, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("icce_ray.config.method_settings.MIN_INPUTS", 6)  # of 12: each head sees a share of its own
     features, graph, _ = planted
     own = METHODS[method].settings.get("heads", {}) if method in METHODS else PAPER
     changes = {"num_positives": 3} if method == "several neighbours" else own
