@@ -128,16 +128,19 @@ def test_exemplars_are_unlike_each_other() -> None:
     assert ids(choose_exemplars(planted, 22))[1:3] == [21, 20]
 
 
-def test_images_of_high_agreement_come_first_and_those_without_any_last(candidates: Callable[..., pa.Table]) -> None:
+@pytest.mark.parametrize("levels", [[0, 0, 0, 0, 0, 1, 2], [0, 1, 1, 1, 1, 2, 2]])
+def test_images_of_high_agreement_come_first_and_those_without_any_last(
+    levels: list[int], candidates: Callable[..., pa.Table]
+) -> None:
+    """Half of each cluster's sample is kept. 0: high agreement, 1: low, 2: none."""
     wanted = SAMPLE_PER_EXEMPLAR * NUM_EXEMPLARS
-    agreement = np.where(ALL % 3 == 0, np.float32(0.9), np.where(ALL % 3 == 1, np.float32(0.2), np.nan))
-    table = candidates(agreement=agreement.astype(np.float32))
+    level = np.array(levels)[ALL % 7]
+    table = candidates(agreement=np.array([0.9, 0.2, np.nan], np.float32)[level])
     chosen = np.array(ids(choose_exemplars(table, NUM_EXEMPLARS)))
     for cluster in range(3):
         mine = table.filter(pa.array(table["cluster"].to_numpy() == cluster)).sort_by("priority")[:wanted]
-        order = np.array(ids(mine)) % 3  # 0: high, 1: low, 2: none
-        kept = set(np.sort(order)[: wanted // 2])
-        assert set(chosen[LABELS[chosen] == cluster] % 3) <= kept
+        kept = set(np.sort(level[ids(mine)])[: wanted // 2])
+        assert set(level[chosen[LABELS[chosen] == cluster]]) <= kept
         assert 2 not in kept
 
 

@@ -71,7 +71,9 @@ def test_stored_heads_are_read_as_those_in_memory(unlike_heads, tmp_path, monkey
     for one, other in zip(stored.values, whole.values, strict=True):
         np.testing.assert_array_equal(one, other)
     np.testing.assert_array_equal(stored.gather().codes, whole.codes)
-    for start, stop, first, end in [(0, 79, 0, 6), (10, 20, 1, 3), (50, 51, 3, 4), (70, 79, 0, 1)]:
+    reads = [(0, 79, 0, 6), (10, 20, 1, 3), (50, 51, 3, 4), (70, 79, 0, 1)]
+    reads += [(0, 3, 0, 6), (2, 9, 0, 2), (8, 47, 4, 6)]  # where images without labels lie before the first or last
+    for start, stop, first, end in reads:
         np.testing.assert_array_equal(
             stored.read(start, stop, slice(first, end)).codes, whole.codes[first:end, start:stop]
         )
