@@ -98,6 +98,7 @@ def test_copies_and_near_copies_are_not_trained_on_and_get_what_their_original_h
         values = getattr(estimator, name)
         assert np.array_equal(values[:300], getattr(alone, name))
         assert np.array_equal(values[300:], values[originals])
+    assert np.array_equal(estimator.label_matrix_[:, :300], alone.label_matrix_)
     assert np.array_equal(estimator.label_matrix_[:, 300:], estimator.label_matrix_[:, originals])
     assert estimator.head_losses_.tolist() == alone.head_losses_.tolist()
     trained_on_all = quick(epochs=5, sample={"duplicate_threshold": None}).fit(planted)

@@ -25,11 +25,13 @@ def test_the_rate_is_that_after_the_start(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_of_a_single_part_only_the_whole_time_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
-    times = iter([100.0, 110.0])
+    times = iter([100.0, 110.0, 120.0])
     monkeypatch.setattr(estimate_sample.time, "monotonic", lambda: next(times))
     clock = estimate_sample._Clock(quiet=True)
     clock.update(40, 40)
     assert clock.figures() == (0.0, 4.0)
+    clock.update(40, 40)  # nothing more was done since
+    assert clock.figures() == (0.0, 2.0)
 
 
 class Pilot:

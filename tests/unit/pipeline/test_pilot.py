@@ -62,10 +62,11 @@ def test_a_small_collection_is_piloted_at_its_size(ran: list[Config], tmp_path: 
     assert found.disk_bytes == {"neighbors": 100, "assign": 40}
     assert [config.heads.num_epochs for config in ran] == [1, 4]
     assert {config.heads.batch_size for config in ran} == {128}  # that of 1,000 images
+    assert {config.sample.duplicate_threshold for config in ran} == {1.0}
 
 
 def test_a_large_collection_takes_longer_by_what_each_stage_grows_with(ran: list[Config], tmp_path: Path) -> None:
-    settings = {"sample": {"max_images": 8_000}, "neighbors": {"max_neighbors": 60}}
+    settings = {"sample": {"max_images": 8_000, "duplicate_threshold": None}, "neighbors": {"max_neighbors": 60}}
     found = run_pilot(config_of(**settings), FEATURES, num_images=80_000, folder=tmp_path)
     assert found.num_images == 2_000
     assert found.seconds["neighbors"] == 1.0 * 4**2
@@ -76,6 +77,7 @@ def test_a_large_collection_takes_longer_by_what_each_stage_grows_with(ran: list
     assert found.seconds["method"] == pytest.approx(STARTING_S + 40 * EPOCH_S * 8 / 2)
     assert found.disk_bytes == {"neighbors": 100 * 4**2, "assign": 40 * 40}
     assert found.mean_neighbors == 60
+    assert {config.sample.duplicate_threshold for config in ran} == {None}
 
 
 def test_a_number_that_is_to_be_chosen_costs_many_clusterings(ran: list[Config], tmp_path: Path) -> None:

@@ -129,6 +129,19 @@ def test_a_run_does_every_stage_once_in_order_and_sums_up(tmp_path: Path) -> Non
     assert list(result.seconds) == ALL
 
 
+@pytest.mark.parametrize(
+    ("settings", "stage"),
+    [
+        ({"num_clusters": 3}, []),
+        ({"num_clusters": "auto"}, ["cluster_count"]),
+        ({"num_clusters": "auto", "method": "hdbscan"}, ["method"]),
+    ],
+)
+def test_the_stage_that_chooses_the_number_of_clusters(settings: dict[str, Any], stage: list[str]) -> None:
+    config = build_config({"images": {"uri": "photos"}, "output": "out"} | settings, "test")
+    assert [each.name for each in stages_of(config) if each.chooses_number] == stage
+
+
 def test_the_same_run_again_does_nothing_and_gives_the_same(tmp_path: Path) -> None:
     first = pipeline.run_pipeline(config_for(tmp_path), quiet=True).to_json()
     ran.clear()

@@ -57,6 +57,7 @@ def test_principal_components_stay_a_choice_and_stand_in_for_few_images(umap: No
     assert (np.argsort(places[:, 0], kind="stable")[[0, -1]] == np.argsort(components[:, 0])[[0, -1]]).all()
     assert lay_out(FEATURES[:5], "auto")[2] == "pca"
     assert lay_out(FEATURES[:0], "auto")[0].shape == (0, 2)
+    assert lay_out(FEATURES[:1], "auto")[0].tolist() == [[32768, 32768]]
 
 
 def test_a_folder_that_is_called_umap_is_not_taken_for_the_package(

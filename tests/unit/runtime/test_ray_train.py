@@ -22,6 +22,11 @@ def test_workers_that_do_not_start_are_tried_again_and_then_one_line_says_what_t
 
     def fit(trainer: Any) -> None:
         tried.append(trainer["run_config"].failure_config)
+        assert trainer["scaling_config"] == {
+            "num_workers": 2,
+            "use_gpu": False,
+            "resources_per_worker": {"CPU": 1.0},
+        }
         raise TrainingFailedError("x") if starts else ControllerError(WorkerGroupStartupTimeoutError(2))
 
     remote: Any = SimpleNamespace(options=lambda **options: remote, remote=lambda *given: remote, read=None)
