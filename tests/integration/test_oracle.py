@@ -15,12 +15,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from icce_ray import ICCE, run_pipeline
-from icce_ray.config import Config, SampleConfig
+from icce_ray.config import Config, ResourcesConfig, SampleConfig
 from icce_ray.methods.clusterings import read_losses
 from icce_ray.sample.training_set import choose_rows
 from icce_ray.store import Artifact, Folder
 
-from .stages import workers
+from .stages import run_until, without_ray, workers
 
 pytestmark = pytest.mark.slow
 
@@ -63,12 +63,9 @@ def fit_estimator(features: np.ndarray, sections: dict[str, Any] = SECTIONS, **s
     ).fit(features)
 
 
-def run(
-    features: np.ndarray, folder: Path, sections: dict[str, Any] = SECTIONS, **sample: object
-) -> tuple[dict[str, Artifact], list[int]]:
-    """Artifacts by stage, and the clusters that the assignments give."""
+def make_config(features: np.ndarray, folder: Path, sections: dict[str, Any] = SECTIONS, **sample: object) -> Config:
     np.save(folder / "features.npy", features)
-    config = Config.model_validate(
+    return Config.model_validate(
         sections
         | {
             "embeddings": {"uri": str(folder / "features.npy")},
@@ -78,6 +75,10 @@ def run(
             "sample": sample,
         }
     )
+
+
+def run(config: Config, folder: Path) -> tuple[dict[str, Artifact], list[int]]:
+    """Artifacts by stage, and the clusters that the assignments give."""
     result = run_pipeline(config, quiet=True)
     artifacts = {}
     for stage in ("neighbors", "method", "consensus"):
@@ -89,7 +90,7 @@ def run(
 
 
 def test_the_pipeline_gives_the_labels_of_the_estimator_without_ray(features, tmp_path: Path) -> None:
-    artifacts, clusters = run(features, tmp_path)
+    artifacts, clusters = run(make_config(features, tmp_path), tmp_path)
     estimator = fit_estimator(features)
     assert artifacts["neighbors"].metrics["similarity_threshold"] == estimator.similarity_threshold_
     assert np.array_equal(artifacts["method"].read_array("label_matrix.npy"), estimator.label_matrix_[:, :670])
@@ -122,14 +123,18 @@ class Killer(threading.Thread):
 def test_two_workers_of_which_one_is_killed_and_a_sample_give_the_labels_of_the_estimator(
     ray_cluster, features, tmp_path: Path
 ) -> None:
-    """With `max_images` both draw the same sample, train on it, and label the others by the classifier."""
+    """With `max_images` both draw the same sample, train on it, and label the others by the classifier. The stages
+    after the training are on workers in tests of their own."""
     two = {"num_workers": 2, "cpus_per_worker": 1}
-    heads = SECTIONS["heads"] | {"num_epochs": 200, "checkpoint_interval_s": 0.1}
-    sections = SECTIONS | {"heads": heads, "resources": {"neighbors": two, "method": two}}
+    sections = SECTIONS | {"heads": SECTIONS["heads"] | {"num_epochs": 200, "checkpoint_interval_s": 0.1}}
+    config = make_config(features, tmp_path, sections, max_images=400)
+    on_workers = ResourcesConfig.model_validate({"neighbors": two, "method": two})
     killer = Killer(tmp_path / "out")
     killer.start()
-    artifacts, clusters = run(features, tmp_path, sections, max_images=400)
+    run_until("method", config.model_copy(update={"resources": on_workers}))
     killer.join()
+    with without_ray():
+        artifacts, clusters = run(config, tmp_path)
     assert killer.killed is not None
     assert killer.killed not in workers("RayTrainWorker")
     estimator = fit_estimator(features, sections, max_images=400)
