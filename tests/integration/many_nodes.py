@@ -41,6 +41,8 @@ AT_WORK = {
 }
 """What Ray's workers call themselves while they work for a stage: of Ray Data, and of Ray Train."""
 KILLED_IN = tuple(AT_WORK)
+LOOK_EVERY_S = {"embed": 0.05, "method": 0.3}
+"""A part is embedded in no time."""
 NUM_HOSTS = 2
 """Beside the head. Until another joins in the place of one that is lost, there are too few."""
 NUM_IMAGES, NUM_CLUSTERS = 240, 3
@@ -60,6 +62,7 @@ SETTINGS: dict[str, Any] = {
         "precision": "float32",
         "checkpoint_interval_s": 0.2,
     },
+    "consensus": {"methods": ["vote"]},
     "classifier": {"num_iterations": 100},
     "resources": {
         "embed": {"num_workers": NUM_HOSTS, "cpus_per_worker": 1},
@@ -80,7 +83,7 @@ def main(isolated: bool) -> None:
             "AWS_REGION": "us-east-1",
             "AWS_EC2_METADATA_DISABLED": "true",
         }
-        hosts.start("head", num_cpus=0)
+        hosts.start("head", num_cpus=0, options=["--no-monitor"])  # nothing grows here
         for number in range(NUM_HOSTS):
             hosts.start(f"host-{number}", num_cpus=1)
         write_images(endpoint)
@@ -161,7 +164,7 @@ class Run:
         steps, root = {step.name: step for step in plan(self.config)}, Folder.at(self.config.output)
         for stage in KILLED_IN:
             victim = None
-            while victim is None and not ended.wait(0.05):
+            while victim is None and not ended.wait(LOOK_EVERY_S[stage]):
                 victim = self.stopped_at_work(steps[stage])
             if victim is None:
                 return
@@ -186,7 +189,7 @@ class Run:
             )
             print(f"killed {host.name} at {what} in {stage}", file=sys.stderr, flush=True)
             self.hosts.start(f"host-{self.hosts.num_started}", num_cpus=1)
-        while not ended.wait(0.05):
+        while not ended.wait(LOOK_EVERY_S["method"]):
             self.tasks()
 
     def stopped_at_work(self, step: PlannedStage) -> tuple[Host, int, str] | None:

@@ -101,6 +101,7 @@ def write_run(folder: Path) -> Path:
     np.save(folder / "features.npy", features.astype(np.float32))
     places = {"embeddings": {"uri": str(folder / "features.npy")}, "output": str(folder / "out")}
     sections = {name: section for name, section in SETTINGS.items() if name != "embed"}
+    sections["consensus"] = {"methods": ["vote"]}
     place = folder / "place"
     place.mkdir()
     (place / "run.yaml").write_text(json.dumps(places | sections))
