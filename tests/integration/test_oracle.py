@@ -123,12 +123,13 @@ class Killer(threading.Thread):
 def test_two_workers_of_which_one_is_killed_and_a_sample_give_the_labels_of_the_estimator(
     ray_cluster, features, tmp_path: Path
 ) -> None:
-    """With `max_images` both draw the same sample, train on it, and label the others by the classifier. The stages
-    after the training are on workers in tests of their own."""
-    two = {"num_workers": 2, "cpus_per_worker": 1}
+    """With `max_images` both draw the same sample, train on it, and label the others by the classifier. The other
+    stages are on workers in tests of their own."""
     sections = SECTIONS | {"heads": SECTIONS["heads"] | {"num_epochs": 200, "checkpoint_interval_s": 0.1}}
     config = make_config(features, tmp_path, sections, max_images=400)
-    on_workers = ResourcesConfig.model_validate({"neighbors": two, "method": two})
+    on_workers = ResourcesConfig.model_validate({"method": {"num_workers": 2, "cpus_per_worker": 1}})
+    with without_ray():
+        run_until("neighbors", config)
     killer = Killer(tmp_path / "out")
     killer.start()
     run_until("method", config.model_copy(update={"resources": on_workers}))
