@@ -19,7 +19,7 @@ from icce_ray.consensus.best_head import best_head
 from icce_ray.consensus.cluster_counts import anmi, count_consensus
 from icce_ray.consensus.cspa import cspa
 from icce_ray.consensus.empty_clusters import fill_empty_clusters
-from icce_ray.consensus.graph_choice import RECOMBINED, choose_on_graph
+from icce_ray.consensus.graph_choice import RECOMBINED, choose_on_graph, trusted_heads
 from icce_ray.consensus.hbgf import hbgf
 from icce_ray.consensus.head_overlaps import HeadPairs, compare_heads
 from icce_ray.consensus.hierarchy import Hierarchy, build_hierarchy
@@ -44,7 +44,7 @@ FALLBACK: ConsensusMethod = "vote"
 class EnsembleResult:
     """One clustering of N images, made of H heads.
 
-    ANMI is the average over the heads of the NMI (geometric mean) with the labels, 0 to 1.
+    ANMI is the average, over the heads that are not left out, of the NMI (geometric mean) with the labels, 0 to 1.
     """
 
     labels: Labels
@@ -126,6 +126,10 @@ def find_consensus(
     seeds = derive_seeds(seed)
     recombines = config.recombine and nearest is not None
     total = len(config.methods) + recombines + 1
+    everyone = heads
+    if recombines and head_losses is not None and heads.num_heads > 2:
+        trusted = trusted_heads(heads, head_losses)
+        heads, head_losses = heads.select(trusted.tolist()), head_losses[trusted]
 
     @cache
     def pairs() -> HeadPairs:
@@ -166,8 +170,8 @@ def find_consensus(
         skipped |= left_out
     report(total - 1, total, "agreement")
     labels_N = best_tries[chosen].labels_N
-    counts_KC = count_consensus(labels_N, heads, num_clusters)
-    agreement = measure_agreement(labels_N, heads, counts_KC, seed=seeds[0])
+    counts_KC = count_consensus(labels_N, everyone, num_clusters)
+    agreement = measure_agreement(labels_N, everyone, counts_KC, seed=seeds[0])
     return EnsembleResult(
         labels=heads.spread(labels_N, MISSING),
         method=chosen,
@@ -178,7 +182,7 @@ def find_consensus(
         vote_entropy=heads.spread(agreement.vote_entropy_N, 0.0),
         second_choice=heads.spread(agreement.second_choice_N, MISSING),
         graph_scores=graph_scores,
-        hierarchy=build_hierarchy(counts_KC, heads.offsets),
+        hierarchy=build_hierarchy(counts_KC, everyone.offsets),
         skipped=skipped,
         repaired={method: best.num_empty for method, best in best_tries.items() if best.num_empty},
     )

@@ -21,6 +21,9 @@ MAX_LEAVING = 0.06
 MAX_LEFT_BY_CUT = 0.75
 """The cut is preferred if at most this part of what leaves the clusters of the others leaves its own."""
 
+LOSS_MARGIN = 0.05
+"""Heads whose loss lies farther above the lowest are left out where heads agree on sizes."""
+
 
 class GraphChoice(NamedTuple):
     """Clusterings that the graph took part in, by method, and the choice among all."""
@@ -68,6 +71,15 @@ def choose_on_graph(
         candidates = {best: consensuses[best], RECOMBINED: made[RECOMBINED]}
         chosen = max(candidates, key=lambda method: anmi(candidates[method], head, num_clusters))
     return GraphChoice(made, by_method, chosen, skipped)
+
+
+def trusted_heads(heads: Heads, losses_H: npt.NDArray[np.float64]) -> npt.NDArray[np.int64]:
+    """The heads whose loss is near the lowest, at least two; all, if they don't agree on sizes or leave out images."""
+    order = np.argsort(losses_H, kind="stable")  # NaN is last
+    near = order[: max(2, int((losses_H <= losses_H[order[0]] + LOSS_MARGIN).sum()))]
+    labels_all = heads.head_cluster_sizes().sum() == heads.num_heads * heads.num_images
+    everyone = np.arange(heads.num_heads)
+    return np.sort(near) if len(near) < len(order) and labels_all and _agree_on_sizes(heads) else everyone
 
 
 def best_score(scores: dict[str, float], best: str) -> str:

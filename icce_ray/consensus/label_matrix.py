@@ -80,6 +80,10 @@ class Heads(ABC):
     def labels_of(self, head: int) -> npt.NDArray[Any]:
         """Labels (N,) of one head, -1 where missing: equal for images of the same cluster. May be memory-mapped."""
 
+    @abstractmethod
+    def select(self, heads: Sequence[int]) -> Heads:
+        """Some of the heads. They must label every image that is not in `unlabelled`."""
+
     def spread(self, values_n: npt.NDArray[Any], fill: float) -> npt.NDArray[Any]:
         """A value for each image of the matrix, from those of its labelled images: `fill` where there is none."""
         return np.insert(values_n, self.unlabelled - np.arange(len(self.unlabelled)), fill)
@@ -150,6 +154,9 @@ class HeadLabels(Heads):
     def labels_of(self, head: int) -> Labels:
         codes_N: Labels = self.codes[head]
         return codes_N
+
+    def select(self, heads: Sequence[int]) -> HeadLabels:
+        return HeadLabels(self.codes[list(heads)], tuple(self.values[head] for head in heads), self.unlabelled)
 
     def columns(self) -> npt.NDArray[np.int64]:
         """Head clusters (N, H) of the images, -1 where a label is missing."""

@@ -3,9 +3,9 @@
 It is memory-mapped and read part by part: no process holds all of it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -51,6 +51,10 @@ class StoredHeads(Heads):
 
     def labels_of(self, head: int) -> npt.NDArray[Any]:
         return self.rows(0, self.num_images, head, head + 1)[0]
+
+    def select(self, heads: Sequence[int]) -> Self:
+        order, values = (tuple(of_all[head] for head in heads) for of_all in (self.order, self.values))
+        return replace(self, order=order, values=values)
 
     def rows(self, start: int, stop: int, first: int, end: int) -> list[npt.NDArray[Any]]:
         """The labels as they are stored, of the images start..stop-1 by the heads first..end-1."""

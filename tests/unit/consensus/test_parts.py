@@ -78,6 +78,10 @@ def test_stored_heads_are_read_as_those_in_memory(unlike_heads, tmp_path, monkey
             stored.read(start, stop, slice(first, end)).codes, whole.codes[first:end, start:stop]
         )
     np.testing.assert_array_equal(stored.head_cluster_sizes(), whole.head_cluster_sizes())
+    some, same = stored.select([4, 1]), whole.select([4, 1])
+    np.testing.assert_array_equal(some.gather().codes, same.codes)
+    np.testing.assert_array_equal(same.codes, whole.codes[[4, 1]])
+    assert [values.tolist() for values in some.values] == [values.tolist() for values in same.values]
 
 
 def test_faults_of_a_stored_matrix_are_named_as_those_of_one_in_memory(tmp_path, monkeypatch):

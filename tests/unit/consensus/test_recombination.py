@@ -10,7 +10,7 @@ from icce_ray.config import ConsensusConfig
 from icce_ray.consensus import best_consensus, graph_choice, label_matrix, recombination, spectral_cut
 from icce_ray.consensus.best_consensus import find_consensus
 from icce_ray.consensus.ensemble import cluster_ensemble
-from icce_ray.consensus.graph_choice import RECOMBINED, SPECTRAL, best_score, choose_on_graph
+from icce_ray.consensus.graph_choice import RECOMBINED, SPECTRAL, best_score, choose_on_graph, trusted_heads
 from icce_ray.consensus.label_matrix import encode_heads
 from icce_ray.consensus.neighbor_score import RESOLUTION, NeighborScore
 from icce_ray.consensus.partition import PartitionError
@@ -186,6 +186,23 @@ def test_the_lowest_loss_head_decides_where_the_graph_is_weak_and_heads_disagree
 
     assert chosen([0.1, 0.2, 0.3]) == chosen([np.nan, 0.2, 0.3]) == RECOMBINED
     assert chosen([0.2, 0.3, 0.1]) == chosen(None) == "vote"
+
+
+def test_heads_of_high_loss_are_left_out_where_heads_agree_on_sizes(near):
+    labels_N = np.repeat([0, 1, 2], [100, 20, 10])
+    wrong_N = np.where(np.arange(130) < 30, 1, labels_N)
+    matrix, losses = np.stack([labels_N] * 3 + [wrong_N] * 3), np.array([0.1, 0.15, 0.12, 0.16, np.nan, 0.2])
+    heads = encode_heads(matrix)
+    assert trusted_heads(heads, losses).tolist() == [0, 1, 2]
+    assert trusted_heads(heads, np.arange(6.0)).tolist() == [0, 1]
+    assert trusted_heads(heads, np.full(6, 0.1)).tolist() == list(range(6))
+    assert trusted_heads(encode_heads([[0, 0, 1, 1], [0, 1, 0, 1], [0, 1, 1, 0]]), np.arange(3.0)).tolist() == [0, 1, 2]
+    given = {"methods": ["vote"], "random_state": 0, "head_losses": losses, "neighbors": near(labels_N, 0.9)}
+    found = cluster_ensemble(matrix, 3, **given)
+    assert found.consensus_anmi == pytest.approx(1.0)
+    assert found.agreement.min() == 0.5  # of all heads
+    matrix[0, 5] = -1
+    assert len(trusted_heads(encode_heads(matrix), losses)) == 6
 
 
 def test_the_spectral_cut_is_that_of_scikit_learn(planted, near):
