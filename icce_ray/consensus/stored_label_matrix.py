@@ -53,8 +53,8 @@ class StoredHeads(Heads):
         return self.rows(0, self.num_images, head, head + 1)[0]
 
     def select(self, heads: Sequence[int]) -> Self:
-        order, values = (tuple(of_all[head] for head in heads) for of_all in (self.order, self.values))
-        return replace(self, order=order, values=values)
+        order = tuple(self.order[head] for head in heads)
+        return replace(self, order=order, values=tuple(self.values[head] for head in heads))
 
     def rows(self, start: int, stop: int, first: int, end: int) -> list[npt.NDArray[Any]]:
         """The labels as they are stored, of the images start..stop-1 by the heads first..end-1."""
