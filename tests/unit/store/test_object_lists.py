@@ -61,7 +61,13 @@ def test_a_page_is_read_as_botocore_reads_it(keys: list[str], xmlns: str, writte
 
 
 @pytest.mark.parametrize(
-    ("body", "status"), [(b"<Error><Code>NoSuchBucket</Code></Error>", 404), (b"<ListBucketResult><Cont", 200)]
+    ("body", "status"),
+    [
+        (b"<Error><Code>NoSuchBucket</Code></Error>", 404),
+        (b"<ListBucketResult><Cont", 200),
+        (page(["x"], "").replace(b"<Key>x", b"<Key>&nothing;"), 200),
+        (page(["x"], "").replace(b"<Key>x", b"<Key>\xff"), 200),
+    ],
 )
 def test_errors_stay_those_of_botocore(body: bytes, status: int) -> None:
     errors = []
