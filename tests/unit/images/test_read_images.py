@@ -183,6 +183,19 @@ def test_a_trickle_is_given_up(store: Store) -> None:
     assert time.monotonic() - began < 20  # the whole body would take 50 s
 
 
+@pytest.mark.parametrize(("sent", "asked"), [(10, (2, 3)), (5, (0, None))], ids=["range is ignored", "broken off"])
+def test_other_bytes_than_were_asked_for_are_not_taken(store: Store, sent: int, asked: tuple[int, int | None]) -> None:
+    def ten_bytes(handler: BaseHTTPRequestHandler) -> None:
+        handler.send_response(200)
+        handler.send_header("Content-Length", "10")
+        handler.end_headers()
+        handler.wfile.write(b"0123456789"[:sent])
+
+    store.answer = lambda key: ten_bytes
+    with pytest.raises(s3.AwayError), s3.translated("s3://photos/a.png"):
+        s3.get_once("s3://photos/a.png", s3.client(s3.current_options(), attempts=1), *asked)
+
+
 def test_results_are_read_and_written_when_the_store_is_back(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(s3, "OUTAGE_POLL_S", 0.01)
     monkeypatch.setattr(s3, "client", partial(s3.client, attempts=1))
