@@ -40,6 +40,8 @@ class FakeStore:
         self.files = pafs.SubTreeFileSystem(str(root), pafs.LocalFileSystem())
         self.fault: Fault = lambda call, path: None
         self.calls: list[tuple[str, str]] = []
+        self.short_reads = 0
+        """So many reads break off before their last byte."""
 
     def equals(self, other: object) -> bool:
         return self is other
@@ -72,7 +74,8 @@ class _FakeFile:
 
     def read_at(self, num_bytes: int, start: int) -> bytes:
         self._store.fault("read_at", self._path)
-        return bytes(self._file.read_at(num_bytes, start))
+        self._store.short_reads -= 1
+        return bytes(self._file.read_at(num_bytes - (self._store.short_reads >= 0), start))
 
 
 @pytest.fixture
@@ -196,8 +199,10 @@ def test_containers_are_waited_for_and_a_bad_one_is_a_row(store: FakeStore, tmp_
     (tmp_path / "photos/s.tar").write_bytes(shard_of(["a.png", "b.png"]))
     file = File(f"gs://photos/{name}", 1, None, is_container=True)
     store.fault = Outage(20)
+    store.short_reads = 3
     found = list(members(file, ImagesConfig(uri="gs://photos"), Counter()))
     assert [entry.problem for entry in found] == [None, None]
+    assert store.short_reads < 0
     store.fault = only(name, away)
     (entry,) = members(file, ImagesConfig(uri="gs://photos"), Counter())
     assert "damaged" in str(entry.problem)
