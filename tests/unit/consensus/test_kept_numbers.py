@@ -47,10 +47,11 @@ def test_new_split_merged_and_gone_clusters_are_told_apart() -> None:
 
 def test_with_fewer_clusters_a_number_that_is_too_large_changes() -> None:
     before, now = labels((0, 1, 9), (1, 1, 5), (2, 0, 9))
-    number, changes = number_clusters(before, now, 3, np.array([9, 14]))
+    number, changes = number_clusters(before, now, 4, np.array([9, 14]))  # no image of the last one is known
     assert number.tolist() == [1, 0]
     assert changes["renumbered"] == [[2, 1]]
     assert changes["merged"] == [[1, 0]]
+    assert changes["gone"] == []
     assert changes["num_kept"] == 1
 
 

@@ -102,12 +102,15 @@ def test_runs_of_different_numbers_of_images_are_refused(tmp_path):
         open_heads(runs)
 
 
-def test_several_runs_with_other_numbers_of_heads_and_clusters_make_one_consensus(planted):
+def test_several_runs_with_other_numbers_of_heads_and_clusters_make_one_consensus(planted, tmp_path):
     labels_N, matrix = planted([50, 40, 30], 7, 0.1)
     coarse, fine = np.minimum(matrix[:2], 1).astype(np.int16), matrix[2:]
     together = cluster_ensemble([coarse, fine], 3, methods="mcla", random_state=0)
-    stacked = cluster_ensemble(np.concatenate([coarse[[0, 1, 0, 1, 0]], fine]), 3, methods="mcla", random_state=0)
+    rows = np.concatenate([coarse[[0, 1, 0, 1, 0]], fine])
+    stacked = cluster_ensemble(rows, 3, methods="mcla", random_state=0)
     np.testing.assert_array_equal(together.labels, stacked.labels)
+    stored = open_heads([store(tmp_path / "coarse", coarse), store(tmp_path / "fine", fine)])
+    np.testing.assert_array_equal([stored.labels_of(head) for head in range(10)], rows)
     best_head = max(clustering_accuracy(labels_N, row) for row in matrix)
     assert clustering_accuracy(labels_N, together.labels) > max(best_head, 0.9)
     with pytest.raises(InputError, match=r"\(2, 120\), \(5, 100\)"):

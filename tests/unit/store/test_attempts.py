@@ -6,7 +6,7 @@ import pytest
 
 from icce_ray.errors import WorkerError
 from icce_ray.store import Folder
-from icce_ray.store.attempts import Attempt
+from icce_ray.store.attempts import Attempt, UnrecordedAttempt
 
 NAME = ".part-00000.parquet.decode"
 
@@ -69,3 +69,7 @@ def test_three_workers_that_die_before_their_first_image_end_the_stage(tmp_path:
 def test_a_damaged_note_is_ignored(tmp_path: Path) -> None:
     (tmp_path / NAME).write_bytes(b'{"run": "run", "number": ')
     assert not begin(Folder.at(tmp_path)).is_careful
+
+
+def test_work_in_a_single_process_goes_in_batches_of_all_images() -> None:
+    assert [list(ids) for ids in UnrecordedAttempt().steps(range(5), 2)] == [[0, 1], [2, 3], [4]]
