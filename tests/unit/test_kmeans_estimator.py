@@ -43,6 +43,8 @@ def test_predictions_of_fitted_rows_are_their_labels(blobs, settings) -> None:
     assert np.array_equal(estimator.predict(features), estimator.labels_)
     assert clustering_accuracy(labels, estimator.labels_) > 0.9
     assert estimator.cluster_centers_.shape == (5, 20)
+    lengths = np.linalg.norm(estimator.cluster_centers_ - features.mean(axis=0), axis=1)
+    assert np.allclose(lengths, 1, atol=1e-3) == ("spherical" in settings)
 
 
 def test_bad_parameters_and_data_are_refused(blobs) -> None:

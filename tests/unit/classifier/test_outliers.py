@@ -60,6 +60,16 @@ def test_directions_are_those_of_the_covariance_whether_images_or_dimensions_are
     assert model.noise_variance == pytest.approx(variances[:-r].sum() / (120 - r), rel=1e-3)
 
 
+def test_directions_without_variance_do_not_change_those_that_have_some() -> None:
+    x = np.random.default_rng(0).normal(size=(4, 50)).astype(np.float32)
+    x = np.repeat(x - x.mean(axis=0), 6, axis=0)  # 24 images, 3 dimensions
+    model = fit_outlier_model(x, np.zeros(24, dtype=int), 1)
+    assert len(model.deviations) == 6
+    vectors = np.linalg.eigh(x.T @ x)[1][:, -3:]
+    found = (model.directions * model.deviations)[:, -3:]
+    np.testing.assert_allclose(np.abs(found.T @ vectors), np.eye(3), atol=2e-3)
+
+
 def test_images_that_are_all_the_same_leave_directions_orthonormal() -> None:
     x = np.tile(np.random.default_rng(0).normal(size=50).astype(np.float32), (20, 1))
     model = fit_outlier_model(x, np.zeros(20, dtype=int), 1)

@@ -77,6 +77,8 @@ def test_a_large_collection_takes_longer_by_what_each_stage_grows_with(ran: list
     assert found.seconds["method"] == pytest.approx(STARTING_S + 40 * EPOCH_S * 8 / 2)
     assert found.disk_bytes == {"neighbors": 100 * 4**2, "assign": 40 * 40}
     assert found.mean_neighbors == 60
+    settings["neighbors"]["max_neighbors"] = 90
+    assert run_pilot(config_of(**settings), FEATURES, num_images=80_000, folder=tmp_path).mean_neighbors == 20 * 4
     assert {config.sample.duplicate_threshold for config in ran} == {None}
 
 
