@@ -141,6 +141,8 @@ def test_bad_parameters_are_refused_by_fit_with_what_is_allowed(blobs, changes, 
 def test_bad_data_is_refused(blobs) -> None:
     with pytest.raises(InputError, match="3 rows, fewer than n_clusters=5"):
         quick().fit(blobs[0][:3])
+    with pytest.raises(InputError, match="n_clusters=25, but only 20 rows are trained on"):
+        quick(n_clusters=25, sample={"max_images": 20}).fit(blobs[0])
     with pytest.raises(ValueError, match="NaN"):
         quick().fit(np.full((10, 3), np.nan))
     with pytest.raises(NotFittedError):
