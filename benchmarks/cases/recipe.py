@@ -109,9 +109,11 @@ def report(
             seconds = sum(found[row, name, seed]["seconds"] for name, seed in gains)
             of_default = sum(found[DEFAULT, name, seed]["seconds"] for name, seed in gains)
             mean = float(np.mean([_score(found[row, name, seed]) for name, seed in gains]))
-            # The error of the seeds, pooled over sets: sets differ by more, but they are not drawn.
-            spread = [np.var(values, ddof=1) / len(values) for values in sets.values() if len(values) > 1]
-            error = float(np.sqrt(np.sum(spread)) / len(spread)) if spread else float("nan")
+            # The error of a difference by the spread of the default over seeds: sets differ by more, but they are not
+            # drawn.
+            of_seeds = {n: [_score(one) for (r, of, _), one in found.items() if (r, of) == (DEFAULT, n)] for n in means}
+            spread = [2 * np.var(of_seeds[name], ddof=1) / len(sets[name]) for name in means]
+            error = float(np.sqrt(np.sum(spread)) / len(means))
             gain = float(np.mean(list(means.values())))
             figures[f"{half}, {row}"] = {
                 "mean": mean, "gain": gain, "error": error, "by_set": means, "runs": len(gains),
