@@ -55,6 +55,8 @@ def test_the_config_that_is_written_can_be_run_whatever_the_method_and_holds_no_
     assert "hidden" not in written
     config = load_config(tmp_path / "out" / "run.yaml")
     assert (config.num_clusters, config.storage.region, config.output) == (12, "eu-1", str(tmp_path / "out"))
+    assert cli.main(["cluster", "a", "--clusters", "3", "--set", "method=kmeans", "--quiet"]) == 0
+    assert "heads" not in (tmp_path / "a-clusters" / "run.yaml").read_text(), "settings of another method"
 
 
 def test_the_page_is_opened_where_it_can_be_seen(

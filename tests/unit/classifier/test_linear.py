@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 
 import numpy as np
@@ -90,6 +91,9 @@ def test_bytes_hold_the_whole_classifier(
     np.testing.assert_array_equal(restored.predict_proba(x), classifier.predict_proba(x))
     np.testing.assert_array_equal(restored.label(x).outlier_score, classifier.label(x).outlier_score)
     assert b"pickle" not in classifier.to_bytes()
+    other = re.sub(rb"(format_version[^0-9]+)[0-9]", rb"\g<1>9", classifier.to_bytes())
+    with pytest.raises(InputError, match="has format 9; this version reads format"):
+        LinearClassifier.from_bytes(other)
 
 
 @pytest.mark.parametrize("data", [b"", b"nonsense" * 9, b"\x80\x04N."])
