@@ -49,6 +49,7 @@ def test_images_like_those_of_the_run_show_no_drift_and_others_do(classifier: Li
     half_way = FEATURES[600:] + 2 * (np.eye(5)[(LABELS[600:] + 1) % 3] - np.eye(5)[LABELS[600:]])
     shifted = summary(classifier.label(half_way))
     assert shifted["consensus_probability"]["index"] > 0.25  # type: ignore[index]
+    assert shifted["outlier_rate"]["new"] == classifier.label(half_way).is_outlier.mean() > 0  # type: ignore[index]
     assert shifted["mean_consensus_probability"]["new"] < same["mean_consensus_probability"]["new"] - 0.05  # type: ignore[index]
     fewer = summary(classifier.label(FEATURES[600:][LABELS[600:] != 1]))
     assert fewer["cluster_shares"]["index"] > 0.25  # type: ignore[index]

@@ -79,6 +79,13 @@ def test_counts_of_parts_add_up_to_the_same_tree() -> None:
     assert build_hierarchy(parts[0] + parts[1], heads.offsets).to_table() == whole.to_table()
 
 
+def test_images_that_some_heads_leave_out_count() -> None:
+    labels_N, heads_HN = noisy_heads(7, 3)
+    heads_HN[1, ::3] = -1
+    heads = encode_heads(heads_HN)
+    assert build_hierarchy(count_consensus(labels_N, heads, 7), heads.offsets).size[-1] == 300
+
+
 def test_a_planted_hierarchy_is_found_and_cut_anywhere(planted) -> None:
     fine_N, _ = planted([40] * 12, 1, 0.0)
     rng = np.random.default_rng(1)

@@ -46,7 +46,8 @@ def test_two_epochs_are_kept_of_all_workers_also_those_of_an_earlier_division(tm
         folders = (tmp_path / "checkpoints", tmp_path / "checkpoints/records")
         return {path.name[6:12] for folder in folders for path in folder.glob("epoch-*")}
 
-    save(tmp_path, 1, range(3), range(3, 5))
+    for epoch in (0, 1):
+        save(tmp_path, epoch, range(3), range(3, 5))
     resumed = CheckpointFolder(Folder.at(tmp_path))
     assert resumed.load(range(5)) is not None
     for epoch, expected in ((2, {"000001", "000002"}), (3, {"000002", "000003"}), (4, {"000003", "000004"})):
