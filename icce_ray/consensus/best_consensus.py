@@ -129,7 +129,8 @@ def find_consensus(
     everyone = heads
     if recombines and head_losses is not None and heads.num_heads > 2:
         trusted = trusted_heads(heads, head_losses)
-        heads, head_losses = heads.select(trusted.tolist()), head_losses[trusted]
+        if len(trusted) < heads.num_heads:  # else it would only be copied
+            heads, head_losses = heads.select(trusted.tolist()), head_losses[trusted]
 
     @cache
     def pairs() -> HeadPairs:
