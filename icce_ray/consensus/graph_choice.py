@@ -61,15 +61,10 @@ def choose_on_graph(
         skipped[SPECTRAL] = str(error)
     scores = score.mean_shares([*consensuses.values(), *made.values()], num_clusters)
     by_method = dict(zip((*consensuses, *made), scores, strict=True))
-    if is_good:
-        chosen = best_score(by_method, best)
-    elif agree or losses_H is None:
-        chosen = RECOMBINED if agree else best
-    else:
-        lowest = int(np.nan_to_num(losses_H, nan=np.inf).argmin())
-        head = score.heads.gather(slice(lowest, lowest + 1))
-        candidates = {best: consensuses[best], RECOMBINED: made[RECOMBINED]}
-        chosen = max(candidates, key=lambda method: anmi(candidates[method], head, num_clusters))
+    chosen = best_score(by_method, best) if is_good else RECOMBINED if agree else best
+    if losses_H is not None and not is_good and not agree:
+        head = score.heads.select([int(np.nan_to_num(losses_H, nan=np.inf).argmin())])
+        chosen = max(best, RECOMBINED, key=lambda method: anmi((consensuses | made)[method], head, num_clusters))
     return GraphChoice(made, by_method, chosen, skipped)
 
 
@@ -78,8 +73,7 @@ def trusted_heads(heads: Heads, losses_H: npt.NDArray[np.float64]) -> npt.NDArra
     order = np.argsort(losses_H, kind="stable")  # NaN is last
     near = order[: max(2, int((losses_H <= losses_H[order[0]] + LOSS_MARGIN).sum()))]
     labels_all = heads.head_cluster_sizes().sum() == heads.num_heads * heads.num_images
-    everyone = np.arange(heads.num_heads)
-    return np.sort(near) if len(near) < len(order) and labels_all and _agree_on_sizes(heads) else everyone
+    return np.sort(near if labels_all and _agree_on_sizes(heads) else order)
 
 
 def best_score(scores: dict[str, float], best: str) -> str:
