@@ -194,7 +194,8 @@ def test_heads_of_high_loss_are_left_out_where_heads_agree_on_sizes(near):
     matrix, losses = np.stack([labels_N] * 3 + [wrong_N] * 3), np.array([0.1, 0.15, 0.12, 0.16, np.nan, 0.2])
     heads = encode_heads(matrix)
     assert trusted_heads(heads, losses).tolist() == [0, 1, 2]
-    assert trusted_heads(heads, np.arange(6.0)).tolist() == [0, 1]
+    assert trusted_heads(heads, np.arange(6.0)).tolist() == [0, 1, 2]
+    assert trusted_heads(encode_heads(matrix[:5]), np.arange(5.0)).tolist() == [0, 1, 2]
     assert trusted_heads(heads, np.full(6, 0.1)).tolist() == list(range(6))
     assert trusted_heads(encode_heads([[0, 0, 1, 1], [0, 1, 0, 1], [0, 1, 1, 0]]), np.arange(3.0)).tolist() == [0, 1, 2]
     given = {"methods": ["vote"], "random_state": 0, "head_losses": losses, "neighbors": near(labels_N, 0.9)}
