@@ -62,7 +62,8 @@ SETTINGS: dict[str, Any] = {
 """`temi_search`: factors of the learning rate and of the epochs."""
 
 CHOSEN_ON = (
-    "planted_5", "planted_two_sizes", "digits_1to10", "imagenette_1to20", "trashnet", "digits", "weak_100", "weak_200",
+    "planted_5", "planted_two_sizes", "digits_1to10", "imagenette_1to20", "trashnet", "digits", "cifar10_mix",
+    "weak_100", "weak_200",
 )  # fmt: skip
 """The sets that our constants were chosen on. All others are only reported."""
 

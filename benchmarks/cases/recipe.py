@@ -1,9 +1,9 @@
 """Whether the defaults still stand: one setting at a time around them, on one half of the sets; the other half reports.
 
-A run is the whole of `accuracy`'s icce: neighbours, heads, consensus with its choice on the graph. SEARCHED has every
-set that constants were chosen on before; REPORTED decides nothing, and is measured for the default and for the values
-in `reported`. Sets with equal classes count by ACC, the others by ARI. With `results`, a file of JSON lines, a run goes
-on where another one stopped.
+A run is the whole of `accuracy`'s icce: neighbours, heads, consensus with its choice on the graph. SEARCHED are the
+sets that constants were chosen on, but for the weak ones; REPORTED decides nothing, and is measured for the default and
+for the values in `reported`. Sets with equal classes count by ACC, the others by ARI. With `results`, a file of JSON
+lines, a run goes on where another one stopped.
 """
 
 from __future__ import annotations
@@ -18,13 +18,8 @@ import numpy as np
 from cases import accuracy, datasets
 from icce_ray.config import HeadsConfig, NeighborsConfig
 
-SEARCHED = (
-    "digits", "cifar10_mix", "trashnet", "digits_1to10", "imagenette_1to20", "planted_5", "planted_two_sizes",
-)  # fmt: skip
-REPORTED = (
-    "imagenette", "cifar10_lite2", "digits_1to50", "imagenette_halves", "cifar10_lite2_1to100", "cifar10_mix_1to20",
-    "planted_15", "planted_one_large",
-)  # fmt: skip
+SEARCHED = tuple(name for name in accuracy.CHOSEN_ON if not name.startswith("weak"))
+REPORTED = tuple(name for name in accuracy.SETTINGS["datasets"] if name not in accuracy.CHOSEN_ON)
 
 SETTINGS: dict[str, Any] = {
     "max_images": 1000,
