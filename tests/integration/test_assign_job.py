@@ -103,6 +103,18 @@ def model_of(artifacts: dict[str, Artifact]) -> LinearClassifier:
     return LinearClassifier.from_bytes(artifacts["classifier"].read_bytes("classifier.safetensors"))
 
 
+def fit_here(config: Config) -> LinearClassifier:
+    """The classifier that one process makes without Ray."""
+    return fit_classifier(
+        FEATURES,
+        CONSENSUS,
+        config.classifier,
+        num_clusters=4,
+        seed=config.seed,
+        outlier_quantile=config.assign.outlier_quantile,
+    )
+
+
 def read(folder: Path) -> pa.Table:
     return pq.read_table(folder / "assignments")
 
@@ -111,14 +123,7 @@ def test_the_classifier_on_ray_is_the_one_of_a_single_process(
     with_classifier: dict[str, Artifact], tmp_path: Path
 ) -> None:
     config = config_for(tmp_path)
-    alone = fit_classifier(
-        FEATURES,
-        CONSENSUS,
-        config.classifier,
-        num_clusters=4,
-        seed=config.seed,
-        outlier_quantile=config.assign.outlier_quantile,
-    )
+    alone = fit_here(config)
     np.testing.assert_allclose(model_of(with_classifier).weights, alone.weights, atol=1e-6)
     metrics = with_classifier["classifier"].metrics
     assert metrics["learning_rate"] == alone.learning_rate
@@ -162,14 +167,7 @@ def test_workers_share_the_grid_and_make_the_same_classifier(
     metrics = classifier_job.run(config, context)
     assert [best.position for best in gathered] == [0, 1]
     made = LinearClassifier.from_bytes(context.output.folder.read_bytes("classifier.safetensors"))
-    alone = fit_classifier(
-        FEATURES,
-        CONSENSUS,
-        config.classifier,
-        num_clusters=4,
-        seed=config.seed,
-        outlier_quantile=config.assign.outlier_quantile,
-    )
+    alone = fit_here(config)
     for name in ("learning_rate", "num_diverged", "num_holdout", "holdout_agreement"):
         assert metrics[name] == getattr(alone, name)
     np.testing.assert_allclose(made.weights, alone.weights, atol=1e-5)
