@@ -71,7 +71,7 @@ def choose_on_graph(
 def trusted_heads(heads: Heads, losses_H: npt.NDArray[np.float64]) -> npt.NDArray[np.int64]:
     """The heads whose loss is near the lowest, at least half; all, if they don't agree on sizes or leave out images."""
     order = np.argsort(losses_H, kind="stable")  # NaN is last
-    near = order[: max(2, -(-len(order) // 2), int((losses_H <= losses_H[order[0]] + LOSS_MARGIN).sum()))]
+    near = order[: max(-(-len(order) // 2), int((losses_H <= losses_H[order[0]] + LOSS_MARGIN).sum()))]
     labels_all = heads.head_cluster_sizes().sum() == heads.num_heads * heads.num_images
     return np.sort(near if labels_all and _agree_on_sizes(heads) else order)
 
