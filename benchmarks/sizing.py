@@ -246,7 +246,7 @@ def assign_seconds(num_images: int, plan: Plan) -> float:
 
 
 def sample_bytes(num_images: int, trained: int) -> int:
-    """What the sample takes, written beside the parts, a tenth more than needed, and copied from there by the head."""
+    """Bytes of the sample: its rows beside the parts, a tenth more than needed, and the copy that the head makes."""
     return 21 * trained * ROW_BYTES // 10 if trained < num_images else 0
 
 

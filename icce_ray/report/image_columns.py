@@ -1,4 +1,4 @@
-"""What the page holds of every image on it: columns, and files of paths and neighbours."""
+"""The data of the images on the page: a column for each value, and files with their paths and neighbours."""
 
 from collections.abc import Mapping
 

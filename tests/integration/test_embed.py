@@ -345,7 +345,7 @@ def test_the_same_bytes_are_embedded_once_in_a_collection_and_across_runs(
 
 
 def watched_limits(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, float]]:
-    """Of each execution by Ray Data its options and the limit of decoded bytes at its start. CPUs join all the time."""
+    """The options of each execution by Ray Data, and the limit of decoded bytes at its start. CPUs keep joining."""
     from ray.data._internal.execution.interfaces.executor import Executor
 
     watched, cpus, init = list[tuple[Any, float]](), itertools.count(2), Executor.__init__

@@ -41,7 +41,7 @@ class FakeStore:
         self.fault: Fault = lambda call, path: None
         self.calls: list[tuple[str, str]] = []
         self.short_reads = 0
-        """So many reads break off before their last byte."""
+        """Number of the next reads that break off before their last byte."""
 
     def equals(self, other: object) -> bool:
         return self is other
