@@ -42,7 +42,7 @@ class Method:
 _ICCE = Method(
     job="icce_ray.methods.heads.job",
     section="heads",
-    version=5,
+    version=6,
     needs_graph=True,
     unit="epochs",
     free_settings=frozenset({"checkpoint_interval_s"}),
@@ -84,6 +84,8 @@ METHODS: dict[str, Method] = {
             "sample": {"duplicate_threshold": None},
             "neighbors": _fixed_neighbors(50),
             "heads": {
+                "hidden_dim": 512,
+                "bottleneck_dim": 256,
                 "input_norm": "standardize",
                 "rotate": False,
                 "input_share": 1.0,
@@ -99,7 +101,14 @@ METHODS: dict[str, Method] = {
         settings={
             "sample": {"duplicate_threshold": None},
             "neighbors": _fixed_neighbors(20),
-            "heads": {"loss": "scan", "input_norm": "standardize", "rotate": False, "input_share": 1.0},
+            "heads": {
+                "hidden_dim": 512,
+                "bottleneck_dim": 256,
+                "loss": "scan",
+                "input_norm": "standardize",
+                "rotate": False,
+                "input_share": 1.0,
+            },
             "consensus": {"methods": ("best_head",), "refine": False, "recombine": False},
         },
     ),
