@@ -3,8 +3,9 @@
 Planted data are Gaussians in 32 dimensions. Their centres are drawn with a standard deviation of `spread`: the smaller
 it is, the more they overlap (the accuracy of a classifier that knows the centres is printed). `sizes` are equal, or
 drawn from a Dirichlet distribution, so that some clusters are many times larger than others. `unequal` names sets of
-`accuracy` whose sizes differ most. The true number of a real set is that of its labels, which need not be what the
-features hold.
+`accuracy` whose sizes differ most. `draws` are small sets whose groups' number, sizes and overlap are drawn, too;
+they chose no constant. The true number of a real set is that of its labels, which need not be what the features hold.
+Each choice is compared with the one before small groups are searched.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import numpy as np
 
 from cases import datasets
 from icce_ray.config import ClusterCountConfig
+from icce_ray.count.choice import choose
 from icce_ray.count.clustering import count_clusters
 from icce_ray.runtime.progress import Progress
 
@@ -26,7 +28,11 @@ SETTINGS: dict[str, Any] = {
         for spread, sizes in ((0.6, "equal"), (0.8, "equal"), (0.8, "unequal"))
     ],
     "unequal": ["planted_15", "planted_two_sizes", "planted_one_large", "planted_5"],
-    "datasets": ["digits", "trashnet", "imagenette", "cifar10_mix", "fmnist_2000"],
+    "draws": {"unequal": 40, "equal": 20, "one group": 10},
+    "datasets": [
+        *("digits", "trashnet", "imagenette", "cifar10_mix", "fmnist_2000"),
+        *("digits_1to10", "digits_1to50", "imagenette_1to20", "imagenette_halves"),
+    ],
     "seed": 0,
     "cluster_count": {},
 }
@@ -43,7 +49,7 @@ def run(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, bool]]:
     for asked in settings["planted"]:
         features, labels, share = plant(**asked, seed=settings["seed"])
         name = f"{asked['clusters']} planted, spread {asked['spread']}, {asked['sizes']}"
-        found = measure(features, settings) | {"true": asked["clusters"], "best_possible_accuracy": share}
+        found = measure(features, asked["clusters"], settings) | {"best_possible_accuracy": share}
         if asked["sizes"] == "unequal":
             sizes = np.bincount(labels)
             found |= {"smallest": int(sizes.min()), "largest": int(sizes.max())}
@@ -59,15 +65,46 @@ def run(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, bool]]:
             print(f"{name}: left out: its files are not in {datasets.data_folder()}")
             continue
         true = len(np.unique(data[1]))
-        figures[name] = found = measure(data[0], settings) | {"true": true}
+        figures[name] = found = measure(data[0], true, settings)
         say(name, found)
         if name in settings["unequal"]:
-            is_near = abs(found["num_clusters"] - true) <= UNEQUAL_TOLERANCE * true
-            bounds[f"{name}: within {UNEQUAL_TOLERANCE:.0%}"] = is_near
+            bounds[f"{name}: within {UNEQUAL_TOLERANCE:.0%}"] = is_near(found["num_clusters"], true)
         elif name in RANGES:
             low, high = found["range"]
             bounds[f"{name}: the range holds the number"] = low <= true <= high
+    for kind, number in settings["draws"].items():
+        found = [measure(*draw(kind, one), settings, has_curve=False) for one in range(number)]
+        figures[f"draws, {kind}"] = found
+        right, before = (sum(is_near(one[key], one["true"]) for one in found) for key in ("num_clusters", "before"))
+        changed = [one for one in found if one["num_clusters"] != one["before"]]
+        texts = [f"{one['before']} to {one['num_clusters']} (true {one['true']})" for one in changed]
+        print(
+            f"{number} draws, {kind}: {right} within {UNEQUAL_TOLERANCE:.0%}, {before} before small groups are searched"
+        )
+        print(f"    the search changes {', '.join(texts) or 'none'}", flush=True)
+        if kind == "one group":
+            bounds[f"draws, {kind}: the search for small groups changes none"] = not changed
+        else:
+            bounds[f"draws, {kind}: as many within {UNEQUAL_TOLERANCE:.0%} as before the search"] = right >= before
     return figures, bounds
+
+
+def is_near(num_clusters: int, true: int) -> bool:
+    return abs(num_clusters - true) <= UNEQUAL_TOLERANCE * true
+
+
+def draw(kind: str, number: int) -> tuple[Any, int]:
+    """Features of 200 to 650 images in 16 dimensions, and the number of groups."""
+    rng = np.random.default_rng([number, len(kind)])
+    sizes = np.zeros(0, int)
+    while not 200 <= sizes.sum() <= 650:
+        groups = 1 if kind == "one group" else rng.integers(3, 11)
+        sizes = np.exp(rng.uniform(np.log(8), np.log(300), groups)).astype(int)
+        if kind != "unequal":
+            sizes = np.full(groups, rng.integers(200, 651) // groups)
+    centres = rng.normal(size=(len(sizes), 16)) * rng.uniform(0.85, 1.3)
+    features = np.repeat(centres, sizes, axis=0) + rng.normal(size=(sizes.sum(), 16))
+    return features.astype(np.float32), len(sizes)
 
 
 def plant(clusters: int, images: int, spread: float, sizes: str, seed: int) -> tuple[Any, Any, float]:
@@ -81,8 +118,8 @@ def plant(clusters: int, images: int, spread: float, sizes: str, seed: int) -> t
     return features, labels, round(float((nearest == labels).mean()), 3)
 
 
-def measure(features: Any, settings: dict[str, Any]) -> dict[str, Any]:
-    """The choice, its range, and the curves."""
+def measure(features: Any, true: int, settings: dict[str, Any], has_curve: bool = True) -> dict[str, Any]:
+    """The choice, its range, the choice before small groups are searched (`before`), and the curves."""
     asked = ClusterCountConfig(**settings["cluster_count"])
     began = time.monotonic()
     progress = Progress("cluster_count", quiet=True)
@@ -93,13 +130,16 @@ def measure(features: Any, settings: dict[str, Any]) -> dict[str, Any]:
         seed=settings["seed"],
         progress=progress,
     )
-    columns = ("num_clusters", "score", "silhouette", "gap")
-    return {
+    columns = ("num_clusters", "score", "silhouette", "gap", "recurring")
+    found = {
+        "true": true,
         "num_clusters": choice.num_clusters,
         "range": [choice.low, choice.high],
+        "before": choose(choice.curve, kept_share=lambda coarse, fine: 0.0).num_clusters,
         "seconds": round(time.monotonic() - began, 1),
-        "curve": [[round(row[column], 4) for column in columns] for row in choice.by_count().to_pylist()],
     }
+    curve = {"curve": [[round(row[column], 4) for column in columns] for row in choice.by_count().to_pylist()]}
+    return found | (curve if has_curve else {})
 
 
 def say(name: str, found: dict[str, Any]) -> None:
@@ -107,5 +147,6 @@ def say(name: str, found: dict[str, Any]) -> None:
     text = f"{name:38} true {found['true']:3}   chosen {found['num_clusters']:3}   range {low} to {high}"
     share = found.get("best_possible_accuracy")
     text += f"   nearest true centre right: {share:.1%}" if share is not None else ""
+    text += f"   before the search: {found['before']}" if found["before"] != found["num_clusters"] else ""
     text += f"   sizes {found['smallest']} to {found['largest']}" if "smallest" in found else ""
     print(f"{text}   {found['seconds']:.0f} s", flush=True)

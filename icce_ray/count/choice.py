@@ -9,13 +9,17 @@ Both are scaled over all numbers tried; their mean is the *score*.
 Two clusters are the coarsest split, which the silhouette favours: where numbers above three are as good and no clear
 gap follows the second cluster, the best of the others in the range is chosen.
 
+Both measures hardly see a group of about ten images. So a number beyond the range, or beyond a choice of two or three,
+is taken if nearly all of its clusters *recur* in the other parts and nearly all images stay together: it splits small
+groups off.
+
 The *range* says how certain the choice is, by the silhouette alone. A number is as good as the best if it is at most
 one standard error of the difference behind. The range runs down and up to the last such number before two in a row
 that are not, and to the choice. The parts overlap, so the variance over images is SHARE / (1 - SHARE) times the one
 over parts (the jackknife that leaves out several at a time).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,11 +27,14 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-METRICS = ("silhouette", "gap")
+METRICS = ("silhouette", "gap", "recurring")
 CLEAR_GAP = 0.08
 """A gap that counts as much as the best silhouette. If the largest one is smaller, all count for less."""
 COARSE = 3
-"""A range that ends here or before has no finer number to offer than two clusters."""
+"""A choice that may hide groups which the silhouette counts as good. A range that ends here or before has no finer
+number to offer than two clusters."""
+MOST = 0.9
+"""Nearly all: the share of clusters that recur and of images that stay together where small groups are split off."""
 SHARE = 0.9
 """Share of the sample that each part holds."""
 NUM_ERRORS = 2.0
@@ -43,6 +50,8 @@ class Measured:
     """-1 to 1."""
     gap: npt.NDArray[np.float64]
     """Difference of the eigenvalues of this cluster and the next, 0 to 2."""
+    recurring: npt.NDArray[np.float64]
+    """Share of the clusters that recur in other parts, 0 to 1."""
 
 
 @dataclass(frozen=True)
@@ -101,8 +110,13 @@ class Choice:
         return pa.Table.from_pylist(rows)
 
 
-def choose(curve: Sequence[Measured]) -> Choice:
-    """The number with the highest score, if that is not a doubtful two. `curve`: by ascending number of clusters."""
+def choose(curve: Sequence[Measured], kept_share: Callable[[int, int], float]) -> Choice:
+    """The number with the highest score, unless it is a doubtful two or misses small groups.
+
+    Args:
+        curve: by ascending number of clusters.
+        kept_share: the share of images that stay together from one place of the curve to a later one, 0 to 1.
+    """
     silhouettes_PS = _scaled(curve, "silhouette")
     scores_PS = (silhouettes_PS + _scaled(curve, "gap", least_width=CLEAR_GAP)) / 2
     best = int(scores_PS.mean(axis=1).argmax())
@@ -115,6 +129,10 @@ def choose(curve: Sequence[Measured]) -> Choice:
     numbers = [point.num_clusters for point in curve]
     if numbers[best] == 2 and numbers[last] > COARSE and float(np.mean(curve[best].gap)) < CLEAR_GAP:
         best = 1 + int(scores_PS.mean(axis=1)[1 : last + 1].argmax())
+    for place in range(len(curve) - 1, best if numbers[best] <= COARSE else last, -1):
+        if np.mean(curve[place].recurring) >= MOST and kept_share(best, place) >= MOST:
+            best, last = place, max(last, place)
+            break
     return Choice(numbers[best], numbers[first], numbers[last], tuple(curve), scores_PS)
 
 

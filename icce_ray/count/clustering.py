@@ -20,6 +20,7 @@ from threadpoolctl import threadpool_limits
 from icce_ray.config import ClusterCountConfig
 from icce_ray.consensus.eigenvectors import largest_eigenvectors
 from icce_ray.count.choice import SHARE, Choice, Measured, choose
+from icce_ray.count.small_groups import kept_share, recurring_share
 from icce_ray.errors import InputError
 from icce_ray.metrics.label_free_scores import project_pca, silhouette
 from icce_ray.runtime.progress import Progress
@@ -48,6 +49,8 @@ class PartMeasures(NamedTuple):
     """-1 to 1; NaN if it is undefined."""
     gaps_C: npt.NDArray[np.float64]
     """Difference of the last eigenvalue that counts and the next; NaN if there is none."""
+    labels_Cn: npt.NDArray[np.int32]
+    """Cluster of each image of the sample, -1 if it is not in the part."""
 
 
 def numbers_to_try(asked: ClusterCountConfig, num_images: int) -> list[int]:
@@ -81,14 +84,14 @@ def measure_part(
         warnings.simplefilter("ignore")  # k-means warns of copies
         points_pd = project_pca(unit_nD[part_m[measured_p]], seed)
         values_V, rows_mV = _spectrum(weigh_edges(unit_nD[part_m]), max(numbers) + 1, rng)
-        silhouettes_C = np.full(len(numbers), np.nan)
+        silhouettes_C, labels_Cn = np.full(len(numbers), np.nan), np.full((len(numbers), len(unit_nD)), -1, np.int32)
         for place, num_clusters in enumerate(numbers):
             kmeans = KMeans(num_clusters, n_init=1, random_state=number)
-            labels_m = kmeans.fit_predict(np.ascontiguousarray(rows_mV[:, :num_clusters]))
+            labels_Cn[place, part_m] = labels_m = kmeans.fit_predict(np.ascontiguousarray(rows_mV[:, :num_clusters]))
             if (found := silhouette(points_pd, labels_m[measured_p])) is not None:
                 silhouettes_C[place] = found
     gaps_V = np.append(values_V[:-1] - values_V[1:], np.nan)
-    return PartMeasures(silhouettes_C, gaps_V[np.array(numbers) - 1])
+    return PartMeasures(silhouettes_C, gaps_V[np.array(numbers) - 1], labels_Cn)
 
 
 def weigh_edges(unit_mD: npt.NDArray[np.float32]) -> csr_matrix:
@@ -152,10 +155,18 @@ def choose_number(num_images: int, asked: ClusterCountConfig, make: Maker, *, pr
     for part, measures in make(range(asked.num_seeds), numbers):
         made[part] = measures
         progress.update(len(made), asked.num_seeds)
-    silhouettes_CS, gaps_CS = (
-        np.stack(values, axis=1) for values in zip(*(made[part] for part in sorted(made)), strict=True)
-    )
-    return choose([Measured(*measures) for measures in zip(numbers, silhouettes_CS, gaps_CS, strict=True)])
+    parts = [made[part] for part in sorted(made)]
+    labels_CSn = [[part.labels_Cn[place] for part in parts] for place in range(len(numbers))]
+    curve = [
+        Measured(
+            num_clusters,
+            np.array([part.silhouettes_C[place] for part in parts]),
+            np.array([part.gaps_C[place] for part in parts]),
+            recurring_share(labels_CSn[place], num_clusters),
+        )
+        for place, num_clusters in enumerate(numbers)
+    ]
+    return choose(curve, lambda coarse, fine: kept_share(labels_CSn[coarse], labels_CSn[fine]))
 
 
 def _part_size(num_images: int) -> int:

@@ -23,7 +23,7 @@ def run(config: Config, context: StageContext) -> dict[str, Any]:
 
     Returns:
         num_clusters, num_clusters_range (fewest and most that are as good), choice (in words), num_tried, num_images
-        (in the sample), and silhouette and gap of the chosen number (means over the parts).
+        (in the sample), and silhouette, gap and recurring share of the chosen number (means over the parts).
 
     Raises:
         InputError: fewer images than clusters to choose from.
@@ -67,4 +67,9 @@ def _measure(part: int, embed: Artifact, config: Config, numbers: Sequence[int],
 
 
 def _read(record: PartRecord) -> PartMeasures:
-    return PartMeasures(**{name: np.array(values, dtype=np.float64) for name, values in record.metrics.items()})
+    read = record.metrics
+    return PartMeasures(
+        np.array(read["silhouettes_C"], np.float64),
+        np.array(read["gaps_C"], np.float64),
+        np.array(read["labels_Cn"], np.int32),
+    )

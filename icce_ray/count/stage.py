@@ -18,7 +18,7 @@ def settings_of(config: ClusteringConfig) -> dict[str, Any]:
 CLUSTER_COUNT = Stage(
     "cluster_count",
     "icce_ray.count.job",
-    5,
+    6,
     ("embed", "sample"),
     settings_of,
     "parts of the sample",

@@ -22,6 +22,7 @@ COUNT_METRICS = (
     ("score", "Score"),
     ("silhouette", "Silhouette"),
     ("gap", "Gap of the eigenvalues"),
+    ("recurring", "Share of clusters that recur"),
 )
 """Columns of by_count.parquet and their names."""
 

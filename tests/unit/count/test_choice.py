@@ -10,12 +10,23 @@ from icce_ray.count.choice import Choice, Measured, choose
 NOISE = np.array([-0.01, 0.0, 0.01])
 
 
-def measured(number: int, silhouette: float, gap: float, noise: float = 1.0) -> Measured:
-    return Measured(number, silhouette + noise * NOISE, gap + 0 * NOISE)
+def measured(number: int, silhouette: float, gap: float, noise: float = 1.0, recurring: float = 0.0) -> Measured:
+    return Measured(number, silhouette + noise * NOISE, gap + 0 * NOISE, recurring + 10 * NOISE)
 
 
-def curve(values: dict[int, tuple[float, float]], noise: float = 0.0) -> Choice:
-    return choose([measured(number, *both, noise) for number, both in sorted(values.items())])
+def curve(
+    values: dict[int, tuple[float, float]],
+    noise: float = 0.0,
+    recurring: dict[int, float] | None = None,
+    kept: dict[tuple[int, int], float] | None = None,
+) -> Choice:
+    """The choice from silhouettes and gaps. `recurring`: shares of clusters by number. `kept`: shares of images from
+    one number to another. Others are 0."""
+    shares, numbers = recurring or {}, sorted(values)
+    return choose(
+        [measured(number, *values[number], noise, shares.get(number, 0.0)) for number in numbers],
+        lambda coarse, fine: (kept or {}).get((numbers[coarse], numbers[fine]), 0.0),
+    )
 
 
 def test_a_range_of_one_number_is_that_number() -> None:
@@ -41,6 +52,38 @@ def test_two_clusters_need_a_clear_gap_or_a_range_without_finer_numbers(gap, sil
     values = {2: (1.0, gap), 5: (silhouette, 0.01), 6: (silhouette - 0.01, 0.01), 30: (0.0, 0.0)}
     choice = curve(values, noise=1.0)
     assert (choice.low, choice.num_clusters, choice.high) == expected
+
+
+@pytest.mark.parametrize(
+    ("recurring", "kept", "expected"),
+    [
+        ({5: 1.0, 12: 0.9}, {(3, 5): 1.0, (3, 12): 0.9}, (3, 12, 12)),  # the largest, however low its silhouette
+        ({5: 0.9, 12: 0.89}, {(3, 5): 1.0, (3, 12): 1.0}, (3, 5, 5)),
+        ({5: 1.0, 12: 1.0}, {(3, 5): 0.9, (3, 12): 0.89, (5, 12): 1.0}, (3, 5, 5)),  # large clusters are split
+        ({2: 1.0}, {(3, 2): 1.0}, (3, 3, 4)),
+        ({4: 1.0}, {(3, 4): 1.0}, (3, 4, 4)),
+    ],
+)
+def test_a_number_beyond_the_range_whose_clusters_recur_is_chosen_if_it_splits_small_groups_off(
+    recurring, kept, expected
+) -> None:
+    values = {2: (0.1, 0.0), 3: (0.5, 0.3), 4: (0.49, 0.0), 5: (0.2, 0.0), 6: (0.1, 0.0), 12: (0.0, 0.0)}
+    choice = curve(values, noise=1.0, recurring=recurring, kept=kept)
+    assert (choice.low, choice.num_clusters, choice.high) == expected
+
+
+def test_within_the_range_small_groups_are_split_off_a_coarse_choice_only() -> None:
+    for chosen, expected in ((3, (3, 5, 6)), (4, (4, 4, 6))):
+        values = {2: (0.1, 0.0), chosen: (0.5, 0.3), 5: (0.49, 0.0), 6: (0.49, 0.0), 12: (0.1, 0.0), 20: (0.0, 0.0)}
+        choice = curve(values, noise=1.0, recurring={5: 1.0}, kept={(chosen, 5): 1.0})
+        assert (choice.low, choice.num_clusters, choice.high) == expected
+
+
+def test_small_groups_are_split_off_what_is_chosen_in_place_of_a_doubtful_two() -> None:
+    values = {2: (1.0, 0.02), 5: (0.97, 0.01), 6: (0.96, 0.01), 8: (0.0, 0.0), 30: (0.0, 0.0)}
+    assert curve(values, noise=1.0).num_clusters == 5
+    assert curve(values, noise=1.0, recurring={8: 1.0}, kept={(5, 8): 1.0}).num_clusters == 8
+    assert curve(values, noise=1.0, recurring={8: 1.0}, kept={(2, 8): 1.0}).num_clusters == 5
 
 
 def test_the_range_goes_as_far_as_the_images_leave_it_open() -> None:
@@ -84,6 +127,8 @@ def test_the_tables_hold_means_and_intervals_and_mark_the_choice() -> None:
     assert rows[8]["silhouette_std"] == pytest.approx(0.01)
     assert rows[8]["silhouette_high"] - rows[8]["silhouette"] == pytest.approx(2 * 0.01 / 3**0.5)
     assert rows[8]["score"] == pytest.approx(1.0)
+    assert rows[8]["recurring"] == pytest.approx(0.0)
+    assert rows[8]["recurring_std"] == pytest.approx(0.1)
     seeds = choice.by_seed().to_pylist()
     assert len(seeds) == 9
     assert seeds[0]["silhouette"] == pytest.approx(0.09)

@@ -18,11 +18,11 @@ from icce_ray.errors import InputError
 from icce_ray.runtime.progress import Progress
 
 
-def gaussians(sizes: list[int], seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """(features of 16 dimensions, labels)."""
+def gaussians(sizes: list[int], seed: int = 0, spread: float = 1.5) -> tuple[np.ndarray, np.ndarray]:
+    """(features of 16 dimensions, labels). `spread`: deviation of the centres; that of the images about them is 1."""
     generator = np.random.default_rng(seed)
     labels = np.repeat(np.arange(len(sizes)), sizes)
-    centres = generator.normal(size=(len(sizes), 16)) * 1.5
+    centres = generator.normal(size=(len(sizes), 16)) * spread
     return (centres[labels] + generator.normal(size=(len(labels), 16))).astype(np.float32), labels
 
 
@@ -51,9 +51,13 @@ def test_a_part_of_a_bounded_sample_is_measured_with_all_numbers() -> None:
         measure_part(features, asked, [2, 3, 4], True, 0, part)
         for part, asked in ((0, asked), (1, asked), (0, ClusterCountConfig()))
     )
-    np.testing.assert_array_equal(made, again)
-    assert not np.array_equal(made, other)
-    assert not np.array_equal(made, whole)
+    for first, second in zip(made, again, strict=True):
+        np.testing.assert_array_equal(first, second)
+    for left_out in made.labels_Cn:
+        assert (left_out < 0).sum() == 15
+    assert [row.max() for row in made.labels_Cn] == [1, 2, 3]
+    assert not np.array_equal(made.silhouettes_C, other.silhouettes_C)
+    assert not np.array_equal(made.silhouettes_C, whole.silhouettes_C)
     # More clusters than eigenvalues after them, or as many as images, have no measure.
     ends = measure_part(features[::20], ClusterCountConfig(min_clusters=8, max_clusters=9), [8, 9], True, 0, 0)
     assert np.isnan(ends.gaps_C).tolist() == [False, True]
@@ -86,3 +90,17 @@ def test_equal_and_unequal_groups_are_counted(sizes: list[int]) -> None:
     choice = count_clusters(features, asked, center=True, seed=0, progress=Progress("count", quiet=True))
     assert choice.num_clusters == len(sizes)
     assert choice.low <= len(sizes) <= choice.high
+
+
+def test_overlapping_groups_of_a_dozen_are_counted_beside_large_ones() -> None:
+    features, _ = gaussians([200, 200, 12, 12], seed=2, spread=1.1)
+    asked = ClusterCountConfig(num_seeds=3, max_clusters=10)
+    choice = count_clusters(features, asked, center=True, seed=0, progress=Progress("count", quiet=True))
+    assert (choice.low, choice.num_clusters, choice.high) == (2, 4, 4)
+
+
+def test_no_clusters_of_a_single_gaussian_recur() -> None:
+    features, _ = gaussians([300])
+    asked = ClusterCountConfig(num_seeds=3, min_clusters=3, max_clusters=12)
+    choice = count_clusters(features, asked, center=True, seed=0, progress=Progress("count", quiet=True))
+    assert max(point.recurring.mean() for point in choice.curve) < 0.5

@@ -256,8 +256,8 @@ def test_a_chosen_number_of_clusters_is_explained_with_its_curves(planted_run: A
     points = []
     for number, height in ((2, 0.1), (4, 0.9), (8, 0.3)):
         values = np.array([height, height + 0.05])
-        points.append(Measured(number, values, values / 2))
-    choice = choose(points)
+        points.append(Measured(number, values, values / 2, values / 3))
+    choice = choose(points, lambda coarse, fine: 0.0)
     writer = ArtifactWriter(Folder.at(tmp_path / "cluster_count"))
     writer.write_table("by_count.parquet", choice.by_count())
     metrics = {"choice": choice.sentence()}
@@ -267,7 +267,7 @@ def test_a_chosen_number_of_clusters_is_explained_with_its_curves(planted_run: A
     core = Page(tmp_path / "report").core
     assert core["choice"].startswith("4 clusters were chosen, tried 2 to 8")
     plots = {plot["heading"]: plot for plot in core["plots"]}
-    for heading in ("Score", "Silhouette", "Gap of the eigenvalues"):
+    for heading in ("Score", "Silhouette", "Gap of the eigenvalues", "Share of clusters that recur"):
         assert plots[heading]["marks"] == [{"x": 4, "text": "chosen: 4"}]
         (line,) = plots[heading]["series"]
         assert line["x"] == [2, 4, 8]
