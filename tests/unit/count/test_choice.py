@@ -57,7 +57,11 @@ def test_two_clusters_need_a_clear_gap_or_a_range_without_finer_numbers(gap, sil
 @pytest.mark.parametrize(
     ("recurring", "kept", "expected"),
     [
-        ({5: 1.0, 12: 0.9}, {(3, 5): 1.0, (3, 12): 0.9}, (3, 12, 12)),  # the largest, however low its silhouette
+        (
+            {5: 1.0, 12: 0.9},
+            {(3, 5): 1.0, (3, 12): 0.9, (12, 5): 1.0},
+            (3, 12, 12),
+        ),  # the largest, however low its silhouette
         ({5: 0.9, 12: 0.89}, {(3, 5): 1.0, (3, 12): 1.0}, (3, 5, 5)),
         ({5: 1.0, 12: 1.0}, {(3, 5): 0.9, (3, 12): 0.89, (5, 12): 1.0}, (3, 5, 5)),  # large clusters are split
         ({2: 1.0}, {(3, 2): 1.0}, (3, 3, 4)),

@@ -16,7 +16,7 @@ def labelled(*sizes: int) -> np.ndarray:
 def test_a_cluster_recurs_whatever_its_size_and_number() -> None:
     # The large group is cut at 50, 20 and 80 of 100 images; the groups of 10 and 5 come again under other numbers.
     parts = [labelled(50, 50, 10, 5), labelled(20, 80, 10, 5), labelled(80, 20, 10, 5)]
-    parts[1] = np.array([3, 2, 1, 0], np.int32)[parts[1]]
+    parts[1] = np.array([1, 2, 3, 0], np.int32)[parts[1]]
     np.testing.assert_array_equal(recurring_share(parts, 4), [0.5, 0.5, 0.5])
 
 
@@ -27,9 +27,9 @@ def test_clusters_are_the_same_from_three_quarters_on(shared: int, expected: flo
 
 
 def test_one_part_of_many_may_miss_a_cluster_and_half_of_them_may_not() -> None:
-    whole, mixed = labelled(20, 20), np.tile(np.array([0, 1], np.int32), 20)
-    assert recurring_share([whole] * 4 + [mixed], 2).tolist() == [1, 1, 1, 1, 0]
-    assert recurring_share([whole] * 3 + [mixed] * 2, 2)[0] == 0
+    whole, mixed = labelled(20, 20), np.tile(np.arange(4, dtype=np.int32), 10)
+    assert recurring_share([whole] * 3 + [mixed], 4).tolist() == [0.5, 0.5, 0.5, 0]
+    assert recurring_share([whole] * 2 + [mixed] * 2, 4).tolist() == [0, 0, 0, 0]
 
 
 def test_only_images_of_both_parts_are_compared() -> None:
