@@ -67,6 +67,21 @@ def test_moves_that_lower_the_anmi_together_are_taken_back(planted, monkeypatch)
     np.testing.assert_array_equal(refined_N, labels_N)
 
 
+def test_of_moves_that_lower_the_anmi_together_the_half_with_the_higher_gains_is_tried(planted, monkeypatch):
+    labels_N, matrix = planted([50, 50], 5, 0.0)
+    heads = encode_heads(matrix)
+    spoilt = np.array([3, 8, 40, 55, 91])
+    harmful = np.array([0, 20, 44, 60, 77, 99])
+    start_N = labels_N.astype(np.int32)
+    start_N[spoilt] = 1 - start_N[spoilt]
+    gain_N = np.zeros(100)
+    gain_N[spoilt], gain_N[harmful] = 0.2, 0.1
+    monkeypatch.setattr(refinement, "_best_moves", lambda *_: (1 - start_N, gain_N))
+    refined_N, value = refine(start_N, heads, 2, max_passes=1)
+    np.testing.assert_array_equal(refined_N, labels_N)
+    assert value == pytest.approx(1.0)
+
+
 def test_a_cluster_keeps_its_images_when_all_of_them_would_leave():
     heads = encode_heads([[0, 0, 0, 0, 1, 1, 1, 1]])
     start_N = np.array([0, 0, 0, 2, 1, 1, 1, 1])

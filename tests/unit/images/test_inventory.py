@@ -120,6 +120,15 @@ def test_what_is_no_inventory_is_refused_with_the_reason(opened: list[str], tmp_
             list_images._list(config, Progress("images", quiet=True))
 
 
+def test_an_inventory_without_a_column_of_keys_is_refused(opened: list[str], tmp_path: Path) -> None:
+    schema = "Bucket, Name, VersionId, IsLatest, IsDeleteMarker, Size, LastModifiedDate, ETag"
+    config = write_inventory(tmp_path, "CSV", fileSchema=schema)
+    with pytest.raises(
+        InputError, match=r"0\.csv\.gz, which .*manifest\.json names, cannot be read: it has no column of"
+    ):
+        list_images._list(config, Progress("images", quiet=True))
+
+
 def test_a_data_file_that_cannot_be_read_is_one_message(opened: list[str], tmp_path: Path) -> None:
     config = write_inventory(tmp_path, "Parquet")
     (tmp_path / "lists/photos/daily/data/1.parquet").write_bytes(b"PAR1 no PAR1")

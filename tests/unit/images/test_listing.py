@@ -15,12 +15,12 @@ import pytest
 from icce_ray.config import Config
 from icce_ray.errors import InputError
 from icce_ray.images import image_files, list_images
-from icce_ray.images.listing import SCHEMA, Listing
+from icce_ray.images.listing import SCHEMA, Listing, has_ids_of
 from icce_ray.images.read_images import read_image
 from icce_ray.pipeline import run as pipeline
 from icce_ray.pipeline.plan import plan
 from icce_ray.runtime.progress import Progress
-from icce_ray.store import Artifact
+from icce_ray.store import Artifact, ArtifactWriter, Folder
 
 Listed = Callable[[Config], pa.Table]
 
@@ -363,3 +363,15 @@ def test_a_listing_is_cut_into_parts_and_read_across_them(tmp_path: Path, monkey
     assert [Path(row.uri).stem for row in rows] == [f"{number:02d}" for number in range(2, 10)]
     assert Path(listing.uri(8)).stem == "08"
     assert listing.rows(12, 20) == []
+
+
+def test_ids_mean_the_same_images_in_a_listing_and_in_those_that_continue_it(tmp_path: Path) -> None:
+    def listing(name: str, *continues: str) -> Artifact:
+        return ArtifactWriter(Folder.at(tmp_path / name)).commit(
+            stage="images", fingerprint=name, inputs={}, config={}, metrics={"continues": list(continues)}, seconds=0.0
+        )
+
+    first, second, third = listing("first"), listing("second", "first"), listing("third", "first", "second")
+    assert [has_ids_of(third, earlier) for earlier in (first, second, third)] == [True, True, True]
+    assert [has_ids_of(later, listing("other")) for later in (first, second, third)] == [False, False, False]
+    assert not has_ids_of(first, second)

@@ -17,7 +17,7 @@ from icce_ray.classifier.linear import DESCRIPTION_NAME, MODEL_NAME
 from icce_ray.classifier.self_training import fit_classifier
 from icce_ray.config import ClassifierConfig
 from icce_ray.errors import InputError
-from icce_ray.pipeline.latest import publish
+from icce_ray.pipeline.latest import add_new_images, publish
 from icce_ray.store import Artifact, ArtifactWriter, Folder
 
 FEATURES = np.random.default_rng(0).normal(size=(40, 4)).astype(np.float32)
@@ -103,6 +103,32 @@ def test_parts_open_as_one_table(output: Path) -> None:
     assert pq.read_table(output / "latest" / "assignments.parquet").num_rows == 9
     publish_run(output, "one")
     assert pq.read_table(output / "latest" / "assignments.parquet").num_rows == 3
+
+
+def label_new(output: Path, model: str, name: str) -> Artifact:
+    """Images 3 and 4, in a listing of their own, labelled by a model."""
+    folder = Folder.at(output) / "assign" / name
+    if (finished := Artifact.find(folder)) is not None:
+        return finished
+    writer = ArtifactWriter(folder)
+    writer.write_table("assignments/part-00000.parquet", pa.table({"image_id": [3, 4], "cluster": [1, 1]}))
+    inputs = {"classifier": f"{model}.1", "embed": "e", "images": f"listing-of-{name}"}
+    return writer.commit(stage="assign", fingerprint=name, inputs=inputs, config={}, metrics={}, seconds=0.0)
+
+
+def test_new_images_join_those_of_the_latest_run_if_its_model_labelled_them(output: Path) -> None:
+    assert add_new_images(str(output), label_new(output, "one", "early")) is None  # there is no latest run
+    publish_run(output, "one")
+    place = output / "latest" / "all_images"
+    assert add_new_images(str(output), label_new(output, "another", "other")) is None
+    assert sorted(pq.read_table(place)["image_id"].to_pylist()) == [0, 1, 2]
+    for _ in range(2):  # done again, it changes nothing
+        assert add_new_images(str(output), label_new(output, "one", "new")) == str(place)
+        rows = pq.read_table(place).sort_by("image_id").to_pydict()
+        assert rows["image_id"] == [0, 1, 2, 3, 4]
+        assert rows["source"] == ["one"] * 3 + ["listing-of-new"] * 2
+        assert rows["model"] == ["none"] * 3 + ["one.1"] * 2
+    assert shown(output) == expected("one")
 
 
 def test_an_output_that_was_moved_still_opens(tmp_path: Path) -> None:

@@ -105,6 +105,20 @@ def test_every_image_has_its_row_and_its_picture(planted_run: Any, written: tupl
             assert np.abs(page.thumbnail(row).astype(int) - picture).mean() < 12
 
 
+def test_without_true_labels_the_page_offers_none(planted_run: Any, tmp_path: Path) -> None:
+    writer = ArtifactWriter(Folder.at(tmp_path / "evaluate"))
+    writer.write_bytes("metrics.json", planted_run.inputs["evaluate"].read_bytes("metrics.json"))
+    evaluate = writer.commit(
+        stage="evaluate", fingerprint="unlabelled", inputs={}, config={}, metrics={"generalization": 0.9}, seconds=1.0
+    )
+    unlabelled = replace(planted_run, inputs=planted_run.inputs | {"evaluate": evaluate})
+    run(unlabelled.config, unlabelled.context(tmp_path / "report"))
+    page = Page(tmp_path / "report")
+    assert "label" not in page.columns
+    assert page.core["images"]["labels"] == []
+    assert page.core["scores"]["true"] == []
+
+
 def test_images_are_in_the_order_of_clusters_and_exemplars_come_first(
     planted_run: Any, written: tuple[Page, Path]
 ) -> None:

@@ -1,18 +1,23 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import pickle
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.fs as pafs
 import pytest
 
+from icce_ray.config import StorageConfig
 from icce_ray.errors import InputError, WorkerError
-from icce_ray.store import ArtifactWriter, Claim, Folder
+from icce_ray.store import ArtifactWriter, Claim, Folder, claim, s3
 from icce_ray.store.claim import CLAIM_NAME
 
 HOLD = """
@@ -99,3 +104,71 @@ def test_a_file_is_created_only_where_there_is_none(
         folder.create_bytes("a", b"second")
     assert folder.read_bytes("a") == b"first"
     assert folder.names() == ["a"]
+
+
+class Bucket:
+    """The client of a store with conditional puts."""
+
+    def __init__(self) -> None:
+        self.objects: dict[str, bytes] = {}
+
+    def put_object(self, Bucket: str, Key: str, Body: bytes, **condition: str) -> dict[str, str]:
+        tag = str(self.objects.get(Key))
+        if condition != ({"IfMatch": tag} if Key in self.objects else {"IfNoneMatch": "*"}):
+            raise FileExistsError(Key)
+        self.objects[Key] = Body
+        return {"ETag": str(Body)}
+
+    def get_object(self, Bucket: str, Key: str) -> dict[str, Any]:
+        if Key not in self.objects:
+            raise FileNotFoundError(Key)
+        return {"Body": io.BytesIO(self.objects[Key]), "ETag": str(self.objects[Key])}
+
+    def delete_object(self, Bucket: str, Key: str) -> None:
+        del self.objects[Key]
+
+
+@pytest.fixture
+def bucket(monkeypatch: pytest.MonkeyPatch) -> Bucket:
+    found = Bucket()
+    monkeypatch.setattr(s3, "client", lambda options, **_: found)
+    monkeypatch.setattr(claim, "RENEW_S", 0.001)
+    return found
+
+
+@pytest.fixture
+def in_bucket(tmp_path: Path) -> Folder:
+    filesystem = pafs.SubTreeFileSystem(str(tmp_path), pafs.LocalFileSystem())
+    return Folder(filesystem, "bucket/x", "s3://bucket/x", StorageConfig())
+
+
+def lose(held: Claim, bucket: Bucket) -> None:
+    """Another job takes the claim over, and its holder finds out."""
+    bucket.objects = dict.fromkeys(bucket.objects, b"of another job")
+    assert held._renewer is not None
+    held._renewer.join(timeout=60)
+    assert not held._renewer.is_alive()
+
+
+def test_a_claim_in_a_bucket_is_renewed_and_removed_at_the_end(bucket: Bucket, in_bucket: Folder) -> None:
+    with Claim(in_bucket) as held:
+        before = dict(bucket.objects)
+        while bucket.objects == before:
+            time.sleep(0.001)
+        held.confirm()
+    assert bucket.objects == {}
+
+
+@pytest.mark.parametrize(("own_error", "raised"), [(None, WorkerError), (ZeroDivisionError, ZeroDivisionError)])
+def test_a_claim_that_was_lost_is_told_unless_the_work_failed_by_itself_and_the_others_stays(
+    bucket: Bucket, in_bucket: Folder, own_error: type[Exception] | None, raised: type[Exception]
+) -> None:
+    def work() -> None:  # not in the main thread, which would be interrupted
+        with Claim(in_bucket) as held:
+            lose(held, bucket)
+            if own_error is not None:
+                raise own_error
+
+    with ThreadPoolExecutor(1) as threads, pytest.raises(raised, match=None if own_error else "another job took"):
+        threads.submit(work).result()
+    assert list(bucket.objects.values()) == [b"of another job"]

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 
 from icce_ray.config import HeadsConfig, NeighborsConfig
 from icce_ray.methods.clusterings import Clusterings
+from icce_ray.methods.heads import balance
 from icce_ray.methods.heads.balance import has_too_many_empty, move_balance, renew_prototypes
 from icce_ray.methods.heads.fit import fit
 from icce_ray.methods.heads.model import forward
@@ -14,7 +17,7 @@ from icce_ray.metrics.size_agreement import size_agreement
 from icce_ray.metrics.true_label_scores import adjusted_rand_index
 from icce_ray.neighbors.graph import build_graph
 
-from .workers import small_settings
+from .workers import make_trainer, small_settings
 
 
 def test_a_head_may_have_half_of_few_clusters_empty_and_a_twentieth_of_many() -> None:
@@ -104,9 +107,9 @@ def test_many_clusters_of_weak_features_are_used() -> None:
     """Without balance, all heads collapse."""
     features, _ = planted([10] * 100, 24, 0.7)
     used = {}
-    for balance in (0.0, "auto"):
-        labels_HN = train(features, 100, num_heads=1, num_epochs=20, batch_size=256, balance=balance).labels_HN
-        used[balance] = len(np.unique(labels_HN))
+    for setting in (0.0, "auto"):
+        labels_HN = train(features, 100, num_heads=1, num_epochs=20, batch_size=256, balance=setting).labels_HN
+        used[setting] = len(np.unique(labels_HN))
     assert used["auto"] >= 90
     assert used[0.0] < 50
 
@@ -114,9 +117,9 @@ def test_many_clusters_of_weak_features_are_used() -> None:
 def test_unequal_groups_are_found() -> None:
     features, labels = planted([260, 80, 30, 12], 16, 1.2)
     scores = {}
-    for balance in (1.0, "auto"):
-        trained = train(features, 4, num_heads=2, num_epochs=30, balance=balance)
-        scores[balance] = np.mean([adjusted_rand_index(labels, head) for head in trained.labels_HN])
+    for setting in (1.0, "auto"):
+        trained = train(features, 4, num_heads=2, num_epochs=30, balance=setting)
+        scores[setting] = np.mean([adjusted_rand_index(labels, head) for head in trained.labels_HN])
     assert scores["auto"] > scores[1.0] + 0.3
     assert trained.history[-1]["balance"] == 0.0
 
@@ -128,6 +131,33 @@ def test_heads_that_disagree_about_sizes_are_balanced_again() -> None:
     compared = [epoch["epoch"] for epoch in history if epoch["size_agreement"] is not None]
     assert compared == [12]
     assert [round(epoch["balance"], 2) for epoch in history[3:]] == [0.0] * 9 + [0.2, 0.4, 0.6, 0.8] + [1.0] * 4
+
+
+def balanced(graph_of: Any, *, epoch: int, size_agreement: float | None) -> tuple[list[float], list[bool]]:
+    """The balance of three heads after an epoch (from 0) of 20, and which of them have new prototypes. Before it, they
+    have no empty cluster and no balance, one empty cluster and no balance, and no empty cluster and a little balance.
+    The agreement about sizes is that of epoch 12."""
+    trainer = make_trainer(graph_of, small_settings(num_epochs=20, balance="auto"))
+    trainer.epoch = epoch
+    trainer.history = [{"size_agreement": size_agreement if number == 12 else None} for number in range(1, epoch + 1)]
+    trainer.state.balance_H.copy_(torch.tensor([0.0, 0.0, 0.1]))
+    trainer.watch.sizes_HK.copy_(torch.tensor([[50, 50, 50, 50], [0, 100, 50, 50], [20, 80, 50, 50]]))
+    before_HKP = trainer.state.teacher.prototypes_HKP.clone()
+    trainer._find_balance()
+    renewed_H = (trainer.state.teacher.prototypes_HKP != before_HKP).any(dim=-1).any(dim=-1)
+    return [round(balance, 6) for balance in trainer.state.balance_H.tolist()], renewed_H.tolist()
+
+
+def test_after_the_comparison_heads_that_lost_clusters_or_have_some_balance_get_more_if_sizes_disagree(planted) -> None:
+    rest, raised = [0.0, 0.0, 0.1], [0.0, 0.2, 0.3]
+    for epoch, agreement, expected in ((11, None, rest), (12, 0.0, raised), (15, 0.0, raised), (12, 1.0, rest)):
+        assert balanced(planted, epoch=epoch, size_agreement=agreement) == (expected, [False] * 3), epoch
+
+
+def test_prototypes_are_not_renewed_in_the_last_part_of_the_training(planted, monkeypatch) -> None:
+    monkeypatch.setattr(balance, "MAX_NUM_EMPTY", 0)
+    for epoch, renews in ((0, True), (13, True), (14, False), (19, False)):
+        assert balanced(planted, epoch=epoch, size_agreement=1.0)[1] == [False, renews, False], epoch
 
 
 def test_the_balance_is_found_where_there_is_one() -> None:

@@ -9,7 +9,7 @@ import torch
 
 from icce_ray.methods.clusterings import Clusterings
 from icce_ray.methods.heads.checkpoint import CheckpointFolder
-from icce_ray.methods.heads.fit import find_collapsed_heads, fit, stage_metrics
+from icce_ray.methods.heads.fit import _is_finished, find_collapsed_heads, fit, stage_metrics
 from icce_ray.methods.heads.model import HeadParameters, head_cosines
 from icce_ray.metrics.true_label_scores import clustering_accuracy
 from icce_ray.store import Folder
@@ -86,6 +86,19 @@ def test_training_stops_when_the_labels_rest_and_says_so(planted) -> None:
     changes = [epoch["label_change"] for epoch in stopped.history]
     assert max(changes[-3:]) < 0.02
     assert all(max(changes[stop - 3 : stop]) >= 0.02 for stop in range(4, len(changes)))
+
+
+def test_labels_rest_if_few_changed_in_each_of_three_epochs(planted) -> None:
+    trainer = make_trainer(planted, small_settings(num_epochs=60, early_stop_change=0.02))
+    cases = [
+        ([0.01, 0.01], False), ([None, 0.01, 0.01], False), ([0.5, 0.01, 0.01], False), ([0.01, 0.02, 0.01], False),
+        ([0.5, 0.01, 0.01, 0.01], True), ([0.01, 0.01, 0.5], False),
+    ]  # fmt: skip
+    for changes, rest in cases:
+        trainer.history = [{"label_change": change} for change in changes]
+        assert _is_finished(trainer) == rest, changes
+    trainer.settings = small_settings(num_epochs=60)
+    assert not _is_finished(trainer)
 
 
 @pytest.mark.parametrize(
