@@ -35,7 +35,11 @@ def test_an_estimate_embeds_a_sample_and_leaves_only_the_listing(
     stages = {stage["stage"]: stage for stage in found["stages"]}
     assert list(stages)[:3] == ["images", "embed", "sample"]
     assert {"neighbors", "method", "consensus", "classifier", "assign", "report"} <= set(stages)
-    assert all(stage["seconds"] >= 0 and stage["memory_bytes"] > 0 for stage in stages.values())
+    assert min(stage["seconds"] for stage in stages.values()) > 0
+    assert stages["embed"]["seconds"] > 90 / found["images_per_s"]
+    assert stages["embed"]["disk_bytes"] == pytest.approx(90 * 3 * 8 * 8 * 2, rel=0.1)
+    memory = {name: stage["memory_bytes"] for name, stage in stages.items()}
+    assert memory["images"] < memory["embed"] < memory["assign"] < min(memory["method"], memory["neighbors"])
     assert found["seconds"] == pytest.approx(sum(stage["seconds"] for stage in stages.values()))
     assert said.startswith("40 of 90 images embedded, 0 failed")
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["images"]

@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from sklearn.metrics import normalized_mutual_info_score
 
 from icce_ray.config import Config, load_config
 from icce_ray.pipeline.plan import plan, run_name, stages_of
@@ -135,7 +136,14 @@ def assert_is_one_message(said: str, message: str) -> None:
 def test_a_run_finds_the_clusters_and_says_what_it_made(finished: tuple[Path, dict[str, Any], str]) -> None:
     folder, result, said = finished
     assert (result["num_images"], result["num_errors"], result["num_clusters"]) == (NUM_IMAGES + 3, 3, NUM_CLASSES)
-    assert 0 < result["anmi"] <= 1
+    steps = {step.name: step.artifact for step in plan(load_config(folder / "run.yaml"))}
+    method, consensus = steps["method"], steps["consensus"]
+    assert method is not None
+    assert consensus is not None
+    labels, matrix = consensus.read_array("labels.npy"), method.read_array("label_matrix.npy")
+    assert result["anmi"] == pytest.approx(
+        np.mean([normalized_mutual_info_score(labels, head, average_method="geometric") for head in matrix])
+    )
     assert {"acc", "nmi", "ari"} <= result["metrics"].keys()
     assert result["metrics"]["acc"] > 0.9
     assert list(result["seconds"]) == STAGE_NAMES
