@@ -28,6 +28,7 @@ from PIL import Image
 
 from icce_ray.config import Config
 from icce_ray.embed.feature_matrix import load_features
+from icce_ray.methods.clusterings import read_losses
 from icce_ray.pipeline.plan import PlannedStage, plan, run_name
 from icce_ray.pipeline.status import find_status
 from icce_ray.store import Folder
@@ -50,6 +51,7 @@ SETTINGS: dict[str, Any] = {
     "num_clusters": NUM_CLUSTERS,
     "images": {"uri": "s3://photos/"},
     "embed": {"backbone": "pixels", "image_size": 8},
+    "sample": {"max_images": 200},
     "neighbors": {"min_neighbors": 10, "max_neighbors": 60},
     "heads": {
         "num_heads": 4,
@@ -76,13 +78,7 @@ RUN_TIMEOUT_S = 420.0
 
 def main(isolated: bool) -> None:
     with Hosts(isolated) as hosts, moto_server(hosts.own_address) as endpoint:
-        hosts.environment |= {
-            "AWS_ENDPOINT_URL": endpoint,
-            "AWS_ACCESS_KEY_ID": ACCESS_KEY,
-            "AWS_SECRET_ACCESS_KEY": SECRET_KEY,
-            "AWS_REGION": "us-east-1",
-            "AWS_EC2_METADATA_DISABLED": "true",
-        }
+        hosts.environment |= {"AWS_EC2_METADATA_DISABLED": "true"}
         hosts.start("head", num_cpus=0, options=["--no-monitor"])  # nothing grows here
         for number in range(NUM_HOSTS):
             hosts.start(f"host-{number}", num_cpus=1)
@@ -118,8 +114,10 @@ class Run:
     def __init__(self, hosts: Hosts, endpoint: str) -> None:
         self.hosts = hosts
         self.workers = Workers(hosts)
+        # In the config, from which the workers of every stage get them.
         storage = {"endpoint": endpoint, "access_key": ACCESS_KEY, "secret_key": SECRET_KEY}
-        self.config = Config.model_validate(SETTINGS | {"output": "s3://results/disturbed", "storage": storage})
+        self.settings = SETTINGS | {"output": "s3://results/disturbed", "storage": storage}
+        self.config = Config.model_validate(self.settings)
         self.storage = client(endpoint)
         self.worked: set[tuple[str, str]] = set()
         self.kills: list[dict[str, Any]] = []
@@ -130,8 +128,7 @@ class Run:
     def finish(self) -> None:
         """Run it to its end, and disturb it meanwhile."""
         head = self.hosts.head
-        settings = json.dumps(SETTINGS | {"output": self.config.output})
-        write = f"cat > run.yaml <<'END'\n{settings}\nEND\n"
+        write = f"cat > run.yaml <<'END'\n{json.dumps(self.settings)}\nEND\n"
         job = f"{sys.executable} -m icce_ray.run run.yaml --json"
         environment = head.environment | {"RAY_ADDRESS": f"{head.address}:{self.hosts.port}"}
         command = self.hosts.command_on(head, ["sh", "-c", f"{write}exec {job}"])
@@ -206,13 +203,20 @@ class Run:
     def seen(self) -> dict[str, Any]:
         root = Folder.at(self.config.output)
         report = self.result["report"].removeprefix(f"{self.config.output}/")
+        heads = next(step.artifact for step in plan(self.config) if step.name == "method")
+        assert heads is not None
+        contents = {name: root.read_bytes(name) for name in root.sizes()}
         return {
             "seconds": round(self.seconds, 1),
             "worked": sorted(self.worked),
             "kills": self.kills,
             "status_at_kills": self.told,
-            "report": root.read_bytes(report).decode(),
-            "left_behind": [name for name in root.sizes() if name.rpartition("/")[2].startswith(".")],
+            "report": contents[report].decode(),
+            "with_a_secret": [name for name, content in contents.items() if SECRET_KEY.encode() in content],
+            "num_workers": heads.metrics["num_workers"],
+            "history": heads.read_json("clusterings.json")["history"],
+            "epochs_told": [json.loads(line) for line in heads.folder.read_bytes("metrics.jsonl").splitlines()],
+            "left_behind": [name for name in contents if name.rpartition("/")[2].startswith(".")],
         } | made_by(self.config, self.result)
 
 
@@ -232,7 +236,8 @@ def made_by(config: Config, result: dict[str, Any]) -> dict[str, Any]:
     found = {name: hashlib.sha256(array.tobytes()).hexdigest() for name, array in arrays.items()}
     tables = [assign.read_table(name) for name in assign.part_names("assignments/")]
     rows = pa.concat_tables(tables).sort_by("image_id").to_pydict()
-    return found | {"anmi": result["anmi"], "names": [uri.rpartition("/")[2] for uri in rows.pop("uri")], "rows": rows}
+    found |= {"losses": read_losses(heads).tolist(), "anmi": result["anmi"]}
+    return found | {"names": [uri.rpartition("/")[2] for uri in rows.pop("uri")], "rows": rows}
 
 
 def is_at_work(what: str, stage: str) -> bool:

@@ -91,40 +91,13 @@ def content(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted((folder / "embed").glob("*.parquet"))}
 
 
-def test_the_stage_gives_what_a_plain_loop_over_the_files_gives(
+@pytest.mark.slow
+def test_several_backbones_in_one_pass_on_ray_give_what_plain_loops_and_passes_of_their_own_give(
     ray_cluster: None, photos: Path, tmp_path: Path
 ) -> None:
     bad = {"zero.jpg": b"", "text.png": b"not a picture", "cut.jpg": (photos / "001.jpg").read_bytes()[:200]}
     for name, data in bad.items():
         (photos / name).write_bytes(data)
-    config = config_for(photos, tmp_path, num_workers=2, **PIXELS)
-    artifact = run_stage(config, tmp_path / "run")
-
-    backbone, preprocessing = build(config), plan_backbone(config.embed).preprocessing
-    expected_ids, expected = [], []
-    for image_id, path in enumerate(sorted(photos.iterdir())):
-        pixels = decode_image(path.read_bytes(), preprocessing)
-        if isinstance(pixels, np.ndarray):
-            expected_ids.append(image_id)
-            expected.append(backbone.embed(pixels[None])[0])
-    features = load_features(artifact)
-    assert features.image_ids.tolist() == expected_ids
-    np.testing.assert_allclose(features.matrix, np.stack(expected), atol=2e-3)
-
-    errors = artifact.read_table("errors.parquet").to_pylist()
-    reasons = {Path(row["uri"]).name: row["reason"] for row in errors}
-    assert reasons == {"zero.jpg": "zero bytes", "text.png": "not an image", "cut.jpg": "truncated"}
-    assert artifact.metrics["num_images"] == 30
-    assert artifact.metrics["errors"] == {"zero bytes": 1, "not an image": 1, "truncated": 1}
-    assert artifact.metrics["dim"] == features.dim
-    assert artifact.part_names("part-") == [f"part-{index:05d}.parquet" for index in range(5)]
-
-
-@pytest.mark.slow
-def test_several_backbones_in_one_pass_on_ray_give_what_each_gives_alone_without(
-    ray_cluster: None, photos: Path, tmp_path: Path
-) -> None:
-    (photos / "zero.jpg").touch()
     shared = {"precision": "float32"}
     backbones = [
         {"backbone": "test_vit", "weights": "random", "image_size": 64, "features": "last4"},
@@ -136,15 +109,33 @@ def test_several_backbones_in_one_pass_on_ray_give_what_each_gives_alone_without
     names = ["test_vit:last4", "pixels"]
     assert feature_set_names(artifact) == artifact.metrics["feature_sets"] == names
     assert list(artifact.metrics["dims"]) == [256, 192]
-    for index, backbone in enumerate(backbones):
-        here = config_for(photos, tmp_path, num_workers=0, **backbone, **shared)
+    errors = artifact.read_table("errors.parquet").to_pylist()
+    reasons = {Path(row["uri"]).name: row["reason"] for row in errors}
+    assert reasons == {"zero.jpg": "zero bytes", "text.png": "not an image", "cut.jpg": "truncated"}
+    assert artifact.metrics["num_images"] == 30
+    assert artifact.metrics["errors"] == {"zero bytes": 1, "not an image": 1, "truncated": 1}
+    assert artifact.part_names("part-") == [f"part-{index:05d}.parquet" for index in range(5)]
+
+    for index, own in enumerate(backbones):
+        here = config_for(photos, tmp_path, num_workers=0, **own, **shared)
+        backbone, preprocessing = build(here), plan_backbone(here.embed).preprocessing
+        expected_ids, expected = [], []
+        for image_id, path in enumerate(sorted(photos.iterdir())):
+            pixels = decode_image(path.read_bytes(), preprocessing)
+            if isinstance(pixels, np.ndarray):
+                expected_ids.append(image_id)
+                expected.append(backbone.embed(pixels[None])[0])
+        together = load_features(artifact, index)
+        assert together.image_ids.tolist() == expected_ids
+        np.testing.assert_allclose(together.matrix, np.stack(expected), atol=2e-3)
         with without_ray():
             alone = run_stage(here, tmp_path / str(index))
-        expected, together = load_features(alone), load_features(artifact, index)
-        assert np.array_equal(together.matrix, expected.matrix)
-        assert together.image_ids.tolist() == expected.image_ids.tolist()
-        assert together.name == expected.name == names[index]
-        assert artifact.metrics["num_errors"] == alone.metrics["num_errors"] == 1
+        own_features = load_features(alone)
+        assert np.array_equal(together.matrix, own_features.matrix)
+        assert together.image_ids.tolist() == own_features.image_ids.tolist()
+        assert together.name == own_features.name == names[index]
+        assert alone.metrics["dim"] == artifact.metrics["dims"][index] == together.dim
+        assert artifact.metrics["num_errors"] == alone.metrics["num_errors"] == 3
 
 
 def test_a_run_takes_up_what_is_finished_and_redoes_the_rest_to_the_same_bytes(

@@ -1,4 +1,4 @@
-"""Training that is asked for what does not fit. When its workers die: test_oracle.py."""
+"""Training that is asked for what does not fit. When its workers die: test_many_nodes.py."""
 
 from __future__ import annotations
 

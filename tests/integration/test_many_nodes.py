@@ -60,6 +60,7 @@ def test_every_image_is_assigned_once_and_the_report_lies_in_the_bucket(disturbe
     assert set(rows["cluster"]) == set(range(NUM_CLUSTERS))
     assert "<html" in disturbed["report"]
     assert disturbed["left_behind"] == []
+    assert disturbed["with_a_secret"] == []
 
 
 def test_a_host_at_work_was_killed_in_each_stage(disturbed: dict[str, Any]) -> None:
@@ -78,6 +79,12 @@ def test_a_host_at_work_was_killed_in_each_stage(disturbed: dict[str, Any]) -> N
 
 def test_hosts_lost_in_every_stage_change_nothing(undisturbed: dict[str, Any], disturbed: dict[str, Any]) -> None:
     assert {name: disturbed[name] for name in undisturbed} == undisturbed
+
+
+def test_the_heads_were_trained_by_two_workers_and_no_epoch_is_told_twice(disturbed: dict[str, Any]) -> None:
+    assert disturbed["num_workers"] == NUM_HOSTS
+    assert [epoch["epoch"] for epoch in disturbed["history"]] == list(range(1, SETTINGS["heads"]["num_epochs"] + 1))
+    assert disturbed["epochs_told"] == disturbed["history"]
 
 
 def test_status_told_from_elsewhere_how_far_the_run_was(disturbed: dict[str, Any]) -> None:

@@ -79,10 +79,10 @@ def parts_of(artifact: Artifact) -> dict[str, bytes]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(ray_cluster: None, endpoint: str) -> Artifact:
-    """The embeddings as they should be, made on Ray. The other tests embed in one process."""
-    workers = {"num_workers": 1, "cpus_per_worker": 1.0}
-    return run_embed(config_for(endpoint, "s3://results/undisturbed", embed=workers))
+def undisturbed(endpoint: str) -> Artifact:
+    """The embeddings as they should be. All are made in one process: a bucket and Ray are in test_many_nodes.py."""
+    with without_ray():
+        return run_embed(config_for(endpoint, "s3://results/undisturbed"))
 
 
 @pytest.mark.slow

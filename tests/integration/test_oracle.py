@@ -1,12 +1,7 @@
-"""The distributed result equals the local one: the pipeline, on Ray and without, against the estimator."""
+"""The pipeline gives what the estimator gives. On Ray it gives what it gives in one process: test_many_nodes.py."""
 
 from __future__ import annotations
 
-import json
-import os
-import signal
-import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +10,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from icce_ray import ICCE, run_pipeline
-from icce_ray.config import Config, ResourcesConfig, SampleConfig
+from icce_ray.config import Config, SampleConfig
 from icce_ray.methods.clusterings import read_losses
 from icce_ray.sample.training_set import choose_rows
 from icce_ray.store import Artifact, Folder
-
-from .stages import run_until, without_ray, workers
 
 pytestmark = pytest.mark.slow
 
@@ -49,24 +42,24 @@ def features() -> np.ndarray:
     return rows
 
 
-def fit_estimator(features: np.ndarray, sections: dict[str, Any] = SECTIONS, **sample: object) -> ICCE:
-    heads = dict(sections["heads"])
+def fit_estimator(features: np.ndarray, **sample: object) -> ICCE:
+    heads = dict(SECTIONS["heads"])
     return ICCE(
         6,
         n_heads=heads.pop("num_heads"),
         epochs=heads.pop("num_epochs"),
         heads=heads,
         sample=sample,
-        neighbors=sections["neighbors"],
-        classifier=sections["classifier"],
+        neighbors=SECTIONS["neighbors"],
+        classifier=SECTIONS["classifier"],
         random_state=3,
     ).fit(features)
 
 
-def make_config(features: np.ndarray, folder: Path, sections: dict[str, Any] = SECTIONS, **sample: object) -> Config:
+def make_config(features: np.ndarray, folder: Path, **sample: object) -> Config:
     np.save(folder / "features.npy", features)
     return Config.model_validate(
-        sections
+        SECTIONS
         | {
             "embeddings": {"uri": str(folder / "features.npy")},
             "num_clusters": 6,
@@ -89,7 +82,7 @@ def run(config: Config, folder: Path) -> tuple[dict[str, Artifact], list[int]]:
     return artifacts, pq.read_table(result.assignments).sort_by("image_id")["cluster"].to_pylist()
 
 
-def test_the_pipeline_gives_the_labels_of_the_estimator_without_ray(features, tmp_path: Path) -> None:
+def test_the_pipeline_gives_the_labels_of_the_estimator(features, tmp_path: Path) -> None:
     artifacts, clusters = run(make_config(features, tmp_path), tmp_path)
     estimator = fit_estimator(features)
     assert artifacts["neighbors"].metrics["similarity_threshold"] == estimator.similarity_threshold_
@@ -100,59 +93,17 @@ def test_the_pipeline_gives_the_labels_of_the_estimator_without_ray(features, tm
     assert clusters[670:] == clusters[:30]
 
 
-class Killer(threading.Thread):
-    """Kills one of the workers as soon as there is a checkpoint."""
-
-    def __init__(self, output: Path) -> None:
-        super().__init__(daemon=True)
-        self.output = output
-        self.killed: int | None = None
-
-    def run(self) -> None:
-        deadline = time.monotonic() + 120
-        while time.monotonic() < deadline:
-            if any(self.output.glob("method/*/checkpoints/epoch-*.safetensors")):
-                pids = workers("RayTrainWorker")
-                if pids:
-                    os.kill(pids[-1], signal.SIGKILL)
-                    self.killed = pids[-1]
-                    return
-            time.sleep(0.01)
-
-
-def test_two_workers_of_which_one_is_killed_and_a_sample_give_the_labels_of_the_estimator(
-    ray_cluster, features, tmp_path: Path
-) -> None:
-    """With `max_images` both draw the same sample, train on it, and label the others by the classifier. The other
-    stages are on workers in tests of their own."""
-    sections = SECTIONS | {"heads": SECTIONS["heads"] | {"num_epochs": 200, "checkpoint_interval_s": 0.1}}
-    config = make_config(features, tmp_path, sections, max_images=400)
-    on_workers = ResourcesConfig.model_validate({"method": {"num_workers": 2, "cpus_per_worker": 1}})
-    with without_ray():
-        run_until("neighbors", config)
-    killer = Killer(tmp_path / "out")
-    killer.start()
-    run_until("method", config.model_copy(update={"resources": on_workers}))
-    killer.join()
-    with without_ray():
-        artifacts, clusters = run(config, tmp_path)
-    assert killer.killed is not None
-    assert killer.killed not in workers("RayTrainWorker")
-    estimator = fit_estimator(features, sections, max_images=400)
+def test_with_a_sample_the_pipeline_gives_the_labels_of_the_estimator(features, tmp_path: Path) -> None:
+    """With `max_images` both draw the same sample, train on it, and label the others by the classifier."""
+    artifacts, clusters = run(make_config(features, tmp_path, max_images=400), tmp_path)
+    estimator = fit_estimator(features, max_images=400)
     assert artifacts["neighbors"].metrics["similarity_threshold"] == estimator.similarity_threshold_
     training = choose_rows(features, SampleConfig(max_images=400), seed=3)
     assert training is not None
     took_part = training.image_ids_n
-    method = artifacts["method"]
-    labels = method.read_array("label_matrix.npy")
+    labels = artifacts["method"].read_array("label_matrix.npy")
     assert 370 < len(took_part) < 400
     assert labels.shape == (5, len(took_part))
     assert np.array_equal(labels, estimator.label_matrix_[:, took_part])
-    assert read_losses(method).tolist() == estimator.head_losses_.tolist()
+    assert read_losses(artifacts["method"]).tolist() == estimator.head_losses_.tolist()
     assert clusters == estimator.labels_.tolist()
-    assert method.metrics["num_workers"] == 2
-    # No epoch is told twice.
-    history = method.read_json("clusterings.json")["history"]
-    assert [epoch["epoch"] for epoch in history] == list(range(1, 201))
-    lines = method.folder.read_bytes("metrics.jsonl").splitlines()
-    assert [json.loads(line) for line in lines] == history
