@@ -159,7 +159,11 @@ def _trial_row(
     task = ray.remote(_run).options(
         num_cpus=cpus, max_retries=TASK_RETRIES, scheduling_strategy="SPREAD", name="sweep trial"
     )
-    outcomes: list[RunOutcome] = ray.get([task.remote(run, listings, cpus) for run in asked.runs(parameters)])
+    runs = asked.runs(parameters)
+    # A finished run is only read: a process for it would take seconds to start.
+    started = {run.seed: task.remote(run, listings, cpus) for run in runs if not trial.is_finished(run, listings)}
+    made: dict[int, RunOutcome] = dict(zip(started, ray.get(list(started.values())), strict=True))
+    outcomes = [made[run.seed] if run.seed in made else trial.run(run, listings) for run in runs]
     metrics = trial.combine(outcomes)
     return metrics.get(asked.config.metric), {
         "metrics": metrics,

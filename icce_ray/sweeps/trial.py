@@ -104,6 +104,12 @@ def make(config: Config, stages: tuple[Stage, ...], *, quiet: bool = True) -> di
                 return artifacts
 
 
+def is_finished(config: Config, listings: Listings) -> bool:
+    """Whether all stages of a run are finished, so that :func:`run` only reads."""
+    planned = plan(config, trial_stages(config, listings))
+    return is_complete(planned) and all(step.artifact is not None for step in planned)
+
+
 def run(config: Config, listings: Listings) -> RunOutcome:
     """Do one run of a trial."""
     artifacts = make(config, trial_stages(config, listings))

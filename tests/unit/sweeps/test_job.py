@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 
+from icce_ray.config import Config
 from icce_ray.errors import WorkerError
 from icce_ray.runtime.progress import Progress
 from icce_ray.store import Folder
 from icce_ray.store.part_records import PartRecords
-from icce_ray.sweeps import job
+from icce_ray.sweeps import job, trial
 from icce_ray.sweeps.sweep_config import build_sweep
-from icce_ray.sweeps.trial import Listings, key_of
+from icce_ray.sweeps.trial import Listings, RunOutcome, key_of
 
 
 def test_a_searcher_is_told_the_trials_of_an_earlier_attempt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -43,6 +44,30 @@ def test_a_searcher_is_told_the_trials_of_an_earlier_attempt(tmp_path: Path, mon
         with pytest.raises(KeyboardInterrupt):
             job.run_trials(asked, None, Listings(), {}, records, progress)
     assert told == [None, chosen]
+
+
+def test_only_runs_that_are_not_finished_get_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[int] = []
+
+    def outcome(run: Config, *_: Any) -> RunOutcome:
+        return RunOutcome(run.seed, {"anmi": run.seed / 10}, 5, 1.0, {})
+
+    def start(run: Config, *_: Any) -> RunOutcome:
+        started.append(run.seed)
+        return outcome(run)
+
+    monkeypatch.setattr(
+        job.ray, "remote", lambda function: SimpleNamespace(options=lambda **_: SimpleNamespace(remote=start))
+    )
+    monkeypatch.setattr(job.ray, "get", lambda references: references)
+    monkeypatch.setattr(trial, "is_finished", lambda run, listings: run.seed in (1, 3))
+    monkeypatch.setattr(trial, "run", outcome)
+    monkeypatch.setattr(trial, "consensus_nmi", lambda one, other: 1.0)
+    base = {"embeddings": {"uri": "x.npy"}, "num_clusters": 5, "output": "out"}
+    settings = {"base": base, "space": {"heads.num_heads": [2]}, "seeds": [1, 2, 3, 4], "metric": "anmi"}
+    judged, row = job._trial_row({"heads.num_heads": 2}, build_sweep(settings, "sweep.yaml"), Listings(), {})
+    assert started == [2, 4]
+    assert (row["seeds"], judged) == ((1, 2, 3, 4), pytest.approx(0.25))
 
 
 @pytest.mark.parametrize("searcher", [None, "optuna"])

@@ -66,6 +66,21 @@ def test_trials_that_need_the_same_stage_at_once_make_it_once(tmp_path: Path, mo
     assert [artifacts["toy"].metrics for artifacts in found] == [{"value": 7}] * 4
 
 
+def test_a_run_is_finished_once_all_its_stages_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = types.ModuleType("toy_quick")
+    module.run = lambda config, context: {}  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "toy_quick", module)
+    stages = tuple(Stage(name, "toy_quick", 1, (), lambda config: {"seed": config.seed}) for name in ("toy", "last"))
+    monkeypatch.setattr(trial, "trial_stages", lambda config, listings: stages)
+    config, seen = config_for(tmp_path, seed=0), list[bool]()
+    for num_made in (0, 1, 2):
+        if num_made:
+            trial.make(config, stages[:num_made])
+        seen.append(trial.is_finished(config, Listings()))
+    assert seen == [False, False, True]
+    assert not trial.is_finished(config_for(tmp_path, seed=1), Listings())
+
+
 def test_images_are_listed_once_for_each_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     np.save(tmp_path / "x.npy", np.zeros((4, 2), dtype=np.float32))
     listings = Listings()
