@@ -206,6 +206,8 @@ def test_fiftyone_gets_fields_embeddings_and_brain_keys(run: Path, tmp_path: Pat
     assert samples[8]["filepath"] == samples[8]["uri"]
     assert samples[8]["cluster"]["label"] == "2"
     assert samples[25]["agreement"] is None
+    drawn = sorted(sample["_rand"] for sample in samples)  # by which FiftyOne shuffles: even within 0..1
+    np.testing.assert_allclose(drawn, np.arange(NUM_IMAGES) / NUM_IMAGES, atol=1.5 / NUM_IMAGES)
     metadata = json.loads((tmp_path / "fo" / "metadata.json").read_text())
     assert set(metadata["brain_methods"]) == {"icce_map", "icce_similarity"}
     kinds = {field["name"]: field["ftype"].rpartition(".")[2] for field in metadata["sample_fields"]}

@@ -6,7 +6,14 @@ import sys
 
 import pytest
 
-from icce_ray.runtime.progress import Progress
+from icce_ray.runtime.progress import Progress, format_bytes, format_seconds
+
+
+def test_times_and_sizes_are_said_in_the_unit_that_fits() -> None:
+    times = {0.4: "0 s", 59.4: "59 s", 59.6: "1 min 0 s", 185: "3 min 5 s", 3599: "59 min 59 s", 3600: "1 h 0 min"}
+    assert {seconds: format_seconds(seconds) for seconds in times} == times
+    sizes = {999: "999 B", 1000: "1 kB", 123_456: "123 kB", 1_234_567: "1.23 MB", 45.6e12: "45.6 TB", 5e15: "5000 TB"}
+    assert {size: format_bytes(size) for size in sizes} == sizes
 
 
 def test_a_stage_that_will_take_hours_says_once_what_would_be_shorter(capsys: pytest.CaptureFixture[str]) -> None:
