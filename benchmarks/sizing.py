@@ -202,7 +202,7 @@ def neighbors_seconds(trained: int, plan: Plan) -> float:
 def head_parameters() -> int:
     """P = H (S M + M p + p K), with S input dimensions per head and widths M and p."""
     heads = HeadsConfig()
-    hidden, bottleneck = heads.widths(FEWEST_IMAGES)
+    hidden, bottleneck = heads.hidden_dim, heads.bottleneck_dim
     return heads.num_heads * (heads.num_inputs(DIM) * hidden + hidden * bottleneck + bottleneck * NUM_CLUSTERS)
 
 
@@ -210,7 +210,7 @@ def flop_per_pair() -> float:
     """``4 H (3 S M + 4 (M p + p K))``: two views, each forward through the teacher, and forward and backward through
     the student; the features themselves get no gradient."""
     heads = HeadsConfig()
-    first = heads.num_inputs(DIM) * heads.widths(FEWEST_IMAGES)[0] * heads.num_heads
+    first = heads.num_inputs(DIM) * heads.hidden_dim * heads.num_heads
     return 4.0 * (3 * first + 4 * (head_parameters() - first))
 
 
@@ -316,8 +316,7 @@ def _size(num_bytes: float) -> str:
     return format_bytes(num_bytes, digits=2)
 
 
-FEWEST_IMAGES = 10**6
-PAGE_IMAGES = {"1M": FEWEST_IMAGES, "10M": 10**7, "100M": 10**8, "1B": 10**9}
+PAGE_IMAGES = {"1M": 10**6, "10M": 10**7, "100M": 10**8, "1B": 10**9}
 PAGE = """\
 # How much to start
 

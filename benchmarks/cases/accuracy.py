@@ -33,8 +33,7 @@ from icce_ray import ICCE, TURTLE, KMeans, cluster_ensemble
 from icce_ray.metrics.true_label_scores import evaluate_clustering
 
 BEFORE = "icce, equal clusters, no graph"
-"""The engine without what it does for unequal and for small collections: heads of the paper's widths that balance the
-clusters, and a consensus by ANMI alone."""
+"""The engine without what it does for unequal clusters: heads that balance them, and a consensus by ANMI alone."""
 
 SETTINGS: dict[str, Any] = {
     "datasets": [*datasets.BALANCED, *datasets.UNEQUAL],
@@ -90,12 +89,6 @@ def our_defaults(features: datasets.Floats, num_clusters: int, seed: int, settin
     return {"icce": fitted.labels_, "icce, lowest loss": lowest_loss, "icce, heads": fitted.label_matrix_}
 
 
-def before(features: datasets.Floats, num_clusters: int, seed: int, settings: dict[str, Any]) -> Rows:
-    heads = {"hidden_dim": 512} | settings["heads"] | {"balance": 1.0}
-    options = {"heads": heads, "neighbors": settings["neighbors"], "consensus": {"recombine": False}}
-    return {BEFORE: icce(features, num_clusters, seed, settings, **options).labels_}
-
-
 def combination(features: datasets.Floats, num_clusters: int, seed: int, settings: dict[str, Any]) -> Rows:
     if (features.tobytes(), seed) not in FITTED:
         our_defaults(features, num_clusters, seed, settings)
@@ -133,7 +126,11 @@ METHODS: dict[str, Callable[..., Rows]] = {
             x, k, seed, s, heads=s["heads"] | {"balance": 1.0}, neighbors=s["neighbors"]
         ).labels_
     },
-    BEFORE: before,
+    BEFORE: lambda x, k, seed, s: {
+        BEFORE: icce(
+            x, k, seed, s, heads=s["heads"] | {"balance": 1.0}, neighbors=s["neighbors"], consensus={"recombine": False}
+        ).labels_
+    },
     "icce": our_defaults,
     "combination": combination,
 }

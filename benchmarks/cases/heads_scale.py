@@ -27,7 +27,7 @@ import numpy.typing as npt
 import torch
 import torch.distributed as dist
 
-from cases.heads import PAPER_WIDTHS, planted
+from cases.heads import planted
 from icce_ray.config import HeadsConfig
 from icce_ray.errors import ResourceError
 from icce_ray.methods.heads.communicator import TorchDistributed
@@ -174,7 +174,7 @@ def work(folder: Path, settings: dict[str, Any], num_workers: int, rank: int) ->
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=num_workers)
     communicator = CountingCommunicator()
     features, graph, _ = planted(settings["num_images"], settings["dim"], min(settings["num_clusters"], 100))
-    config = HeadsConfig(num_heads=settings["num_heads"], batch_size=settings["batch_size"], **PAPER_WIDTHS)
+    config = HeadsConfig(num_heads=settings["num_heads"], batch_size=settings["batch_size"])
     trainer = HeadTrainer(
         features, graph, config, num_clusters=settings["num_clusters"], seed=0, communicator=communicator,
         device=torch.device("cpu"), num_threads=1,

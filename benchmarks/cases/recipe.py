@@ -33,7 +33,6 @@ SETTINGS: dict[str, Any] = {
         "min_neighbors": [10, 40],
         "similarity_threshold": [None],
         "input_share": [0.25, 1.0],
-        "hidden_dim": [512],
     },
     "reported": [],
     "results": None,

@@ -14,8 +14,6 @@ from icce_ray.config.section import AtLeastTwo, Fraction, NonNegativeFloat, Posi
 
 MIN_INPUTS = 32
 """Minimum number of input dimensions per head (capped at D)."""
-HIDDEN_DIM, SMALL_HIDDEN_DIM, MAX_SMALL_IMAGES = 512, 256, 2_000
-"""Automatic widths of a head's hidden layer: the paper's, and that for up to so many images."""
 
 ConsensusMethod = Literal["mcla", "hbgf", "cspa", "vote", "best_head"]
 CONSENSUS_METHODS: tuple[ConsensusMethod, ...] = get_args(ConsensusMethod)
@@ -84,12 +82,10 @@ class HeadsConfig(Section):
     """Epochs in which the learning rate rises linearly from 0; then it stays constant. Paper: 20."""
     freeze_last_layer_epochs: Annotated[int, Field(ge=0)] = 1
     """Epochs in which the prototypes (the last layer) are frozen."""
-    hidden_dim: PositiveInt | Literal["auto"] = "auto"
-    """Width of a head's hidden layer. `auto`: 512, or 256 for at most 2,000 images, which takes less than half of the
-    time. Paper: 512."""
-    bottleneck_dim: PositiveInt | Literal["auto"] = "auto"
-    """Width of a head's normalised output, which is compared with the prototypes. `auto`: half of the hidden layer's.
-    Paper: 256."""
+    hidden_dim: PositiveInt = 512
+    """Width of a head's hidden layer."""
+    bottleneck_dim: PositiveInt = 256
+    """Width of a head's normalised output, which is compared with the prototypes."""
     input_norm: Literal["batch_norm", "standardize", "none"] = "batch_norm"
     """`batch_norm`: statistics of each batch (ICCE). `standardize`: mean and deviation of the whole set (TEMI)."""
     rotate: bool = True
@@ -140,12 +136,6 @@ class HeadsConfig(Section):
     def finds_balance(self) -> bool:
         """Whether each head finds its own balance."""
         return self.balance == "auto" and self.sinkhorn and self.loss == "temi"
-
-    def widths(self, num_images: int) -> tuple[int, int]:
-        """Widths of a head's hidden layer and of its output (M, P), for a training on so many images."""
-        auto = SMALL_HIDDEN_DIM if num_images <= MAX_SMALL_IMAGES else HIDDEN_DIM
-        hidden = auto if self.hidden_dim == "auto" else self.hidden_dim
-        return hidden, max(1, hidden // 2) if self.bottleneck_dim == "auto" else self.bottleneck_dim
 
     def num_inputs(self, dim: int) -> int:
         """Number of input dimensions of a head (S), if the features have `dim`."""

@@ -56,8 +56,6 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "batch_size": 1024,
             "learning_rate": 1e-4,
             "warmup_epochs": 20,
-            "hidden_dim": 512,
-            "bottleneck_dim": 256,
             "input_norm": "batch_norm",
             "rotate": False,
             "input_share": 1.0,

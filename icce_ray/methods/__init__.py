@@ -42,7 +42,7 @@ class Method:
 _ICCE = Method(
     job="icce_ray.methods.heads.job",
     section="heads",
-    version=6,
+    version=5,
     needs_graph=True,
     unit="epochs",
     free_settings=frozenset({"checkpoint_interval_s"}),
@@ -84,8 +84,6 @@ METHODS: dict[str, Method] = {
             "sample": {"duplicate_threshold": None},
             "neighbors": _fixed_neighbors(50),
             "heads": {
-                "hidden_dim": 512,
-                "bottleneck_dim": 256,
                 "input_norm": "standardize",
                 "rotate": False,
                 "input_share": 1.0,
@@ -101,14 +99,7 @@ METHODS: dict[str, Method] = {
         settings={
             "sample": {"duplicate_threshold": None},
             "neighbors": _fixed_neighbors(20),
-            "heads": {
-                "hidden_dim": 512,
-                "bottleneck_dim": 256,
-                "loss": "scan",
-                "input_norm": "standardize",
-                "rotate": False,
-                "input_share": 1.0,
-            },
+            "heads": {"loss": "scan", "input_norm": "standardize", "rotate": False, "input_share": 1.0},
             "consensus": {"methods": ("best_head",), "refine": False, "recombine": False},
         },
     ),

@@ -134,9 +134,7 @@ def _pilot_config(config: Config, folder: Path, num_pilot: int, num_trained: int
         kept["num_clusters"] = min(config.num_clusters, max(2, num_pilot // 4))
     if trains_heads(config):
         batch_size = _batch_size(config, num_trained, num_pilot)
-        hidden_dim, bottleneck_dim = config.heads.widths(num_trained)
-        as_trained = {"batch_size": batch_size, "hidden_dim": hidden_dim, "bottleneck_dim": bottleneck_dim}
-        kept["heads"] = {**kept.get("heads", {}), "num_epochs": epochs, **as_trained}
+        kept["heads"] = {**kept.get("heads", {}), "num_epochs": epochs, "batch_size": batch_size}
     return Config.model_validate(kept)
 
 

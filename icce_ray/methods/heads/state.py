@@ -23,13 +23,12 @@ class HeadState:
 
     @classmethod
     def initialise(
-        cls, settings: HeadsConfig, heads: range, num_images: int, dim: int, num_clusters: int, seed: int,
-        device: torch.device,
-    ) -> HeadState:  # fmt: skip
+        cls, settings: HeadsConfig, heads: range, dim: int, num_clusters: int, seed: int, device: torch.device
+    ) -> HeadState:
         """The state before the first step."""
         num_inputs = settings.num_inputs(dim)
         student = HeadParameters.initialise(
-            heads, num_inputs, *settings.widths(num_images), num_clusters, seed, num_inputs / dim
+            heads, num_inputs, settings.hidden_dim, settings.bottleneck_dim, num_clusters, seed, num_inputs / dim
         ).map(lambda tensor: tensor.to(device))
         return cls(
             student=student,

@@ -82,7 +82,7 @@ class HeadTrainer:
         self.norm = FeatureNorm(features_ND, settings.input_norm, settings.rotate, seed, device, self.pool)
         columns_hS = seen_columns(self.heads, dim, settings.num_inputs(dim), seed)
         self.columns_hS = None if columns_hS is None else columns_hS.to(device)
-        self.state = HeadState.initialise(settings, self.heads, num_images, dim, num_clusters, seed, device)
+        self.state = HeadState.initialise(settings, self.heads, dim, num_clusters, seed, device)
         self.blocks = self._make_blocks()
         self.watch = EpochWatch(num_images, graph.anchors, len(self.heads), num_clusters, seed, device)
         self.epoch = 0

@@ -29,7 +29,7 @@ def training_bytes(
     ``16 K P`` more for its prototypes, ``6 n (M + P)`` activations and ``2 n S`` inputs,
     ``24 n D`` three batches, ``8 h N`` labels, ``4 N D`` features where they are held (:func:`max_held_bytes`).
     """
-    (M, P), K, S = settings.widths(num_images), num_clusters, settings.num_inputs(dim)
+    M, P, K, S = settings.hidden_dim, settings.bottleneck_dim, num_clusters, settings.num_inputs(dim)
     on_gpu = device.type == "cuda"
     division = HeadDivision.of(settings.num_heads, num_workers, on_gpu=on_gpu)
     h = max(division.num_heads)

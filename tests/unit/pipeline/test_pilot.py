@@ -62,7 +62,6 @@ def test_a_small_collection_is_piloted_at_its_size(ran: list[Config], tmp_path: 
     assert found.disk_bytes == {"neighbors": 100, "assign": 40}
     assert [config.heads.num_epochs for config in ran] == [1, 4]
     assert {config.heads.batch_size for config in ran} == {128}  # that of 1,000 images
-    assert {(config.heads.hidden_dim, config.heads.bottleneck_dim) for config in ran} == {(256, 128)}
     assert {config.sample.duplicate_threshold for config in ran} == {1.0}
 
 
@@ -70,7 +69,6 @@ def test_a_large_collection_takes_longer_by_what_each_stage_grows_with(ran: list
     settings = {"sample": {"max_images": 8_000, "duplicate_threshold": None}, "neighbors": {"max_neighbors": 60}}
     found = run_pilot(config_of(**settings), FEATURES, num_images=80_000, folder=tmp_path)
     assert found.num_images == 2_000
-    assert {(config.heads.hidden_dim, config.heads.bottleneck_dim) for config in ran} == {(512, 256)}  # of 8,000 images
     assert found.seconds["neighbors"] == 1.0 * 4**2
     assert found.seconds["consensus"] == 3.0 * 4
     assert found.seconds["classifier"] == 4.0

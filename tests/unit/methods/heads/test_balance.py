@@ -58,7 +58,7 @@ def test_heads_agree_about_sizes_if_the_same_images_lie_in_large_clusters() -> N
 
 def test_empty_clusters_get_prototypes_at_images_far_from_all_others() -> None:
     generator = torch.Generator().manual_seed(0)
-    state = HeadState.initialise(small_settings(bottleneck_dim=16), range(3), 40, 6, 5, 0, torch.device("cpu"))
+    state = HeadState.initialise(small_settings(bottleneck_dim=16), range(3), 6, 5, 0, torch.device("cpu"))
     for moments in (state.moments.mean, state.moments.square):
         moments.prototypes_HKP.fill_(1.0)
     # Images in two directions. The prototypes of the first head are all at the first, so only the second is far.

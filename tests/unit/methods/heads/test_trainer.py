@@ -4,11 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from icce_ray.config import HeadsConfig, method_settings
+from icce_ray.config import method_settings
 from icce_ray.methods import METHODS
 from icce_ray.methods.heads.optimizer import teacher_momentum
 from icce_ray.methods.heads.pair_batches import epoch_batches
-from icce_ray.methods.heads.state import HeadState
 
 from .reference import ReferenceTrainer
 from .workers import make_trainer, small_settings
@@ -20,8 +19,7 @@ def test_losses_per_head_are_those_of_the_plain_transcription(
 ) -> None:
     monkeypatch.setattr(method_settings, "MIN_INPUTS", 4)
     graph = planted[1]
-    widths = {"hidden_dim": 16, "bottleneck_dim": 8}
-    settings = small_settings(**METHODS[method].settings.get("heads", {}) | widths)
+    settings = small_settings(**METHODS[method].settings.get("heads", {}))
     trainer = make_trainer(planted, settings)
     student = trainer.state.student
     assert student.hidden_weight_HMS.shape[2] == (6 if method == "icce" else 12)
@@ -82,20 +80,3 @@ def test_the_automatic_momentum_remembers_a_share_of_short_runs_and_is_the_paper
     assert teacher_momentum(small_settings(teacher_momentum="auto", num_epochs=100), 10) == pytest.approx(1 - 1 / 50)
     assert teacher_momentum(small_settings(teacher_momentum="auto", num_epochs=400), 1250) == pytest.approx(0.996)
     assert teacher_momentum(small_settings(teacher_momentum=0.9), 10) == 0.9
-
-
-@pytest.mark.parametrize(
-    ("given", "num_images", "expected"),
-    [
-        ({}, 2_000, (256, 128)),
-        ({}, 2_001, (512, 256)),
-        ({"hidden_dim": 80}, 2_000, (80, 40)),
-        ({"bottleneck_dim": 70}, 2_001, (512, 70)),
-        ({"hidden_dim": 1}, 10, (1, 1)),
-    ],
-)
-def test_a_small_collection_gets_narrow_heads(given: dict, num_images: int, expected: tuple[int, int]) -> None:
-    settings = HeadsConfig(**given)
-    assert settings.widths(num_images) == expected
-    state = HeadState.initialise(settings, range(2), num_images, 40, 3, 0, torch.device("cpu"))
-    assert state.student.bottleneck_weight_HPM.shape == (2, *expected[::-1])

@@ -44,8 +44,9 @@ def test_two_three_and_five_workers_give_the_bits_of_one(
     own = METHODS[method].settings.get("heads", {}) if method in METHODS else PAPER
     changes = {"num_positives": 3} if method == "several neighbours" else own
     # Widths that no vector unit divides: a head's place in memory then depends on the division.
-    odd = {"num_heads": 5, "num_epochs": 4, "hidden_dim": 19, "bottleneck_dim": 7}
-    settings = small_settings(**changes | odd, precision=precision)
+    settings = small_settings(
+        num_heads=5, num_epochs=4, hidden_dim=19, bottleneck_dim=7, precision=precision, **changes
+    )
     alone = fit(features, graph, settings, num_clusters=4, seed=0, num_threads=1)
     for num_workers in (2, 3, 5):
         first, *others = fit_on_workers(num_workers, features, graph, settings)
