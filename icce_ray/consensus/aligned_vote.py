@@ -1,4 +1,5 @@
-"""The aligned vote: the majority of the heads after they are aligned to one another (docs/METHOD.md, "Aligned vote").
+"""The consensus functions that need no partitioner: the majority of the heads after they are aligned to one another
+(docs/METHOD.md, "Aligned vote"), and the best head, unchanged.
 
 Shape letters: N images, H heads, C head clusters, K clusters of the consensus.
 """
@@ -10,9 +11,9 @@ import numpy as np
 import numpy.typing as npt
 from scipy.optimize import linear_sum_assignment
 
-from icce_ray.consensus.cluster_counts import count_consensus
 from icce_ray.consensus.empty_clusters import fill_empty_clusters
-from icce_ray.consensus.label_matrix import MISSING, Counts, Heads, Labels
+from icce_ray.consensus.label_matrix import MISSING, Counts, Heads, Labels, count_consensus
+from icce_ray.consensus.partition import PartitionError
 from icce_ray.consensus.votes import vote
 from icce_ray.metrics.contingency import anmi_from_counts
 
@@ -65,11 +66,25 @@ def _vote_until_stable(labels_N: Labels, heads: Heads, num_clusters: int, seed: 
 def _labels_of_head(heads: Heads, head: int, num_clusters: int) -> Labels:
     """The head's labels as a start, 0..num_clusters-1. If it has more clusters, the smallest ones become the last;
     images without a label go there too."""
-    codes_N = heads.gather(slice(head, head + 1)).codes[0]
+    codes_N = heads.codes_of(head)
     if len(heads.values[head]) > num_clusters:
         order = np.argsort(-np.bincount(codes_N[codes_N >= 0]), kind="stable")
         rank = np.empty(len(order), dtype=np.int32)
         rank[order] = np.arange(len(order))
         codes_N = np.where(codes_N >= 0, np.minimum(rank[codes_N], num_clusters - 1), MISSING)
     labels_N: Labels = np.where(codes_N >= 0, codes_N, num_clusters - 1).astype(np.int32)
+    return labels_N
+
+
+def best_head(heads: Heads, num_clusters: int, *, scores_H: npt.NDArray[np.float64]) -> Labels:
+    """The labels (N,) of the head with the highest score (NaN is the lowest), in its own numbers if these are
+    0..num_clusters-1. Only heads that label every image and have at most that many clusters are considered. Raises
+    PartitionError: there is no such head."""
+    labelled_H = np.add.reduceat(heads.head_cluster_sizes(), heads.offsets[:-1])
+    usable = np.flatnonzero((heads.num_clusters <= num_clusters) & (labelled_H == heads.num_images))
+    if not len(usable):
+        raise PartitionError(f"no head labels every image with at most {num_clusters} clusters")
+    head = int(usable[np.where(np.isnan(scores_H[usable]), -np.inf, scores_H[usable]).argmax()])
+    values, codes_N = heads.values[head], heads.codes_of(head)
+    labels_N: Labels = values[codes_N].astype(np.int32) if values[-1] < num_clusters else codes_N
     return labels_N

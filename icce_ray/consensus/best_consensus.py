@@ -4,6 +4,8 @@ consensus").
 It reads the labels part by part only: the same code makes the consensus of an array and of a matrix on a cluster.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
@@ -14,17 +16,13 @@ import numpy.typing as npt
 
 from icce_ray.config import ConsensusConfig, ConsensusMethod
 from icce_ray.consensus.agreement import measure_agreement
-from icce_ray.consensus.aligned_vote import align_and_vote
-from icce_ray.consensus.best_head import best_head
-from icce_ray.consensus.cluster_counts import anmi, count_consensus
-from icce_ray.consensus.cspa import cspa
+from icce_ray.consensus.aligned_vote import align_and_vote, best_head
 from icce_ray.consensus.empty_clusters import fill_empty_clusters
 from icce_ray.consensus.graph_choice import RECOMBINED, choose_on_graph, trusted_heads
-from icce_ray.consensus.hbgf import hbgf
+from icce_ray.consensus.graph_cuts import cspa, hbgf, mcla
 from icce_ray.consensus.head_overlaps import HeadPairs, compare_heads
 from icce_ray.consensus.hierarchy import Hierarchy, build_hierarchy
-from icce_ray.consensus.label_matrix import MISSING, Heads, Labels
-from icce_ray.consensus.mcla import mcla
+from icce_ray.consensus.label_matrix import MISSING, Heads, Labels, anmi, count_consensus
 from icce_ray.consensus.neighbor_score import Nearest, NeighborScore
 from icce_ray.consensus.partition import PartitionError
 from icce_ray.consensus.recombination import MAX_CLUSTERS

@@ -9,7 +9,7 @@ Shape letters: N images, H heads, K clusters, C head clusters.
 
 from collections.abc import Sequence
 
-from icce_ray.consensus import cspa, hbgf, recombination
+from icce_ray.consensus import graph_cuts, recombination
 from icce_ray.consensus.head_overlaps import tile_heads
 from icce_ray.consensus.label_matrix import PART_LABELS, Counts, Heads
 from icce_ray.runtime.machine import available_memory_bytes, require_memory
@@ -36,8 +36,8 @@ def coordinator_bytes(
     tables = NUM_TABLES * CELL_BYTES * num_clusters * num_head_clusters
     graphs = {
         "mcla": EDGE_BYTES * num_head_clusters * num_heads // 2,
-        "hbgf": EDGE_BYTES * num_labels if num_labels <= hbgf.MAX_EDGES else 0,
-        "cspa": PAIR_BYTES * num_images**2 if num_images <= cspa.MAX_IMAGES else 0,
+        "hbgf": EDGE_BYTES * num_labels if num_labels <= graph_cuts.HBGF_MAX_EDGES else 0,
+        "cspa": PAIR_BYTES * num_images**2 if num_images <= graph_cuts.CSPA_MAX_IMAGES else 0,
     }
     largest = max(graphs.get(method, 0) for method in methods)
     if has_graph:

@@ -12,8 +12,7 @@ import numpy.typing as npt
 import scipy.sparse as sp
 from scipy.special import xlogy
 
-from icce_ray.consensus.cluster_counts import count_consensus
-from icce_ray.consensus.label_matrix import Counts, HeadLabels, Heads, Labels
+from icce_ray.consensus.label_matrix import Counts, HeadLabels, Heads, Labels, count_consensus
 from icce_ray.metrics.contingency import entropy, mutual_information
 
 Floats = npt.NDArray[np.float64]
@@ -52,7 +51,7 @@ def fill_empty_clusters(labels_N: Labels, heads: Heads, num_clusters: int) -> tu
             values_M = table.anmi_after(splits, np.array([counted[split] for split in splits]))
             cluster, column = splits[int(values_M.argmax())]
             head = int(np.searchsorted(heads.offsets, column, side="right")) - 1
-            codes_N = heads.gather(slice(head, head + 1)).codes[0]
+            codes_N = heads.codes_of(head)
             target = empty.pop(0)
             labels_N[(labels_N == cluster) & (codes_N == column - heads.offsets[head])] = target
             table.split(cluster, target, counted[cluster, column])

@@ -5,8 +5,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from icce_ray.consensus.cluster_counts import anmi
-from icce_ray.consensus.label_matrix import Heads, Labels
+from icce_ray.consensus.label_matrix import Heads, Labels, anmi
 from icce_ray.consensus.loose_clusters import MIN_SHARE, replace_loose_clusters
 from icce_ray.consensus.neighbor_score import NeighborScore, Shares
 from icce_ray.consensus.partition import PartitionError

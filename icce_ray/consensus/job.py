@@ -1,4 +1,7 @@
-"""The consensus stage on Ray: a task for each part of the label matrix. The driver combines their results."""
+"""The consensus stage: read the label matrices, make the consensus, write it as an artifact. Small collections are done
+in this process, which is faster. On Ray there is a task for each part of the label matrix, and the driver combines
+their results.
+"""
 
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -7,10 +10,17 @@ from functools import partial
 from typing import Any
 
 from icce_ray.config import Config, ResourcesConfig
-from icce_ray.consensus import consensus_artifact
+from icce_ray.consensus.agreement import describe_clusters
+from icce_ray.consensus.best_consensus import find_consensus
+from icce_ray.consensus.consensus_memory import check_memory
+from icce_ray.consensus.extra_runs import find_heads, trained_ids
+from icce_ray.consensus.hierarchy import HIERARCHY_NAME
+from icce_ray.consensus.kept_numbers import IMAGE_IDS_NAME, keep_numbers
 from icce_ray.consensus.label_matrix import Heads
-from icce_ray.consensus.stored_label_matrix import StoredHeads
-from icce_ray.methods.clusterings import LABELS_NAME
+from icce_ray.consensus.stage import AUTO, NONE
+from icce_ray.consensus.stored_label_matrix import StoredHeads, open_heads
+from icce_ray.methods.clusterings import LABELS_NAME, read_losses
+from icce_ray.neighbors.graph import StoredNearest
 from icce_ray.runtime.cluster_resources import available_cpus
 from icce_ray.runtime.ray_cluster import connect, runs_here
 from icce_ray.runtime.workers import run_tasks
@@ -39,12 +49,69 @@ def _work_on_part(part: tuple[int, ...], function: Callable[..., Any], heads: He
 
 
 def run(config: Config, context: StageContext) -> dict[str, Any]:
-    """Make one clustering of all heads: files and metrics as in `consensus_artifact.run`. Raises InputError,
-    ResourceError: as there; WorkerError: tasks died more often than they are retried."""
+    """Make one clustering of all heads and write image_ids.npy, labels.npy, agreement.npy, vote_entropy.npy,
+    second_choice.npy, summary.json and hierarchy.parquet.
+
+    Returns:
+        method, anmi (of the labels, 0 to 1), anmi_by_method and start_anmi_by_method (after and before refinement),
+        graph_score_by_method (on the neighbour graph; empty without one), skipped (method: reason), repaired (method:
+        clusters that it left empty), mean_agreement, num_clusters (used), smallest_cluster, median_cluster,
+        largest_cluster (images), num_heads (of all runs); with `consensus.numbers_from`, numbers: what became of the
+        clusters of the earlier run.
+
+    Raises:
+        InputError: labels that cannot be used, or extra runs that don't exist or have other images.
+        ResourceError: this machine lacks the memory; the message says what is needed.
+        WorkerError: tasks died more often than they are retried.
+    """
     _, num_images = context.inputs["method"].part(LABELS_NAME).shape or (0, 0)
     if runs_here(config.resources, num_images):
-        return consensus_artifact.run(config, context)
+        return make_consensus(config, context)
     connect(config.resources)
     heads_type = partial(RayHeads, resources=config.resources)
-    num_workers = max(1, min(int(available_cpus()), os.cpu_count() or 1))
-    return consensus_artifact.run(config, context, heads_type=heads_type, num_workers=num_workers)
+    return make_consensus(config, context, heads_type, max(1, min(int(available_cpus()), os.cpu_count() or 1)))
+
+
+def make_consensus(
+    config: Config, context: StageContext, heads_type: Callable[..., StoredHeads] = StoredHeads, num_workers: int = 1
+) -> dict[str, Any]:
+    """The work of :func:`run`, by default in this process.
+
+    Args:
+        heads_type: makes heads of the runs and their labels; their `map` works on the parts of the label matrix.
+        num_workers: number of parts that are worked on at a time on this machine.
+    """
+    own = context.inputs["method"]
+    extra = find_heads(config.consensus.extra_runs, config.output, own)
+    heads = open_heads([own, *extra], heads_type)
+    graph = context.inputs.get("neighbors") if config.consensus.recombine else None
+    check_memory(heads, config.num_clusters, config.consensus.methods, num_workers, has_graph=graph is not None)
+    if config.consensus.recombine and graph is None:
+        context.progress.note("recombined left out: the method has no neighbour graph")
+    result = find_consensus(
+        heads,
+        config.num_clusters,
+        config.consensus,
+        seed=config.seed,
+        # Losses of runs with other settings cannot be compared.
+        head_losses=None if extra else read_losses(own),
+        nearest=None if graph is None else StoredNearest(graph),
+        report=context.progress.update,
+    )
+    for method, reason in result.skipped.items():
+        context.progress.note(f"{method} left out: {reason}")
+    output, changes = context.output, {}
+    if config.consensus.numbers_from not in (AUTO, NONE):
+        result, changes["numbers"] = keep_numbers(
+            result, config.num_clusters, own, config.consensus.numbers_from, config.output
+        )
+    output.write_array(IMAGE_IDS_NAME, trained_ids(own))
+    output.write_array("labels.npy", result.labels)
+    output.write_array("agreement.npy", result.agreement)
+    output.write_array("vote_entropy.npy", result.vote_entropy)
+    output.write_array("second_choice.npy", result.second_choice)
+    output.write_table(HIERARCHY_NAME, result.hierarchy.to_table())
+    metrics = result.summary() | {"num_heads": heads.num_heads} | changes
+    clusters = describe_clusters(result.labels, result.agreement, result.second_choice, config.num_clusters)
+    output.write_json("summary.json", metrics | {"clusters": clusters})
+    return metrics

@@ -1,10 +1,12 @@
 """The label matrix: H clusterings ("heads") of N images, in memory (here) or on storage (stored_label_matrix.py).
 
 A consensus reads it part by part, and the results of the parts add up or are concatenated. So the same code runs in one
-process and, on a cluster, as a task for each part (job.py). A label of -1 means missing. Hashes of labels break ties
-without bias and find images that all heads label alike.
+process and, on a cluster, as a task for each part (job.py). A consensus is judged by its contingency counts with the
+heads, which add up over images. A label of -1 means missing. Hashes of labels break ties without bias and find images
+that all heads label alike.
 
-Shape letters: N images, n images of a part, H heads, C head clusters (the clusters of all heads, head after head).
+Shape letters: N images, n images of a part, H heads, C head clusters (the clusters of all heads, head after head), K
+clusters of the consensus.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,6 +24,7 @@ import pyarrow.compute as pc
 
 from icce_ray.consensus.partition import PartitionError
 from icce_ray.errors import InputError
+from icce_ray.metrics.contingency import anmi_from_counts, cell_numbers
 from icce_ray.random_numbers import GOLDEN_GAMMA, mix64
 
 SECOND_GAMMA = np.uint64(0xD1B54A32D192ED03)
@@ -126,6 +130,11 @@ class Heads(ABC):
         """The whole matrix, or some of its rows, in this process."""
         parts = [(start, stop, *heads.indices(self.num_heads)[:2]) for start, stop in self.image_parts()]
         return HeadLabels(np.concatenate(list(self.map(_read_codes, parts)), axis=1), self.values[heads])
+
+    def codes_of(self, head: int) -> Labels:
+        """Clusters (N,) of the images by one head, numbered without gaps, -1 where a label is missing."""
+        codes_N: Labels = self.gather(slice(head, head + 1)).codes[0]
+        return codes_N
 
     def head_cluster_sizes(self) -> Counts:
         """Images of each head cluster (C,)."""
@@ -257,3 +266,42 @@ def encode_labels(labels_n: npt.NDArray[Any], values: npt.NDArray[np.int64]) -> 
     code_of_label[values] = np.arange(len(values), dtype=np.int32)
     codes: Labels = code_of_label[labels_n]
     return codes
+
+
+def count_consensus(labels_N: npt.NDArray[Any], heads: Heads, num_clusters: int) -> npt.NDArray[Any]:
+    """Counts of a labelling against the clusters of all heads: (num_clusters, C) integers, additive over shards.
+
+    They are int32 if the number of images allows it: this is the largest array of a consensus.
+    """
+    counts_KC = np.zeros((num_clusters, heads.num_head_clusters), dtype=_count_dtype(heads.num_images))
+    offsets, parts = heads.offsets, heads.head_parts()
+    tables = heads.map(_count_part, parts, labels_N, num_clusters)
+    for (_, _, first, end), table in zip(parts, tables, strict=True):
+        counts_KC[:, offsets[first] : offsets[end]] += table
+    return counts_KC
+
+
+def _count_part(
+    heads: Heads, start: int, stop: int, first: int, end: int, labels_N: npt.NDArray[Any], num_clusters: int
+) -> npt.NDArray[Any]:
+    part = heads.read(start, stop, slice(first, end))
+    table = np.empty((num_clusters, part.num_head_clusters), dtype=_count_dtype(heads.num_images))
+    for codes_n, (begin, after) in zip(part.codes, pairwise(part.offsets), strict=True):
+        cells_n = cell_numbers(labels_N[start:stop], codes_n, int(after - begin))
+        counts = np.bincount(cells_n, minlength=num_clusters * int(after - begin))
+        table[:, begin:after] = counts.reshape(num_clusters, -1)
+    return table
+
+
+def _count_dtype(num_images: int) -> type[np.integer[Any]]:
+    return np.int32 if num_images < 2**31 else np.int64
+
+
+def anmi(labels_N: npt.NDArray[Any], heads: Heads, num_clusters: int) -> float:
+    """Average NMI (geometric) of a labelling with every head, 0 to 1.
+
+    Args:
+        labels_N: (N,) integers 0..num_clusters-1.
+        heads: the label matrix. An image without a label from a head is left out of that head's NMI.
+    """
+    return anmi_from_counts(count_consensus(labels_N, heads, num_clusters), heads.offsets)

@@ -13,10 +13,9 @@ from scipy.sparse import csr_matrix, diags
 from scipy.sparse.linalg import LinearOperator
 from threadpoolctl import threadpool_limits
 
-from icce_ray.consensus.eigenvectors import Floats, largest_eigenvectors
 from icce_ray.consensus.label_matrix import Labels
 from icce_ray.consensus.neighbor_score import NeighborScore, Shares
-from icce_ray.consensus.spectral_cut import to_matrix
+from icce_ray.consensus.spectral_cut import Floats, largest_eigenvectors, to_matrix
 
 MIN_SHARE = 0.5
 """A cluster holds together if at least this share of the weight at it stays within it."""

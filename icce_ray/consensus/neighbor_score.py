@@ -6,13 +6,18 @@ weights are integers, so all sums are exact: they are the same for any parts of 
 Shape letters: N images, n images of a part, k neighbours, H heads, K clusters, P clusterings, X cells.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from icce_ray.consensus.label_matrix import PART_LABELS, Counts, Heads, Labels
+
+if TYPE_CHECKING:
+    from icce_ray.neighbors.graph import StoredNearest
 
 RESOLUTION = 0.6
 """Weight of the clusters' volumes in the score: the lower, the more unequal the clusters may be."""
@@ -21,15 +26,21 @@ BLOCK_IMAGES = 4096
 
 Shares = npt.NDArray[np.float64]
 """(K,) the share of the weight at each cluster that stays within it."""
+Volumes = npt.NDArray[np.float64]
+"""(..., K) the weight at each cluster, whole numbers."""
+Nearest: TypeAlias = "npt.NDArray[np.integer[Any]] | StoredNearest"
+"""The most similar neighbours of each image: (N, k) integers, -1 where there are fewer. Rows are read by slices."""
 
 
-class Nearest(Protocol):
-    """The most similar neighbours of each image: (N, k) integers, -1 where there are fewer. Rows are read by slices."""
+class Edges(NamedTuple):
+    """The edges of the graph and their weights."""
 
-    @property
-    def shape(self) -> tuple[int, ...]: ...
+    nearest: Nearest
+    weights_Nk: npt.NDArray[np.uint16]
 
-    def __getitem__(self, rows: slice, /) -> npt.NDArray[np.integer[Any]]: ...
+    def read(self, start: int, stop: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.uint16]]:
+        """Neighbours (n, k) of some images, and the weights of the edges to them."""
+        return neighbor_ids(self.nearest, start, stop), self.weights_Nk[start:stop]
 
 
 class Moves(NamedTuple):
@@ -47,13 +58,13 @@ class NeighborScore:
     """
 
     def __init__(self, heads: Heads, nearest: Nearest) -> None:
-        self.heads, self.nearest = heads, nearest
-        self.parts = edge_parts(*nearest.shape)
-        weights = list(heads.map(_weigh_part, self.parts, nearest))
-        self.weights_Nk = np.concatenate(weights)
-        self.degree_N = self.weights_Nk.sum(axis=1, dtype=np.int64)
-        for (start, stop), weights_nk in zip(self.parts, weights, strict=True):
-            np.add.at(self.degree_N, neighbor_ids(nearest, start, stop), weights_nk)
+        self.heads = heads
+        self.num_images, self.num_neighbors = (int(size) for size in nearest.shape)
+        self.parts = edge_parts(self.num_images, self.num_neighbors)
+        self.edges = Edges(nearest, np.concatenate(list(heads.map(_weigh_part, self.parts, nearest))))
+        self.degree_N = self.edges.weights_Nk.sum(axis=1, dtype=np.int64)
+        for part in self.parts:
+            np.add.at(self.degree_N, *self.edges.read(*part))
         self.total = int(self.degree_N.sum())
 
     def scores(self, clusterings: Sequence[Labels], num_clusters: int) -> list[float]:
@@ -72,12 +83,10 @@ class NeighborScore:
         """The mean of each clustering's `shares`, the same for any numbers of its clusters."""
         return [float(np.sort(shares_K).mean()) for shares_K in self.shares(clusterings, num_clusters)]
 
-    def _within(
-        self, clusterings: Sequence[Labels], num_clusters: int
-    ) -> Iterator[tuple[Counts, npt.NDArray[np.float64]]]:
+    def _within(self, clusterings: Sequence[Labels], num_clusters: int) -> Iterator[tuple[Counts, Volumes]]:
         """For each clustering, the weight within its clusters (K,), and at them (K,)."""
         labels_PN = np.stack(clusterings)
-        parts = self.heads.map(_within_part, self.parts, labels_PN, num_clusters, self.nearest, self.weights_Nk)
+        parts = self.heads.map(_within_part, self.parts, labels_PN, num_clusters, self.edges)
         for within_K, labels_N in zip(np.sum(list(parts), axis=0), labels_PN, strict=True):
             yield within_K, self._volumes(labels_N, num_clusters)
 
@@ -85,17 +94,16 @@ class NeighborScore:
         """The score of each clustering, with labels 0..num_clusters-1, and its moves."""
         labels_PN = np.stack(clusterings)
         volumes_PK = np.stack([self._volumes(labels_N, num_clusters) for labels_N in labels_PN])
-        shared = labels_PN, volumes_PK, self.total, self.nearest, self.weights_Nk
-        parts = list(self.heads.map(_measure_part, self.parts, *shared))
+        parts = list(self.heads.map(_measure_part, self.parts, labels_PN, volumes_PK, self.total, self.edges))
         within_P = np.sum([within_p for within_p, _, _ in parts], axis=0)
         targets_PN, gains_PN = (np.concatenate([part[i] for part in parts], axis=1) for i in (1, 2))
         scores = map(self._score, within_P, volumes_PK)
         return [(score, Moves(*moves)) for score, *moves in zip(scores, targets_PN, gains_PN, strict=True)]
 
-    def _volumes(self, labels_N: Labels, num_clusters: int) -> npt.NDArray[np.float64]:
+    def _volumes(self, labels_N: Labels, num_clusters: int) -> Volumes:
         return sum_weights(labels_N, self.degree_N, num_clusters)
 
-    def _score(self, within: int, volumes_K: npt.NDArray[np.float64]) -> float:
+    def _score(self, within: int, volumes_K: Volumes) -> float:
         """Sorted volumes, so that clusterings that differ in their numbers only have equal scores."""
         total = max(self.total, 1)
         return float(within / total - RESOLUTION * ((np.sort(volumes_K) / total) ** 2).sum())
@@ -103,7 +111,7 @@ class NeighborScore:
     def between(self, cells_N: Labels, num_cells: int) -> npt.NDArray[np.float64]:
         """Weight of the edges from one cell of images to another: (X, X) whole numbers, symmetric. `cells_N`: the cell
         of each image."""
-        parts = self.heads.map(_count_between, self.parts, cells_N, num_cells, self.nearest, self.weights_Nk)
+        parts = self.heads.map(_count_between, self.parts, cells_N, num_cells, self.edges)
         weights_XX = sum(parts, start=np.zeros((num_cells, num_cells)))
         return weights_XX + weights_XX.T
 
@@ -132,17 +140,9 @@ def _weigh_part(heads: Heads, start: int, stop: int, nearest: Nearest) -> npt.ND
     return weights_nk
 
 
-def _within_part(
-    heads: Heads,
-    start: int,
-    stop: int,
-    labels_PN: Labels,
-    num_clusters: int,
-    nearest: Nearest,
-    weights_Nk: npt.NDArray[np.uint16],
-) -> Counts:
+def _within_part(heads: Heads, start: int, stop: int, labels_PN: Labels, num_clusters: int, edges: Edges) -> Counts:
     """Weight within each cluster (P, K) of the edges of some images, in both directions."""
-    ids_nk, weights_nk = neighbor_ids(nearest, start, stop), weights_Nk[start:stop]
+    ids_nk, weights_nk = edges.read(start, stop)
     within_PK = np.empty((len(labels_PN), num_clusters), dtype=np.int64)
     for within_K, labels_N in zip(within_PK, labels_PN, strict=True):
         own_n = labels_N[start:stop]
@@ -152,19 +152,12 @@ def _within_part(
 
 
 def _measure_part(
-    heads: Heads,
-    start: int,
-    stop: int,
-    labels_PN: Labels,
-    volumes_PK: npt.NDArray[np.float64],
-    total: int,
-    nearest: Nearest,
-    weights_Nk: npt.NDArray[np.uint16],
+    heads: Heads, start: int, stop: int, labels_PN: Labels, volumes_PK: Volumes, total: int, edges: Edges
 ) -> tuple[Counts, Labels, npt.NDArray[np.float64]]:
     """Weight within the clusters (P,), best other clusters (P, n) and what they gain (P, n), of some images."""
+    ids_nk, weights_nk = edges.read(start, stop)
     # Neighbours first: the innermost loops run over images, of which there are more.
-    ids_kn = np.ascontiguousarray(neighbor_ids(nearest, start, stop).T)
-    weights_kn = np.ascontiguousarray(weights_Nk[start:stop].T, dtype=np.int32)
+    ids_kn, weights_kn = np.ascontiguousarray(ids_nk.T), np.ascontiguousarray(weights_nk.T, dtype=np.int32)
     within_P = np.zeros(len(labels_PN), dtype=np.int64)
     targets_Pn = np.empty((len(labels_PN), stop - start), dtype=np.int32)
     gains_Pn = np.empty(targets_Pn.shape)
@@ -179,7 +172,7 @@ def _measure_part(
 
 
 def _moves_of_block(
-    own_b: Labels, labels_kb: Labels, weights_kb: npt.NDArray[np.int32], volumes_K: npt.NDArray[np.float64], total: int
+    own_b: Labels, labels_kb: Labels, weights_kb: npt.NDArray[np.int32], volumes_K: Volumes, total: int
 ) -> tuple[int, Moves]:
     """Weight within the clusters of the edges of some images, and their moves.
 
@@ -204,16 +197,11 @@ def _moves_of_block(
 
 
 def _count_between(
-    heads: Heads,
-    start: int,
-    stop: int,
-    cells_N: Labels,
-    num_cells: int,
-    nearest: Nearest,
-    weights_Nk: npt.NDArray[np.uint16],
+    heads: Heads, start: int, stop: int, cells_N: Labels, num_cells: int, edges: Edges
 ) -> npt.NDArray[np.float64]:
-    pairs_nk = cells_N[start:stop, None].astype(np.int64) * num_cells + cells_N[neighbor_ids(nearest, start, stop)]
-    weights = sum_weights(pairs_nk.ravel(), weights_Nk[start:stop].ravel(), num_cells**2)
+    ids_nk, weights_nk = edges.read(start, stop)
+    pairs_nk = cells_N[start:stop, None].astype(np.int64) * num_cells + cells_N[ids_nk]
+    weights = sum_weights(pairs_nk.ravel(), weights_nk.ravel(), num_cells**2)
     return weights.reshape(num_cells, num_cells)
 
 

@@ -50,7 +50,7 @@ def recombine(score: NeighborScore, consensuses: Sequence[Labels], num_clusters:
         score: the graph and the heads. Heads that leave out images count in the weights of the edges only.
         consensuses: labels (N,) 0..K-1. All results use as many clusters as the first.
     """
-    limit = population_size(score.nearest.shape[0] * score.nearest.shape[1])
+    limit = population_size(score.num_images * score.num_neighbors)
     num_used = len(np.unique(consensuses[0]))
     found: list[Scored] = []
     for batch in _batches(_starts(score, consensuses, num_clusters), score):
@@ -74,7 +74,7 @@ def _starts(score: NeighborScore, consensuses: Sequence[Labels], num_clusters: i
     yield from consensuses
     heads = score.heads
     for head, num_codes in enumerate(heads.num_clusters.tolist()):
-        codes_N = heads.gather(slice(head, head + 1)).codes[0]
+        codes_N = heads.codes_of(head)
         if codes_N.min() < 0:
             continue
         if num_codes > num_clusters:
@@ -97,7 +97,7 @@ def _best(found: list[Scored], limit: int) -> list[Scored]:
 
 
 def _batches(clusterings: Iterable[Labels], score: NeighborScore) -> Iterator[list[Labels]]:
-    remaining, size = iter(clusterings), max(1, BATCH_IMAGES // score.nearest.shape[0])
+    remaining, size = iter(clusterings), max(1, BATCH_IMAGES // score.num_images)
     while batch := list(islice(remaining, size)):
         yield batch
 
@@ -138,7 +138,7 @@ class _Polished:
 
 def _polish_batch(score: NeighborScore, starts: Sequence[Labels], num_clusters: int, seed: int) -> list[Scored]:
     polished = [_Polished(labels_N, num_clusters) for labels_N in starts]
-    images_N = np.arange(score.nearest.shape[0])
+    images_N = np.arange(score.num_images)
     for number in range(MAX_PASSES):
         active = [(one, one.tried_N) for one in polished if one.tried_N is not None]
         if not active:

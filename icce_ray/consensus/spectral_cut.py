@@ -2,16 +2,17 @@
 
 It reads the whole graph in one place, so it is for inputs of limited size.
 
-Shape letters: N images, K clusters.
+Shape letters: N images, n images of a graph, K clusters, V eigenvectors.
 """
 
 import numpy as np
+import numpy.typing as npt
 from scipy.sparse import coo_matrix, csr_matrix, diags
+from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
 from threadpoolctl import threadpool_limits
 
-from icce_ray.consensus.eigenvectors import largest_eigenvectors
 from icce_ray.consensus.label_matrix import Labels
-from icce_ray.consensus.neighbor_score import NeighborScore, neighbor_ids
+from icce_ray.consensus.neighbor_score import NeighborScore
 from icce_ray.consensus.partition import PartitionError
 
 MAX_WORK = 50_000_000
@@ -20,6 +21,12 @@ MAX_EDGES = 5_000_000
 """Edges of a graph that is read as a whole: half a gigabyte."""
 NUM_STARTS = 10
 """Starts of k-means."""
+TOLERANCE = 1e-5
+"""Relative error of the eigenvalues."""
+MAX_DENSE_IMAGES = 5_000
+"""Up to so many images, all eigenvectors are computed if the iteration doesn't find the largest: some minutes."""
+
+Floats = npt.NDArray[np.float64]
 
 
 def spectral_cut(score: NeighborScore, num_clusters: int, *, seed: int) -> Labels:
@@ -27,7 +34,7 @@ def spectral_cut(score: NeighborScore, num_clusters: int, *, seed: int) -> Label
     weren't found."""
     from sklearn.cluster import KMeans  # takes two seconds, and most processes of the consensus do not need it
 
-    num_images = score.nearest.shape[0]
+    num_images = score.num_images
     if (work := num_images * num_clusters**2) > MAX_WORK:
         input_size = f"{num_images:,} images and {num_clusters:,} clusters"
         raise PartitionError(f"{input_size}: {work:,} are over the limit of {MAX_WORK:,}")
@@ -48,10 +55,23 @@ def spectral_cut(score: NeighborScore, num_clusters: int, *, seed: int) -> Label
 
 def to_matrix(score: NeighborScore) -> csr_matrix:
     """The weights of the edges, in both directions (N, N). Raises PartitionError: there are too many."""
-    num_images, num_neighbors = score.nearest.shape
-    if (num_edges := num_images * num_neighbors) > MAX_EDGES:
+    num_images = score.num_images
+    if (num_edges := num_images * score.num_neighbors) > MAX_EDGES:
         raise PartitionError(f"{num_edges:,} edges are over the limit of {MAX_EDGES:,}")
-    sources = np.repeat(np.arange(num_images), num_neighbors)
-    edges = (score.weights_Nk.ravel().astype(np.float64), (sources, neighbor_ids(score.nearest, 0, num_images).ravel()))
+    sources = np.repeat(np.arange(num_images), score.num_neighbors)
+    targets_Nk, weights_Nk = score.edges.read(0, num_images)
+    edges = (weights_Nk.ravel().astype(np.float64), (sources, targets_Nk.ravel()))
     directed = coo_matrix(edges, shape=(num_images, num_images)).tocsr()
     return directed + directed.T
+
+
+def largest_eigenvectors(graph: csr_matrix | LinearOperator, number: int, start_n: Floats) -> tuple[Floats, Floats]:
+    """The largest eigenvalues of a symmetric matrix (V,), in any order, and their eigenvectors (n, V). The iteration
+    begins with `start_n`. Raises PartitionError: they weren't found."""
+    try:
+        values_V, vectors_nV = eigsh(graph, k=number, which="LA", v0=start_n, tol=TOLERANCE)
+    except ArpackNoConvergence as error:
+        if len(start_n) > MAX_DENSE_IMAGES:
+            raise PartitionError(f"the eigenvectors were not found: {error}") from error
+        values_V, vectors_nV = np.linalg.eigh(graph @ np.identity(len(start_n)))
+    return values_V[-number:], vectors_nV[:, -number:]

@@ -7,8 +7,7 @@ import pytest
 
 from icce_ray.consensus.agreement import describe_clusters, measure_agreement
 from icce_ray.consensus.aligned_vote import align_heads
-from icce_ray.consensus.cluster_counts import count_consensus
-from icce_ray.consensus.label_matrix import encode_heads
+from icce_ray.consensus.label_matrix import count_consensus, encode_heads
 
 
 def test_heads_with_as_many_clusters_are_aligned_by_the_best_of_all_permutations(planted):

@@ -9,7 +9,7 @@ from sklearn.cluster import MiniBatchKMeans
 from sklearn.datasets import load_digits
 from sklearn.metrics import normalized_mutual_info_score
 
-from icce_ray.consensus import best_consensus, cspa, partition
+from icce_ray.consensus import best_consensus, graph_cuts, partition
 from icce_ray.consensus.ensemble import cluster_ensemble
 from icce_ray.errors import InputError
 from icce_ray.metrics.true_label_scores import clustering_accuracy, contingency_table, match_clusters
@@ -148,9 +148,9 @@ def test_without_refinement_nothing_moves(noisy):
 
 
 def test_functions_that_would_cost_too_much_are_left_out_with_the_count(noisy, monkeypatch):
-    monkeypatch.setattr("icce_ray.consensus.hbgf.MAX_EDGES", 2000)
-    monkeypatch.setattr("icce_ray.consensus.mcla.MAX_EDGES", 10)
-    monkeypatch.setattr(cspa, "MAX_IMAGES", 239)
+    monkeypatch.setattr(graph_cuts, "HBGF_MAX_EDGES", 2000)
+    monkeypatch.setattr(graph_cuts, "MCLA_MAX_EDGES", 10)
+    monkeypatch.setattr(graph_cuts, "CSPA_MAX_IMAGES", 239)
     result = cluster_ensemble(noisy[1], 4, methods=["mcla", "hbgf", "cspa", "vote"], random_state=0)
     assert set(result.skipped) == {"mcla", "hbgf", "cspa"}
     assert set(result.anmi) == {"vote"}

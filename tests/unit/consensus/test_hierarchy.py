@@ -7,10 +7,9 @@ import pytest
 from scipy.cluster.hierarchy import fcluster, linkage
 from scipy.spatial.distance import squareform
 
-from icce_ray.consensus.cluster_counts import count_consensus
 from icce_ray.consensus.ensemble import cluster_ensemble
 from icce_ray.consensus.hierarchy import Hierarchy, build_hierarchy, merge_clusters, similarities
-from icce_ray.consensus.label_matrix import encode_heads
+from icce_ray.consensus.label_matrix import count_consensus, encode_heads
 from icce_ray.errors import InputError
 from icce_ray.metrics.true_label_scores import clustering_accuracy
 

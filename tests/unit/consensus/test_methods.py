@@ -7,15 +7,11 @@ import numpy as np
 import pytest
 
 from icce_ray.consensus import head_overlaps
-from icce_ray.consensus.aligned_vote import align_and_vote
-from icce_ray.consensus.best_head import best_head
-from icce_ray.consensus.cluster_counts import anmi
-from icce_ray.consensus.cspa import co_association, cspa
+from icce_ray.consensus.aligned_vote import align_and_vote, best_head
 from icce_ray.consensus.empty_clusters import fill_empty_clusters
-from icce_ray.consensus.hbgf import hbgf
+from icce_ray.consensus.graph_cuts import co_association, cspa, hbgf, mcla
 from icce_ray.consensus.head_overlaps import JACCARD_SCALE, compare_heads
-from icce_ray.consensus.label_matrix import encode_heads, group_equal_images
-from icce_ray.consensus.mcla import mcla
+from icce_ray.consensus.label_matrix import anmi, encode_heads, group_equal_images
 from icce_ray.consensus.partition import PartitionError
 from icce_ray.consensus.votes import vote
 from icce_ray.metrics.true_label_scores import clustering_accuracy

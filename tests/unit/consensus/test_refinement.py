@@ -6,8 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from icce_ray.consensus import refinement
-from icce_ray.consensus.cluster_counts import anmi, count_consensus
-from icce_ray.consensus.label_matrix import encode_heads
+from icce_ray.consensus.label_matrix import anmi, count_consensus, encode_heads
 from icce_ray.consensus.refinement import refine
 from icce_ray.metrics.true_label_scores import clustering_accuracy
 
