@@ -10,6 +10,7 @@ distributed stages are tested against it.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import KW_ONLY, dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -30,6 +31,7 @@ from icce_ray.neighbors.graph import build_graph
 from icce_ray.sample.training_set import TrainingRows, choose_rows
 
 
+@dataclass(repr=False, eq=False)
 class ICCE(FeatureClusterer):
     """Image clustering with adaptive neighbours, many heads and a cluster ensemble (arXiv 2511.16213).
 
@@ -68,44 +70,24 @@ class ICCE(FeatureClusterer):
         n_features_in_: int, D.
     """
 
-    def __init__(
-        self,
-        n_clusters: int | Literal["auto"],
-        *,
-        method: Literal["icce", "temi", "scan"] = "icce",
-        preset: Literal["paper"] | None = None,
-        n_heads: int = 50,
-        epochs: int | None = None,
-        batch_size: int | None = None,
-        similarity_threshold: float | Literal["auto"] | None = "auto",
-        random_state: int | np.random.RandomState | None = None,
-        device: str = "cpu",
-        n_threads: int | None = None,
-        sample: Mapping[str, Any] | None = None,
-        neighbors: Mapping[str, Any] | None = None,
-        heads: Mapping[str, Any] | None = None,
-        consensus: Mapping[str, Any] | None = None,
-        classifier: Mapping[str, Any] | None = None,
-        cluster_count: Mapping[str, Any] | None = None,
-        verbose: bool = False,
-    ) -> None:
-        self.n_clusters = n_clusters
-        self.method = method
-        self.preset = preset
-        self.n_heads = n_heads
-        self.epochs = epochs
-        self.batch_size = batch_size
-        self.similarity_threshold = similarity_threshold
-        self.random_state = random_state
-        self.device = device
-        self.n_threads = n_threads
-        self.sample = sample
-        self.neighbors = neighbors
-        self.heads = heads
-        self.consensus = consensus
-        self.classifier = classifier
-        self.cluster_count = cluster_count
-        self.verbose = verbose
+    n_clusters: int | Literal["auto"]
+    _: KW_ONLY
+    method: Literal["icce", "temi", "scan"] = "icce"
+    preset: Literal["paper"] | None = None
+    n_heads: int = 50
+    epochs: int | None = None
+    batch_size: int | None = None
+    similarity_threshold: float | Literal["auto"] | None = "auto"
+    random_state: int | np.random.RandomState | None = None
+    device: str = "cpu"
+    n_threads: int | None = None
+    sample: Mapping[str, Any] | None = None
+    neighbors: Mapping[str, Any] | None = None
+    heads: Mapping[str, Any] | None = None
+    consensus: Mapping[str, Any] | None = None
+    classifier: Mapping[str, Any] | None = None
+    cluster_count: Mapping[str, Any] | None = None
+    verbose: bool = False
 
     def fit(self, X: npt.ArrayLike, y: object = None) -> ICCE:
         """Cluster the rows of `X`.

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import KW_ONLY, dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -22,6 +23,7 @@ from icce_ray.runtime.machine import usable_cpus
 ROWS_AT_A_TIME = 16_384
 
 
+@dataclass(repr=False, eq=False)
 class KMeans(FeatureClusterer):
     """K-means on centred features, with PCA if wanted (docs/METHOD.md, "K-means").
 
@@ -49,32 +51,18 @@ class KMeans(FeatureClusterer):
         n_features_in_: int, D.
     """
 
-    def __init__(
-        self,
-        n_clusters: int,
-        *,
-        n_init: int = 10,
-        max_iter: int = 100,
-        algorithm: Literal["lloyd", "mini_batch"] = "lloyd",
-        spherical: bool = False,
-        n_components: int | None = None,
-        random_state: int | np.random.RandomState | None = None,
-        device: str = "cpu",
-        n_threads: int | None = None,
-        kmeans: Mapping[str, Any] | None = None,
-        verbose: bool = False,
-    ) -> None:
-        self.n_clusters = n_clusters
-        self.n_init = n_init
-        self.max_iter = max_iter
-        self.algorithm = algorithm
-        self.spherical = spherical
-        self.n_components = n_components
-        self.random_state = random_state
-        self.device = device
-        self.n_threads = n_threads
-        self.kmeans = kmeans
-        self.verbose = verbose
+    n_clusters: int
+    _: KW_ONLY
+    n_init: int = 10
+    max_iter: int = 100
+    algorithm: Literal["lloyd", "mini_batch"] = "lloyd"
+    spherical: bool = False
+    n_components: int | None = None
+    random_state: int | np.random.RandomState | None = None
+    device: str = "cpu"
+    n_threads: int | None = None
+    kmeans: Mapping[str, Any] | None = None
+    verbose: bool = False
 
     def fit(self, X: npt.ArrayLike, y: object = None) -> KMeans:
         """Cluster the rows of `X`.

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ Features = npt.ArrayLike | Sequence[npt.NDArray[Any]]
 """One matrix (N, D), or a list of arrays: feature sets of the same rows, with any D."""
 
 
+@dataclass(repr=False, eq=False)
 class TURTLE(FeatureClusterer):
     """Labels that linear classifiers learn quickly, on one or more feature sets (arXiv 2406.07236).
 
@@ -49,26 +51,15 @@ class TURTLE(FeatureClusterer):
         n_features_in_: int, D of the first feature set.
     """
 
-    def __init__(
-        self,
-        n_clusters: int,
-        *,
-        n_runs: int = 5,
-        n_steps: int = 1000,
-        random_state: int | np.random.RandomState | None = None,
-        device: str = "cpu",
-        n_threads: int | None = None,
-        turtle: Mapping[str, Any] | None = None,
-        verbose: bool = False,
-    ) -> None:
-        self.n_clusters = n_clusters
-        self.n_runs = n_runs
-        self.n_steps = n_steps
-        self.random_state = random_state
-        self.device = device
-        self.n_threads = n_threads
-        self.turtle = turtle
-        self.verbose = verbose
+    n_clusters: int
+    _: KW_ONLY
+    n_runs: int = 5
+    n_steps: int = 1000
+    random_state: int | np.random.RandomState | None = None
+    device: str = "cpu"
+    n_threads: int | None = None
+    turtle: Mapping[str, Any] | None = None
+    verbose: bool = False
 
     def fit(self, X: Features, y: object = None) -> TURTLE:
         """Cluster the rows of `X`.
