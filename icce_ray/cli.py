@@ -4,6 +4,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from icce_ray.run import add_arguments, add_options, guarded, run_command
 from icce_ray.store import Folder
 from icce_ray.store.run_records import read_records
 
+OF_THE_PROGRAM = ("command", "function", "json", "debug")
+"""Arguments that are not those of the command's function."""
 RUN = "a run's YAML config, its output folder, or its record (runs/*.json)"
 
 
@@ -34,13 +37,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     run = command("run", run_command, "cluster the images of a config, or of the built-in demo")
     add_arguments(run)
 
-    cluster = command("cluster", _cluster, "cluster a folder of photos, without a config")
+    cluster = command(
+        "cluster", _call("icce_ray.photos", "cluster_photos"), "cluster a folder of photos, without a config"
+    )
     cluster.add_argument("photos", metavar="PHOTOS", help="a folder, a bucket prefix, or a list of images")
-    cluster.add_argument("--clusters", default="auto", metavar="N", help="number of clusters, or auto (the default)")
+    cluster.add_argument(
+        "--clusters",
+        dest="num_clusters",
+        default="auto",
+        metavar="N",
+        help="number of clusters, or auto (the default)",
+    )
     cluster.add_argument(
         "--output", metavar="URI", help="where the results go (default: PHOTOS-clusters, beside the photos)"
     )
-    cluster.add_argument("--no-open", action="store_true", help="don't open the page in a browser")
+    cluster.add_argument("--no-open", dest="open_page", action="store_false", help="don't open the page in a browser")
     add_options(cluster)
 
     sweep = command("sweep", _sweep, "try settings of a config, judge the results without labels, pool the best")
@@ -55,7 +66,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     compare.add_argument("--combine", action="store_true", help="also make one consensus of all methods")
     add_options(compare)
 
-    assign = command("assign", _assign, "label new images with a finished run's model")
+    assign = command(
+        "assign", _call("icce_ray.assign.new_images", "assign_images"), "label new images with a finished run's model"
+    )
     assign.add_argument("run", metavar="RUN", help=f"{RUN}; or the folder of its model")
     source = assign.add_mutually_exclusive_group(required=True)
     source.add_argument("--images", metavar="URI", help="a folder of images, or a list of them (.txt, .parquet)")
@@ -65,7 +78,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     assign.add_argument("--output", metavar="URI", help="where the results go (default: the output of the run)")
     add_options(assign)
 
-    apply = command("apply", _apply, "take over corrections that were made on the page of a run")
+    apply = command(
+        "apply",
+        _call("icce_ray.apply", "apply_corrections"),
+        "take over corrections that were made on the page of a run",
+    )
     apply.add_argument("run", metavar="RUN", help=RUN)
     apply.add_argument("corrections", metavar="FILE", help="the corrections.json that the page saved")
     add_options(apply, "json", "quiet", "debug")
@@ -91,12 +108,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     add_options(export, "quiet", "debug")
 
-    forget = command("forget", _forget, "remove images from a finished run and everything beside it")
+    forget = command(
+        "forget",
+        _call("icce_ray.forget", "forget_images"),
+        "remove images from a finished run and everything beside it",
+    )
     forget.add_argument("run", metavar="RUN", help=RUN)
     forget.add_argument("--uris", required=True, metavar="FILE", help=".txt or .parquet list of the images")
     add_options(forget, "json", "quiet", "debug")
 
-    gc = command("gc", _gc, "list artifacts that no run refers to any more, or remove them")
+    gc = command(
+        "gc",
+        _call("icce_ray.collect_garbage", "collect_garbage"),
+        "list artifacts that no run refers to any more, or remove them",
+    )
     gc.add_argument("output", metavar="OUTPUT", help="the output folder of runs")
     gc.add_argument("--delete", action="store_true", help="remove them")
     add_options(gc, "debug")
@@ -116,17 +141,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return guarded(parsed.function, parsed)
 
 
-def _cluster(arguments: argparse.Namespace) -> Any:
-    from icce_ray.photos import cluster_photos
+def _call(module: str, function: str) -> Callable[[argparse.Namespace], Any]:
+    """A command that gives its arguments to a function by name. The module is imported when the command is run."""
 
-    return cluster_photos(
-        arguments.photos,
-        num_clusters=arguments.clusters,
-        output=arguments.output,
-        overrides=arguments.overrides,
-        open_page=not arguments.no_open,
-        quiet=arguments.quiet,
-    )
+    def call(arguments: argparse.Namespace) -> Any:
+        given = {name: value for name, value in vars(arguments).items() if name not in OF_THE_PROGRAM}
+        return getattr(import_module(module), function)(**given)
+
+    return call
 
 
 def _sweep(arguments: argparse.Namespace) -> Any:
@@ -145,25 +167,6 @@ def _compare(arguments: argparse.Namespace) -> Any:
     return compare_methods(config, methods, combine=arguments.combine, quiet=arguments.quiet)
 
 
-def _assign(arguments: argparse.Namespace) -> Any:
-    from icce_ray.assign.new_images import assign_images
-
-    return assign_images(
-        arguments.run,
-        images=arguments.images,
-        embeddings=arguments.embeddings,
-        output=arguments.output,
-        overrides=arguments.overrides,
-        quiet=arguments.quiet,
-    )
-
-
-def _apply(arguments: argparse.Namespace) -> Any:
-    from icce_ray.apply import apply_corrections
-
-    return apply_corrections(arguments.run, arguments.corrections, quiet=arguments.quiet)
-
-
 def _cut(arguments: argparse.Namespace) -> str:
     from icce_ray.export.cut import write_cut
 
@@ -172,40 +175,16 @@ def _cut(arguments: argparse.Namespace) -> str:
 
 
 def _export(arguments: argparse.Namespace) -> str:
-    from icce_ray.export.export_run import export_run
-
-    written = export_run(
-        arguments.run,
-        arguments.to,
-        arguments.output,
-        clusters=arguments.clusters,
-        min_agreement=arguments.min_agreement,
-        copy=arguments.copy,
-        quiet=arguments.quiet,
-    )
-    return written.sentence(arguments.output)
+    written = _call("icce_ray.export.export_run", "export_run")(arguments)
+    return str(written.sentence(arguments.output))
 
 
-def _forget(arguments: argparse.Namespace) -> str:
-    from icce_ray.forget import forget_images
-
-    found = forget_images(arguments.run, arguments.uris, quiet=arguments.quiet)
-    return "\n".join([*found.lines(), *([json.dumps(found.to_json())] if arguments.json else [])])
-
-
-def _gc(arguments: argparse.Namespace) -> str:
-    from icce_ray.collect_garbage import collect_garbage
-
-    return "\n".join(collect_garbage(arguments.output, delete=arguments.delete).lines())
-
-
-def _estimate(arguments: argparse.Namespace) -> str:
+def _estimate(arguments: argparse.Namespace) -> Any:
     from icce_ray.pipeline.estimate import estimate
 
     if arguments.samples < 1:
         raise InputError(f"--samples {arguments.samples}: needed is at least 1")
-    found = estimate(load_config(arguments.config, arguments.overrides), num_samples=arguments.samples)
-    return "\n".join([*found.lines(), *([json.dumps(found.to_json())] if arguments.json else [])])
+    return estimate(load_config(arguments.config, arguments.overrides), num_samples=arguments.samples)
 
 
 def _status(arguments: argparse.Namespace) -> str:

@@ -9,8 +9,7 @@ next run trains without them, and no listing takes them up again (:mod:`icce_ray
 import shutil
 import sys
 from collections.abc import Collection
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -68,9 +67,6 @@ class Takedown:
         lines += [f"removed {page}: the next run makes it again" for page in self.pages]
         lines.append("The models were trained with these images; run again to train without them.")
         return lines
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def forget_images(run: str, uris: str, *, quiet: bool = False) -> Takedown:

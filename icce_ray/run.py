@@ -87,7 +87,7 @@ def guarded(command: Callable[[argparse.Namespace], Any], arguments: argparse.Na
     """Print what `command` returns on stdout, or turn its exception into a message and an exit code.
 
     Args:
-        command: returns text, or a dataclass that is printed as JSON with ``--json``.
+        command: returns text, or a dataclass; its lines are printed, if it has any, and with ``--json`` its JSON.
     """
     exit_if_ray_dies()
     try:
@@ -171,8 +171,8 @@ class _WithoutRay:
 
 
 def _call(command: Callable[[argparse.Namespace], Any], arguments: argparse.Namespace) -> str:
-    """Call the command, and leave the Ray that it has connected to. Returns its text, or its result as JSON with
-    ``--json``."""
+    """Call the command, and leave the Ray that it has connected to. Returns its text: the lines of its result, if that
+    has any, and the result as JSON with ``--json``."""
     was_connected = is_connected()
     try:
         result = command(arguments)
@@ -181,7 +181,10 @@ def _call(command: Callable[[argparse.Namespace], Any], arguments: argparse.Name
             disconnect()
     if isinstance(result, str):
         return result
-    return json.dumps(asdict(result)) if arguments.json else ""
+    lines: list[str] = result.lines() if hasattr(result, "lines") else []
+    if getattr(arguments, "json", False):
+        lines.append(json.dumps(result.to_json() if hasattr(result, "to_json") else asdict(result)))
+    return "\n".join(lines)
 
 
 def _prepare_demo(arguments: argparse.Namespace) -> Config:
