@@ -20,7 +20,6 @@ import pyarrow as pa
 from icce_ray.export.export_run import ExportTask, Written
 from icce_ray.export.image_folders import NotReadError, placer
 from icce_ray.export.selected_images import Row, SelectedImages, in_threads, is_local_file
-from icce_ray.export.streams import written_whole
 
 FORMAT_VERSION = "1.0.0"
 """FiftyOne's version of this layout; later versions migrate it."""
@@ -55,7 +54,7 @@ def write(source: SelectedImages, task: ExportTask) -> Written:
 
     now = {"$date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.000Z")}
     points, sample_ids = list[npt.NDArray[np.float64]](), list[str]()
-    with written_whole(task.output, "samples.json") as file:
+    with task.file("samples.json") as file:
         file.write(b'{"samples": [')
         for table, features_nD in source.tables_with_features():
             points_n2 = (features_nD.astype(np.float64) - mean_D) @ axes_D2

@@ -16,7 +16,6 @@ from icce_ray.export.selected_images import (
     is_local_file,
     safe_name,
 )
-from icce_ray.export.streams import written_whole
 from icce_ray.images.read_images import read_image
 from icce_ray.store import Folder
 
@@ -35,7 +34,7 @@ def write(source: SelectedImages, task: ExportTask) -> Written:
 
     place = placer(task.output, folder_of, link=not task.copy)
     num_images, num_wanted, problems = 0, source.count(), list[str]()
-    with written_whole(task.output, "manifest.csv") as file:
+    with task.file("manifest.csv") as file:
         text = io.TextIOWrapper(file, encoding="utf-8", newline="", write_through=True)
         manifest = csv.DictWriter(text, ["file", *source.schema.names])
         manifest.writeheader()

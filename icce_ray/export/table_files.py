@@ -1,4 +1,5 @@
-"""Files for cleanlab: ``labels.npy`` (N,) int64, ``pred_probs.npy`` (N, K) float32, and ``images.csv``, their rows.
+"""Tables of the images: ``assignments.csv``, with all columns of the assignments and a row per image, and files for
+cleanlab: ``labels.npy`` (N,) int64, ``pred_probs.npy`` (N, K) float32, and ``images.csv``, their rows.
 
 The labels are the clusters, without noise; the probabilities are those of the run's classifier. cleanlab then finds
 the images whose cluster the classifier doubts::
@@ -14,16 +15,25 @@ from numpy.lib import format as npy
 from icce_ray.classifier.linear import MODEL_NAME, LinearClassifier
 from icce_ray.export.export_run import ExportTask, Written
 from icce_ray.export.selected_images import SelectedImages
-from icce_ray.export.streams import written_whole
 
 
-def write(source: SelectedImages, task: ExportTask) -> Written:
+def write_csv(source: SelectedImages, task: ExportTask) -> Written:
+    num_images, num_wanted = 0, source.count()
+    with task.file("assignments.csv") as file, pacsv.CSVWriter(file, source.schema) as writer:
+        for table in source.tables():
+            writer.write_table(table)
+            num_images += len(table)
+            task.progress.update(num_images, num_wanted)
+    return Written(num_images)
+
+
+def write_for_cleanlab(source: SelectedImages, task: ExportTask) -> Written:
     classifier = LinearClassifier.from_bytes(source.find("classifier").read_bytes(MODEL_NAME))
     num_wanted, num_images = sum(int((table["cluster"].to_numpy() >= 0).sum()) for table in source.tables()), 0
     with (
-        written_whole(task.output, "labels.npy") as labels,
-        written_whole(task.output, "pred_probs.npy") as pred_probs,
-        written_whole(task.output, "images.csv") as images,
+        task.file("labels.npy") as labels,
+        task.file("pred_probs.npy") as pred_probs,
+        task.file("images.csv") as images,
         pacsv.CSVWriter(images, source.schema) as writer,
     ):
         for file, shape, kind in (
