@@ -1,27 +1,36 @@
 """The classifier stage on Ray: each worker trains its share of the learning rates on all images.
 
-One worker is an actor. Several are started by Ray Train and exchange nothing but their best classifier.
+One worker is an actor. Several are started by Ray Train and exchange nothing but their best classifier. The artifact is
+the model folder, complete enough to label images on another machine, where :func:`icce_ray.load` reads it:
+
+    classifier.safetensors    the classifier
+    classifier.json           what it was made from, and how to embed a new image for it
+    backbone.*                the backbone's weights, if they came from a file
 """
 
+import importlib.metadata
 from functools import partial
+from pathlib import PurePosixPath
 from typing import Any
 
-from icce_ray.classifier.linear import LinearClassifier
-from icce_ray.classifier.model_folder import write_model
+import numpy as np
+
+from icce_ray.classifier.linear import DESCRIPTION_NAME, MODEL_NAME, LinearClassifier
 from icce_ray.classifier.self_training import SelfTraining
 from icce_ray.config import Config
 from icce_ray.corrections.stage import consensus_of, num_clusters_of
+from icce_ray.embed.backbone_plan import RANDOM_WEIGHTS, embed_settings
 from icce_ray.embed.feature_matrix import load_features
 from icce_ray.runtime.progress import Progress
 from icce_ray.runtime.workers import work_on_workers
 from icce_ray.sample.training_set import training_set
 from icce_ray.stage import StageContext
-from icce_ray.store import Artifact
+from icce_ray.store import Artifact, ArtifactWriter
 
 
 def run(config: Config, context: StageContext) -> dict[str, Any]:
     """Train the classifier on the features and the consensus, and write the model folder. Returns the metrics of
-    :func:`~icce_ray.classifier.model_folder.write_model`. Raises InputError: every learning rate diverged; WorkerError:
+    :func:`write_model`. Raises InputError: every learning rate diverged; WorkerError:
     workers died more often than they are restarted."""
     embed, consensus = training_set(context.inputs), consensus_of(context.inputs)
     data: bytes = work_on_workers(
@@ -68,3 +77,70 @@ def _train(
     if not is_alone:
         dist.all_gather_object(candidates, best)
     return training.finish(candidates).to_bytes() if rank == 0 else None
+
+
+LIBRARIES = ("icce_ray", "numpy", "torch", "timm", "scipy")
+
+
+def write_model(
+    output: ArtifactWriter, classifier: LinearClassifier, config: Config, embed: Artifact, consensus: Artifact
+) -> dict[str, Any]:
+    """Write the folder. Returns learning_rate (chosen), num_diverged (learning rates), num_holdout, holdout_agreement,
+    temperature, probability_floor, ece, outlier_threshold.
+
+    Args:
+        embed: the embeddings that the classifier was trained on.
+        consensus: its targets.
+    """
+    metrics = {
+        "learning_rate": classifier.learning_rate,
+        "num_diverged": classifier.num_diverged,
+        "num_holdout": classifier.num_holdout,
+        "holdout_agreement": classifier.holdout_agreement,
+        "temperature": classifier.temperature,
+        "probability_floor": classifier.probability_floor,
+        "ece": classifier.ece,
+        "outlier_threshold": classifier.outlier_threshold,
+    }
+    description = {
+        "num_clusters": classifier.num_clusters,
+        "num_dims": classifier.num_dims,
+        "seed": config.seed,
+        "cluster_sizes": classifier.cluster_sizes.tolist(),
+        "cluster_agreement": _mean_agreement(consensus, classifier.num_clusters),
+        "feature_set": embed.metrics.get("feature_set"),
+        "embed": config.embed.model_dump(mode="json"),
+        "embed_identity": embed_settings(config.embed, config.embeddings, config.seed),
+        "embeddings": config.embeddings.model_dump(mode="json"),
+        "outlier_rule": (
+            f"outlier_score > outlier_threshold, the {config.assign.outlier_quantile} quantile of the training images; "
+            "the score is the squared Mahalanobis distance to the mean of the predicted cluster, divided by num_dims"
+        ),
+        "fingerprints": {"embed": embed.fingerprint, "consensus": consensus.fingerprint},
+        "versions": {name: importlib.metadata.version(name) for name in LIBRARIES},
+        "backbone_file": _copy_backbone(config, output),
+    }
+    output.write_bytes(MODEL_NAME, classifier.to_bytes())
+    output.write_json(DESCRIPTION_NAME, description | metrics)
+    return metrics
+
+
+def _mean_agreement(consensus: Artifact, num_clusters: int) -> list[float]:
+    """Mean agreement of each cluster, 0 for an empty one."""
+    labels_N, agreement_N = consensus.read_array("labels.npy"), consensus.read_array("agreement.npy")
+    voted = labels_N >= 0
+    sums_K = np.bincount(labels_N[voted], weights=agreement_N[voted], minlength=num_clusters)
+    sizes_K = np.bincount(labels_N[voted], minlength=num_clusters)
+    means: list[float] = (sums_K / np.maximum(sizes_K, 1)).round(6).tolist()
+    return means
+
+
+def _copy_backbone(config: Config, output: ArtifactWriter) -> str | None:
+    """Copy the backbone's weights file; returns its name in the folder, None if there is nothing to copy."""
+    weights = config.embed.weights
+    if config.embeddings.uri is not None or weights in (None, RANDOM_WEIGHTS) or not config.classifier.include_backbone:
+        return None
+    assert weights is not None
+    name = f"backbone{PurePosixPath(weights).suffix}"
+    output.copy_file(name, weights)
+    return name

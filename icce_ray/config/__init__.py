@@ -21,10 +21,10 @@ from icce_ray.config.method_settings import (
     HeadsConfig,
     KMeansConfig,
     NeighborsConfig,
+    TurtleConfig,
 )
 from icce_ray.config.schema import AUTO, PRESETS, ClusteringConfig, Config
 from icce_ray.config.section import PositiveFloat, PositiveInt, Section, Seed
-from icce_ray.config.turtle_settings import TurtleConfig
 
 __all__ = [
     "AUTO", "CONSENSUS_METHODS", "PIXELS", "PRESETS", "BackboneConfig", "ClassifierConfig", "ClusterCountConfig",

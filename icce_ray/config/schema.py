@@ -37,9 +37,9 @@ from icce_ray.config.method_settings import (
     HeadsConfig,
     KMeansConfig,
     NeighborsConfig,
+    TurtleConfig,
 )
 from icce_ray.config.section import Place, PositiveInt, Section, Seed
-from icce_ray.config.turtle_settings import TurtleConfig
 from icce_ray.errors import ConfigError
 from icce_ray.methods import METHODS
 

@@ -15,12 +15,10 @@ import numpy as np
 import numpy.typing as npt
 
 from icce_ray.config import ConsensusConfig, ConsensusMethod
-from icce_ray.consensus.agreement import measure_agreement
-from icce_ray.consensus.aligned_vote import align_and_vote, best_head
+from icce_ray.consensus.aligned_vote import align_and_vote, best_head, measure_agreement
 from icce_ray.consensus.empty_clusters import fill_empty_clusters
 from icce_ray.consensus.graph_choice import RECOMBINED, choose_on_graph, trusted_heads
-from icce_ray.consensus.graph_cuts import cspa, hbgf, mcla
-from icce_ray.consensus.head_overlaps import HeadPairs, compare_heads
+from icce_ray.consensus.graph_cuts import HeadPairs, compare_heads, cspa, hbgf, mcla
 from icce_ray.consensus.hierarchy import Hierarchy, build_hierarchy
 from icce_ray.consensus.label_matrix import MISSING, Heads, Labels, anmi, count_consensus
 from icce_ray.consensus.neighbor_score import Nearest, NeighborScore

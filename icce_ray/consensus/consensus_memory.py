@@ -10,7 +10,7 @@ Shape letters: N images, H heads, K clusters, C head clusters.
 from collections.abc import Sequence
 
 from icce_ray.consensus import graph_cuts, recombination
-from icce_ray.consensus.head_overlaps import tile_heads
+from icce_ray.consensus.graph_cuts import tile_heads
 from icce_ray.consensus.label_matrix import PART_LABELS, Counts, Heads
 from icce_ray.runtime.machine import available_memory_bytes, require_memory
 

@@ -6,12 +6,11 @@ import numpy as np
 import numpy.typing as npt
 
 from icce_ray.consensus.label_matrix import Heads, Labels, anmi
-from icce_ray.consensus.loose_clusters import MIN_SHARE, replace_loose_clusters
 from icce_ray.consensus.neighbor_score import NeighborScore, Shares
 from icce_ray.consensus.partition import PartitionError
 from icce_ray.consensus.recombination import recombine
-from icce_ray.consensus.spectral_cut import spectral_cut
-from icce_ray.metrics.size_agreement import MAX_IMAGES, MIN_SIZE_AGREEMENT, size_agreement
+from icce_ray.consensus.spectral_cut import MIN_SHARE, replace_loose_clusters, spectral_cut
+from icce_ray.metrics.contingency import MAX_SIZED_IMAGES, MIN_SIZE_AGREEMENT, size_agreement
 
 RECOMBINED, SPECTRAL = "recombined", "spectral"
 """Names of the results that the graph takes part in: the best recombination of all others, and its cut."""
@@ -89,6 +88,6 @@ def _is_good_witness(shares_K: Shares) -> bool:
 
 
 def _agree_on_sizes(heads: Heads) -> bool:
-    compared_n = np.linspace(0, heads.num_images - 1, min(heads.num_images, MAX_IMAGES)).astype(np.int64)
+    compared_n = np.linspace(0, heads.num_images - 1, min(heads.num_images, MAX_SIZED_IMAGES)).astype(np.int64)
     labels_Hn = np.stack([heads.labels_of(head)[compared_n] for head in range(heads.num_heads)])
     return size_agreement(labels_Hn) >= MIN_SIZE_AGREEMENT

@@ -1,8 +1,12 @@
 """Spectral clustering of the neighbour graph that the heads weigh (docs/METHOD.md, "Spectral cut").
 
-It reads the whole graph in one place, so it is for inputs of limited size.
+Its eigenvectors also split clusters: where heads use fewer clusters than asked for, a consensus makes up the rest with
+single images, and clusters that don't hold together on the graph give way to splits of others (docs/METHOD.md, "Loose
+clusters"). The graph finds groups that no head separates.
 
-Shape letters: N images, n images of a graph, K clusters, V eigenvectors.
+It is read as a whole in one place, so this is for inputs of limited size.
+
+Shape letters: N images, n images of a graph or a cluster, K clusters, V eigenvectors.
 """
 
 import numpy as np
@@ -12,7 +16,7 @@ from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
 from threadpoolctl import threadpool_limits
 
 from icce_ray.consensus.label_matrix import Labels
-from icce_ray.consensus.neighbor_score import NeighborScore
+from icce_ray.consensus.neighbor_score import NeighborScore, Shares
 from icce_ray.consensus.partition import PartitionError
 
 MAX_WORK = 50_000_000
@@ -75,3 +79,72 @@ def largest_eigenvectors(graph: csr_matrix | LinearOperator, number: int, start_
             raise PartitionError(f"the eigenvectors were not found: {error}") from error
         values_V, vectors_nV = np.linalg.eigh(graph @ np.identity(len(start_n)))
     return values_V[-number:], vectors_nV[:, -number:]
+
+
+MIN_SHARE = 0.5
+"""A cluster holds together if at least this share of the weight at it stays within it."""
+DENSE_IMAGES = 200
+"""Up to so many images, all eigenvectors are found at once."""
+
+Images = npt.NDArray[np.int64]
+
+
+def replace_loose_clusters(score: NeighborScore, labels_N: Labels, shares_K: Shares) -> Labels:
+    """The labels (N,), with each loose cluster joined to another one, and its number given to a part of a third.
+
+    `shares_K` are those of `labels_N`; at least one cluster holds together. Raises PartitionError: the input is too
+    large, or the eigenvectors weren't found.
+    """
+    firm = np.flatnonzero(shares_K >= MIN_SHARE)
+    loose = np.setdiff1d(labels_N, firm)
+    if not len(loose):
+        return labels_N
+    matrix = to_matrix(score)
+    owner_K = np.arange(len(shares_K), dtype=np.int32)
+    owner_K[loose] = firm[score.between(labels_N, len(shares_K))[np.ix_(loose, firm)].argmax(axis=1)]
+    joined_N = owner_K[labels_N]
+
+    def split(cluster: int) -> tuple[float, Images]:
+        return best_split(matrix, score.degree_N, np.flatnonzero(joined_N == cluster))
+
+    splits = {cluster: split(cluster) for cluster in firm.tolist()}
+    for number in loose.tolist():
+        cluster = max(splits, key=lambda one: splits[one][0])
+        joined_N[splits[cluster][1]] = number
+        splits |= {one: split(one) for one in (cluster, number)}
+    return joined_N
+
+
+def best_split(matrix: csr_matrix, degree_N: npt.NDArray[np.int64], images_n: Images) -> tuple[float, Images]:
+    """By how much the sum of the clusters' shares rises if a cluster is split, and the images of one part: the best of
+    all cuts of the images in the order of the second eigenvector (Shi and Malik). A single image: -inf."""
+    if len(images_n) < 2:
+        return -np.inf, images_n
+    within = matrix[images_n][:, images_n]
+    order = np.argsort(_second_eigenvector(within), kind="stable")
+    edges, volumes_n = within[order][:, order].tocoo(), degree_N[images_n[order]]
+    ends = np.maximum(edges.row, edges.col), np.minimum(edges.row, edges.col)
+    last_n, first_n = (np.bincount(one, weights=edges.data, minlength=len(images_n)) for one in ends)
+    left, right = np.cumsum(last_n)[:-1], first_n.sum() - np.cumsum(first_n)[:-1]
+    volume, volume_left = max(int(volumes_n.sum()), 1), np.cumsum(volumes_n)[:-1]
+    shares = left / np.maximum(volume_left, 1) + right / np.maximum(volume - volume_left, 1)
+    cut = int(shares.argmax())
+    return float(shares[cut] - edges.data.sum() / volume), images_n[order[: cut + 1]]
+
+
+def _second_eigenvector(within: csr_matrix) -> Floats:
+    """The second eigenvector (n,) of the random walk on the edges (n, n) of one cluster. The first one, which is
+    constant, is projected out."""
+    degree_n = np.asarray(within.sum(axis=1)).ravel()
+    scale_n = 1 / np.sqrt(np.maximum(degree_n, 1))
+    normal, first_n = diags(scale_n) @ within @ diags(scale_n), np.sqrt(degree_n)
+    first_n /= max(float(np.linalg.norm(first_n)), 1.0)
+    with threadpool_limits(1):  # several threads may round a sum differently
+        if len(first_n) <= DENSE_IMAGES:
+            vector_n = np.linalg.eigh(normal.toarray() - np.outer(first_n, first_n))[1][:, -1]
+        else:
+            rest = LinearOperator(normal.shape, lambda x: normal @ x - first_n * (first_n @ x), dtype=np.float64)
+            start_n = np.random.default_rng(0).uniform(-1, 1, len(first_n))
+            vector_n = largest_eigenvectors(rest, 1, start_n)[1][:, 0]
+    found_n: Floats = vector_n * scale_n
+    return found_n

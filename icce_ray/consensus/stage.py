@@ -16,7 +16,7 @@ def _settings(config: Config) -> Settings:
 
 def _check(config: Config) -> None:
     if config.consensus.extra_runs:
-        from icce_ray.consensus.extra_runs import find_heads
+        from icce_ray.consensus.other_runs import find_heads
 
         find_heads(config.consensus.extra_runs, config.output)
 

@@ -1,7 +1,11 @@
 """The evaluate stage: scores without labels, and how well the clusters match the true labels if there are any. Only the
-report depends on it."""
+report depends on it. With several methods, also one clustering of each, in the cluster numbers of their consensus.
 
-from collections.abc import Callable
+Shapes: N images trained on, M methods.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,20 +14,23 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from icce_ray.config import Config
+from icce_ray.consensus.other_runs import find_heads
 from icce_ray.corrections.stage import consensus_of
 from icce_ray.embed.feature_matrix import load_features
 from icce_ray.evaluate.estimated_accuracy import MAX_IMAGES, estimate_accuracy
 from icce_ray.evaluate.label_files import has_names
 from icce_ray.evaluate.labels import TrueLabels, load_labels, named_images
-from icce_ray.evaluate.method_clusterings import method_clusterings, nmi_matrix
 from icce_ray.images.listing import Listing
+from icce_ray.methods.clusterings import LABELS_NAME as MATRIX_NAME
 from icce_ray.methods.clusterings import read_losses
+from icce_ray.metrics import contingency
 from icce_ray.metrics.label_free_scores import label_free_scores, project_pca, project_umap
 from icce_ray.metrics.true_label_scores import (
     clustering_accuracy,
     contingency_table,
     evaluate_with_noise,
     match_clusters,
+    normalized_mutual_info,
 )
 from icce_ray.random_numbers import id_hashes, sampled_rows
 from icce_ray.runtime.progress import QUIET, Progress
@@ -96,7 +103,7 @@ def run(config: Config, context: StageContext) -> dict[str, Any]:
             labels,
             table["cluster"].to_numpy(),
             table["agreement"].to_numpy(),
-            np.where(rows_n >= 0, heads.read_array("label_matrix.npy")[:, rows_n], -1),
+            np.where(rows_n >= 0, heads.read_array(MATRIX_NAME)[:, rows_n], -1),
             read_losses(heads),
             context.progress,
         )
@@ -205,3 +212,56 @@ def _read_assignments(
             table = table.filter(pa.array(hashes_n < np.uint64(share * 2**64)))
         tables.append(table)
     return pa.concat_tables(tables)
+
+
+Labels = npt.NDArray[np.int32]
+
+
+def method_clusterings(config: Config, own: Artifact, consensus_N: Labels) -> dict[str, Labels]:
+    """For each run that takes part in the consensus, the clustering (N,) with the lowest loss, or the first where there
+    are no losses. Empty for a run that stands alone.
+
+    Args:
+        config: of the run; its `consensus.extra_runs` are the others.
+        own: the run's own clusterings.
+        consensus_N: -1 for noise.
+    """
+    if not config.consensus.extra_runs:
+        return {}
+    found: dict[str, Labels] = {}
+    repeated: Counter[str] = Counter()
+    for run in [own, *find_heads(config.consensus.extra_runs, config.output, own)]:
+        losses_H = read_losses(run)
+        row = 0 if losses_H is None else int(np.argmin(losses_H))
+        method = str(run.manifest.config["method"])
+        repeated[method] += 1
+        name = method if repeated[method] == 1 else f"{method} ({repeated[method]})"
+        found[name] = renumber(np.array(run.read_array(MATRIX_NAME)[row]), consensus_N)
+    return found
+
+
+def renumber(labels_N: Labels, like_N: Labels) -> Labels:
+    """`labels_N` with the numbers of the clusters of `like_N` that they are found again in; clusters that are left over
+    get the next numbers. -1 stays."""
+    known_N, num_numbers = labels_N >= 0, int(like_N.max(initial=-1)) + 1
+    values, codes_n = np.unique(labels_N[known_N], return_inverse=True)
+    counts = contingency.count_table(codes_n, like_N[known_N], len(values), num_numbers)
+    matched = contingency.match_clusters(counts if isinstance(counts, np.ndarray) else counts.toarray())
+    number_of = np.array([matched.get(code, -1) for code in range(len(values))], dtype=np.int32)
+    left = number_of < 0
+    number_of[left] = num_numbers + np.arange(left.sum())
+    renumbered_N = np.full(len(labels_N), -1, dtype=np.int32)
+    renumbered_N[known_N] = number_of[codes_n]
+    return renumbered_N
+
+
+def nmi_matrix(labels: Sequence[npt.NDArray[np.int32]]) -> npt.NDArray[np.float64]:
+    """NMI (geometric) between each two of M labellings of the same images, (M, M); images that either of two calls
+    noise (-1) are left out, and it is 0 where none is left."""
+    matrix_MM = np.eye(len(labels))
+    for one, first_N in enumerate(labels):
+        for other, second_N in enumerate(labels[:one]):
+            both = (first_N >= 0) & (second_N >= 0)
+            value = normalized_mutual_info(first_N[both], second_N[both]) if both.any() else 0.0
+            matrix_MM[one, other] = matrix_MM[other, one] = value
+    return matrix_MM

@@ -1,5 +1,6 @@
 """Contingency counts: how many images two labellings put into each pair of clusters, and what follows from them:
-normalised mutual information (docs/METHOD.md, "Objective"), and which clusters are the same.
+normalised mutual information (docs/METHOD.md, "Objective"), which clusters are the same, and whether clusterings agree
+about sizes, which are then a property of the images (docs/METHOD.md, "Balance").
 
 Counts are sums over images, so the counts of shards add up to those of the whole. An image without a label (-1) in
 either labelling is not counted. The NMI of Strehl & Ghosh (JMLR 3:583-617, 2002) is the mutual information divided by
@@ -128,3 +129,26 @@ def largest_share(table_KL: npt.NDArray[Any], sizes_K: npt.NDArray[Any]) -> tupl
     most_K = table_KL.argmax(axis=1)
     counts_K = table_KL[np.arange(len(table_KL)), most_K]
     return most_K, (counts_K > 0) & (counts_K >= MIN_SHARE * sizes_K)
+
+
+MIN_SIZE_AGREEMENT = 0.3
+"""Below this, different sizes are taken for accidents of each clustering."""
+MAX_SIZED_IMAGES = 4096
+"""Number of images whose clusters' sizes are compared, if there are more."""
+
+
+def size_agreement(labels_HN: npt.NDArray[np.integer[Any]]) -> float:
+    """How far H clusterings agree which of N images lie in large clusters, -1 to 1: the mean over pairs of the
+    correlation of the logarithms of the sizes of the images' clusters. One with equal clusters counts 0. 1 for a single
+    one."""
+    num_heads = len(labels_HN)
+    if num_heads == 1:
+        return 1.0
+    counted = [np.unique(labels_N, return_inverse=True, return_counts=True) for labels_N in labels_HN]
+    logs_HN = np.stack([np.log(sizes_K)[clusters_N] for _, clusters_N, sizes_K in counted])
+    logs_HN -= logs_HN.mean(axis=1, keepdims=True)
+    norm_H1 = np.linalg.norm(logs_HN, axis=1, keepdims=True)
+    unit_HN = np.divide(logs_HN, norm_H1, out=np.zeros_like(logs_HN), where=norm_H1 > 1e-9)
+    products = (unit_HN.sum(axis=0) ** 2).sum() - (unit_HN**2).sum()
+    # Rounded, since workers on other processors may compute the last bits differently, and all must decide alike.
+    return round(float(products) / (num_heads * (num_heads - 1)), 6)

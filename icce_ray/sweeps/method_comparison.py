@@ -15,13 +15,13 @@ import numpy.typing as npt
 
 from icce_ray.config import Config
 from icce_ray.errors import ConfigError, UserError, WorkerError
-from icce_ray.evaluate.method_clusterings import nmi_matrix
+from icce_ray.evaluate.run_scores import nmi_matrix
 from icce_ray.pipeline.plan import finished_artifacts, plan, plan_other_methods
 from icce_ray.pipeline.result import HEADLINE_METRICS, Result
 from icce_ray.pipeline.run import run_pipeline, run_stages
 from icce_ray.runtime.progress import format_seconds
 from icce_ray.store import ArtifactWriter, Folder, fingerprint
-from icce_ray.sweeps.sweep_page import render_page
+from icce_ray.sweeps.sweep_files import render_page
 from icce_ray.sweeps.trial import SCORES, SPACES, reason_of
 from icce_ray.sweeps.trial_table import Row, metric_names, score_names, to_table, to_text
 

@@ -1,5 +1,5 @@
-"""The files of a finished sweep: the table of its trials, its page, and two configs that run: of the best trial, and of
-one consensus of the best trials.
+"""The files of a finished sweep: the table of its trials, a page with them and a diagram for each setting, which opens
+without a network, and two configs that run: of the best trial, and of one consensus of the best trials.
 """
 
 from collections.abc import Mapping, Sequence
@@ -7,23 +7,36 @@ from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any
 
+import jinja2
 import numpy as np
 import yaml
 
 from icce_ray.config import Config, without_secrets
-from icce_ray.consensus.extra_runs import have_same_images
+from icce_ray.consensus.other_runs import have_same_images
 from icce_ray.embed.feature_matrix import load_features
 from icce_ray.errors import WorkerError
 from icce_ray.images.listing import Listing
 from icce_ray.pipeline.plan import fingerprints_of, finished_artifacts, plan, run_name
+from icce_ray.report.page_files import read_web, to_script
+from icce_ray.report.page_plots import Plot, plot, series
 from icce_ray.runtime.progress import Progress
 from icce_ray.sample.training_set import training_set
 from icce_ray.store import Artifact, ArtifactWriter
 from icce_ray.store.run_records import write_record
-from icce_ray.sweeps.sweep_config import Sweep
-from icce_ray.sweeps.sweep_page import render
+from icce_ray.sweeps.sweep_config import LOG_RANGES, Dimension, Sweep
 from icce_ray.sweeps.trial import Listings, consensus_nmi, full_stages
-from icce_ray.sweeps.trial_table import Row, choose_best, choose_pool, to_table, to_text
+from icce_ray.sweeps.trial_table import (
+    Row,
+    choose_best,
+    choose_pool,
+    metric_names,
+    ranked,
+    score_names,
+    setting_text,
+    shown,
+    to_table,
+    to_text,
+)
 
 TABLE_NAME, TEXT_NAME, PAGE_NAME = "trials.parquet", "trials.txt", "sweep.html"
 BEST_NAME, ENSEMBLE_NAME = "best.yaml", "ensemble.yaml"
@@ -140,3 +153,72 @@ def score(run: TrialRun) -> dict[str, float]:
     labels_N = run.artifacts["consensus"].read_array("labels.npy")
     found = evaluate_with_noise(labels.classes, labels_N[np.searchsorted(image_ids, labels.image_ids)])
     return {name: float(found[name]) for name in ("acc", "nmi", "ari")}
+
+
+def metric_by_setting(rows: Sequence[Row], dimension: Dimension, metric: str) -> Plot | None:
+    """The metric of each finished trial against one setting, and a line through the means if values repeat; None if no
+    trial finished."""
+    finished = ranked(rows, metric)
+    if not finished:
+        return None
+    places, ticks = _positions([row.parameters.get(dimension.name) for row in finished])
+    values = np.array([row.value(metric) for row in finished])
+    shown = [series("trials", "points", places, values)]
+    shown.append(series(f"best: trial {finished[0].trial}", "points", places[:1], values[:1]))
+    used = np.unique(places)
+    if len(used) < len(places):
+        shown.append(series("mean", "line", used, [values[places == place].mean() for place in used]))
+    axis = {"label": dimension.name, "ticks": ticks, "log": ticks is None and dimension.kind in LOG_RANGES}
+    return plot(dimension.name, axis, metric, shown)
+
+
+def _positions(values: Sequence[Any]) -> tuple[Any, list[str] | None]:
+    """Positions of values on an axis, and its ticks: the values themselves and None if all are numbers, else 0, 1, ...
+    in the order of the ticks."""
+    if all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values):
+        return np.array(values, dtype=float), None
+    numbers = sorted({value for value in values if isinstance(value, (int, float)) and not isinstance(value, bool)})
+    texts = sorted({setting_text(value) for value in values} - {setting_text(number) for number in numbers})
+    ticks = [*texts, *(setting_text(number) for number in numbers)]
+    return np.array([ticks.index(setting_text(value)) for value in values], dtype=float), ticks
+
+
+def render(sweep: Sweep, rows: Sequence[Row], pooled: Sequence[int], best_yaml: str) -> str:
+    """The page as HTML. At least one of the trials `rows` finished; `pooled` make the final consensus."""
+    metric = sweep.config.metric
+    order = ranked(rows, metric)
+    others = [row for row in rows if row not in order]
+    plots = [metric_by_setting(rows, dimension, metric) for dimension in sweep.dimensions]
+    return render_page(
+        "sweep_page.html",
+        title=f"Sweep over {', '.join(sweep.names)}",
+        source=sweep.source,
+        metric=metric,
+        trials=[*order, *others],
+        best=order[0],
+        best_value=shown(order[0].value(metric)),
+        pooled=set(pooled),
+        failed=[row for row in rows if row.error is not None],
+        names=sweep.names,
+        metrics=metric_names(rows),
+        scores=score_names(rows),
+        plots=to_script([plot for plot in plots if plot is not None]),
+        script=read_web("plots.js"),
+        best_yaml=best_yaml,
+        sweep_yaml=yaml.safe_dump(
+            sweep.config.model_dump(mode="json", exclude={"base"}, exclude_unset=True), sort_keys=False
+        ),
+    )
+
+
+def render_page(name: str, **values: Any) -> str:
+    """A page of this folder with its values filled in."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("icce_ray", "sweeps"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"shown": shown, "setting": setting_text}
+    return environment.get_template(name).render(**values)

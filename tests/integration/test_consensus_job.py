@@ -8,9 +8,9 @@ import pytest
 
 from icce_ray.config import Config
 from icce_ray.consensus import best_consensus, graph_cuts, job, label_matrix, neighbor_score
-from icce_ray.consensus.agreement import describe_clusters
+from icce_ray.consensus.aligned_vote import describe_clusters
 from icce_ray.consensus.ensemble import cluster_ensemble
-from icce_ray.consensus.extra_runs import find_heads
+from icce_ray.consensus.other_runs import find_heads
 from icce_ray.errors import InputError, ResourceError
 from icce_ray.runtime.progress import Progress
 from icce_ray.stage import StageContext

@@ -37,7 +37,7 @@ from icce_ray.methods.heads.step import Batch, HeadBlock, StepValues
 from icce_ray.methods.heads.teacher import pair_weights
 from icce_ray.methods.heads.training_memory import require_training_memory
 from icce_ray.methods.heads.watch import EpochWatch, mean_pairwise_nmi
-from icce_ray.metrics.size_agreement import MIN_SIZE_AGREEMENT, size_agreement
+from icce_ray.metrics.contingency import MIN_SIZE_AGREEMENT, size_agreement
 from icce_ray.neighbors.graph import NeighborGraph
 from icce_ray.runtime.machine import matmul_dtype
 from icce_ray.runtime.threads import ThreadPool, prefetched

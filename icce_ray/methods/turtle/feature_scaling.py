@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 
 from icce_ray.methods.heads.inputs import random_rotation
-from icce_ray.methods.turtle.linear_layers import Layers
+from icce_ray.methods.turtle.bilevel_step import Layers
 from icce_ray.runtime.threads import ThreadPool
 
 ROWS_AT_ONCE = 4096

@@ -10,9 +10,16 @@ import numpy as np
 import torch
 
 from icce_ray.config import TurtleConfig
-from icce_ray.methods.turtle.bilevel_step import FeatureBatch, StepLosses, bilevel_step
+from icce_ray.methods.turtle.bilevel_step import (
+    AdamParameters,
+    FeatureBatch,
+    Layers,
+    StepLosses,
+    TaskEncoder,
+    bilevel_step,
+    initial_layer,
+)
 from icce_ray.methods.turtle.feature_scaling import Space
-from icce_ray.methods.turtle.linear_layers import AdamParameters, Layers, TaskEncoder, initial_layer
 from icce_ray.runtime.threads import ThreadPool
 
 MAX_RUNS, MAX_COLUMNS = 3, 32

@@ -14,9 +14,8 @@ import torch
 from icce_ray.config import TurtleConfig
 from icce_ray.methods.clusterings import Clusterings
 from icce_ray.methods.saved_state import read_state, save_state
-from icce_ray.methods.turtle.bilevel_step import chunk_slices
+from icce_ray.methods.turtle.bilevel_step import Layers, chunk_slices
 from icce_ray.methods.turtle.feature_scaling import label_rows, prepare_features
-from icce_ray.methods.turtle.linear_layers import Layers
 from icce_ray.methods.turtle.run_block import RunBlock, run_blocks
 from icce_ray.metrics.label_free_scores import generalization_score, project_pca
 from icce_ray.runtime.machine import available_memory_bytes, matmul_dtype, require_memory

@@ -5,8 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from icce_ray.consensus.agreement import describe_clusters, measure_agreement
-from icce_ray.consensus.aligned_vote import align_heads
+from icce_ray.consensus.aligned_vote import align_heads, describe_clusters, measure_agreement
 from icce_ray.consensus.label_matrix import count_consensus, encode_heads
 
 

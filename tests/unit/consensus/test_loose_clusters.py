@@ -5,14 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from icce_ray.consensus import loose_clusters, spectral_cut
+from icce_ray.consensus import spectral_cut
 from icce_ray.consensus.ensemble import cluster_ensemble
 from icce_ray.consensus.graph_choice import RECOMBINED
 from icce_ray.consensus.label_matrix import encode_heads
-from icce_ray.consensus.loose_clusters import best_split, replace_loose_clusters
 from icce_ray.consensus.neighbor_score import NeighborScore
 from icce_ray.consensus.partition import PartitionError
-from icce_ray.consensus.spectral_cut import to_matrix
+from icce_ray.consensus.spectral_cut import best_split, replace_loose_clusters, to_matrix
 from icce_ray.metrics.true_label_scores import adjusted_rand_index
 
 
@@ -30,7 +29,7 @@ def shares_of(weights_NN, parts):
 
 @pytest.mark.parametrize("dense", [200, 3])
 def test_a_split_is_the_best_of_all_cuts_in_the_order_of_the_eigenvector(near, monkeypatch, dense):
-    monkeypatch.setattr(loose_clusters, "DENSE_IMAGES", dense)
+    monkeypatch.setattr(spectral_cut, "DENSE_IMAGES", dense)
     groups_N, score = joined_groups(near, [40, 15, 30])
     matrix, images_n = to_matrix(score), np.flatnonzero(groups_N < 2)
     gain, part = best_split(matrix, score.degree_N, images_n)

@@ -6,11 +6,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from icce_ray.consensus import head_overlaps
+from icce_ray.consensus import graph_cuts
 from icce_ray.consensus.aligned_vote import align_and_vote, best_head
 from icce_ray.consensus.empty_clusters import fill_empty_clusters
-from icce_ray.consensus.graph_cuts import co_association, cspa, hbgf, mcla
-from icce_ray.consensus.head_overlaps import JACCARD_SCALE, compare_heads
+from icce_ray.consensus.graph_cuts import JACCARD_SCALE, co_association, compare_heads, cspa, hbgf, mcla
 from icce_ray.consensus.label_matrix import anmi, encode_heads, group_equal_images
 from icce_ray.consensus.partition import PartitionError
 from icce_ray.consensus.votes import vote
@@ -53,9 +52,9 @@ def test_large_cluster_graphs_leave_out_overlaps_that_chance_makes(planted, monk
     _, matrix = planted([300, 300, 5], 3, 0.02)
     heads = encode_heads(matrix)
     full = compare_heads(heads).cluster_graph().toarray()
-    monkeypatch.setattr(head_overlaps, "MAX_FULL_CLUSTERS", 3)
+    monkeypatch.setattr(graph_cuts, "MAX_FULL_CLUSTERS", 3)
     cut = compare_heads(heads).cluster_graph().toarray()
-    limit = head_overlaps.MIN_JACCARD * JACCARD_SCALE
+    limit = graph_cuts.MIN_JACCARD * JACCARD_SCALE
     assert ((full > 0) & (full < limit)).any()
     assert not cut[full < limit].any()
     np.testing.assert_array_equal(cut[full > limit], full[full > limit])

@@ -9,7 +9,7 @@ from icce_ray.config import ConsensusConfig
 from icce_ray.consensus import best_consensus, consensus_memory, label_matrix
 from icce_ray.consensus.consensus_memory import check_memory, coordinator_bytes, worker_bytes
 from icce_ray.consensus.ensemble import cluster_ensemble
-from icce_ray.consensus.head_overlaps import compare_heads
+from icce_ray.consensus.graph_cuts import compare_heads
 from icce_ray.consensus.label_matrix import count_consensus, encode_heads
 from icce_ray.consensus.stored_label_matrix import open_heads
 from icce_ray.errors import InputError, ResourceError
@@ -52,7 +52,7 @@ def test_pairs_of_heads_do_not_depend_on_the_parts_nor_on_how_tables_are_kept(un
     monkeypatch.setattr(label_matrix, "PART_LABELS", 50)
     monkeypatch.setattr("icce_ray.metrics.contingency.MIN_DENSE_CELLS", 0)
     monkeypatch.setattr("icce_ray.metrics.contingency.MAX_DENSE_CELLS_PER_IMAGE", 0.3)
-    monkeypatch.setattr("icce_ray.consensus.head_overlaps.MAX_TILE_HEADS", 2)
+    monkeypatch.setattr("icce_ray.consensus.graph_cuts.MAX_TILE_HEADS", 2)
     parts = compare_heads(heads)
     np.testing.assert_allclose(whole.nmi_HH, parts.nmi_HH, atol=1e-14)
     np.testing.assert_array_equal(whole.cluster_graph().toarray(), parts.cluster_graph().toarray())

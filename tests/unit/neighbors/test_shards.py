@@ -13,7 +13,7 @@ import pytest
 from icce_ray.config import NeighborsConfig
 from icce_ray.neighbors import graph as graph_module
 from icce_ray.neighbors.graph import build_graph
-from icce_ray.neighbors.shards import GraphTask, ShardWorker
+from icce_ray.neighbors.job import GraphTask, ShardWorker
 from icce_ray.store import Artifact, ArtifactWriter, Folder
 from icce_ray.store.part_records import PartRecords
 

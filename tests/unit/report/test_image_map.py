@@ -14,7 +14,7 @@ import pytest
 
 from icce_ray.config import Config
 from icce_ray.errors import ResourceError
-from icce_ray.report.image_map import lay_out
+from icce_ray.report.image_columns import lay_out
 from icce_ray.report.stage import REPORT
 from icce_ray.runtime.machine import has_umap
 

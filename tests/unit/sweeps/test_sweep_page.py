@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from icce_ray.sweeps.sweep_config import Sweep, build_sweep
-from icce_ray.sweeps.sweep_page import metric_by_setting, render
+from icce_ray.sweeps.sweep_files import metric_by_setting, render
 from icce_ray.sweeps.trial_table import Row
 
 SPACE = {

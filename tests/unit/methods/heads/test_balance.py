@@ -13,7 +13,7 @@ from icce_ray.methods.heads.balance import has_too_many_empty, move_balance, ren
 from icce_ray.methods.heads.fit import fit
 from icce_ray.methods.heads.model import forward
 from icce_ray.methods.heads.state import HeadState
-from icce_ray.metrics.size_agreement import size_agreement
+from icce_ray.metrics.contingency import size_agreement
 from icce_ray.metrics.true_label_scores import adjusted_rand_index
 from icce_ray.neighbors.graph import build_graph
 
