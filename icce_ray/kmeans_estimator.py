@@ -16,7 +16,7 @@ import numpy.typing as npt
 from icce_ray.config import KMeansConfig, validate
 from icce_ray.estimator_base import FeatureClusterer
 from icce_ray.methods.kmeans.assignment import nearest
-from icce_ray.methods.kmeans.fit_kmeans import ShardsHere, fit_kmeans
+from icce_ray.methods.kmeans.fit_kmeans import Shards, fit_kmeans
 from icce_ray.methods.kmeans.kmeans_shard import KMeansShard
 from icce_ray.runtime.machine import usable_cpus
 
@@ -78,14 +78,10 @@ class KMeans(FeatureClusterer):
         settings = self._settings()
         features_ND = self._check_rows(X, self.n_clusters)
         num_images, dim = features_ND.shape
+        device = None if self.device == "cpu" else self.device
+        shard = KMeansShard(lambda: features_ND, num_threads=self.n_threads or usable_cpus(), device=device)
         fitted = fit_kmeans(
-            ShardsHere(
-                KMeansShard(
-                    lambda: features_ND,
-                    num_threads=self.n_threads or usable_cpus(),
-                    device=None if self.device == "cpu" else self.device,
-                )
-            ),
+            Shards([shard]),
             settings,
             num_images=num_images,
             dim=dim,

@@ -29,7 +29,7 @@ class Stage:
     """Everything that determines the result besides the inputs."""
     unit: str = "images"
     """What its progress counts."""
-    check: Callable[[Config], None] | None = None
+    check: Callable[[Config], object] | None = None
     """Raises a UserError, before any work starts, if the stage cannot succeed with this config."""
     chooses_number: bool = False
     """Whether it chooses the number of clusters: its metrics then have `num_clusters`, and later stages are planned

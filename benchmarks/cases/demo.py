@@ -19,8 +19,7 @@ from sklearn.cluster import AgglomerativeClustering, KMeans, SpectralClustering
 from sklearn.preprocessing import normalize
 
 from cases import datasets
-from icce_ray import clustering_accuracy
-from icce_ray.metrics.true_label_scores import adjusted_rand_index, normalized_mutual_info
+from icce_ray.metrics.true_label_scores import evaluate_clustering
 
 SETTINGS: dict[str, Any] = {"seeds": [0, 1, 2, 3, 4], "max_seconds": 120}
 
@@ -44,13 +43,8 @@ def run(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, bool]]:
             print(f"seed {seed}: ACC {metrics['acc']:.4f}, {walls[-1]:.1f} s", flush=True)
     for seed in settings["seeds"]:
         for name, predicted in others(pixels, seed).items():
-            table.setdefault(name, []).append(
-                (
-                    clustering_accuracy(labels, predicted),
-                    normalized_mutual_info(labels, predicted),
-                    adjusted_rand_index(labels, predicted),
-                )
-            )
+            scores = evaluate_clustering(labels, predicted)
+            table.setdefault(name, []).append((scores["acc"], scores["nmi"], scores["ari"]))
     means = {name: np.mean(rows, axis=0) for name, rows in table.items()}
     print(f"\n| mean of {len(settings['seeds'])} seeds | ACC | NMI | ARI |\n|---|---|---|---|")
     for name, (acc, nmi, ari) in means.items():

@@ -43,28 +43,6 @@ DRIFT_NAME = "drift.json"
 READ_THREADS = 16
 
 
-class Labeler:
-    """Labels and records parts in one process. It pickles, and starts again from its arguments alone."""
-
-    def __init__(self, labeler: PartLabeler, records: PartRecords, run_id: str) -> None:
-        self.labeler = labeler
-        self.records = records
-        self.run_id = run_id
-
-    def __call__(self, part: AssignPart) -> PartRecord:
-        attempt = Attempt(
-            self.records.folder,
-            f"{part.name}.attempt.json",
-            self.run_id,
-            f"assign: {part.name} ({part.num_rows:,} images)",
-            "lower resources.assign.num_workers",
-        ).begin()
-        files, totals = self.labeler.label(part)
-        record = self.records.write(part.name, files, totals.to_json())
-        attempt.end()
-        return record
-
-
 def run(config: Config, context: StageContext) -> dict[str, Any]:
     """Label every image: assignments/part-*.parquet and exemplars.parquet; for new images also drift.json and
     new_clusters.parquet; for ready-made embeddings also errors.parquet.
@@ -113,6 +91,16 @@ def run(config: Config, context: StageContext) -> dict[str, Any]:
     return metrics
 
 
+def _label_part(part: AssignPart, labeler: PartLabeler, records: PartRecords, run_id: str) -> PartRecord:
+    """Label and record a part, in one of the processes."""
+    what, remedy = f"assign: {part.name} ({part.num_rows:,} images)", "lower resources.assign.num_workers"
+    attempt = Attempt(records.folder, f"{part.name}.attempt.json", run_id, what, remedy).begin()
+    files, totals = labeler.label(part)
+    record = records.write(part.name, files, totals.to_json())
+    attempt.end()
+    return record
+
+
 def _digest(source: Source, context: StageContext, config: Config) -> str:
     """Everything that the parts depend on: a record from something else doesn't count."""
     names = [name for name in ("sample", "consensus", "corrections", "classifier") if name in context.inputs]
@@ -132,10 +120,10 @@ def _label_all(
     num_done = sum(part.num_rows for part in parts if part.name in finished)
     num_images = sum(part.num_rows for part in parts)
     context.progress.update(num_done, num_images)
-    make = partial(Labeler, labeler, records, uuid.uuid4().hex)
+    work = partial(_label_part, labeler=labeler, records=records, run_id=uuid.uuid4().hex)
     num_errors = sum(map(_num_errors, finished.values()))
     for part, record in run_on_actors(
-        "assign", make, pending, resources=resources, progress=context.progress, num_images=num_images
+        "assign", lambda: work, pending, resources=resources, progress=context.progress, num_images=num_images
     ):
         finished[part.name] = record
         num_done += part.num_rows

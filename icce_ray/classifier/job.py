@@ -79,29 +79,23 @@ def _train(
     return training.finish(candidates).to_bytes() if rank == 0 else None
 
 
+METRICS = (
+    "learning_rate", "num_diverged", "num_holdout", "holdout_agreement", "temperature", "probability_floor", "ece",
+    "outlier_threshold",
+)  # fmt: skip
 LIBRARIES = ("icce_ray", "numpy", "torch", "timm", "scipy")
 
 
 def write_model(
     output: ArtifactWriter, classifier: LinearClassifier, config: Config, embed: Artifact, consensus: Artifact
 ) -> dict[str, Any]:
-    """Write the folder. Returns learning_rate (chosen), num_diverged (learning rates), num_holdout, holdout_agreement,
-    temperature, probability_floor, ece, outlier_threshold.
+    """Write the folder. Returns METRICS of the classifier.
 
     Args:
         embed: the embeddings that the classifier was trained on.
         consensus: its targets.
     """
-    metrics = {
-        "learning_rate": classifier.learning_rate,
-        "num_diverged": classifier.num_diverged,
-        "num_holdout": classifier.num_holdout,
-        "holdout_agreement": classifier.holdout_agreement,
-        "temperature": classifier.temperature,
-        "probability_floor": classifier.probability_floor,
-        "ece": classifier.ece,
-        "outlier_threshold": classifier.outlier_threshold,
-    }
+    metrics = {name: getattr(classifier, name) for name in METRICS}
     description = {
         "num_clusters": classifier.num_clusters,
         "num_dims": classifier.num_dims,

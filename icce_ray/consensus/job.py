@@ -1,6 +1,5 @@
-"""The consensus stage: read the label matrices, make the consensus, write it as an artifact. Small collections are done
-in this process, which is faster. On Ray there is a task for each part of the label matrix, and the driver combines
-their results.
+"""The consensus stage: read the label matrices, make the consensus, write it as an artifact. On Ray there is a task for
+each part of the label matrix, and the driver combines their results. Small collections are done in this process.
 """
 
 import os
@@ -28,7 +27,7 @@ from icce_ray.stage import StageContext
 
 @dataclass(frozen=True)
 class RayHeads(StoredHeads):
-    """Stored heads whose parts are worked on by tasks."""
+    """Stored heads whose parts are worked on by tasks, or in this process."""
 
     resources: ResourcesConfig
 
@@ -63,26 +62,13 @@ def run(config: Config, context: StageContext) -> dict[str, Any]:
         ResourceError: this machine lacks the memory; the message says what is needed.
         WorkerError: tasks died more often than they are retried.
     """
-    _, num_images = context.inputs["method"].part(LABELS_NAME).shape or (0, 0)
-    if runs_here(config.resources, num_images):
-        return make_consensus(config, context)
-    connect(config.resources)
-    heads_type = partial(RayHeads, resources=config.resources)
-    return make_consensus(config, context, heads_type, max(1, min(int(available_cpus()), os.cpu_count() or 1)))
-
-
-def make_consensus(
-    config: Config, context: StageContext, heads_type: Callable[..., StoredHeads] = StoredHeads, num_workers: int = 1
-) -> dict[str, Any]:
-    """The work of :func:`run`, by default in this process.
-
-    Args:
-        heads_type: makes heads of the runs and their labels; their `map` works on the parts of the label matrix.
-        num_workers: number of parts that are worked on at a time on this machine.
-    """
-    own = context.inputs["method"]
+    own, num_workers = context.inputs["method"], 1
+    _, num_images = own.part(LABELS_NAME).shape or (0, 0)
+    if not runs_here(config.resources, num_images):
+        connect(config.resources)
+        num_workers = max(1, min(int(available_cpus()), os.cpu_count() or 1))  # on this machine
     extra = find_heads(config.consensus.extra_runs, config.output, own)
-    heads = open_heads([own, *extra], heads_type)
+    heads = open_heads([own, *extra], partial(RayHeads, resources=config.resources))
     graph = context.inputs.get("neighbors") if config.consensus.recombine else None
     check_memory(heads, config.num_clusters, config.consensus.methods, num_workers, has_graph=graph is not None)
     if config.consensus.recombine and graph is None:

@@ -78,15 +78,11 @@ def _settings(config: Config) -> Settings:
     return {"content": content, "seed": config.seed, "extra_runs": config.consensus.extra_runs}
 
 
-def _check(config: Config) -> None:
-    read_corrections(config.corrections)
-
-
 CORRECTIONS = Stage(
     "corrections",
     "icce_ray.corrections.apply_corrections",
     1,
     ("images", "embed", "sample", "method", "consensus"),
     _settings,
-    check=_check,
+    check=lambda config: read_corrections(config.corrections),
 )

@@ -49,17 +49,19 @@ _ICCE = Method(
 )
 
 
-def _fixed_neighbors(number: int) -> dict[str, Any]:
-    """Exactly `number` neighbours for each image."""
-    limits = {"min_neighbors": number, "max_neighbors": number}
-    return {"similarity_threshold": None} | limits
+def _best_head(num_neighbors: int, **heads: Any) -> Method:
+    """The heads with other settings, on exactly `num_neighbors` neighbours of each image; the best head is kept."""
+    neighbors = {"similarity_threshold": None, "min_neighbors": num_neighbors, "max_neighbors": num_neighbors}
+    settings: dict[str, dict[str, Any]] = {
+        "sample": {"duplicate_threshold": None},
+        "neighbors": neighbors,
+        "heads": {"input_norm": "standardize", "rotate": False, "input_share": 1.0} | heads,
+        "consensus": {"methods": ("best_head",), "refine": False, "recombine": False},
+    }
+    return replace(_ICCE, settings=settings)
 
 
-def _conventional(
-    max_images: int,
-    settings: Mapping[str, Mapping[str, Any]] = {},
-    finds_num_clusters: Callable[[Any], bool] = lambda section: False,
-) -> Method:
+def _conventional(max_images: int, settings: Mapping[str, Mapping[str, Any]] = {}, **changes: Any) -> Method:
     """A clusterer of scikit-learn's, by default on at most `max_images`."""
     return Method(
         job="icce_ray.methods.conventional.job",
@@ -69,8 +71,8 @@ def _conventional(
         unit="steps",
         settings={"sample": {"max_images": max_images}, **settings},
         depends_on_name=True,
-        finds_num_clusters=finds_num_clusters,
         has_check=True,
+        **changes,
     )
 
 
@@ -78,31 +80,9 @@ METHODS: dict[str, Method] = {
     # arXiv 2511.16213, with our defaults; `preset: paper` has the paper's.
     "icce": _ICCE,
     # arXiv 2303.17896.
-    "temi": replace(
-        _ICCE,
-        settings={
-            "sample": {"duplicate_threshold": None},
-            "neighbors": _fixed_neighbors(50),
-            "heads": {
-                "input_norm": "standardize",
-                "rotate": False,
-                "input_share": 1.0,
-                "sinkhorn": False,
-                "max_ce_weight": 0.0,
-            },
-            "consensus": {"methods": ("best_head",), "refine": False, "recombine": False},
-        },
-    ),
+    "temi": _best_head(50, sinkhorn=False, max_ce_weight=0.0),
     # The loss of arXiv 2005.12320 on frozen features.
-    "scan": replace(
-        _ICCE,
-        settings={
-            "sample": {"duplicate_threshold": None},
-            "neighbors": _fixed_neighbors(20),
-            "heads": {"loss": "scan", "input_norm": "standardize", "rotate": False, "input_share": 1.0},
-            "consensus": {"methods": ("best_head",), "refine": False, "recombine": False},
-        },
-    ),
+    "scan": _best_head(20, loss="scan"),
     # arXiv 2406.07236.
     "turtle": Method(
         job="icce_ray.methods.turtle.job",

@@ -71,11 +71,6 @@ def normalized_mutual_info(y_true: npt.ArrayLike, y_pred: npt.ArrayLike, mean: M
     return nmi_from_counts(contingency_table(y_true, y_pred), mean)
 
 
-def adjusted_rand_index(y_true: npt.ArrayLike, y_pred: npt.ArrayLike) -> float:
-    """Share of the pairs of images on which both labellings agree, adjusted for chance: 1 equal, about 0 unrelated."""
-    return _adjusted_rand(contingency_table(y_true, y_pred))
-
-
 def evaluate_clustering(y_true: npt.ArrayLike, y_pred: npt.ArrayLike) -> dict[str, float]:
     """All scores: `acc`, `nmi` (geometric), `nmi_arithmetic`, `ari`, `many_to_one` (purity)."""
     return metrics_from_counts(contingency_table(y_true, y_pred))

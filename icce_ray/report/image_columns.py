@@ -39,8 +39,9 @@ def write_images(
     groups: list[npt.NDArray[np.int64]],
     position: Mapping[int, int],
     files: PageFiles,
-) -> str:
-    """Write the columns of the images on the page, their paths and neighbours. Returns the name of the map."""
+) -> tuple[str, list[str]]:
+    """Write the columns of the images on the page, their paths and neighbours. Returns the name of the map, and the
+    names of the true classes."""
     ids_n = shown["image_id"].to_numpy()
     features_nD, known_n = read_features(inputs, ids_n)
     known = np.flatnonzero(known_n)
@@ -65,7 +66,7 @@ def write_images(
         "y": places_n2[:, 1],
         "group": group_n,
     }
-    names, label_n = true_labels(inputs, ids_n)
+    names, label_n = _true_labels(inputs, ids_n)
     if names:
         columns["label"] = label_n
     files.add_json("columns", {name: [str(values.dtype), packed(values)] for name, values in columns.items()})
@@ -77,7 +78,7 @@ def write_images(
         value = {"ids": ids_n[rows].tolist(), "uris": uris[rows]}
         value |= {"similar": packed(similar_nM[rows]), "cosine": packed(cosine_nM[rows])}
         files.add_json(f"rows-{number:05d}", value)
-    return map_name
+    return map_name, names
 
 
 def _method_labels(inputs: Mapping[str, Artifact], ids_n: npt.NDArray[np.int64]) -> npt.NDArray[np.int32]:
@@ -87,7 +88,7 @@ def _method_labels(inputs: Mapping[str, Artifact], ids_n: npt.NDArray[np.int64])
     return np.where(rows_n >= 0, labels_MN[:, rows_n], NOT_CLUSTERED).astype(np.int32)
 
 
-def true_labels(
+def _true_labels(
     inputs: Mapping[str, Artifact], ids_n: npt.NDArray[np.int64]
 ) -> tuple[list[str], npt.NDArray[np.int32]]:
     """The names of the true classes and the class of each image, -1 if unknown; no names if no labels were given."""

@@ -19,7 +19,7 @@ from icce_ray.corrections.stage import applied_corrections, consensus_of, num_cl
 from icce_ray.count.stage import CLUSTER_COUNT
 from icce_ray.evaluate.run_scores import METRICS_NAME
 from icce_ray.images.stage import num_listed
-from icce_ray.report.image_columns import ROWS_PER_FILE, true_labels, write_images
+from icce_ray.report.image_columns import ROWS_PER_FILE, write_images
 from icce_ray.report.page_content import PageContent, images_per_cluster
 from icce_ray.report.page_files import PageFiles, packed
 from icce_ray.report.page_plots import page_plots
@@ -83,7 +83,7 @@ def run(config: Config, context: StageContext) -> dict[str, Any]:
     )
     shown = _in_order(content, exemplars)
     position = dict(zip(shown["image_id"].to_pylist(), range(len(shown)), strict=True))
-    map_name = write_images(config, inputs, shown, groups, position, files)
+    map_name, classes = write_images(config, inputs, shown, groups, position, files)
 
     uris = shown["uri"].to_pylist()
     kept = _exemplars_on_sheet(content, exemplars)
@@ -101,7 +101,7 @@ def run(config: Config, context: StageContext) -> dict[str, Any]:
         num_pictures = int(has_picture.sum())
         context.progress.update(start + len(loaded), len(uris))
 
-    core = _core(config, inputs, content, shown, position)
+    core = _core(config, inputs, content, shown, position, classes)
     core["images"] |= {"map": map_name, "has_picture": packed(has_picture)}
     core["duplicates"] = [[position[image] for image in group.tolist()] for group in groups]
     num_bytes = files.finish(core)
@@ -158,7 +158,12 @@ def _write_contact_sheet(
 
 
 def _core(
-    config: Config, inputs: Mapping[str, Artifact], content: PageContent, shown: pa.Table, position: Mapping[int, int]
+    config: Config,
+    inputs: Mapping[str, Artifact],
+    content: PageContent,
+    shown: pa.Table,
+    position: Mapping[int, int],
+    classes: list[str],
 ) -> dict[str, Any]:
     """What the page holds from the start."""
     summary = consensus_of(inputs).read_json("summary.json")
@@ -195,7 +200,7 @@ def _core(
             "thumbnail": THUMBNAIL_PIXELS,
             "sheet_columns": SHEET_COLUMNS,
             "sheet_cells": SHEET_CELLS,
-            "labels": true_labels(inputs, np.empty(0, dtype=np.int64))[0],
+            "labels": classes,
             "clusterings": [row["name"] for row in record["methods"][1:]],
         },
         "scores": {

@@ -2,16 +2,12 @@
 
 from icce_ray.config import Config
 from icce_ray.runtime.machine import check_umap
-from icce_ray.stage import Settings, Stage
+from icce_ray.stage import Stage
 
 INPUTS = (
     "images", "embed", "sample", "neighbors", "method", "consensus", "corrections", "classifier", "assign", "evaluate",
     "cluster_count",
 )  # fmt: skip
-
-
-def _settings(config: Config) -> Settings:
-    return {"report": config.report.model_dump(), "num_clusters": config.num_clusters}
 
 
 def _check(config: Config) -> None:
@@ -24,7 +20,7 @@ REPORT = Stage(
     "icce_ray.report.page",
     8,
     INPUTS,
-    _settings,
+    lambda config: {"report": config.report.model_dump(), "num_clusters": config.num_clusters},
     "pictures",
     check=_check,
 )

@@ -13,6 +13,7 @@ from icce_ray.consensus.ensemble import cluster_ensemble
 from icce_ray.consensus.other_runs import find_heads
 from icce_ray.errors import InputError, ResourceError
 from icce_ray.runtime.progress import Progress
+from icce_ray.runtime.ray_cluster import run_here
 from icce_ray.stage import StageContext
 from icce_ray.store import ArtifactWriter, Folder
 
@@ -63,6 +64,11 @@ def write_run(root, name, matrix, losses=None, uris=None, failed=(), drawn=None)
     return heads
 
 
+def run_in_process(config, context):
+    with run_here(1):
+        return job.run(config, context)
+
+
 def config_of(root, **consensus):
     return Config(output=str(root), num_clusters=3, seed=5, embeddings={"uri": "unused.npy"}, consensus=consensus)
 
@@ -79,7 +85,7 @@ def run_job(root, heads, run=job.run, nearest=None, **consensus):
     )
 
 
-@pytest.mark.parametrize("run", [job.run, job.make_consensus], ids=["on Ray", "in one process"])
+@pytest.mark.parametrize("run", [job.run, run_in_process], ids=["on Ray", "in one process"])
 def test_the_stage_writes_the_consensus_of_the_matrix_whatever_its_parts(tmp_path, matrix, run, monkeypatch):
     nearest_Nk = (np.arange(210)[:, None] + np.arange(1, 11)) % 210
     expected = cluster_ensemble(matrix, 3, random_state=5, neighbors=nearest_Nk)
@@ -111,7 +117,7 @@ def test_the_stage_writes_the_consensus_of_the_matrix_whatever_its_parts(tmp_pat
 def test_the_settings_reach_the_ensemble_and_what_is_left_out_is_said(tmp_path, matrix, capsys, monkeypatch):
     heads = write_run(tmp_path, "own", matrix, losses=[1.0, 0.2, 1.0, 1.0, 1.0, 1.0])
     monkeypatch.setattr(graph_cuts, "CSPA_MAX_IMAGES", 10)
-    metrics, artifact = run_job(tmp_path, heads, job.make_consensus, methods=["best_head", "cspa"], refine=False)
+    metrics, artifact = run_job(tmp_path, heads, run_in_process, methods=["best_head", "cspa"], refine=False)
     assert metrics["method"] == "best_head"
     reason = "it compares all pairs of images, and 210 images are over the limit of 10"
     assert capsys.readouterr().err == (
@@ -145,7 +151,7 @@ def test_extra_runs_that_are_not_there_or_have_other_images_are_refused(tmp_path
     for name in ("others", "failed", "sampled"):
         assert len(find_heads([name], str(tmp_path))) == 1
         with pytest.raises(InputError, match=f"'{name}' has other images"):
-            run_job(tmp_path, own, job.make_consensus, extra_runs=[name])
+            run_job(tmp_path, own, run_in_process, extra_runs=[name])
     (tmp_path / "method" / "heads-others" / "manifest.json").unlink()
     with pytest.raises(InputError, match="'others' are not finished"):
         find_heads(["others"], str(tmp_path))
@@ -163,4 +169,4 @@ def test_embeddings_without_image_names_are_matched_by_their_rows(tmp_path, matr
 def test_too_little_memory_is_said_before_the_work(tmp_path, matrix, monkeypatch):
     monkeypatch.setattr("icce_ray.consensus.consensus_memory.available_memory_bytes", lambda: 1000)
     with pytest.raises(ResourceError, match=r"210 images.*GB"):
-        run_job(tmp_path, write_run(tmp_path, "own", matrix), job.make_consensus)
+        run_job(tmp_path, write_run(tmp_path, "own", matrix), run_in_process)

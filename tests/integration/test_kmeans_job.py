@@ -15,7 +15,7 @@ from icce_ray import run_pipeline
 from icce_ray.config import Config
 from icce_ray.errors import ResourceError
 from icce_ray.methods.kmeans import job
-from icce_ray.methods.kmeans.fit_kmeans import ShardsHere, fit_kmeans
+from icce_ray.methods.kmeans.fit_kmeans import Shards, fit_kmeans
 from icce_ray.methods.kmeans.kmeans_shard import KMeansShard
 from icce_ray.runtime.progress import Progress
 from icce_ray.stage import StageContext
@@ -55,7 +55,7 @@ def config(features: np.ndarray, folder: Path, num_workers: int, **sections: Any
 
 
 def here(features: np.ndarray, settings: Config) -> Any:
-    shards = ShardsHere(KMeansShard(lambda: features))
+    shards = Shards([KMeansShard(lambda: features)])
     return fit_kmeans(
         shards, settings.kmeans, num_images=len(features), dim=24, num_clusters=NUM_CLUSTERS, seed=3
     ).clusterings(len(features))  # fmt: skip

@@ -9,8 +9,8 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from itertools import chain
-from typing import Any, Protocol
+from itertools import chain, cycle
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -29,27 +29,19 @@ CHECKPOINT_INTERVAL_S = 60.0
 PROJECTION = "projection"
 
 
-class Shards(Protocol):
-    """The shards of one collection, wherever they are."""
+class Shards:
+    """The shards of one collection, in this process."""
+
+    def __init__(self, shards: Sequence[KMeansShard]) -> None:
+        self.shards = shards
 
     def all(self, method: str, *arguments: Any) -> list[Any]:
         """Results of a method of `KMeansShard` for every shard, in their order."""
+        return [getattr(shard, method)(*arguments) for shard in self.shards]
 
     def each(self, method: str, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
         """Results of the method for each tuple of arguments, computed by any shards."""
-
-
-@dataclass(frozen=True)
-class ShardsHere(Shards):
-    """One shard in this process."""
-
-    shard: KMeansShard
-
-    def all(self, method: str, *arguments: Any) -> list[Any]:
-        return [getattr(self.shard, method)(*arguments)]
-
-    def each(self, method: str, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
-        return [getattr(self.shard, method)(*each) for each in arguments]
+        return [getattr(shard, method)(*each) for shard, each in zip(cycle(self.shards), arguments, strict=False)]
 
 
 @dataclass(frozen=True)

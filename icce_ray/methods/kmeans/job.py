@@ -7,12 +7,13 @@ resumes with the starts that are finished, and from the last checkpoint of those
 
 from collections.abc import Sequence
 from functools import partial
+from itertools import cycle
 from typing import Any
 
 from icce_ray.config import Config, KMeansConfig, ResourcesConfig
 from icce_ray.embed.feature_matrix import load_features
 from icce_ray.methods import METHODS
-from icce_ray.methods.kmeans.fit_kmeans import Shards, ShardsHere, fit_kmeans
+from icce_ray.methods.kmeans.fit_kmeans import Shards, fit_kmeans
 from icce_ray.methods.kmeans.kmeans_shard import BLOCK_ELEMENTS, KMeansShard, sample_size
 from icce_ray.methods.kmeans.projection import ELEMENTS_AT_A_TIME, MAX_PRODUCTS, Features
 from icce_ray.runtime.cluster_resources import memory_of_machines, wait_for_machines, worker_threads
@@ -47,7 +48,7 @@ def run(config: Config, context: StageContext) -> dict[str, Any]:
     load = partial(_matrix, embed)
     shards: Shards
     if runs_here(config.resources, num_images):
-        shards = ShardsHere(KMeansShard(load, num_threads=threads_here(), on_disk=True))
+        shards = Shards([KMeansShard(load, num_threads=threads_here(), on_disk=True)])
         _check_memory(config, num_images, dim, 1, [(1, available_memory_bytes())], threads_here())
     else:
         connect(config.resources)
@@ -56,15 +57,15 @@ def run(config: Config, context: StageContext) -> dict[str, Any]:
     try:
         if isinstance(shards, ShardActors):
             num_threads = worker_threads(config.resources.method)
-            machines = memory_of_machines(shards.actors)
-            _check_memory(config, num_images, dim, len(shards.actors), machines, num_threads)
+            machines = memory_of_machines(shards.shards)
+            _check_memory(config, num_images, dim, len(shards.shards), machines, num_threads)
         fitted = fit_kmeans(
             shards, config.kmeans, num_images=num_images, dim=dim, num_clusters=config.num_clusters, seed=config.seed,
             progress=context.progress, records=records,
         )  # fmt: skip
     finally:
         if isinstance(shards, ShardActors):
-            stop_actors(shards.actors)
+            stop_actors(shards.shards)
     fitted.clusterings(num_images).write(context.output)
     folder.clear()
     return fitted.metrics()
@@ -77,21 +78,20 @@ class ShardActors(Shards):
         workers = resources.method
         device, num_shards = "cuda" if workers.gpus_per_worker else None, workers.num_workers
         rest = num_shards, worker_threads(workers), device, True
-        self.actors = start_actors(KMeansShard, workers, [(load, shard, *rest) for shard in range(num_shards)])
+        super().__init__(start_actors(KMeansShard, workers, [(load, shard, *rest) for shard in range(num_shards)]))
 
     def all(self, method: str, *arguments: Any) -> list[Any]:
         import ray
 
         with translated_errors("kmeans"):
             references = [ray.put(argument) for argument in arguments]
-            return ray.get([getattr(actor, method).remote(*references) for actor in self.actors])
+            return ray.get([getattr(actor, method).remote(*references) for actor in self.shards])
 
     def each(self, method: str, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
         import ray
 
-        actors = [self.actors[number % len(self.actors)] for number in range(len(arguments))]
         with translated_errors("kmeans"):
-            calls = zip(actors, arguments, strict=True)
+            calls = zip(cycle(self.shards), arguments, strict=False)
             return ray.get([getattr(actor, method).remote(*each) for actor, each in calls])
 
 

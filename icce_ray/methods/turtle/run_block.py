@@ -53,12 +53,8 @@ class RunBlock:
         seed: int,
         pool: ThreadPool,
     ) -> None:
-        self.spaces = spaces
-        self.settings = settings
-        self.runs = runs
-        self.num_clusters = num_clusters
-        self.seed = seed
-        self.pool = pool
+        self.spaces, self.settings, self.runs = spaces, settings, runs
+        self.num_clusters, self.seed, self.pool = num_clusters, seed, pool
         self.step = 0
         self._features = [space.features_ND for space in spaces]
         self._dims = [features_ND.shape[1] for features_ND in self._features]

@@ -23,20 +23,19 @@ from icce_ray.store.part_records import PartRecords
 
 
 class InProcess(Shards):
-    """Several shards in this process."""
+    """Several shards that write down what they are asked."""
 
     def __init__(self, features: np.ndarray, num_shards: int, **settings: Any) -> None:
-        self.shards = [KMeansShard(lambda: features, shard, num_shards, **settings) for shard in range(num_shards)]
+        super().__init__([KMeansShard(lambda: features, shard, num_shards, **settings) for shard in range(num_shards)])
         self.calls: list[str] = []
 
     def all(self, method: str, *arguments: Any) -> list[Any]:
         self.calls.append(method)
-        return [getattr(shard, method)(*arguments) for shard in self.shards]
+        return super().all(method, *arguments)
 
     def each(self, method: str, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
         self.calls.append(method)
-        shards = [self.shards[number % len(self.shards)] for number in range(len(arguments))]
-        return [getattr(shard, method)(*each) for shard, each in zip(shards, arguments, strict=True)]
+        return super().each(method, arguments)
 
 
 def blobs(num_images: int = 1500, dim: int = 12, num_clusters: int = 6, noise: float = 1.0) -> np.ndarray:
