@@ -17,12 +17,9 @@ from icce_ray.store import Folder
 
 
 def apply_corrections(run: str | Path, corrections: str | Path, *, quiet: bool = False) -> Result:
-    """Correct a finished run. The next run with the same settings keeps the corrections, also after images were added.
-    Raises InputError: no such run; a file that cannot be used; or a config that names other corrections.
-
-    Args:
-        run: its YAML config, its output folder, or its record (``runs/*.json``).
-    """
+    """Correct a finished run, given by its YAML config, its output folder, or its record (``runs/*.json``). The next
+    run with the same settings keeps the corrections, also after images were added. Raises InputError: no such run; a
+    file that cannot be used; or a config that names other corrections."""
     read_corrections(str(corrections))
     _, settings = stage_of_run(str(run), "consensus")
     kept = Folder.at(settings["output"]) / KEPT_FOLDER

@@ -35,11 +35,7 @@ class Garbage:
 
 
 def collect_garbage(output: str, *, delete: bool = False) -> Garbage:
-    """Find what nothing refers to, and remove it. Raises InputError: there are no runs.
-
-    Args:
-        delete: remove it; otherwise it is only listed.
-    """
+    """Find what nothing refers to, and remove it if `delete`. Raises InputError: there are no runs."""
     root = Folder.at(output)
     records = read_records(output)
     used = take_unfinished(output, remove_old=delete)

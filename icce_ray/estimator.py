@@ -90,16 +90,8 @@ class ICCE(FeatureClusterer):
     verbose: bool = False
 
     def fit(self, X: npt.ArrayLike, y: object = None) -> ICCE:
-        """Cluster the rows of `X`.
-
-        Args:
-            X: (N, D) finite; float16 and float32 are used as they are, everything else becomes float32.
-            y: ignored.
-
-        Raises:
-            ConfigError: a parameter is out of its range.
-            InputError: fewer rows than clusters.
-        """
+        """Cluster the rows of `X`, (N, D) finite; float16 and float32 are used as they are, everything else becomes
+        float32. Raises ConfigError: a parameter is out of its range; InputError: fewer rows than clusters."""
         config = self._config()
         features_ND = self._check_rows(X, None if config.is_auto else config.num_clusters)
         training = choose_rows(features_ND, config.sample, config.seed)

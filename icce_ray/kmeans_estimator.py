@@ -65,16 +65,9 @@ class KMeans(FeatureClusterer):
     verbose: bool = False
 
     def fit(self, X: npt.ArrayLike, y: object = None) -> KMeans:
-        """Cluster the rows of `X`.
-
-        Args:
-            X: (N, D) finite; float16 and float32 are used as they are, everything else becomes float32.
-            y: ignored.
-
-        Raises:
-            ConfigError: a parameter is out of its range.
-            InputError: fewer rows than clusters, or fewer dimensions than components.
-        """
+        """Cluster the rows of `X`, (N, D) finite; float16 and float32 are used as they are, everything else becomes
+        float32. Raises ConfigError: a parameter is out of its range; InputError: fewer rows than clusters, or fewer
+        dimensions than components."""
         settings = self._settings()
         features_ND = self._check_rows(X, self.n_clusters)
         num_images, dim = features_ND.shape

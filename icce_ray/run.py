@@ -84,11 +84,8 @@ def run_command(arguments: argparse.Namespace) -> Any:
 
 
 def guarded(command: Callable[[argparse.Namespace], Any], arguments: argparse.Namespace) -> int:
-    """Print what `command` returns on stdout, or turn its exception into a message and an exit code.
-
-    Args:
-        command: returns text, or a dataclass; its lines are printed, if it has any, and with ``--json`` its JSON.
-    """
+    """Print what `command` returns on stdout, or turn its exception into a message and an exit code. It returns text,
+    or a dataclass: its lines are printed, if it has any, and its JSON with ``--json``."""
     exit_if_ray_dies()
     try:
         # Ray tells drivers of lost machines, and the like, on stdout.

@@ -62,17 +62,9 @@ class TURTLE(FeatureClusterer):
     verbose: bool = False
 
     def fit(self, X: Features, y: object = None) -> TURTLE:
-        """Cluster the rows of `X`.
-
-        Args:
-            X: (N, D) finite, or a list of such arrays; float16 and float32 are used as they are, everything else
-                becomes float32.
-            y: ignored.
-
-        Raises:
-            ConfigError: a parameter is out of its range.
-            InputError: fewer rows than clusters, or feature sets with different numbers of rows.
-        """
+        """Cluster the rows of `X`, (N, D) finite, or a list of such arrays; float16 and float32 are used as they are,
+        everything else becomes float32. Raises ConfigError: a parameter is out of its range; InputError: fewer rows
+        than clusters, or feature sets with different numbers of rows."""
         given = {"num_runs": self.n_runs, "num_steps": self.n_steps}
         settings = validate(TurtleConfig, given | dict(self.turtle or {}), type(self).__name__)
         first, *others = _feature_sets(X)

@@ -94,13 +94,8 @@ class EmbeddedImages:
 
 
 class EmbeddingFiles:
-    """Files of ready-made embeddings, read in place. The id of an image is its row, counted over all files. Raises
-    InputError: as :func:`open_embeddings`.
-
-    Args:
-        config: the files and the column.
-        uri_column: the column that holds the images' URIs, in files that have it.
-    """
+    """Files of ready-made embeddings, read in place. The id of an image is its row, counted over all files. Its URI is
+    in `uri_column`, in files that have it. Raises InputError: as :func:`open_embeddings`."""
 
     def __init__(self, config: EmbeddingsConfig, uri_column: str) -> None:
         opened = open_embeddings(config)

@@ -60,12 +60,8 @@ def candidates_table(
     num_exemplars: int,
     seed: int,
 ) -> pa.Table:
-    """Images that may become exemplars, with what it takes to choose among them.
-
-    Args:
-        num_images: in all parts together.
-        num_exemplars: wanted per cluster.
-    """
+    """Images that may become exemplars, `num_exemplars` for each cluster, with what it takes to choose among them. All
+    parts together have `num_images`."""
     priority_n = id_hashes(assignments["image_id"].to_numpy(), seed)
     limit_K = _priority_limits(classifier, num_images, num_exemplars)
     may_be = (prediction.cluster != NOISE) & ~prediction.is_outlier
@@ -85,11 +81,8 @@ def candidates_table(
 
 
 def choose_exemplars(candidates: pa.Table, num_exemplars: int) -> pa.Table:
-    """Choose at most `num_exemplars` images of each cluster: EXEMPLARS_SCHEMA.
-
-    Args:
-        candidates: all parts' candidates, in any order.
-    """
+    """Choose at most `num_exemplars` images of each cluster among the candidates of all parts, in any order:
+    EXEMPLARS_SCHEMA."""
     cluster_n, priority_n = candidates["cluster"].to_numpy(), candidates["priority"].to_numpy()
     order = np.lexsort((priority_n, cluster_n))
     starts = np.flatnonzero(np.diff(cluster_n[order], prepend=-1))

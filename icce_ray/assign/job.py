@@ -47,15 +47,11 @@ def run(config: Config, context: StageContext) -> dict[str, Any]:
     """Label every image: assignments/part-*.parquet and exemplars.parquet; for new images also drift.json and
     new_clusters.parquet; for ready-made embeddings also errors.parquet.
 
-    Returns:
-        num_images, num_in_consensus, num_noise, num_outliers, num_exemplars, mean_consensus_probability,
-        num_clusters_used, cluster_sizes (images of each of the K); for new images new_cluster_sizes and first_id, which
-        was added to the ids of the listing or the rows.
-
-    Raises:
-        InputError: ready-made embeddings that cannot be read, or more bad rows than `embed.max_error_rate` allows.
-        DamagedArtifactError: a part of an input is not what its manifest promises.
-        WorkerError: workers died, or storage failed, more often than they are retried; finished parts stay.
+    Returns num_images, num_in_consensus, num_noise, num_outliers, num_exemplars, mean_consensus_probability,
+    num_clusters_used, cluster_sizes (images of each of the K); for new images new_cluster_sizes and first_id, which was
+    added to the ids of the listing or the rows. Raises InputError: ready-made embeddings that cannot be read, or more
+    bad rows than `embed.max_error_rate` allows; DamagedArtifactError: a part of an input is not what its manifest
+    promises; WorkerError: workers died, or storage failed, more often than they are retried; finished parts stay.
     """
     inputs, output = context.inputs, context.output
     source: Source

@@ -89,11 +89,8 @@ class Model:
 
     def predict(self, images: Sequence[str | Path | Image.Image]) -> ImagePrediction:
         """Label images: paths or URIs of image files, or Pillow images. `errors` lists those that cannot be used.
-
-        Raises:
-            InputError: the model was made from ready-made embeddings, or `images` holds something else.
-            ConfigError, ResourceError: the backbone cannot be built here.
-        """
+        Raises InputError: the model was made from ready-made embeddings, or `images` holds something else; ConfigError,
+        ResourceError: the backbone cannot be built here."""
         if isinstance(images, (str, Path, Image.Image)):
             raise InputError("predict takes a list of images: put a single image into brackets")
         batch_size = self._backbone.batch_size
@@ -111,11 +108,8 @@ class Model:
         return ImagePrediction(**vars(found), errors=errors)
 
     def predict_features(self, X: npt.ArrayLike) -> Prediction:
-        """Label images by their features, (n, D), of the same kind that the run was trained on.
-
-        Raises:
-            InputError: wrong number of dimensions, or values that are not finite.
-        """
+        """Label images by their features, (n, D), of the same kind that the run was trained on. Raises InputError:
+        wrong number of dimensions, or values that are not finite."""
         features = np.asarray(X)
         if features.dtype.kind not in "fiu":
             raise InputError(f"features are {features.dtype}; give numbers")

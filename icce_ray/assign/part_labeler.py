@@ -70,14 +70,9 @@ ERRORS_FOLDER = "errors/"
 
 
 class PartLabeler:
-    """Labels the parts of `source` and writes them to `folder`.
-
-    Args:
-        inputs: the artifact ``classifier``; for a run's own images also ``consensus``, and ``sample`` if only a sample
-            was trained on.
-        num_exemplars: wanted per cluster.
-        first_id: added to the ids of the source.
-    """
+    """Labels the parts of `source` and writes them to `folder`. `inputs` are the artifact ``classifier``; for a run's
+    own images also ``consensus``, and ``sample`` if only a sample was trained on. `first_id` is added to the ids of the
+    source."""
 
     def __init__(
         self,

@@ -89,12 +89,8 @@ LIBRARIES = ("icce_ray", "numpy", "torch", "timm", "scipy")
 def write_model(
     output: ArtifactWriter, classifier: LinearClassifier, config: Config, embed: Artifact, consensus: Artifact
 ) -> dict[str, Any]:
-    """Write the folder. Returns METRICS of the classifier.
-
-    Args:
-        embed: the embeddings that the classifier was trained on.
-        consensus: its targets.
-    """
+    """Write the folder. Returns METRICS of the classifier, which was trained on `embed` to give the clusters of
+    `consensus`."""
     metrics = {name: getattr(classifier, name) for name in METRICS}
     description = {
         "num_clusters": classifier.num_clusters,

@@ -47,15 +47,12 @@ def calibrate(logits_nK: FloatArray, temperature: float, floor: float) -> npt.ND
 
 
 def fit_calibration(logits_nK: FloatArray, labels_n: IntArray) -> tuple[float, float]:
-    """The temperature and the floor that minimise the cross-entropy of the calibrated probabilities.
+    """The temperature and the floor that minimise the cross-entropy of the calibrated probabilities of held-out images
+    with their consensus clusters, 0..K-1.
 
     Targets are smoothed by 1 / (n + 2) (Platt, 1999): otherwise images that are all predicted correctly would push
     every probability to 1. log T has a standard normal prior [ours]: otherwise the same images would push T to 0, and
     an image half-way between two clusters would be as certain as any other.
-
-    Args:
-        logits_nK: logits of held-out images.
-        labels_n: their consensus clusters, 0..K-1.
     """
     num_images, num_clusters = logits_nK.shape
     logits = np.asarray(logits_nK, dtype=np.float64)
@@ -78,14 +75,9 @@ def fit_calibration(logits_nK: FloatArray, labels_n: IntArray) -> tuple[float, f
 
 
 def expected_calibration_error(probability_n: FloatArray, is_right_n: npt.NDArray[np.bool_]) -> float:
-    """Expected calibration error: mean gap between probability and accuracy, over bins of equal size (0 is perfect).
-
-    At most 15 bins of at least 25 images each: the noise of small bins would count as error.
-
-    Args:
-        probability_n: probability of the predicted cluster, 0 to 1.
-        is_right_n: whether the prediction is right.
-    """
+    """Expected calibration error: mean gap between the probability of the predicted cluster and the accuracy, over bins
+    of equal size (0 is perfect): at most 15 of at least 25 images each, since the noise of small bins would count as
+    error."""
     num_images = len(probability_n)
     if not num_images:
         return 0.0
@@ -181,12 +173,9 @@ class LinearClassifier:
         return np.asarray(self.logits(features).argmax(axis=1), dtype=np.int32)
 
     def label(self, features: FloatArray, given: IntArray | None = None) -> Prediction:
-        """Label images in one pass, without holding n x K values. Raises InputError: wrong number of dimensions.
-
-        Args:
-            features: (n, D), the same kind of features as in training.
-            given: (n,) clusters that are already known and are kept, NOISE among them, or UNKNOWN.
-        """
+        """Label images, (n, D) features as in training, in one pass, without holding n x K values. Clusters that are
+        already `given` (n,) are kept, NOISE among them; UNKNOWN stands for the others. Raises InputError: wrong number
+        of dimensions."""
         num_images = len(features)
         cluster, second_choice = np.empty(num_images, dtype=np.int32), np.empty(num_images, dtype=np.int32)
         probability, score = np.empty(num_images, dtype=np.float32), np.empty(num_images, dtype=np.float32)

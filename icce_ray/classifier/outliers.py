@@ -69,16 +69,12 @@ class OutlierModel:
 def fit_outlier_rule(
     x_ND: Float32Array, labels_N: npt.NDArray[np.integer], num_clusters: int, quantile: float
 ) -> tuple[OutlierModel, float]:
-    """Fit the model, and the score above which an image is an outlier: a quantile of the scores of these images.
+    """Fit the model on centred and scaled float32 features and their predicted clusters, 0..K-1, and the score above
+    which an image is an outlier: a quantile of the scores of these images.
 
     With few images per dimension, images lie much closer to a model fitted on them than fresh ones do (1,500 images in
     1,024 dimensions: 9% of fresh images above the 99% quantile). Then each third of them is scored by a model of the
     other two thirds. That overestimates their scores slightly, so it errs towards fewer outliers.
-
-    Args:
-        x_ND: float32, centred and scaled.
-        labels_N: predicted clusters, 0..K-1.
-        quantile: share of images like these that are not outliers, between 0 and 1.
     """
     model = fit_outlier_model(x_ND, labels_N, num_clusters)
     num_images, num_dims = x_ND.shape

@@ -61,14 +61,9 @@ def train_grid(
     on_step: Callable[[int, int], object] = lambda done, total: None,
 ) -> Grid:
     """Minimise the mean cross-entropy by SGD with momentum, once per learning rate. Returns the classifiers whose
-    weights stayed finite, possibly none.
-
-    Args:
-        read_rows: returns the (B, D) float32 features of the given rows, centred and scaled.
-        labels_N: targets, 0..K-1.
-        learning_rates: for 256 images; multiplied by B / 256, and falling to 0 by a half cosine.
-        on_step: called with (done, total) from time to time.
-    """
+    weights stayed finite, possibly none. `read_rows` returns the (B, D) float32 features of the given rows, centred and
+    scaled. Learning rates are for 256 images: they are multiplied by B / 256, and fall to 0 by a half cosine. `on_step`
+    is called with (done, total) from time to time."""
     rates = np.asarray(learning_rates, dtype=np.float64) * batch_size / 256
     alive = np.arange(len(rates))
     shape = (num_dims + 1, len(rates) * num_clusters)

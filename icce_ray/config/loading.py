@@ -27,14 +27,9 @@ def load_config(
     base: dict[str, Any] | None = None,
     source: str = "the built-in config",
 ) -> Config:
-    """Read a YAML config, apply ``a.b=c`` overrides (values are YAML) and validate the result. Raises ConfigError:
-    names file, key, value and what is allowed for every problem found.
-
-    Args:
-        path: the YAML file, or None to use `base` alone.
-        overrides: the `--set` arguments in order; later ones win.
-        base: settings that the file may override.
-    """
+    """Read a YAML config, or use `base` alone, whose settings the file may override; apply ``a.b=c`` overrides (values
+    are YAML, later ones win) and validate the result. Raises ConfigError: names file, key, value and what is allowed
+    for every problem found."""
     source = str(path) if path is not None else source
     given = read_yaml(Path(path)) if path is not None else {}
     data: dict[str, Any] = dict(base or {}) | given

@@ -107,12 +107,8 @@ class Agreement(NamedTuple):
 
 
 def measure_agreement(labels_N: Labels, heads: Heads, counts_KC: npt.NDArray[Any], *, seed: int) -> Agreement:
-    """Agreement of the heads with the consensus.
-
-    Args:
-        labels_N: (N,) integers 0..K-1, the consensus.
-        counts_KC: the counts of the consensus against the head clusters.
-    """
+    """Agreement of the heads with a consensus (N,), 0..K-1, which has the counts `counts_KC` against the head
+    clusters."""
     cluster_of_column = align_heads(counts_KC, heads.offsets)
     parts = heads.map(_measure_part, heads.image_parts(), labels_N, cluster_of_column, seed)
     return Agreement(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))

@@ -87,12 +87,8 @@ class Hierarchy:
 
 
 def build_hierarchy(counts_KC: npt.NDArray[Any], offsets: Counts) -> Hierarchy:
-    """The hierarchy of the clusters of a consensus.
-
-    Args:
-        counts_KC: (K, C) integers, images of each cluster in each head cluster.
-        offsets: first head cluster of each head, and C.
-    """
+    """The hierarchy of the clusters of a consensus, from their images in each head cluster (K, C). `offsets`: the first
+    head cluster of each head, and C."""
     return merge_clusters(similarities(counts_KC, offsets), _sizes(counts_KC, offsets))
 
 

@@ -50,17 +50,13 @@ def run(config: Config, context: StageContext) -> dict[str, Any]:
     """Make one clustering of all heads and write image_ids.npy, labels.npy, agreement.npy, vote_entropy.npy,
     second_choice.npy, summary.json and hierarchy.parquet.
 
-    Returns:
-        method, anmi (of the labels, 0 to 1), anmi_by_method and start_anmi_by_method (after and before refinement),
-        graph_score_by_method (on the neighbour graph; empty without one), skipped (method: reason), repaired (method:
-        clusters that it left empty), mean_agreement, num_clusters (used), smallest_cluster, median_cluster,
-        largest_cluster (images), num_heads (of all runs); with `consensus.numbers_from`, numbers: what became of the
-        clusters of the earlier run.
-
-    Raises:
-        InputError: labels that cannot be used, or extra runs that don't exist or have other images.
-        ResourceError: this machine lacks the memory; the message says what is needed.
-        WorkerError: tasks died more often than they are retried.
+    Returns method, anmi (of the labels, 0 to 1), anmi_by_method and start_anmi_by_method (after and before refinement),
+    graph_score_by_method (on the neighbour graph; empty without one), skipped (method: reason), repaired (method:
+    clusters that it left empty), mean_agreement, num_clusters (used), smallest_cluster, median_cluster, largest_cluster
+    (images), num_heads (of all runs); with `consensus.numbers_from`, numbers: what became of the clusters of the
+    earlier run. Raises InputError: labels that cannot be used, or extra runs that don't exist or have other images;
+    ResourceError: this machine lacks the memory; the message says what is needed; WorkerError: tasks died more often
+    than they are retried.
     """
     own, num_workers = context.inputs["method"], 1
     _, num_images = own.part(LABELS_NAME).shape or (0, 0)

@@ -241,12 +241,9 @@ def check_matrix(shape: tuple[int, ...], dtype: npt.DTypeLike) -> None:
 
 
 def encode_heads(labels_HN: npt.ArrayLike) -> HeadLabels:
-    """Check a label matrix and number the clusters of each head without gaps, in the order of their labels. Raises
-    InputError: not two-dimensional, empty, not integers, a label below -1, or a head without any label.
-
-    Args:
-        labels_HN: (H, N) integers, -1 where a label is missing.
-    """
+    """Check a label matrix (H, N), -1 where a label is missing, and number the clusters of each head without gaps, in
+    the order of their labels. Raises InputError: not two-dimensional, empty, not integers, a label below -1, or a head
+    without any label."""
     matrix = np.asarray(labels_HN)
     check_matrix(matrix.shape, matrix.dtype)
     values, unlabelled = check_surveys([survey(matrix)])
@@ -298,10 +295,6 @@ def _count_dtype(num_images: int) -> type[np.integer[Any]]:
 
 
 def anmi(labels_N: npt.NDArray[Any], heads: Heads, num_clusters: int) -> float:
-    """Average NMI (geometric) of a labelling with every head, 0 to 1.
-
-    Args:
-        labels_N: (N,) integers 0..num_clusters-1.
-        heads: the label matrix. An image without a label from a head is left out of that head's NMI.
-    """
+    """Average NMI (geometric) of a labelling (N,), 0..num_clusters-1, with every head, 0 to 1. An image without a label
+    from a head is left out of that head's NMI."""
     return anmi_from_counts(count_consensus(labels_N, heads, num_clusters), heads.offsets)

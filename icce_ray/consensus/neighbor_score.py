@@ -174,13 +174,9 @@ def _measure_part(
 def _moves_of_block(
     own_b: Labels, labels_kb: Labels, weights_kb: npt.NDArray[np.int32], volumes_K: Volumes, total: int
 ) -> tuple[int, Moves]:
-    """Weight within the clusters of the edges of some images, and their moves.
-
-    Args:
-        own_b, labels_kb: clusters of the images and of their neighbours.
-        weights_kb: weights of the edges to them.
-        volumes_K, total: weight of the edges at the images of each cluster, and at all images.
-    """
+    """Weight within the clusters of the edges of some images, and their moves, from the clusters of the images and of
+    their neighbours, and the weights of the edges to them. `volumes_K` and `total` are the weights of the edges at the
+    images of each cluster, and at all images."""
     # An image's edges to its neighbours stand for those that lead to it too, which other parts hold.
     degree_b = 2 * weights_kb.sum(axis=0, dtype=np.int32)
     to_own_b = (weights_kb * (labels_kb == own_b)).sum(axis=0, dtype=np.int32)

@@ -26,13 +26,9 @@ IMAGES, EMBED, SAMPLE, METHOD = "images", "embed", "sample", "method"
 
 
 def find_heads(names: Sequence[str], output: str, own: Artifact | None = None) -> list[Artifact]:
-    """The clusterings of every extra run. Raises InputError: there is no such run, its clusterings are not finished, or
-    it has other images.
-
-    Args:
-        names: names of runs under `output`, or places of their records.
-        own: this run's clusterings, if they are finished: then it is checked that the images are the same.
-    """
+    """The clusterings of every extra run, given by its name under `output`, or the place of its record. If those of
+    this run, `own`, are finished, it is checked that the images are the same. Raises InputError: there is no such run,
+    its clusterings are not finished, or it has other images."""
     found = []
     for name in names:
         record, root = read_record(name, output, "consensus.extra_runs")
@@ -117,15 +113,9 @@ Changes = dict[str, Any]
 def keep_numbers(
     result: EnsembleResult, num_clusters: int, heads: Artifact, run: str, output: str
 ) -> tuple[EnsembleResult, Changes]:
-    """The result with the numbers of the earlier run, and what became of its clusters, as :func:`number_clusters`.
-    Raises InputError: there is no such run, or it has no consensus.
-
-    Args:
-        result: of the consensus.
-        num_clusters: L.
-        heads: the clusterings that it was made of.
-        run: the earlier run, its name or the place of its record.
-    """
+    """The result of a consensus of `heads`, with L clusters, with the numbers of an earlier run, given by its name or
+    the place of its record; and what became of its clusters, as :func:`number_clusters`. Raises InputError: there is no
+    such run, or it has no consensus."""
     record, root = read_record(run, output, "consensus.numbers_from")
     earlier = Artifact.find(root / CONSENSUS / record["stages"].get(CONSENSUS, "none"))
     if earlier is None or IMAGE_IDS_NAME not in earlier.part_names():
@@ -151,18 +141,13 @@ def keep_numbers(
 def number_clusters(
     before_n: Labels, now_n: Labels, num_before: int, sizes_L: npt.NDArray[np.integer[Any]]
 ) -> tuple[npt.NDArray[np.int32], Changes]:
-    """Numbers for the clusters of a run, so that those that persist keep theirs.
+    """Numbers for the clusters of a run, so that those that persist keep theirs, from the labels of the images of both
+    runs, -1 for noise, and all images of each of this run's clusters (L,).
 
-    Args:
-        before_n, now_n: labels of the images of both runs; -1 for noise.
-        num_before: K.
-        sizes_L: all images of each of this run's clusters.
-
-    Returns:
-        The number of each cluster (L,), and what became of the clusters by their numbers, JSON-able: num_kept; new;
-        split, pairs of a new one and the old one that most of its images are from; merged, pairs of an old one and the
-        new one that most of its images are in; gone; renumbered, pairs (old, new) of those that persist, but had a
-        number that is too large now.
+    Returns the number of each cluster (L,), and what became of the clusters by their numbers, JSON-able: num_kept; new;
+    split, pairs of a new one and the old one that most of its images are from; merged, pairs of an old one and the new
+    one that most of its images are in; gone; renumbered, pairs (old, new) of those that persist, but had a number that
+    is too large now.
     """
     num_now = len(sizes_L)
     table_KL = count_table(before_n, now_n, num_before, num_now)

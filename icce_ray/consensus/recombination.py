@@ -44,12 +44,8 @@ class Scored:
 
 
 def recombine(score: NeighborScore, consensuses: Sequence[Labels], num_clusters: int, *, seed: int) -> Scored:
-    """The clustering with the best score, made of the heads and of their consensuses.
-
-    Args:
-        score: the graph and the heads. Heads that leave out images count in the weights of the edges only.
-        consensuses: labels (N,) 0..K-1. All results use as many clusters as the first.
-    """
+    """The clustering with the best score, made of the heads and of their consensuses (N,), 0..K-1. All results use as
+    many clusters as the first. Heads that leave out images count in the weights of the edges only."""
     limit = population_size(score.num_images * score.num_neighbors)
     num_used = len(np.unique(consensuses[0]))
     found: list[Scored] = []

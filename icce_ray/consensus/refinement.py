@@ -34,14 +34,8 @@ MAX_HALVINGS = 6
 def refine(
     start_N: npt.NDArray[Any], heads: Heads, num_clusters: int, *, max_passes: int = 100
 ) -> tuple[Labels, float]:
-    """Move images between clusters until the ANMI stops rising. Returns (N,) int32 labels and their ANMI, not lower
-    than the start's.
-
-    Args:
-        start_N: (N,) integers 0..num_clusters-1.
-        num_clusters: K. A cluster with images keeps at least one.
-        max_passes: maximum number of passes over the images.
-    """
+    """Move images between clusters until the ANMI stops rising, or `max_passes` times. A cluster with images keeps at
+    least one. Returns (N,) int32 labels and their ANMI, not lower than the start's."""
     labels_N: Labels = start_N.astype(np.int32)
     counts_KC = count_consensus(labels_N, heads, num_clusters)
     best = anmi_from_counts(counts_KC, heads.offsets)

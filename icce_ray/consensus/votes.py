@@ -15,12 +15,8 @@ from icce_ray.consensus.label_matrix import Heads, Labels, hash_numbers
 
 
 def vote(heads: Heads, cluster_of_column: npt.NDArray[Any], num_clusters: int, *, seed: int, by_mean: bool) -> Labels:
-    """Winning cluster of each image: (N,) int32.
-
-    Args:
-        cluster_of_column: (C,) cluster 0..num_clusters-1 that each head cluster votes for.
-        by_mean: whether the votes for a cluster are divided by the number of head clusters that vote for it.
-    """
+    """Winning cluster of each image: (N,) int32. Each head cluster votes for `cluster_of_column` (C,). `by_mean`: the
+    votes for a cluster are divided by the number of head clusters that vote for it."""
     members_K = np.bincount(cluster_of_column, minlength=num_clusters)
     weights_K = 1.0 / np.maximum(members_K, 1) if by_mean else None
     parts = heads.map(_vote_part, heads.image_parts(), cluster_of_column.astype(np.int32), weights_K, seed)
@@ -41,16 +37,10 @@ def rank_votes(
     seed: int | None,
     cluster_weights: npt.NDArray[np.float64] | None = None,
 ) -> tuple[Labels, npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """The `num_ranks` clusters with the most votes for each image. Returns clusters (n, R) int32, -1 where fewer got
-    votes; their scores (n, R), votes times weight, 0 there; and the entropy (n,) of the image's votes (unweighted), in
-    nats.
-
-    Args:
-        votes_nH: (n, H) cluster that each head votes for, -1 where it does not vote.
-        num_ranks: number of clusters returned for each image.
-        seed: seed of the tie-break; None: the lowest cluster wins.
-        cluster_weights: (K,) weight of a vote for each cluster; None: 1.
-    """
+    """The `num_ranks` clusters with the most votes for each image, given the cluster that each head votes for (n, H),
+    -1 where it does not vote. Returns clusters (n, R) int32, -1 where fewer got votes; their scores (n, R), votes times
+    `cluster_weights` (K,), 0 there; and the entropy (n,) of the image's votes (unweighted), in nats. `seed` breaks
+    ties; None: the lowest cluster wins."""
     num_rows, num_heads = votes_nH.shape
     votes = np.sort(votes_nH.astype(np.int32, copy=False), axis=1)
     starts_run = np.ones((num_rows, num_heads), dtype=bool)

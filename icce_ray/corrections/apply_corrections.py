@@ -42,13 +42,10 @@ DROPPED = -1
 def run(config: Config, context: StageContext) -> dict[str, Any]:
     """Write the files of a consensus, and APPLIED_NAME, BASE_NAME and MOVED_NAME.
 
-    Returns:
-        The metrics of the consensus; num_labels (K and the new clusters), num_moved, num_dropped, num_merged, num_new,
-        num_unknown (images of the file that are not in the collection), not_kept (clusters of an earlier clustering
-        whose corrections could not be carried over).
-
-    Raises:
-        InputError: the corrections were made for another clustering, which is no longer there.
+    Returns the metrics of the consensus; num_labels (K and the new clusters), num_moved, num_dropped, num_merged,
+    num_new, num_unknown (images of the file that are not in the collection), not_kept (clusters of an earlier
+    clustering whose corrections could not be carried over). Raises InputError: the corrections were made for another
+    clustering, which is no longer there.
     """
     inputs, output = context.inputs, context.output
     consensus = inputs["consensus"]
@@ -104,14 +101,8 @@ def correct_labels(
     moved: pa.Table,
     final_K: npt.NDArray[np.integer],
 ) -> npt.NDArray[np.int32]:
-    """The labels with images moved and dropped, then clusters merged.
-
-    Args:
-        labels_N: 0..K-1, -1 for noise.
-        image_ids_N: ascending.
-        moved: image_id, cluster (final ones).
-        final_K: the cluster that each is part of after merges.
-    """
+    """The labels, 0..K-1 or -1 for noise, of images with ascending ids, with the images in `moved` (image_id, final
+    cluster) moved and dropped, then clusters merged into `final_K`."""
     corrected_N = np.where(labels_N >= 0, final_K[labels_N], labels_N).astype(np.int32)
     ids, clusters = moved["image_id"].to_numpy(), moved["cluster"].to_numpy()
     rows = np.minimum(np.searchsorted(image_ids_N, ids), len(image_ids_N) - 1)
@@ -155,14 +146,8 @@ def read_base(given: Corrections, output: str) -> pa.Table:
 def carry_over(
     given: Corrections, old: pa.Table, new: pa.Table, consensus: str, num_clusters: int
 ) -> tuple[Corrections, list[int]]:
-    """The corrections for a new clustering, and the corrected clusters that are not in it.
-
-    Args:
-        old: uri, cluster: the clustering that they were made for.
-        new: uri, cluster: the clustering that they are wanted for.
-        consensus: identity of the new one.
-        num_clusters: K of the new one.
-    """
+    """The corrections of a clustering (uri, cluster) for a new one, of K clusters and with the identity `consensus`,
+    and the corrected clusters that are not in it."""
     both = old.rename_columns(["uri", "old"]).join(new.rename_columns(["uri", "new"]), "uri", join_type="inner")
     old_n, new_n = both["old"].to_numpy(), both["new"].to_numpy()
     has_both = (old_n >= 0) & (new_n >= 0)

@@ -33,14 +33,8 @@ Ints = npt.NDArray[np.integer]
 def estimate_accuracy(
     features_nD: npt.NDArray[np.floating], clusters_n: Ints, *, seed: int
 ) -> tuple[float, dict[str, float]] | None:
-    """The estimate, 0 to 1, and the three views. Returns None for fewer than two clusters, or fewer than
-    MIN_IMAGES_PER_CLUSTER images per cluster.
-
-    Args:
-        features_nD: floating point, finite.
-        clusters_n: -1 for noise, which is left out.
-        seed: of the sample of at most MAX_IMAGES images, and of k-means.
-    """
+    """The estimate, 0 to 1, and the three views, from a sample of at most MAX_IMAGES images that have a cluster (-1 is
+    noise). Returns None for fewer than two clusters, or fewer than MIN_IMAGES_PER_CLUSTER images per cluster."""
     rows = np.flatnonzero(clusters_n >= 0)
     rows = rows[sampled_rows(len(rows), MAX_IMAGES, seed)]
     clusters = clusters_n[rows]

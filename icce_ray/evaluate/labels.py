@@ -55,14 +55,8 @@ class TrueLabels:
 def load_labels(
     evaluate: EvaluateConfig, uris: Sequence[str], image_ids: npt.NDArray[np.int64], num_listed: int
 ) -> TrueLabels:
-    """The true classes of images. A file that names its images need not have all of them. Raises InputError: as
-    :func:`check_labels`.
-
-    Args:
-        uris: (n,) of the images to label.
-        image_ids: (n,) ascending.
-        num_listed: number of all listed images.
-    """
+    """The true classes of images, given by their URIs (n,) and ascending ids (n,), of `num_listed` in all. A file that
+    names its images need not have all of them. Raises InputError: as :func:`check_labels`."""
     if evaluate.labels == FOLDER:
         return _encode(image_ids, _from_folders(uris))
     if evaluate.labels == WEBDATASET:
@@ -97,13 +91,10 @@ def named_images(evaluate: EvaluateConfig, listing: Listing, max_names: int) -> 
 
 
 def check_labels(evaluate: EvaluateConfig, uris: Sequence[str] | None = None) -> None:
-    """Refuse labels that cannot be used, before any work starts. Returns nothing, so no label leaves this module.
-    Raises InputError: as :func:`read_labels`; a number of labels that is not the number of images, a name that fits
-    several images or none of them any, images with a label of their own each.
-
-    Args:
-        uris: of the listed images; None if they are not listed yet, or too many: then only the label file is checked.
-    """
+    """Refuse labels that cannot be used, before any work starts. Returns nothing, so no label leaves this module. If
+    the images are not listed yet, or too many, only the label file is checked. Raises InputError: as
+    :func:`read_labels`; a number of labels that is not the number of images, a name that fits several images or none of
+    them any, images with a label of their own each."""
     if uris is not None:
         labels = load_labels(evaluate, uris, np.arange(len(uris)), len(uris))
         if 2 < len(labels.names) == len(labels.image_ids):

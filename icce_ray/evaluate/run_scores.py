@@ -55,16 +55,13 @@ METHODS_NAME = "method_clusterings.npy"
 def run(config: Config, context: StageContext) -> dict[str, Any]:
     """Score the clusters without labels, and compare the assignments with the true labels.
 
-    Returns:
-        estimated_accuracy, silhouette_pca, generalization, and silhouette_umap if it was asked for: made without
-        labels, from a sample; each is left out where it is not defined. With labels also acc, nmi (geometric),
-        nmi_arithmetic, ari, many_to_one over all embedded images, or over num_labelled if not all have labels or there
-        are more than MAX_SCORED, and if some of them are noise num_noise and acc_without_noise; head_acc_mean,
-        head_acc_best (by the true labels), head_acc_lowest_loss over the images of the consensus; acc_high_agreement
-        and acc_low_agreement, over the halves of these by agreement; num_classes.
-
-    Raises:
-        InputError: labels that cannot be used.
+    Returns estimated_accuracy, silhouette_pca, generalization, and silhouette_umap if it was asked for: made without
+    labels, from a sample; each is left out where it is not defined. With labels also acc, nmi (geometric),
+    nmi_arithmetic, ari, many_to_one over all embedded images, or over num_labelled if not all have labels or there are
+    more than MAX_SCORED, and if some of them are noise num_noise and acc_without_noise; head_acc_mean, head_acc_best
+    (by the true labels), head_acc_lowest_loss over the images of the consensus; acc_high_agreement and
+    acc_low_agreement, over the halves of these by agreement; num_classes. Raises InputError: labels that cannot be
+    used.
     """
     inputs = context.inputs
     labels_N = np.array(consensus_of(inputs).read_array("labels.npy"))
@@ -160,14 +157,9 @@ def evaluate(
     losses_H: npt.NDArray[np.floating] | None,
     progress: Progress = QUIET,
 ) -> dict[str, Any]:
-    """The metrics of :func:`run`.
-
-    Args:
-        clusters_N: assigned clusters of the labelled images, -1 for noise.
-        agreement_N: NaN for images that took no part in the consensus.
-        heads_HN: labels of the heads, -1 where a head gave none.
-        losses_H: losses of the heads, None if there are none.
-    """
+    """The metrics of :func:`run`, from the assigned clusters of the labelled images, -1 for noise; their agreement, NaN
+    for images that took no part in the consensus; the labels of the heads, -1 where a head gave none, and their
+    losses."""
     metrics: dict[str, Any] = {**evaluate_with_noise(labels.classes, clusters_N), "num_classes": len(labels.names)}
     accuracy_H = np.full(len(heads_HN), np.nan)  # NaN for a head without labels
     for head, head_N in enumerate(heads_HN):
@@ -218,14 +210,8 @@ Labels = npt.NDArray[np.int32]
 
 
 def method_clusterings(config: Config, own: Artifact, consensus_N: Labels) -> dict[str, Labels]:
-    """For each run that takes part in the consensus, the clustering (N,) with the lowest loss, or the first where there
-    are no losses. Empty for a run that stands alone.
-
-    Args:
-        config: of the run; its `consensus.extra_runs` are the others.
-        own: the run's own clusterings.
-        consensus_N: -1 for noise.
-    """
+    """For each run that takes part in the consensus (N,), -1 for noise, the clustering (N,) with the lowest loss, or
+    the first where there are no losses. `own` are the run's own clusterings. Empty for a run that stands alone."""
     if not config.consensus.extra_runs:
         return {}
     found: dict[str, Labels] = {}

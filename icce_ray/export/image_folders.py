@@ -50,12 +50,8 @@ def write(source: SelectedImages, task: ExportTask) -> Written:
 
 
 def placer(output: Folder, folder_of: Callable[[Row], str], *, link: bool) -> Callable[[Row], str | NotReadError]:
-    """A function that puts an image into `output` and returns its name there. Existing files are kept.
-
-    Args:
-        folder_of: the folder of an image.
-        link: link to files on this machine, if the output is there too; all others are copied.
-    """
+    """A function that puts an image into its folder in `output` and returns its name there. Existing files are kept.
+    `link`: link to files on this machine, if the output is there too; all others are copied."""
     there = {_without_ending(name): name for name in output.sizes()}
 
     def place(row: Row) -> str | NotReadError:

@@ -79,12 +79,8 @@ class Selection:
 
 
 class SelectedImages:
-    """Reads the selected images of a run in the order of their ids, part by part. Raises InputError: there is no such
-    run, or a cluster of the selection does not exist.
-
-    Args:
-        run: a run's config, output folder or record.
-    """
+    """Reads the selected images of a run, given by its config, output folder or record, in the order of their ids, part
+    by part. Raises InputError: there is no such run, or a cluster of the selection does not exist."""
 
     def __init__(self, run: str, selection: Selection) -> None:
         self.assign, _ = stage_of_run(run, "assign", what="assignments")

@@ -9,11 +9,7 @@ from icce_ray.stage import Settings, Stage
 
 def method_stage(name: str, *, chooses_number: bool = False) -> Stage:
     """The stage that runs the method `name`. Methods with the same section and settings share their artifacts, unless
-    their result depends on the name.
-
-    Args:
-        chooses_number: whether the method finds the number of clusters of the run.
-    """
+    their result depends on the name. `chooses_number`: whether the method finds the number of clusters of the run."""
     method = METHODS[name]
 
     def settings(config: Config) -> Settings:

@@ -24,14 +24,9 @@ MIN_DENSE_CELLS = 1 << 20
 
 
 def count_table(a_N: npt.NDArray[Any], b_N: npt.NDArray[Any], num_a: int, num_b: int) -> Table:
-    """Contingency table of two labellings: cell (p, q) counts the images with label p in `a_N` and q in `b_N`. Returns
-    (num_a, num_b) int64: an array, or a sparse array without stored zeros where an array would be far larger than the
-    labels.
-
-    Args:
-        a_N, b_N: (N,) integers 0..num-1, or -1 where missing.
-        num_a, num_b: number of rows and of columns of the table.
-    """
+    """Contingency table of two labellings (N,), -1 where missing: cell (p, q) counts the images with label p in `a_N`
+    and q in `b_N`. Returns (num_a, num_b) int64: an array, or a sparse array without stored zeros where an array would
+    be far larger than the labels."""
     cells_n = cell_numbers(a_N, b_N, num_b)
     if num_a * num_b <= max(MIN_DENSE_CELLS, MAX_DENSE_CELLS_PER_IMAGE * len(a_N)):
         return np.bincount(cells_n, minlength=num_a * num_b).reshape(num_a, num_b)
@@ -97,12 +92,8 @@ def nmi_from_counts(table: Table, mean: Mean = "geometric") -> float:
 
 
 def anmi_from_counts(counts_KC: npt.NDArray[Any], offsets: npt.NDArray[np.int64]) -> float:
-    """Average NMI (geometric) of a labelling with several others, 0 to 1.
-
-    Args:
-        counts_KC: (K, C) contingency tables of the labelling with each of the others, side by side.
-        offsets: first column of each table, and C.
-    """
+    """Average NMI (geometric) of a labelling with several others, 0 to 1, from its contingency tables with each of
+    them, side by side (K, C). `offsets`: the first column of each table, and C."""
     return float(np.mean([nmi_from_counts(counts_KC[:, start:stop]) for start, stop in pairwise(offsets)]))
 
 
@@ -111,12 +102,9 @@ MIN_SHARE = 0.5
 
 
 def match_clusters(table_KL: npt.NDArray[Any]) -> dict[int, int]:
-    """The new cluster of each old one that persists: matched one to one so that most images agree (Kuhn, Naval Research
-    Logistics 2, 1955); a match counts if it holds at least MIN_SHARE of the old cluster.
-
-    Args:
-        table_KL: images of each old cluster (K) in each new one (L).
-    """
+    """The new cluster of each old one that persists, from the images of each old cluster (K) in each new one (L):
+    matched one to one so that most images agree (Kuhn, Naval Research Logistics 2, 1955); a match counts if it holds at
+    least MIN_SHARE of the old cluster."""
     return {
         int(old): int(new)
         for old, new in zip(*linear_sum_assignment(-table_KL), strict=True)

@@ -37,14 +37,11 @@ def label_free_scores(
 def generalization_score(
     features_ND: npt.NDArray[np.floating], labels_N: npt.NDArray[np.integer], *, random_state: int
 ) -> float | None:
-    """10-fold cross-validated accuracy of a linear classifier on the clusters, 0 to 1 (TURTLE, arXiv 2406.07236).
+    """10-fold cross-validated accuracy of a linear classifier on the clusters (N,), 0 to 1 (TURTLE, arXiv 2406.07236).
 
     It is high if the clusters are linearly separable in the features and do not follow noise. Images without a cluster
-    count as wrong. Returns None if fewer than two clusters are left.
-
-    Args:
-        features_ND: (N, D) floating point, finite.
-        labels_N: (N,) clusters, -1 for none. Clusters with fewer images than folds are left out.
+    (-1) count as wrong, and clusters with fewer images than folds are left out. Returns None if fewer than two are
+    left.
     """
     has_cluster = labels_N >= 0
     features_ND, labels_N = features_ND[has_cluster], labels_N[has_cluster]
@@ -64,12 +61,8 @@ def generalization_score(
 def silhouette(features_ND: npt.NDArray[np.floating], labels_N: npt.NDArray[np.integer]) -> float | None:
     """Mean silhouette (Euclidean), -1 to 1: how much nearer images are to their own cluster than to the next.
 
-    It compares all pairs of images: pass a sample of a large set. An image without a cluster counts 0, like one that is
-    a cluster of its own. Returns None if there is one cluster only, or as many as images.
-
-    Args:
-        features_ND: (N, D) floating point, finite.
-        labels_N: (N,) clusters, -1 for none.
+    It compares all pairs of images: pass a sample of a large set. An image without a cluster (-1) counts 0, like one
+    that is a cluster of its own. Returns None if there is one cluster only, or as many as images.
     """
     has_cluster = labels_N >= 0
     points_nD, labels_n = np.asarray(features_ND[has_cluster], dtype=np.float32), labels_N[has_cluster]
@@ -86,12 +79,9 @@ def project_pca(points_nD: npt.NDArray[np.float32], random_state: int) -> npt.ND
 
 
 def project_umap(points_nD: npt.NDArray[np.float32], random_state: int, **changes: Any) -> npt.NDArray[np.float32]:
-    """Coordinates in 50 UMAP dimensions (n_neighbors=30, min_dist=0), (n, at most 50). Silhouettes there separate good
-    clusterings from bad ones better than in feature space (arXiv 2406.02465). Needs the extra `[umap]`.
-
-    Args:
-        changes: other settings of UMAP, such as n_components=2 for a map.
-    """
+    """Coordinates in 50 UMAP dimensions (n_neighbors=30, min_dist=0), (n, at most 50), or with `changes`, such as
+    n_components=2 for a map. Silhouettes there separate good clusterings from bad ones better than in feature space
+    (arXiv 2406.02465). Needs the extra `[umap]`."""
     from umap import UMAP
 
     num_images = len(points_nD)

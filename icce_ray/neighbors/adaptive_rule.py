@@ -73,14 +73,9 @@ class PairList:
 
 
 def keep(pairs: PairList, num_hits_Q: Ids, ids_Q: Ids, rule: Rule, error: float, exact: Exact) -> PairList:
-    """Apply the rule to a superset of the pairs that it keeps. It is idempotent, so parts may be reduced first.
-
-    Args:
-        pairs: in any order, each once.
-        num_hits_Q: number of images found above the threshold so far, kept or not.
-        error: bound on the error of the scores.
-        exact: the exact cosines of pairs.
-    """
+    """Apply the rule to a superset of the pairs that it keeps, in any order, each once. It is idempotent, so parts may
+    be reduced first. `num_hits_Q`: images found above the threshold so far, kept or not. `error` bounds that of the
+    scores."""
     is_long_Q = num_hits_Q >= rule.min_neighbors
     pairs = pairs.take(pairs.is_hit_P | ~is_long_Q[pairs.rows_P])
     if rule.max_neighbors is not None and (num_hits_Q > rule.max_neighbors).any():
@@ -104,13 +99,8 @@ def pair_hash(seed: int, rows_P: Ids, columns_P: Ids) -> npt.NDArray[np.uint64]:
 
 
 def random_subset(seed: int, max_neighbors: int, rows_P: npt.NDArray[np.integer], images_P: Ids, ids_P: Ids) -> Ids:
-    """Indices of the pairs that stay if each row keeps at most `max_neighbors`: those with the smallest hash; of equal
-    hashes the lower ids. Ordered by row, then hash.
-
-    Args:
-        rows_P, images_P: row number of each pair, and the row's image.
-        ids_P: the neighbour.
-    """
+    """Indices of the pairs that stay if each row keeps at most `max_neighbors`: those with the smallest hash of the
+    row's image and the neighbour; of equal hashes the lower ids. Ordered by row, then hash."""
     hash_P = pair_hash(seed, images_P, ids_P)
     # The row and as many bits of the hash as fit beside it sort as one number, in a tenth of the time.
     num_bits = np.uint64(max(1, int(rows_P.max()).bit_length()))

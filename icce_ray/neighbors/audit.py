@@ -83,11 +83,7 @@ class Audit:
 
 
 def audit_features(unit: UnitFeatures, config: NeighborsConfig, *, num_clusters: int, seed: int) -> Audit:
-    """Measure similarities and what each threshold would do, and choose the threshold.
-
-    Args:
-        config: the threshold, which is chosen here if it is `auto`, and the limits of a list.
-    """
+    """Measure similarities and what each threshold would do, and choose the threshold if it is `auto`."""
     num_images, dim = unit.shape
     rng = np.random.default_rng([seed, STREAM])
     floor = min(config.min_neighbors, num_images - 1)
@@ -147,12 +143,8 @@ def choose_threshold(
     curves: Curves, floor: int, max_neighbors: int | None, num_images: float, num_clusters: int
 ) -> tuple[float, str]:
     """The lowest threshold, which gives the most neighbours, whose lists are neither too long nor too impure. How much
-    impurity is allowed depends on their length. Returns the threshold, and the limit that determined it, in words.
-
-    Args:
-        curves: measured on the features.
-        floor: `min_neighbors`, at most N - 1.
-    """
+    impurity is allowed depends on their length. `floor` is `min_neighbors`, at most N - 1. Returns the threshold, and
+    the limit that determined it, in words."""
     class_size = num_images / num_clusters
     long = max(float(floor), MAX_CLASS_SHARE * class_size)
     short = max(float(floor), min(SHORT_CLASS_SHARE * class_size, max_neighbors or np.inf))

@@ -177,13 +177,8 @@ def build_graph(
     device: str = "cpu",
     num_threads: int = 1,
 ) -> tuple[NeighborGraph, Audit]:
-    """Audit the features and build the graph in this process: the oracle of the distributed stage. Raises InputError:
-    features that are not finite, or fewer than two.
-
-    Args:
-        features_ND: (N, D) floating point.
-        num_clusters: K; bounds the automatic threshold.
-    """
+    """Audit the features (N, D) and build the graph in this process: the oracle of the distributed stage. The number of
+    clusters bounds the automatic threshold. Raises InputError: features that are not finite, or fewer than two."""
     from icce_ray.neighbors.torch_engine import TorchEngine  # torch takes seconds
 
     unit = prepare(features_ND, config.center)

@@ -45,14 +45,10 @@ PARTS_IN_FLIGHT = 3
 def run(config: Config, context: StageContext) -> dict[str, Any]:
     """Build the graph's parts and the audit into the artifact.
 
-    Returns:
-        similarity_threshold, num_images, num_edges, mean_neighbors, min_neighbors, max_neighbors (as found),
-        share_at_min (rows that had fewer above the threshold than `min_neighbors`).
-
-    Raises:
-        InputError: features that are not finite.
-        ResourceError: a machine lacks the memory; the message says how much is needed.
-        WorkerError: a worker died more often than it is restarted.
+    Returns similarity_threshold, num_images, num_edges, mean_neighbors, min_neighbors, max_neighbors (as found),
+    share_at_min (rows that had fewer above the threshold than `min_neighbors`). Raises InputError: features that are
+    not finite; ResourceError: a machine lacks the memory; the message says how much is needed; WorkerError: a worker
+    died more often than it is restarted.
     """
     embed = training_set(context.inputs)
     records = PartRecords(context.output.folder, source_digest(embed, NEIGHBORS.version))

@@ -33,14 +33,8 @@ AGREEMENT_WEIGHTS = np.array([c * (c - 1) / (NUM_RUNS * (NUM_RUNS - 1)) for c in
 
 
 def cluster_labels(unit: UnitFeatures, num_clusters: int, rng: np.random.Generator) -> npt.NDArray[np.int32]:
-    """Labels from `NUM_RUNS` independent spherical k-means runs, (R, N) int32.
-
-    Each run learns its centroids from a random sample of the images, which bounds the time at any N.
-
-    Args:
-        num_clusters: K; capped at N.
-        rng: draws the samples and starts.
-    """
+    """Labels from `NUM_RUNS` independent spherical k-means runs with K clusters, at most N: (R, N) int32. Each run
+    learns its centroids from a random sample of the images, which bounds the time at any N."""
     num_images = len(unit)
     num_clusters = min(num_clusters, num_images)
     num_training = min(num_images, max(MIN_TRAINING_IMAGES, TRAINING_IMAGES_PER_CLUSTER * num_clusters))
@@ -125,13 +119,8 @@ def count_pairs(
     unit: UnitFeatures, queries_Q: Ids, labels_RN: npt.NDArray[np.int32], thresholds_T: npt.NDArray[np.float64]
 ) -> Ids:
     """Compare the query images with all others and count the pairs between each threshold and the next, by the number
-    of k-means runs that put both images into one cluster: (Q, T, R + 1).
-
-    Args:
-        queries_Q: the images whose rows are measured.
-        labels_RN: labels from the k-means runs.
-        thresholds_T: ascending multiples of `FINEST_STEP`.
-    """
+    of k-means runs that put both images into one cluster: (Q, T, R + 1). Thresholds are ascending multiples of
+    `FINEST_STEP`."""
     shape = (len(queries_Q), len(thresholds_T) + 1, NUM_RUNS + 1)
     first_Q1 = (np.arange(len(queries_Q)) * shape[1] * shape[2])[:, None]
     steps_per_unit = round(1 / FINEST_STEP)
@@ -166,13 +155,8 @@ def curves_of(
     together_Qk: npt.NDArray[np.uint8],
     max_neighbors: int | None,
 ) -> Curves:
-    """The figures for each threshold, from counts of pairs.
-
-    Args:
-        thresholds_T: ascending.
-        counts_QTC: as `count_pairs` returns them.
-        together_Qk: number of k-means runs in which each of a query's `min_neighbors` most similar shares its cluster.
-    """
+    """The figures for each threshold, from the counts of :func:`count_pairs` and the number of k-means runs in which
+    each of a query's `min_neighbors` most similar shares its cluster (Q, k)."""
     floor = together_Qk.shape[1]
     weight_Q = np.full(len(counts_QTC), 1.0 / len(counts_QTC))
     # Pairs above each threshold: cumulative sums from the last one down.

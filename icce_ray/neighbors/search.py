@@ -77,11 +77,7 @@ def merge(answers: Sequence[Candidates], queries: Queries, rule: Rule) -> Candid
 def most_similar(unit: UnitFeatures, ids_Q: Ids, k: int) -> tuple[Floats, Ids]:
     """The `k` most similar images of each of some images, without itself, by a search of all, a chunk at a time.
     Returns similarities (Q, min(k, N-1)) float32 (accurate to float32) and ids (same shape) int64, the most similar
-    first. The set of ids is exact; if similarities tie at the end of the list, the lower ids are in.
-
-    Args:
-        k: list length; at most N - 1 are returned.
-    """
+    first. The set of ids is exact; if similarities tie at the end of the list, the lower ids are in."""
     from icce_ray.neighbors.torch_engine import TorchEngine  # torch takes seconds
 
     num_images, dim = unit.shape

@@ -45,11 +45,7 @@ BLOCK_BYTES = 2**31
 
 
 class TorchEngine:
-    """Holds the rows of a shard on a device in float32, and on a GPU in float16 for the products.
-
-    Args:
-        ids_n: the shard's images, ascending.
-    """
+    """Holds the rows of a shard, whose ids ascend, on a device in float32, and on a GPU in float16 for the products."""
 
     blocks_at_once = 1
     """Blocks of queries to search at the same time, each in a thread. On CPUs torch has threads of its own."""

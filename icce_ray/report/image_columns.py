@@ -127,11 +127,7 @@ Floats = npt.NDArray[np.float32]
 
 def read_features(inputs: Any, image_ids: npt.NDArray[np.int64]) -> tuple[Floats, npt.NDArray[np.bool_]]:
     """Features (n, D) of images, and whether each has any. A near-duplicate has those of the image trained on instead;
-    images outside the sample that was trained on have none, and zeros stand for them.
-
-    Args:
-        inputs: artifacts `embed` and `sample`.
-    """
+    images outside the sample that was trained on have none, and zeros stand for them."""
     features = load_features(training_set(inputs))
     rows_n = training_rows_of(inputs, image_ids)
     known_n = rows_n >= 0
@@ -151,11 +147,8 @@ def training_rows_of(inputs: Any, image_ids: npt.NDArray[np.int64]) -> npt.NDArr
 
 
 def lay_out(features_nD: Floats, how: str) -> tuple[npt.NDArray[np.uint16], Floats, str]:
-    """Places on the map (n, 2), 0..65535 in both directions; principal components (n, P); and `pca` or `umap`.
-
-    Args:
-        how: `auto`, `pca` or `umap`.
-    """
+    """Places on the map (n, 2), 0..65535 in both directions; principal components (n, P); and `pca` or `umap`, as asked
+    for, or chosen if `how` is `auto`."""
     num_images = len(features_nD)
     components_nP = np.zeros((num_images, 2), dtype=np.float32)
     if num_images > 1:

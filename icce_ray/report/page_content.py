@@ -35,15 +35,11 @@ def images_per_cluster(sizes_K: npt.NDArray[np.integer], max_images: int) -> int
 
 
 class PageContent:
-    """Figures of K clusters, and the images to show.
+    """Figures of K clusters, and the images to show, from the assignments.
 
     Of each cluster, and of the noise, at most `per_cluster` images are shown: uniform draws, first among those that
-    took part in the consensus. Added to these are the images in `wanted_ids`, the least certain images and the farthest
-    outliers.
-
-    Args:
-        tables: the assignments.
-        wanted_ids: ascending.
+    took part in the consensus. Added to these are the images in `wanted_ids` (ascending), the least certain images and
+    the farthest outliers.
     """
 
     def __init__(

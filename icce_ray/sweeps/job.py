@@ -80,13 +80,9 @@ def run_trials(
     records: PartRecords,
     progress: Progress,
 ) -> list[Row]:
-    """Run all trials. Those that an earlier attempt finished find all that they need.
-
-    Args:
-        known: the parameters of each trial; None if a searcher chooses them.
-        failures: why a trial cannot be run, by :func:`key_of` its parameters.
-        records: the parameters of the trials that a searcher has chosen so far.
-    """
+    """Run all trials. Those that an earlier attempt finished find all that they need. `known` are the parameters of
+    each trial; None if a searcher chooses them: those that it has chosen so far are in `records`. `failures` says why a
+    trial cannot be run, by :func:`key_of` its parameters."""
     for key, value in TUNE_ENVIRONMENT.items():
         os.environ.setdefault(key, value)
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)

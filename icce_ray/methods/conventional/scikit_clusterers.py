@@ -93,17 +93,13 @@ def fit(
     seed: int,
     progress: Progress = QUIET,
 ) -> Clusterings:
-    """Cluster the images with a clusterer of scikit-learn's.
+    """Cluster the images with the clusterer `method` of scikit-learn's; it finds the number of clusters if that is
+    None.
 
     It computes with one thread, since sums would otherwise depend on the number of threads. Returns one row of labels,
     0..K-1 without gaps, -1 for noise; as notes `num_clusters` (found), `num_noise` and `converged`. Raises InputError:
     features that are not finite, or fewer than two clusters were found; ResourceError: this machine lacks the memory;
     the message says what is needed.
-
-    Args:
-        features_ND: floating point (N, D), finite.
-        method: one of CLUSTERERS.
-        num_clusters: K; None if the method finds it.
     """
     clusterer = CLUSTERERS[method]
     check_memory(method, settings, *features_ND.shape, num_clusters=num_clusters)

@@ -111,12 +111,9 @@ def fit_kmeans(
     progress: Progress = QUIET,
     records: PartRecords | None = None,
 ) -> FittedKMeans:
-    """Cluster the images of the shards from `num_starts` starts. The number of shards doesn't change the result. Raises
-    InputError: features that are not finite, or fewer dimensions than components.
-
-    Args:
-        records: where to keep finished starts and, every `CHECKPOINT_INTERVAL_S`, those under way; resumed from.
-    """
+    """Cluster the images of the shards from `num_starts` starts. The number of shards doesn't change the result.
+    Finished starts and, every `CHECKPOINT_INTERVAL_S`, those under way are kept in `records`, and resumed from there.
+    Raises InputError: features that are not finite, or fewer dimensions than components."""
     limit = settings.num_iterations if settings.algorithm == "lloyd" else settings.num_epochs
     if records is None or not records.read_all():
         progress.update(0, settings.num_starts * limit, "prepares the rows")

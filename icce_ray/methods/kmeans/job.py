@@ -32,13 +32,9 @@ def run(config: Config, context: StageContext) -> dict[str, Any]:
     """Cluster the images: label_matrix.npy (a row for each start), clusterings.json (inertias as losses) and kmeans.npz
     (centroids and projection). The number of workers does not change the result.
 
-    Returns:
-        num_starts, best_start, inertia (of that start), highest_inertia, num_iterations, converged, num_components.
-
-    Raises:
-        InputError: features that are not finite.
-        ResourceError: a machine lacks the memory or the disk; the message says how much is needed.
-        WorkerError: a worker died more often than it is restarted.
+    Returns num_starts, best_start, inertia (of that start), highest_inertia, num_iterations, converged, num_components.
+    Raises InputError: features that are not finite; ResourceError: a machine lacks the memory or the disk; the message
+    says how much is needed; WorkerError: a worker died more often than it is restarted.
     """
     embed = training_set(context.inputs)
     features = load_features(embed)

@@ -147,13 +147,8 @@ def measure(features_ND: Features, start: int, stop: int, with_products: bool) -
 def make_projection(
     parts: Sequence[Moments], shift_D: Doubles, num_images: int, num_components: int | None, spherical: bool
 ) -> Projection:
-    """The projection of features with these moments, in the order of the parts. Raises InputError: more components than
-    dimensions.
-
-    Args:
-        shift_D: the point that they are about.
-        num_components: number of principal components (d); None: all.
-    """
+    """The projection of features with these moments about `shift_D`, in the order of the parts, to `num_components`
+    principal components; None: all. Raises InputError: more components than dimensions."""
     dim = len(shift_D)
     if num_components is not None and num_components > dim:
         raise InputError(f"kmeans.num_components is {num_components}, but the features have {dim} dimensions")

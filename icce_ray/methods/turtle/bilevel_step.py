@@ -95,12 +95,8 @@ def bilevel_step(
     entropy_weight: float,
     pool: ThreadPool,
 ) -> StepLosses:
-    """Train the inner classifiers on the labels of the encoder and update the encoder, both in place.
-
-    Args:
-        inner: the classifier of each space.
-        pool: entered. The number of its threads does not change a bit.
-    """
+    """Train the inner classifiers, one for each space, on the labels of the encoder and update the encoder, all in
+    place. The number of the pool's threads does not change a bit."""
     num_rows, num_clusters = batch.num_rows, encoder.num_clusters
     both = batch.cast([torch.cat(pair, dim=1) for pair in zip(encoder.layers, _layers(inner), strict=True)])
 
@@ -219,12 +215,8 @@ def initial_layer(dim: int, num_clusters: int, generators: Sequence[torch.Genera
 
 class TaskEncoder:
     """A weight-normalised linear layer for each space: W = l v / |v| for each column, with the length l and the
-    direction v trained apart, and biases.
-
-    Args:
-        dims: D of each space.
-        generators: draw the initial layers of each run, on the device to compute on.
-    """
+    direction v trained apart, and biases. The generators, on the device to compute on, draw the initial layers of each
+    run."""
 
     def __init__(
         self, dims: Sequence[int], num_clusters: int, learning_rate: float, generators: Sequence[torch.Generator]

@@ -40,13 +40,8 @@ class Space:
 def prepare_features(
     features_ND: npt.NDArray[Any], *, scale: bool, seed: int, dtype: torch.dtype, device: torch.device, pool: ThreadPool
 ) -> Space:
-    """Put the features on the device.
-
-    Args:
-        features_ND: float16 or float32, may be memory-mapped.
-        scale: centre them, rotate them at random, and divide all by one number, so that the mean variance is 1.
-        dtype: float32 or bfloat16.
-    """
+    """Put the features, float16 or float32, which may be memory-mapped, on the device as `dtype`. `scale`: centre them,
+    rotate them at random, and divide all by one number, so that the mean variance is 1."""
     num_rows, dim = features_ND.shape
     prepared_ND = torch.empty((num_rows, dim), dtype=dtype, device=device)
     starts = range(0, num_rows, ROWS_AT_ONCE)
@@ -78,12 +73,8 @@ def label_rows(
     device: torch.device,
     pool: ThreadPool,
 ) -> npt.NDArray[np.int32]:
-    """The most likely cluster of each row by each run, (R, N).
-
-    Args:
-        feature_sets: as they were given, (N, D) each.
-        layers: on these, from :meth:`Space.layer_on_given`.
-    """
+    """The most likely cluster of each row by each run, (R, N). The feature sets are as they were given, (N, D) each,
+    and so are the layers on them, from :meth:`Space.layer_on_given`."""
 
     def label(start: int) -> torch.Tensor:
         spaces = []

@@ -27,13 +27,9 @@ def run(config: Config, context: StageContext) -> dict[str, Any]:
     generalisation score; the scores; the history) and turtle.safetensors (the layers). The number of workers does not
     change the result.
 
-    Returns:
-        num_runs, feature_sets, generalization_scores, best_run (highest score), prediction_error (mean over runs, last
-        step).
-
-    Raises:
-        ResourceError: training would not fit into a worker's memory.
-        WorkerError: the loss was not finite, or workers died more often than training is restarted.
+    Returns num_runs, feature_sets, generalization_scores, best_run (highest score), prediction_error (mean over runs,
+    last step). Raises ResourceError: training would not fit into a worker's memory; WorkerError: the loss was not
+    finite, or workers died more often than training is restarted.
     """
     features = training_set(context.inputs)
     records = PartRecords(context.output.folder / RUNS_FOLDER, f"{features.identity}-{METHODS['turtle'].version}")

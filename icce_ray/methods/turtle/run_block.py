@@ -35,13 +35,8 @@ def run_blocks(num_runs: int, num_clusters: int) -> list[range]:
 
 
 class RunBlock:
-    """The training of the runs of a block.
-
-    Args:
-        spaces: from :func:`prepare_features`.
-        seed: seed of all runs. They share their batches and differ in their initial layers.
-        pool: entered.
-    """
+    """The training of the runs of a block. They share their batches and differ in their initial layers. The pool is
+    entered."""
 
     def __init__(
         self,

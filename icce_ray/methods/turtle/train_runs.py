@@ -91,14 +91,10 @@ def train_runs(
     progress: Progress = QUIET,
     records: PartRecords | None = None,
 ) -> list[FinishedRuns]:
-    """Train some of the blocks of runs, one after the other. Raises FloatingPointError: a loss is not finite;
-    ResourceError: it would not fit into memory.
-
-    Args:
-        feature_sets: one or more feature matrices of the same N images, float16 or float32, finite.
-        blocks: some of :func:`run_blocks`. A run does not depend on the other blocks.
-        records: of finished blocks and checkpoints, which are looked for first.
-    """
+    """Train some of the blocks of :func:`run_blocks`, one after the other, on one or more feature matrices of the same
+    N images, float16 or float32, finite. A run does not depend on the other blocks. Finished blocks and checkpoints are
+    kept in `records`, and looked for first. Raises FloatingPointError: a loss is not finite; ResourceError: it would
+    not fit into memory."""
     device = torch.device(device)
     num_threads = num_threads or torch.get_num_threads()
     dtype = matmul_dtype(settings.precision, device)
