@@ -25,9 +25,9 @@ import numpy.typing as npt
 import scipy.sparse as sp
 
 from icce_ray.consensus import label_matrix
+from icce_ray.consensus.aligned_vote import vote
 from icce_ray.consensus.label_matrix import Counts, HeadLabels, Heads, Labels, group_equal_images
 from icce_ray.consensus.partition import PartitionError, partition_graph
-from icce_ray.consensus.votes import vote
 from icce_ray.metrics.contingency import Table, count_table, nmi_from_counts
 
 MCLA_MAX_EDGES = 50_000_000

@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from icce_ray.consensus.aligned_vote import rank_votes
 from icce_ray.consensus.label_matrix import PART_LABELS, Counts, HeadLabels, Heads, Labels, count_consensus
-from icce_ray.consensus.votes import rank_votes
 from icce_ray.metrics.contingency import anmi_from_counts, entropy, mutual_information
 
 MAX_DENSE_CLUSTERS = 32

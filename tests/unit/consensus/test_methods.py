@@ -7,12 +7,11 @@ import numpy as np
 import pytest
 
 from icce_ray.consensus import graph_cuts
-from icce_ray.consensus.aligned_vote import align_and_vote, best_head
+from icce_ray.consensus.aligned_vote import align_and_vote, best_head, vote
 from icce_ray.consensus.empty_clusters import fill_empty_clusters
 from icce_ray.consensus.graph_cuts import JACCARD_SCALE, co_association, compare_heads, cspa, hbgf, mcla
 from icce_ray.consensus.label_matrix import anmi, encode_heads, group_equal_images
 from icce_ray.consensus.partition import PartitionError
-from icce_ray.consensus.votes import vote
 from icce_ray.metrics.true_label_scores import clustering_accuracy
 
 

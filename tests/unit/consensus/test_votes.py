@@ -7,8 +7,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from icce_ray.consensus.aligned_vote import rank_votes
 from icce_ray.consensus.label_matrix import hash_numbers
-from icce_ray.consensus.votes import rank_votes
 
 VOTES = hnp.arrays(np.int64, st.tuples(st.integers(1, 12), st.integers(1, 7)), elements=st.integers(-1, 4))
 
