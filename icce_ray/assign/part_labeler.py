@@ -8,6 +8,7 @@ Shapes: n images, D dimensions.
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -68,29 +69,18 @@ OUTLIERS_FOLDER = "outliers/"
 ERRORS_FOLDER = "errors/"
 
 
+@dataclass(repr=False, eq=False)
 class PartLabeler:
     """Labels the parts of `source` and writes them to `folder`. `inputs` are the artifact ``classifier``; for a run's
     own images also ``consensus``, and ``sample`` if only a sample was trained on. `first_id` is added to the ids of the
     source."""
 
-    def __init__(
-        self,
-        source: Source,
-        folder: Folder,
-        inputs: Mapping[str, Artifact],
-        *,
-        num_exemplars: int,
-        seed: int,
-        first_id: int = 0,
-    ) -> None:
-        self.source = source
-        self.first_id = first_id
-        self.folder = folder
-        self._inputs = {
-            name: inputs[name] for name in ("classifier", "consensus", "corrections", "sample") if name in inputs
-        }
-        self._num_exemplars = num_exemplars
-        self._seed = seed
+    source: Source
+    folder: Folder
+    inputs: Mapping[str, Artifact]
+    num_exemplars: int
+    seed: int
+    first_id: int = 0
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name not in ("classifier", "_consensus", "_moved")}
@@ -114,12 +104,12 @@ class PartLabeler:
                     prediction,
                     self.classifier,
                     num_images=self.source.num_rows,
-                    num_exemplars=self._num_exemplars,
-                    seed=self._seed,
+                    num_exemplars=self.num_exemplars,
+                    seed=self.seed,
                 )
             )
-            if "consensus" not in self._inputs:
-                outliers.append(outliers_table(tables[-1], features_nD, self.classifier, self._seed))
+            if "consensus" not in self.inputs:
+                outliers.append(outliers_table(tables[-1], features_nD, self.classifier, self.seed))
             num_in_consensus = int((consensus_n != UNKNOWN).sum())
             totals.append(Totals.of(prediction, self.classifier.num_clusters, num_in_consensus=num_in_consensus))
             row += len(image_ids)
@@ -136,24 +126,24 @@ class PartLabeler:
 
     @cached_property
     def classifier(self) -> LinearClassifier:
-        return LinearClassifier.from_bytes(self._inputs["classifier"].read_bytes(MODEL_NAME))
+        return LinearClassifier.from_bytes(self.inputs["classifier"].read_bytes(MODEL_NAME))
 
     @cached_property
     def _consensus(self) -> tuple[npt.NDArray[Any], npt.NDArray[Any], TrainingRows | None]:
         """Labels and agreement of the images trained on, and which these are if not all."""
-        consensus = consensus_of(self._inputs)
-        return consensus.read_array("labels.npy"), consensus.read_array("agreement.npy"), training_rows(self._inputs)
+        consensus = consensus_of(self.inputs)
+        return consensus.read_array("labels.npy"), consensus.read_array("agreement.npy"), training_rows(self.inputs)
 
     @cached_property
     def _moved(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int32]]:
-        return moved_clusters(self._inputs)
+        return moved_clusters(self.inputs)
 
     def _consensus_of(
         self, image_ids: npt.NDArray[np.int64], first_row: int
     ) -> tuple[npt.NDArray[np.integer], npt.NDArray[np.floating]]:
         """Consensus label and agreement of some consecutive images: a near-duplicate has those of its leader; UNKNOWN
         and NaN for images outside the sample."""
-        if "consensus" not in self._inputs:
+        if "consensus" not in self.inputs:
             return np.full(len(image_ids), UNKNOWN), np.full(len(image_ids), np.nan, dtype=np.float32)
         labels_N, agreement_N, training = self._consensus
         rows_n = np.arange(first_row, first_row + len(image_ids))

@@ -13,6 +13,7 @@ Shapes: N images, D dimensions, K clusters.
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from scipy.special import logsumexp
@@ -175,21 +176,12 @@ class SelfTraining:
 
 
 def fit_classifier(
-    features_ND: FloatArray,
-    labels_N: IntArray,
-    config: ClassifierConfig,
-    *,
-    num_clusters: int,
-    seed: int,
-    outlier_quantile: float,
-    progress: Progress = QUIET,
-    device: str = "cpu",
-) -> LinearClassifier:
+    features_ND: FloatArray, labels_N: IntArray, config: ClassifierConfig, *, progress: Progress = QUIET,
+    device: str = "cpu", **problem: Any,
+) -> LinearClassifier:  # fmt: skip
     """Self-training in this process; arguments as :class:`SelfTraining` and :meth:`SelfTraining.train`. Raises
     InputError: fewer than 2 labelled images, labels out of range, or every learning rate diverged."""
-    training = SelfTraining(
-        features_ND, labels_N, config, num_clusters=num_clusters, seed=seed, outlier_quantile=outlier_quantile
-    )
+    training = SelfTraining(features_ND, labels_N, config, **problem)
     return training.finish([training.train(range(len(config.learning_rates)), device=device, progress=progress)])
 
 

@@ -23,6 +23,8 @@ from icce_ray.metrics.contingency import anmi_from_counts, count_table
 
 MAX_ROUNDS = 20
 
+Floats = npt.NDArray[np.float64]
+
 
 def align_heads(counts_KC: npt.NDArray[Any], offsets: Counts) -> Labels:
     """Consensus cluster that each head cluster stands for (C,).
@@ -40,7 +42,7 @@ def align_heads(counts_KC: npt.NDArray[Any], offsets: Counts) -> Labels:
 
 
 def align_and_vote(
-    heads: Heads, num_clusters: int, *, scores_H: npt.NDArray[np.float64], seed: int, num_starts: int = 1
+    heads: Heads, num_clusters: int, *, scores_H: Floats, seed: int, num_starts: int = 1
 ) -> list[Labels]:
     """Consensus labels (N,) from each of `num_starts` heads: those with the highest score, heads with at most
     `num_clusters` clusters first.
@@ -80,7 +82,7 @@ def _labels_of_head(heads: Heads, head: int, num_clusters: int) -> Labels:
     return labels_N
 
 
-def best_head(heads: Heads, num_clusters: int, *, scores_H: npt.NDArray[np.float64]) -> Labels:
+def best_head(heads: Heads, num_clusters: int, *, scores_H: Floats) -> Labels:
     """The labels (N,) of the head with the highest score (NaN is the lowest), in its own numbers if these are
     0..num_clusters-1. Only heads that label every image and have at most that many clusters are considered. Raises
     PartitionError: there is no such head."""
@@ -95,6 +97,8 @@ def best_head(heads: Heads, num_clusters: int, *, scores_H: npt.NDArray[np.float
 
 
 MAX_CONFUSED_WITH = 3
+ARRAYS = ("agreement", "vote_entropy", "second_choice")
+"""Names of the fields of :class:`Agreement` in the artifact of a consensus."""
 
 
 class Agreement(NamedTuple):
@@ -166,12 +170,8 @@ def _vote_part(
 
 
 def rank_votes(
-    votes_nH: npt.NDArray[Any],
-    num_ranks: int,
-    *,
-    seed: int | None,
-    cluster_weights: npt.NDArray[np.float64] | None = None,
-) -> tuple[Labels, npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    votes_nH: npt.NDArray[Any], num_ranks: int, *, seed: int | None, cluster_weights: Floats | None = None
+) -> tuple[Labels, Floats, Floats]:
     """The `num_ranks` clusters with the most votes for each image, given the cluster that each head votes for (n, H),
     -1 where it does not vote. Returns clusters (n, R) int32, -1 where fewer got votes; their scores (n, R), votes times
     `cluster_weights` (K,), 0 there; and the entropy (n,) of the image's votes (unweighted), in nats. `seed` breaks
@@ -203,11 +203,7 @@ def rank_votes(
 
 
 def _best_of_each_row(
-    rows: npt.NDArray[Any],
-    clusters: npt.NDArray[Any],
-    scores: npt.NDArray[np.float64],
-    votes: npt.NDArray[np.int32],
-    seed: int | None,
+    rows: npt.NDArray[Any], clusters: npt.NDArray[Any], scores: Floats, votes: Labels, seed: int | None
 ) -> npt.NDArray[np.int64]:
     """Positions of the highest score of each row; `rows` ascend. Ties go by the hash, or to the first."""
     if not len(rows):

@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from icce_ray.config import Config, ResourcesConfig
-from icce_ray.consensus.aligned_vote import describe_clusters
+from icce_ray.consensus.aligned_vote import ARRAYS, describe_clusters
 from icce_ray.consensus.best_consensus import find_consensus
 from icce_ray.consensus.consensus_memory import check_memory
 from icce_ray.consensus.hierarchy import HIERARCHY_NAME
@@ -87,10 +87,8 @@ def run(config: Config, context: StageContext) -> dict[str, Any]:
             result, config.num_clusters, own, config.consensus.numbers_from, config.output
         )
     output.write_array(IMAGE_IDS_NAME, trained_ids(own))
-    output.write_array("labels.npy", result.labels)
-    output.write_array("agreement.npy", result.agreement)
-    output.write_array("vote_entropy.npy", result.vote_entropy)
-    output.write_array("second_choice.npy", result.second_choice)
+    for name in ("labels", *ARRAYS):
+        output.write_array(f"{name}.npy", getattr(result, name))
     output.write_table(HIERARCHY_NAME, result.hierarchy.to_table())
     metrics = result.summary() | {"num_heads": heads.num_heads} | changes
     clusters = describe_clusters(result.labels, result.agreement, result.second_choice, config.num_clusters)

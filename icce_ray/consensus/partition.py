@@ -20,6 +20,9 @@ from icce_ray.errors import WorkerError
 if TYPE_CHECKING:
     import scipy.sparse as sp
 
+Ints = npt.NDArray[np.int32]
+LongInts = npt.NDArray[np.int64]
+
 TIMEOUT_S = 3600.0
 MAX_ATTEMPTS = 3
 COMMAND = [sys.executable, "-P", "-m", "icce_ray.consensus.partition"]
@@ -34,13 +37,8 @@ class _Fault(RuntimeError):
 
 
 def partition_graph(
-    graph: sp.csr_array,
-    num_parts: int,
-    *,
-    vertex_weights: npt.NDArray[Any] | None = None,
-    imbalance: float = 1.5,
-    seeds: list[int],
-) -> npt.NDArray[np.int32]:
+    graph: sp.csr_array, num_parts: int, *, seeds: list[int], vertex_weights: Any = None, imbalance: float = 1.5
+) -> Ints:
     """Cut a graph into parts of about equal weight so that the cut edges weigh little (METIS, k-way). Returns
     (len(seeds), V) int32 parts 0..num_parts-1. Parts may be empty. Raises PartitionError: METIS refused the graph;
     WorkerError: METIS was killed, crashed or hung MAX_ATTEMPTS times. To go on without it would give other labels.
@@ -78,7 +76,7 @@ def partition_graph(
     raise AssertionError
 
 
-def _ask_metis(request: memoryview, shape: tuple[int, int], num_parts: int) -> npt.NDArray[np.int32]:
+def _ask_metis(request: memoryview, shape: tuple[int, int], num_parts: int) -> Ints:
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     try:
         done = subprocess.run(
@@ -92,7 +90,7 @@ def _ask_metis(request: memoryview, shape: tuple[int, int], num_parts: int) -> n
         is_fault = done.returncode < 0 or "MemoryError" in reason
         raise (_Fault if is_fault else PartitionError)(reason)
     try:
-        parts: npt.NDArray[np.int32] = np.load(io.BytesIO(done.stdout), allow_pickle=False)
+        parts: Ints = np.load(io.BytesIO(done.stdout), allow_pickle=False)
     except (ValueError, EOFError, OSError):
         raise _Fault("METIS answered something other than parts") from None
     if parts.shape != shape or parts.min() < 0 or parts.max() >= num_parts:
@@ -112,14 +110,9 @@ def _main() -> None:
 
 
 def _cut(
-    starts: npt.NDArray[np.int64],
-    adjacent: npt.NDArray[np.int32],
-    edge_weights: npt.NDArray[np.int32],
-    vertex_weights: npt.NDArray[np.int64],
-    num_parts: Any,
-    imbalance: Any,
-    seeds: npt.NDArray[np.int64],
-) -> npt.NDArray[np.int32]:
+    starts: LongInts, adjacent: Ints, edge_weights: Ints, vertex_weights: LongInts, num_parts: Any, imbalance: Any,
+    seeds: LongInts,
+) -> Ints:  # fmt: skip
     import pymetis
 
     num_vertices = len(vertex_weights)
@@ -142,12 +135,7 @@ def _cut(
     return parts
 
 
-def _reorder(
-    starts: npt.NDArray[np.int64],
-    adjacent: npt.NDArray[np.int32],
-    edge_weights: npt.NDArray[np.int32],
-    order: npt.NDArray[np.int64],
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int32], npt.NDArray[np.int32]]:
+def _reorder(starts: LongInts, adjacent: Ints, edge_weights: Ints, order: LongInts) -> tuple[LongInts, Ints, Ints]:
     """The same graph with vertex order[v] at place v. (This process does without SciPy, which starts slowly.)"""
     place = np.empty(len(order), dtype=np.int32)
     place[order] = np.arange(len(order))

@@ -130,11 +130,7 @@ def _best_moves_of_part(
 
 
 def _best_of_all_clusters(
-    columns_nH: npt.NDArray[np.int64],
-    own_n: Labels,
-    counts_KC: npt.NDArray[Any],
-    weights: _Weights,
-    num_clusters_H: Counts,
+    columns_nH: Counts, own_n: Labels, counts_KC: npt.NDArray[Any], weights: _Weights, num_clusters_H: Counts
 ) -> tuple[Labels, npt.NDArray[np.float64]]:
     """The other cluster to which each image adds most (n,), and how much it adds (n,)."""
     num_clusters = len(counts_KC)

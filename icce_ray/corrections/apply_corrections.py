@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from icce_ray.config import Config
-from icce_ray.consensus.aligned_vote import describe_clusters, measure_agreement
+from icce_ray.consensus.aligned_vote import ARRAYS, describe_clusters, measure_agreement
 from icce_ray.consensus.best_consensus import derive_seeds
 from icce_ray.consensus.hierarchy import HIERARCHY_NAME, build_hierarchy
 from icce_ray.consensus.label_matrix import count_consensus
@@ -80,10 +80,8 @@ def run(config: Config, context: StageContext) -> dict[str, Any]:
         "num_unknown": num_unknown,
         "not_kept": not_kept,
     }
-    output.write_array("labels.npy", labels_N)
-    output.write_array("agreement.npy", agreement.agreement_N)
-    output.write_array("vote_entropy.npy", agreement.vote_entropy_N)
-    output.write_array("second_choice.npy", agreement.second_choice_N)
+    for name, array_N in zip(("labels", *ARRAYS), (labels_N, *agreement), strict=True):
+        output.write_array(f"{name}.npy", array_N)
     output.write_table(HIERARCHY_NAME, build_hierarchy(counts_KC, heads.offsets).to_table())
     clusters = describe_clusters(labels_N, agreement.agreement_N, agreement.second_choice_N, given.num_clusters)
     for cluster in clusters:
@@ -96,10 +94,7 @@ def run(config: Config, context: StageContext) -> dict[str, Any]:
 
 
 def correct_labels(
-    labels_N: npt.NDArray[np.integer],
-    image_ids_N: npt.NDArray[np.int64],
-    moved: pa.Table,
-    final_K: npt.NDArray[np.integer],
+    labels_N: npt.NDArray[Any], image_ids_N: npt.NDArray[np.int64], moved: pa.Table, final_K: npt.NDArray[Any]
 ) -> npt.NDArray[np.int32]:
     """The labels, 0..K-1 or -1 for noise, of images with ascending ids, with the images in `moved` (image_id, final
     cluster) moved and dropped, then clusters merged into `final_K`."""

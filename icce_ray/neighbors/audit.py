@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import faiss
 import numpy as np
@@ -324,10 +325,7 @@ def count_pairs(
 
 
 def curves_of(
-    thresholds_T: npt.NDArray[np.float64],
-    counts_QTC: Ids,
-    together_Qk: npt.NDArray[np.uint8],
-    max_neighbors: int | None,
+    thresholds_T: npt.NDArray[np.float64], counts_QTC: Ids, together_Qk: npt.NDArray[Any], max_neighbors: int | None
 ) -> Curves:
     """The figures for each threshold, from the counts of :func:`count_pairs` and the number of k-means runs in which
     each of a query's `min_neighbors` most similar shares its cluster (Q, k)."""

@@ -66,24 +66,19 @@ def prepare_features(
 
 
 def label_rows(
-    feature_sets: Sequence[npt.NDArray[Any]],
-    layers: Layers,
-    num_clusters: int,
-    *,
-    device: torch.device,
-    pool: ThreadPool,
+    sets: Sequence[npt.NDArray[Any]], layers: Layers, num_clusters: int, *, device: torch.device, pool: ThreadPool
 ) -> npt.NDArray[np.int32]:
     """The most likely cluster of each row by each run, (R, N). The feature sets are as they were given, (N, D) each,
     and so are the layers on them, from :meth:`Space.layer_on_given`."""
 
     def label(start: int) -> torch.Tensor:
         spaces = []
-        for features_ND, layer_EC in zip(feature_sets, layers, strict=True):
+        for features_ND, layer_EC in zip(sets, layers, strict=True):
             logits_nC = read_rows(features_ND, start, device) @ layer_EC[:-1] + layer_EC[-1]
             spaces.append(torch.softmax(logits_nC.view(len(logits_nC), -1, num_clusters), dim=2))
         return reduce(torch.add, spaces).argmax(dim=2).t().cpu()
 
-    labels_RN = torch.cat(pool.map(label, range(0, len(feature_sets[0]), ROWS_AT_ONCE)), dim=1)
+    labels_RN = torch.cat(pool.map(label, range(0, len(sets[0]), ROWS_AT_ONCE)), dim=1)
     return labels_RN.numpy().astype(np.int32)
 
 
