@@ -13,11 +13,10 @@ from functools import partial
 from pathlib import PurePosixPath
 from typing import Any
 
-import numpy as np
-
 from icce_ray.classifier.linear import DESCRIPTION_NAME, MODEL_NAME, LinearClassifier
 from icce_ray.classifier.self_training import SelfTraining
 from icce_ray.config import Config
+from icce_ray.consensus.aligned_vote import mean_agreements
 from icce_ray.corrections.stage import consensus_of, num_clusters_of
 from icce_ray.embed.backbone_plan import RANDOM_WEIGHTS, embed_settings
 from icce_ray.embed.feature_matrix import load_features
@@ -92,12 +91,13 @@ def write_model(
     """Write the folder. Returns METRICS of the classifier, which was trained on `embed` to give the clusters of
     `consensus`."""
     metrics = {name: getattr(classifier, name) for name in METRICS}
+    arrays = consensus.read_array("labels.npy"), consensus.read_array("agreement.npy")
     description = {
         "num_clusters": classifier.num_clusters,
         "num_dims": classifier.num_dims,
         "seed": config.seed,
         "cluster_sizes": classifier.cluster_sizes.tolist(),
-        "cluster_agreement": _mean_agreement(consensus, classifier.num_clusters),
+        "cluster_agreement": mean_agreements(*arrays, classifier.num_clusters).round(6).tolist(),
         "feature_set": embed.metrics.get("feature_set"),
         "embed": config.embed.model_dump(mode="json"),
         "embed_identity": embed_settings(config.embed, config.embeddings, config.seed),
@@ -113,16 +113,6 @@ def write_model(
     output.write_bytes(MODEL_NAME, classifier.to_bytes())
     output.write_json(DESCRIPTION_NAME, description | metrics)
     return metrics
-
-
-def _mean_agreement(consensus: Artifact, num_clusters: int) -> list[float]:
-    """Mean agreement of each cluster, 0 for an empty one."""
-    labels_N, agreement_N = consensus.read_array("labels.npy"), consensus.read_array("agreement.npy")
-    voted = labels_N >= 0
-    sums_K = np.bincount(labels_N[voted], weights=agreement_N[voted], minlength=num_clusters)
-    sizes_K = np.bincount(labels_N[voted], minlength=num_clusters)
-    means: list[float] = (sums_K / np.maximum(sizes_K, 1)).round(6).tolist()
-    return means
 
 
 def _copy_backbone(config: Config, output: ArtifactWriter) -> str | None:

@@ -130,15 +130,21 @@ def _measure_part(
     return Agreement(agreement_n.astype(np.float32), entropy_n.astype(np.float32), second_n)
 
 
+def mean_agreements(labels_N: Labels, agreement_N: npt.NDArray[Any], num_clusters: int) -> Floats:
+    """Mean agreement of the images of each cluster (K,), 0 for an empty one."""
+    labelled = labels_N >= 0
+    sums_K = np.bincount(labels_N[labelled], weights=agreement_N[labelled], minlength=num_clusters)
+    means_K: Floats = sums_K / np.maximum(count_labels(labels_N, num_clusters), 1)
+    return means_K
+
+
 def describe_clusters(
     labels_N: Labels, agreement_N: npt.NDArray[np.float32], second_choice_N: Labels, num_clusters: int
 ) -> list[dict[str, Any]]:
     """Each cluster, JSON-able: `cluster`, `size` in images, `mean_agreement` (None if it is empty), and
     `confused_with`: the clusters that are most often the second choice of its images, with the share of its images."""
     sizes_K = count_labels(labels_N, num_clusters)
-    labelled = labels_N >= 0
-    sums_K = np.bincount(labels_N[labelled], weights=agreement_N[labelled], minlength=num_clusters)
-    agreement_K = sums_K / np.maximum(sizes_K, 1)
+    agreement_K = mean_agreements(labels_N, agreement_N, num_clusters)
     seconds = sp.csr_array(count_table(labels_N, second_choice_N, num_clusters, num_clusters))
     described = []
     for cluster, (size, agreement) in enumerate(zip(sizes_K.tolist(), agreement_K.tolist(), strict=True)):

@@ -65,7 +65,8 @@ def run(config: Config, context: StageContext) -> dict[str, Any]:
     inputs = context.inputs
     labels_N = np.array(consensus_of(inputs).read_array("labels.npy"))
     features = load_features(training_set(inputs))
-    estimate = _estimate(features.matrix, labels_N, config.seed)
+    sampled = sampled_rows(len(labels_N), SAMPLED_IMAGES, config.seed)
+    estimate = estimate_accuracy(features.matrix[sampled], labels_N[sampled], seed=config.seed)
     score = _scorer(features.matrix, config)
     metrics = {name: value for name, value in score(labels_N).items() if value is not None}
     if estimate is not None:
@@ -115,14 +116,6 @@ def run(config: Config, context: StageContext) -> dict[str, Any]:
     }
     context.output.write_json(METRICS_NAME, metrics | record)
     return metrics
-
-
-def _estimate(
-    matrix_ND: npt.NDArray[np.floating], labels_N: npt.NDArray[np.integer], seed: int
-) -> tuple[float, dict[str, float]] | None:
-    """The estimated accuracy of the clusters, from a sample of the images trained on."""
-    rows = sampled_rows(len(labels_N), SAMPLED_IMAGES, seed)
-    return estimate_accuracy(matrix_ND[rows], labels_N[rows], seed=seed)
 
 
 def _scorer(
