@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -80,70 +81,60 @@ def _build_here(task: GraphTask, progress: Progress) -> tuple[PartRecord, list[P
 def _build_on_shards(
     task: GraphTask, resources: ResourcesConfig, progress: Progress
 ) -> tuple[PartRecord, list[PartRecord]]:
-    connect(resources)
-    wait_for_machines(resources, "neighbors", progress.note)
-    shards = Shards(task, resources.neighbors)
-    try:
-        with translated_errors("neighbors"):
-            audited = task.records.read(AUDIT) or shards.audit()
-            return audited, shards.make_parts(task.read_audit(), progress)
-    finally:
-        stop_actors(shards.actors)
+    """The audit and all parts, made by shard actors; what is on storage is not made again."""
+    import ray
+
+    audited, finished = task.records.read(AUDIT), task.records.read_all()
+    if audited is None or any(part.name not in finished for part in task.parts):
+        connect(resources)
+        wait_for_machines(resources, "neighbors", progress.note)
+        actors = start_shards(task, resources.neighbors)
+        try:
+            with translated_errors("neighbors"):
+                audited = audited or ray.get(actors[0].audit.remote())
+                _check_memory(actors, task.read_audit())
+                finished |= _make_parts(actors, task.parts, finished, progress)
+        finally:
+            stop_actors(actors)
+    return audited, [finished[part.name] for part in task.parts]
 
 
-class Shards:
-    """The shard actors, started on first use."""
+def start_shards(task: GraphTask, resources: WorkerResources) -> list[Any]:
+    """The actors, one for each shard."""
+    num_shards = min(resources.num_workers, task.parts[-1].stop)
+    device = "cuda" if resources.gpus_per_worker else "cpu"
+    rest = num_shards, worker_threads(resources), device
+    return start_actors(ShardWorker, resources, [(task, shard, *rest) for shard in range(num_shards)])
 
-    def __init__(self, task: GraphTask, resources: WorkerResources) -> None:
-        self.task = task
-        self.resources = resources
-        self.num_images = load_features(task.embed).num_images
-        self.actors: list[Any] = []
 
-    def start(self) -> list[Any]:
-        if not self.actors:
-            num_shards = min(self.resources.num_workers, self.num_images)
-            device = "cuda" if self.resources.gpus_per_worker else "cpu"
-            rest = num_shards, worker_threads(self.resources), device
-            arguments = [(self.task, shard, *rest) for shard in range(num_shards)]
-            self.actors = start_actors(ShardWorker, self.resources, arguments)
-        return self.actors
+def _make_parts(
+    actors: list[Any], parts: list[GraphPart], finished: Mapping[str, PartRecord], progress: Progress
+) -> dict[str, PartRecord]:
+    """The parts that are not finished."""
+    import ray
 
-    def audit(self) -> PartRecord:
-        import ray
-
-        record: PartRecord = ray.get(self.start()[0].audit.remote())
-        return record
-
-    def make_parts(self, audit: Audit, progress: Progress) -> list[PartRecord]:
-        """All parts, in order; those on storage are not made again."""
-        import ray
-
-        finished = self.task.records.read_all()
-        pending = [part for part in reversed(self.task.parts) if part.name not in finished]
-        done = self.num_images - sum(part.stop - part.start for part in pending)
-        if pending:
-            _check_memory(self.start(), audit)
-        answering: dict[Any, tuple[GraphPart, list[Any]]] = {}
-        making: dict[Any, GraphPart] = {}
-        while pending or answering or making:
-            progress.update(done, self.num_images)
-            while pending and len({part for part, _ in answering.values()}) + len(making) < PARTS_IN_FLIGHT:
-                part = pending.pop()
-                answers = [actor.answer.remote(part) for actor in self.actors]
-                answering |= dict.fromkeys(answers, (part, answers))
-            ready, _ = ray.wait([*making, *answering], num_returns=1, fetch_local=False)
-            if ready[0] in making:
-                part = making.pop(ready[0])
-                finished[part.name] = ray.get(ready[0])
-                done += part.stop - part.start
-                continue
-            part, answers = answering.pop(ready[0])
-            if not any(answer in answering for answer in answers):
-                maker = self.actors[part.number % len(self.actors)]
-                making[maker.make.remote(part, *answers)] = part
-        progress.update(done, self.num_images)
-        return [finished[part.name] for part in self.task.parts]
+    pending, made = [part for part in reversed(parts) if part.name not in finished], dict[str, PartRecord]()
+    num_images = parts[-1].stop
+    done = num_images - sum(part.stop - part.start for part in pending)
+    answering: dict[Any, tuple[GraphPart, list[Any]]] = {}
+    making: dict[Any, GraphPart] = {}
+    while pending or answering or making:
+        progress.update(done, num_images)
+        while pending and len({part for part, _ in answering.values()}) + len(making) < PARTS_IN_FLIGHT:
+            part = pending.pop()
+            answers = [actor.answer.remote(part) for actor in actors]
+            answering |= dict.fromkeys(answers, (part, answers))
+        ready, _ = ray.wait([*making, *answering], num_returns=1, fetch_local=False)
+        if ready[0] in making:
+            part = making.pop(ready[0])
+            made[part.name] = ray.get(ready[0])
+            done += part.stop - part.start
+            continue
+        part, answers = answering.pop(ready[0])
+        if not any(answer in answering for answer in answers):
+            making[actors[part.number % len(actors)].make.remote(part, *answers)] = part
+    progress.update(done, num_images)
+    return made
 
 
 def _check_memory(actors: list[Any], audit: Audit) -> None:

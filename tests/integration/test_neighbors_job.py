@@ -164,13 +164,13 @@ def test_three_shards_give_the_graph_of_one_process_and_a_killed_one_costs_its_o
     embed: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     progress = KillOnce()
-    start = job.Shards.start
+    start = job.start_shards
 
-    def remember(self: job.Shards) -> list[Any]:
-        progress.actors = start(self)
+    def remember(*arguments: Any) -> list[Any]:
+        progress.actors = start(*arguments)
         return progress.actors
 
-    monkeypatch.setattr(job.Shards, "start", remember)
+    monkeypatch.setattr(job, "start_shards", remember)
     monkeypatch.setattr(job, "PARTS_IN_FLIGHT", 1)
     settings = config(3)
     stage = StageContext(ArtifactWriter(Folder.at(tmp_path / "killed")), {"embed": embed}, progress)

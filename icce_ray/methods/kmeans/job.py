@@ -6,11 +6,12 @@ resumes with the starts that are finished, and from the last checkpoint of those
 """
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from functools import partial
 from itertools import cycle
 from typing import Any
 
-from icce_ray.config import Config, KMeansConfig, ResourcesConfig
+from icce_ray.config import Config, KMeansConfig, WorkerResources
 from icce_ray.embed.feature_matrix import load_features
 from icce_ray.methods import METHODS
 from icce_ray.methods.kmeans.fit_kmeans import Shards, fit_kmeans
@@ -42,26 +43,21 @@ def run(config: Config, context: StageContext) -> dict[str, Any]:
     folder = context.output.folder / STARTS_FOLDER
     records = PartRecords(folder, source_digest(embed, METHODS["kmeans"].version))
     load = partial(_matrix, embed)
-    shards: Shards
-    if runs_here(config.resources, num_images):
-        shards = Shards([KMeansShard(load, num_threads=threads_here(), on_disk=True)])
-        _check_memory(config, num_images, dim, 1, [(1, available_memory_bytes())], threads_here())
-    else:
-        connect(config.resources)
-        wait_for_machines(config.resources, "method", context.progress.note)
-        shards = ShardActors(load, config.resources)
-    try:
-        if isinstance(shards, ShardActors):
-            num_threads = worker_threads(config.resources.method)
+    with ExitStack() as stack:
+        if runs_here(config.resources, num_images):
+            num_threads, machines = threads_here(), [(1, available_memory_bytes())]
+            shards = Shards([KMeansShard(load, num_threads=num_threads, on_disk=True)])
+        else:
+            connect(config.resources)
+            wait_for_machines(config.resources, "method", context.progress.note)
+            num_threads, shards = worker_threads(config.resources.method), ShardActors(load, config.resources.method)
+            stack.callback(stop_actors, shards.shards)
             machines = memory_of_machines(shards.shards)
-            _check_memory(config, num_images, dim, len(shards.shards), machines, num_threads)
+        _check_memory(config, num_images, dim, len(shards.shards), machines, num_threads)
         fitted = fit_kmeans(
             shards, config.kmeans, num_images=num_images, dim=dim, num_clusters=config.num_clusters, seed=config.seed,
             progress=context.progress, records=records,
         )  # fmt: skip
-    finally:
-        if isinstance(shards, ShardActors):
-            stop_actors(shards.shards)
     fitted.clusterings(num_images).write(context.output)
     folder.clear()
     return fitted.metrics()
@@ -70,8 +66,7 @@ def run(config: Config, context: StageContext) -> dict[str, Any]:
 class ShardActors(Shards):
     """The shards as actors."""
 
-    def __init__(self, load: Any, resources: ResourcesConfig) -> None:
-        workers = resources.method
+    def __init__(self, load: Any, workers: WorkerResources) -> None:
         device, num_shards = "cuda" if workers.gpus_per_worker else None, workers.num_workers
         rest = num_shards, worker_threads(workers), device, True
         super().__init__(start_actors(KMeansShard, workers, [(load, shard, *rest) for shard in range(num_shards)]))
