@@ -70,13 +70,10 @@ class Takedown:
 
 
 def forget_images(run: str, uris: str, *, quiet: bool = False) -> Takedown:
-    """Remove images from all artifacts of an output, and from this machine's cache. Raises InputError: no such output
-    or list, or images that come from ready-made embeddings; BusyError: a job is writing an artifact.
-
-    Args:
-        run: any run in the output: its config, its record (``runs/*.json``), or the output itself.
-        uris: a .txt or .parquet list (column `uri`) of the images, as the listing names them.
-    """
+    """Remove images from all artifacts of an output, and from this machine's cache. The output is given by the config
+    or the record (``runs/*.json``) of any run in it, or as such; the images by a .txt or .parquet list (column `uri`),
+    as the listing names them. Raises InputError: no such output or list, or images that come from ready-made
+    embeddings; BusyError: a job is writing an artifact."""
     output = _output_of(run)
     root, wanted = Folder.at(output), {uri_hash(uri): uri for uri in named_images(uris, "uri")}
     artifacts = find_artifacts(root)

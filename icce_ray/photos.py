@@ -43,15 +43,9 @@ def cluster_photos(
     open_page: bool = True,
     quiet: bool = False,
 ) -> Result:
-    """Cluster the images of a place with the settings of :func:`photo_settings`. Raises UserError: as
-    :func:`icce_ray.run_pipeline`.
-
-    Args:
-        num_clusters: a number, or `auto`.
-        output: folder or URI of the results. None: ``<photos>-clusters`` beside the photos.
-        overrides: further settings, such as ``embed.backbone=pixels``.
-        open_page: show the page in a browser if this machine has a screen.
-    """
+    """Cluster the images of a place with the settings of :func:`photo_settings` and the overrides, such as
+    ``embed.backbone=pixels``. Results go to `output`, or ``<photos>-clusters`` beside the photos. `open_page`: show the
+    page in a browser if this machine has a screen. Raises UserError: as :func:`icce_ray.run_pipeline`."""
     from icce_ray.pipeline.run import run_pipeline
 
     settings = photo_settings(photos, num_clusters=num_clusters, output=output, has_gpu=num_gpus() > 0)

@@ -63,15 +63,10 @@ class Candidate:
 
 
 class SelfTraining:
-    """The training problem: training and held-out images, and the scale of their features. Raises InputError: fewer
-    than 2 labelled images, or labels out of range.
-
-    Args:
-        features_ND: floating point; may be memory-mapped; is not changed.
-        labels_N: consensus clusters 0..K-1; -1 for images that took no part.
-        seed: for the split and the batches. The same seed gives the same classifier.
-        outlier_quantile: share of the training images that lie below the outlier threshold.
-    """
+    """The training problem: training and held-out images, and the scale of their features, which may be memory-mapped
+    and are not changed. Consensus clusters are 0..K-1; -1 for images that took no part. The same seed gives the same
+    classifier. `outlier_quantile`: share of the training images below the outlier threshold. Raises InputError: fewer
+    than 2 labelled images, or labels out of range."""
 
     def __init__(
         self,

@@ -110,13 +110,9 @@ def find_consensus(
     report: Callable[[int, int, str], None] = lambda done, total, note: None,
 ) -> EnsembleResult:
     """Make the consensus of `heads`, with the clusters 0..num_clusters-1. A single head is taken as it is, if it has no
-    more clusters.
-
-    Args:
-        head_losses: (H,) losses of the heads, for `best_head` and the choice on the graph.
-        nearest: the neighbour graph; None: the consensus with the highest ANMI is kept.
-        report: called with the number of finished steps, of all steps, and the name of the next one.
-    """
+    more clusters. `head_losses` (H,) are for `best_head` and the choice on the neighbour graph, `nearest`; without one,
+    the consensus with the highest ANMI is kept. `report` is called with the number of finished steps, of all steps, and
+    the name of the next one."""
     if heads.num_heads == 1:  # there is nothing to combine
         config = config.model_copy(update={"methods": ("best_head",), "refine": False})
     seeds = derive_seeds(seed)

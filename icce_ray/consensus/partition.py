@@ -39,16 +39,14 @@ class _Fault(RuntimeError):
 def partition_graph(
     graph: sp.csr_array, num_parts: int, *, seeds: list[int], vertex_weights: Any = None, imbalance: float = 1.5
 ) -> Ints:
-    """Cut a graph into parts of about equal weight so that the cut edges weigh little (METIS, k-way). Returns
-    (len(seeds), V) int32 parts 0..num_parts-1. Parts may be empty. Raises PartitionError: METIS refused the graph;
-    WorkerError: METIS was killed, crashed or hung MAX_ATTEMPTS times. To go on without it would give other labels.
+    """Cut a graph (V, V), symmetric with positive integer weights and an empty diagonal, into parts of about equal
+    weight so that the cut edges weigh little (METIS, k-way). Vertices have positive integer weights (V,), or 1.
+    `imbalance`: weight of the heaviest part allowed, relative to the average. Returns (len(seeds), V) int32 parts
+    0..num_parts-1, which may be empty. All but the first see the vertices in a random order, because METIS's own seed
+    often changes nothing.
 
-    Args:
-        graph: (V, V) symmetric, positive integer edge weights, an empty diagonal.
-        vertex_weights: (V,) positive integers; None: all 1.
-        imbalance: weight of the heaviest part allowed, relative to the average.
-        seeds: one partition is made for each; the result is deterministic. All but the first see the vertices in a
-            random order, because METIS's own seed often changes nothing.
+    Raises PartitionError: METIS refused the graph; WorkerError: METIS was killed, crashed or hung MAX_ATTEMPTS times.
+    To go on without it would give other labels.
     """
     num_vertices = graph.shape[0]
     if not 2 <= num_parts <= num_vertices:

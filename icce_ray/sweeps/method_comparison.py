@@ -57,15 +57,10 @@ class _Outcome:
 def compare_methods(
     config: Config, methods: Sequence[str], *, combine: bool = False, quiet: bool = False
 ) -> Comparison:
-    """Run `config` once with each method, over the same sample, and compare the results. A method that fails is a row
-    with the reason. Whatever is finished is used again. Raises UserError: a method is unknown, or something in the
-    config or the input cannot work; WorkerError: no method finished.
-
-    Args:
-        config: every setting; its own method is not used.
-        methods: names of at least two methods.
-        combine: also make one consensus of all that finish, in which each has the same weight.
-    """
+    """Run `config` once with each of at least two methods, over the same sample, and compare the results; `combine`:
+    also make one consensus of all that finish, in which each has the same weight. A method that fails is a row with the
+    reason. Whatever is finished is used again. Raises UserError: a method is unknown, or something in the config or the
+    input cannot work; WorkerError: no method finished."""
     if len(set(methods)) < max(2, len(methods)):
         raise ConfigError(f"--methods {','.join(methods)}: name at least two methods, each once")
     started = time.monotonic()
