@@ -6,12 +6,14 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 
 from icce_ray.config import Config
 from icce_ray.pipeline import run as pipeline
 from icce_ray.runtime import ray_cluster
+from icce_ray.runtime.progress import Progress
 from icce_ray.store import Artifact
 
 from .hosts import descendants, process_table, title
@@ -59,3 +61,24 @@ def workers(task: str) -> list[int]:
     """Processes of this test's Ray that are at work on `task`."""
     found = {pid: title(pid) for pid in descendants(os.getpid(), process_table())}
     return [pid for pid, what in found.items() if what.startswith("ray::") and task in what]
+
+
+def two_workers_in_turn(monkeypatch: pytest.MonkeyPatch, job: Any, *expected: Any) -> list[Any]:
+    """Makes a job run the two processes of Ray Train one after the other in this one, the first last, in place of both
+    at once. `expected`: the stage, `max_workers` and `backend` that it asks for. Returns what the processes return, as
+    they end."""
+    import torch.distributed as dist
+
+    outcomes: list[Any] = []
+
+    def work_on_workers(stage: str, work: Any, *_: Any, max_workers: int, backend: str, **others: Any) -> Any:
+        assert (stage, max_workers, backend) == expected
+        monkeypatch.setattr(dist, "is_initialized", lambda: True)
+        monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+        for rank in (1, 0):
+            monkeypatch.setattr(dist, "get_rank", lambda rank=rank: rank)
+            outcomes.append(work(num_threads=1, device="cpu", progress=Progress(stage, quiet=True)))
+        return outcomes[-1]
+
+    monkeypatch.setattr(job, "work_on_workers", work_on_workers)
+    return outcomes

@@ -29,7 +29,7 @@ from icce_ray.runtime.progress import Progress
 from icce_ray.stage import StageContext
 from icce_ray.store import Artifact, ArtifactWriter, Folder
 
-from .stages import workers
+from .stages import two_workers_in_turn, workers
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -132,39 +132,28 @@ def test_the_classifier_on_ray_is_the_one_of_a_single_process(
 
 @pytest.fixture
 def gathered(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Processes that Ray Train starts, one after the other in this one, the first last, in place of both at once: what
-    they gather."""
+    """What the two workers of a job gather."""
     import torch.distributed as dist
 
     found: list[Any] = [None, None]
-    ranks = iter((1, 0))
-
-    def work_on_workers(stage: str, work: Any, *_: Any, max_workers: int, backend: str, **others: Any) -> Any:
-        assert (stage, max_workers, backend) == ("classifier", 2, "gloo")
-        monkeypatch.setattr(dist, "is_initialized", lambda: True)
-        monkeypatch.setattr(dist, "get_world_size", lambda: 2)
-        for rank in ranks:
-            monkeypatch.setattr(dist, "get_rank", lambda rank=rank: rank)
-            outcome = work(num_threads=1, device="cpu", progress=Progress("classifier", quiet=True))
-            assert (outcome is None) == (rank == 1)
-        return outcome
 
     def all_gather_object(candidates: list[Any], best: Any) -> None:
         found[dist.get_rank()] = best
         candidates[:] = found
 
     monkeypatch.setattr(dist, "all_gather_object", all_gather_object)
-    monkeypatch.setattr(classifier_job, "work_on_workers", work_on_workers)
     return found
 
 
 def test_workers_share_the_grid_and_make_the_same_classifier(
-    inputs: dict[str, Artifact], gathered: list[Any], tmp_path: Path
+    inputs: dict[str, Artifact], gathered: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    outcomes = two_workers_in_turn(monkeypatch, classifier_job, "classifier", 2, "gloo")
     rates = [0.001, 0.1]
     config = config_for(tmp_path, classifier={"num_iterations": 200, "learning_rates": rates})
     context = context_for(tmp_path / "classifier", inputs)
     metrics = classifier_job.run(config, context)
+    assert [outcome is None for outcome in outcomes] == [True, False]
     assert [best.position for best in gathered] == [0, 1]
     made = LinearClassifier.from_bytes(context.output.folder.read_bytes("classifier.safetensors"))
     alone = fit_here(config)

@@ -14,10 +14,9 @@ from icce_ray.methods.clusterings import Clusterings, read_losses
 from icce_ray.methods.turtle import job
 from icce_ray.methods.turtle.train_runs import WEIGHTS_NAME, clusterings_of, run_blocks, train_runs
 from icce_ray.pipeline.run import run_pipeline
-from icce_ray.runtime.progress import Progress
 from icce_ray.store import Artifact, Folder
 
-from .stages import run_until
+from .stages import run_until, two_workers_in_turn
 
 pytestmark = pytest.mark.slow
 
@@ -83,18 +82,8 @@ def test_feature_sets_of_different_length_are_refused(places: list[Path], tmp_pa
 
 
 def test_two_workers_make_the_runs_of_one(places: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The processes that Ray Train starts exchange nothing: here they run one after the other."""
-    import torch.distributed as dist
-
-    def work_on_workers(stage: str, work: Any, *_: Any, max_workers: int, backend: str) -> None:
-        assert (stage, max_workers, backend) == ("method", 2, "gloo")
-        monkeypatch.setattr(dist, "is_initialized", lambda: True)
-        monkeypatch.setattr(dist, "get_world_size", lambda: 2)
-        for rank in (1, 0):
-            monkeypatch.setattr(dist, "get_rank", lambda rank=rank: rank)
-            work(num_threads=1, device="cpu", progress=Progress("method", quiet=True))
-
-    monkeypatch.setattr(job, "work_on_workers", work_on_workers)
+    """They exchange nothing, so they can run one after the other."""
+    two_workers_in_turn(monkeypatch, job, "method", 2, "gloo")
     method = run_until("method", make_config(places, tmp_path))["method"]
     assert np.array_equal(method.read_array("label_matrix.npy"), train_here(places).labels_HN)
     assert method.read_bytes(WEIGHTS_NAME) == train_here(places).files[WEIGHTS_NAME]
