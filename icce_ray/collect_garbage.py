@@ -9,7 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from icce_ray.errors import BusyError, InputError
-from icce_ray.store import Artifact, Claim, Folder
+from icce_ray.store import Claim, Folder
 from icce_ray.store.artifact import MANIFEST_NAME
 from icce_ray.store.run_records import Artifacts, find_artifacts, read_records, take_unfinished, with_inputs
 
@@ -45,7 +45,9 @@ def collect_garbage(output: str, *, delete: bool = False) -> Garbage:
     wanted = {
         f"{stage}/{fingerprint}" for record in [*records, *used] for stage, fingerprint in record["stages"].items()
     }
-    wanted |= {key for key, artifact in artifacts.items() if artifact is not None and _is_result(artifact)}
+    for key, manifest in ((key, one.manifest) for key, one in artifacts.items() if one is not None):
+        if manifest.stage in ALWAYS_KEPT or (manifest.stage == "assign" and "consensus" not in manifest.inputs):
+            wanted.add(key)
     kept = with_inputs(wanted | _newest_listings(artifacts), artifacts)
     sizes = {}
     for key in sorted(artifacts.keys() - kept):
@@ -58,11 +60,6 @@ def collect_garbage(output: str, *, delete: bool = False) -> Garbage:
                     folder.clear()
             sizes[key] = num_bytes
     return Garbage(sizes, delete)
-
-
-def _is_result(artifact: Artifact) -> bool:
-    stage, inputs = artifact.manifest.stage, artifact.manifest.inputs
-    return stage in ALWAYS_KEPT or (stage == "assign" and "consensus" not in inputs)
 
 
 def _newest_listings(artifacts: Artifacts) -> set[str]:

@@ -19,7 +19,6 @@ from icce_ray.embed.feature_matrix import PART_PREFIX, table_to_arrays
 from icce_ray.embed.finished_parts import ERRORS_SCHEMA
 from icce_ray.images.embedding_files import (
     EmbeddingFile,
-    Embeddings,
     NpyEmbeddings,
     ParquetEmbeddings,
     open_embeddings,
@@ -123,7 +122,8 @@ class EmbeddingFiles:
         return parts
 
     def read(self, part: AssignPart) -> Iterator[Rows]:
-        opened = self._open(self.files[int(part.inputs[0])])
+        file = self.files[int(part.inputs[0])]
+        opened = NpyEmbeddings(file) if self.column is None else ParquetEmbeddings([file], self.column, self.dim)
         uris = opened.uris(self.uri_column, part.start, part.start + part.num_rows)
         done = 0
         for block in opened.blocks(READ_ROWS, start=part.start):
@@ -137,9 +137,6 @@ class EmbeddingFiles:
             done += len(good)
             if done == part.num_rows:
                 return
-
-    def _open(self, file: EmbeddingFile) -> Embeddings:
-        return ParquetEmbeddings([file], self.column, self.dim) if self.column is not None else NpyEmbeddings(file)
 
 
 Source = EmbeddedImages | EmbeddingFiles

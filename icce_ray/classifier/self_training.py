@@ -121,7 +121,10 @@ class SelfTraining:
         candidates = [Candidate(-1, -math.inf, math.inf, empty, empty.ravel(), num_diverged)]
         x_nD = self._read(self.holdout_rows)
         for index, weights_DK, bias_K in zip(*grid, strict=True):
-            agreement, loss = _agreement_and_loss(x_nD @ weights_DK + bias_K, self.holdout_labels)
+            logits_nK = x_nD @ weights_DK + bias_K
+            agreement = float((logits_nK.argmax(axis=1) == self.holdout_labels).mean())
+            own_n = logits_nK[np.arange(len(x_nD)), self.holdout_labels]
+            loss = float((logsumexp(logits_nK, axis=1) - own_n).mean())  # the mean cross-entropy
             candidates.append(Candidate(positions[index], agreement, loss, weights_DK, bias_K, num_diverged))
         return _best(candidates)
 
@@ -204,13 +207,6 @@ def _labelled(features_ND: FloatArray, labels_N: IntArray, num_clusters: int) ->
     if labels.max() >= num_clusters:
         raise InputError(f"there is a label {labels.max()}, but only {num_clusters} clusters: 0 to {num_clusters - 1}")
     return rows, labels
-
-
-def _agreement_and_loss(logits_nK: Float32Array, labels_n: IntArray) -> tuple[float, float]:
-    """Agreement with the labels, and mean cross-entropy."""
-    agreement = (logits_nK.argmax(axis=1) == labels_n).mean()
-    own_n = logits_nK[np.arange(len(labels_n)), labels_n]
-    return float(agreement), float((logsumexp(logits_nK, axis=1) - own_n).mean())
 
 
 def _mean_and_scale(features_ND: FloatArray, rows: IntArray) -> tuple[Float32Array, float]:

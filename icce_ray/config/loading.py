@@ -183,11 +183,6 @@ def _is_not(*methods: str) -> Callable[[Config], bool]:
     return lambda config: not set(methods) & set(config.methods)
 
 
-def _has_no_label_table(config: Config) -> bool:
-    labels = config.evaluate.labels
-    return labels is None or not labels.endswith((".csv", ".parquet"))
-
-
 RULES: tuple[tuple[tuple[str, ...], Callable[[Config], bool], str], ...] = (
     (_EMBEDDING, lambda c: c.embeddings.uri is not None, "embeddings are ready-made, so no image is embedded"),
     (("images.bytes_column",), lambda c: c.embeddings.uri is not None, "embeddings are ready-made"),
@@ -206,7 +201,11 @@ RULES: tuple[tuple[tuple[str, ...], Callable[[Config], bool], str], ...] = (
     (("conventional.min_cluster_size",), _is_not("hdbscan"), "only hdbscan uses it"),
     (("conventional.num_neighbors",), _is_not("spectral"), "only spectral uses it"),
     (("conventional.covariance",), _is_not("gmm"), "only gmm uses it"),
-    (_LABEL_COLUMNS, _has_no_label_table, "evaluate.labels is no .csv or .parquet file"),
+    (
+        _LABEL_COLUMNS,
+        lambda c: not str(c.evaluate.labels).endswith((".csv", ".parquet")),
+        "evaluate.labels is no .csv or .parquet file",
+    ),
 )
 """Settings or sections, when they have no effect, and why. `cluster_count` is not here: a config may keep it while
 `num_clusters` is a number, to go back to `auto`."""

@@ -120,14 +120,14 @@ class Heads(ABC):
 
     def image_parts(self) -> list[tuple[int, int]]:
         """(start, stop) of each part, for work that needs all heads of an image."""
-        return _ranges(self.num_images, max(1, PART_LABELS // self.num_heads))
+        return ranges(self.num_images, max(1, PART_LABELS // self.num_heads))
 
     def head_parts(self) -> list[tuple[int, int, int, int]]:
         """(start, stop, first head, end of heads) of each part: few heads and many images, for work that makes tables
         with a column for each head cluster."""
         num_images = min(self.num_images, PART_LABELS)
-        heads = _ranges(self.num_heads, PART_LABELS // num_images)
-        return [(*images, *some) for images in _ranges(self.num_images, num_images) for some in heads]
+        heads = ranges(self.num_heads, PART_LABELS // num_images)
+        return [(*images, *some) for images in ranges(self.num_images, num_images) for some in heads]
 
     def gather(self, heads: slice = slice(None)) -> HeadLabels:
         """The whole matrix, or some of its rows, in this process."""
@@ -182,7 +182,8 @@ class HeadLabels(Heads):
         return np.where(columns_NH >= 0, cluster_of_column[columns_NH], np.int32(MISSING))
 
 
-def _ranges(total: int, step: int) -> list[tuple[int, int]]:
+def ranges(total: int, step: int) -> list[tuple[int, int]]:
+    """(start, stop) of the parts of a whole."""
     return [(start, min(start + step, total)) for start in range(0, total, step)]
 
 

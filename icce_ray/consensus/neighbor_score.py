@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from icce_ray.consensus.label_matrix import PART_LABELS, Counts, Heads, Labels
+from icce_ray.consensus.label_matrix import PART_LABELS, Counts, Heads, Labels, ranges
 
 if TYPE_CHECKING:
     from icce_ray.neighbors.graph import StoredNearest
@@ -60,7 +60,8 @@ class NeighborScore:
     def __init__(self, heads: Heads, nearest: Nearest) -> None:
         self.heads = heads
         self.num_images, self.num_neighbors = (int(size) for size in nearest.shape)
-        self.parts = edge_parts(self.num_images, self.num_neighbors)
+        self.parts = ranges(self.num_images, max(1, PART_LABELS // self.num_neighbors))
+        """(start, stop) of the images whose edges are worked on at a time."""
         self.edges = Edges(nearest, np.concatenate(list(heads.map(_weigh_part, self.parts, nearest))))
         self.degree_N = self.edges.weights_Nk.sum(axis=1, dtype=np.int64)
         for part in self.parts:
@@ -114,12 +115,6 @@ class NeighborScore:
         parts = self.heads.map(_count_between, self.parts, cells_N, num_cells, self.edges)
         weights_XX = sum(parts, start=np.zeros((num_cells, num_cells)))
         return weights_XX + weights_XX.T
-
-
-def edge_parts(num_images: int, num_neighbors: int) -> list[tuple[int, int]]:
-    """(start, stop) of the images whose edges are worked on at a time."""
-    step = max(1, PART_LABELS // num_neighbors)
-    return [(start, min(start + step, num_images)) for start in range(0, num_images, step)]
 
 
 def neighbor_ids(nearest: Nearest, start: int, stop: int) -> npt.NDArray[np.int64]:

@@ -8,14 +8,12 @@ from icce_ray.store.filesystem import open_uri
 
 def _settings(config: Config) -> Settings:
     labels = config.evaluate.labels
-    identity = None if labels in (None, "folder", "cls") else _file_identity(str(labels))
+    identity = None
+    if labels not in (None, "folder", "cls"):
+        filesystem, path = open_uri(str(labels))
+        info = filesystem.get_file_info(path)
+        identity = {"num_bytes": info.size, "modified_ns": info.mtime_ns}
     return {"evaluate": config.evaluate.model_dump(), "file": identity, "seed": config.seed}
-
-
-def _file_identity(uri: str) -> Settings:
-    filesystem, path = open_uri(uri)
-    info = filesystem.get_file_info(path)
-    return {"num_bytes": info.size, "modified_ns": info.mtime_ns}
 
 
 def _check(config: Config) -> None:

@@ -52,7 +52,7 @@ def write(source: SelectedImages, task: ExportTask) -> Written:
 def placer(output: Folder, folder_of: Callable[[Row], str], *, link: bool) -> Callable[[Row], str | NotReadError]:
     """A function that puts an image into its folder in `output` and returns its name there. Existing files are kept.
     `link`: link to files on this machine, if the output is there too; all others are copied."""
-    there = {_without_ending(name): name for name in output.sizes()}
+    there = {name.rpartition(".")[0]: name for name in output.sizes()}
 
     def place(row: Row) -> str | NotReadError:
         uri = row["uri"]
@@ -76,7 +76,3 @@ def placer(output: Folder, folder_of: Callable[[Row], str], *, link: bool) -> Ca
         return name
 
     return place
-
-
-def _without_ending(name: str) -> str:
-    return name.rpartition(".")[0]

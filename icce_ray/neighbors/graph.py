@@ -84,10 +84,6 @@ def part_ranges(num_images: int) -> list[tuple[int, int]]:
     return [(start, min(start + per_part, num_images)) for start in range(0, num_images, per_part)]
 
 
-def index_dtype(num_images: int) -> np.dtype[np.integer]:
-    return np.dtype(np.int32 if num_images <= 2**31 - 1 else np.int64)
-
-
 def search_shard(engine: TorchEngine, unit: UnitFeatures, ids: Ids, rule: Rule) -> list[Candidates]:
     """A shard's candidates for the images `ids`, block by block of queries."""
     return in_threads(lambda block: search(engine, Queries(unit, block), rule), _blocks(ids), engine.blocks_at_once)
@@ -97,7 +93,7 @@ def merge_shards(
     answers: Sequence[list[Candidates]], unit: UnitFeatures, ids: Ids, rule: Rule, num_threads: int = 1
 ) -> Rows:
     """The rows of the images `ids` from the answers of all shards."""
-    num_images, dtype = len(unit), index_dtype(len(unit))
+    num_images, dtype = len(unit), np.dtype(np.int32 if len(unit) <= 2**31 - 1 else np.int64)
 
     def rows_of(block_and_answers: tuple[Ids, list[Candidates]]) -> Rows:
         block, answers_of_block = block_and_answers

@@ -71,7 +71,9 @@ def write_images(
         columns["label"] = label_n
     files.add_json("columns", {name: [str(values.dtype), packed(values)] for name, values in columns.items()})
     if METHODS_NAME in inputs["evaluate"].part_names():
-        files.add_json("clusterings", [packed(labels_n) for labels_n in _method_labels(inputs, ids_n)])
+        rows_n, labels_MN = training_rows_of(inputs, ids_n), inputs["evaluate"].read_array(METHODS_NAME)
+        labels_Mn = np.where(rows_n >= 0, labels_MN[:, rows_n], NOT_CLUSTERED).astype(np.int32)
+        files.add_json("clusterings", [packed(labels_n) for labels_n in labels_Mn])
     uris = shown["uri"].to_pylist()
     for number, start in enumerate(range(0, len(ids_n), ROWS_PER_FILE)):
         rows = slice(start, start + ROWS_PER_FILE)
@@ -79,13 +81,6 @@ def write_images(
         value |= {"similar": packed(similar_nM[rows]), "cosine": packed(cosine_nM[rows])}
         files.add_json(f"rows-{number:05d}", value)
     return map_name, names
-
-
-def _method_labels(inputs: Mapping[str, Artifact], ids_n: npt.NDArray[np.int64]) -> npt.NDArray[np.int32]:
-    """The cluster of each image by each method, (M, n): -1 for noise, NOT_CLUSTERED for an image it was not shown."""
-    labels_MN = inputs["evaluate"].read_array(METHODS_NAME)
-    rows_n = training_rows_of(inputs, ids_n)
-    return np.where(rows_n >= 0, labels_MN[:, rows_n], NOT_CLUSTERED).astype(np.int32)
 
 
 def _true_labels(

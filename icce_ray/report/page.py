@@ -92,7 +92,7 @@ def run(config: Config, context: StageContext) -> dict[str, Any]:
     for number, loaded in enumerate(load_thumbnails(uris) if any(map(may_be_image, uris)) else ()):
         start = number * SHEET_CELLS
         if (jpeg := sheet(loaded)) is not None:
-            files.add_sheet(f"sheet-{number:05d}", jpeg)
+            files.add(f"sheet-{number:05d}.jpg", jpeg)
         for place, picture in enumerate(loaded, start):
             if picture is not None:
                 has_picture[place] = 1

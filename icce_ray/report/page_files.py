@@ -34,11 +34,7 @@ class PageFiles:
 
     def add_json(self, name: str, value: Any) -> None:
         """Data that the page loads as `name` when it needs it."""
-        self._add(f"{name}.js", f"receive({to_script(name)}, {to_script(value)});\n".encode())
-
-    def add_sheet(self, name: str, jpeg: bytes) -> None:
-        """A sheet of thumbnails."""
-        self._add(f"{name}.jpg", jpeg)
+        self.add(f"{name}.js", f"receive({to_script(name)}, {to_script(value)});\n".encode())
 
     def finish(self, core: dict[str, Any]) -> int:
         """Write the page itself, with `core` in it. Returns its size in bytes."""
@@ -62,7 +58,8 @@ class PageFiles:
         self._output.write_bytes(PAGE_NAME, data)
         return len(data)
 
-    def _add(self, name: str, data: bytes) -> None:
+    def add(self, name: str, data: bytes) -> None:
+        """A file of the page."""
         if self._inline is not None:
             self._inline[name] = data
             self._room -= len(data)

@@ -126,7 +126,12 @@ def _write(config: Config, outcomes: Sequence[_Outcome]) -> tuple[Comparison, st
         "comparison.html",
         title=f"{len(rows)} methods compared",
         rows=rows,
-        pages={outcome.row.trial: _page_of(outcome.result) for outcome in finished if outcome.result},
+        # Links to the pages of runs under the same output.
+        pages={
+            outcome.row.trial: "/".join(["..", "..", *outcome.result.report.rsplit("/", 3)[1:]])
+            for outcome in finished
+            if outcome.result
+        },
         metrics=metric_names(rows),
         scores=score_names(rows),
         names=names,
@@ -150,8 +155,3 @@ def _write(config: Config, outcomes: Sequence[_Outcome]) -> tuple[Comparison, st
     ]
     comparison = Comparison(table, matrix_MM.tolist(), folder.file_uri(TABLE_NAME), folder.file_uri(PAGE_NAME))
     return comparison, to_text(rows, [METHOD], "generalization")
-
-
-def _page_of(result: Result) -> str:
-    """Relative link from the page of the comparison to that of a run under the same output."""
-    return "/".join(["..", "..", *result.report.rsplit("/", 3)[1:]])

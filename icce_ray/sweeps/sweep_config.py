@@ -64,23 +64,6 @@ class Dimension:
     """The values of a grid or a choice; the lowest and the highest of a range, both included."""
 
 
-def parse_space(space: Mapping[str, Any], source: str) -> tuple[Dimension, ...]:
-    """The dimensions of a search space. Raises ConfigError: the space is empty, a setting cannot be varied, or its
-    values are neither a list nor a valid range."""
-    if not space:
-        raise ConfigError(f"{source}: space is empty; name at least one setting, such as heads.num_heads: [8, 16]")
-    return tuple(_parse_dimension(str(name), given, source) for name, given in space.items())
-
-
-def check_space(base: Mapping[str, Any], dimensions: tuple[Dimension, ...], source: str) -> None:
-    """Refuse unknown settings and values that they cannot have. Each value is tried alone on the base: values that only
-    fail together fail in the trial that draws them. Raises ConfigError: the config's own message."""
-    settings_of(base, {}, f"{source}: base")
-    for dimension in dimensions:
-        for value in dimension.values:
-            settings_of(base, {dimension.name: value}, f"{source}: space")
-
-
 def settings_of(base: Mapping[str, Any], parameters: Mapping[str, Any], source: str, seed: int | None = None) -> Config:
     """The base config with these settings and this seed. Raises ConfigError: they do not go together."""
     data = dict(base)
@@ -271,8 +254,14 @@ def build_sweep(data: dict[str, Any], source: str) -> Sweep:
     config = validate(SweepConfig, data, source)
     if isinstance(config.base, str):
         raise ConfigError(f"{source}: base is {config.base!r}; give the settings, or load the sweep from a file")
-    dimensions = parse_space(config.space, source)
-    check_space(config.base, dimensions, source)
+    if not config.space:
+        raise ConfigError(f"{source}: space is empty; name at least one setting, such as heads.num_heads: [8, 16]")
+    dimensions = tuple(_parse_dimension(str(name), given, source) for name, given in config.space.items())
+    settings_of(config.base, {}, f"{source}: base")
+    # Each value is tried alone on the base: values that only fail together fail in the trial that draws them.
+    for dimension in dimensions:
+        for value in dimension.values:
+            settings_of(config.base, {dimension.name: value}, f"{source}: space")
     sweep = Sweep(config, config.base, dimensions, source)
     if config.searcher is not None and any(dimension.kind == GRID for dimension in dimensions):
         name = next(dimension.name for dimension in dimensions if dimension.kind == GRID)

@@ -7,7 +7,6 @@ resumes with the starts that are finished, and from the last checkpoint of those
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from functools import partial
 from itertools import cycle
 from typing import Any
 
@@ -23,7 +22,6 @@ from icce_ray.runtime.ray_cluster import connect, runs_here, threads_here
 from icce_ray.runtime.workers import start_actors, stop_actors, translated_errors
 from icce_ray.sample.training_set import source_digest, training_set
 from icce_ray.stage import StageContext
-from icce_ray.store import Artifact
 from icce_ray.store.part_records import PartRecords
 
 STARTS_FOLDER = "starts"
@@ -41,8 +39,11 @@ def run(config: Config, context: StageContext) -> dict[str, Any]:
     features = load_features(embed)
     num_images, dim = features.num_images, features.dim
     folder = context.output.folder / STARTS_FOLDER
+
+    def load() -> Features:
+        return load_features(embed).matrix
+
     records = PartRecords(folder, source_digest(embed, METHODS["kmeans"].version))
-    load = partial(_matrix, embed)
     with ExitStack() as stack:
         if runs_here(config.resources, num_images):
             num_threads, machines = threads_here(), [(1, available_memory_bytes())]
@@ -84,11 +85,6 @@ class ShardActors(Shards):
         with translated_errors("kmeans"):
             calls = zip(cycle(self.shards), arguments, strict=False)
             return ray.get([getattr(actor, method).remote(*each) for actor, each in calls])
-
-
-def _matrix(embed: Artifact) -> Features:
-    matrix: Features = load_features(embed).matrix
-    return matrix
 
 
 def _check_memory(
