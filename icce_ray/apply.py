@@ -7,8 +7,7 @@ classifier that learns it, assignments, scores and a page.
 from pathlib import Path
 
 from icce_ray.config import build_config, without_secrets
-from icce_ray.corrections.corrections_file import read_bytes, read_corrections
-from icce_ray.corrections.stage import KEPT, KEPT_FOLDER, NONE, kept_name
+from icce_ray.corrections.stage import KEPT, KEPT_FOLDER, NONE, kept_name, read_bytes, read_corrections
 from icce_ray.errors import InputError
 from icce_ray.pipeline.find_run import stage_of_run
 from icce_ray.pipeline.result import Result

@@ -23,8 +23,7 @@ from icce_ray.consensus.best_consensus import derive_seeds
 from icce_ray.consensus.hierarchy import HIERARCHY_NAME, build_hierarchy
 from icce_ray.consensus.label_matrix import count_consensus, open_heads
 from icce_ray.consensus.other_runs import find_heads
-from icce_ray.corrections.corrections_file import Corrections, read_corrections
-from icce_ray.corrections.stage import APPLIED_NAME, MOVED_NAME
+from icce_ray.corrections.stage import APPLIED_NAME, MOVED_NAME, Corrections, read_corrections
 from icce_ray.embed.feature_matrix import load_features
 from icce_ray.errors import InputError
 from icce_ray.images.listing import LISTING_PREFIX, Listing

@@ -18,7 +18,7 @@ from scipy.sparse import csr_matrix, diags
 from threadpoolctl import threadpool_limits
 
 from icce_ray.config import ClusterCountConfig
-from icce_ray.consensus.spectral_cut import largest_eigenvectors
+from icce_ray.consensus.graph_choice import largest_eigenvectors
 from icce_ray.count.choice import SHARE, Choice, Measured, choose
 from icce_ray.count.small_groups import kept_share, recurring_share
 from icce_ray.errors import InputError

@@ -6,13 +6,12 @@ import numpy as np
 import pytest
 from sklearn.metrics import adjusted_rand_score
 
-from icce_ray.consensus import spectral_cut
+from icce_ray.consensus import graph_choice
 from icce_ray.consensus.ensemble import cluster_ensemble
-from icce_ray.consensus.graph_choice import RECOMBINED
+from icce_ray.consensus.graph_choice import RECOMBINED, best_split, replace_loose_clusters, to_matrix
 from icce_ray.consensus.label_matrix import encode_heads
 from icce_ray.consensus.neighbor_score import NeighborScore
 from icce_ray.consensus.partition import PartitionError
-from icce_ray.consensus.spectral_cut import best_split, replace_loose_clusters, to_matrix
 
 
 def joined_groups(near, sizes, purity=0.9):
@@ -29,7 +28,7 @@ def shares_of(weights_NN, parts):
 
 @pytest.mark.parametrize("dense", [200, 3])
 def test_a_split_is_the_best_of_all_cuts_in_the_order_of_the_eigenvector(near, monkeypatch, dense):
-    monkeypatch.setattr(spectral_cut, "DENSE_IMAGES", dense)
+    monkeypatch.setattr(graph_choice, "DENSE_IMAGES", dense)
     groups_N, score = joined_groups(near, [40, 15, 30])
     matrix, images_n = to_matrix(score), np.flatnonzero(groups_N < 2)
     gain, part = best_split(matrix, score.degree_N, images_n)
@@ -78,7 +77,7 @@ def test_a_consensus_of_heads_that_merge_small_groups_separates_them(near):
 
 def test_a_graph_that_is_too_large_to_read_as_a_whole_is_refused(near, monkeypatch):
     _, score = joined_groups(near, [20, 10, 5])
-    monkeypatch.setattr(spectral_cut, "MAX_EDGES", 300)
+    monkeypatch.setattr(graph_choice, "MAX_EDGES", 300)
     labels_N = np.r_[1, np.zeros(34, int)].astype(np.int32)
     with pytest.raises(PartitionError, match="350 edges are over the limit of 300"):
         replace_loose_clusters(score, labels_N, *score.shares([labels_N], 2))

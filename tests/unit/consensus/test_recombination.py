@@ -8,7 +8,7 @@ from sklearn.cluster import SpectralClustering
 from sklearn.metrics import adjusted_rand_score
 
 from icce_ray.config import ConsensusConfig
-from icce_ray.consensus import best_consensus, graph_choice, label_matrix, recombination, spectral_cut
+from icce_ray.consensus import best_consensus, graph_choice, label_matrix, recombination
 from icce_ray.consensus.best_consensus import find_consensus
 from icce_ray.consensus.ensemble import cluster_ensemble
 from icce_ray.consensus.graph_choice import RECOMBINED, SPECTRAL, best_score, choose_on_graph, trusted_heads
@@ -213,7 +213,7 @@ def test_the_spectral_cut_is_that_of_scikit_learn(planted, near):
     score = NeighborScore(encode_heads(matrix), nearest_Nk)
     weights_NN = plain_weights(matrix, nearest_Nk)
     expected_N = SpectralClustering(3, affinity="precomputed", random_state=0).fit_predict(weights_NN)
-    found_N = spectral_cut.spectral_cut(score, 3, seed=0)
+    found_N = graph_choice.spectral_cut(score, 3, seed=0)
     assert adjusted_rand_score(expected_N, found_N) == 1.0
     assert adjusted_rand_score(labels_N, found_N) > 0.9
 
@@ -234,9 +234,9 @@ def test_unequal_groups_are_recovered_from_heads_of_which_none_is_right(planted,
 def test_a_cut_of_too_many_images_and_clusters_is_refused(planted, near, monkeypatch):
     labels_N, matrix = planted([400, 150, 60], 3, 0.1)
     score = NeighborScore(encode_heads(matrix), near(labels_N, 0.8))
-    monkeypatch.setattr(spectral_cut, "MAX_WORK", 1000)
+    monkeypatch.setattr(graph_choice, "MAX_WORK", 1000)
     with pytest.raises(PartitionError, match="610 images and 3 clusters: 5,490 are over the limit of 1,000"):
-        spectral_cut.spectral_cut(score, 3, seed=0)
+        graph_choice.spectral_cut(score, 3, seed=0)
 
 
 def test_heads_with_other_numbers_of_clusters_take_part(planted, near):

@@ -10,8 +10,7 @@ import pytest
 
 from icce_ray.config import Config
 from icce_ray.corrections.apply_corrections import carry_over, correct_labels
-from icce_ray.corrections.corrections_file import Corrections, read_corrections
-from icce_ray.corrections.stage import kept_name
+from icce_ray.corrections.stage import Corrections, kept_name, read_corrections
 from icce_ray.errors import InputError
 
 
