@@ -128,7 +128,7 @@ class LinearClassifier:
     """(K,)."""
     temperature: float
     probability_floor: float
-    """With `temperature`: the calibration, see calibration.py."""
+    """With `temperature`: the calibration, see :func:`calibrate`."""
     outliers: OutlierModel
     outlier_threshold: float
     """Scores above it are outliers."""
