@@ -51,6 +51,19 @@ EXEMPLARS_SCHEMA = pa.schema(
     ]
 )
 """Sorted by cluster and rank; rank 0 is the most central image."""
+NEW_CLUSTERS_NAME = "new_clusters.parquet"
+MIN_IMAGES = 5
+"""Smallest number of images that is offered as a cluster."""
+MAX_OUTLIERS = 5_000
+"""Outliers that are clustered at most: those whose ids have the smallest hashes."""
+MAX_SPREAD = 1.5
+"""Mean squared distance of a new cluster's images to their mean, at most, as a multiple of that of a known cluster."""
+MIN_GAP = 2.0
+"""Mean squared distance of a new cluster's images to the means of the clusters that they were assigned to, at least, as
+a multiple of that to their own mean."""
+SCHEMA = pa.schema(
+    [("new_cluster", pa.int32()), ("image_id", pa.int64()), ("uri", pa.string()), ("cluster", pa.int32())]
+)
 
 
 def candidates_table(
@@ -125,21 +138,6 @@ def _priority_limits(classifier: LinearClassifier, num_images: int, num_exemplar
     largest = np.iinfo(np.uint64).max
     # 2^64 - 1 as a float is 2^64, which doesn't fit into 64 bits.
     return np.where(kept_K >= 1.0, largest, (np.minimum(kept_K, 1 - 1e-9) * 2.0**64).astype(np.uint64))
-
-
-NEW_CLUSTERS_NAME = "new_clusters.parquet"
-MIN_IMAGES = 5
-"""Smallest number of images that is offered as a cluster."""
-MAX_OUTLIERS = 5_000
-"""Outliers that are clustered at most: those whose ids have the smallest hashes."""
-MAX_SPREAD = 1.5
-"""Mean squared distance of a new cluster's images to their mean, at most, as a multiple of that of a known cluster."""
-MIN_GAP = 2.0
-"""Mean squared distance of a new cluster's images to the means of the clusters that they were assigned to, at least, as
-a multiple of that to their own mean."""
-SCHEMA = pa.schema(
-    [("new_cluster", pa.int32()), ("image_id", pa.int64()), ("uri", pa.string()), ("cluster", pa.int32())]
-)
 
 
 def outliers_table(

@@ -43,6 +43,11 @@ SCHEMA = pa.schema(
 `cluster`, null for noise and for images that took no part in the consensus. `consensus_probability`: calibrated
 probability, by the classifier, that `cluster` is the image's cluster in the consensus.
 """
+ASSIGNMENTS_FOLDER = "assignments/"
+"""Holds nothing but Parquet files of one schema, so that pandas can read the folder as it is."""
+CANDIDATES_FOLDER = "candidates/"
+OUTLIERS_FOLDER = "outliers/"
+ERRORS_FOLDER = "errors/"
 
 
 def assignments_table(
@@ -60,13 +65,6 @@ def assignments_table(
         pa.array(prediction.is_outlier),
     ]
     return pa.table(columns, schema=SCHEMA)
-
-
-ASSIGNMENTS_FOLDER = "assignments/"
-"""Holds nothing but Parquet files of one schema, so that pandas can read the folder as it is."""
-CANDIDATES_FOLDER = "candidates/"
-OUTLIERS_FOLDER = "outliers/"
-ERRORS_FOLDER = "errors/"
 
 
 @dataclass(repr=False, eq=False)

@@ -26,6 +26,12 @@ from icce_ray.sample.training_set import training_set
 from icce_ray.stage import StageContext
 from icce_ray.store import Artifact, ArtifactWriter
 
+METRICS = (
+    "learning_rate", "num_diverged", "num_holdout", "holdout_agreement", "temperature", "probability_floor", "ece",
+    "outlier_threshold",
+)  # fmt: skip
+LIBRARIES = ("icce_ray", "numpy", "torch", "timm", "scipy")
+
 
 def run(config: Config, context: StageContext) -> dict[str, Any]:
     """Train the classifier on the features and the consensus, and write the model folder. Returns the metrics of
@@ -76,13 +82,6 @@ def _train(
     if not is_alone:
         dist.all_gather_object(candidates, best)
     return training.finish(candidates).to_bytes() if rank == 0 else None
-
-
-METRICS = (
-    "learning_rate", "num_diverged", "num_holdout", "holdout_agreement", "temperature", "probability_floor", "ece",
-    "outlier_threshold",
-)  # fmt: skip
-LIBRARIES = ("icce_ray", "numpy", "torch", "timm", "scipy")
 
 
 def write_model(

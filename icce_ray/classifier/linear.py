@@ -38,6 +38,15 @@ STARTS = ((1.0, 0.001), (1.0, 0.1), (0.3, 0.3))
 """Temperature and floor to start from: the loss is not convex in the floor."""
 MAX_BINS = 15
 MIN_IMAGES_PER_BIN = 25
+CHUNK_ROWS = 256
+"""Rows scored at a time, few enough for their intermediate results to stay in the processor's cache."""
+NUM_PROBABILITY_BINS = 20
+NOISE, UNKNOWN = -1, -2
+"""Special values of a given cluster: the image is known to have none; the classifier predicts it."""
+MODEL_NAME = "classifier.safetensors"
+DESCRIPTION_NAME = "classifier.json"
+"""Parts of the classifier artifact."""
+FORMAT_VERSION = 3
 
 
 def calibrate(logits_nK: FloatArray, temperature: float, floor: float) -> npt.NDArray[np.float32]:
@@ -85,17 +94,6 @@ def expected_calibration_error(probability_n: FloatArray, is_right_n: npt.NDArra
     bins = np.array_split(order, max(1, min(MAX_BINS, num_images // MIN_IMAGES_PER_BIN)))
     gaps = [len(rows) * abs(float(probability_n[rows].mean()) - float(is_right_n[rows].mean())) for rows in bins]
     return float(sum(gaps) / num_images)
-
-
-CHUNK_ROWS = 256
-"""Rows scored at a time, few enough for their intermediate results to stay in the processor's cache."""
-NUM_PROBABILITY_BINS = 20
-NOISE, UNKNOWN = -1, -2
-"""Special values of a given cluster: the image is known to have none; the classifier predicts it."""
-MODEL_NAME = "classifier.safetensors"
-DESCRIPTION_NAME = "classifier.json"
-"""Parts of the classifier artifact."""
-FORMAT_VERSION = 3
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,9 @@ from pydantic import Field, model_validator
 
 from icce_ray.config.section import AtLeastTwo, Fraction, Place, PositiveInt, Section
 
+PIXELS = "pixels"
+"""The backbone that needs no weights."""
+
 
 class ImagesConfig(Section):
     uri: Place | tuple[Place, ...] | None = None
@@ -53,10 +56,6 @@ class EmbeddingsConfig(Section):
             if getattr(self, name) and self.uri is None:
                 raise ValueError(f"{name} is given, but uri is not; name the embeddings with uri")
         return self
-
-
-PIXELS = "pixels"
-"""The backbone that needs no weights."""
 
 
 class BackboneConfig(Section):

@@ -18,6 +18,17 @@ from icce_ray.methods import METHODS
 MAX_SHOWN = 200
 """Characters of a value in a message."""
 Model = TypeVar("Model", bound=BaseModel)
+_EMBEDDING = tuple(f"embed.{name}" for name in EmbedConfig.model_fields if name != "max_error_rate")
+_NETWORK = ("embed.weights", "embed.features", "embed.precision", "embed.compile")
+_TEACHER = (
+    "heads.sinkhorn", "heads.sinkhorn_iterations", "heads.balance", "heads.teacher_temperature", "heads.beta",
+    "heads.max_ce_weight", "heads.prior_momentum",
+)  # fmt: skip
+CONVENTIONAL = tuple(name for name, method in METHODS.items() if method.section == "conventional")
+_AGGLOMERATIVE = ("conventional.linkage", "conventional.distance_threshold")
+_LLOYD = ("kmeans.num_iterations", "kmeans.tolerance")
+_MINI_BATCH = ("kmeans.num_epochs", "kmeans.batch_size")
+_LABEL_COLUMNS = ("evaluate.label_column", "evaluate.uri_column")
 
 
 def load_config(
@@ -164,19 +175,6 @@ def _known_keys(sections: list[str], root: type[BaseModel]) -> list[str]:
             return []
         model = field.annotation
     return sorted(field.alias or name for name, field in model.model_fields.items())
-
-
-_EMBEDDING = tuple(f"embed.{name}" for name in EmbedConfig.model_fields if name != "max_error_rate")
-_NETWORK = ("embed.weights", "embed.features", "embed.precision", "embed.compile")
-_TEACHER = (
-    "heads.sinkhorn", "heads.sinkhorn_iterations", "heads.balance", "heads.teacher_temperature", "heads.beta",
-    "heads.max_ce_weight", "heads.prior_momentum",
-)  # fmt: skip
-CONVENTIONAL = tuple(name for name, method in METHODS.items() if method.section == "conventional")
-_AGGLOMERATIVE = ("conventional.linkage", "conventional.distance_threshold")
-_LLOYD = ("kmeans.num_iterations", "kmeans.tolerance")
-_MINI_BATCH = ("kmeans.num_epochs", "kmeans.batch_size")
-_LABEL_COLUMNS = ("evaluate.label_column", "evaluate.uri_column")
 
 
 def _is_not(*methods: str) -> Callable[[Config], bool]:

@@ -9,6 +9,8 @@ from pydantic import SecretStr, model_validator
 
 from icce_ray.config.section import NonNegativeFloat, Place, PositiveFloat, PositiveInt, Section
 
+SECRETS = ("access_key", "secret_key", "session_token")
+
 
 class StorageConfig(Section):
     """Access to S3. Settings left open come from the environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY,
@@ -32,9 +34,6 @@ class StorageConfig(Section):
         if (self.access_key is None) != (self.secret_key is None):
             raise ValueError("access_key and secret_key belong together: give both or neither")
         return self
-
-
-SECRETS = ("access_key", "secret_key", "session_token")
 
 
 def without_secrets(settings: Mapping[str, Any]) -> dict[str, Any]:

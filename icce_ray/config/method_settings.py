@@ -17,6 +17,8 @@ MIN_INPUTS = 32
 
 ConsensusMethod = Literal["mcla", "hbgf", "cspa", "vote", "best_head"]
 CONSENSUS_METHODS: tuple[ConsensusMethod, ...] = get_args(ConsensusMethod)
+INNER_RATE_TIMES_DIM, PAPER_INNER_RATE = 1.5, 1e-3
+"""Learning rates of TURTLE's linear classifiers (docs/METHOD.md, "TURTLE")."""
 
 
 class ClusterCountConfig(Section):
@@ -249,10 +251,6 @@ class ConventionalConfig(Section):
     """Smallest group of images that `hdbscan` takes for a cluster; smaller ones are noise."""
     covariance: Literal["full", "tied", "diag", "spherical"] = "full"
     """Shape of a cluster in `gmm`: a covariance of its own, one for all, variances along the axes, or one variance."""
-
-
-INNER_RATE_TIMES_DIM, PAPER_INNER_RATE = 1.5, 1e-3
-"""Learning rates of TURTLE's linear classifiers (docs/METHOD.md, "TURTLE")."""
 
 
 class TurtleConfig(Section):

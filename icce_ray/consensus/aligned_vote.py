@@ -24,6 +24,9 @@ from icce_ray.metrics.contingency import anmi_from_counts, count_table
 MAX_ROUNDS = 20
 
 Floats = npt.NDArray[np.float64]
+MAX_CONFUSED_WITH = 3
+ARRAYS = ("agreement", "vote_entropy", "second_choice")
+"""Names of the fields of :class:`Agreement` in the artifact of a consensus."""
 
 
 def align_heads(counts_KC: npt.NDArray[Any], offsets: Counts) -> Labels:
@@ -94,11 +97,6 @@ def best_head(heads: Heads, num_clusters: int, *, scores_H: Floats) -> Labels:
     values, codes_N = heads.values[head], heads.codes_of(head)
     labels_N: Labels = values[codes_N].astype(np.int32) if values[-1] < num_clusters else codes_N
     return labels_N
-
-
-MAX_CONFUSED_WITH = 3
-ARRAYS = ("agreement", "vote_entropy", "second_choice")
-"""Names of the fields of :class:`Agreement` in the artifact of a consensus."""
 
 
 class Agreement(NamedTuple):

@@ -31,6 +31,22 @@ MAX_LEFT_BY_CUT = 0.75
 
 LOSS_MARGIN = 0.05
 """Heads whose loss lies farther above the lowest are left out where heads agree on sizes."""
+MAX_WORK = 50_000_000
+"""Images times clusters squared: some seconds on one core."""
+MAX_EDGES = 5_000_000
+"""Edges of a graph that is read as a whole: half a gigabyte."""
+NUM_STARTS = 10
+"""Starts of k-means."""
+TOLERANCE = 1e-5
+"""Relative error of the eigenvalues."""
+MAX_DENSE_IMAGES = 5_000
+"""Up to so many images, all eigenvectors are computed if the iteration doesn't find the largest: some minutes."""
+Floats = npt.NDArray[np.float64]
+MIN_SHARE = 0.5
+"""A cluster holds together if at least this share of the weight at it stays within it."""
+DENSE_IMAGES = 200
+"""Up to so many images, all eigenvectors are found at once."""
+Images = npt.NDArray[np.int64]
 
 
 class GraphChoice(NamedTuple):
@@ -103,20 +119,6 @@ def _agree_on_sizes(heads: Heads) -> bool:
     return size_agreement(labels_Hn) >= MIN_SIZE_AGREEMENT
 
 
-MAX_WORK = 50_000_000
-"""Images times clusters squared: some seconds on one core."""
-MAX_EDGES = 5_000_000
-"""Edges of a graph that is read as a whole: half a gigabyte."""
-NUM_STARTS = 10
-"""Starts of k-means."""
-TOLERANCE = 1e-5
-"""Relative error of the eigenvalues."""
-MAX_DENSE_IMAGES = 5_000
-"""Up to so many images, all eigenvectors are computed if the iteration doesn't find the largest: some minutes."""
-
-Floats = npt.NDArray[np.float64]
-
-
 def spectral_cut(score: NeighborScore, num_clusters: int, *, seed: int) -> Labels:
     """Clusters 0..num_clusters-1 of all images (N,). Raises PartitionError: the input is too large, or the eigenvectors
     weren't found."""
@@ -163,14 +165,6 @@ def largest_eigenvectors(graph: csr_matrix | LinearOperator, number: int, start_
             raise PartitionError(f"the eigenvectors were not found: {error}") from error
         values_V, vectors_nV = np.linalg.eigh(graph @ np.identity(len(start_n)))
     return values_V[-number:], vectors_nV[:, -number:]
-
-
-MIN_SHARE = 0.5
-"""A cluster holds together if at least this share of the weight at it stays within it."""
-DENSE_IMAGES = 200
-"""Up to so many images, all eigenvectors are found at once."""
-
-Images = npt.NDArray[np.int64]
 
 
 def replace_loose_clusters(score: NeighborScore, labels_N: Labels, shares_K: Shares) -> Labels:

@@ -31,6 +31,12 @@ from icce_ray.random_numbers import GOLDEN_GAMMA, mix64
 from icce_ray.store import Artifact
 
 SECOND_GAMMA = np.uint64(0xD1B54A32D192ED03)
+Labels = npt.NDArray[np.int32]
+Counts = npt.NDArray[np.int64]
+Images = npt.NDArray[np.int64]
+MISSING = -1
+PART_LABELS = 1 << 21
+"""Labels (heads times images) of a part, about. Work on a part takes about 100 bytes a label."""
 
 
 def hash_numbers(a: npt.NDArray[Any], b: npt.NDArray[Any], seed: int) -> npt.NDArray[np.uint64]:
@@ -52,15 +58,6 @@ def group_equal_images(heads: HeadLabels, num_clusters: int) -> tuple[npt.NDArra
     if len(first_G) < num_clusters:
         raise PartitionError(f"only {len(first_G)} images differ in their labels, fewer than {num_clusters} clusters")
     return first_G, group_N
-
-
-Labels = npt.NDArray[np.int32]
-Counts = npt.NDArray[np.int64]
-Images = npt.NDArray[np.int64]
-
-MISSING = -1
-PART_LABELS = 1 << 21
-"""Labels (heads times images) of a part, about. Work on a part takes about 100 bytes a label."""
 
 
 class Heads(ABC):

@@ -23,6 +23,11 @@ from icce_ray.store import Artifact, Folder
 from icce_ray.store.run_records import RUNS_FOLDER
 
 IMAGES, EMBED, SAMPLE, METHOD = "images", "embed", "sample", "method"
+CONSENSUS = "consensus"
+IMAGE_IDS_NAME = "image_ids.npy"
+"""In the artifact of a consensus: the images of its labels."""
+Labels = npt.NDArray[np.integer[Any]]
+Changes = dict[str, Any]
 
 
 def find_heads(names: Sequence[str], output: str, own: Artifact | None = None) -> list[Artifact]:
@@ -100,14 +105,6 @@ def input_of(artifact: Artifact, stage: str) -> Artifact:
     if found is None:
         raise InputError(f"{root.uri}/{stage} no longer has what {folder.uri} was made from")
     return found
-
-
-CONSENSUS = "consensus"
-IMAGE_IDS_NAME = "image_ids.npy"
-"""In the artifact of a consensus: the images of its labels."""
-
-Labels = npt.NDArray[np.integer[Any]]
-Changes = dict[str, Any]
 
 
 def keep_numbers(

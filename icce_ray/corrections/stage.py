@@ -33,6 +33,7 @@ OTHER_SETTINGS = {"output", "corrections", "resources", "storage", "report", "ev
 """Settings that don't make the clusters."""
 
 C = TypeVar("C", bound=Config)
+MAX_CLUSTERS = 1_000_000
 
 
 def kept_name(config: Config) -> str:
@@ -91,9 +92,6 @@ CORRECTIONS = Stage(
     _settings,
     check=lambda config: read_corrections(config.corrections),
 )
-
-
-MAX_CLUSTERS = 1_000_000
 
 
 class _Record(BaseModel):

@@ -36,6 +36,10 @@ MAX_SHOWN = 3
 MAX_DIGITS = 19
 ROWS_AT_ONCE = 2**20
 """Rows of the listing that are looked through at a time."""
+ENDINGS = (".npy", ".csv", ".parquet")
+BATCH_ROWS = 65_536
+Batch = tuple[list[str], list[str] | None]
+"""Labels as text, and the names of their images; None if the labels are in the order of the images."""
 
 
 @dataclass(frozen=True)
@@ -227,13 +231,6 @@ def _encode(image_ids: npt.NDArray[np.int64], labels: Sequence[str]) -> TrueLabe
     names = sorted(set(labels), key=order)
     codes = {name: code for code, name in enumerate(names)}
     return TrueLabels(image_ids, np.array([codes[label] for label in labels], dtype=np.int64), tuple(names))
-
-
-ENDINGS = (".npy", ".csv", ".parquet")
-BATCH_ROWS = 65_536
-
-Batch = tuple[list[str], list[str] | None]
-"""Labels as text, and the names of their images; None if the labels are in the order of the images."""
 
 
 def read_labels(evaluate: EvaluateConfig) -> Iterator[Batch]:

@@ -65,6 +65,7 @@ LABELS_NAME = "labels.parquet"
 """image_id, label: the true label of each image, if labels were given; the report shows it."""
 METHODS_NAME = "method_clusterings.npy"
 """With several methods: one clustering of each, (M, N) int32; the report shows them."""
+Labels = npt.NDArray[np.int32]
 
 
 def run(config: Config, context: StageContext) -> dict[str, Any]:
@@ -212,9 +213,6 @@ def _read_assignments(
             table = table.filter(pa.array(hashes_n < np.uint64(share * 2**64)))
         tables.append(table)
     return pa.concat_tables(tables)
-
-
-Labels = npt.NDArray[np.int32]
 
 
 def method_clusterings(config: Config, own: Artifact, consensus_N: Labels) -> dict[str, Labels]:

@@ -21,6 +21,13 @@ Table: TypeAlias = sp.csr_array | npt.NDArray[Any]
 
 MAX_DENSE_CELLS_PER_IMAGE = 4
 MIN_DENSE_CELLS = 1 << 20
+Mean = Literal["geometric", "arithmetic"]
+MIN_SHARE = 0.5
+"""Smallest share of an old cluster's images in the new one that it is taken for."""
+MIN_SIZE_AGREEMENT = 0.3
+"""Below this, different sizes are taken for accidents of each clustering."""
+MAX_SIZED_IMAGES = 4096
+"""Number of images whose clusters' sizes are compared, if there are more."""
 
 
 def count_table(a_N: npt.NDArray[Any], b_N: npt.NDArray[Any], num_a: int, num_b: int) -> Table:
@@ -45,9 +52,6 @@ def cell_numbers(a_N: npt.NDArray[Any], b_N: npt.NDArray[Any], num_b: int) -> np
     cells_n *= num_b
     cells_n += b_N
     return cells_n
-
-
-Mean = Literal["geometric", "arithmetic"]
 
 
 def entropy(sizes: npt.NDArray[Any]) -> float:
@@ -97,10 +101,6 @@ def anmi_from_counts(counts_KC: npt.NDArray[Any], offsets: npt.NDArray[np.int64]
     return float(np.mean([nmi_from_counts(counts_KC[:, start:stop]) for start, stop in pairwise(offsets)]))
 
 
-MIN_SHARE = 0.5
-"""Smallest share of an old cluster's images in the new one that it is taken for."""
-
-
 def match_clusters(table_KL: npt.NDArray[Any]) -> dict[int, int]:
     """The new cluster of each old one that persists, from the images of each old cluster (K) in each new one (L):
     matched one to one so that most images agree (Kuhn, Naval Research Logistics 2, 1955); a match counts if it holds at
@@ -117,12 +117,6 @@ def largest_share(table_KL: npt.NDArray[Any], sizes_K: npt.NDArray[Any]) -> tupl
     most_K = table_KL.argmax(axis=1)
     counts_K = table_KL[np.arange(len(table_KL)), most_K]
     return most_K, (counts_K > 0) & (counts_K >= MIN_SHARE * sizes_K)
-
-
-MIN_SIZE_AGREEMENT = 0.3
-"""Below this, different sizes are taken for accidents of each clustering."""
-MAX_SIZED_IMAGES = 4096
-"""Number of images whose clusters' sizes are compared, if there are more."""
 
 
 def size_agreement(labels_HN: npt.NDArray[np.integer[Any]]) -> float:

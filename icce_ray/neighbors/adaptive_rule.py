@@ -26,6 +26,8 @@ PADDED_ELEMENTS = 4_000_000
 
 Exact = Callable[[npt.NDArray[np.int32], Ids], Ids]
 """From rows and image ids of pairs to their cosines in units of the resolution."""
+UNREACHABLE = 2.0
+"""A radius that no score reaches; every score reaches -2."""
 
 
 @dataclass(frozen=True)
@@ -157,10 +159,6 @@ def _runs(sorted_rows_P: npt.NDArray[np.integer]) -> tuple[Ids, Ids]:
     np.not_equal(sorted_rows_P[1:], sorted_rows_P[:-1], out=is_first_P[1:])
     first_R = np.flatnonzero(is_first_P)
     return first_R, np.diff(first_R, append=len(sorted_rows_P))
-
-
-UNREACHABLE = 2.0
-"""A radius that no score reaches; every score reaches -2."""
 
 
 @dataclass(frozen=True)

@@ -52,6 +52,17 @@ MIN_KEPT_PRECISION_OF_SHORT = 0.85
 too little of a large class. On two sets of CIFAR-10 features (N / K = 1,000), lists of 100 instead of 30 kept 92% and
 90% of the precision above chance. Single heads, each on half of the dimensions, gained 1.0 and 1.9 points and the
 consensus 0.1 and 2.8 [ours]."""
+NUM_RUNS = 8
+NUM_ITERATIONS = 15
+MIN_TRAINING_IMAGES = 20_000
+TRAINING_IMAGES_PER_CLUSTER = 64
+LABEL_BLOCK = 4096
+AGREEMENT_WEIGHTS = np.array([c * (c - 1) / (NUM_RUNS * (NUM_RUNS - 1)) for c in range(NUM_RUNS + 1)])
+"""Share of pairs of runs that both put two images into one cluster, by the number of runs that do."""
+FINEST_STEP = 1e-5
+"""Smallest step between two thresholds."""
+BLOCK_CELL_BYTES = 32
+"""Memory per pair while it is counted."""
 
 
 @dataclass(frozen=True)
@@ -197,16 +208,6 @@ def _candidate_thresholds(lowest_of_interest: float) -> npt.NDArray[np.float64]:
     return np.unique(np.concatenate([np.arange(-9, 10) / 10, fine]).round(6))
 
 
-NUM_RUNS = 8
-NUM_ITERATIONS = 15
-MIN_TRAINING_IMAGES = 20_000
-TRAINING_IMAGES_PER_CLUSTER = 64
-LABEL_BLOCK = 4096
-
-AGREEMENT_WEIGHTS = np.array([c * (c - 1) / (NUM_RUNS * (NUM_RUNS - 1)) for c in range(NUM_RUNS + 1)])
-"""Share of pairs of runs that both put two images into one cluster, by the number of runs that do."""
-
-
 def cluster_labels(unit: UnitFeatures, num_clusters: int, rng: np.random.Generator) -> npt.NDArray[np.int32]:
     """Labels from `NUM_RUNS` independent spherical k-means runs with K clusters, at most N: (R, N) int32. Each run
     learns its centroids from a random sample of the images, which bounds the time at any N."""
@@ -264,12 +265,6 @@ def spherical_kmeans(points_MD: Floats, num_clusters: int, seed: int, num_iterat
         faiss.omp_set_num_threads(num_threads)
     assert kmeans.centroids is not None
     return kmeans.centroids
-
-
-FINEST_STEP = 1e-5
-"""Smallest step between two thresholds."""
-BLOCK_CELL_BYTES = 32
-"""Memory per pair while it is counted."""
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 NUM_NEAREST = 10
 """Length of the lists of most similar neighbours."""
+NEAREST_SUFFIX = "-nearest.npy"
 
 
 @dataclass(frozen=True)
@@ -126,9 +127,6 @@ def _sorted_rows(pairs: PairList, num_rows: int, num_images: int) -> tuple[Ids, 
 
 def _blocks(ids: Ids) -> list[Ids]:
     return [ids[start : start + QUERY_BLOCK] for start in range(0, len(ids), QUERY_BLOCK)]
-
-
-NEAREST_SUFFIX = "-nearest.npy"
 
 
 @dataclass(frozen=True)

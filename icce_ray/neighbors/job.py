@@ -41,6 +41,8 @@ if TYPE_CHECKING:
     from icce_ray.neighbors.torch_engine import TorchEngine
 
 PARTS_IN_FLIGHT = 3
+AUDIT = "audit"
+MEAN_NAME = "mean.npy"
 
 
 def run(config: Config, context: StageContext) -> dict[str, Any]:
@@ -148,10 +150,6 @@ def _check_memory(actors: list[Any], audit: Audit) -> None:
             "Use more machines, lower resources.neighbors.num_workers or neighbors.max_neighbors",
             f" on a machine with {count} of {len(actors)} workers",
         )
-
-
-AUDIT = "audit"
-MEAN_NAME = "mean.npy"
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,15 @@ PAIRS_HELD = 8_000_000
 CHUNK_ELEMENTS = 16_000_000
 CHUNK_BYTES = 8 * CHUNK_ELEMENTS
 """Memory for a chunk of images in float32 and what is found among them."""
+MAX_ROWS_PER_PART = 16_384
+"""A part is built in memory, then written."""
+TORCH_BYTES = 550_000_000
+"""Memory of a process that has imported torch, of which 250 MB are libraries that processes of a machine share."""
+SCORED_PAIRS = 2**24
+HIT_BYTES = 40
+"""A pair as it is found, and its row, column and flags."""
+PAIR_BYTES = 48
+"""A held pair, and its hash and order while rows are cut."""
 
 
 @dataclass(frozen=True)
@@ -109,17 +118,6 @@ def _lowest_ids(ids_n: Ids, rows: Ids, ids_Q: Ids, k: int) -> PairList:
     ids_P = np.concatenate([np.empty(0, np.int64), *lists])
     rows_P = np.repeat(rows, [len(ids) for ids in lists]).astype(np.int32)
     return PairList(rows_P, ids_P, np.zeros(len(ids_P), np.float32), np.zeros(len(ids_P), bool))
-
-
-MAX_ROWS_PER_PART = 16_384
-"""A part is built in memory, then written."""
-TORCH_BYTES = 550_000_000
-"""Memory of a process that has imported torch, of which 250 MB are libraries that processes of a machine share."""
-SCORED_PAIRS = 2**24
-HIT_BYTES = 40
-"""A pair as it is found, and its row, column and flags."""
-PAIR_BYTES = 48
-"""A held pair, and its hash and order while rows are cut."""
 
 
 def shard_bytes(num_images: int, dim: int) -> int:

@@ -30,6 +30,14 @@ NO_SHARE = 255
 """Stands for an unknown share; others are in 250ths."""
 NOT_CLUSTERED = -2
 """Stands for the cluster that a method gave an image that it was not shown."""
+NUM_SIMILAR = 16
+MAX_UMAP_IMAGES = 50_000
+MAX_SEARCHED = 200_000
+"""With more images on the page, similar ones are not looked for: all pairs are compared."""
+CLIPPED_SHARE = 0.002
+"""Share of the images on each side that may lie beyond the border of the map; they are drawn on it."""
+SEED = 0
+Floats = npt.NDArray[np.float32]
 
 
 def write_images(
@@ -107,17 +115,6 @@ def _shares(values: npt.NDArray[np.floating]) -> npt.NDArray[np.uint8]:
     """Shares in 250ths; NO_SHARE for NaN."""
     known = np.isfinite(values)
     return np.where(known, np.rint(250 * np.where(known, values, 0)), NO_SHARE).astype(np.uint8)
-
-
-NUM_SIMILAR = 16
-MAX_UMAP_IMAGES = 50_000
-MAX_SEARCHED = 200_000
-"""With more images on the page, similar ones are not looked for: all pairs are compared."""
-CLIPPED_SHARE = 0.002
-"""Share of the images on each side that may lie beyond the border of the map; they are drawn on it."""
-SEED = 0
-
-Floats = npt.NDArray[np.float32]
 
 
 def read_features(inputs: Any, image_ids: npt.NDArray[np.int64]) -> tuple[Floats, npt.NDArray[np.bool_]]:

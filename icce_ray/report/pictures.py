@@ -37,6 +37,7 @@ IMAGES_PER_PROCESS = 256
 MAX_SHEET_ROWS = 50
 MARGIN_PIXELS = 4
 CAPTION_PIXELS = 150
+SQUARE = Preprocessing(size=THUMBNAIL_PIXELS, scale_size=THUMBNAIL_PIXELS)
 
 
 def load_thumbnails(uris: Sequence[str]) -> Iterator[list[Pixels | None]]:
@@ -111,6 +112,3 @@ def contact_sheet(rows: list[tuple[str, list[Pixels]]]) -> bytes | None:
     sink = io.BytesIO()
     image.save(sink, format="PNG", optimize=True)
     return sink.getvalue()
-
-
-SQUARE = Preprocessing(size=THUMBNAIL_PIXELS, scale_size=THUMBNAIL_PIXELS)

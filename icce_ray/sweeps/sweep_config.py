@@ -50,6 +50,10 @@ FIXED = {
     "report": "no metric of a sweep depends on it",
 }
 """Settings that a sweep cannot vary, and why."""
+Metric = Literal["anmi", "generalization", "peers", "silhouette_pca", "silhouette_umap", "stability"]
+Searcher = Literal["optuna", "hyperopt", "bayesopt", "hebo", "ax"]
+TRAINS_HEADS = {name for name, method in METHODS.items() if method.section == "heads"}
+NOT_IN_FINGERPRINT = {"cpus_per_run", "base"}
 
 
 @dataclass(frozen=True)
@@ -114,12 +118,6 @@ def _parse_range(key: str, kind: str, values: Any) -> tuple[Any, Any]:
     if kind in LOG_RANGES and low <= 0:
         raise ConfigError(f"{key}: {kind} from {low}: a logarithmic range must start above 0")
     return low, high
-
-
-Metric = Literal["anmi", "generalization", "peers", "silhouette_pca", "silhouette_umap", "stability"]
-Searcher = Literal["optuna", "hyperopt", "bayesopt", "hebo", "ax"]
-TRAINS_HEADS = {name for name, method in METHODS.items() if method.section == "heads"}
-NOT_IN_FINGERPRINT = {"cpus_per_run", "base"}
 
 
 class EnsembleConfig(Section):

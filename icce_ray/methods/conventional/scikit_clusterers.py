@@ -26,6 +26,8 @@ from icce_ray.sample.unit_features import prepare
 
 DAMPING, MAX_ITERATIONS = 0.9, 1_000
 """Affinity propagation. With scikit-learn's defaults, 0.5 and 200, it often doesn't converge."""
+UMAP_BYTES = 4_000
+"""Memory of UMAP for each image, besides its features."""
 
 
 @dataclass(frozen=True)
@@ -80,8 +82,6 @@ CLUSTERERS = {
         "ask for fewer clusters",
     ),
 }
-UMAP_BYTES = 4_000
-"""Memory of UMAP for each image, besides its features."""
 
 
 def fit(

@@ -28,6 +28,11 @@ and no power of two."""
 
 CastLayers = list[tuple[torch.Tensor, torch.Tensor]]
 """Weights (D, C) in the dtype of the features, and float32 biases (C, 1), of each space."""
+TINY = 1e-30
+"""Keeps the logarithm of the share of an empty cluster finite."""
+BETA1, BETA2, EPS = 0.9, 0.999, 1e-8
+Layers = Sequence[torch.Tensor]
+"""The layer (E, C) of each space, or its gradient."""
 
 
 @dataclass(frozen=True)
@@ -68,9 +73,6 @@ def chunk_slices(num_rows: int, device: torch.device) -> list[slice]:
     size = num_rows if device.type == "cuda" else CHUNK_ROWS
     return [slice(start, min(start + size, num_rows)) for start in range(0, num_rows, size)]
 
-
-TINY = 1e-30
-"""Keeps the logarithm of the share of an empty cluster finite."""
 
 Labeled = tuple[Chunk, torch.Tensor, Sequence[torch.Tensor]]
 """A chunk, its labels, and those that each space gives, (R, K, n)."""
@@ -169,12 +171,6 @@ def _update(inner: Sequence[AdamParameters], found: Sequence[Layers], num_rows: 
 
 def _layers(inner: Sequence[AdamParameters]) -> Layers:
     return [parameters.tensors[0] for parameters in inner]
-
-
-BETA1, BETA2, EPS = 0.9, 0.999, 1e-8
-
-Layers = Sequence[torch.Tensor]
-"""The layer (E, C) of each space, or its gradient."""
 
 
 class AdamParameters:

@@ -44,6 +44,12 @@ WORK_ARRAYS = 6
 PARAMETER_COPIES = 12
 """Float32 arrays of D x C: encoder and classifier with their gradients and Adam's two moments, and the normalised
 weights."""
+WEIGHTS_NAME = "turtle.safetensors"
+MIN_SCORED, SCORED_PER_CLUSTER = 5_000, 20
+"""Images that the generalisation score is measured on."""
+HISTORY_ROWS = 100
+MAX_RUNS, MAX_COLUMNS = 3, 32
+"""Limits of a block. On a CPU a product with 32 columns takes little longer than one with 10."""
 
 
 def training_bytes(
@@ -72,12 +78,6 @@ def training_bytes(
     parameters = total_dim * C * (4 * PARAMETER_COPIES + (b + 4) * len(chunks))
     labels = 4 * batch_size * C * (2 * len(dims) + 1) + 4 * WORK_ARRAYS * chunk_rows * C * at_once * len(dims)
     return features + parameters + labels + 12 * runs * num_images
-
-
-WEIGHTS_NAME = "turtle.safetensors"
-MIN_SCORED, SCORED_PER_CLUSTER = 5_000, 20
-"""Images that the generalisation score is measured on."""
-HISTORY_ROWS = 100
 
 
 @dataclass(frozen=True)
@@ -248,10 +248,6 @@ def _train(
             save_state(records, _name(runs), block.tensors(), values, f"-{block.step:06d}")
             last_saved = time.monotonic()
     return history
-
-
-MAX_RUNS, MAX_COLUMNS = 3, 32
-"""Of a block. On a CPU a product with 32 columns takes little longer than one with 10."""
 
 
 def run_blocks(num_runs: int, num_clusters: int) -> list[range]:
