@@ -106,7 +106,7 @@ def test_two_shards_of_which_one_is_killed_give_what_one_process_gives(
 
     def remember(self: job.ShardActors, *arguments: Any) -> None:
         make(self, *arguments)
-        progress.actors = self.actors
+        progress.actors = list(self.shards)
 
     monkeypatch.setattr(job.ShardActors, "__init__", remember)
     output = ArtifactWriter(Folder.at(tmp_path / "method"))
