@@ -19,6 +19,7 @@ from icce_ray.config import ClassifierConfig
 from icce_ray.errors import InputError
 from icce_ray.pipeline.latest import add_new_images, publish
 from icce_ray.store import Artifact, ArtifactWriter, Folder
+from icce_ray.store.run_records import read_latest
 
 FEATURES = np.random.default_rng(0).normal(size=(40, 4)).astype(np.float32)
 
@@ -173,6 +174,13 @@ def test_copies_that_were_cut_off_are_no_latest_run(tmp_path: Path, monkeypatch:
         icce_ray.load(tmp_path)
     publish_run(tmp_path, "second", is_new=False)
     assert shown(tmp_path) == expected("second")
+
+
+def test_a_summary_that_is_none_is_no_latest_run(tmp_path: Path) -> None:
+    publish_run(tmp_path, "one")
+    for text in ("{", "[]", "{}", '{"run": "one"}'):
+        (tmp_path / "latest" / "summary.json").write_text(text)
+        assert read_latest(str(tmp_path)) is None, text
 
 
 def test_copies_stay_copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,9 +14,9 @@ from icce_ray.runtime import ray_train
 from icce_ray.runtime.progress import Progress
 
 
-@pytest.mark.parametrize("starts", [True, False])
+@pytest.mark.parametrize(("starts", "gpus"), [(True, 0), (False, 0), (True, 1)])
 def test_workers_that_do_not_start_are_tried_again_and_then_one_line_says_what_to_do(
-    monkeypatch: pytest.MonkeyPatch, starts: bool
+    monkeypatch: pytest.MonkeyPatch, starts: bool, gpus: int
 ) -> None:
     tried: list[Any] = []
 
@@ -24,8 +24,8 @@ def test_workers_that_do_not_start_are_tried_again_and_then_one_line_says_what_t
         tried.append(trainer["run_config"].failure_config)
         assert trainer["scaling_config"] == {
             "num_workers": 2,
-            "use_gpu": False,
-            "resources_per_worker": {"CPU": 1.0},
+            "use_gpu": gpus > 0,
+            "resources_per_worker": {"CPU": 1.0, "GPU": 1} if gpus else {"CPU": 1.0},
         }
         raise TrainingFailedError("x") if starts else ControllerError(WorkerGroupStartupTimeoutError(2))
 
@@ -39,7 +39,11 @@ def test_workers_that_do_not_start_are_tried_again_and_then_one_line_says_what_t
     message = "method: ended 4 times" if starts else "method: its 2 workers could not be started, 10 times: a machine"
     with pytest.raises(WorkerError, match=message) as caught:
         ray_train.train(
-            "method", print, WorkerResources(num_workers=2, cpus_per_worker=1.0), Progress("method", quiet=True), "gloo"
+            "method",
+            print,
+            WorkerResources(num_workers=2, cpus_per_worker=1.0, gpus_per_worker=gpus),
+            Progress("method", quiet=True),
+            "gloo",
         )
     assert "\n" not in str(caught.value)
     assert [each.controller_failure_limit for each in tried] == [9]

@@ -1,6 +1,7 @@
 import random
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from icce_ray.store import parts_table
@@ -50,6 +51,15 @@ def test_the_table_answers_as_a_dictionary_of_parts_does(
     assert table.num_bytes(prefix) == sum(part.num_bytes for part in expected)
     with pytest.raises(KeyError):
         table.part(prefix + "-not there")
+
+
+def test_another_table_and_what_is_none_are_refused() -> None:
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table({"name": ["part-0"]}), sink)
+    with pytest.raises(ValueError, match=r"columns .*name"):
+        PartsTable(pa.BufferReader(sink.getvalue()))
+    with pytest.raises(ValueError, match="Parquet"):
+        PartsTable(pa.BufferReader(b"no table at all"))
 
 
 def test_a_table_without_parts_is_a_table() -> None:

@@ -95,3 +95,19 @@ def test_a_trial_that_fails_is_no_error_for_tune_unless_a_searcher_has_to_know(
     log = job._TrialLog(SimpleNamespace(note=said.append), "anmi", 1, None)
     log.on_trial_complete(1, [], SimpleNamespace(config=drawn, last_result=result))
     assert said == ["1/1 trials: heads.learning_rate=0.001: failed"]
+
+
+def test_every_trial_is_said_with_its_value_and_the_best_so_far() -> None:
+    said: list[str] = []
+    log = job._TrialLog(SimpleNamespace(note=said.append), "anmi", 3, None)
+    ended: list[Any] = []
+    for value in (0.5, 0.25, float("nan")):
+        ended.append(
+            SimpleNamespace(config={"seed": 1}, last_result={"judged": value, "row": {}}, is_finished=lambda: True)
+        )
+        log.on_trial_complete(1, ended, ended[-1])
+    assert said == [
+        "1/3 trials: seed=1: anmi 0.5000, best 0.5000",
+        "2/3 trials: seed=1: anmi 0.2500, best 0.5000",
+        "3/3 trials: seed=1: finished",
+    ]
