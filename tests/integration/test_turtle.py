@@ -68,6 +68,7 @@ def test_a_run_clusters_by_two_feature_sets(places: list[Path], labels: np.ndarr
     found = Artifact.find(Folder.at(folder))
     assert found is not None
     assert found.metrics["feature_sets"] == ["ready-made", "ready-made 2"]
+    assert found.metrics["prediction_error"] == found.read_json("clusterings.json")["history"][-1]["loss"]
     expected = train_here(places)
     assert np.array_equal(found.read_array("label_matrix.npy"), expected.labels_HN)
     assert np.array_equal(read_losses(found), expected.losses_H)

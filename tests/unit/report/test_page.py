@@ -91,6 +91,8 @@ def test_every_image_has_its_row_and_its_picture(planted_run: Any, written: tupl
     assignments = planted_run.inputs["assign"].read_table("assignments/part-00000.parquet").to_pylist()
     by_id = {row["image_id"]: row for row in assignments}
     assert sorted(page.ids) == sorted(by_id)
+    has_picture = np.frombuffer(base64.b64decode(page.core["images"]["has_picture"]), np.uint8)
+    assert has_picture.tolist() == [1] * len(page.ids)
     for row, (image, uri) in enumerate(zip(page.ids, page.uris, strict=True)):
         wanted = by_id[image]
         assert uri == wanted["uri"]
