@@ -80,6 +80,17 @@ def test_too_few_clusters_are_refused_with_the_setting_to_change(features: np.nd
         fit(features, settings(distance_threshold=1e3), method="agglomerative", num_clusters=None, seed=0)
 
 
+def test_what_scikit_learn_refuses_is_the_users_to_change(
+    features: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise ValueError("Fitting the mixture model failed")
+
+    monkeypatch.setattr(GaussianMixture, "fit_predict", refuse)
+    with pytest.raises(InputError, match="method gmm: Fitting the mixture model failed"):
+        fit(features, settings(), method="gmm", num_clusters=3, seed=0)
+
+
 @pytest.mark.parametrize("method", CLUSTERERS)
 def test_memory_is_checked_before_the_work_with_numbers_and_a_remedy(
     features: np.ndarray, method: str, monkeypatch: pytest.MonkeyPatch
