@@ -19,7 +19,7 @@ from icce_ray.embed.nvjpeg import is_plain_jpeg
 from icce_ray.images.decoding import Pixels, Preprocessing, SeveralViews, decode_image, is_deep_grey
 from icce_ray.images.listing import ListedImage
 from icce_ray.images.read_images import read_images
-from icce_ray.store.attempts import KILLER, Attempt, UnrecordedAttempt
+from icce_ray.store.attempts import KILLER, Attempt
 
 HASHED_TOGETHER = 64
 """Number of images whose files are held until it is known which of them need decoding."""
@@ -117,7 +117,7 @@ def decode_part(
     *,
     max_pixels: int,
     known: Callable[[list[str]], set[str]] | None = None,
-    attempt: Attempt | UnrecordedAttempt | None = None,
+    attempt: Attempt | None = None,
     decode: Callable[..., Pixels | str] = decode_image,
     keep_jpegs: bool = False,
 ) -> DecodedPart:
@@ -134,7 +134,7 @@ def decode_part(
         keep_jpegs: leave JPEGs to the device of the backbone.
     """
     assert len(images) == part.num_images
-    attempt = attempt or UnrecordedAttempt()
+    attempt = attempt or Attempt()
     only = set(part.only)
     by_id = {image.image_id: image for image in images if not only or image.image_id in only}
     errors: list[Error] = [(image_id, KILLER) for image_id in attempt.blamed() & by_id.keys()]
@@ -183,9 +183,7 @@ def decode_part(
     )
 
 
-def _files(
-    images: Sequence[ListedImage], attempt: Attempt | UnrecordedAttempt
-) -> Iterator[list[tuple[ListedImage, bytes | str]]]:
+def _files(images: Sequence[ListedImage], attempt: Attempt) -> Iterator[list[tuple[ListedImage, bytes | str]]]:
     """The files of the images, some at a time; one by one in a careful attempt, which has to find the image at which
     workers die."""
     if attempt.is_careful:
@@ -203,15 +201,15 @@ def embed_contents(
     hashes: list[str],
     backbone: Embeds,
     batch_size: int,
-    attempt: Attempt | UnrecordedAttempt | None = None,
-    on_batch: Callable[[int], None] | None = None,
+    attempt: Attempt | None = None,
+    on_batch: Callable[[int], None] = lambda num_embedded: None,
 ) -> dict[str, Outcome]:
     """Embed contents of a decoded part: a finite (D,) float16 by hash, or why there is none.
 
     All batches have the same shape, filled up with repeats, so an image's embedding does not depend on which others are
     embedded beside it, nor on how many there are. `on_batch` is told after each how many images were embedded so far.
     """
-    attempt = attempt or UnrecordedAttempt()
+    attempt = attempt or Attempt()
     wanted = set(hashes)
     row_of: dict[int, int] = {}
     hash_of: dict[int, str] = {}
@@ -226,8 +224,7 @@ def embed_contents(
         embeddings = backbone.embed(decoded.pixels[padded])[: len(rows)]
         for image_id, embedding in zip(ids, embeddings, strict=True):
             outcomes[hash_of[image_id]] = _checked(embedding)
-        if on_batch is not None:
-            on_batch(len(outcomes))
+        on_batch(len(outcomes))
     return outcomes
 
 

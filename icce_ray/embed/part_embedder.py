@@ -174,14 +174,13 @@ class PartEmbedder:
 
     def embed(self, part: PartRange, decoded: DecodedPart, attempt: Attempt | None = None) -> PartRecord:
         """Embed and write a part. A careful attempt works alone: if the process dies then, it was at that part."""
-        with self._turns.taken(alone=attempt is not None and attempt.is_careful):
-            if attempt is None:
-                return self._embed(part, decoded, None)
+        attempt = attempt or Attempt()
+        with self._turns.taken(alone=attempt.is_careful):
             record = self._embed(part, decoded, attempt.begin())
             attempt.end()
         return record
 
-    def _embed(self, part: PartRange, decoded: DecodedPart, attempt: Attempt | None) -> PartRecord:
+    def _embed(self, part: PartRange, decoded: DecodedPart, attempt: Attempt) -> PartRecord:
         def embed(hashes: list[str]) -> dict[str, Outcome]:
             nonlocal decoded
             skipped = {content for content, row in zip(decoded.hashes, decoded.rows, strict=True) if row < 0}

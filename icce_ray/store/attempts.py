@@ -36,16 +36,20 @@ class Attempt:
     Raises WorkerError: MAX_UNEXPLAINED_DEATHS workers died without having noted an image.
 
     Args:
-        folder: where the note lies.
+        folder: where the note lies; None: there is none, for work in a single process.
         name: file name of the note.
         run_id: identifies the run; notes of other runs don't count.
         what: stage and part, for the message.
         remedy: what the user can do, for the message.
     """
 
-    def __init__(self, folder: Folder, name: str, run_id: str, what: str, remedy: str) -> None:
+    def __init__(
+        self, folder: Folder | None = None, name: str = "", run_id: str = "", what: str = "", remedy: str = ""
+    ) -> None:
         self._folder, self._name, self._run_id = folder, name, run_id
         self._number, self._unexplained, self._deaths = 1, 0, list[list[int]]()
+        if folder is None:
+            return
         try:
             note = json.loads(folder.read_bytes(name))
             if note["run"] == run_id:
@@ -92,27 +96,10 @@ class Attempt:
 
     def end(self) -> None:
         """The attempt succeeded: remove the note."""
-        self._folder.remove(self._name)
+        if self._folder is not None:
+            self._folder.remove(self._name)
 
     def _write(self, at: list[int]) -> None:
-        note = {
-            "run": self._run_id,
-            "number": self._number,
-            "unexplained": self._unexplained,
-            "deaths": self._deaths,
-            "at": at,
-        }
-        self._folder.write_bytes(self._name, json.dumps(note).encode())
-
-
-class UnrecordedAttempt:
-    """An attempt without a note, for work in a single process."""
-
-    is_careful = False
-
-    def blamed(self) -> set[int]:
-        return set()
-
-    def steps(self, image_ids: Sequence[int], batch_size: int) -> Iterator[Sequence[int]]:
-        for start in range(0, len(image_ids), batch_size):
-            yield image_ids[start : start + batch_size]
+        if self._folder is not None:
+            note = {"run": self._run_id, "number": self._number, "unexplained": self._unexplained}
+            self._folder.write_bytes(self._name, json.dumps(note | {"deaths": self._deaths, "at": at}).encode())

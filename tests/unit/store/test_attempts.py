@@ -6,7 +6,7 @@ import pytest
 
 from icce_ray.errors import WorkerError
 from icce_ray.store import Folder
-from icce_ray.store.attempts import Attempt, UnrecordedAttempt
+from icce_ray.store.attempts import Attempt
 
 NAME = ".part-00000.parquet.decode"
 
@@ -72,4 +72,8 @@ def test_a_damaged_note_is_ignored(tmp_path: Path) -> None:
 
 
 def test_work_in_a_single_process_goes_in_batches_of_all_images() -> None:
-    assert [list(ids) for ids in UnrecordedAttempt().steps(range(5), 2)] == [[0, 1], [2, 3], [4]]
+    attempt = Attempt().begin()
+    assert [list(ids) for ids in attempt.steps(range(5), 2)] == [[0, 1], [2, 3], [4]]
+    attempt.end()
+    assert not attempt.is_careful
+    assert attempt.blamed() == set()
