@@ -20,8 +20,7 @@ import numpy.typing as npt
 from icce_ray.embed.decode_and_embed import Outcome
 from icce_ray.embed.embedding_parts import is_part_file, read_hashes
 from icce_ray.embed.part_hashes import KEY_BYTES, NO_FILE, Hashes, HashTable, Keys, hashes_name, num_hashes, to_bytes
-from icce_ray.store import Folder
-from icce_ray.store.run_records import read_manifest
+from icce_ray.store import Artifact, Folder
 
 LOAD_THREADS = 16
 MAX_TIMES = 100
@@ -261,5 +260,5 @@ def siblings(root: Folder, own: Folder, model: str, num_images: int) -> list[Fol
 
 def _num_images(folder: Folder) -> int:
     """Of a finished artifact; 0 if it is not finished."""
-    artifact = read_manifest(folder)
+    artifact = Artifact.read(folder)
     return artifact.metrics.get("num_images", 0) if artifact is not None else 0

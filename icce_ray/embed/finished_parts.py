@@ -19,6 +19,7 @@ from icce_ray.errors import InputError
 from icce_ray.images.listing import REMOVED, Listing
 from icce_ray.stage import StageContext
 from icce_ray.store import Part
+from icce_ray.store.artifact import folder_of
 from icce_ray.store.part_records import READ_THREADS, PartRecord, PartRecords
 
 DUPLICATES_NAME = "duplicates.parquet"
@@ -184,9 +185,8 @@ class Tally:
     def _hashed_parts(self, failed_ids: Ids) -> Iterator[HashedPart]:
         own = self._context.output.folder
         for start, stop, file in sorted(self._files, key=lambda place: place[0]):
-            folder = own if file.folder is None else own.parent.parent / file.folder
             first, last = np.searchsorted(failed_ids, [start, stop])
-            yield HashedPart(folder, file.name, start, stop, failed_ids[first:last])
+            yield HashedPart(folder_of(own, file), file.name, start, stop, failed_ids[first:last])
 
     def _errors(self, failed_ids: Ids, reasons: npt.NDArray[np.int32]) -> Iterator[pa.Table]:
         names = pa.array(list(self._reason_numbers), pa.string())

@@ -18,8 +18,8 @@ from urllib.request import getproxies
 import pyarrow.fs as pafs
 
 from icce_ray.errors import ConfigError, ResourceError, message_of
-from icce_ray.store.cache import cache_entry, is_sealed, locked, replacing, seal
-from icce_ray.store.filesystem import open_uri
+from icce_ray.store.cache import cache_entry, is_sealed, locked, replacing, seal, sha256_of
+from icce_ray.store.filesystem import open_uri, redacted
 
 WEIGHTS_ENDINGS = (".safetensors", ".pth", ".pt", ".bin")
 WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model", "teacher")
@@ -40,10 +40,10 @@ def check_weights(location: str) -> None:
         location: a path, or the URI of a file on object storage.
     """
     if not location.lower().endswith(WEIGHTS_ENDINGS):
-        raise ConfigError(f"embed.weights: {_shown(location)} does not end in {' or '.join(WEIGHTS_ENDINGS)}")
+        raise ConfigError(f"embed.weights: {redacted(location)} does not end in {' or '.join(WEIGHTS_ENDINGS)}")
     if "@" in urlsplit(location).netloc:
         raise ConfigError(
-            f"embed.weights: {_shown(location)} holds credentials, which manifests would repeat; set "
+            f"embed.weights: {redacted(location)} holds credentials, which manifests would repeat; set "
             "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY instead"
         )
     with _reading(location):
@@ -54,8 +54,7 @@ def check_weights(location: str) -> None:
 
 def weights_digest(location: str) -> str:
     """SHA-256 of the file's content, hex. Raises what :func:`local_weights` raises."""
-    with local_weights(location).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return sha256_of(local_weights(location))
 
 
 def local_weights(location: str) -> Path:
@@ -165,13 +164,6 @@ def no_hub(name: str, reason: str) -> ResourceError:
         "network, download them elsewhere and name the .safetensors or .pth file (--set embed.weights=FILE); "
         "--set embed.backbone=pixels needs none"
     )
-
-
-def _shown(location: str) -> str:
-    """`location` without anything that may be a secret."""
-    scheme, separator, rest = location.partition("://")
-    place, slash, path = rest.partition("/")
-    return location if "@" not in place else f"{scheme}{separator}...@{place.rpartition('@')[2]}{slash}{path}"
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from icce_ray.images.containers import Cell, ParquetCells, Span, file_of, locate
 from icce_ray.images.listing import ListedImage
 from icce_ray.images.uris import is_remote, local_path, resolve
 from icce_ray.store import s3
-from icce_ray.store.filesystem import open_uri
+from icce_ray.store.filesystem import check_store, open_uri
 from icce_ray.store.patient_filesystem import BadObjectError
 
 READ_TIMEOUTS_S = (1.5, 3.0, 6.0, 6.0, 12.0, 12.0, 24.0, 24.0)
@@ -83,7 +83,7 @@ def read_image(uri: str, size_bytes: int | None = None, etag: str | None = None)
         except InputError as error:
             # A single object may be forbidden. If the whole bucket is, no image can be read and the job must say so.
             if s3.is_s3(uri):
-                s3.check_bucket(uri, s3.current_options(), "images.uri")
+                check_store(uri, s3.current_options(), "images.uri")
             elif is_remote(uri):  # other file systems have looked already
                 raise
             return f"unreadable: {error}"

@@ -24,7 +24,6 @@ import json
 import os
 import shutil
 import time
-import uuid
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -34,6 +33,7 @@ import pyarrow.parquet as pq
 
 from icce_ray.errors import BusyError
 from icce_ray.store import Artifact, Claim, Folder
+from icce_ray.store.cache import replacing
 from icce_ray.store.claim import CLAIM_NAME
 from icce_ray.store.run_records import LATEST_FOLDER, RUNS_FOLDER, SUMMARY_NAME, read_latest
 
@@ -139,12 +139,8 @@ def _link(root: Path, entries: Mapping[str, Folder], summary: Mapping[str, Any],
 def _replace_link(path: Path, target: str) -> None:
     if path.is_symlink() and os.readlink(path) == target:
         return
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
+    with replacing(path) as temporary:
         temporary.symlink_to(target)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _copy(root: Folder, artifacts: Mapping[str, Artifact], summary: dict[str, Any], is_new: bool) -> list[str]:

@@ -8,7 +8,7 @@ from icce_ray.config import StorageConfig
 from icce_ray.runtime.progress import Progress, format_seconds
 from icce_ray.runtime.threads import repeating
 from icce_ray.store import s3
-from icce_ray.store.filesystem import store_answers, store_of
+from icce_ray.store.filesystem import open_uri, store_of
 
 POLL_S = 10.0
 
@@ -19,10 +19,13 @@ def outages_told(uris: Iterable[str], options: StorageConfig, progress: Progress
     stores = {store: uri for uri in uris if (store := store_of(uri)) is not None}
     since: dict[str, float] = {}
 
+    def answers(store: str) -> bool:
+        return bool(s3.answers(store, options) if s3.is_s3(store) else open_uri(stores[store])[0].handler.answers())
+
     def look() -> None:
         nonlocal since
         now = time.monotonic()
-        since = {store: since.get(store, now) for store, uri in stores.items() if not store_answers(uri, options)}
+        since = {store: since.get(store, now) for store in stores if not answers(store)}
         progress.waits(
             ", ".join(
                 f"waits for {store}, which has not answered for {format_seconds(now - began)} (stops after "

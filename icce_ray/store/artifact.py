@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from icce_ray.errors import DamagedArtifactError
-from icce_ray.store.cache import cache_entry
+from icce_ray.store.cache import cache_entry, sha256_of
 from icce_ray.store.filesystem import Folder
 from icce_ray.store.parts_table import Part, PartsTable
 
@@ -77,18 +77,23 @@ class Artifact:
         self._verified: set[str] = set()
 
     @classmethod
+    def read(cls, folder: Folder) -> Artifact | None:
+        """The artifact in `folder`, without a look at its parts; None if it has no manifest."""
+        try:
+            return cls(folder, Manifest.model_validate_json(folder.read_bytes(MANIFEST_NAME)))
+        except (FileNotFoundError, ValidationError):
+            return None
+
+    @classmethod
     def find(cls, folder: Folder) -> Artifact | None:
         """The artifact in `folder`, or None if there is no manifest, its table is damaged, or, of at most
         MAX_LISTED_PARTS parts, one is missing or of the wrong size."""
-        try:
-            manifest = Manifest.model_validate_json(folder.read_bytes(MANIFEST_NAME))
-        except (FileNotFoundError, ValidationError):
+        artifact = cls.read(folder)
+        if artifact is None or artifact.manifest.schema_version != SCHEMA_VERSION:
             return None
-        if manifest.schema_version != SCHEMA_VERSION:
-            return None
-        artifact = cls(folder, manifest)
-        if (manifest.parts.rows or 0) > MAX_LISTED_PARTS:
-            return artifact if folder.size(manifest.parts.name) == manifest.parts.num_bytes else None
+        table = artifact.manifest.parts
+        if (table.rows or 0) > MAX_LISTED_PARTS:
+            return artifact if folder.size(table.name) == table.num_bytes else None
         try:
             return artifact if artifact._parts.own_parts_are_among(folder.sizes()) else None
         except DamagedArtifactError:
@@ -132,13 +137,10 @@ class Artifact:
         file, local_folder = self.manifest.parts, self.folder.local_path
         try:
             if local_folder is None or file.num_bytes < LARGE_TABLE_BYTES:
-                data = self.folder.read_bytes(file.name, file.num_bytes)
-                self._check(file, hashlib.sha256(data).hexdigest())
-                source = pa.BufferReader(data)
+                source = pa.BufferReader(self._read(file))
             else:
                 source = pa.OSFile(str(local_folder / file.name))
-                with (local_folder / file.name).open("rb") as opened:
-                    self._check(file, hashlib.file_digest(opened, "sha256").hexdigest())
+                self._check(file, sha256_of(local_folder / file.name))
         except FileNotFoundError:
             raise DamagedArtifactError(f"{self.folder.file_uri(file.name)}: the table of parts is missing") from None
         try:
@@ -190,22 +192,15 @@ class Artifact:
         return [*self.part_names(), self.manifest.parts.name, MANIFEST_NAME]
 
     def folder_of(self, part: Part) -> Folder:
-        """Where the part's file lies."""
-        if part.folder is None:
-            return self.folder
-        return self.folder.parent.parent / part.folder
+        return folder_of(self.folder, part)
 
     def read_bytes(self, name: str) -> bytes:
-        """Content of a part. Raises DamagedArtifactError: the part is missing, or its bytes do not match the
-        manifest."""
+        """Content of a part. Raises DamagedArtifactError: it is missing, or its bytes do not match the manifest."""
         part = self.part(name)
-        folder = self.folder_of(part)
         try:
-            data = folder.read_bytes(name, part.num_bytes)
+            return self._read(part)
         except FileNotFoundError:
-            raise DamagedArtifactError(f"{folder.file_uri(name)}: the part is missing") from None
-        self._check(part, hashlib.sha256(data).hexdigest())
-        return data
+            raise DamagedArtifactError(f"{self.folder_of(part).file_uri(name)}: the part is missing") from None
 
     def read_json(self, name: str) -> Any:
         return json.loads(self.read_bytes(name))
@@ -214,22 +209,20 @@ class Artifact:
         return pq.read_table(pa.BufferReader(self.read_bytes(name)))
 
     def read_array(self, name: str) -> npt.NDArray[Any]:
-        """A .npy part, memory-mapped read-only. Remote parts are first copied to this machine's cache folder."""
-        path = self.local_file(name)
-        array: npt.NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
+        """A .npy part, memory-mapped read-only, as :meth:`local_file`."""
+        array: npt.NDArray[Any] = np.load(self.local_file(name), mmap_mode="r", allow_pickle=False)
         return array
 
     def local_file(self, name: str) -> Path:
-        """A part as a local file, checked. Remote parts are first copied to this machine's cache folder. Raises
-        DamagedArtifactError: the part is missing, or its bytes do not match the manifest."""
+        """A part as a local file, checked. Remote parts are first copied to this machine's cache folder. Raises as
+        :meth:`read_bytes`."""
         part = self.part(name)
         local_folder = self.folder_of(part).local_path
         if local_folder is not None:
             path = local_folder / name
             if name not in self._verified:
                 try:
-                    with path.open("rb") as file:
-                        self._check(part, hashlib.file_digest(file, "sha256").hexdigest())
+                    self._check(part, sha256_of(path))
                 except FileNotFoundError:
                     raise DamagedArtifactError(f"{path}: the part is missing") from None
                 self._verified.add(name)
@@ -247,10 +240,20 @@ class Artifact:
             self._verified.add(copy)
         return cache.local_path / copy
 
+    def _read(self, part: Part) -> bytes:
+        data = self.folder_of(part).read_bytes(part.name, part.num_bytes)
+        self._check(part, hashlib.sha256(data).hexdigest())
+        return data
+
     def _check(self, part: Part, digest: str) -> None:
         if digest != part.sha256:
             uri = self.folder_of(part).file_uri(part.name)
             raise DamagedArtifactError(f"{uri}: the bytes are not those that were written")
+
+
+def folder_of(own: Folder, part: Part) -> Folder:
+    """Where the file of a part of the artifact in `own` lies."""
+    return own if part.folder is None else own.parent.parent / part.folder
 
 
 def is_sound(folder: Folder, part: Part) -> bool:

@@ -5,6 +5,7 @@ import importlib.metadata
 import io
 import json
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from tempfile import TemporaryFile
 from typing import Any
 
@@ -25,11 +26,8 @@ RECORDED_LIBRARIES = ("icce_ray", "numpy", "torch", "faiss-cpu", "ray", "timm", 
 
 class ArtifactWriter:
     """Collects the parts of an artifact and commits it. It can be pickled: workers write parts and return them to the
-    driver, which calls :meth:`add` and, at the end, :meth:`commit`.
-
-    Args:
-        folder: :attr:`Claim.folder` where several jobs might write, so that one that lost its claim writes no part.
-    """
+    driver, which calls :meth:`add` and, at the end, :meth:`commit`. Where several jobs might write, `folder` is
+    :attr:`Claim.folder`, so that one that lost its claim writes no part."""
 
     def __init__(self, folder: Folder) -> None:
         self.folder = folder
@@ -89,8 +87,7 @@ class ArtifactWriter:
         return self.write_bytes(name, sink.getbuffer(), rows=rows, dtype=str(array.dtype), shape=array.shape)
 
     def copy_file(self, name: str, uri: str) -> Part:
-        """Copy the file at `uri` as a part, without holding it in memory. A copy that was interrupted is in no manifest
-        and is made again."""
+        """Copy the file at `uri` as a part, without holding it in memory."""
         filesystem, path = open_uri(uri)
         with filesystem.open_input_file(path) as file:
             digest, num_bytes = hashlib.file_digest(file, "sha256").hexdigest(), file.size()
@@ -111,37 +108,23 @@ class ArtifactWriter:
         config: Mapping[str, Any],
         metrics: Mapping[str, Any],
         seconds: float,
-        revision: int = 0,
         exclusive: bool = False,
     ) -> Artifact:
         """Write the table of parts, then the manifest. From then on the artifact exists. Raises WorkerError: with
-        `exclusive`, if another job finished the artifact in the meantime with other parts.
-
-        Args:
-            revision: above 0 if this amends a finished artifact.
-            exclusive: fail if there is a manifest already.
-        """
-        table = parts_bytes(self.parts.values())
-        digest = hashlib.sha256(table).hexdigest()
-        parts = Part(name=f"parts-{digest[:12]}.parquet", num_bytes=len(table), sha256=digest, rows=len(self.parts))
-        self.folder.write_bytes(parts.name, table)
+        `exclusive`, if another job finished the artifact in the meantime with other parts."""
         manifest = Manifest(
             stage=stage,
             fingerprint=fingerprint,
             inputs=dict(inputs),
-            parts=parts,
+            parts=self._write_parts_table(),
             config=dict(config),
             metrics=dict(metrics),
             libraries=_library_versions(),
             seconds=round(seconds, 3),
-            revision=revision,
         )
-        data = manifest.model_dump_json(indent=1).encode()
-        if not exclusive:
-            self.folder.write_bytes(MANIFEST_NAME, data)
-            return Artifact(self.folder, manifest)
+        write = self.folder.create_bytes if exclusive else self.folder.write_bytes
         try:
-            self.folder.create_bytes(MANIFEST_NAME, data)
+            write(MANIFEST_NAME, manifest.model_dump_json(indent=1).encode())
         except FileExistsError:
             there = Artifact.find(self.folder)
             if there is None or there.manifest.parts != manifest.parts:
@@ -152,18 +135,19 @@ class ArtifactWriter:
             return there
         return Artifact(self.folder, manifest)
 
+    def _write_parts_table(self) -> Part:
+        table = parts_bytes(self.parts.values())
+        digest = hashlib.sha256(table).hexdigest()
+        parts = Part(name=f"parts-{digest[:12]}.parquet", num_bytes=len(table), sha256=digest, rows=len(self.parts))
+        self.folder.write_bytes(parts.name, table)
+        return parts
+
     def amend(self, artifact: Artifact, metrics: Mapping[str, Any], *, revision: int) -> Artifact:
         """Commit the parts as those of a finished artifact, and remove files that it no longer has."""
-        manifest = artifact.manifest
-        amended = self.commit(
-            stage=manifest.stage,
-            fingerprint=manifest.fingerprint,
-            inputs=manifest.inputs,
-            config=manifest.config,
-            metrics=metrics,
-            seconds=manifest.seconds,
-            revision=revision,
-        )
+        changed = {"parts": self._write_parts_table(), "metrics": dict(metrics), "revision": revision}
+        manifest = artifact.manifest.model_copy(update=changed | {"libraries": _library_versions()})
+        self.folder.write_bytes(MANIFEST_NAME, manifest.model_dump_json(indent=1).encode())
+        amended = Artifact(self.folder, manifest)
         for name in set(artifact.file_names()) - set(amended.file_names()):
             self.folder.remove(name)
         return amended
@@ -172,8 +156,6 @@ class ArtifactWriter:
 def _library_versions() -> dict[str, str]:
     versions = {}
     for library in RECORDED_LIBRARIES:
-        try:
+        with suppress(importlib.metadata.PackageNotFoundError):
             versions[library] = importlib.metadata.version(library)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     return versions

@@ -13,7 +13,7 @@ import stat
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -21,14 +21,20 @@ from icce_ray.errors import ResourceError
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, finish: Callable[[Path, Path], object] = os.replace) -> Iterator[Path]:
     """A path to write to that becomes `path` at the end, or vanishes after an error."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         yield temporary
-        temporary.replace(path)
+        finish(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def sha256_of(path: Path) -> str:
+    """The checksum of a file, hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager
@@ -76,8 +82,7 @@ def cache_entry(kind: str, name: str) -> Path:
 
 def seal(path: Path) -> None:
     """Note the checksum of a finished file."""
-    with path.open("rb") as file:
-        _seal_of(path).write_text(hashlib.file_digest(file, "sha256").hexdigest())
+    _seal_of(path).write_text(sha256_of(path))
 
 
 def is_sealed(path: Path) -> bool:
@@ -86,9 +91,8 @@ def is_sealed(path: Path) -> bool:
         status = path.stat()
         key = (str(path), status.st_size, status.st_mtime_ns, status.st_ino)
         if key not in _checked:
-            with path.open("rb") as file:
-                if _seal_of(path).read_text() != hashlib.file_digest(file, "sha256").hexdigest():
-                    return False
+            if _seal_of(path).read_text() != sha256_of(path):
+                return False
             _checked.add(key)
     except FileNotFoundError:
         return False

@@ -17,7 +17,8 @@ import socket
 import threading
 import time
 import uuid
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -46,12 +47,8 @@ class Claim:
             ...
             claim.confirm()
 
-    Raises:
-        BusyError: on entry, if another job is writing the artifact.
-        InputError: on entry, if the claim file is a link.
-        WorkerError: on exit, if another job took the claim over meanwhile. The block is interrupted if it runs in the
-            main thread.
-    """
+    Raises BusyError: on entry, another job is writing the artifact; InputError: on entry, the claim file is a link;
+    WorkerError: on exit, another job took the claim over meanwhile. It interrupts the block in the main thread."""
 
     def __init__(self, folder: Folder) -> None:
         self._folder = folder
@@ -136,13 +133,9 @@ class Claim:
             raise self._busy(self._content())
 
     def _put(self, **condition: str) -> bool:
-        assert self._folder.s3_options is not None
-        uri = self._folder.file_uri(CLAIM_NAME)
-        bucket, key = s3.split_uri(uri)
         try:
-            with s3.translated(uri):
-                client = s3.client(self._folder.s3_options, read_timeout_s=REQUEST_S, attempts=2)
-                answer = client.put_object(Bucket=bucket, Key=key, Body=self._text().encode(), **condition)
+            with self._request() as (client, place):
+                answer = client.put_object(**place, Body=self._text().encode(), **condition)
         except (FileExistsError, FileNotFoundError):
             # If the answer to our own put got lost, the retry finds our content.
             return self._content() == self._text()
@@ -151,18 +144,26 @@ class Claim:
 
     def _content(self) -> str:
         """Content of the present claim, "" if there is none. Stores its etag."""
-        assert self._folder.s3_options is not None
-        uri = self._folder.file_uri(CLAIM_NAME)
-        bucket, key = s3.split_uri(uri)
         try:
-            with s3.translated(uri):
-                client = s3.client(self._folder.s3_options, read_timeout_s=REQUEST_S, attempts=2)
-                answer = client.get_object(Bucket=bucket, Key=key)
+            with self._request() as (client, place):
+                answer = client.get_object(**place)
                 content: str = answer["Body"].read().decode()
         except FileNotFoundError:
             return ""
         self._etag = answer["ETag"]
         return content
+
+    @contextmanager
+    def _request(self) -> Iterator[tuple[Any, dict[str, str]]]:
+        """A client for one request, and where the claim is."""
+        assert self._folder.s3_options is not None
+        uri = self._folder.file_uri(CLAIM_NAME)
+        bucket, key = s3.split_uri(uri)
+        with s3.translated(uri):
+            yield (
+                s3.client(self._folder.s3_options, read_timeout_s=REQUEST_S, attempts=2),
+                {"Bucket": bucket, "Key": key},
+            )
 
     def _text(self) -> str:
         return json.dumps({**self._own, "renewals": self._renewals})

@@ -10,12 +10,12 @@ import functools
 import os
 import re
 import shutil
-import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
+from urllib.parse import urlsplit
 
 import pyarrow as pa
 import pyarrow.fs as pafs
@@ -24,6 +24,7 @@ from icce_ray.config import StorageConfig
 from icce_ray.config.section import is_utf8
 from icce_ray.errors import InputError
 from icce_ray.store import s3
+from icce_ray.store.cache import replacing
 from icce_ray.store.patient_filesystem import PatientFileSystem, within
 
 OBJECT_STORES = ("s3", "gs", "gcs", "abfs", "abfss", "hdfs", "viewfs")
@@ -31,13 +32,16 @@ OBJECT_STORES = ("s3", "gs", "gcs", "abfs", "abfss", "hdfs", "viewfs")
 REMOVE_THREADS = 8
 OPTIONS = re.compile(r"(.*?)((?:\?[a-z_]+=[^/?]*)?)", re.DOTALL)
 """A remote location and its options, as pyarrow knows them. The names of objects may hold any character."""
+S3_ATTEMPTS = 2
+"""Of pyarrow's calls, which PatientFileSystem repeats."""
 GS_RETRY_S = 4
 """Google's client would retry for 15 minutes by itself."""
+_from_uri = pafs.FileSystem.from_uri
 
 
 def open_uri(uri: str) -> tuple[pafs.FileSystem, str]:
     """The filesystem of `uri` and the path in it. Local paths may be relative. Raises InputError: pyarrow cannot open
-    this scheme; ConfigError: an S3 URI that holds credentials or options."""
+    it; ConfigError: as :func:`s3.split_uri`."""
     if "://" not in uri:
         return pafs.LocalFileSystem(), str(Path(uri).absolute())
     if s3.is_s3(uri):
@@ -57,7 +61,19 @@ def open_uri(uri: str) -> tuple[pafs.FileSystem, str]:
 
 @functools.lru_cache(maxsize=16)
 def _s3(process: int, options: StorageConfig, endpoint: str | None, bucket: str) -> pafs.FileSystem:
-    return pafs.PyFileSystem(PatientFileSystem(s3.filesystem(options), f"s3://{bucket}", bucket))
+    parts = urlsplit(endpoint) if endpoint else None
+    filesystem = pafs.S3FileSystem(
+        **s3.credentials(options),
+        anonymous=options.anonymous,
+        region=s3.region_name(options),
+        scheme=parts.scheme if parts else None,
+        endpoint_override=parts.netloc + parts.path.rstrip("/") if parts else None,
+        connect_timeout=s3.CONNECT_TIMEOUT_S,
+        request_timeout=s3.READ_TIMEOUT_S,
+        retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=S3_ATTEMPTS),
+        allow_delayed_open=True,
+    )
+    return pafs.PyFileSystem(PatientFileSystem(filesystem, f"s3://{bucket}", bucket))
 
 
 def _remote_path(uri: str) -> tuple[pafs.FileSystem, str]:
@@ -77,11 +93,6 @@ def _remote(process: int, uri: str) -> tuple[pafs.FileSystem, str]:
     return pafs.PyFileSystem(PatientFileSystem(filesystem, str(store_of(uri)), root)), root
 
 
-def _from_uri(uri: str) -> tuple[pafs.FileSystem, str]:
-    filesystem, path = pafs.FileSystem.from_uri(uri)
-    return filesystem, path
-
-
 def store_of(uri: str) -> str | None:
     """The bucket, container or server of a remote URI, as a URI; None if it is a local path."""
     scheme, separator, rest = uri.partition("://")
@@ -93,22 +104,14 @@ def store_of(uri: str) -> str | None:
 def check_store(uri: str, options: StorageConfig, setting: str = "") -> None:
     """Fail within seconds if the store of a remote URI cannot be reached: later calls would wait for it. Raises
     InputError: there is no such bucket, credentials are refused or missing, or nothing answers."""
-    if s3.is_s3(uri):
-        s3.check_bucket(uri, options, setting)
-    elif store_of(uri) is not None:
-        filesystem, path = open_uri(uri)
-        try:
+    try:
+        if s3.is_s3(uri):
+            s3.check_bucket(uri, options)
+        elif store_of(uri) is not None:
+            filesystem, path = open_uri(uri)
             filesystem.handler.check(path)
-        except InputError as error:
-            raise InputError(f"{setting}: {error}" if setting else str(error)) from None
-
-
-def store_answers(uri: str, options: StorageConfig) -> bool:
-    """Whether the store of a remote URI answers now, whatever it answers."""
-    if s3.is_s3(uri):
-        return s3.answers(str(store_of(uri)), options)
-    filesystem, _ = open_uri(uri)
-    return bool(filesystem.handler.answers())
+    except InputError as error:
+        raise InputError(f"{setting}: {error}" if setting else str(error)) from None
 
 
 def redacted(uri: str) -> str:
@@ -116,20 +119,18 @@ def redacted(uri: str) -> str:
     scheme, separator, rest = uri.partition("://")
     if not separator or scheme == "file":
         return uri
-    path = ""
     if scheme in OBJECT_STORES:  # elsewhere a password may hold a slash
-        rest, slash, after = rest.partition("/")
-        path = slash + after
+        place, slash, path = rest.partition("/")
     else:
-        rest, question, _ = rest.partition("?")
-        path = f"{question}..." if question else ""
-    user, at, host = rest.rpartition("@")
-    return f"{scheme}://...@{host}{path}" if at and user != "anonymous" else f"{scheme}://{rest}{path}"
+        place, slash, path = rest.partition("?")
+        path = slash and "..."
+    user, at, host = place.rpartition("@")
+    return f"{scheme}://{f'...@{host}' if at and user != 'anonymous' else place}{slash}{path}"
 
 
 @dataclass(frozen=True)
 class Folder:
-    """A folder of a filesystem. It need not exist; writing a file creates it. It can be pickled and sent to workers."""
+    """A folder of a filesystem. It need not exist; writing a file creates it. It can be pickled."""
 
     filesystem: pafs.FileSystem
     path: str
@@ -150,8 +151,7 @@ class Folder:
 
     @classmethod
     def reachable(cls, uri: str | Path) -> Folder:
-        """:meth:`at`, for the first look of a command: it fails within seconds if a bucket does not answer. Raises
-        InputError: there is no such bucket, it refuses access, or nothing answers."""
+        """:meth:`at`, for the first look of a command. Raises InputError: as :func:`check_store`."""
         folder = cls.at(uri)
         check_store(folder.uri, s3.current_options())
         return folder
@@ -173,12 +173,10 @@ class Folder:
         return f"{self.uri}/{name}"
 
     def size(self, name: str) -> int | None:
-        """Size of the file `name` in bytes, or None if there is no such file."""
+        """Size of the file `name` in bytes, or None if there is none."""
         if self.s3_options is not None:
-            bucket, key = s3.split_uri(self.file_uri(name))
-            head = s3.client(self.s3_options).head_object
             try:
-                return int(s3.patiently(self.file_uri(name), lambda: head(Bucket=bucket, Key=key))["ContentLength"])
+                return int(self._ask_s3("head_object", name)["ContentLength"])
             except FileNotFoundError:
                 return None
         info = self.filesystem.get_file_info(f"{self.path}/{name}")
@@ -189,23 +187,19 @@ class Folder:
 
     def names(self) -> list[str]:
         """Names of the files in the folder, sorted, without unfinished writes."""
-        return sorted(name for name in self._sizes(recursive=False) if not name.startswith("."))
+        return sorted(name for name in self.sizes(recursive=False) if not name.startswith("."))
 
     def folder_names(self) -> list[str]:
         """Names of the folders in the folder, sorted."""
         if self.s3_options is not None:
-            start = len(s3.split_uri(f"{self.uri}/")[1])
             pages = s3.list_pages(f"{self.uri}/", self.s3_options, Delimiter="/")
             found = [entry["Prefix"] for page in pages for entry in page.get("CommonPrefixes", ())]
-            return sorted(prefix[start:].rstrip("/") for prefix in found)
+            return sorted(prefix.rstrip("/").rpartition("/")[2] for prefix in found)
         infos = self.filesystem.get_file_info(pafs.FileSelector(self.path, allow_not_found=True))
         return sorted(info.base_name for info in infos if info.type == pafs.FileType.Directory)
 
-    def sizes(self) -> dict[str, int]:
+    def sizes(self, *, recursive: bool = True) -> dict[str, int]:
         """Size in bytes of each file in the folder and below it, by name, from a single listing."""
-        return self._sizes(recursive=True)
-
-    def _sizes(self, *, recursive: bool) -> dict[str, int]:
         if self.s3_options is not None:
             start = len(s3.split_uri(f"{self.uri}/")[1])
             pages = s3.list_pages(f"{self.uri}/", self.s3_options, **({} if recursive else {"Delimiter": "/"}))
@@ -215,11 +209,8 @@ class Folder:
         return {info.path[start:]: info.size for info in infos if info.type == pafs.FileType.File}
 
     def read_bytes(self, name: str, num_bytes: int | None = None) -> bytes:
-        """Content of a file. Raises FileNotFoundError if there is none.
-
-        Args:
-            num_bytes: its expected size. On S3, an answer of another length is requested again.
-        """
+        """Content of a file. On S3, an answer that is not as long as expected is requested again. Raises
+        FileNotFoundError if there is none."""
         if self.s3_options is not None:
             return s3.get_object(self.file_uri(name), self.s3_options, num_bytes)
         with self.filesystem.open_input_file(f"{self.path}/{name}") as file:
@@ -231,42 +222,41 @@ class Folder:
             return bytes(file.read(num_bytes))
 
     def write_bytes(self, name: str, data: bytes | memoryview, *, wait: bool = True) -> None:
-        """Write a file atomically: readers see the old content or the new. `name` may contain folders.
-
-        Args:
-            wait: while the store is away, wait for it.
-        """
+        """Write a file atomically: readers see the old content or the new. `name` may contain folders. With `wait`,
+        wait for a store that is away."""
         if self.s3_options is not None:
-            self._put(name, data, wait=wait)
-            return
-        if self.local_path is None:
-            with self.filesystem.open_output_stream(f"{self.path}/{name}") as file:
-                file.write(data)
-            return
-        _write_beside(self.local_path / name, lambda file: file.write(data))
+            self._ask_s3("put_object", name, None if wait else 0.0, Body=bytes(data))
+        else:
+            self._write(name, lambda file: file.write(data))
 
     def write_file(self, name: str, source: BinaryIO) -> None:
         """Write a file of any size atomically, from where `source` stands to its end."""
+        self._write(name, lambda file: shutil.copyfileobj(source, file))
+
+    def _write(
+        self, name: str, write: Callable[[Any], object], finish: Callable[[Path, Path], object] = os.replace
+    ) -> None:
+        """On a local disk, `finish` gives the file its name when all of it is there."""
         if self.local_path is None:
-            with self.filesystem.open_output_stream(f"{self.path}/{name}") as file:
-                shutil.copyfileobj(source, file)
+            with self.filesystem.open_output_stream(f"{self.path}/{name}") as stream:
+                write(stream)
             return
-        _write_beside(self.local_path / name, lambda file: shutil.copyfileobj(source, file))
+        target = self.local_path / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(target, finish) as temporary, temporary.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
 
     def create_bytes(self, name: str, data: bytes | memoryview) -> None:
-        """Create a file. If several processes try at once, one succeeds.
-
-        Storage other than local disks and S3 has no conditional put; there this is a check followed by a write. Raises
-        FileExistsError: the file exists."""
+        """Create a file. If several processes try at once, one succeeds; storage other than local disks and S3 has no
+        conditional put, and there a check is followed by a write. Raises FileExistsError: the file exists."""
         if self.s3_options is not None:
-            self._put(name, data, IfNoneMatch="*")
-            return
-        if self.local_path is None:
-            if self.exists(name):
-                raise FileExistsError(self.file_uri(name))
-            self.write_bytes(name, data)
-            return
-        _write_beside(self.local_path / name, lambda file: file.write(data), _link_or_move)
+            self._ask_s3("put_object", name, Body=bytes(data), IfNoneMatch="*")
+        elif self.local_path is None and self.exists(name):
+            raise FileExistsError(self.file_uri(name))
+        else:
+            self._write(name, lambda file: file.write(data), _link_or_move)
 
     def remove(self, name: str) -> None:
         """Remove a file if it exists."""
@@ -285,31 +275,12 @@ class Folder:
         elif self.filesystem.get_file_info(self.path).type == pafs.FileType.Directory:
             self.filesystem.delete_dir(self.path)
 
-    def _put(self, name: str, data: bytes | memoryview, *, wait: bool = True, **condition: str) -> None:
+    def _ask_s3(self, method: str, name: str, max_wait_s: float | None = None, **arguments: Any) -> Any:
+        """Call a method of boto3's client with a file's object, as :func:`s3.patiently`."""
         assert self.s3_options is not None
         bucket, key = s3.split_uri(self.file_uri(name))
-        put = s3.client(self.s3_options).put_object
-        s3.patiently(
-            self.file_uri(name),
-            lambda: put(Bucket=bucket, Key=key, Body=bytes(data), **condition),
-            max_wait_s=None if wait else 0.0,
-        )
-
-
-def _write_beside(
-    target: Path, write: Callable[[BinaryIO], object], finish: Callable[[Path, Path], object] = os.replace
-) -> None:
-    """Write a file under a temporary name, and give it its name when it is on the disk."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
-    try:
-        with temporary.open("wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        finish(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
+        ask = getattr(s3.client(self.s3_options), method)
+        return s3.patiently(self.file_uri(name), lambda: ask(Bucket=bucket, Key=key, **arguments), max_wait_s)
 
 
 def _link_or_move(temporary: Path, target: Path) -> None:

@@ -18,6 +18,7 @@ Usage, in a stage::
 """
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from icce_ray.store.artifact import Artifact, is_sound
+from icce_ray.store.artifact import Artifact, folder_of, is_sound
 from icce_ray.store.filesystem import Folder
 from icce_ray.store.parts_table import Part
 
@@ -68,7 +69,7 @@ class PartRecords:
     def read(self, name: str) -> PartRecord | None:
         """The part's record, or None if there is no valid one: its files must have the bytes that were written."""
         record = self._parse(name)
-        return record if record is not None and all(is_sound(self.folder, file) for file in _own(record)) else None
+        return record if record is not None and self._own_are_sound(record) else None
 
     def read_all(self, *, check_files: bool = True) -> dict[str, PartRecord]:
         """All valid records by name, in the order of their names. Each folder with files of theirs is listed once.
@@ -77,22 +78,16 @@ class PartRecords:
             check_files: read the files and compare their checksums; otherwise only their sizes.
         """
         sizes = self.folder.sizes()
-        names = sorted(
-            path.removeprefix(f"{FOLDER_NAME}/").removesuffix(".json")
-            for path in sizes
-            if path.startswith(f"{FOLDER_NAME}/") and path.endswith(".json")
-        )
+        names = sorted(path[len(FOLDER_NAME) + 1 : -5] for path in sizes if re.match(rf"{FOLDER_NAME}/.*\.json$", path))
         with ThreadPoolExecutor(READ_THREADS) as threads:
             records = [record for record in threads.map(self._parse, names) if record is not None]
-            others = {file.folder for record in records for file in record.files if file.folder is not None}
-            listed = {name: (self.folder.parent.parent / name).sizes() for name in others}
+            files = {file.folder: file for record in records for file in record.files if file.folder is not None}
+            listed = {None: sizes} | {name: folder_of(self.folder, file).sizes() for name, file in files.items()}
 
             def is_valid(record: PartRecord) -> bool:
-                for file in record.files:
-                    there = sizes if file.folder is None else listed[file.folder]
-                    if there.get(file.name) != file.num_bytes:
-                        return False
-                return not check_files or all(is_sound(self.folder, file) for file in _own(record))
+                if any(listed[file.folder].get(file.name) != file.num_bytes for file in record.files):
+                    return False
+                return not check_files or self._own_are_sound(record)
 
             valid = list(threads.map(is_valid, records))
         return {record.name: record for record, is_kept in zip(records, valid, strict=True) if is_kept}
@@ -102,7 +97,7 @@ class PartRecords:
         such a file for them."""
         for record in self.read_all(check_files=False).values():
             for file in record.files:
-                holder = self.folder if file.folder is None else self.folder.parent.parent / file.folder
+                holder = folder_of(self.folder, file)
                 if not is_sound(holder, file):
                     self.remove(record.name)
                     if file.folder is not None:
@@ -116,6 +111,10 @@ class PartRecords:
         """Remove all records, of any source: the stage is done."""
         (self.folder / FOLDER_NAME).clear()
 
+    def _own_are_sound(self, record: PartRecord) -> bool:
+        """The checksums of files that another artifact holds are compared when they are read."""
+        return all(is_sound(self.folder, file) for file in record.files if file.folder is None)
+
     def _parse(self, name: str) -> PartRecord | None:
         """The record as written, or None if it is missing, damaged, or of another source."""
         try:
@@ -123,11 +122,6 @@ class PartRecords:
             return PartRecord.model_validate(content) if content.pop("source") == self.source else None
         except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError, ValidationError):
             return None
-
-
-def _own(record: PartRecord) -> list[Part]:
-    """The checksums of files that another artifact holds are compared when they are read."""
-    return [file for file in record.files if file.folder is None]
 
 
 def _file_name(name: str) -> str:

@@ -10,10 +10,8 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from pydantic import ValidationError
-
 from icce_ray.errors import InputError
-from icce_ray.store.artifact import MANIFEST_NAME, Artifact, Manifest
+from icce_ray.store.artifact import Artifact
 from icce_ray.store.filesystem import Folder
 
 SAFE_NAME, FINGERPRINT = re.compile(r"[\w-]+"), re.compile(r"[0-9a-f]{16}")
@@ -33,23 +31,17 @@ def write_record(
     config: Mapping[str, Any],
     result: Mapping[str, Any] | None = None,
 ) -> None:
-    """Note which artifacts make up a run. Raises InputError: the output cannot be written to.
-
-    Args:
-        fingerprints: of its artifacts, by stage.
-        config: its settings, JSON-able.
-        result: what it ended with; None while it runs, and then an existing record is kept.
-    """
-    folder = Folder.at(output) / RUNS_FOLDER
-    if result is None and folder.exists(f"{run}.json"):
+    """Note which artifacts, by stage, make up a run with these settings. While it runs, `result` is None, and an
+    existing record is kept. Raises InputError: the output cannot be written to."""
+    if result is None and (Folder.at(output) / RUNS_FOLDER).exists(f"{run}.json"):
         return
     record = {"run": run, "stages": dict(fingerprints), "config": dict(config), "result": result}
     _write(output, f"{run}.json", record)
 
 
 def write_unfinished(output: str, name: str, fingerprints: Mapping[str, str]) -> None:
-    """Note, before they are made, the artifacts of a command that no run records, so that they are kept. Raises
-    InputError: the output cannot be written to."""
+    """Note, before they are made, the artifacts of a command that no run records, so that they are kept. Raises as
+    :func:`write_record`."""
     _write(output, f"{UNFINISHED_FOLDER}/{name}.json", {"stages": dict(fingerprints), "began": time.time()})
 
 
@@ -118,16 +110,8 @@ def find_artifacts(root: Folder) -> Artifacts:
     for stage in root.folder_names():
         for name in (root / stage).folder_names():
             if FINGERPRINT.fullmatch(name):
-                found[f"{stage}/{name}"] = read_manifest(root / stage / name)
+                found[f"{stage}/{name}"] = Artifact.read(root / stage / name)
     return found
-
-
-def read_manifest(folder: Folder) -> Artifact | None:
-    """The artifact in a folder, without a look at its parts; None if it is unfinished."""
-    try:
-        return Artifact(folder, Manifest.model_validate_json(folder.read_bytes(MANIFEST_NAME)))
-    except (FileNotFoundError, ValidationError):
-        return None
 
 
 def inputs_of(artifact: Artifact) -> list[str]:

@@ -12,10 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NoReturn, TypeVar
-from urllib.parse import urlsplit
-
-from pydantic import SecretStr
+from typing import Any, TypeVar
 
 from icce_ray.config import StorageConfig
 from icce_ray.errors import ConfigError, InputError, WorkerError, one_line
@@ -25,8 +22,6 @@ CONNECT_TIMEOUT_S = 5.0
 READ_TIMEOUT_S = 20.0
 """Time without a byte after which a request is sent again."""
 MAX_ATTEMPTS = 8
-FILESYSTEM_ATTEMPTS = 2
-"""Of a pyarrow filesystem, whose calls are repeated by :mod:`icce_ray.store.patient_filesystem`."""
 OUTAGE_S = 600.0
 """Longest wait for a store that is away."""
 OUTAGE_POLL_S = 2.0
@@ -77,8 +72,10 @@ def region_name(options: StorageConfig) -> str | None:
     return region or ("us-east-1" if endpoint_url(options) else None)
 
 
-def _plain(secret: SecretStr | None) -> str | None:
-    return None if secret is None else secret.get_secret_value()
+def credentials(options: StorageConfig) -> dict[str, str | None]:
+    """Those of the config, by setting; None where the environment has them."""
+    secrets = {name: getattr(options, name) for name in ("access_key", "secret_key", "session_token")}
+    return {name: secret and secret.get_secret_value() for name, secret in secrets.items()}
 
 
 def is_s3(uri: str) -> bool:
@@ -113,18 +110,19 @@ def _client_of(process: int, options: StorageConfig, url: str | None, read_timeo
         s3={"addressing_style": "path"} if url else None,
         **({"signature_version": UNSIGNED} if options.anonymous else {}),
     )
+    secrets = credentials(options)
     with _making:  # boto3's default session is not thread-safe
         made = boto3.client(
             "s3",
             endpoint_url=url,
             region_name=region_name(options),
-            aws_access_key_id=_plain(options.access_key),
-            aws_secret_access_key=_plain(options.secret_key),
-            aws_session_token=_plain(options.session_token),
+            aws_access_key_id=secrets["access_key"],
+            aws_secret_access_key=secrets["secret_key"],
+            aws_session_token=secrets["session_token"],
             config=settings,
         )
-        made.meta.events.register_first(object_lists.EVENT, object_lists.take_contents)
-        return made
+    made.meta.events.register_first(object_lists.EVENT, object_lists.take_contents)
+    return made
 
 
 _making = threading.Lock()
@@ -135,39 +133,14 @@ def client(options: StorageConfig, *, read_timeout_s: float = READ_TIMEOUT_S, at
     return _client_of(os.getpid(), options, endpoint_url(options), read_timeout_s, attempts)
 
 
-def filesystem(options: StorageConfig) -> Any:
-    """The same store as a pyarrow filesystem."""
-    import pyarrow.fs as pafs
-
-    url = endpoint_url(options)
-    parts = urlsplit(url) if url else None
-    return pafs.S3FileSystem(
-        access_key=_plain(options.access_key),
-        secret_key=_plain(options.secret_key),
-        session_token=_plain(options.session_token),
-        anonymous=options.anonymous,
-        region=region_name(options),
-        scheme=parts.scheme if parts else None,
-        endpoint_override=parts.netloc + parts.path.rstrip("/") if parts else None,
-        connect_timeout=CONNECT_TIMEOUT_S,
-        request_timeout=READ_TIMEOUT_S,
-        retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=FILESYSTEM_ATTEMPTS),
-        allow_delayed_open=True,
-    )
-
-
-def check_bucket(uri: str, options: StorageConfig, setting: str = "") -> None:
-    """Fail within seconds if a bucket cannot be reached: later calls would wait for it. Raises InputError: there is no
-    such bucket, credentials are refused or missing, or nothing answers."""
+def check_bucket(uri: str, options: StorageConfig) -> None:
+    """See :func:`icce_ray.store.filesystem.check_store`."""
     bucket, _ = split_uri(uri)
-    prefix = f"{setting}: " if setting else ""
     try:
         with translated(f"s3://{bucket}"):
             client(options, read_timeout_s=CONNECT_TIMEOUT_S, attempts=3).list_objects_v2(Bucket=bucket, MaxKeys=1)
-    except InputError as error:
-        raise InputError(f"{prefix}{error}") from None
     except OSError as error:
-        raise InputError(f"{prefix}s3://{bucket} cannot be reached: {error}") from None
+        raise InputError(f"s3://{bucket} cannot be reached: {error}") from None
 
 
 def answers(uri: str, options: StorageConfig) -> bool:
@@ -189,14 +162,8 @@ def answers(uri: str, options: StorageConfig) -> bool:
 
 
 def patiently(uri: str, call: Callable[[], T], max_wait_s: float | None = None) -> T:
-    """`call()`, again and again while the store is away. Raises what :func:`translated` raises. Raises WorkerError: the
-    store has been away for as long.
-
-    Args:
-        uri: for messages.
-        call: sends the request.
-        max_wait_s: OUTAGE_S if None.
-    """
+    """`call()`, again and again while the store is away. Raises what :func:`translated` raises; WorkerError: the store
+    has been away for `max_wait_s`, OUTAGE_S if None. `uri` is for messages."""
     max_wait_s = OUTAGE_S if max_wait_s is None else max_wait_s
     began = time.monotonic()
     while True:
@@ -210,7 +177,6 @@ def patiently(uri: str, call: Callable[[], T], max_wait_s: float | None = None) 
 
 
 def given_up(uri: str, error: object) -> WorkerError:
-    """The end of the wait for a store."""
     return WorkerError(
         f"the storage has been away for {OUTAGE_S / 60:.0f} min ({error}). What is finished is kept: run the same "
         f"command again when {'/'.join(uri.split('/')[:3])} can be reached"
@@ -229,11 +195,8 @@ def list_pages(uri: str, options: StorageConfig, **settings: str) -> Iterator[di
 
 
 def get_object(uri: str, options: StorageConfig, num_bytes: int | None = None) -> bytes:
-    """Content of an object. Raises FileNotFoundError if there is none.
-
-    Args:
-        num_bytes: its expected size. Another length is accepted only if it comes repeatedly.
-    """
+    """Content of an object. If it is not as long as expected, that is accepted only if it comes repeatedly. Raises
+    FileNotFoundError if there is none."""
     for _ in range(BODY_ATTEMPTS):
         data = patiently(uri, lambda: get_once(uri, client(options)))
         if num_bytes in (None, len(data)):
@@ -283,46 +246,46 @@ def get_once(
 
 @contextmanager
 def translated(uri: str) -> Iterator[None]:
-    """Turn boto3's errors into FileNotFoundError, InputError (bucket, credentials), AwayError, or OSError (others)."""
+    """Turn boto3's errors into FileNotFoundError, FileExistsError (of a condition), InputError (bucket, credentials),
+    AwayError, or OSError (others)."""
     try:
         yield
     except Exception as error:
-        raise_translated(error, uri)
+        if (ours := _translation(error, uri)) is None:
+            raise
+        raise ours from None
 
 
-def raise_translated(error: BaseException, uri: str) -> NoReturn:
-    """Raise our error for one of boto3's, and any other error unchanged."""
+def _translation(error: Exception, uri: str) -> Exception | None:
+    """Our error for one of boto3's."""
     from botocore import exceptions as boto
 
     if isinstance(error, boto.ClientError):
         code = str(error.response.get("Error", {}).get("Code", "unknown"))
         bucket = uri.removeprefix("s3://").partition("/")[0]
         if code in MISSING:
-            raise FileNotFoundError(f"{uri}: there is no such object") from None
+            return FileNotFoundError(f"{uri}: there is no such object")
         if code == "NoSuchBucket":
-            raise InputError(f"there is no bucket s3://{bucket}; check its name, and storage.endpoint") from None
+            return InputError(f"there is no bucket s3://{bucket}; check its name, and storage.endpoint")
         if code in REFUSED:
-            raise InputError(
+            return InputError(
                 f"access to s3://{bucket} was refused ({code}); check the credentials (AWS_ACCESS_KEY_ID and "
                 "AWS_SECRET_ACCESS_KEY, AWS_PROFILE, or the storage section) and what they may do"
-            ) from None
+            )
         if code in CONDITION_FAILED:
-            raise FileExistsError(f"{uri}: exists already, or was changed by another job") from None
+            return FileExistsError(f"{uri}: exists already, or was changed by another job")
         if code in ELSEWHERE:
-            raise InputError(
-                f"s3://{bucket} is not in the region {region_name(_current)} ({code}); set storage.region or AWS_REGION"
-            ) from None
+            region = region_name(_current)
+            return InputError(f"s3://{bucket} is not in the region {region} ({code}); set storage.region or AWS_REGION")
         status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
         is_away = code in THROTTLED or status >= 500 or status in BUSY
-        raise (AwayError if is_away else OSError)(f"{uri}: the storage answered {code}") from None
+        return (AwayError if is_away else OSError)(f"{uri}: the storage answered {code}")
     if isinstance(error, (boto.NoCredentialsError, boto.PartialCredentialsError)):
-        raise InputError(
+        return InputError(
             f"{uri}: no credentials found; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE, or the "
             "storage section (storage.anonymous: true for a public bucket)"
-        ) from None
+        )
     connection_errors = boto.HTTPClientError, boto.ConnectionError, ConnectionError, TimeoutError
-    is_connection = isinstance(error, connection_errors) or type(error).__module__.startswith(("urllib3", "http"))
-    if isinstance(error, boto.BotoCoreError) or is_connection:
-        kind = AwayError if is_connection else OSError
-        raise kind(f"{uri}: {one_line(error)}") from None
-    raise error
+    if isinstance(error, connection_errors) or type(error).__module__.startswith(("urllib3", "http")):
+        return AwayError(f"{uri}: {one_line(error)}")
+    return OSError(f"{uri}: {one_line(error)}") if isinstance(error, boto.BotoCoreError) else None
