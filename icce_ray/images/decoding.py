@@ -54,8 +54,6 @@ TIFF_REMEDY = "TIFF: pixels of this type are not supported; convert to 8 or 16 b
 TIFF_SIGNATURES = (b"II*\0", b"MM\0*", b"II+\0")
 DEEP_SIGNATURES = (*TIFF_SIGNATURES, b"P", b"\0\0\0\x0cjP", b"\xff\x4f\xff\x51")
 """Of formats besides PNG that may hold grey images of more than 8 bits: TIFF, PPM, JPEG 2000."""
-DRAFT_FORMATS = ("JPEG", "MPO")
-"""MPO: several JPEGs in one file, as some cameras write."""
 DRAFT_FACTOR = 2
 """JPEGs are decoded at the smallest of the scales 1, 1/2, 1/4, 1/8 that is still this many times the wanted size."""
 
@@ -63,9 +61,8 @@ MAX_ASPECT = 16
 """Longest side over shortest. Only the middle of a longer strip is scaled: a whole line of a million pixels would need
 an enormous image."""
 
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "JPEG2000", "PPM") + (
-    ("AVIF",) if features.check("avif") else ()
-)
+AVIF = ("AVIF",) if features.check("avif") else ()
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "JPEG2000", "PPM", *AVIF)
 """Only these of Pillow's decoders are used. EPS, for one, would run Ghostscript."""
 STRIP_ROWS = 256
 """Rows converted at a time, so that intermediate results take little memory."""
@@ -101,7 +98,7 @@ class Preprocessing:
 
 @dataclass(frozen=True)
 class SeveralViews:
-    """Several views of each image, for backbones with different preprocessing; their pixels are concatenated (P)."""
+    """Views of each image for backbones with different preprocessing; their pixels are concatenated (P)."""
 
     views: tuple[Preprocessing, ...]
 
@@ -125,21 +122,11 @@ def common_preprocessing(views: Sequence[Preprocessing]) -> Preprocessing | Seve
 def decode_image(
     data: bytes, preprocessing: Preprocessing | SeveralViews, *, max_pixels: int = 100_000_000
 ) -> Pixels | str:
-    """Decode, orient, convert and scale one image file.
-
-    Usage::
-
-        pixels = decode_image(data, Preprocessing(size=224, scale_size=256))
-        if isinstance(pixels, str): ...   # the reason
+    """Decode, orient, convert and scale one image file of at most `max_pixels` (width x height).
 
     Returns (H, W, C) uint8, or (P,) for several views; or the reason: ``zero bytes``, ``truncated``, ``not an image``,
     ``decompression bomb`` (more than twice Pillow's own limit of 89 million pixels), ``over the limit of N pixels``,
     ``unreadable: ...``. It never raises.
-
-    Args:
-        data: the file's bytes.
-        preprocessing: the wanted size and colours.
-        max_pixels: images with more pixels (width x height) are not decoded.
     """
     if not data:
         return "zero bytes"
@@ -164,7 +151,7 @@ def decode_image(
 
 
 def is_deep_grey(data: bytes) -> bool:
-    """Whether this is a grey image of more than 8 bits, which is stretched from its minimum to its maximum."""
+    """Whether this is a grey image of more than 8 bits, see :func:`_to_8_bits`."""
     if data.startswith(b"\x89PNG"):
         return data[24:26] == b"\x10\x00"  # depth 16, colour type grey
     if not data.startswith(DEEP_SIGNATURES):
@@ -183,8 +170,7 @@ def convert_image(image: Image.Image, preprocessing: Preprocessing, *, max_pixel
     if image.width * image.height > max_pixels:
         return f"over the limit of {max_pixels} pixels"
     try:
-        upright = _turn_upright(image.copy())
-        return _to_pixels(_convert(upright, "L" if preprocessing.grayscale else "RGB"), preprocessing)
+        return _to_pixels(_turn_upright(image.copy()), preprocessing)
     except Exception as error:
         return f"unreadable: {one_line(error)}"
 
@@ -197,35 +183,31 @@ def _decode_views(data: bytes, views: tuple[Preprocessing, ...], max_pixels: int
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:  # reads the header only
             if image.width * image.height > max_pixels:
                 return f"over the limit of {max_pixels} pixels"
-            if image.format in DRAFT_FORMATS:
+            if image.format in ("JPEG", "MPO"):  # MPO: several JPEGs in one file, as some cameras write
                 image.draft(None, (DRAFT_FACTOR * view.scale_size, DRAFT_FACTOR * view.scale_size))
             drafted = image.size
             if drafted not in upright:
                 image.load()
                 upright[drafted] = _turn_upright(image)
-        pictures.append(_to_pixels(_convert(upright[drafted], "L" if view.grayscale else "RGB"), view))
+        pictures.append(_to_pixels(upright[drafted], view))
     return pictures
 
 
 def _to_pixels(upright: Image.Image, view: Preprocessing) -> Pixels:
-    size = view.scale_size
+    upright, size = _convert(upright, "L" if view.grayscale else "RGB"), view.scale_size
     width, height = upright.size
-    if max(width, height) > MAX_ASPECT * min(width, height) and not view.squash:
-        length = MAX_ASPECT * min(width, height)
+    length = MAX_ASPECT * min(width, height)
+    if max(width, height) > length and not view.squash:
         left, top = max(0, (width - length) // 2), max(0, (height - length) // 2)
         upright = upright.crop((left, top, min(width, left + length), min(height, top + length)))
         width, height = upright.size
-    if view.squash:
-        target = (size, size)
-    elif width <= height:
-        target = (size, max(size, int(size * height / width)))
-    else:
-        target = (max(size, int(size * width / height)), size)
+    short = min(width, height)
+    target = (size, size) if view.squash else (int(size * width / short), int(size * height / short))
     if target != upright.size:
         upright = upright.resize(target, Image.Resampling[view.interpolation.upper()])
     left, top = round((target[0] - view.size) / 2), round((target[1] - view.size) / 2)
     square = upright.crop((left, top, left + view.size, top + view.size))
-    return np.asarray(square, dtype=np.uint8).reshape(view.shape)
+    return np.asarray(square).reshape(view.shape)
 
 
 def _turn_upright(image: Image.Image) -> Image.Image:
@@ -261,11 +243,8 @@ def _convert(image: Image.Image, mode: str) -> Image.Image:
 
 
 def _to_8_bits(values: npt.NDArray[Any]) -> Pixels:
-    """Grey values of a 16-bit, 32-bit or float image as 0..255: its minimum becomes 0, its maximum 255.
-
-    The type does not tell the range: 12 bits of a camera lie in 16, floats mean 0..1 or anything. A value that is not
-    finite counts as the nearest finite one, a NaN as the minimum.
-    """
+    """Grey values of a 16-bit, 32-bit or float image, whose type does not tell the range: the minimum becomes 0, the
+    maximum 255. A value that is not finite counts as the nearest finite one, a NaN as the minimum."""
     finite = values[np.isfinite(values)] if values.dtype.kind == "f" else values
     low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)
     scale = 255.0 / (high - low) if high > low else 0.0

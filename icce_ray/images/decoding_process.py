@@ -39,20 +39,17 @@ class DecodingProcess:
         """What :func:`decode_image` returns, or KILLER if the process died at it MAX_ATTEMPTS times, or that the image
         took too long. Raises WorkerError: the process cannot be started, or :meth:`close` was called."""
         with self._using:
-            return self._decode(data, preprocessing, max_pixels)
-
-    def _decode(self, data: bytes, preprocessing: Preprocessing | SeveralViews, max_pixels: int) -> Pixels | str:
-        for _ in range(MAX_ATTEMPTS):
-            connection = self._connection or self._start()
-            try:
-                connection.send((data, preprocessing, max_pixels))
-                answer: Pixels | str = _receive(connection)
-                return answer
-            except TimeoutError:
-                self._stop()
-                return f"over the limit of {TIMEOUT_S:g} s"
-            except (EOFError, OSError):
-                self._stop()
+            for _ in range(MAX_ATTEMPTS):
+                connection = self._connection or self._start()
+                try:
+                    connection.send((data, preprocessing, max_pixels))
+                    answer: Pixels | str = _receive(connection)
+                    return answer
+                except TimeoutError:
+                    self._stop()
+                    return f"over the limit of {TIMEOUT_S:g} s"
+                except (EOFError, OSError):
+                    self._stop()
         from icce_ray.store.attempts import KILLER  # not above: the process itself needs only the decoder
 
         return KILLER

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from icce_ray.config import EmbeddingsConfig
 from icce_ray.errors import InputError
-from icce_ray.images.parquet_columns import check_column, find_field, is_string, open_column, read_text
+from icce_ray.images.parquet_columns import check_column, is_string, list_column, list_dtype, open_column, read_text
 from icce_ray.store.filesystem import open_uri
 
 READ_BATCH_ROWS = 8192
@@ -42,10 +42,10 @@ class Block(NamedTuple):
         """Why a row cannot be used, by its number in the block."""
         dim, dtype = self.rows_nD.shape[1], self.rows_nD.dtype
         texts = {NULL: "null: the row has no embedding", NOT_FINITE: f"NaN, null or infinite values, as {dtype}"}
-        bad = np.flatnonzero(~self.is_usable_n).tolist()
         return {
             row: texts.get(number, f"{number:,} values; the others have {dim:,}")
-            for row, number in zip(bad, self.num_values_n[bad].tolist(), strict=True)
+            for row, number in enumerate(self.num_values_n.tolist())
+            if number != dim
         }
 
 
@@ -59,60 +59,6 @@ class EmbeddingFile:
     """An absolute path, or the URI on remote storage."""
     size_bytes: int
     mtime_ns: int | None
-
-
-class Embeddings(Protocol):
-    """N embeddings of D dimensions in a fixed order."""
-
-    files: list[EmbeddingFile]
-    num_rows: int
-    dim: int
-    dtype: np.dtype[Any]
-    """float16 or float32."""
-
-    def uris(self, uri_column: str, start: int = 0, stop: int | None = None) -> pa.ChunkedArray:
-        """(n,) string, the URIs of the rows from `start` to `stop` (None: to the end): the file's own column
-        `uri_column` if it has one, else ``<file>#<row of that file>``."""
-
-    def blocks(self, num_rows: int, start: int = 0) -> Iterator[Block]:
-        """Rows from `start` on, in order, in blocks (num_rows, D) of `dtype`; the last one may be shorter."""
-
-
-def open_embeddings(config: EmbeddingsConfig) -> Embeddings:
-    """Open `config.uri`; only headers are read. Usage: ``open_embeddings(config.embeddings).blocks(65536)``. Raises
-    InputError: nothing there, another format, the wrong number of axes, not floating point, no such column."""
-    assert config.uri is not None
-    filesystem, path = open_uri(config.uri)
-    info = filesystem.get_file_info(path)
-    if info.type == pafs.FileType.NotFound:
-        raise InputError(f"embeddings.uri: {config.uri} does not exist")
-    if info.type == pafs.FileType.Directory:
-        files = _parquet_files(filesystem, path, config.uri)
-        if not files:
-            raise InputError(f"embeddings.uri: no .parquet file in the folder {config.uri}")
-        return ParquetEmbeddings(files, config.column)
-    if info.type != pafs.FileType.File:
-        raise InputError(f"embeddings.uri: {config.uri} is neither a file nor a folder")
-    file = _embedding_file(filesystem, info, config.uri)
-    if path.lower().endswith(".npy"):
-        return NpyEmbeddings(file)
-    if path.lower().endswith((".parquet", ".pq")):
-        return ParquetEmbeddings([file], config.column)
-    raise InputError(f"embeddings.uri: {config.uri} is not a .npy or .parquet file, nor a folder of .parquet files")
-
-
-def open_embedding_sets(config: EmbeddingsConfig) -> list[Embeddings]:
-    """Open `config.uri` and all of `config.extra`, as :func:`open_embeddings`. Raises InputError: as there, or the
-    numbers of rows differ."""
-    places = (config.uri, *config.extra)
-    sets = [open_embeddings(config.model_copy(update={"uri": place})) for place in places]
-    for place, found in zip(places, sets, strict=True):
-        if found.num_rows != sets[0].num_rows:
-            raise InputError(
-                f"embeddings.extra: {place} has {found.num_rows:,} rows, {config.uri} has {sets[0].num_rows:,}; "
-                "all must have the same images in the same order"
-            )
-    return sets
 
 
 def read_npy_header(file: Any) -> tuple[tuple[int, ...], np.dtype[Any]]:
@@ -131,7 +77,8 @@ def read_npy_header(file: Any) -> tuple[tuple[int, ...], np.dtype[Any]]:
 
 
 class NpyEmbeddings:
-    """An (N, D) floating-point array. On remote storage it is read by byte ranges, never as a whole."""
+    """An (N, D) floating-point array. On remote storage it is read by byte ranges, never as a whole. Its `dtype` is
+    float16 or float32."""
 
     def __init__(self, file: EmbeddingFile) -> None:
         self.files = [file]
@@ -152,41 +99,37 @@ class NpyEmbeddings:
         self.num_rows, self.dim = int(shape[0]), int(shape[1])
 
     def uris(self, uri_column: str, start: int = 0, stop: int | None = None) -> pa.ChunkedArray:
+        """(n,) string, the URIs of the rows from `start` to `stop` (None: to the end): the file's own column
+        `uri_column` if it has one, else ``<file>#<row of that file>``."""
         return pa.chunked_array([_row_uris(self.files[0].uri, start, self.num_rows if stop is None else stop)])
 
     def blocks(self, num_rows: int, start: int = 0) -> Iterator[Block]:
+        """Rows from `start` on, in order, in blocks (num_rows, D) of `dtype`; the last one may be shorter."""
         for first in range(start, self.num_rows, num_rows):
             stop = min(first + num_rows, self.num_rows)
-            rows_nD = self._array[first:stop] if self._array is not None else self._read_rows(first, stop)
+            rows_nD = self._read_rows(first, stop) if self._array is None else self._array[first:stop]
             yield _checked(rows_nD, np.full(stop - first, self.dim), self.dtype)
 
     def _read_rows(self, start: int, stop: int) -> npt.NDArray[Any]:
         row_bytes = self.dim * self._stored.itemsize
         with self.files[0].filesystem.open_input_file(self.files[0].path) as file:
-            file.seek(self._offset + start * row_bytes)
-            data = file.read((stop - start) * row_bytes)
+            data = file.read_at((stop - start) * row_bytes, self._offset + start * row_bytes)
         return np.frombuffer(data, dtype=self._stored).reshape(stop - start, self.dim)
 
 
 class ParquetEmbeddings:
-    """A list column of floats; the files of a folder in the order of their names.
-
-    Args:
-        dim: D. None: the length of most of the first lists.
-    """
+    """The same from a list column of floats; the files of a folder in the order of their names. `dim` is by default the
+    length of most of the first lists."""
 
     def __init__(self, files: list[EmbeddingFile], column: str | None, dim: int | None = None) -> None:
         self.files = files
-        self._schemas: list[pa.Schema] = []
-        self._rows: list[int] = []
+        self._schemas, self._rows = list[pa.Schema](), list[int]()
         for file in files:
             with _opened_parquet(file) as parquet:
                 self._schemas.append(parquet.schema_arrow)
                 self._rows.append(parquet.metadata.num_rows)
-        self.column = column or _only_list_column(self._schemas[0], files[0].uri)
-        stored = {
-            _value_dtype(schema, self.column, file.uri) for file, schema in zip(files, self._schemas, strict=True)
-        }
+        self.column = column or list_column(self._schemas[0], files[0].uri)
+        stored = {list_dtype(schema, self.column, file.uri) for file, schema in zip(files, self._schemas, strict=True)}
         if len(stored) > 1:
             raise InputError(f"embeddings.uri: column {self.column!r} has different types in the files of the folder")
         self.dtype = _kept_dtype(stored.pop(), files[0].uri)
@@ -196,25 +139,20 @@ class ParquetEmbeddings:
         self.dim = dim or self._usual_length()
 
     def uris(self, uri_column: str, start: int = 0, stop: int | None = None) -> pa.ChunkedArray:
-        chunks: list[pa.Array] = []
-        offset = 0
+        chunks, offset = list[pa.Array](), 0
         for file, schema, rows in zip(self.files, self._schemas, self._rows, strict=True):
-            first = max(start - offset, 0)
-            last = rows if stop is None else min(stop - offset, rows)
+            first, last = max(start - offset, 0), rows if stop is None else min(stop - offset, rows)
             offset += rows
-            if first >= last:
-                continue
-            uris = _row_uris(file.uri, first, last)
-            if uri_column in schema.names and is_string(schema.field(uri_column).type):
-                with _opened_parquet(file, uri_column) as parquet:
-                    own = read_text(parquet, uri_column)
-                uris = pc.coalesce(own.slice(first, last - first).combine_chunks(), uris)
-            chunks.append(uris)
+            if first < last:
+                chunks.append(_row_uris(file.uri, first, last))
+                if uri_column in schema.names and is_string(schema.field(uri_column).type):
+                    with _opened_parquet(file, uri_column) as parquet:
+                        own = read_text(parquet, uri_column)
+                    chunks[-1] = pc.coalesce(own.slice(first, last - first).combine_chunks(), chunks[-1])
         return pa.chunked_array(chunks, type=pa.string())
 
     def blocks(self, num_rows: int, start: int = 0) -> Iterator[Block]:
-        pending: list[Block] = []
-        held = 0
+        pending, held = list[Block](), 0
         for block in self._read(start):
             pending.append(block)
             held += len(block.rows_nD)
@@ -226,9 +164,8 @@ class ParquetEmbeddings:
         if held:
             yield Block(*map(np.concatenate, zip(*pending, strict=True)))
 
-    def _read(self, start: int) -> Iterator[Block]:
-        """Small batches of rows from `start` on; row groups before it are not read."""
-        skip = start
+    def _read(self, skip: int) -> Iterator[Block]:
+        """Small batches of rows behind the first `skip`, whose row groups are not read."""
         for file, rows in zip(self.files, self._rows, strict=True):
             if skip >= rows:
                 skip -= rows
@@ -265,18 +202,58 @@ class ParquetEmbeddings:
         return int(Counter(lengths).most_common(1)[0][0])
 
 
+Embeddings = NpyEmbeddings | ParquetEmbeddings
+"""N embeddings of D dimensions in a fixed order."""
+
+
+def open_embeddings(config: EmbeddingsConfig) -> Embeddings:
+    """Open `config.uri`; only headers are read. Usage: ``open_embeddings(config.embeddings).blocks(65536)``. Raises
+    InputError: nothing there, another format, the wrong number of axes, not floating point, no such column."""
+    assert config.uri is not None
+    filesystem, path = open_uri(config.uri)
+    info = filesystem.get_file_info(path)
+    if info.type == pafs.FileType.NotFound:
+        raise InputError(f"embeddings.uri: {config.uri} does not exist")
+    if info.type == pafs.FileType.Directory:
+        if not (files := _parquet_files(filesystem, path, config.uri)):
+            raise InputError(f"embeddings.uri: no .parquet file in the folder {config.uri}")
+        return ParquetEmbeddings(files, config.column)
+    if info.type != pafs.FileType.File:
+        raise InputError(f"embeddings.uri: {config.uri} is neither a file nor a folder")
+    file = _embedding_file(filesystem, info, config.uri)
+    if path.lower().endswith(".npy"):
+        return NpyEmbeddings(file)
+    if path.lower().endswith((".parquet", ".pq")):
+        return ParquetEmbeddings([file], config.column)
+    raise InputError(f"embeddings.uri: {config.uri} is not a .npy or .parquet file, nor a folder of .parquet files")
+
+
+def open_embedding_sets(config: EmbeddingsConfig) -> list[Embeddings]:
+    """Open `config.uri` and all of `config.extra`. Raises InputError: as :func:`open_embeddings`, or the numbers of
+    rows differ."""
+    places = (config.uri, *config.extra)
+    sets = [open_embeddings(config.model_copy(update={"uri": place})) for place in places]
+    for place, found in zip(places, sets, strict=True):
+        if found.num_rows != sets[0].num_rows:
+            raise InputError(
+                f"embeddings.extra: {place} has {found.num_rows:,} rows, {config.uri} has {sets[0].num_rows:,}; "
+                "all must have the same images in the same order"
+            )
+    return sets
+
+
 def _lengths(lists: pa.Array) -> npt.NDArray[np.int64]:
     """(n,) number of values of each list; NULL where there is none."""
     return np.asarray(pc.list_value_length(lists).fill_null(NULL).to_numpy(zero_copy_only=False), np.int64)
 
 
 @contextmanager
-def _opened_parquet(file: EmbeddingFile, column: str | None = None) -> Iterator[pq.ParquetFile]:
-    """A file to read `column` from. Raises InputError: the file is damaged, or unpacks to an absurd size."""
+def _opened_parquet(file: EmbeddingFile, *columns: str) -> Iterator[pq.ParquetFile]:
+    """A file to read `columns` from. Raises InputError: the file is damaged, or unpacks to an absurd size."""
     try:
         with file.filesystem.open_input_file(file.path) as opened:
-            parquet = open_column(opened, *filter(None, [column]))
-            if column is not None:
+            parquet = open_column(opened, *columns)
+            for column in columns:
                 check_column(parquet, column)
             yield parquet
     except InputError:
@@ -300,36 +277,6 @@ def _parquet_files(filesystem: pafs.FileSystem, path: str, uri: str) -> list[Emb
     return sorted(found, key=lambda file: file.uri)
 
 
-def _only_list_column(schema: pa.Schema, uri: str) -> str:
-    lists = [field.name for field in schema if _is_list(_storage_type(field.type))]
-    if len(set(lists)) == 1:
-        return str(find_field(schema, lists[0], uri, "embeddings.uri").name)
-    if not lists:
-        columns = ", ".join(f"{field.name} ({field.type})" for field in schema)
-        raise InputError(f"embeddings.uri: {uri} has no list column; it has {columns}")
-    raise InputError(f"embeddings.uri: {uri} has the list columns {', '.join(lists)}: name one with embeddings.column")
-
-
-def _value_dtype(schema: pa.Schema, column: str, uri: str) -> np.dtype[Any]:
-    field = find_field(schema, column, uri, "embeddings.column")
-    lists = _storage_type(field.type)
-    try:
-        if _is_list(lists):
-            dtype: np.dtype[Any] = np.dtype(lists.value_type.to_pandas_dtype())
-            return dtype
-    except NotImplementedError:
-        pass
-    raise InputError(f"embeddings.column: {column!r} in {uri} is {field.type}, not a list of floats")
-
-
-def _is_list(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
-
-
-def _storage_type(kind: pa.DataType) -> pa.DataType:
-    return kind.storage_type if isinstance(kind, pa.BaseExtensionType) else kind
-
-
 def _storage_array(lists: pa.Array) -> pa.Array:
     return lists.storage if isinstance(lists, pa.ExtensionArray) else lists
 
@@ -348,12 +295,5 @@ def _row_uris(uri: str, start: int, stop: int) -> pa.Array:
 def _checked(rows_nD: npt.NDArray[Any], num_values_n: npt.NDArray[np.int64], dtype: np.dtype[Any]) -> Block:
     with np.errstate(over="ignore"):
         kept = np.ascontiguousarray(rows_nD, dtype=dtype)
-    is_finite = _is_finite(kept).all(axis=1)
+    is_finite = np.isfinite(kept).all(axis=1)
     return Block(kept, np.where(is_finite | (num_values_n != kept.shape[1]), num_values_n, NOT_FINITE))
-
-
-def _is_finite(values: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
-    """np.isfinite, without its detour through float32 for float16, which takes several times as long."""
-    if values.dtype != np.float16:
-        return np.asarray(np.isfinite(values))
-    return np.asarray((values.view(np.uint16) & 0x7C00) != 0x7C00)

@@ -1,8 +1,10 @@
 """Columns of Parquet files that others wrote: which is meant, and what it holds."""
 
 import difflib
+from contextlib import suppress
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -70,6 +72,33 @@ def _holds_bytes(kind: pa.DataType, *, is_named: bool = False) -> bool:
         return bool(pa.types.is_uint8(kind.value_type))
     tests = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view, pa.types.is_fixed_size_binary)
     return any(test(kind) for test in tests)
+
+
+def list_column(schema: pa.Schema, uri: str) -> str:
+    """The only column of lists. Raises InputError: there is none, or several."""
+    lists = [field.name for field in schema if _list_type(field.type) is not None]
+    if len(set(lists)) == 1:
+        return str(find_field(schema, lists[0], uri, "embeddings.uri").name)
+    if not lists:
+        columns = ", ".join(f"{field.name} ({field.type})" for field in schema)
+        raise InputError(f"embeddings.uri: {uri} has no list column; it has {columns}")
+    raise InputError(f"embeddings.uri: {uri} has the list columns {', '.join(lists)}: name one with embeddings.column")
+
+
+def list_dtype(schema: pa.Schema, column: str, uri: str) -> np.dtype[Any]:
+    """The type of the values in a column of lists. Raises InputError: it is no such column."""
+    field = find_field(schema, column, uri, "embeddings.column")
+    if (lists := _list_type(field.type)) is not None:
+        with suppress(NotImplementedError):
+            dtype: np.dtype[Any] = np.dtype(lists.value_type.to_pandas_dtype())
+            return dtype
+    raise InputError(f"embeddings.column: {column!r} in {uri} is {field.type}, not a list of floats")
+
+
+def _list_type(kind: pa.DataType) -> pa.DataType | None:
+    """The type of a column of lists, also of an extension type that is stored as one (a tensor); None for others."""
+    kind = kind.storage_type if isinstance(kind, pa.BaseExtensionType) else kind
+    return kind if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind) else None
 
 
 def check_expansion(group: Any, column: str) -> None:
