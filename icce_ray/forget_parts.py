@@ -23,9 +23,8 @@ from icce_ray.corrections.stage import APPLIED_NAME
 from icce_ray.embed.embedding_parts import ERRORS_NAME
 from icce_ray.embed.finished_parts import DUPLICATES_NAME
 from icce_ray.embed.part_hashes import names_beside
-from icce_ray.images.first_ids import FIRST_ID
 from icce_ray.images.forgotten import placeholder, uri_hash
-from icce_ray.images.listing import LISTING_PREFIX, REMOVED
+from icce_ray.images.listing import FIRST_ID, LISTING_PREFIX, REMOVED
 from icce_ray.store import Artifact, ArtifactWriter, Part
 
 SERIES = re.compile(r"(.*part-)[^/]*\.parquet")

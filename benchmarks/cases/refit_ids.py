@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from cases import show_aim
 from icce_ray.assign.new_images import assign_images
 from icce_ray.config import Config
-from icce_ray.images.first_ids import IDS_PER_SOURCE
+from icce_ray.images.listing import IDS_PER_SOURCE
 from icce_ray.pipeline.run import run_pipeline
 from icce_ray.store import Artifact, Folder
 from icce_ray.store.run_records import read_records

@@ -31,7 +31,7 @@ from icce_ray.assign.stage import ASSIGN
 from icce_ray.config import Config, ResourcesConfig
 from icce_ray.embed.embedding_parts import ERRORS_NAME
 from icce_ray.embed.finished_parts import ERRORS_SCHEMA, too_many_errors
-from icce_ray.images.first_ids import FIRST_ID, first_id
+from icce_ray.images.listing import FIRST_ID, first_id
 from icce_ray.runtime.workers import run_on_actors
 from icce_ray.stage import StageContext
 from icce_ray.store import Folder, Part, PartRecord, PartRecords

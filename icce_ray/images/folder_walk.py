@@ -1,14 +1,21 @@
-"""Walk a local folder: each real folder once, and each file with what tells whether it is the same file elsewhere."""
+"""Walk a local folder: each real folder once, and each file with what tells whether it is the same file elsewhere.
+
+What this engine wrote itself is no image, though it may lie among them.
+"""
 
 import heapq
 import os
+import re
 import stat
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
 
 from icce_ray.errors import InputError
 from icce_ray.images.file_shards import File
-from icce_ray.images.uris import local_path, local_uri
+from icce_ray.images.uris import is_remote, local_path, local_uri
+from icce_ray.store.run_records import LATEST_FOLDER, RUNS_FOLDER
 
 KINDS = {
     stat.S_IFIFO: "a named pipe",
@@ -18,6 +25,13 @@ KINDS = {
     stat.S_IFDIR: "a folder",
 }
 UNREADABLE_FOLDER = "folder not readable"
+RESULT_FOLDERS = (
+    "images", "embed", "sample", "cluster_count", "neighbors", "method", "consensus", "corrections", "classifier",
+    "assign", "evaluate", "report", "silhouette_spaces", "trial_scores", "sweep", "comparison",
+)  # fmt: skip
+"""Folders of an output whose subfolders hold artifacts."""
+RUN_FOLDERS = (RUNS_FOLDER, LATEST_FOLDER)
+RESULT = re.compile(rf"/(?:{'|'.join(RUN_FOLDERS)}|(?:{'|'.join(RESULT_FOLDERS)})/[0-9a-f]{{16}})/")
 
 
 def local_file(uri: str, is_linked: bool = False) -> File:
@@ -25,21 +39,16 @@ def local_file(uri: str, is_linked: bool = False) -> File:
     path = local_path(uri)
     try:
         status = os.stat(path)
+    except FileNotFoundError:
+        return File(uri, None, None, problem="missing")
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
-        return File(uri, None, None, problem=why_not(error))
+        reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
+        return File(uri, None, None, problem=f"unreadable: {reason}")
     if not stat.S_ISREG(status.st_mode):
         problem = f"not a file: {KINDS.get(stat.S_IFMT(status.st_mode), 'of another kind')}"
         return File(uri, None, None, problem=problem)
     identity = f"{status.st_dev}:{status.st_ino}:{status.st_size}:{status.st_mtime_ns}" if status.st_ino else None
     return File(uri, status.st_size, str(status.st_mtime_ns), False, None, identity, is_linked or os.path.islink(path))
-
-
-def why_not(error: Exception) -> str:
-    """Why a path cannot be used."""
-    if isinstance(error, FileNotFoundError):
-        return "missing"
-    reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
-    return f"unreadable: {reason}"
 
 
 def walk_folder(folder: str, excluded: frozenset[tuple[int, int]], skipped: Counter[str]) -> Iterator[File]:
@@ -93,10 +102,24 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
         return False
 
 
-def identity_of(folder: str) -> tuple[int, int] | None:
-    """(device, inode) of a folder, or None if there is none."""
-    try:
-        status = os.stat(folder)
-    except OSError:
-        return None
-    return status.st_dev, status.st_ino
+def is_result(uri: str, output: str) -> bool:
+    """Whether a remote file was written to the output folder `output` by this engine."""
+    root = output.rstrip("/")
+    return uri.startswith(root) and RESULT.match(uri, len(root)) is not None
+
+
+def result_folders(output: str) -> frozenset[tuple[int, int]]:
+    """What this engine wrote to a local output: (device, inode) of each folder of an artifact, that of the run records
+    and the one that ``latest`` leads to."""
+    if is_remote(output):
+        return frozenset()
+    root, found = Path(output).expanduser(), set[tuple[int, int]]()
+    folders = [root / name for name in RUN_FOLDERS]
+    for stage in RESULT_FOLDERS:
+        with suppress(OSError):
+            folders += [folder for folder in (root / stage).iterdir() if RESULT.match(f"/{stage}/{folder.name}/")]
+    for folder in folders:
+        with suppress(OSError):
+            status = folder.stat()
+            found.add((status.st_dev, status.st_ino))
+    return frozenset(found)

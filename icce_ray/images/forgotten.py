@@ -5,7 +5,10 @@ placeholder keeps their ids.
 """
 
 import hashlib
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Iterator
+
+import pyarrow as pa
 
 from icce_ray.errors import InputError
 from icce_ray.store import Folder
@@ -41,3 +44,14 @@ def read_forgotten(output: str) -> Hashes:
 def add_forgotten(output: str, hashes: Iterable[bytes]) -> None:
     together = sorted(read_forgotten(output) | set(hashes))
     (Folder.at(output) / FORGOTTEN_FOLDER).write_bytes(FORGOTTEN_NAME, b"".join(together))
+
+
+def without_forgotten(tables: Iterable[pa.Table], output: str, skipped: Counter[str]) -> Iterator[pa.Table]:
+    """The entries of a listing without the forgotten images, which are counted."""
+    forgotten = read_forgotten(output)
+    for table in tables:
+        is_kept = [uri_hash(uri) not in forgotten for uri in table["uri"].to_pylist()] if forgotten else [True]
+        if not all(is_kept):
+            skipped["forgotten"] += is_kept.count(False)
+            table = table.filter(is_kept)
+        yield table

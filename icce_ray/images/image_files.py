@@ -13,7 +13,6 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -21,199 +20,192 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
-from icce_ray.config import ImagesConfig, ResourcesConfig, StorageConfig
+from icce_ray.config import Config, ImagesConfig
 from icce_ray.config.section import MAX_PATH_CHARACTERS, is_utf8
 from icce_ray.errors import InputError, message_of
 from icce_ray.images.bucket_listing import BucketPrefix
 from icce_ray.images.file_kinds import IMAGE_ENDINGS, PARQUET_ENDINGS, TAR_ENDING, describe, ending, remedy, take_file
 from icce_ray.images.file_shards import File, FileShards, Shard, shards_of
-from icce_ray.images.folder_walk import local_file, walk_folder
+from icce_ray.images.folder_walk import is_result, local_file, result_folders, walk_folder
 from icce_ray.images.inventory import MANIFEST_NAME, open_inventory
 from icce_ray.images.job import list_bucket, list_inventory
-from icce_ray.images.own_results import is_result, result_folders
 from icce_ray.images.parquet_columns import image_column
 from icce_ray.images.uri_lists import read_parquet_list, read_text_list
 from icce_ray.images.uris import is_remote, local_path_or_uri, local_uri, open_file, resolve
 from icce_ray.runtime.progress import Progress
 from icce_ray.store import Claim, Folder, s3
 from icce_ray.store.filesystem import OBJECT_STORES, open_uri, redacted
-from icce_ray.store.part_records import PartRecord
 
 COUNTED_TOGETHER = 1000
 MORE_THAN_A_PATH = re.compile(r"^[\"']|\.\w{2,5}[\"']?[\s,;|]")
 """In a line of a list."""
 
 
-@dataclass(frozen=True)
-class Sources:
-    """Where the images are, and what listing them takes."""
-
-    images: ImagesConfig
-    output: str
-    """The output folder. What this engine wrote below it is left out, unless a list names it."""
-    folder: Folder
-    """Shards of many files are written here."""
-    storage: StorageConfig
-    resources: ResourcesConfig
-    progress: Progress
-
-
-def list_files(sources: Sources) -> FileShards:
-    """The files of all of `images.uris`. Raises InputError: nothing there, no images, or a list that cannot be read."""
-    skipped: Counter[str] = Counter()
-    shards: list[Shard] = []
+def list_files(config: Config, folder: Folder, progress: Progress) -> FileShards:
+    """The files of all of `images.uris`; shards of many lie in `folder`. What this engine wrote to the output is left
+    out, unless a list names it. Raises InputError: nothing there, no images, or a list that cannot be read."""
+    skipped, shards = Counter[str](), list[Shard]()
+    is_listed_in_parts = any(s3.is_s3(uri) or uri.endswith(MANIFEST_NAME) for uri in config.images.uris)
     # The claim is that of the folder which `icce-ray gc` and `icce-ray forget` look at.
     try:
-        with Claim(sources.folder) if any(map(_is_listed_in_parts, sources.images.uris)) else nullcontext():
-            for number, uri in enumerate(sources.images.uris):
-                shards += _shards_of_source(uri, f"source-{number}", sources, skipped)
-            return FileShards(shards, sources.folder, skipped)
+        with Claim(folder) if is_listed_in_parts else nullcontext():
+            for number, uri in enumerate(config.images.uris):
+                shards += _Source(uri, f"source-{number}", config, folder, progress, skipped).shards()
+            return FileShards(shards, folder, skipped)
     except PermissionError as error:
-        raise InputError(f"output: {sources.output!r} cannot be written to: {error}") from None
+        raise InputError(f"output: {config.output!r} cannot be written to: {error}") from None
 
 
-def _is_listed_in_parts(uri: str) -> bool:
-    return s3.is_s3(uri) or uri.endswith(MANIFEST_NAME)
+class _Source:
+    """One of `images.uris`. In a folder, images, tar shards and Parquet files of images are taken; other Parquet files
+    only if there is nothing else."""
 
+    def __init__(
+        self, uri: str, name: str, config: Config, folder: Folder, progress: Progress, skipped: Counter[str]
+    ) -> None:
+        self._uri, self._name, self._config, self._folder = uri, name, config, folder
+        self._progress, self._skipped = progress, skipped
+        self._filesystem, self._path = open_uri(uri)
+        self._others, self._tables, self._has_images = Counter[str](), list[File](), False
 
-def _shards_of_source(uri: str, name: str, sources: Sources, skipped: Counter[str]) -> Iterator[Shard]:
-    filesystem, path = open_uri(uri)
-    try:
-        info = filesystem.get_file_info(path)
-    except OSError as error:
-        raise InputError(f"images.uri: {uri} cannot be looked at: {error}") from None
-    is_prefix = s3.is_s3(uri) and uri.endswith("/")
-    is_parquet = path.lower().endswith(PARQUET_ENDINGS)
-    if info.type == pafs.FileType.Directory or (info.type == pafs.FileType.NotFound and is_prefix):
-        found = _Folder(uri, sources.images, is_parquet)
-        if s3.is_s3(uri):
-            yield from _bucket_shards(uri, name, sources, found)
-        else:
-            below = _files_below(filesystem, path, uri, sources.output, skipped)
-            taken = (file for file in map(found.take, _counted(below, sources.progress)) if file is not None)
-            yield from shards_of(taken, sources.folder, name)
+    def shards(self) -> Iterator[Shard]:
         try:
-            yield from shards_of(found.rest(skipped), sources.folder, f"{name}-tables")
+            info = self._filesystem.get_file_info(self._path)
+        except OSError as error:
+            raise InputError(f"images.uri: {self._uri} cannot be looked at: {error}") from None
+        is_prefix = info.type == pafs.FileType.NotFound and s3.is_s3(self._uri) and self._uri.endswith("/")
+        is_inventory = info.type == pafs.FileType.File and info.base_name == MANIFEST_NAME
+        if info.type != pafs.FileType.Directory and not is_prefix and not is_inventory:
+            yield from self._sorted(self._named_files(info), self._name)
+            return
+        listed = None
+        if s3.is_s3(self._uri) or is_inventory:
+            where = self._uri if is_inventory else f"s3://{'/'.join(s3.split_uri(self._uri)).rstrip('/')}/"
+            listed = self._folder / f"{self._name}-{hashlib.sha256(where.encode()).hexdigest()[:16]}"
+            yield from self._listed_in_parts(where, listed, is_inventory)
+        else:
+            below = self._remote_files() if is_remote(self._uri) else self._local_files()
+            yield from self._sorted(filter(None, map(self._take, below)), self._name)
+        try:
+            yield from self._sorted(self._rest(), f"{self._name}-tables")
         except InputError:
-            # The user will change what lies there: the next run has to look again.
-            if found.folder is not None:
-                found.folder.clear()
+            if listed is not None:  # the user will change what lies there: the next run has to look again
+                listed.clear()
             raise
-        return
-    if info.type == pafs.FileType.File and info.base_name == MANIFEST_NAME:
-        found = _Folder(uri, sources.images, is_parquet=False)
-        yield from _inventory_shards(filesystem, path, uri, name, sources, found)
-        yield from shards_of(found.rest(skipped), sources.folder, f"{name}-tables")
-        return
-    yield from shards_of(
-        _counted(_named_files(uri, info, sources.images, filesystem), sources.progress), sources.folder, name
-    )
 
+    def _sorted(self, files: Iterator[File], name: str) -> Iterator[Shard]:
+        def counted() -> Iterator[File]:
+            for number, file in enumerate(files, 1):
+                if number % COUNTED_TOGETHER == 0:
+                    self._progress.update(number, None)
+                yield file
 
-def _counted(files: Iterator[File], progress: Progress) -> Iterator[File]:
-    for number, file in enumerate(files, 1):
-        if number % COUNTED_TOGETHER == 0:
-            progress.update(number, None)
-        yield file
+        return shards_of(counted(), self._folder, name)
 
+    def _take(self, file: File) -> File | None:
+        taken = take_file(file, self._others, self._tables)
+        self._has_images |= taken is not None and taken.problem is None
+        return taken
 
-def _bucket_shards(uri: str, name: str, sources: Sources, found: _Folder) -> Iterator[Shard]:
-    bucket, prefix = s3.split_uri(uri)
-    prefix = f"{prefix.rstrip('/')}/" if prefix else ""
-    where = f"s3://{bucket}/{prefix}"
-    folder = sources.folder / f"{name}-{hashlib.sha256(where.encode()).hexdigest()[:16]}"
-    classify = partial(_file_of_bucket, output=sources.output)
-    try:
-        listed = BucketPrefix(where, folder, sources.storage, classify)
-        yield from _recorded(list_bucket(listed, sources.resources, sources.progress), folder, found)
-    except OSError as error:
-        raise InputError(f"images.uri: {uri} cannot be listed: {error}") from None
+    def _listed_in_parts(self, where: str, folder: Folder, is_inventory: bool) -> Iterator[Shard]:
+        """The shards that tasks wrote and recorded."""
+        config, classify = self._config, partial(_file_of_bucket, output=self._config.output)
+        try:
+            if is_inventory:
+                inventory = open_inventory(self._filesystem, self._path, where, folder, config.storage, classify)
+                records = list_inventory(inventory, config.resources, self._progress)
+            else:
+                prefix = BucketPrefix(where, folder, config.storage, classify)
+                records = list_bucket(prefix, config.resources, self._progress)
+        except OSError as error:
+            raise InputError(f"images.uri: {self._uri} cannot be listed: {error}") from None
+        for record in records:
+            self._others += Counter(record.metrics["others"])
+            self._tables += [File(*file) for file in record.metrics["tables"]]
+            for part, (first, last) in zip(record.files, record.metrics["ends"], strict=True):
+                self._has_images = True
+                yield Shard(first, last, part.rows or 0, None, folder, part.name)
 
+    def _local_files(self) -> Iterator[File]:
+        return walk_folder(self._path, result_folders(self._config.output), self._skipped)
 
-def _inventory_shards(
-    filesystem: pafs.FileSystem, path: str, uri: str, name: str, sources: Sources, found: _Folder
-) -> Iterator[Shard]:
-    folder = sources.folder / f"{name}-{hashlib.sha256(uri.encode()).hexdigest()[:16]}"
-    classify = partial(_file_of_bucket, output=sources.output)
-    inventory = open_inventory(filesystem, path, uri, folder, sources.storage, classify)
-    yield from _recorded(list_inventory(inventory, sources.resources, sources.progress), folder, found)
+    def _remote_files(self) -> Iterator[File]:
+        """All visible files of a folder and its subfolders, but no results. Lists folder by folder: pyarrow returns
+        everything below a folder at once."""
+        base, _, query = self._uri.partition("?")
+        pending = [self._path]
+        while pending:
+            try:
+                infos = self._filesystem.get_file_info(pafs.FileSelector(pending.pop()))
+            except OSError as error:
+                raise InputError(f"images.uri: {self._uri} cannot be listed: {error}") from None
+            for info in infos:
+                below = info.path[len(self._path) :].strip("/")
+                name = f"{base.rstrip('/')}/{below}" + (f"?{query}" if query else "")
+                if any(step.startswith(".") for step in below.split("/")):
+                    self._skipped["hidden"] += 1
+                elif info.type == pafs.FileType.Directory:
+                    pending.append(info.path)
+                elif info.type == pafs.FileType.File and not is_result(name, self._config.output):
+                    yield File(name, info.size, _mtime(info))
 
+    def _rest(self) -> Iterator[File]:
+        """The files that Parquet files hold or name, once all others are taken."""
+        images = self._config.images
+        if not self._has_images and (self._tables or self._path.lower().endswith(PARQUET_ENDINGS)):
+            yield from _parquet_files(self._tables, images)
+        for table in self._tables if self._has_images else ():
+            if _holds_images(table, images):
+                yield table._replace(is_container=True)
+            else:
+                self._others[".parquet without images"] += 1
+        if not self._has_images and not self._tables:
+            wanted = ", ".join(known[1:] for known in (*IMAGE_ENDINGS, TAR_ENDING))
+            if not self._others:
+                raise InputError(
+                    f"images.uri: the folder {self._uri} holds no files; looked for {wanted}, in subfolders too"
+                )
+            raise InputError(
+                f"images.uri: no images in {self._uri}. Looked for {wanted}, in subfolders too; "
+                f"saw {self._others.total()} other files: {describe(self._others)}"
+            )
+        self._skipped.update(self._others)
 
-def _recorded(records: list[PartRecord], folder: Folder, found: _Folder) -> Iterator[Shard]:
-    """The shards that tasks wrote and recorded."""
-    found.folder = folder
-    for record in records:
-        found.add(Counter(record.metrics["others"]), [File(*file) for file in record.metrics["tables"]])
-        for part, (first, last) in zip(record.files, record.metrics["ends"], strict=True):
-            found.has_images = True
-            yield Shard(first, last, part.rows or 0, None, folder, part.name)
+    def _named_files(self, info: pafs.FileInfo) -> Iterator[File]:
+        """The files of a source that is a file itself."""
+        uri, path = self._uri, info.path
+        if info.type == pafs.FileType.NotFound:
+            raise not_found(uri, path, is_local=isinstance(self._filesystem, pafs.LocalFileSystem))
+        if info.type != pafs.FileType.File:
+            raise InputError(f"images.uri: {uri} is neither a file nor a folder")
+        file = File(uri if is_remote(uri) else local_uri(path), info.size, _mtime(info))
+        if path.lower().endswith(PARQUET_ENDINGS):
+            return _parquet_files([file], self._config.images)
+        if path.lower().endswith(TAR_ENDING):
+            return iter([file._replace(is_container=True)])
+        if path.lower().endswith(".txt"):
+            return _listed_files(read_text_list(self._filesystem, path, uri), file.uri)
+        if what_to_do := remedy(ending(path)):
+            raise InputError(f"images.uri: {uri} is a {ending(path)} file: {what_to_do}")
+        raise InputError(
+            f"images.uri: {uri} is one file; name a folder of images, a .tar or .parquet that holds them, or a list of "
+            "them (.txt or .parquet)"
+        )
 
 
 def _file_of_bucket(file: File, others: Counter[str], tables: list[File], output: str) -> File | None:
     return None if is_result(file.uri, output) else take_file(file, others, tables)
 
 
-class _Folder:
-    """What lies in a folder: images, tar shards and Parquet files of images. Other Parquet files count only if there is
-    nothing else."""
-
-    def __init__(self, uri: str, images: ImagesConfig, is_parquet: bool) -> None:
-        self._uri, self._images, self._is_parquet = uri, images, is_parquet
-        self._others: Counter[str] = Counter()
-        self._tables: list[File] = []
-        self.has_images = False
-        self.folder: Folder | None = None
-        """Where the shards lie that tasks wrote."""
-
-    def add(self, others: Counter[str], tables: list[File]) -> None:
-        self._others += others
-        self._tables += tables
-
-    def take(self, file: File) -> File | None:
-        taken = take_file(file, self._others, self._tables)
-        self.has_images |= taken is not None and taken.problem is None
-        return taken
-
-    def rest(self, skipped: Counter[str]) -> Iterator[File]:
-        """The files that Parquet files hold or name, once all others are taken."""
-        if not self.has_images and (self._tables or self._is_parquet):
-            yield from _parquet_files(self._tables, self._images)
-        for table in self._tables if self.has_images else ():
-            if _holds_images(table, self._images):
-                yield table._replace(is_container=True)
-            else:
-                self._others[".parquet without images"] += 1
-        if not self.has_images and not self._tables:
-            raise _no_images(self._uri, self._others)
-        skipped.update(self._others)
-
-
-def _named_files(uri: str, info: pafs.FileInfo, images: ImagesConfig, filesystem: pafs.FileSystem) -> Iterator[File]:
-    """The files of a source that is a file itself."""
-    path = info.path
-    if info.type == pafs.FileType.NotFound:
-        raise not_found(uri, path, is_local=isinstance(filesystem, pafs.LocalFileSystem))
-    if info.type != pafs.FileType.File:
-        raise InputError(f"images.uri: {uri} is neither a file nor a folder")
-    file = File(uri if is_remote(uri) else local_uri(path), info.size, _mtime(info))
-    if path.lower().endswith(PARQUET_ENDINGS):
-        return _parquet_files([file], images)
-    if path.lower().endswith(TAR_ENDING):
-        return iter([file._replace(is_container=True)])
-    if path.lower().endswith(".txt"):
-        return _listed_files(read_text_list(filesystem, path, uri), file.uri)
-    if what_to_do := remedy(ending(path)):
-        raise InputError(f"images.uri: {uri} is a {ending(path)} file: {what_to_do}")
-    raise InputError(
-        f"images.uri: {uri} is one file; name a folder of images, a .tar or .parquet that holds them, or a list of "
-        "them (.txt or .parquet)"
-    )
+def _is_list(table: File, images: ImagesConfig) -> bool:
+    """Whether a Parquet file is a list of URIs. Raises as :func:`image_column`, or what reading its schema raises."""
+    with open_file(table.uri) as opened:
+        return image_column(pq.read_schema(opened), images, table.uri) is None
 
 
 def _holds_images(table: File, images: ImagesConfig) -> bool:
     try:
-        with open_file(table.uri) as opened:
-            return image_column(pq.read_schema(opened), images, table.uri) is not None
+        return not _is_list(table, images)
     except (pa.ArrowException, OSError):
         return True  # listed as a damaged container
     except InputError:
@@ -227,9 +219,7 @@ def _parquet_files(files: list[File], images: ImagesConfig) -> Iterator[File]:
     unusable: list[File] = []
     for file in sorted(files):
         try:
-            with open_file(file.uri) as opened:
-                is_list = image_column(pq.read_schema(opened), images, file.uri) is None
-            if is_list:
+            if _is_list(file, images):
                 yield from _listed_files(read_parquet_list(file.uri, images.uri_column), file.uri)
             else:
                 yield file._replace(is_container=True)
@@ -278,54 +268,8 @@ def _listed_files(entries: Iterator[str], list_uri: str) -> Iterator[File]:
             yield File(uri, None, None, is_container)
 
 
-def _files_below(
-    filesystem: pafs.FileSystem, path: str, uri: str, output: str, skipped: Counter[str]
-) -> Iterator[File]:
-    """All visible files of a folder and its subfolders, but no results."""
-    if not is_remote(uri):
-        return walk_folder(path, result_folders(output), skipped)
-    files = _remote_files(filesystem, path, uri, skipped)
-    return (file for file in files if not is_result(file.uri, output))
-
-
-def _remote_files(filesystem: pafs.FileSystem, path: str, uri: str, skipped: Counter[str]) -> Iterator[File]:
-    """Lists folder by folder: pyarrow returns everything below a folder at once."""
-    base, _, query = uri.partition("?")
-    pending = [path]
-    while pending:
-        folder = pending.pop()
-        try:
-            infos = filesystem.get_file_info(pafs.FileSelector(folder))
-        except OSError as error:
-            raise InputError(f"images.uri: {uri} cannot be listed: {error}") from None
-        for info in infos:
-            below = info.path[len(path) :].strip("/")
-            if _is_hidden(below):
-                skipped["hidden"] += 1
-                continue
-            if info.type == pafs.FileType.Directory:
-                pending.append(info.path)
-            elif info.type == pafs.FileType.File:
-                name = f"{base.rstrip('/')}/{below}" + (f"?{query}" if query else "")
-                yield File(name, info.size, _mtime(info))
-
-
-def _is_hidden(below: str) -> bool:
-    return any(step.startswith(".") for step in below.split("/"))
-
-
 def _mtime(info: pafs.FileInfo) -> str | None:
     return None if info.mtime_ns is None else str(info.mtime_ns)
-
-
-def _no_images(uri: str, others: Counter[str]) -> InputError:
-    wanted = ", ".join(known[1:] for known in (*IMAGE_ENDINGS, TAR_ENDING))
-    if not others:
-        return InputError(f"images.uri: the folder {uri} holds no files; looked for {wanted}, in subfolders too")
-    return InputError(
-        f"images.uri: no images in {uri}. Looked for {wanted}, in subfolders too; "
-        f"saw {others.total()} other files: {describe(others)}"
-    )
 
 
 def not_found(uri: str, path: str, *, is_local: bool) -> InputError:

@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from itertools import chain
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -23,15 +23,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from icce_ray.config import Config, EmbeddingsConfig, ImagesConfig
+from icce_ray.config import Config
 from icce_ray.errors import InputError
 from icce_ray.images.bucket_listing import ALL
 from icce_ray.images.containers import file_of, locate
 from icce_ray.images.embedding_files import open_embedding_sets, open_embeddings
 from icce_ray.images.file_kinds import describe
 from icce_ray.images.file_shards import File, FileShards
-from icce_ray.images.forgotten import read_forgotten, uri_hash
-from icce_ray.images.image_files import Sources, list_files
+from icce_ray.images.forgotten import without_forgotten
+from icce_ray.images.image_files import list_files
 from icce_ray.images.job import open_containers
 from icce_ray.images.listing import (
     ENTRY_SCHEMA,
@@ -53,6 +53,7 @@ from icce_ray.store.part_records import FOLDER_NAME as RECORDS_FOLDER
 from icce_ray.store.part_records import PartRecord, PartRecords
 
 PART_ROWS = 65_536
+Tables = Iterable[pa.Table]
 
 
 def run(config: Config, context: StageContext) -> dict[str, Any]:
@@ -60,20 +61,18 @@ def run(config: Config, context: StageContext) -> dict[str, Any]:
     not taken, by ending or kind), size_bytes (None if unknown), list_s; digest and files_digest, which identify the
     snapshot; generation, 1 more than that of the listing before. Raises InputError: nothing there, no images, or a list
     or container that cannot be read."""
-    images, embeddings, output = config.images, config.embeddings, config.output
-    if embeddings.uri is not None:
-        digest = _embeddings_digest(embeddings, images)
-        return _write(entry_tables(_entries_of_rows(embeddings, images)), context, digest, digest, Counter(), None)
-    key = _key(config)
-    digest, files = _planned.pop(key) if key in _planned else _list(config, context.progress)
-    return _write_files(files, config, context, digest, _last_listing(images, output))
+    if config.embeddings.uri is not None:
+        digests = dict.fromkeys(("digest", "files_digest"), _embeddings_digest(config))
+        return _write(entry_tables(_entries_of_rows(config)), context, Counter(), digests)
+    planned = _planned.pop(_key(config), None)
+    digest, files = planned or _list(config, context.progress)
+    return _write_files(files, config, context, digest, _last_listing(config))
 
 
 def source_digest(config: Config, progress: Progress | None = None) -> str:
-    """Identify the listing that a run uses: an earlier one if it still holds, else the one that would be made now.
-
-    The digest changes when an image is added, removed or changed (size, time). Images are not opened; of ready-made
-    embeddings only the files' sizes and times are read. Returns 64 hex digits. Raises InputError: as :func:`run`."""
+    """Identify the listing that a run uses by 64 hex digits: an earlier one if it still holds, else the one that would
+    be made now. They change when an image, or a file of embeddings, is added, removed or changed (size, time); none is
+    opened. Raises InputError: as :func:`run`."""
     if (fresh := _listed_now.pop(_key(config), None)) is not None:
         return fresh
     known = last_digest(config)
@@ -89,27 +88,24 @@ def source_digest(config: Config, progress: Progress | None = None) -> str:
 
 
 def list_now(config: Config, progress: Progress) -> None:
-    """List the images, unless a listing of a bucket is there already, so that :func:`source_digest` need not do it
-    when it is asked next."""
+    """Ask for the digest now, so that :func:`source_digest` need not list the images when it is asked next."""
     _listed_now[_key(config)] = source_digest(config, progress)
 
 
 def last_digest(config: Config) -> str | None:
     """The digest of the last listing, without a look at the images; None if there is none yet."""
     if config.embeddings.uri is not None:
-        return _embeddings_digest(config.embeddings, config.images)
-    last = _last_listing(config.images, config.output)
-    return None if last is None else str(last.metrics["digest"])
+        return _embeddings_digest(config)
+    return str(last.metrics["digest"]) if (last := _last_listing(config)) is not None else None
 
 
 @dataclass(frozen=True)
 class Refresh:
-    """A new listing of sources that have changed: known images keep their ids, new ones get the next."""
+    """A new listing of sources that have changed since the listing `base`: known images keep their ids, new ones get
+    the next."""
 
     base: Artifact
-    """The latest listing so far."""
     files: FileShards
-    """What is there now."""
     digest: str
     """The source digest of the new listing."""
 
@@ -123,19 +119,14 @@ class Refresh:
         base = Listing(self.base)
         for start in range(0, len(base), PART_ROWS):
             rows = base.rows(start, start + PART_ROWS)
-            are_members = [locate(row.uri) is not None for row in rows]
-            wanted = [(file_of(row.uri), row.etag, is_member) for row, is_member in zip(rows, are_members, strict=True)]
-            found = self.files.find_again(wanted)
-            yield from entry_tables(
-                _entry_again(row, file, is_member)
-                for row, file, is_member in zip(rows, found, are_members, strict=True)
-            )
+            wanted = [(file_of(row.uri), row.etag, locate(row.uri) is not None) for row in rows]
+            yield from entry_tables(map(_entry_again, rows, self.files.find_again(wanted)))
 
 
-def _entry_again(row: ListedImage, file: File | None, is_member: bool) -> Entry:
+def _entry_again(row: ListedImage, file: File | None) -> Entry:
     if file is None:
         return Entry(row.uri, problem=REMOVED)
-    if is_member:
+    if file.is_container:
         return Entry(row.uri, row.size_bytes, file.etag, None if row.problem == REMOVED else row.problem)
     return Entry(row.uri, file.size_bytes, file.etag, file.problem)
 
@@ -143,8 +134,7 @@ def _entry_again(row: ListedImage, file: File | None, is_member: bool) -> Entry:
 def find_changes(config: Config, progress: Progress) -> Refresh | None:
     """List the sources again. None if there is no listing under the output yet, or nothing has changed since the last.
     Raises InputError: as :func:`run`."""
-    last = _last_listing(config.images, config.output)
-    if last is None:
+    if (last := _last_listing(config)) is None:
         return None
     sources = _sources_folder(config)
     for name in sources.folder_names():
@@ -158,15 +148,10 @@ def find_changes(config: Config, progress: Progress) -> Refresh | None:
 
 
 def _write_files(
-    files: FileShards,
-    config: Config,
-    context: StageContext,
-    digest: str,
-    last: Artifact | None,
-    known: Iterable[pa.Table] = (),
+    files: FileShards, config: Config, context: StageContext, digest: str, last: Artifact | None, known: Tables = ()
 ) -> dict[str, Any]:
     """Write the listing of `known` images and of all files that these leave."""
-    opened: list[PartRecord] = []
+    opened = list[PartRecord]()
 
     def entries() -> Iterator[pa.Table]:
         yield from known
@@ -178,8 +163,8 @@ def _write_files(
         yield from _with_members(files.unknown(), opened, context.output.folder)
 
     with Claim(files.folder) if files.is_on_storage else nullcontext():
-        wanted = _without_forgotten(entries(), config.output, files.skipped)
-        metrics = _write(wanted, context, digest, files.digest, files.skipped, last)
+        wanted = without_forgotten(entries(), config.output, files.skipped)
+        metrics = _write(wanted, context, files.skipped, {"digest": digest, "files_digest": files.digest}, last)
     for record in opened:
         for part in record.files:
             context.output.folder.remove(part.name)
@@ -188,31 +173,18 @@ def _write_files(
     return metrics
 
 
-def _without_forgotten(tables: Iterable[pa.Table], output: str, skipped: Counter[str]) -> Iterator[pa.Table]:
-    forgotten = read_forgotten(output)
-    for table in tables:
-        if forgotten:
-            is_kept = [uri_hash(uri) not in forgotten for uri in table["uri"].to_pylist()]
-            if not all(is_kept):
-                skipped["forgotten"] += is_kept.count(False)
-                table = table.filter(is_kept)
-        yield table
-
-
-def _with_members(files: Iterable[pa.Table], opened: Sequence[PartRecord], folder: Folder) -> Iterator[pa.Table]:
+def _with_members(files: Tables, opened: Sequence[PartRecord], folder: Folder) -> Iterator[pa.Table]:
     """The images of `files` in order: each file that is one, and the members of each container."""
     members = _member_tables(opened, folder)
     for table in files:
-        start = 0
-        for row in np.flatnonzero(table["is_container"].to_numpy()).tolist():
-            yield table.slice(start, row - start).select(ENTRY_SCHEMA.names)
-            yield next(members)
-            start = row + 1
-        yield table.slice(start).select(ENTRY_SCHEMA.names)
+        containers, images = table["is_container"].to_numpy(), table.select(ENTRY_SCHEMA.names)
+        for start, stop in pairwise([-1, *np.flatnonzero(containers).tolist(), len(table)]):
+            yield images.slice(start + 1, stop - start - 1)
+            if stop < len(table):
+                yield next(members)
 
 
 def _member_tables(opened: Sequence[PartRecord], folder: Folder) -> Iterator[pa.Table]:
-    """The entries of each container."""
     for record in opened:
         (part,) = record.files
         table, start = pq.read_table(pa.BufferReader(folder.read_bytes(part.name, part.num_bytes))), 0
@@ -222,12 +194,7 @@ def _member_tables(opened: Sequence[PartRecord], folder: Folder) -> Iterator[pa.
 
 
 def _write(
-    entries: Iterable[pa.Table],
-    context: StageContext,
-    digest: str,
-    files_digest: str,
-    skipped: Counter[str],
-    last: Artifact | None,
+    entries: Tables, context: StageContext, skipped: Counter[str], digests: dict[str, str], last: Artifact | None = None
 ) -> dict[str, Any]:
     started = time.monotonic()
     num_images, size_bytes, num_removed = 0, 0, 0
@@ -245,13 +212,12 @@ def _write(
         "skipped": dict(skipped),
         "size_bytes": size_bytes or None,
         "list_s": round(time.monotonic() - started, 3),
-        "digest": digest,
-        "files_digest": files_digest,
-        "generation": 1 + (_generation(last) if last is not None else 0),
+        **digests,
+        "generation": 1 + (0 if last is None else _generation(last)),
     }
 
 
-def _parts(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
+def _parts(tables: Tables) -> Iterator[pa.Table]:
     """The entries, numbered, in tables of PART_ROWS; at least one table."""
     start, held, num_held = 0, [ENTRY_SCHEMA.empty_table()], 0
     for table in tables:
@@ -276,14 +242,12 @@ def _key(config: Config) -> str:
 
 
 def _sources_folder(config: Config) -> Folder:
-    """Where shards of many files are written."""
     return Folder.at(config.output) / "images" / _key(config)
 
 
-def _last_listing(images: ImagesConfig, output: str) -> Artifact | None:
+def _last_listing(config: Config) -> Artifact | None:
     """The newest finished listing of the same sources under this output. Not by time: the clocks of machines differ."""
-    root = Folder.at(output) / "images"
-    wanted = images.model_dump(mode="json")
+    root, wanted = Folder.at(config.output) / "images", config.images.model_dump(mode="json")
     found = [
         artifact
         for name in root.folder_names()
@@ -298,15 +262,15 @@ def _generation(listing: Artifact) -> int:
     return int(listing.metrics.get("generation", 0))
 
 
-def _entries_of_rows(embeddings: EmbeddingsConfig, images: ImagesConfig) -> Iterator[Entry]:
+def _entries_of_rows(config: Config) -> Iterator[Entry]:
     """The image of each row of ready-made embeddings. Raises InputError: `embeddings.images` cannot be read, or has
     another number of images."""
-    opened = open_embeddings(embeddings)
+    embeddings, column = config.embeddings, config.images.uri_column
+    opened, num_images = open_embeddings(embeddings), 0
     if embeddings.images is None:
-        yield from (Entry(uri.as_py()) for uri in opened.uris(images.uri_column))
+        yield from (Entry(uri.as_py()) for uri in opened.uris(column))
         return
-    num_images = 0
-    for uri in named_images(embeddings.images, images.uri_column):
+    for uri in named_images(embeddings.images, column):
         num_images += 1
         if num_images <= opened.num_rows:
             yield Entry(uri)
@@ -317,22 +281,19 @@ def _entries_of_rows(embeddings: EmbeddingsConfig, images: ImagesConfig) -> Iter
         )
 
 
-def _embeddings_digest(embeddings: EmbeddingsConfig, images: ImagesConfig) -> str:
-    digest = hashlib.sha256()
-    for file in chain.from_iterable(found.files for found in open_embedding_sets(embeddings)):
-        digest.update(f"{file.uri}\0{file.size_bytes}\0{file.mtime_ns}\n".encode())
-    digest.update(images.uri_column.encode())
-    if embeddings.images is not None:
-        filesystem, path = open_uri(embeddings.images)
+def _embeddings_digest(config: Config) -> str:
+    files = [file for found in open_embedding_sets(config.embeddings) for file in found.files]
+    text = "".join(f"{file.uri}\0{file.size_bytes}\0{file.mtime_ns}\n" for file in files) + config.images.uri_column
+    if (images := config.embeddings.images) is not None:
+        filesystem, path = open_uri(images)
         info = filesystem.get_file_info(path)
-        digest.update(f"{embeddings.images}\0{info.size}\0{info.mtime_ns}\n".encode())
-    return digest.hexdigest()
+        text += f"{images}\0{info.size}\0{info.mtime_ns}\n"
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _list(config: Config, progress: Progress) -> tuple[str, FileShards]:
     """The files that are there now, and the digest of their listing: that of the last one if they are the same."""
-    folder = _sources_folder(config)
-    files = list_files(Sources(config.images, config.output, folder, config.storage, config.resources, progress))
-    last = _last_listing(config.images, config.output)
-    is_same = last is not None and last.metrics["files_digest"] == files.digest
-    return str(last.metrics["digest"]) if last is not None and is_same else files.digest, files
+    files, last = list_files(config, _sources_folder(config), progress), _last_listing(config)
+    if last is not None and last.metrics["files_digest"] == files.digest:
+        return str(last.metrics["digest"]), files
+    return files.digest, files

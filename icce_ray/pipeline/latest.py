@@ -16,7 +16,7 @@ model and of the embeddings, the version of the code, and where the images come 
     all_images/model=1f2e.../embedding=9a8b.../code=0.1.0/source=run/*.parquet
     all_images/model=1f2e.../embedding=7c6d.../code=0.1.0/source=<listing>/*.parquet
 
-`image_id` is unique (:mod:`icce_ray.images.first_ids`). Nothing is read or written again: on a local disk the last
+`image_id` is unique (:mod:`icce_ray.images.listing`). Nothing is read or written again: on a local disk the last
 folder is a link; elsewhere the files are copied within the store.
 """
 

@@ -27,7 +27,7 @@ from icce_ray.config import Config
 from icce_ray.embed import embed_images
 from icce_ray.errors import InputError
 from icce_ray.images import list_images
-from icce_ray.images.first_ids import IDS_PER_SOURCE
+from icce_ray.images.listing import IDS_PER_SOURCE
 from icce_ray.pipeline.plan import plan, run_name
 from icce_ray.runtime.progress import Progress
 from icce_ray.stage import StageContext

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from icce_ray.config import EmbeddingsConfig, ImagesConfig
-from icce_ray.images import first_ids
-from icce_ray.images.first_ids import IDS_PER_SOURCE, first_id
+from icce_ray.images import listing
+from icce_ray.images.listing import IDS_PER_SOURCE, first_id
 from icce_ray.store import Folder
 
 SOURCES = [ImagesConfig(uri=f"/data/day-{number}") for number in range(8)]
@@ -18,7 +18,7 @@ SOURCES = [ImagesConfig(uri=f"/data/day-{number}") for number in range(8)]
 def test_each_source_gets_ids_of_its_own_once_also_if_several_ask_at_a_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(first_ids, "FEW_SOURCES", 4)  # so that most numbers are taken already
+    monkeypatch.setattr(listing, "FEW_SOURCES", 4)  # so that most numbers are taken already
 
     def ask(images: ImagesConfig) -> int:
         return first_id(str(tmp_path), images, EmbeddingsConfig())
@@ -33,7 +33,7 @@ def test_each_source_gets_ids_of_its_own_once_also_if_several_ask_at_a_time(
 
 
 def test_outputs_count_for_themselves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(first_ids, "FEW_SOURCES", 1)
+    monkeypatch.setattr(listing, "FEW_SOURCES", 1)
     for output in (tmp_path / "a", tmp_path / "b"):
         assert first_id(str(output), SOURCES[0], EmbeddingsConfig()) == IDS_PER_SOURCE
     assert first_id(str(tmp_path / "a"), SOURCES[1], EmbeddingsConfig()) > IDS_PER_SOURCE

@@ -14,8 +14,8 @@ import pytest
 from icce_ray.config import Config
 from icce_ray.errors import InputError
 from icce_ray.images import folder_walk, list_images
+from icce_ray.images.folder_walk import RESULT_FOLDERS, is_result
 from icce_ray.images.forgotten import FORGOTTEN_FOLDER, FORGOTTEN_NAME, add_forgotten, read_forgotten, uri_hash
-from icce_ray.images.own_results import RESULT_FOLDERS, is_result
 from icce_ray.images.read_images import read_image
 from icce_ray.pipeline.plan import stages_of
 from icce_ray.runtime.progress import Progress
