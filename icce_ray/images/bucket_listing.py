@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from icce_ray.config import StorageConfig
-from icce_ray.images.file_shards import File, files_table, sorted_files
+from icce_ray.images.file_shards import File, ends_of, files_table, sorted_files
 from icce_ray.store import ArtifactWriter, Folder, s3
 from icce_ray.store.part_records import PartRecord, PartRecords
 
@@ -95,7 +95,7 @@ class BucketPrefix:
         table = sorted_files(files_table([file for file in found if file is not None]))
         name = hashlib.sha256(keys.after.encode()).hexdigest()[:16]
         parts = [ArtifactWriter(self.folder).write_table(f"files/{name}.parquet", table)] if len(table) else []
-        ends = [[table["uri"][0].as_py(), table["uri"][-1].as_py()]] if len(table) else []
+        ends = [ends_of(table)] if len(table) else []
         metrics = {"keys": keys, "ends": ends, "others": others, "tables": tables, "listed_at": listed_at}
         self.records.write(name, parts, metrics | {"num_keys": len(entries)})
 
@@ -157,10 +157,9 @@ def list_ranges(ranges: Sequence[KeyRange], prefix: BucketPrefix) -> tuple[list[
 
 @dataclass(eq=False)
 class _Walk:
-    """A range that a thread lists."""
+    """A range that a thread lists: up to `position` it has. Another thread may lower `until` to a point behind it."""
 
     position: str
-    """Up to here it is listed. Another thread may lower `until` to a point behind it."""
     until: str | None
     tried: set[str] = field(default_factory=set)
     """Points at which it was, or could not be, divided."""

@@ -6,9 +6,11 @@ with its row group.
 """
 
 import io
+from bisect import bisect_right
 from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import accumulate
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
@@ -78,26 +80,24 @@ def members(container: File, images: ImagesConfig, skipped: Counter[str]) -> Ite
     is counted in `skipped`, by ending. Raises InputError: the column of images is not known, or remote storage refuses
     access. Raises WorkerError: it is away for too long."""
     uri = container.uri
-    if uri.lower().endswith(PARQUET_ENDINGS):
-        try:
-            with open_file(uri) as opened:
-                file = pq.ParquetFile(opened)
-                column, num_rows = image_column(file.schema_arrow, images, uri), file.metadata.num_rows
-                if not 0 <= num_rows <= opened.size():
-                    raise OSError("absurd number of rows")
-        except (pa.ArrowException, OSError) as error:
-            problem = f"damaged Parquet file: {message_of(error)}"
-            yield Entry(f"{uri}#0/{DAMAGED_NAME}", container.size_bytes, container.etag, problem)
-            return
-        for row in range(num_rows):
-            yield Entry(f"{uri}#{row}/{column}", None, container.etag)
+    if not uri.lower().endswith(PARQUET_ENDINGS):
+        yield from _tar_members(container, skipped)
         return
-    yield from _tar_members(container, skipped)
+    try:
+        with open_file(uri) as opened:
+            file = pq.ParquetFile(opened)
+            column, num_rows = image_column(file.schema_arrow, images, uri), file.metadata.num_rows
+            if not 0 <= num_rows <= opened.size():
+                raise OSError("absurd number of rows")
+        yield from (Entry(f"{uri}#{row}/{column}", None, container.etag) for row in range(num_rows))
+    except (pa.ArrowException, OSError) as error:
+        problem = f"damaged Parquet file: {message_of(error)}"
+        yield Entry(f"{uri}#0/{DAMAGED_NAME}", container.size_bytes, container.etag, problem)
 
 
 def _tar_members(container: File, skipped: Counter[str]) -> Iterator[Entry]:
     uri, etag = container.uri, container.etag
-    links: list[tar_shards.Link] = []
+    links = list[tar_shards.Link]()
     for found in _walk_tar(uri):
         if isinstance(found, tar_shards.Damage):
             place = Span(uri, found.start, found.num_bytes).uri(DAMAGED_NAME)
@@ -111,24 +111,19 @@ def _tar_members(container: File, skipped: Counter[str]) -> Iterator[Entry]:
             links.append(found)
         else:
             yield Entry(Span(uri, found.start, found.num_bytes).uri(found.name), found.num_bytes, etag)
-    if not links:
-        return
     # A second walk, since keeping the place of every member would take memory for the sake of a few links.
-    targets_by_name = {link.name: link.target for link in links}
-    targets = {link.target for link in links}
-    places = {
-        found.name: found for found in _walk_tar(uri) if isinstance(found, tar_shards.Member) and found.name in targets
-    }
+    targets = {link.name: link.target for link in links}
+    wanted, again = set(targets.values()), _walk_tar(uri) if links else ()
+    places = {found.name: found for found in again if isinstance(found, tar_shards.Member) and found.name in wanted}
     for link in links:
         name = link.target
         for _ in range(MAX_LINKS):
-            name = name if name in places else targets_by_name.get(name, name)
-        target = places.get(name)
-        if target is None:
+            name = name if name in places else targets.get(name, name)
+        if (target := places.get(name)) is not None:
+            yield Entry(Span(uri, target.start, target.num_bytes).uri(link.name), target.num_bytes, etag)
+        else:
             place = Span(uri, 0, 0).uri(link.name)
             yield Entry(place, None, etag, "missing: a link to a file that is not in the shard")
-        else:
-            yield Entry(Span(uri, target.start, target.num_bytes).uri(link.name), target.num_bytes, etag)
 
 
 def labels_beside(uris: Sequence[str]) -> list[str | None]:
@@ -193,17 +188,15 @@ class ParquetCells:
         """The cell's bytes; a string if it has the path of a file instead (``{bytes: null, path: ...}``); None if null.
         Raises IndexError: the file has fewer rows; OSError, pa.ArrowInvalid: it cannot be read; ValueError: its row
         group would unpack to an absurd size."""
-        starts = self._starts.get(cell.file)
-        if starts is None:
+        if cell.file not in self._starts:
             with open_file(cell.file) as opened:
-                metadata = pq.ParquetFile(opened).metadata
-            starts = [0]
-            for group in range(metadata.num_row_groups):
-                starts.append(starts[-1] + metadata.row_group(group).num_rows)
-            self._starts = {cell.file: starts}
+                metadata = pq.read_metadata(opened)
+            sizes = (metadata.row_group(group).num_rows for group in range(metadata.num_row_groups))
+            self._starts = {cell.file: list(accumulate(sizes, initial=0))}
+        starts = self._starts[cell.file]
         if cell.row >= starts[-1]:
             raise IndexError(f"{cell.file} has {starts[-1]} rows")
-        group = max(index for index, start in enumerate(starts[:-1]) if start <= cell.row)
+        group = bisect_right(starts, cell.row) - 1
         value: Any = self._group(cell, group)[cell.row - starts[group]].as_py()
         path = None
         if isinstance(value, dict):

@@ -68,12 +68,16 @@ def sorted_files(table: pa.Table) -> pa.Table:
     return table.filter(is_new)
 
 
+def ends_of(table: pa.Table) -> tuple[str, str]:
+    """The first and the last URI."""
+    return table["uri"][0].as_py(), table["uri"][-1].as_py()
+
+
 @dataclass(frozen=True)
 class Shard:
-    """Files in order, without repeats; at least one."""
+    """Files in order, without repeats; at least one. `first` and `last` are URIs."""
 
     first: str
-    """URI of the first; `last` that of the last."""
     last: str
     num_rows: int
     held: pa.Table | None = None
@@ -83,12 +87,12 @@ class Shard:
 
     @classmethod
     def hold(cls, table: pa.Table) -> Shard:
-        return cls(table["uri"][0].as_py(), table["uri"][-1].as_py(), len(table), table)
+        return cls(*ends_of(table), len(table), table)
 
     @classmethod
     def write(cls, table: pa.Table, folder: Folder, name: str) -> Shard:
         ArtifactWriter(folder).write_table(name, table)
-        return cls(table["uri"][0].as_py(), table["uri"][-1].as_py(), len(table), None, folder, name)
+        return cls(*ends_of(table), len(table), None, folder, name)
 
     def load(self) -> pa.Table:
         if self.held is not None:
@@ -98,11 +102,10 @@ class Shard:
 
     def groups(self) -> Iterator[pa.Table]:
         """Its rows in small tables."""
-        table = self.load() if self.num_rows <= GROUP_ROWS or self.held is not None else None
-        if table is not None:
+        if self.num_rows <= GROUP_ROWS or self.folder is None:
+            table = self.load()
             yield from (table.slice(start, GROUP_ROWS) for start in range(0, len(table), GROUP_ROWS))
             return
-        assert self.folder is not None
         with self.folder.filesystem.open_input_file(f"{self.folder.path}/{self.name}") as file:
             for batch in pq.ParquetFile(file).iter_batches(GROUP_ROWS):
                 yield pa.Table.from_batches([batch])
@@ -132,10 +135,7 @@ class FileShards:
         self._num_held = self._num_written = 0
         self._shards: list[Shard] = []
         for group in _overlapping(list(shards)):
-            if len(group) == 1:
-                self._shards += group
-            else:
-                self._shards += map(self._keep, _merged(group))
+            self._shards += group if len(group) == 1 else map(self._keep, _merged(group))
         self._drop_other_names()
         self._firsts = [shard.first for shard in self._shards]
         self._is_known: dict[int, npt.NDArray[np.bool_]] = {}
@@ -189,18 +189,14 @@ class FileShards:
             if file is None or file.is_container != is_container or (is_container and file.etag != etag):
                 files.append(None)
                 continue
-            self._known(index)[row] = True
+            self._is_known.setdefault(index, np.zeros(self._shards[index].num_rows, np.bool_))[row] = True
             files.append(file)
         return files
 
     def unknown(self) -> Iterator[pa.Table]:
         """The files that :meth:`find_again` did not find, in order."""
-        for index, shard in enumerate(self._shards):
-            table = shard.load()
+        for index, table in enumerate(self.tables()):
             yield table.filter(pa.array(~self._is_known[index])) if index in self._is_known else table
-
-    def _known(self, index: int) -> npt.NDArray[np.bool_]:
-        return self._is_known.setdefault(index, np.zeros(self._shards[index].num_rows, np.bool_))
 
     def _load(self, index: int) -> pa.Table:
         if index not in self._loaded:

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from icce_ray.config import StorageConfig
 from icce_ray.errors import InputError, message_of
 from icce_ray.images.bucket_listing import Classify, object_file
-from icce_ray.images.file_shards import SHARD_ROWS, File, files_table, sorted_files
+from icce_ray.images.file_shards import SHARD_ROWS, File, ends_of, files_table, sorted_files
 from icce_ray.store import ArtifactWriter, Folder, Part, s3
 from icce_ray.store.filesystem import open_uri
 from icce_ray.store.part_records import PartRecord, PartRecords
@@ -36,13 +36,11 @@ class Inventory:
     uri: str
     """Of the manifest."""
     bucket: str
-    """Its objects are listed."""
     csv_columns: tuple[str, ...]
     """Empty for Parquet."""
     files: tuple[str, ...]
-    """URIs of the data files."""
+    """URIs of the data files, of `num_bytes` together."""
     num_bytes: int
-    """Their size."""
     folder: Folder
     storage: StorageConfig
     classify: Classify
@@ -82,7 +80,7 @@ def shard_name(uri: str) -> str:
 def list_data_file(uri: str, inventory: Inventory) -> PartRecord:
     """Write the shards of one data file. Raises InputError: it cannot be read."""
     s3.use_s3(inventory.storage)
-    others, tables, ends, parts, num_keys = Counter[str](), list[File](), list[list[str]](), list[Part](), 0
+    others, tables, ends, parts, num_keys = Counter[str](), list[File](), list[tuple[str, str]](), list[Part](), 0
 
     def found() -> Iterator[File]:
         nonlocal num_keys
@@ -90,9 +88,8 @@ def list_data_file(uri: str, inventory: Inventory) -> PartRecord:
             num_keys += 1
             if is_latest in (None, True, "true") and is_deleted in (None, False, "false"):
                 key = unquote_plus(key) if inventory.csv_columns else key
-                size = None if size in (None, "") else int(size)
-                root = f"s3://{inventory.bucket}/"
-                file = object_file(root, (key, size, etag or None), inventory.classify, others, tables)
+                entry = key, None if size in (None, "") else int(size), etag or None
+                file = object_file(f"s3://{inventory.bucket}/", entry, inventory.classify, others, tables)
                 if file is not None:
                     yield file
 
@@ -102,7 +99,7 @@ def list_data_file(uri: str, inventory: Inventory) -> PartRecord:
             table = sorted_files(files_table(batch))
             name = f"files/{shard_name(uri)}-{len(parts):03d}.parquet"
             parts.append(ArtifactWriter(inventory.folder).write_table(name, table))
-            ends.append([table["uri"][0].as_py(), table["uri"][-1].as_py()])
+            ends.append(ends_of(table))
     except (OSError, ValueError) as error:
         reason = message_of(error)
         raise InputError(f"images.uri: {uri}, which {inventory.uri} names, cannot be read: {reason}") from None

@@ -7,12 +7,12 @@ import hashlib
 import math
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from itertools import islice
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from icce_ray.config import Config, ImagesConfig, ResourcesConfig, StorageConfig
@@ -122,22 +122,19 @@ def open_containers(files: list[File], config: Config, writer: ArtifactWriter, p
     groups = list(iter(lambda: list(islice(waiting, CONTAINERS_PER_TASK)), []))
     if not groups:
         return []
-    source = hashlib.sha256(config.images.model_dump_json().encode()).hexdigest()
-    records = PartRecords(writer.folder, source)
-    num_bytes = sum(file.size_bytes or 0 for file in files)
+    records = PartRecords(writer.folder, hashlib.sha256(config.images.model_dump_json().encode()).hexdigest())
     shared = (config.images, config.storage, writer, records)
-    is_large = num_bytes >= LARGE_BYTES
-    work = partial(_finish, open_group, groups, _group_name, records, shared, config.resources, is_large)
-    return work(lambda found: progress.update(sum(sum(record.metrics["rows"]) for record in found), None))
+    is_large = sum(file.size_bytes or 0 for file in files) >= LARGE_BYTES
+    in_tasks = config.resources if is_large else None
+    return _finish(open_group, groups, _group_name, records, shared, in_tasks, progress, "rows")
 
 
 def list_inventory(inventory: Inventory, resources: ResourcesConfig, progress: Progress) -> list[PartRecord]:
     """The records of an inventory's data files. Finished ones are used again. Raises InputError: as
     :func:`list_data_file`."""
-    is_large = inventory.num_bytes >= LARGE_INVENTORY_BYTES
+    in_tasks = resources if inventory.num_bytes >= LARGE_INVENTORY_BYTES else None
     files, records = inventory.files, inventory.records
-    work = partial(_finish, list_data_file, files, shard_name, records, (inventory,), resources, is_large)
-    return work(lambda found: progress.update(sum(record.metrics["num_keys"] for record in found), None))
+    return _finish(list_data_file, files, shard_name, records, (inventory,), in_tasks, progress, "num_keys")
 
 
 def _finish(
@@ -146,20 +143,20 @@ def _finish(
     name_of: Callable[[Any], str],
     records: PartRecords,
     shared: tuple[Any, ...],
-    resources: ResourcesConfig,
-    is_large: bool,
-    on_record: Callable[[Collection[PartRecord]], None],
+    in_tasks: ResourcesConfig | None,
+    progress: Progress,
+    counted: str,
 ) -> list[PartRecord]:
     """The record of each item: the one that is there, or what ``function(item, *shared)`` makes now, in Ray tasks if
-    that is large."""
+    their resources are given. `counted` is the metric that the progress adds up."""
     found = records.read_all(check_files=False)
     missing = [item for item in items if name_of(item) not in found]
     done: Iterable[tuple[Any, PartRecord]] = ((item, function(item, *shared)) for item in missing)
-    if is_large and missing:
-        done = run_tasks("images", function, missing, shared, resources=resources, num_images=MAX_IMAGES_HERE + 1)
+    if in_tasks is not None and missing:
+        done = run_tasks("images", function, missing, shared, resources=in_tasks, num_images=MAX_IMAGES_HERE + 1)
     for item, record in done:
         found[name_of(item)] = record
-        on_record(found.values())
+        progress.update(sum(int(np.sum(each.metrics[counted])) for each in found.values()), None)
     return [found[name_of(item)] for item in items]
 
 

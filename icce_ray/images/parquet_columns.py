@@ -102,8 +102,7 @@ def _list_type(kind: pa.DataType) -> pa.DataType | None:
 
 
 def check_expansion(group: Any, column: str) -> None:
-    """Refuse a row group (its metadata) whose column would unpack to an absurd size. Raises ValueError: says the
-    sizes."""
+    """Refuse a row group (its metadata) whose column would unpack to an absurd size. Raises ValueError: the sizes."""
     chunks = [group.column(index) for index in range(group.num_columns)]
     chunks = [chunk for chunk in chunks if chunk.path_in_schema.partition(".")[0] == column.partition(".")[0]]
     unpacked = sum(chunk.total_uncompressed_size for chunk in chunks)

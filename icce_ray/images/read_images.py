@@ -49,16 +49,11 @@ class NoImageError(Exception):
 
 
 def read_image(uri: str, size_bytes: int | None = None, etag: str | None = None) -> bytes | str:
-    """The bytes of an image, or why they cannot be read: ``missing``, ``unreadable: ...``.
+    """The bytes of an image, or why they cannot be read: ``missing``, ``unreadable: ...``. The arguments are those of
+    the listing; where a container is in another state, the place may hold another image.
 
     While the store is away, this waits for it. An object is given up only if its store answers meanwhile. Raises
-    InputError: the bucket does not exist, or refuses the credentials; WorkerError: the store is away for too long.
-
-    Args:
-        uri: a file or a place in a container, as in the listing.
-        size_bytes: expected size; None if unknown.
-        etag: expected state of a container, as in the listing: in another state, the place may hold another image.
-    """
+    InputError: the bucket does not exist, or refuses the credentials; WorkerError: the store is away for too long."""
     if size_bytes is not None and size_bytes > MAX_FILE_BYTES:
         return f"unreadable: over the limit of {MAX_FILE_BYTES} bytes"
     if size_bytes == 0 and isinstance(locate(uri), Span):
@@ -180,11 +175,6 @@ def _open_at_once(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NONBLOCK)
 
 
-def _check_size(num_bytes: int) -> None:
-    if num_bytes > MAX_FILE_BYTES:
-        raise ValueError(f"over the limit of {MAX_FILE_BYTES} bytes")
-
-
 def _read_once(uri: str, timeout_s: float, etag: str | None = None) -> bytes:
     place = locate(uri)
     if place is not None and etag and not is_remote(uri) and str(os.stat(local_path(place.file)).st_mtime_ns) != etag:
@@ -200,29 +190,26 @@ def _read_once(uri: str, timeout_s: float, etag: str | None = None) -> bytes:
         if locate(file) is not None:
             raise NoImageError("unreadable: the row's path leads to a row of a container")
         return _read_once(file, timeout_s)
-    file = uri if place is None else place.file
+    file, start, num_bytes = (uri, 0, None) if place is None else place
     if not is_remote(file):
         with open(local_path(file), "rb", opener=_open_at_once) as opened:
             status = os.fstat(opened.fileno())
             if not stat.S_ISREG(status.st_mode):
                 raise OSError("not a file")
-            _check_size(status.st_size if place is None else place.num_bytes)
-            if place is None:
-                return opened.read()
-            opened.seek(place.start)
-            return opened.read(place.num_bytes)
+            if (status.st_size if num_bytes is None else num_bytes) > MAX_FILE_BYTES:
+                raise ValueError(f"over the limit of {MAX_FILE_BYTES} bytes")
+            opened.seek(start)
+            return opened.read(num_bytes)
     if s3.is_s3(file):
         client = s3.client(s3.current_options(), read_timeout_s=timeout_s, attempts=1)
-        span = () if place is None else (place.start, place.num_bytes)
+        etag, slow_s = None if place is None else etag, 2 * timeout_s
         with s3.translated(file):
-            etag = None if place is None else etag
-            return s3.get_once(file, client, *span, max_slow_s=2 * timeout_s, max_bytes=MAX_FILE_BYTES, etag=etag)
+            return s3.get_once(file, client, start, num_bytes, max_slow_s=slow_s, max_bytes=MAX_FILE_BYTES, etag=etag)
     try:
         filesystem, path = open_uri(file)
     except InputError as error:
         raise NoImageError(f"unreadable: {error}") from None
-    span = () if place is None else (place.start, place.num_bytes)
-    data: bytes = filesystem.handler.read(path, *span, max_bytes=MAX_FILE_BYTES)
+    data: bytes = filesystem.handler.read(path, start, num_bytes, max_bytes=MAX_FILE_BYTES)
     return data
 
 

@@ -16,13 +16,8 @@ from icce_ray.images.decoding import LFS_POINTER, LFS_REMEDY
 BLOCK_BYTES = tarfile.BLOCKSIZE
 MAX_EXTENSION_BYTES = 2**20
 """Largest extended header (a long name, pax records). Names take a few hundred bytes."""
-EXTENSIONS = (
-    tarfile.GNUTYPE_LONGNAME,
-    tarfile.GNUTYPE_LONGLINK,
-    tarfile.XHDTYPE,
-    tarfile.XGLTYPE,
-    tarfile.SOLARIS_XHDTYPE,
-)
+LONG_NAMES = {tarfile.GNUTYPE_LONGNAME: "path", tarfile.GNUTYPE_LONGLINK: "linkpath"}
+EXTENSIONS = (*LONG_NAMES, tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE)
 """Types of headers that describe the next member."""
 MAX_LENGTH_DIGITS = 20
 ZEROS = "zeros where members may have been"
@@ -47,12 +42,8 @@ RECORD_BYTES = tarfile.RECORDSIZE
 
 
 class RemoteHeaders:
-    """Reads the headers of a tar on remote storage in as few bytes and requests as go together: past small members it
-    reads on, past large ones it leaps.
-
-    Args:
-        file: pyarrow's.
-    """
+    """Reads the headers of a tar on remote storage (pyarrow's file) in as few bytes and requests as go together: past
+    small members it reads on, past large ones it leaps."""
 
     def __init__(self, file: Any) -> None:
         self._file = file
@@ -74,11 +65,10 @@ class RemoteHeaders:
 
 
 class Member(NamedTuple):
-    """A regular file in the tar."""
+    """A regular file in the tar, whose bytes begin at `start`."""
 
     name: str
     start: int
-    """Offset of its bytes."""
     num_bytes: int
 
 
@@ -98,13 +88,9 @@ class Damage(NamedTuple):
 
 
 def walk(file: Any, file_bytes: int) -> Iterator[Member | Link | Damage]:
-    """All members in order. Behind a damaged header, the next valid one is searched block by block.
-
-    A complete shard ends with an end mark (a block of zeros). If the file does not, the last item is a Damage.
-
-    Args:
-        file_bytes: its size. A member that reaches beyond it is damage.
-    """
+    """All members in order. Behind a damaged header, the next valid one is searched block by block. A complete shard
+    ends with an end mark (a block of zeros). If the file does not, the last item is a Damage, and so is a member that
+    reaches beyond its `file_bytes`."""
     if file_bytes == 0:
         yield Damage(0, 0, "empty file")
         return
@@ -178,14 +164,11 @@ def _read_extension(file: Any, header: tarfile.TarInfo, num_left: int) -> dict[s
     if header.size > num_left:
         raise ValueError("cut off")
     data = file.read(header.size)
-    if header.type in (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK):
-        meaning = "path" if header.type == tarfile.GNUTYPE_LONGNAME else "linkpath"
-        return {meaning: data.partition(b"\0")[0].decode("utf-8", "surrogateescape")}
+    if header.type in LONG_NAMES:
+        return {LONG_NAMES[header.type]: data.partition(b"\0")[0].decode("utf-8", "surrogateescape")}
     if header.type == tarfile.XGLTYPE:  # defaults for all members: none that matters here
         return {}
-    records: dict[str, str] = {}
-    data = data.rstrip(b"\0")
-    start = 0
+    records, data, start = dict[str, str](), data.rstrip(b"\0"), 0
     while start < len(data):
         length = int(data[start : start + MAX_LENGTH_DIGITS].partition(b" ")[0])
         key, equals, value = data[start : start + max(length, 0)].partition(b" ")[2].partition(b"=")
