@@ -180,7 +180,7 @@ def _run_on_gpu() -> tuple[dict[str, Any], dict[str, bool]]:
     flop_per_image = depth * (24.0 * width**2 * num_tokens + 4.0 * num_tokens**2 * width)
     peak = matmul_peak("cuda", torch.bfloat16, 8192)
     rates: dict[str, Any] = {}
-    backbone = TimmBackbone(model, "cls+patch_mean", 2 * width, "cuda", "bfloat16")
+    backbone = TimmBackbone(model, "cls+patch_mean", "cuda", "bfloat16")
     found_batch_size = find_batch_size(backbone.embed, (IMAGE_SIZE, IMAGE_SIZE, 3))
     pixels = np.random.default_rng(0).integers(0, 256, (found_batch_size, IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.uint8)
     started = time.perf_counter()

@@ -51,7 +51,6 @@ class SlowBackbone(PixelsBackbone):
     batch_size = PART
 
     def __init__(self, batch_s: float) -> None:
-        super().__init__(SIZE * SIZE * 3)
         self._batch_s = batch_s
 
     def embed(self, images_BHWC: Any) -> Any:

@@ -3,14 +3,7 @@
 from typing import Any
 
 from icce_ray.config import PIXELS, BackboneConfig, EmbedConfig
-from icce_ray.embed.backbone_plan import (
-    RANDOM_WEIGHTS,
-    BackbonePlan,
-    EmbeddingPlan,
-    image_size,
-    naming_backbone,
-    plan_embedding,
-)
+from icce_ray.embed.backbone_plan import RANDOM_WEIGHTS, EmbeddingPlan, image_size, naming_backbone, plan_embedding
 from icce_ray.embed.networks import Backbone, PixelsBackbone, SeveralBackbones, TimmBackbone, find_batch_size
 from icce_ray.embed.weights import load_model, no_hub
 from icce_ray.errors import ConfigError, one_line
@@ -24,21 +17,19 @@ def build_backbone(
     num_threads: int | None = None,
     plan: EmbeddingPlan | None = None,
 ) -> Backbone:
-    """Build the backbone with its weights; several of them as one, feature set after feature set.
+    """Build the backbone with its weights; several of them as one, feature set after feature set. `seed` determines
+    ``weights: random``; `plan` is that of `embed`, if it was made already.
 
     Usage: ``features_ND = build_backbone(config.embed, config.seed).embed(images_NHWC)``. Raises ConfigError: as
     :func:`~icce_ray.embed.backbone_plan.check_backbones`, or weights that do not fit the model (says which keys);
     ResourceError: no weights file is named and the hub cannot be reached.
-
-    Args:
-        seed: determines ``weights: random``.
-        plan: of `embed`, if it was made already.
     """
     plan = plan or plan_embedding(embed)
     built: list[Backbone] = []
     for index, backbone in enumerate(embed.backbones):
         with naming_backbone(index):
-            built.append(_build_one(backbone, plan.backbones[index], embed.precision, seed, device, num_threads))
+            features = plan.backbones[index].features
+            built.append(_build_one(backbone, features, embed.precision, seed, device, num_threads))
     views = [planned.preprocessing for planned in plan.backbones]
     whole = built[0] if len(built) == 1 else SeveralBackbones(built, views)
     if embed.batch_size != "auto":
@@ -53,10 +44,10 @@ def build_backbone(
 
 
 def _build_one(
-    backbone: BackboneConfig, plan: BackbonePlan, precision: Any, seed: int, device: str, num_threads: int | None
+    backbone: BackboneConfig, features: str, precision: Any, seed: int, device: str, num_threads: int | None
 ) -> Backbone:
     if backbone.backbone == PIXELS:
-        return PixelsBackbone(plan.dim)
+        return PixelsBackbone()
     import torch
 
     from icce_ray.embed.timm_models import create_model
@@ -69,18 +60,12 @@ def _build_one(
             torch.manual_seed(seed)
             model = create_model(name, size)
     elif backbone.weights is None:
-        model = _create_from_hub(name, size)
+        try:
+            model = create_model(name, size, pretrained=True)
+        except ConfigError:
+            raise
+        except Exception as error:  # whatever the hub's client, and the network below it, raise
+            raise no_hub(name, one_line(error)) from None
     else:
         model = load_model(name, size, backbone.weights)
-    return TimmBackbone(model, plan.features, plan.dim, device, precision)
-
-
-def _create_from_hub(name: str, size: int) -> Any:
-    from icce_ray.embed.timm_models import create_model
-
-    try:
-        return create_model(name, size, pretrained=True)
-    except ConfigError:
-        raise
-    except Exception as error:  # whatever the hub's client, and the network below it, raise
-        raise no_hub(name, one_line(error)) from None
+    return TimmBackbone(model, features, device, precision)

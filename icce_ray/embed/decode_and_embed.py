@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -26,12 +26,6 @@ HASHED_TOGETHER = 64
 
 Outcome = npt.NDArray[Any] | str
 """An embedding (D,), or why there is none."""
-
-
-class Embeds(Protocol):
-    """What embedding a part needs of a backbone."""
-
-    def embed(self, images_BHWC: Pixels) -> Features: ...
 
 
 @dataclass(frozen=True)
@@ -126,8 +120,6 @@ def decode_part(
     Args:
         part: which images; only those in `part.only` if that is set.
         images: their rows in the listing, in order.
-        preprocessing: the wanted size and colours.
-        max_pixels: as in :func:`decode_image`.
         known: returns those of the given contents that need not be decoded.
         attempt: records what the worker is doing, in case it dies.
         decode: :func:`decode_image`, or the same in another process.
@@ -199,7 +191,7 @@ def _files(images: Sequence[ListedImage], attempt: Attempt) -> Iterator[list[tup
 def embed_contents(
     decoded: DecodedPart,
     hashes: list[str],
-    backbone: Embeds,
+    embed: Callable[[Pixels], Features],
     batch_size: int,
     attempt: Attempt | None = None,
     on_batch: Callable[[int], None] = lambda num_embedded: None,
@@ -221,33 +213,26 @@ def embed_contents(
     for ids in attempt.steps(list(row_of), batch_size):
         rows = [row_of[image_id] for image_id in ids]
         padded = rows + rows[-1:] * (batch_size - len(rows))
-        embeddings = backbone.embed(decoded.pixels[padded])[: len(rows)]
+        embeddings = embed(decoded.pixels[padded])[: len(rows)]
         for image_id, embedding in zip(ids, embeddings, strict=True):
-            outcomes[hash_of[image_id]] = _checked(embedding)
+            problem = "feature not a number" if np.isnan(embedding).any() else "feature overflow"
+            outcomes[hash_of[image_id]] = embedding if np.isfinite(embedding).all() else problem
         on_batch(len(outcomes))
     return outcomes
-
-
-def _checked(embedding: npt.NDArray[np.float16]) -> Outcome:
-    if np.isfinite(embedding).all():
-        return embedding
-    return "feature not a number" if np.isnan(embedding).any() else "feature overflow"
 
 
 def assemble_part(
     decoded: DecodedPart, outcomes: Mapping[str, Outcome], dims: tuple[int, ...], *, model: str = ""
 ) -> tuple[pa.Table, list[Error]]:
-    """Put the embeddings of a part's contents together: its table, and the images that failed.
-
-    Args:
-        outcomes: by content hash, for all of `decoded.hashes`.
-        dims: D of each feature set.
-    """
-    images = list(zip(decoded.image_ids.tolist(), decoded.hashes, strict=True))
-    failed = [(image_id, outcome) for image_id, value in images if isinstance(outcome := outcomes[value], str)]
-    good = [(image_id, value) for image_id, value in images if not isinstance(outcomes[value], str)]
-    ids = np.array([image_id for image_id, _ in good], dtype=np.int64)
-    hashes = pa.array([value for _, value in good], pa.string())
-    vectors = [outcomes[value] for _, value in good]
-    embeddings = np.stack(vectors) if vectors else np.empty((0, sum(dims)), dtype=np.float16)
+    """Put the embeddings of a part's contents together: its table, and the images that failed. `outcomes` has all of
+    `decoded.hashes`; `dims` are D of each feature set."""
+    images = [
+        (image_id, value, outcomes[value])
+        for image_id, value in zip(decoded.image_ids.tolist(), decoded.hashes, strict=True)
+    ]
+    failed = [(image_id, outcome) for image_id, _, outcome in images if isinstance(outcome, str)]
+    good = [image for image in images if not isinstance(image[2], str)]
+    ids = np.array([image_id for image_id, _, _ in good], dtype=np.int64)
+    hashes = pa.array([value for _, value, _ in good], pa.string())
+    embeddings = np.stack([vector for _, _, vector in good]) if good else np.empty((0, sum(dims)), dtype=np.float16)
     return part_table(ids, embeddings, hashes, dims, model=model), sorted(decoded.errors + failed)

@@ -119,10 +119,10 @@ def _finish(task: EmbedTask, tally: Tally) -> dict[str, Any]:
 def _embed_pending(task: EmbedTask, pending: OpenParts, tally: Tally, progress: Progress, num_images: int) -> None:
     resources = task.config.resources
     if runs_here(resources, num_images):
-        parts = embed_here(task, pending, tally.add_batch)
+        parts = embed_here(task, pending, tally.show)
     else:
         wait_for_machines(resources, "embed", progress.note)
-        parts = embed_on_ray(task, pending, tally.add_batch, progress)
+        parts = embed_on_ray(task, pending, tally.show, progress)
     # Closed, so that a run that stops because of its errors doesn't leave its workers working.
     with closing(parts) as finished:
         for part in finished:

@@ -4,7 +4,7 @@ import threading
 import time
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from typing import Any
@@ -30,16 +30,10 @@ DUPLICATES_SCHEMA = pa.schema(
 REASONS_SHOWN = 5
 IDS_TOGETHER = 65_536
 """The tables are written in pieces of this range of ids."""
-MAX_LATE = 10_000
-"""Finished items that are remembered, because another thread may still report of them."""
 
 
 class Tally:
-    """Adds up finished parts, in any order.
-
-    Args:
-        max_error_rate: share of the images that may fail.
-    """
+    """Adds up finished parts, in any order. `max_error_rate` is the share of the images that may fail."""
 
     def __init__(self, context: StageContext, listing: Listing, max_error_rate: float) -> None:
         self._context = context
@@ -50,13 +44,9 @@ class Tally:
         self._counts = Counter[str]()
         self._examples: dict[str, int] = {}
         self._files: list[tuple[int, int, Part]] = []
-        self._num_done = 0
-        self._num_resumed = 0
-        self._num_embedded = self._num_stretched = 0
+        self._num_done = self._num_resumed = self._num_embedded = self._num_stretched = 0
         self._kinds: set[tuple[int, str]] = set()
         self._started = time.monotonic()
-        self._finished: dict[str, None] = {}
-        self._unfinished: dict[str, int] = {}
         self._shown = 0
         self._showing = threading.Lock()
 
@@ -114,47 +104,27 @@ class Tally:
         self._num_embedded += metrics["num_embedded"]
         self._num_stretched += metrics.get("num_stretched", 0)
         num_errors, num_listed = len(self._failed_ids), len(self._listing)
-        self._finished[record.name] = None
-        if len(self._finished) > MAX_LATE:
-            del self._finished[next(iter(self._finished))]
-        self._show()
+        self.show(0)
         if num_errors - self._counts[REMOVED] > self._max_error_rate * num_listed:
             raise too_many_errors(
                 num_errors, num_listed, self._max_error_rate, self._most_common(),
                 lambda reason: self._listing.uri(self._examples[reason]),
             )  # fmt: skip
 
-    def add_batch(self, part: PartRange, num_embedded: int) -> None:
-        """Show how many images of an unfinished part are embedded. May be called by another thread, and too late."""
-        self._show({part.name: num_embedded})
-
-    def _show(self, batches: Mapping[str, int] | None = None) -> None:
+    def show(self, num_unfinished: int) -> None:
+        """Show that so many images of unfinished parts are embedded. May be called by another thread, and too late."""
         with self._showing:
-            self._unfinished = {
-                name: number
-                for name, number in {**self._unfinished, **(batches or {})}.items()
-                if name not in self._finished
-            }
             # Never backwards: a worker that died, or a part that is reported late, would give a negative rate.
-            self._shown = max(self._shown, self._num_done + sum(self._unfinished.values()))
+            self._shown = max(self._shown, min(self._num_done + num_unfinished, len(self._listing)))
             self._context.progress.update(self._shown, len(self._listing), num_errors=len(self._failed_ids))
 
     def finish(self, feature_set: str, *, has_hashes: bool = True) -> dict[str, Any]:
-        """Write the tables of errors and duplicates.
+        """Write the tables of errors and duplicates; of the latter only if there are image files, which have hashes.
 
-        Args:
-            feature_set: name of the first.
-            has_hashes: whether there are image files, whose contents can be compared.
-
-        Returns:
-            Metrics: num_images (good ones), num_errors, errors (count by reason), num_duplicates (images with the same
-            bytes as an earlier one), num_embedded (contents that went through the backbone in this run), num_stretched
-            (grey images of more than 8 bits, whose range is a guess), dim, dtype, feature_set, images_per_s (None if
-            nothing was left to do).
-
-        Raises:
-            DamagedArtifactError: as :func:`find_duplicates`.
-        """
+        Returns metrics: num_images (good ones), num_errors, errors (count by reason), num_duplicates (images with the
+        same bytes as an earlier one), num_embedded (contents that went through the backbone in this run), num_stretched
+        (grey images of more than 8 bits, whose range is a guess), dim, dtype, feature_set (name of the first),
+        images_per_s (None if nothing was left to do). Raises DamagedArtifactError: as :func:`find_duplicates`."""
         assert self._num_done == len(self._listing), "each image is in one part"
         ((dim, dtype),) = self._kinds
         failed_ids = np.array(self._failed_ids, np.int64)
@@ -216,8 +186,7 @@ def too_many_errors(
     common: Sequence[tuple[str, int]],
     example_of: Callable[[str], str],
 ) -> InputError:
-    """The error to raise. `common`: the reasons and their counts, most common first; `example_of`: says which image
-    failed for a reason."""
+    """`common` are the reasons and their counts, most common first; `example_of` says which image failed for one."""
     shown = [f"{count:,} x {reason} (such as {example_of(reason)})" for reason, count in common[:REASONS_SHOWN]]
     reasons = ", ".join(shown) + (", ..." if len(common) > REASONS_SHOWN else "")
     return InputError(

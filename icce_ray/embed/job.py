@@ -6,11 +6,10 @@ whole, or not at all, whoever dies.
 
 import json
 import math
-import threading
 import time
 import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from functools import partial
 from itertools import islice
 from typing import Any, cast
@@ -18,9 +17,8 @@ from typing import Any, cast
 import pyarrow as pa
 
 from icce_ray import errors
-from icce_ray.config import PIXELS
 from icce_ray.embed.content_index import ContentIndex, ShardedIndex, num_shards
-from icce_ray.embed.decode_and_embed import NOTHING_DECODED, Outcome, decoded_from_table, decoded_to_table
+from icce_ray.embed.decode_and_embed import NOTHING_DECODED, DecodedPart, Outcome, decoded_from_table, decoded_to_table
 from icce_ray.embed.embedding_parts import PartRange
 from icce_ray.embed.gather_embeddings import known_hashes
 from icce_ray.embed.part_embedder import ITEMS_AT_ONCE, EmbedTask, PartEmbedder
@@ -28,23 +26,21 @@ from icce_ray.embed.work_items import OpenPart, OpenParts, join_items, joined
 from icce_ray.images.decoding_process import decode_or_die
 from icce_ray.images.listing import Listing
 from icce_ray.images.uris import is_remote
-from icce_ray.runtime.cluster_resources import available_cpus, cpus_beside, largest_machine_cpus, worker_cpus
+from icce_ray.runtime.cluster_resources import available_cpus, cpus_beside, largest_machine_cpus, worker_threads
 from icce_ray.runtime.progress import Progress
 from icce_ray.runtime.threads import repeating
+from icce_ray.runtime.worker_process import EmbedMetrics
 from icce_ray.store import Artifact, Folder
 from icce_ray.store.part_records import PartRecord
 from icce_ray.store.s3 import use_s3
 
-NO_PROGRESS_TIMEOUT_S = 1800.0
 POST_INTERVAL_S = 2.0
 """How often workers say how far they are in a part."""
-INDEX_SAY_S = 5.0
-BUSY_SHARE_OVER_S = 10.0
-"""Time over which the share that the backbone is at work is measured."""
 ITEMS_PER_WAVE = 32_768
 """Work items that Ray Data is given at a time. For each wave it starts the actors again."""
 LIMITS_S = 10.0
 """Time after which the limit of what is decoded ahead is set again: machines come and go."""
+OUR_ERRORS = errors.UserError, errors.WorkerError, errors.DamagedArtifactError
 ITEMS_PER_ACTOR = ITEMS_AT_ONCE + 2
 """Decoded items for each actor: those that it works on, and those that wait."""
 
@@ -55,64 +51,33 @@ class Embedder:
     def __init__(self, task: EmbedTask, shards: list[Any], num_threads: int, device: str) -> None:
         use_s3(task.config.storage)
         self.task = task
-        listing = Listing(task.images)
+        decode_all = partial(task.decode, listing=Listing(task.images))
         self.embedder = PartEmbedder(
-            task,
-            _sharded(shards),
-            num_threads=num_threads,
-            device=device,
-            decode=lambda part: task.decode(part, listing),
-            on_batch=self._post,
+            task, _sharded(shards), num_threads=num_threads, device=device, decode=decode_all, on_batch=self._post
         )
-        self._index, self._posted_at = shards[0], time.monotonic()
-        self._metrics = _Metrics()
-        if any(backbone.backbone != PIXELS for backbone in task.config.embed.backbones):
-            import timm  # noqa: F401  # takes seconds, in which the first part is being decoded
+        self._index, self._posted_at, self._posted = shards[0], time.monotonic(), set[str]()
+        self._metrics = EmbedMetrics()
 
     def __call__(self, batch: Any) -> Any:
         if problem := batch["problem"][0].as_py():
             return _to_row(error=problem)
-        part, decoded = decoded_from_table(batch)
-        try:
-            record = self.embedder.embed(part, decoded, self.task.attempt(part, "embed"))
-        except (errors.UserError, errors.WorkerError) as error:
-            return _to_row(error=_to_text(error))
+        return _recorded(self._embed, *decoded_from_table(batch))
+
+    def _embed(self, part: PartRange, decoded: DecodedPart) -> PartRecord:
+        record = self.embedder.embed(part, decoded, self.task.attempt(part, "embed"))
+        if part.name in self._posted:
+            self._posted.remove(part.name)
+            self._index.post_batch.remote(part.name, 0)
         busy_s = self.embedder.backbone.busy_s
         self._metrics.add(part.num_images, len(record.metrics["errors"]), decoded.num_bytes, busy_s)
-        return _to_row(record.model_dump_json())
+        return record
 
     def _post(self, part: PartRange, num_embedded: int) -> None:
         """Tell the driver about a part that takes long. Nothing waits for that."""
         if time.monotonic() - self._posted_at >= POST_INTERVAL_S:
             self._posted_at = time.monotonic()
-            self._index.post_batch.remote(part, num_embedded)
-
-
-class _Metrics:
-    """What an actor tells Ray, which passes it on to Prometheus (docs/ray-cluster.md)."""
-
-    def __init__(self) -> None:
-        import ray
-        from ray.util.metrics import Counter, Gauge
-
-        self._images = Counter("icce_ray_embed_images", "Images of finished parts")
-        self._errors = Counter("icce_ray_embed_errors", "Images that could not be used")
-        self._bytes = Counter("icce_ray_embed_read_bytes", "Size of the image files that were read")
-        self._busy_share = Gauge("icce_ray_embed_busy_share", "Share of the time with the backbone at work", ("actor",))
-        self._busy_share.set_default_tags({"actor": ray.get_runtime_context().get_actor_id() or ""})
-        self._lock = threading.Lock()
-        self._since, self._busy_s = time.monotonic(), 0.0
-
-    def add(self, num_images: int, num_errors: int, num_bytes: int, busy_s: float) -> None:
-        """Count a finished part; `busy_s`: for how long the backbone has been at work so far."""
-        for counter, number in ((self._images, num_images), (self._errors, num_errors), (self._bytes, num_bytes)):
-            if number:  # Ray refuses to add nothing
-                counter.inc(number)
-        with self._lock:
-            seconds = time.monotonic() - self._since
-            if seconds >= BUSY_SHARE_OVER_S:
-                self._busy_share.set((busy_s - self._busy_s) / seconds)
-                self._since, self._busy_s = time.monotonic(), busy_s
+            self._posted.add(part.name)
+            self._index.post_batch.remote(part.name, num_embedded)
 
 
 class _IndexActor(ContentIndex):
@@ -120,29 +85,15 @@ class _IndexActor(ContentIndex):
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
-        self._batches: dict[str, tuple[PartRange, int]] = {}
+        self._batches: dict[str, int] = {}
 
-    def post_batch(self, part: PartRange, num_embedded: int) -> None:
-        self._batches[part.name] = part, num_embedded
+    def post_batch(self, part: str, num_embedded: int) -> None:
+        self._batches[part] = num_embedded
 
-    def take_batches(self) -> list[tuple[PartRange, int]]:
-        """The latest report for each part since the last call."""
-        taken, self._batches = list(self._batches.values()), {}
-        return taken
-
-
-@contextmanager
-def _batches_shown(index: Any, on_batch: Callable[[PartRange, int], None]) -> Iterator[None]:
-    """While the block runs, a thread asks the index how far the workers are."""
-    import ray
-
-    def show() -> None:
-        with suppress(ray.exceptions.RayError):  # the index is starting again, or busy
-            for part, num_embedded in ray.get(index.take_batches.remote(), timeout=POST_INTERVAL_S):
-                on_batch(part, num_embedded)
-
-    with repeating(show, POST_INTERVAL_S, "icce_ray-embed-progress"):
-        yield
+    def num_unfinished(self) -> int:
+        """Number of images of unfinished parts that are embedded."""
+        self._batches = {part: number for part, number in self._batches.items() if number}
+        return sum(self._batches.values())
 
 
 def _sharded(shards: Sequence[Any]) -> ShardedIndex:
@@ -171,7 +122,7 @@ def decode(batch: Any, task: EmbedTask, shards: list[Any]) -> Any:
     try:
         known = partial(known_hashes, _sharded(shards))
         decoded = task.decode(part, _listing(task.images), known=known, attempt=attempt, decode=decode_or_die)
-    except (errors.UserError, errors.WorkerError) as error:
+    except OUR_ERRORS as error:
         return decoded_to_table(part, NOTHING_DECODED, _to_text(error))
     attempt.end()
     return decoded_to_table(part, decoded)
@@ -190,11 +141,10 @@ def _listing(images: Artifact) -> Listing:
 
 
 def embed_on_ray(
-    task: EmbedTask, pending: OpenParts, on_batch: Callable[[PartRange, int], None], progress: Progress
+    task: EmbedTask, pending: OpenParts, show: Callable[[int], None], progress: Progress
 ) -> Generator[PartRecord, None, None]:
     """Embed the `pending` parts; yields each as it is finished, in any order. Ray Data keeps figures of every item in
-    the driver, so it gets some thousands at a time."""
-    import ray
+    the driver, so it gets some thousands at a time. `show` is told how many images of unfinished parts are embedded."""
     import ray.data
 
     config = task.config
@@ -212,12 +162,16 @@ def embed_on_ray(
     part_bytes = pending.images_per_item * math.prod(task.plan.preprocessing.shape)
     data_context = ray.data.DataContext.get_current().copy()
     data_context.enable_progress_bars = False
-    data_context.execution_no_progress_timeout_s = NO_PROGRESS_TIMEOUT_S
+    data_context.execution_no_progress_timeout_s = 1800.0
     shards = _start_index(task.folders, pending.num_images)
     join_task: Any = ray.remote(_join).options(num_cpus=0, scheduling_strategy="SPREAD")  # type: ignore[attr-defined]
 
     def join(whole: OpenPart, items: list[PartRecord]) -> PartRecord:
         return _from_row(ray.get(join_task.remote(task, shards, whole, items)).to_pylist()[0])
+
+    def tell() -> None:
+        with suppress(ray.exceptions.RayError):  # the index is starting again, or busy
+            show(ray.get(shards[0].num_unfinished.remote(), timeout=POST_INTERVAL_S))
 
     def embedded(items: list[PartRange]) -> Any:
         dataset = (
@@ -240,12 +194,7 @@ def embed_on_ray(
                     max_concurrent_calls_per_actor=ITEMS_AT_ONCE,
                     enable_true_multi_threading=True,
                 ),
-                fn_constructor_kwargs={
-                    "task": task,
-                    "shards": shards,
-                    "num_threads": max(1, int(worker_cpus(worker))),
-                    "device": "cuda" if worker.gpus_per_worker else "cpu",
-                },
+                fn_constructor_args=(task, shards, worker_threads(worker), "cuda" if worker.gpus_per_worker else "cpu"),
                 num_cpus=actor_cpus,
                 num_gpus=worker.gpus_per_worker or None,
             )
@@ -272,10 +221,11 @@ def embed_on_ray(
 
     try:
         _wait_for_index(shards, progress)
-        with ray.data.DataContext.current(data_context), warnings.catch_warnings(), _batches_shown(shards[0], on_batch):
+        telling = repeating(tell, POST_INTERVAL_S, "icce_ray-embed-progress")
+        with ray.data.DataContext.current(data_context), warnings.catch_warnings(), telling:
             warnings.simplefilter("ignore")  # Ray Data warns of max_retries, which it has no parameter for yet
             yield from joined(finished_items(), pending, join)
-    except (errors.UserError, errors.WorkerError, errors.DamagedArtifactError):
+    except OUR_ERRORS:
         raise
     except (ray.exceptions.RayError, RuntimeError, OSError, ValueError) as error:
         raise errors.WorkerError(
@@ -291,9 +241,8 @@ def _start_index(folders: list[Folder], num_new: int) -> list[Any]:
     """The actors of the shards of the content index. They can be restarted: their answers lie on storage."""
     import ray
 
-    number = num_shards(folders, num_new)
-    actor: Any = ray.remote(_IndexActor)
-    actor = actor.options(num_cpus=0, max_restarts=-1, max_task_retries=-1, scheduling_strategy="SPREAD")
+    number, options = num_shards(folders, num_new), {"max_restarts": -1, "max_task_retries": -1}
+    actor: Any = ray.remote(_IndexActor).options(num_cpus=0, scheduling_strategy="SPREAD", **options)
     return [actor.remote(folders, num_new, shard, number) for shard in range(number)]
 
 
@@ -301,8 +250,8 @@ def _wait_for_index(shards: Sequence[Any], progress: Progress) -> None:
     """Until it has read the hashes of the finished parts, which may take longer than Ray Data lets a step take."""
     import ray
 
-    ready = [shard.take_batches.remote() for shard in shards]
-    if ray.wait(ready, num_returns=len(ready), timeout=INDEX_SAY_S)[1]:
+    ready = [shard.num_unfinished.remote() for shard in shards]
+    if ray.wait(ready, num_returns=len(ready), timeout=5.0)[1]:
         progress.waits("the content index reads the hashes of finished parts")
     ray.get(ready)
     progress.waits("")
@@ -311,10 +260,7 @@ def _wait_for_index(shards: Sequence[Any], progress: Progress) -> None:
 def _join(task: EmbedTask, shards: list[Any], whole: OpenPart, items: list[PartRecord]) -> pa.Table:
     """The task: finished items -> the record of their part."""
     use_s3(task.config.storage)
-    try:
-        return _to_row(join_items(task.records, task.draw, _sharded(shards), whole, items).model_dump_json())
-    except (errors.UserError, errors.WorkerError, errors.DamagedArtifactError) as error:
-        return _to_row(error=_to_text(error))
+    return _recorded(join_items, task.records, task.draw, _sharded(shards), whole, items)
 
 
 def _one_block_per_item(items: list[PartRange], free_cpus: float) -> Any:
@@ -332,6 +278,14 @@ def _one_block_per_item(items: list[PartRange], free_cpus: float) -> Any:
 def _to_text(error: Exception) -> str:
     """For a row: raised in a worker, an error would come back inside Ray's own traceback."""
     return json.dumps([type(error).__name__, str(error)])
+
+
+def _recorded(make: Callable[..., PartRecord], *arguments: Any) -> pa.Table:
+    """A row with the record that `make` returns, or its error."""
+    try:
+        return _to_row(make(*arguments).model_dump_json())
+    except OUR_ERRORS as error:
+        return _to_row(error=_to_text(error))
 
 
 def _to_row(record: str = "", error: str = "") -> pa.Table:

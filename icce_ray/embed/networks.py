@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -30,62 +31,35 @@ MIN_GAIN = 1.05
 Features = npt.NDArray[np.float16]
 
 
-class Backbone(Protocol):
-    """Turns images into features. Images do not change its state."""
-
-    dims: tuple[int, ...]
-    """D of each feature set."""
-    dim: int
-    """Their sum."""
-    batch_size: int
-    """Images per call that suit the device."""
-
-    def load(self, images_BHWC: Pixels) -> Any:
-        """Bring images to the device for :meth:`embed`, while other images may be on their way through the network."""
-
-    def embed(self, images_BHWC: Any) -> Features:
-        """Preprocessed images (B, H, W, C) uint8 -> (B, dim) float16, one feature set after the other.
-
-        Takes what `load` returned, too.
-        Features beyond the range of float16 become infinite, and NaN stays: the caller leaves those images out.
-        """
-
-
 class PixelsBackbone:
     """The flattened pixels, 0 to 1."""
 
     batch_size = DEFAULT_BATCH_SIZE
+    """Images per call that suit the device."""
 
-    def __init__(self, dim: int) -> None:
-        self.dims: tuple[int, ...] = (dim,)
-        self.dim = dim
-
-    def load(self, images_BHWC: Pixels) -> Pixels:
+    def load(self, images_BHWC: Pixels) -> Any:
+        """Bring images to the device for :meth:`embed`, while other images may be on their way through the network."""
         return images_BHWC
 
-    def embed(self, images_BHWC: Pixels) -> Features:
-        return (images_BHWC.reshape(len(images_BHWC), -1) / np.float32(255.0)).astype(np.float16)
+    def embed(self, images_BHWC: Any) -> Features:
+        """Preprocessed images (B, H, W, C) uint8, or what `load` returned -> (B, D) float16, one feature set after the
+        other. Features beyond the range of float16 become infinite, and NaN stays: the caller leaves those images
+        out."""
+        pixels: Pixels = images_BHWC.reshape(len(images_BHWC), -1)
+        return (pixels / np.float32(255.0)).astype(np.float16)
 
 
 class TimmBackbone:
-    """A frozen timm model in inference mode.
-
-    Args:
-        model: without its classification layer.
-        features: see :mod:`icce_ray.embed.backbone_plan`.
-        dim: D of the features.
-        precision: of the matrix products.
-    """
+    """A frozen timm model in inference mode, without its classification layer. For `features` see
+    :mod:`icce_ray.embed.backbone_plan`; `precision` is that of the matrix products."""
 
     batch_size = DEFAULT_BATCH_SIZE
 
-    def __init__(self, model: torch.nn.Module, features: str, dim: int, device: str, precision: Precision) -> None:
+    def __init__(self, model: torch.nn.Module, features: str, device: str, precision: Precision) -> None:
         import torch
 
         from icce_ray.embed.timm_models import data_config, extract_features
 
-        self.dims: tuple[int, ...] = (dim,)
-        self.dim = dim
         self._device = torch.device(device)
         is_cuda = self._device.type == "cuda"
         self._copies = torch.cuda.Stream(self._device) if is_cuda else None  # type: ignore[no-untyped-call]
@@ -99,10 +73,7 @@ class TimmBackbone:
         data = data_config(model)
         self._mean = torch.tensor(data["mean"], device=self._device)
         self._std = torch.tensor(data["std"], device=self._device)
-
-        self._forward: Callable[[torch.Tensor], torch.Tensor] = lambda images_BCHW: extract_features(
-            self._model, images_BCHW, features
-        )
+        self._forward: Callable[..., torch.Tensor] = partial(extract_features, self._model, features=features)
 
     def compile(self) -> None:
         """Use ``torch.compile`` from here on; the next call takes about a minute."""
@@ -157,17 +128,11 @@ class TimmBackbone:
 
 
 class SeveralBackbones:
-    """Backbones side by side over the same images.
-
-    Args:
-        backbones: one per feature set.
-        views: the preprocessing of each; the pixels hold each different view once.
-    """
+    """Backbones side by side over the same images, one for each feature set. `views` are their preprocessing; pixels
+    hold each different view once."""
 
     def __init__(self, backbones: Sequence[Backbone], views: Sequence[Preprocessing]) -> None:
-        self.dims = tuple(backbone.dim for backbone in backbones)
-        self.dim = sum(self.dims)
-        self.batch_size = min(backbone.batch_size for backbone in backbones)
+        self.batch_size: int = min(backbone.batch_size for backbone in backbones)
         self._backbones = backbones
         self._pixels = common_preprocessing(views)
         self._places = [self._pixels.views.index(view) for view in views]
@@ -184,16 +149,15 @@ class SeveralBackbones:
         return np.concatenate([backbone.embed(images) for backbone, images in pairs], axis=1)
 
 
+Backbone = PixelsBackbone | TimmBackbone | SeveralBackbones
+"""Turns images into features. Images do not change its state."""
+
+
 def find_batch_size(
     embed: Callable[[Pixels], Features], shape: tuple[int, ...], clock: Callable[[], float] = time.perf_counter
 ) -> int:
-    """The batch size beyond which a larger one gains next to nothing, by trying. Insufficient memory shows as no gain,
-    since :class:`TimmBackbone` then halves the batch.
-
-    Args:
-        embed: a backbone's method.
-        shape: shape of one image's pixels.
-    """
+    """The batch size beyond which a larger one gains next to nothing, by trying with images of this shape. Insufficient
+    memory shows as no gain, since :class:`TimmBackbone` then halves the batch."""
     best, best_rate, size = MIN_BATCH_SIZE, 0.0, MIN_BATCH_SIZE
     while size <= MAX_BATCH_SIZE:
         images = np.zeros((size, *shape), dtype=np.uint8)

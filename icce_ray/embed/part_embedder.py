@@ -143,7 +143,6 @@ class PartEmbedder:
     """Holds the backbone, embeds decoded parts and writes them. ITEMS_AT_ONCE threads may call it at a time.
 
     Args:
-        index: of the contents that have embeddings.
         decode: decodes all images of a part, also those that the index knows.
         on_batch: told, after each batch, the part and how many of its images were embedded so far.
     """
@@ -158,11 +157,8 @@ class PartEmbedder:
         decode: Callable[[PartRange], DecodedPart],
         on_batch: Callable[[PartRange, int], None],
     ) -> None:
-        self._task = task
-        self._index = index
-        self._reader = VectorReader(task.folders)
-        self._decode = decode
-        self._on_batch = on_batch
+        self._task, self._index, self._reader = task, index, VectorReader(task.folders)
+        self._decode, self._on_batch = decode, on_batch
         self.backbone = BackboneThread(
             lambda: build_backbone(
                 task.config.embed, task.config.seed, device=device, num_threads=num_threads, plan=task.plan
@@ -186,10 +182,9 @@ class PartEmbedder:
             skipped = {content for content, row in zip(decoded.hashes, decoded.rows, strict=True) if row < 0}
             if not skipped.isdisjoint(hashes):  # on storage when decoding was skipped, but no longer
                 decoded = self._decode(part).with_jpegs(self._decode_jpegs)
-            on_batch = partial(self._on_batch, part)
-            size = self._images_per_item
+            on_batch, size = partial(self._on_batch, part), self._images_per_item
             batch_size = math.ceil(size / math.ceil(size / self.backbone.backbone.batch_size))
-            return embed_contents(decoded, hashes, self.backbone, batch_size, attempt, on_batch)
+            return embed_contents(decoded, hashes, self.backbone.embed, batch_size, attempt, on_batch)
 
         decoded = decoded.with_jpegs(self._decode_jpegs)
         contents = list(dict.fromkeys(decoded.hashes))
@@ -204,18 +199,17 @@ class PartEmbedder:
         return record
 
 
-def embed_here(
-    task: EmbedTask, pending: OpenParts, on_batch: Callable[[PartRange, int], None]
-) -> Generator[PartRecord, None, None]:
-    """Embed the `pending` parts in this process; yields each as it is finished, in order. Other processes decode."""
+def embed_here(task: EmbedTask, pending: OpenParts, show: Callable[[int], None]) -> Generator[PartRecord, None, None]:
+    """Embed the `pending` parts in this process; yields each as it is finished, in order. Other processes decode.
+    `show` is told how many images of the unfinished part are embedded."""
     index = ContentIndex(task.folders, pending.num_images)
     join = partial(join_items, task.records, task.draw, index)
-    with closing(_embed_items(task, pending, index, on_batch)) as finished:
+    with closing(_embed_items(task, pending, index, show)) as finished:
         yield from joined(finished, pending, join)
 
 
 def _embed_items(
-    task: EmbedTask, pending: OpenParts, index: ContentIndex, on_batch: Callable[[PartRange, int], None]
+    task: EmbedTask, pending: OpenParts, index: ContentIndex, show: Callable[[int], None]
 ) -> Generator[PartRecord, None, None]:
     if not len(pending):
         return
@@ -237,7 +231,7 @@ def _embed_items(
             num_threads=usable_cpus(),
             device="cpu",
             decode=lambda part: start(part).result(),
-            on_batch=on_batch,
+            on_batch=lambda part, num_embedded: show(num_embedded),
         )
         waiting, decoding = deque(pending), deque[tuple[PartRange, Future[DecodedPart]]]()
         while waiting or decoding:

@@ -50,8 +50,6 @@ def build(config: Config, **options: Any) -> Any:
 class MeanBackbone:
     """One feature: the mean of the pixels, times `factor`."""
 
-    dims: tuple[int, ...] = (1,)
-    dim = 1
     batch_size = 64
 
     def __init__(self, factor: float = 1.0) -> None:
@@ -75,10 +73,12 @@ def listed(uris: list[str], start: int = 0) -> list[ListedImage]:
     return [ListedImage(start + number, uri, None, None) for number, uri in enumerate(uris)]
 
 
-def embed_part(decoded: DecodedPart, backbone: MeanBackbone, batch_size: int) -> tuple[pa.Table, list[tuple[int, str]]]:
+def embed_part(
+    decoded: DecodedPart, backbone: MeanBackbone, batch_size: int, dims: tuple[int, ...] = (1,)
+) -> tuple[pa.Table, list[tuple[int, str]]]:
     """The table and the errors of a part, with nothing known before."""
-    outcomes = embed_contents(decoded, sorted(set(decoded.hashes)), backbone, batch_size)
-    return assemble_part(decoded, outcomes, backbone.dims)
+    outcomes = embed_contents(decoded, sorted(set(decoded.hashes)), backbone.embed, batch_size)
+    return assemble_part(decoded, outcomes, dims)
 
 
 def records_at(folder: Path) -> PartRecords:
@@ -195,7 +195,7 @@ def test_each_feature_set_has_its_column_and_an_image_that_fails_in_one_is_in_no
     part = PartRange(0, 0, 12)
     decoded = decode_part(part, listed(uris), SeveralViews((PREPROCESSING, Preprocessing(2, 2))), max_pixels=100)
     assert decoded.pixels.shape == (11, 4 * 4 * 3 + 2 * 2 * 3)
-    table, errors = embed_part(decoded, backbone, 4)
+    table, errors = embed_part(decoded, backbone, 4, (1, 1, 1))
     write_part(records_at(tmp_path / "out"), part, table, errors)
     stored = pq.read_table(tmp_path / "out" / part.file_name)
     assert stored.schema.names == ["image_id", "embedding", "embedding_1", "embedding_2", "content_hash"]
@@ -334,7 +334,7 @@ def test_a_content_is_decoded_and_embedded_once_in_a_part(tmp_path: Path) -> Non
     backbone = MeanBackbone()
     told: list[int] = []
     new = sorted({*decoded.hashes} - {known})
-    outcomes = embed_contents(decoded, new, backbone, batch_size=8, on_batch=told.append)
+    outcomes = embed_contents(decoded, new, backbone.embed, batch_size=8, on_batch=told.append)
     assert told == [3]
     table, _ = assemble_part(decoded, outcomes | {known: np.array([77], np.float16)}, (1,))
     assert table["embedding"].to_pylist() == [[0], [1], [77], [1], [4], [0]]
@@ -350,9 +350,9 @@ def test_an_embedding_does_not_depend_on_what_else_is_embedded_beside_it(tmp_pat
     pixels = rng.integers(0, 256, (20, 64, 64, 3), dtype=np.uint8)
     hashes = [f"{number:064x}" for number in range(20)]
     decoded = DecodedPart(np.arange(20), np.arange(20, dtype=np.int32), pixels, hashes, [])
-    together = embed_contents(decoded, hashes, backbone, batch_size=8)
+    together = embed_contents(decoded, hashes, backbone.embed, batch_size=8)
     for chosen in ([3], [0, 19], list(range(1, 20, 2))):
-        alone = embed_contents(decoded, [hashes[number] for number in chosen], backbone, batch_size=8)
+        alone = embed_contents(decoded, [hashes[number] for number in chosen], backbone.embed, batch_size=8)
         for number in chosen:
             assert np.array_equal(alone[hashes[number]], together[hashes[number]])
 

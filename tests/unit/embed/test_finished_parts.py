@@ -22,15 +22,14 @@ def test_images_count_while_their_part_is_unfinished_and_once_when_it_is(tmp_pat
     listing: Any = range(20)
     tally = Tally(StageContext(ArtifactWriter(folder), {}, progress), listing, max_error_rate=1.0)
     parts = [PartRange(index, 10 * index, 10 * index + 10) for index in range(2)]
-    tally.add_batch(parts[0], 4)
-    tally.add_batch(parts[1], 3)
-    tally.add_batch(parts[0], 8)
+    for num_unfinished in (4, 7, 11):
+        tally.show(num_unfinished)
     table = part_table(np.arange(10), np.zeros((10, 2), dtype=np.float16))
     tally.add(write_part(PartRecords(folder, "source"), parts[0], table))
-    tally.add_batch(parts[0], 9)  # was on its way when the part was finished
-    tally.add_batch(parts[1], 1)  # its worker died, and another began again
-    tally.add_batch(parts[1], 5)
-    assert shown == [4, 7, 11, 13, 13, 13, 15]
+    tally.show(1)  # a worker died, and another began again
+    tally.show(5)
+    tally.show(12)  # of a part that has been finished since
+    assert shown == [4, 7, 11, 11, 11, 15, 20]
 
 
 def test_images_whose_range_is_a_guess_are_counted_and_said(tmp_path: Path) -> None:

@@ -86,7 +86,7 @@ def outcomes_of(backbone: TimmBackbone) -> list[Any]:
     """The outcomes of six random images."""
     hashes = list("abcdef")
     decoded = DecodedPart(np.arange(6), np.arange(6, dtype=np.int32), random_images(), hashes, [])
-    outcomes = embed_contents(decoded, hashes, backbone, 4)
+    outcomes = embed_contents(decoded, hashes, backbone.embed, 4)
     return [outcomes[content] for content in hashes]
 
 
@@ -178,10 +178,8 @@ def test_several_backbones_give_their_features_side_by_side() -> None:
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 256, (5, *plan.preprocessing.shape), dtype=np.uint8)
     pictures = dict(zip(plan.preprocessing.views, plan.preprocessing.split(pixels), strict=True))
-    together = build(config)
-    features = together.embed(pixels)
-    assert together.dims == plan.dims
-    assert features.shape == (5, together.dim)
+    features = build(config).embed(pixels)
+    assert features.shape == (5, sum(plan.dims))
     columns = np.split(features, np.cumsum(plan.dims)[:-1], axis=1)
     for one, planned, column in zip(settings, plan.backbones, columns, strict=True):
         alone = build(config_for(**one, precision="float32"))
@@ -211,7 +209,7 @@ def test_a_compiled_network_gives_the_same_features(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
 
     model: Any = timm.create_model("test_vit", num_classes=0, img_size=64, depth=1)
-    backbone = TimmBackbone(model, "cls+patch_mean", 128, "cpu", "float32")
+    backbone = TimmBackbone(model, "cls+patch_mean", "cpu", "float32")
     images = random_images()
     plain = backbone.embed(images)
     backbone.compile()

@@ -31,7 +31,6 @@ class Watched(PixelsBackbone):
     batch_size = 8
 
     def __init__(self) -> None:
-        super().__init__(48)
         self.inside = self.most_inside = 0
         self.threads: set[str] = set()
         self.sizes: set[int] = set()

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from icce_ray.embed import job
+from icce_ray.runtime import worker_process
 
 
 class Metric:
@@ -34,8 +34,8 @@ def test_parts_are_counted_and_the_busy_share_is_that_of_the_last_seconds(monkey
     context: Any = SimpleNamespace(get_actor_id=lambda: "a")
     monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(get_runtime_context=lambda: context))
     monkeypatch.setitem(sys.modules, "ray.util.metrics", SimpleNamespace(Counter=Metric, Gauge=Metric))
-    monkeypatch.setattr(job, "time", SimpleNamespace(monotonic=lambda: now))
-    metrics = job._Metrics()
+    monkeypatch.setattr(worker_process, "time", SimpleNamespace(monotonic=lambda: now))
+    metrics = worker_process.EmbedMetrics()
     metrics.add(512, 3, 1000, busy_s=2.0)
     now += 20.0
     metrics.add(100, 0, 10, busy_s=15.0)
