@@ -32,6 +32,7 @@ from icce_ray.runtime.machine import available_memory_bytes
 from icce_ray.runtime.progress import LONG_S, format_bytes, format_seconds
 from icce_ray.runtime.ray_cluster import runs_here
 
+ROW = "{:<14} {:>13} {:>10} {:>10}"
 RAY_START_S, WORKER_START_S = 8.0, 2.0
 """Of a run that uses Ray, on two cores."""
 WORKER_BYTES = 400_000_000
@@ -53,11 +54,7 @@ class StageEstimate:
 
     def line(self) -> str:
         memory, disk = format_bytes(self.memory_bytes), format_bytes(self.disk_bytes)
-        return _row(self.stage, format_seconds(self.seconds), memory, disk)
-
-
-def _row(stage: str, time: str, memory: str, disk: str) -> str:
-    return f"{stage:<14} {time:>13} {memory:>10} {disk:>10}"
+        return ROW.format(self.stage, format_seconds(self.seconds), memory, disk)
 
 
 @dataclass(frozen=True)
@@ -91,7 +88,7 @@ class Estimate:
         largest = max(stage.memory_bytes for stage in self.stages)
         table = [*self.stages, StageEstimate("together", self.seconds, largest, self.disk_bytes)]
         memory = f"{self.cpus:g} CPUs, {self.gpus:g} GPUs, {format_bytes(self.available_memory_bytes)} of free memory"
-        head = _row("stage", "time", "memory", "storage")
+        head = ROW.format("stage", "time", "memory", "storage")
         return [said, memory, "", head, *(stage.line() for stage in table), *self.shortcuts]
 
     def to_json(self) -> dict[str, Any]:
@@ -123,10 +120,8 @@ def estimate(config: Config, *, num_samples: int = 256, quiet: bool = False) -> 
     disk_bytes["classifier"] = disk_bytes.get("classifier", 0) + _backbone_bytes(config)
     seconds = {"images": listing_s, "embed": embedded.startup_s + num_images * embedded.seconds_per_image}
     seconds |= pilot.seconds
-    if not here:  # the first stage starts Ray, the others their workers
-        seconds = {
-            name: spent + (RAY_START_S if name == "embed" else WORKER_START_S) for name, spent in seconds.items()
-        }
+    for name in () if here else seconds:  # the first stage starts Ray, the others their workers
+        seconds[name] += RAY_START_S if name == "embed" else WORKER_START_S
     pictures_s, pictures_bytes = _page_pictures(Listing(listed), config, pilot)
     seconds["report"] += pictures_s
     disk_bytes["report"] = disk_bytes.get("report", 0) + pictures_bytes

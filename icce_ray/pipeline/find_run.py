@@ -13,14 +13,11 @@ def find_stage(
     run: str, stage: str, *, what: str = "", several: str = "runs"
 ) -> tuple[Artifact, dict[str, Any]] | None:
     """The finished artifact of one stage of a run, and the run's settings; None if no such run is recorded. Raises
-    InputError: the stage is not finished, or a folder has several that are.
+    InputError: the stage is not finished, or a folder has several that are. `what` is the artifact's name in messages,
+    and `several` its plural.
 
-    Args:
-        run: a YAML config, a record (``runs/*.json``), or an output folder, which means its newest run. If the folder
-            does not say which that is, all its finished runs must have the artifact in common.
-        what: the name of the artifact in messages; that of the stage if empty.
-        several: the plural of the same.
-    """
+    `run` is a YAML config, a record (``runs/*.json``), or an output folder, which means its newest run. If the folder
+    does not say which that is, all its finished runs must have the artifact in common."""
     what = what or stage
     if run.endswith((".yaml", ".yml")):
         config = load_config(run)

@@ -84,8 +84,7 @@ def add_new_images(output: str, assign: Artifact) -> str | None:
             path.symlink_to(os.path.relpath(assign.folder.path + "/assignments", path.parent))
     else:
         for name, source in copies_of(assign).items():
-            if folder.s3_options is None:  # S3 has no folders
-                folder.filesystem.create_dir(f"{folder.path}/{place}")
+            _make_parent(folder, name)
             folder.filesystem.copy_file(source, f"{folder.path}/{name}")
     return folder.file_uri(ALL_IMAGES_NAME)
 
@@ -93,15 +92,10 @@ def add_new_images(output: str, assign: Artifact) -> str | None:
 def publish(
     output: str, run: str, artifacts: Mapping[str, Artifact], result: Mapping[str, Any], *, is_new: bool
 ) -> dict[str, str]:
-    """Make `run` the latest one. Returns where the entries lie (`assignments.parquet`, `report`, `model`): in
+    """Make `run` the latest one, with its artifacts by stage and its figures. Unless it `is_new` (has made anything),
+    what is there for it is kept. Returns where the entries lie (`assignments.parquet`, `report`, `model`): in
     ``latest``, or in their artifacts if they are too large to copy. Raises OSError: the output cannot be written to;
-    BusyError: another job has been writing copies for MAX_WAIT_S.
-
-    Args:
-        artifacts: its finished artifacts by stage.
-        result: its figures, JSON-able.
-        is_new: whether the run made anything; if not, what is there for it is kept.
-    """
+    BusyError: another job has been writing copies for MAX_WAIT_S."""
     root = Folder.at(output)
     summary = {**result, "run": run, "stages": {name: artifact.fingerprint for name, artifact in artifacts.items()}}
     entries = {ASSIGNMENTS_NAME: artifacts["assign"].folder / "assignments"}
@@ -162,22 +156,18 @@ def _copy(root: Folder, artifacts: Mapping[str, Artifact], summary: dict[str, An
 
 def _copy_all(latest: Folder, artifacts: Mapping[str, Artifact], summary: dict[str, Any]) -> list[str]:
     latest.remove(SUMMARY_NAME)
-    left_out = []
-    copies: dict[str, str] = {}
+    assign, left_out, copies = artifacts["assign"], list[str](), dict[str, str]()
     for stage, name in FOLDERS.items():
         artifact = artifacts.get(stage)
-        if artifact is None:
-            continue
-        if artifact.num_bytes() > MAX_COPIED_BYTES:
+        if artifact is not None and artifact.num_bytes() > MAX_COPIED_BYTES:
             left_out.append(name)
-            continue
-        for file in artifact.file_names():
-            copies[f"{name}/{file}"] = f"{artifact.folder.path}/{file}"
-    if artifacts["assign"].num_bytes("assignments/") > MAX_COPIED_BYTES:
+        elif artifact is not None:
+            copies |= {f"{name}/{file}": f"{artifact.folder.path}/{file}" for file in artifact.file_names()}
+    if assign.num_bytes(ASSIGNMENTS_PREFIX) > MAX_COPIED_BYTES:
         left_out.append(ASSIGNMENTS_NAME)
     else:
-        _join(latest, artifacts["assign"], artifacts["assign"].part_names("assignments/"))
-        copies |= copies_of(artifacts["assign"])
+        _join(latest, assign)
+        copies |= copies_of(assign)
     for name in latest.sizes().keys() - copies.keys() - {ASSIGNMENTS_NAME, CLAIM_NAME} | set(left_out):
         latest.remove(name)
     filesystem = latest.filesystem
@@ -192,16 +182,16 @@ def _copy_all(latest: Folder, artifacts: Mapping[str, Artifact], summary: dict[s
     return left_out
 
 
-def _join(latest: Folder, assign: Artifact, parts: list[str]) -> None:
+def _join(latest: Folder, assign: Artifact) -> None:
     """Write the parts of the assignments as one file, a part at a time."""
     _make_parent(latest, ASSIGNMENTS_NAME)
-    first = assign.read_table(parts[0])
+    parts = assign.part_names(ASSIGNMENTS_PREFIX)
+    schema = assign.read_table(parts[0]).schema
     with (
         latest.filesystem.open_output_stream(f"{latest.path}/{ASSIGNMENTS_NAME}") as file,
-        pq.ParquetWriter(file, first.schema, compression="zstd") as writer,
+        pq.ParquetWriter(file, schema, compression="zstd") as writer,
     ):
-        writer.write_table(first)
-        for part in parts[1:]:
+        for part in parts:
             writer.write_table(assign.read_table(part))
 
 

@@ -19,13 +19,8 @@ C = TypeVar("C", bound=Config)
 
 
 def with_numbers_from(config: C, asked: Config, images: str) -> C:
-    """`config` with the run whose numbers it keeps, or none.
-
-    Args:
-        config: with the number of clusters and the methods that are known.
-        asked: as the user gave it.
-        images: fingerprint of its listing.
-    """
+    """`config`, whose number of clusters is known, with the run whose numbers it keeps, or none. `asked` is the config
+    as the user gave it, `images` the fingerprint of its listing."""
     if config.consensus.numbers_from != AUTO:
         return config
     last = _read(asked)

@@ -52,19 +52,12 @@ class PilotRun:
 def run_pilot(
     config: Config, features_nD: npt.NDArray[Any], *, num_images: int, folder: Path, num_parallel: float = 1.0
 ) -> PilotRun:
-    """Run the stages after the embedding on a pilot, in this process.
-
-    Args:
-        features_nD: of a sample, at least two rows.
-        num_images: in the whole collection.
-        folder: for the pilot's files.
-        num_parallel: how many of the tasks that choose the number run at a time.
-    """
+    """Run the stages after the embedding on a pilot, in this process, with its files in `folder`. `features_nD` are at
+    least two rows of a sample of `num_images`; `num_parallel` of the tasks that choose the number run at a time."""
     num_trained = min(num_images, config.sample.max_images or num_images)
     num_pilot = min(num_trained, MAX_IMAGES)
     np.save(folder / "pilot.npy", _mixtures(features_nD, num_pilot, config.seed))
-    seconds: dict[str, float] = {}
-    longer: dict[str, float] = {}
+    seconds, longer = dict[str, float](), dict[str, float]()
     for epochs, found in ((FEW_EPOCHS, seconds), (MORE_EPOCHS, longer)):
         pilot = _pilot_config(config, folder, num_pilot, num_trained, epochs)
         with run_here(usable_cpus()):
@@ -73,10 +66,8 @@ def run_pilot(
             break
     if longer:
         an_epoch = max(0.0, longer["method"] - seconds["method"]) / (MORE_EPOCHS - FEW_EPOCHS)
-        steps = [
-            num_steps_per_epoch(number, _batch_size(config, num_trained, num_pilot))
-            for number in (num_pilot, num_trained)
-        ]
+        batch_size = _batch_size(config, num_trained, num_pilot)
+        steps = [num_steps_per_epoch(number, batch_size) for number in (num_pilot, num_trained)]
         starting = max(0.0, seconds["method"] - FEW_EPOCHS * an_epoch)
         seconds["method"] = starting + config.heads.num_epochs * an_epoch * steps[1] / steps[0]
     counted = seconds.pop("cluster_count", None)
@@ -95,16 +86,12 @@ def run_pilot(
     graph = artifacts.get("neighbors")
     # A pilot of a few images has fewer neighbours than there will be.
     mean_neighbors = 0.0 if graph is None else graph.metrics["mean_neighbors"] * growth[0]
-    limit = config.neighbors.max_neighbors
+    limit, made = config.neighbors.max_neighbors, [name for name in scaled if name in artifacts]
     return PilotRun(
         num_images=num_pilot,
         num_clusters=artifacts["assign"].metrics["num_clusters_used"],
         seconds=scaled,
-        disk_bytes={
-            name: round(artifacts[name].num_bytes() * _disk_growth(name, *growth))
-            for name in scaled
-            if name in artifacts
-        },
+        disk_bytes={name: round(artifacts[name].num_bytes() * _disk_growth(name, *growth)) for name in made},
         mean_neighbors=mean_neighbors if limit is None else min(mean_neighbors, limit),
     )
 

@@ -55,19 +55,15 @@ def stages_of(config: Config) -> tuple[Stage, ...]:
         EVALUATE,
         REPORT,
     ]
-    return _with_own_inputs(stages)
+    names = {stage.name for stage in stages}
+    # Without the inputs that this run does not have.
+    return tuple(replace(stage, inputs=tuple(name for name in stage.inputs if name in names)) for stage in stages)
 
 
 def clustering_stages(config: Config) -> tuple[Stage, ...]:
     """The stages up to `method`, with a number of clusters that is known."""
     stages = stages_of(config)
     return stages[: [stage.name for stage in stages].index("method") + 1]
-
-
-def _with_own_inputs(stages: Sequence[Stage]) -> tuple[Stage, ...]:
-    """The stages without the inputs that their run does not have."""
-    names = {stage.name for stage in stages}
-    return tuple(replace(stage, inputs=tuple(name for name in stage.inputs if name in names)) for stage in stages)
 
 
 SHARED_BY_METHODS = ("images", "embed", "sample")
@@ -101,16 +97,11 @@ class PlannedStage:
 def plan(
     config: Config, stages: tuple[Stage, ...] | None = None, before: Sequence[PlannedStage] = (), *, lists: bool = True
 ) -> list[PlannedStage]:
-    """Plan the stages of a run in order. The images are listed, otherwise only manifests are read.
+    """Plan the stages of a run in order: all, or `stages` that build on those planned `before`. Only manifests are
+    read, and the images are listed; without `lists`, the last listing holds, whatever has happened to them since.
 
     With ``num_clusters: auto`` the plan ends with the stage that chooses the number until that is finished. Raises
-    InputError: the input does not exist or cannot be listed, or the output cannot be read.
-
-    Args:
-        stages: the stages to plan; all those of the run when None.
-        before: stages planned before, which these build on.
-        lists: False: the last listing holds, whatever has happened to the images since.
-    """
+    InputError: the input does not exist or cannot be listed, or the output cannot be read."""
     connect_storage(config)
     config = with_kept_corrections(config)
     stages = stages_of(config) if stages is None else stages
@@ -120,7 +111,6 @@ def plan(
 
 
 def _plan(config: Config, stages: tuple[Stage, ...], before: Sequence[PlannedStage]) -> list[PlannedStage]:
-    """Plan stages that build on each other and on those planned before."""
     asked, config = config, of_first_method(config)
     planned = list(before)
     identities = {step.name: step.identity for step in before}
@@ -147,12 +137,8 @@ def _plan(config: Config, stages: tuple[Stage, ...], before: Sequence[PlannedSta
 
 
 def plan_other_methods(config: Config, planned: list[PlannedStage]) -> list[tuple[Config, list[PlannedStage]]]:
-    """The runs of all methods but the first, up to `method`: their configs and plans.
-
-    Args:
-        config: with a number of clusters that is known.
-        planned: stages of the run itself, of which the others share those before the neighbours.
-    """
+    """The runs of all methods but the first, up to `method`: their configs and plans. They share the stages before the
+    neighbours with `planned`, those of the run itself. The number of clusters is known."""
     shared = [step for step in planned if step.name in SHARED_BY_METHODS]
     runs = []
     for method in config.methods[1:]:
@@ -192,12 +178,10 @@ def with_chosen_number(config: Config, planned: Sequence[PlannedStage], artifact
 
 
 def finished_artifacts(planned: list[PlannedStage]) -> dict[str, Artifact]:
-    """The artifacts of the stages that are finished, by stage name."""
     return {step.name: step.artifact for step in planned if step.artifact is not None}
 
 
 def fingerprints_of(planned: list[PlannedStage]) -> dict[str, str]:
-    """The fingerprint of each stage, by its name."""
     return {step.name: step.fingerprint for step in planned}
 
 

@@ -61,19 +61,19 @@ def sum_up(
     finished_before: tuple[str, ...],
 ) -> Result:
     """The result of a finished run, from its artifacts."""
+    corrections, counted = artifacts.get("corrections"), artifacts.get(CLUSTER_COUNT.name)
+    low, high = (0, 0) if counted is None else counted.metrics["num_clusters_range"]
     return Result(
         run=name,
         num_images=num_listed(artifacts["images"]),
         num_errors=num_failed(artifacts["embed"]),
-        num_clusters=artifacts["corrections"].metrics["num_clusters"]
-        if "corrections" in artifacts
-        else config.num_clusters,
+        num_clusters=corrections.metrics["num_clusters"] if corrections is not None else config.num_clusters,
         anmi=artifacts["consensus"].metrics["anmi"],
         assignments=artifacts["assign"].folder.file_uri("assignments"),
         report=artifacts["report"].folder.file_uri("report.html"),
         errors=artifacts["embed"].folder.file_uri("errors.parquet"),
         num_noise=artifacts["assign"].metrics.get("num_noise", 0),
-        num_clusters_range=_range(artifacts),
+        num_clusters_range=None if counted is None else (low, high),
         model=artifacts["classifier"].folder.uri if "classifier" in artifacts else "",
         metrics=artifacts["evaluate"].metrics,
         seconds=dict(seconds),
@@ -83,13 +83,6 @@ def sum_up(
 
 def _counted(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'s' * (number != 1)}"
-
-
-def _range(artifacts: Mapping[str, Artifact]) -> tuple[int, int] | None:
-    if CLUSTER_COUNT.name not in artifacts:
-        return None
-    low, high = artifacts[CLUSTER_COUNT.name].metrics["num_clusters_range"]
-    return low, high
 
 
 def summary(result: Result, artifacts: Mapping[str, Artifact], places: Mapping[str, str], total_s: float) -> str:

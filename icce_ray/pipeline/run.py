@@ -47,19 +47,11 @@ RunStage = Callable[[Config, StageContext], dict[str, Any]]
 
 
 def run_pipeline(config: Config, *, refresh: bool = False, retry_errors: bool = False, quiet: bool = False) -> Result:
-    """Cluster the images of `config`. Whatever an earlier or killed run has finished is used again.
+    """Cluster the images of `config`. Whatever an earlier or killed run has finished is used again. With `refresh`, new
+    images are looked for first; with `retry_errors`, those of the errors table are tried again first.
 
-    Args:
-        config: every setting.
-        refresh: look for new images first, see :func:`refresh_listing`.
-        retry_errors: try the images of the errors table again first, see :func:`retry_failed_images`.
-        quiet: print no progress and no summary to standard error.
-
-    Raises:
-        UserError: something in the config, the input or the machine cannot work. Raised before the long work where
-            that can be known.
-        WorkerError: a distributed stage failed for good. What is finished stays.
-    """
+    Raises UserError: something in the config, the input or the machine cannot work (before the long work where that can
+    be known); WorkerError: a distributed stage failed for good. What is finished stays."""
     started = time.monotonic()
     if refresh:
         refresh_listing(config, quiet)
@@ -92,11 +84,8 @@ def run_pipeline(config: Config, *, refresh: bool = False, retry_errors: bool = 
     # As planned: another run may have become the newest since.
     numbers = {"numbers_from": by_name[CONSENSUS.name].numbers_from}
     resolved = resolved.model_copy(update={"consensus": resolved.consensus.model_copy(update=numbers)})
-    name = run_name(planned)
-    record = asked.to_record()
-    write_record(config.output, name, fingerprints_of(planned), record)
-    with RunProgress(config.output, name) as told:
-        seconds = run_stages(resolved, planned, artifacts, quiet, told)
+    name, record = run_name(planned), asked.to_record()
+    seconds = _run_recorded(resolved, planned, artifacts, quiet, record)
     seconds = {stage: round(of_stage + spent[stage], 3) for stage, of_stage in seconds.items()}
     result = sum_up(resolved, name, artifacts, seconds, finished_before)
     is_new = len(finished_before) < len(planned)
@@ -143,11 +132,15 @@ def _make_clusterings(
 
 
 def _run_recorded(
-    config: Config, planned: list[PlannedStage], artifacts: dict[str, Artifact], quiet: bool
+    config: Config,
+    planned: list[PlannedStage],
+    artifacts: dict[str, Artifact],
+    quiet: bool,
+    record: dict[str, Any] | None = None,
 ) -> dict[str, float]:
     """Record the planned stages as a run, and run them."""
     name = run_name(planned)
-    write_record(config.output, name, fingerprints_of(planned), config.model_dump(mode="json"))
+    write_record(config.output, name, fingerprints_of(planned), record or config.model_dump(mode="json"))
     with RunProgress(config.output, name) as told:
         return run_stages(config, planned, artifacts, quiet, told)
 
@@ -159,15 +152,11 @@ def run_stages(
     quiet: bool,
     told: RunProgress | None = None,
 ) -> dict[str, float]:
-    """Run the planned stages that `artifacts` lacks, in order, and add their artifacts to it.
+    """Run the planned stages that `artifacts` (by stage name) lacks, in order, and add their artifacts to it. `told` is
+    kept informed of how far each stage is; None if this is no recorded run.
 
     An artifact that turns out to be damaged is made again, if it is among the planned ones; the others were given and
-    are never touched. Returns the seconds spent on each stage.
-
-    Args:
-        artifacts: finished artifacts by stage name.
-        told: kept informed of how far each stage is. None if this is no recorded run.
-    """
+    are never touched. Returns the seconds spent on each stage."""
     if told is None and any(step.name not in artifacts for step in planned):
         write_unfinished(config.output, run_name(planned), fingerprints_of(planned))
     seconds = dict.fromkeys((step.name for step in planned), 0.0)
@@ -184,9 +173,7 @@ def run_stages(
             if not damage or redone & set(damage):
                 raise
             for damaged, parts in damage.items():
-                if not quiet:
-                    what = f"{damaged}: damaged on storage ({', '.join(parts)}), made again"
-                    print(what, file=sys.stderr, flush=True)
+                Progress(damaged, quiet=quiet).note(f"damaged on storage ({', '.join(parts)}), made again")
                 del artifacts[damaged]
             redone |= set(damage)
         finally:

@@ -13,8 +13,8 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
-from types import TracebackType
 from typing import Any
 
 from icce_ray.errors import BusyError, UserError, describe_cause, find_cause
@@ -36,9 +36,7 @@ class RunProgress:
 
     def __init__(self, output: str, run: str, clock: Callable[[], float] = time.time) -> None:
         self._folder = Folder.at(output) / RUNS_FOLDER / PROGRESS_FOLDER
-        self._run = run
-        self._clock = clock
-        self._began = clock()
+        self._run, self._clock, self._began = run, clock, clock()
         self._progress: Progress | None = None
         self._writing = threading.Lock()
         """Keeps the writer thread from writing the last stage's progress after the first of the next."""
@@ -56,9 +54,7 @@ class RunProgress:
     def __enter__(self) -> RunProgress:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self._ended.set()
         if self._writer is None:
             return
@@ -74,21 +70,10 @@ class RunProgress:
         """Write how far the run is at this moment."""
         if self._progress is None:
             return
-        with self._writing:
-            said = Said(
-                run=self._run,
-                state=state,
-                reading=self._progress.read(),
-                host=socket.gethostname(),
-                pid=os.getpid(),
-                began=self._began,
-                heard=self._clock(),
-                error=error,
-            )
-            try:
-                self._folder.write_bytes(f"{self._run}.json", json.dumps(asdict(said)).encode(), wait=False)
-            except Exception:
-                return
+        with self._writing, suppress(Exception):
+            reading, host, heard = self._progress.read(), socket.gethostname(), self._clock()
+            said = Said(self._run, state, reading, host, os.getpid(), self._began, heard, error)
+            self._folder.write_bytes(f"{self._run}.json", json.dumps(asdict(said)).encode(), wait=False)
 
     def _write_on(self) -> None:
         while not self._ended.wait(WRITE_INTERVAL_S):
@@ -111,7 +96,7 @@ class Said:
 
     @classmethod
     def read(cls, root: Folder, run: str) -> Said | None:
-        """Read it; None if there is none, or none that can be read."""
+        """None if there is none, or none that can be read."""
         try:
             content = json.loads((root / RUNS_FOLDER / PROGRESS_FOLDER).read_bytes(f"{run}.json"))
             reading = Reading(**content.pop("reading"))
@@ -129,20 +114,16 @@ class StageStatus:
     """finished, not finished, or for the stage that the run is at: running, stopped, failed, interrupted."""
     folder: str
     seconds: float | None
-    """Duration, if it is finished."""
+    """Duration, if it is finished; then there are `metrics`, too."""
     metrics: dict[str, Any]
-    """Metrics, if it is finished."""
     reading: Reading | None
     """Progress, if the run is at this stage."""
 
     def line(self) -> str:
-        if self.state == WAITING:
-            said = WAITING
-        elif self.seconds is not None:
-            said = f"finished in {self.seconds:.1f} s"
-        else:
-            assert self.reading is not None
-            said = self.reading.text() if self.state == RUNNING else f"{self.state} at {_without_rate(self.reading)}"
+        said = WAITING if self.seconds is None else f"finished in {self.seconds:.1f} s"
+        if self.reading is not None:
+            is_running = self.state == RUNNING
+            said = self.reading.text() if is_running else f"{self.state} at {replace(self.reading, rate=None).text()}"
         figures = ", ".join(
             f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
             for key, value in self.metrics.items()
@@ -195,11 +176,7 @@ class RunStatus:
 def find_status(
     root: Folder, run: str, folders: Mapping[str, Folder], clock: Callable[[], float] = time.time
 ) -> RunStatus:
-    """Find out how far a run is.
-
-    Args:
-        folders: the folders of its artifacts by stage, in order.
-    """
+    """Find out how far a run is. `folders` are those of its artifacts by stage, in order."""
     artifacts = {stage: Artifact.find(folder) for stage, folder in folders.items()}
     said = Said.read(root, run)
     silence = max(0.0, clock() - said.heard) if said is not None else None
@@ -211,35 +188,17 @@ def find_status(
         state = STOPPED
     else:
         state = said.state
+    reading = said.reading if said is not None and state not in (WAITING, FINISHED) else None
     stages = []
     for stage, folder in folders.items():
-        artifact = artifacts[stage]
-        is_here = artifact is None and state not in (WAITING, FINISHED) and said is not None
-        reading = said.reading if is_here and said is not None and said.reading.stage == stage else None
-        stages.append(
-            StageStatus(
-                stage=stage,
-                state=FINISHED if artifact is not None else state if reading is not None else WAITING,
-                folder=folder.uri,
-                seconds=None if artifact is None else artifact.manifest.seconds,
-                metrics={} if artifact is None else artifact.metrics,
-                reading=reading,
-            )
-        )
+        if (artifact := artifacts[stage]) is not None:
+            found = StageStatus(stage, FINISHED, folder.uri, artifact.manifest.seconds, artifact.metrics, None)
+        elif reading is not None and reading.stage == stage:
+            found = StageStatus(stage, state, folder.uri, None, {}, reading)
+        else:
+            found = StageStatus(stage, WAITING, folder.uri, None, {}, None)
+        stages.append(found)
     if said is None:
         return RunStatus(run, root.uri, state, tuple(stages))
-    return RunStatus(
-        run=run,
-        output=root.uri,
-        state=state,
-        stages=tuple(stages),
-        host=said.host,
-        pid=said.pid,
-        running_s=said.heard - said.began,
-        heard_s_ago=silence,
-        error=said.error if state == FAILED else "",
-    )
-
-
-def _without_rate(reading: Reading) -> str:
-    return replace(reading, rate=None).text()
+    error, running_s = said.error if state == FAILED else "", said.heard - said.began
+    return RunStatus(run, root.uri, state, tuple(stages), said.host, said.pid, running_s, silence, error)

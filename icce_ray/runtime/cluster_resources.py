@@ -26,14 +26,13 @@ def available_cpus() -> float:
     return sum(cpus for cpus, _ in _machines())
 
 
-def largest_machine_cpus() -> float:
-    """CPUs of the largest machine of the Ray we are connected to: a task that asks for more waits forever."""
-    return max((cpus for cpus, _ in _machines()), default=0.0)
-
-
 def available_gpus() -> float:
-    """GPUs of all machines of the Ray we are connected to."""
     return sum(gpus for _, gpus in _machines())
+
+
+def largest_machine_cpus() -> float:
+    """A task that asks for more waits forever."""
+    return max((cpus for cpus, _ in _machines()), default=0.0)
 
 
 def worker_cpus(worker: WorkerResources) -> float:
@@ -45,10 +44,8 @@ def worker_cpus(worker: WorkerResources) -> float:
 
 
 def cpus_beside(worker: WorkerResources, num_workers: int, beside: float) -> float:
-    """CPUs for each of `num_workers` actors, such that some machine keeps `beside` CPUs free, wherever Ray places the
-    actors: at most :func:`worker_cpus`, in thousandths. Actors that leave no machine with room for a task deadlock: no
-    upstream task can be scheduled.
-    """
+    """CPUs for each of `num_workers` actors: at most :func:`worker_cpus`, and as :func:`fitting_cpus`. If no machine
+    has room left for a task, actors deadlock: no upstream task can be scheduled."""
     return fitting_cpus([cpus for cpus, _ in _machines()], num_workers, worker_cpus(worker), beside)
 
 
@@ -74,12 +71,9 @@ def _node_and_memory(_: object) -> tuple[str, int]:
 
 
 def check_resources(config: Config, stages: Collection[str]) -> None:
-    """Refuse a run that would wait forever for its resources, before anything starts. Raises ResourceError: what is
-    asked for, what the machines have, what to set; unless Ray's autoscaler can add what is missing.
-
-    Args:
-        stages: those that will run; other sections of `resources` are not checked.
-    """
+    """Refuse a run of these stages that would wait forever for its resources, before anything starts. Raises
+    ResourceError: what is asked for, what the machines have, what to set; unless Ray's autoscaler can add what is
+    missing."""
     resources = config.resources
     workers = {name: getattr(resources, name).at_start() for name in STAGES_WITH_WORKERS if name in stages}
     if all(worker == type(worker)() for worker in workers.values()):
@@ -96,19 +90,17 @@ def check_resources(config: Config, stages: Collection[str]) -> None:
 
 
 def wait_for_machines(resources: ResourcesConfig, stage: str, say: Callable[[str], None]) -> None:
-    """On a Ray that autoscales, wait until the machines for a stage's workers are there; elsewhere, return.
+    """On a Ray that autoscales, `say` what machines a stage's workers need, and wait until they are there; elsewhere,
+    return.
 
     Stages divide their work by the number of machines, and Ray adds machines only when they are asked for. Raises
-    ResourceError: the machines cannot be had, or have not come in :data:`SCALE_UP_TIMEOUT_S`.
-
-    Args:
-        say: told what the stage waits for.
-    """
+    ResourceError: the machines cannot be had, or have not come in :data:`SCALE_UP_TIMEOUT_S`."""
     worker: WorkerResources = getattr(resources, stage).at_start()
     problem = shortfall(stage, worker, _machines())
     if problem is None or _autoscaler() is None:
         return
-    say(f"waits for machines for {worker.num_workers} x {_in_words(_bundle(worker))}")
+    needed = " and ".join(f"{amount:g} {name}s" for name, amount in _bundle(worker).items())
+    say(f"waits for machines for {worker.num_workers} x {needed}")
     began = time.monotonic()
     with _MachinesRequest(worker, problem) as request:
         while problem is not None:
@@ -192,10 +184,6 @@ def _bundle(worker: WorkerResources) -> dict[str, float]:
     return bundle | ({"GPU": worker.gpus_per_worker} if worker.gpus_per_worker else {})
 
 
-def _in_words(bundle: dict[str, float]) -> str:
-    return " and ".join(f"{amount:g} {name}s" for name, amount in bundle.items())
-
-
 def _machines() -> list[tuple[float, float]]:
     """(CPUs, GPUs) of each living machine that has CPUs."""
     import ray
@@ -207,12 +195,9 @@ def _machines() -> list[tuple[float, float]]:
 
 def shortfall(stage: str, worker: WorkerResources, machines: list[tuple[float, float]]) -> str | None:
     """Why `worker` does not fit on `machines` ((CPUs, GPUs) of each), or None where it does."""
-    total_cpus = sum(cpus for cpus, _ in machines)
-    total_gpus = sum(gpus for _, gpus in machines)
-    there = (
-        f"Ray has {total_cpus:g} CPUs and {total_gpus:g} GPUs on {len(machines)} machine{'s' * (len(machines) != 1)}"
-    )
-    key = f"resources.{stage}"
+    total_cpus, total_gpus = (sum(amounts) for amounts in zip((0.0, 0.0), *machines, strict=True))
+    some = f"{len(machines)} machine{'s' * (len(machines) != 1)}"
+    there, key = f"Ray has {total_cpus:g} CPUs and {total_gpus:g} GPUs on {some}", f"resources.{stage}"
     count, cpus, gpus = worker.num_workers, worker.cpus_per_worker, worker.gpus_per_worker
     if gpus > 0 and sum(slots(there_gpus, gpus) for _, there_gpus in machines) < count:
         return f"{key}: {count} x {gpus:g} GPUs asked for, but {there}. Lower {key}.num_workers or gpus_per_worker"
@@ -223,9 +208,7 @@ def shortfall(stage: str, worker: WorkerResources, machines: list[tuple[float, f
             f"{key}.num_workers: {count} workers, but {there}. Set it to at most {int(total_cpus)}, set "
             f"{key}.cpus_per_worker, or raise resources.num_cpus"
         )
-    if cpus is None:
-        return None
-    if sum(slots(there_cpus, cpus) for there_cpus, _ in machines) < count:
+    if cpus is not None and sum(slots(there_cpus, cpus) for there_cpus, _ in machines) < count:
         return f"{key}: {count} x {cpus:g} CPUs asked for, but {there}. Lower {key}.num_workers or cpus_per_worker"
     return None
 
@@ -236,18 +219,13 @@ def fitting_cpus(machines: Sequence[float], count: int, wanted: float, beside: f
     rooms = {room for cpus in machines for room in (cpus, cpus - beside) if room > 0}
     steps = {room / number for room in rooms for number in range(1, count + 1)}
     for each in sorted({wanted, *(step for step in steps if step < wanted)}, reverse=True):
-        each = _thousandths(each)
+        each = int(1000 * each + 1e-6) / 1000
         if each <= 0 or sum(slots(cpus, each) for cpus in machines) < count:
             continue
         # It takes at least this many actors to leave no machine with room for the task.
         if sum(slots(cpus - beside, each) + 1 for cpus in machines if cpus >= beside) > count:
             return each
     return 0.001
-
-
-def _thousandths(cpus: float) -> float:
-    """Rounded down to what Ray counts in."""
-    return int(1000 * cpus + 1e-6) / 1000
 
 
 def slots(available: float, each: float) -> int:

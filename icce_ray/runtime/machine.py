@@ -36,7 +36,7 @@ def has_umap() -> bool:
 
 
 def check_umap(setting: str) -> None:
-    """Refuse a setting that needs umap-learn where it is missing. Raises ResourceError: it is."""
+    """Raises ResourceError: umap-learn, which the setting needs, is missing."""
     if not has_umap():
         raise ResourceError(f"{setting} needs the package umap-learn: pip install 'icce_ray[umap]', or change it")
 
@@ -97,8 +97,7 @@ def available_memory_bytes(device: torch.device | None = None) -> int:
 
 
 def require_memory(needed: float, available: float, what: str, remedy: str, where: str = "") -> None:
-    """Refuse work before it allocates anything. Raises ResourceError: `needed` bytes are more than the `available`
-    ones. The message gives both, and the remedy."""
+    """Refuse work before it allocates anything. Raises ResourceError: `needed` bytes are more than are `available`."""
     if needed > available:
         raise ResourceError(
             f"{what} need about {needed / 1e9:.1f} GB{where}; {available / 1e9:.1f} GB are free. {remedy}"

@@ -30,7 +30,6 @@ class Reading:
     rate: float | None
     """Units per second, lately; None if nothing was done."""
     num_errors: int
-    """Images that could not be used so far."""
     note: str
 
     @property
@@ -54,12 +53,8 @@ class Reading:
 
 
 class Progress:
-    """Says how far one stage is: done of total, rate, time left.
-
-    Args:
-        unit: what is counted, in the plural.
-        shortcut: what to set to be done sooner; said once if more than LONG_S is left.
-    """
+    """Says how far one stage is: done of total, rate, time left; and once, if more than LONG_S is left, the `shortcut`:
+    what to set to be done sooner."""
 
     def __init__(
         self,
@@ -69,17 +64,12 @@ class Progress:
         clock: Callable[[], float] = time.monotonic,
         shortcut: str = "",
     ) -> None:
-        self.stage = stage
-        self.unit = unit
-        self.quiet = quiet
-        self._clock = clock
+        self.stage, self.unit, self.quiet = stage, unit, quiet
+        self._clock, self._shortcut = clock, shortcut
         self._recent: deque[tuple[float, int]] = deque()
         self._total: int | None = None
-        self._num_errors = 0
-        self._note = ""
-        self._waiting = ""
+        self._num_errors, self._note, self._waiting = 0, "", ""
         self._last_shown = self._began = clock()
-        self._shortcut = shortcut
         self._on_terminal = sys.stderr.isatty()
 
     def update(self, done: int, total: int | None, note: str = "", num_errors: int = 0) -> None:
@@ -94,10 +84,9 @@ class Progress:
             self.note(f"this will take about {format_seconds(left_s)} here. Shorter: {self._shortcut}")
             self._shortcut = ""
         interval = TERMINAL_INTERVAL_S if self._on_terminal else PLAIN_INTERVAL_S
-        if self.quiet or now - self._last_shown < interval:
-            return
-        self._last_shown = now
-        self._print(f"{self.stage}: {self.read().text()}")
+        if now - self._last_shown >= interval:
+            self._last_shown = now
+            self._print(self.read().text())
 
     def read(self) -> Reading:
         """How far it is now. Another thread may call it."""
@@ -112,22 +101,17 @@ class Progress:
     def waits(self, text: str) -> None:
         """Say at once what the stage waits for; "" if for nothing any more."""
         self._waiting = text
-        if text and not self.quiet:
-            self._print(f"{self.stage}: {self.read().text()}")
+        if text:
+            self._print(self.read().text())
 
     def note(self, text: str) -> None:
         """Print a lasting line."""
-        if self.quiet:
-            return
-        self._print(f"{self.stage}: {text}")
-        if self._on_terminal:
-            print(file=sys.stderr, flush=True)
+        self._print(text, "\n" if self._on_terminal else "")
 
-    def _print(self, text: str) -> None:
-        if self._on_terminal:
-            print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
-        else:
-            print(text, file=sys.stderr, flush=True)
+    def _print(self, text: str, end: str = "") -> None:
+        if not self.quiet:
+            line = f"{self.stage}: {text}"
+            print(f"\r\x1b[K{line}{end}" if self._on_terminal else f"{line}\n", end="", file=sys.stderr, flush=True)
 
 
 QUIET = Progress("", quiet=True)
@@ -153,11 +137,7 @@ class ProgressBoard:
 
 
 class BoardProgress(Progress):
-    """Progress that goes to a board instead of the worker's own terminal.
-
-    Args:
-        post: its method, or a remote call of that.
-    """
+    """Progress that goes to a board, by its method `post` or a remote call of that."""
 
     def __init__(self, stage: str, post: Callable[[int, int | None, str], object]) -> None:
         super().__init__(stage, quiet=True)

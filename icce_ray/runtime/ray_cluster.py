@@ -28,9 +28,6 @@ MAX_OBJECT_STORE_BYTES = 2_000_000_000
 MIN_OBJECT_STORE_BYTES = 100_000_000
 OBJECT_STORE_MEMORY_FRACTION = 0.3
 
-_threads_here: int | None = None
-"""Set inside :func:`run_here`."""
-
 # Settings that make Ray quiet and quick. They are set when we connect, unless the user has set them, because Ray reads
 # them in this process and hands them to its workers.
 QUIET_ENVIRONMENT = {
@@ -45,9 +42,11 @@ QUIET_ENVIRONMENT = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # otherwise every worker without a GPU warns
 }
 
-
+_threads_here: int | None = None
+"""Set inside :func:`run_here`."""
 _started_here = False
 """Whether the Ray that this process is connected to was started by :func:`connect`."""
+_watch: RayWatch | None = None
 
 
 def runs_here(resources: ResourcesConfig, num_images: int) -> bool:
@@ -60,8 +59,8 @@ def runs_here(resources: ResourcesConfig, num_images: int) -> bool:
 
 @contextmanager
 def run_here(num_threads: int) -> Iterator[None]:
-    """While the block runs, stages run in this process, with this many threads. For a process that Ray started to run
-    them, such as one of several trials of a sweep."""
+    """While the block runs, stages run in this process, with this many threads: for a process that Ray started, such as
+    one of several trials of a sweep."""
     global _threads_here
     _threads_here = num_threads
     try:
@@ -170,17 +169,6 @@ def exit_if_ray_dies() -> None:
     RayWatch.may_exit = True
 
 
-_watch: RayWatch | None = None
-
-
-def _ask(watch: RayWatch, place: Place, gcs_address: str) -> None:
-    """Ask a process of Ray whether it lives, unless the program has left that Ray by itself."""
-    if is_connected() and sys.modules["ray"].get_runtime_context().gcs_address == gcs_address:
-        connect_to(place)
-    else:
-        watch.end()
-
-
 def _watch_ray() -> None:
     import ray
 
@@ -193,9 +181,16 @@ def _watch_ray() -> None:
     for node in nodes:
         if node["NodeID"] == context.get_node_id():
             places["raylet"] = (node["NodeManagerAddress"], node["NodeManagerPort"])
+
+    def ask(place: Place) -> None:
+        if is_connected() and ray.get_runtime_context().gcs_address == address:
+            connect_to(place)
+        else:  # the program has left that Ray by itself
+            watch.end()
+
     if _watch is not None:
         _watch.end()
-    watch = _watch = RayWatch(places, ask=lambda place: _ask(watch, place, address))
+    watch = _watch = RayWatch(places, ask=ask)
     watch.start()
 
 

@@ -73,22 +73,15 @@ class HostsTorchConfig(TorchConfig):
 
 class _HostsBackend(TorchConfig().backend_cls):  # type: ignore[misc]
     def on_start(self, worker_group: Any, *arguments: Any) -> None:
-        worker_group.execute(_use_interface_of_this_node)
+        worker_group.execute(lambda: use_interface_of(ray.util.get_node_ip_address()))  # type: ignore[no-untyped-call]
         super().on_start(worker_group, *arguments)
-
-
-def _use_interface_of_this_node() -> None:
-    use_interface_of(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
 
 
 def use_interface_of(address: str) -> None:
     """Let gloo use the network interface of this machine that has the IPv4 `address`, unless the user has chosen one.
-
-    By default gloo resolves the host's own name. On many hosts that fails, or gives an address of the loopback
-    interface (127.0.1.1 on Debian), where workers on other hosts cannot reach it.
-    """
-    name = interface_with(address)
-    if name is not None:
+    By default it resolves the host's own name, which fails on many hosts, or gives an address of the loopback interface
+    (127.0.1.1 on Debian), where workers on other hosts cannot reach it."""
+    if (name := interface_with(address)) is not None:
         os.environ.setdefault(GLOO_INTERFACE, name)
 
 
@@ -108,8 +101,7 @@ def fit_in_thread(trainer: Any) -> Any:
 
 
 def _on_worker(given: dict[str, Any]) -> Any:
-    is_first = ray.train.get_context().get_world_rank() == 0
-    board = given["board"]
-    progress = BoardProgress(given["stage"], board.post.remote) if is_first else Progress(given["stage"], quiet=True)
-    # Ray Train returns the result of rank 0.
+    is_first = ray.train.get_context().get_world_rank() == 0  # Ray Train returns its result
+    post = given["board"].post.remote
+    progress = BoardProgress(given["stage"], post) if is_first else Progress(given["stage"], quiet=True)
     return attempt(given["work"], str(get_device()) if given["on_gpu"] else "cpu", progress)

@@ -2,12 +2,13 @@
 minute after its GCS did."""
 
 import os
-import signal
 import socket
 import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
+
+from icce_ray.store.claim import interrupt_main_thread
 
 POLL_S = 1.5
 REFUSED_S = 4.0
@@ -21,13 +22,8 @@ Place = tuple[str, int]
 
 
 class RayWatch:
-    """Watches processes by connecting to their ports.
-
-    Args:
-        places: address and port of each, by what it is.
-        ask: connects to a place. Raises ConnectionRefusedError if nobody listens, another OSError if nothing answers.
-        interrupt: stops the main thread.
-    """
+    """Watches processes by connecting to their ports, at `places` by what they are. `ask` connects to one; it raises
+    ConnectionRefusedError if nobody listens, another OSError if nothing answers."""
 
     may_exit = False
     """Whether to end the process if the main thread does not stop."""
@@ -37,15 +33,12 @@ class RayWatch:
         places: Mapping[str, Place],
         *,
         ask: Callable[[Place], None],
-        interrupt: Callable[[], None] | None = None,
+        interrupt: Callable[[], None] = interrupt_main_thread,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.lost: str | None = None
         """The message about what has died."""
-        self._places = places
-        self._ask = ask
-        self._interrupt = interrupt or _interrupt_main_thread
-        self._clock = clock
+        self._places, self._ask, self._interrupt, self._clock = places, ask, interrupt, clock
         self._since: dict[str, float] = {}
         self._ended = threading.Event()
 
@@ -79,11 +72,6 @@ class RayWatch:
                 print(f"error: {self.lost}", file=sys.stderr, flush=True)
                 os._exit(1)
             return
-
-
-def _interrupt_main_thread() -> None:
-    """Send a real signal: `_thread.interrupt_main` would not wake the thread from a wait."""
-    signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
 
 
 def connect_to(place: Place) -> None:

@@ -102,7 +102,6 @@ class ThreadPool:
         return [results[number] for number in range(len(todo))]
 
     def call(self, function: Callable[[], R]) -> R:
-        """The result of one call."""
         return self.map(lambda _: function(), [None])[0]
 
 

@@ -31,7 +31,8 @@ def work_on_workers(
     max_workers: int | None = None,
     backend: str | None = None,
 ) -> Any:
-    """Run the same function in each of a stage's processes: in an actor, or by Ray Train if there are several.
+    """Run the same function in each of a stage's processes: in an actor, or by Ray Train if there are several. The
+    section `stage` of `resources` says how many there are, and what each has.
 
     A process that dies is started again, and so is work that fails for a reason that may pass, MAX_RESTARTS times. The
     work has to find by itself what it had finished before. Returns what the work returns in the process of rank 0.
@@ -39,29 +40,26 @@ def work_on_workers(
     work failed, more often than it is tried again.
 
     Args:
-        stage: the section of `resources`, and the name in messages.
-        work: the function.
-        resources: the run's. The section says how many processes there are, and what each has.
         num_images: decides whether the work runs here.
-        max_workers: start no more processes than this.
         backend: of torch.distributed. None: NCCL on GPUs, gloo elsewhere.
     """
     if runs_here(resources, num_images):
-        outcome = _work_here(stage, work, progress)
-    else:
-        connect(resources)
-        wait_for_machines(resources, stage, progress.note)
-        workers: WorkerResources = getattr(resources, stage)
-        if max_workers is not None:
-            workers = workers.model_copy(update={"num_workers": min(workers.num_workers, max_workers)})
-        work = partial(work, num_threads=worker_threads(workers))
-        if workers.num_workers > 1:
-            # Imports Ray Train and torch, which take seconds.
-            from icce_ray.runtime.ray_train import train
+        return _unless_failed(_work_here(stage, work, progress))
+    connect(resources)
+    wait_for_machines(resources, stage, progress.note)
+    workers: WorkerResources = getattr(resources, stage)
+    if max_workers is not None:
+        workers = workers.model_copy(update={"num_workers": min(workers.num_workers, max_workers)})
+    work = partial(work, num_threads=worker_threads(workers))
+    if workers.num_workers == 1:
+        return _unless_failed(_work_in_actor(stage, work, workers, progress))
+    # Imports Ray Train and torch, which take seconds.
+    from icce_ray.runtime.ray_train import train
 
-            outcome = train(stage, work, workers, progress, backend)
-        else:
-            outcome = _work_in_actor(stage, work, workers, progress)
+    return _unless_failed(train(stage, work, workers, progress, backend))
+
+
+def _unless_failed(outcome: Any) -> Any:
     if isinstance(outcome, Exception):
         raise outcome
     return outcome
@@ -78,14 +76,13 @@ def run_tasks(
     name: str | None = None,
     in_order: bool = False,
 ) -> Iterator[tuple[Any, Any]]:
-    """Call ``function(item, *shared)`` for each item, each in a task with one CPU and one thread. Yields each item and
-    its result. Raises UserError, DamagedArtifactError: as a task raised it; WorkerError: a task failed otherwise, or
-    its process died more often than it is repeated.
+    """Call ``function(item, *shared)`` for each item, each in a task with one CPU and one thread, and yield each item
+    and its result. Items are consumed as tasks are submitted; `shared` is sent to each machine once. Raises UserError,
+    DamagedArtifactError: as a task raised it; WorkerError: a task failed otherwise, or its process died more often than
+    it is repeated.
 
     Args:
         function: a module-level function.
-        items: consumed as tasks are submitted.
-        shared: further arguments, sent to each machine once.
         num_images: decides whether the tasks run here.
         name: of the tasks in Ray's dashboard.
         in_order: yield in the order of the items instead of as they are finished.
@@ -121,17 +118,8 @@ def run_on_actors(
     progress: Progress,
     num_images: int,
 ) -> Iterator[tuple[Any, Any]]:
-    """Call an object with each item, each item on any of the stage's actors. Yields each item and its result, as they
-    are finished. Raises UserError, DamagedArtifactError: as the object raised it; WorkerError: it failed otherwise, or
-    an actor died more often than it is restarted.
-
-    Args:
-        stage: the section of `resources`, and the name in messages.
-        make: makes the object, in each actor.
-        items: consumed as actors become free.
-        resources: the run's. The section says how many actors there are, and what each has.
-        num_images: decides whether the object is made and called here.
-    """
+    """Call an object with each item, each item on any of the stage's actors, and yield each item and its result as they
+    are finished. `make` makes the object, in each actor, or here for few images. Raises as :func:`run_tasks`."""
     if runs_here(resources, num_images):
         call = make()
         for item in items:
@@ -142,13 +130,7 @@ def run_on_actors(
     import ray
 
     workers: WorkerResources = getattr(resources, stage)
-    options: dict[str, Any] = {
-        "num_cpus": worker_cpus(workers),
-        "num_gpus": workers.gpus_per_worker,
-        "max_restarts": -1,
-        "max_task_retries": MAX_RESTARTS,
-    }
-    actor = ray.remote(CallingActor).options(**options)
+    actor = _actor(CallingActor, workers, max_restarts=-1)
     actors: list[Any] = []
     waiting, running = iter(items), dict[Any, tuple[Any, Any]]()
     try:
@@ -181,8 +163,7 @@ class CallingActor:
         self._make = make
         self._object: Any = None
 
-    def __repr__(self) -> str:
-        """Its name in Ray's dashboard."""
+    def __repr__(self) -> str:  # its name in Ray's dashboard
         return f"{self._stage}: worker"
 
     def call(self, item: Any) -> Any:
@@ -194,15 +175,15 @@ class CallingActor:
 
 def start_actors(kind: type, workers: WorkerResources, arguments: Iterable[tuple[Any, ...]]) -> list[Any]:
     """An actor of the class for each tuple of arguments. One that dies is started again, and repeats its calls."""
+    actor = _actor(kind, workers)
+    return [actor.remote(*each) for each in arguments]
+
+
+def _actor(kind: type, workers: WorkerResources, **options: Any) -> Any:
     import ray
 
-    actor: Any = ray.remote(kind).options(
-        num_cpus=worker_cpus(workers),
-        num_gpus=workers.gpus_per_worker,
-        max_restarts=MAX_RESTARTS,
-        max_task_retries=MAX_RESTARTS,
-    )
-    return [actor.remote(*each) for each in arguments]
+    given = {"num_gpus": workers.gpus_per_worker, "max_restarts": MAX_RESTARTS} | options
+    return ray.remote(kind).options(num_cpus=worker_cpus(workers), max_task_retries=MAX_RESTARTS, **given)
 
 
 def stop_actors(actors: Iterable[Any]) -> None:
@@ -242,14 +223,7 @@ class StageWorker(ProgressBoard):
 def _work_in_actor(stage: str, work: Work, workers: WorkerResources, progress: Progress) -> Any:
     import ray
 
-    actor: Any = ray.remote(StageWorker).options(
-        num_cpus=worker_cpus(workers),
-        num_gpus=min(1.0, workers.gpus_per_worker),
-        max_restarts=MAX_RESTARTS,
-        max_task_retries=MAX_RESTARTS,
-        max_concurrency=2,
-    )
-    worker = actor.remote(stage)
+    worker = _actor(StageWorker, workers, num_gpus=min(1.0, workers.gpus_per_worker), max_concurrency=2).remote(stage)
     device = "cuda" if workers.gpus_per_worker else "cpu"
     try:
         with relayed_progress(worker.read.remote, progress):

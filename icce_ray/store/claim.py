@@ -176,8 +176,7 @@ class Claim:
                 continue  # the store is away for others, too
             if self._is_lost:
                 if interrupts and not self._done.is_set():
-                    # A real signal: `_thread.interrupt_main` would not wake the main thread from a wait.
-                    signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+                    interrupt_main_thread()
                 return
 
     def _put_again(self) -> bool:
@@ -197,6 +196,11 @@ class Claim:
             f"{self._folder.uri}: {who} is writing this artifact. Wait for it (the same command then uses its "
             "result), stop it, or choose another output"
         )
+
+
+def interrupt_main_thread() -> None:
+    """Send a real signal: `_thread.interrupt_main` would not wake the thread from a wait."""
+    signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
 
 
 def check_claim(folder: Folder) -> None:
