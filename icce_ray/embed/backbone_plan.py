@@ -31,13 +31,8 @@ T = TypeVar("T")
 
 
 def remembered(kind: type[T], asked: dict[str, Any], find_out: Callable[[], T]) -> T:
-    """What `find_out` returned for the same `asked` with this version of timm; otherwise what it returns now.
-
-    Args:
-        kind: the dataclass that it returns.
-        asked: everything that the answer depends on, JSON-able.
-        find_out: takes seconds. Its exceptions are not remembered.
-    """
+    """What `find_out` returned for the same `asked` with this version of timm; otherwise what it returns now, after
+    seconds. `kind` is the dataclass that it returns."""
     name = f"{fingerprint('backbone', VERSION, asked | {'timm': version('timm')}, {})}.json"
     adapter = TypeAdapter(kind)
     folder = Folder.at(cache_folder() / "backbones")
@@ -68,14 +63,12 @@ class BackbonePlan:
 
 @dataclass(frozen=True)
 class EmbeddingPlan:
-    """The plans of all backbones of a run."""
+    """The plans of all backbones of a run, one for each feature set."""
 
     backbones: tuple[BackbonePlan, ...]
-    """One for each feature set; later stages use the first unless told otherwise."""
 
     @property
     def preprocessing(self) -> Preprocessing | SeveralViews:
-        """Serves all of them."""
         return common_preprocessing([plan.preprocessing for plan in self.backbones])
 
     @property
@@ -148,11 +141,7 @@ def embed_settings(embed: EmbedConfig, embeddings: EmbeddingsConfig, seed: int) 
 
 def model_key(settings: dict[str, Any], plan: EmbeddingPlan) -> str:
     """16 hex digits of what determines an image's embedding besides its bytes: backbone, weights, preprocessing,
-    features.
-
-    Args:
-        settings: from :func:`embed_settings`.
-    """
+    features. `settings` are from :func:`embed_settings`."""
     embed = {key: value for key, value in settings["embed"].items() if key != "max_image_pixels"}
     content = {"embed": embed, "backbones": [asdict(backbone) for backbone in plan.backbones]}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]

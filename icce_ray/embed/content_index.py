@@ -58,7 +58,6 @@ def keys_of(hashes: list[str]) -> Keys:
 
 
 def to_keys(hashes_nB: Hashes) -> Keys:
-    """As :func:`keys_of`."""
     return np.ascontiguousarray(hashes_nB[:, -KEY_BYTES:]).view(np.uint64)[:, 0]
 
 
@@ -75,18 +74,13 @@ def num_shards(folders: Sequence[Folder], num_new: int) -> int:
 
 
 class ContentIndex:
-    """The index, or a shard of it. Creating it reads the hashes of all parts in `folders`. Any thread may call it.
-
-    Args:
-        folders: ``embed`` artifacts of one model, finished or not; the first is the one being written.
-        num_new: number of images to be embedded.
-        shard: number of the shard.
-        num_shards: of which each has the contents that :class:`ShardedIndex` asks it for.
-    """
+    """The index, or a shard of it with the contents that :class:`ShardedIndex` asks it for. Creating it reads the
+    hashes of all parts in `folders`: ``embed`` artifacts of one model, finished or not, of which the first is being
+    written. `num_new` images are to be embedded. Any thread may call it."""
 
     def __init__(self, folders: Sequence[Folder], num_new: int = 0, shard: int = 0, num_shards: int = 1) -> None:
         self._lock = threading.Lock()
-        self._files: dict[int, tuple[int, str]] = {}
+        self._files: list[tuple[int, str]] = []
         self._numbers: dict[tuple[int, str], int] = {}
         self._published: dict[int, Any] = {}
         found = [
@@ -128,11 +122,8 @@ class ContentIndex:
         return stored & (slots >= 0)
 
     def claim(self, part: str, keys: Keys, force: bool = False) -> Answers:
-        """Where the contents are; those that are nowhere are for `part` to embed.
-
-        Args:
-            force: take contents over from a part that does not seem to finish.
-        """
+        """Where the contents are; those that are nowhere are for `part` to embed. With `force`, it takes over those of
+        a part that does not seem to finish."""
         with self._lock:
             number = self._number(0, part)
             slots = self._table.insert(keys)
@@ -146,10 +137,10 @@ class ContentIndex:
             kinds[claimed & np.isin(files, published)] = HERE
             kinds[ours] = YOURS
             answers = Answers(kinds, rows, np.zeros(len(keys), np.int32), [])
-            for kind, sources in ((HERE, self._published), (AT, self._files)):
+            for kind, source_of in ((HERE, self._published.__getitem__), (AT, self._files.__getitem__)):
                 numbers, answers.sources_n[kinds == kind] = np.unique(files[kinds == kind], return_inverse=True)
                 answers.sources_n[kinds == kind] += len(answers.sources)
-                answers.sources += [sources[number] for number in numbers.tolist()]
+                answers.sources += map(source_of, numbers.tolist())
         return answers
 
     def publish(self, part: str, keys: Keys, outcomes: Any) -> None:
@@ -182,7 +173,7 @@ class ContentIndex:
     def _number(self, place: int, part: str) -> int:
         if (place, part) not in self._numbers:
             self._numbers[place, part] = len(self._files)
-            self._files[len(self._files)] = (place, part)
+            self._files.append((place, part))
         return self._numbers[place, part]
 
 
@@ -247,18 +238,13 @@ def siblings(root: Folder, own: Folder, model: str, num_images: int) -> list[Fol
     """The folders of other ``embed`` artifacts below `root` made by the same model, finished or not. One with more than
     MAX_TIMES the `num_images` to be embedded is left out: reading its hashes would take longer."""
     found = []
-    for name in root.folder_names():
-        folder = root / name
-        if folder.uri == own.uri or _num_images(folder) > MAX_TIMES * num_images:
+    for folder in (root / name for name in root.folder_names()):
+        artifact = Artifact.read(folder)
+        is_large = artifact is not None and artifact.metrics.get("num_images", 0) > MAX_TIMES * num_images
+        if folder.uri == own.uri or is_large:
             continue
         first = next(iter(part_files(folder).items()), None)
         hashes = read_hashes(folder, first[0], KEY_BYTES, first[1]) if first is not None else None
         if hashes is not None and hashes.model == hashlib.sha256(model.encode()).digest():
             found.append(folder)
     return found
-
-
-def _num_images(folder: Folder) -> int:
-    """Of a finished artifact; 0 if it is not finished."""
-    artifact = Artifact.read(folder)
-    return artifact.metrics.get("num_images", 0) if artifact is not None else 0

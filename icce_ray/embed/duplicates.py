@@ -86,12 +86,8 @@ class _Sorted:
 
 
 def find_duplicates(parts: Sequence[HashedPart]) -> Iterator[Duplicates]:
-    """The images whose content an earlier image has, by ascending id, some at a time. Raises DamagedArtifactError: as
-    :meth:`HashedPart.rows`.
-
-    Args:
-        parts: by ascending ids.
-    """
+    """The images whose content an earlier image has, by ascending id, some at a time. The parts are in the order of
+    their ids. Raises DamagedArtifactError: as :meth:`HashedPart.rows`."""
     num_files = -(-sum(map(len, parts)) // IMAGES_TOGETHER) or 1
     ids_per_file = -(-parts[-1].stop // num_files) if parts else 1
     with TemporaryDirectory(prefix="icce_ray-") as place, ThreadPoolExecutor(READ_THREADS) as threads:

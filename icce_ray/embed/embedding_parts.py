@@ -94,10 +94,7 @@ def images_per_item(num_images: int, preprocessing: Preprocessing | SeveralViews
 
 def items_per_part(num_images: int, images_per_item: int, dim: int) -> int:
     """Number of work items that are joined to a part: a power of two; 1 in collections below some 130,000 images.
-
-    Args:
-        dim: D of all feature sets together.
-    """
+    `dim` is D of all feature sets together."""
     most = min(rows_per_part(dim, np.dtype(np.float16).itemsize), num_images // PARTS_WANTED) // images_per_item
     return 1 << max(0, most.bit_length() - 1)
 
@@ -126,15 +123,9 @@ def part_table(
     *,
     model: str = "",
 ) -> pa.Table:
-    """The content of a part.
-
-    Args:
-        image_ids: (n,) the images that could be used.
-        embeddings_nD: float16 or float32.
-        hashes: (n,) string; None if there are no image files.
-        dims: D of each feature set if several lie side by side; each gets its own column.
-        model: key of the model, kept in the file's metadata.
-    """
+    """The content of a part: the images that could be used, float16 or float32 features, of which each set (`dims`)
+    gets its own column, and (n,) hashes if there are image files. The key of the model is kept in the file's
+    metadata."""
     columns = {"image_id": pa.array(image_ids)}
     for index, rows in enumerate(np.split(embeddings_nD, np.cumsum(dims)[:-1], axis=1)):
         values = pa.array(np.ascontiguousarray(rows).reshape(-1))
@@ -151,11 +142,9 @@ def write_part(
     draw: Draw | None = None,
     **counts: int,
 ) -> PartRecord:
-    """Write the part, then its record. The rows that `draw` chooses lie beside it.
-
-    Its metrics are `start`, `num_images` (covered, good and bad), `errors`, and the `counts` of its images:
-    `num_embedded` (contents that went through the backbone for it), `num_stretched`.
-    """
+    """Write the part, then its record. The rows that `draw` chooses lie beside it. Its metrics are `start`,
+    `num_images` (covered, good and bad), `errors`, and the `counts` of its images: `num_embedded` (contents that went
+    through the backbone for it), `num_stretched`."""
     sink = io.BytesIO()
     pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
     data = sink.getbuffer()
@@ -178,30 +167,34 @@ def write_part(
     return records.write(part.name, [file], metrics | counts)
 
 
-def read_part(folder: Folder, name: str, sha256: str | None = None) -> pa.Table:
+def read_part(folder: Folder, name: str, sha256: str | None = None, columns: list[str] | None = None) -> pa.Table:
     """The content of the part file `name`. Raises DamagedArtifactError: it is missing or damaged, or its checksum is
     not `sha256`."""
-    return _read(folder, name, sha256=sha256)
+    try:
+        data = folder.read_bytes(name)
+        if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
+            raise ValueError("the bytes are not those that were written")
+        table = pq.read_table(pa.BufferReader(data), columns=columns, page_checksum_verification=True)
+        return table.select(columns or table.column_names)  # raises if one is missing
+    except Exception as error:  # whatever a damaged file makes the reader raise
+        raise DamagedArtifactError(f"{folder.file_uri(name)}: missing or damaged: {error}") from None
 
 
 def read_hashes(
     folder: Folder, name: str, num_bytes: int = HASH_BYTES, num_rows: int | None = None
 ) -> PartHashes | None:
-    """The contents of a part file's rows; None if it holds none or cannot be read.
-
-    They lie in a file of their own. If that is missing or damaged, it is made again from the part. The arguments are
-    those of :func:`read_hashes_file`.
-    """
-    found = read_hashes_file(folder, name, num_bytes, num_rows)
+    """The contents of a part file's rows, as :func:`read_hashes_file`; None if it holds none or cannot be read. If
+    their own file is missing or damaged, it is made again from the part."""
+    if (found := read_hashes_file(folder, name, num_bytes, num_rows)) is not None:
+        return found
+    try:
+        found = _hashes_of(read_part(folder, name, columns=["content_hash"]))
+    except DamagedArtifactError:
+        return None
     if found is None:
-        try:
-            found = _hashes_of(_read(folder, name, ["content_hash"]))
-        except DamagedArtifactError:
-            return None
-        if found is not None:
-            write_hashes(folder, name, found)
-            found = replace(found, hashes_nB=found.hashes_nB[:, -num_bytes:])
-    return found
+        return None
+    write_hashes(folder, name, found)
+    return replace(found, hashes_nB=found.hashes_nB[:, -num_bytes:])
 
 
 def _hashes_of(table: pa.Table) -> PartHashes | None:
@@ -219,16 +212,3 @@ def revision_of(name: str) -> int:
     found = PART_NAME.fullmatch(name)
     assert found is not None
     return int(found["revision"] or 0)
-
-
-def _read(folder: Folder, name: str, columns: list[str] | None = None, sha256: str | None = None) -> pa.Table:
-    try:
-        data = folder.read_bytes(name)
-        if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
-            raise ValueError("the bytes are not those that were written")
-        table = pq.read_table(pa.BufferReader(data), columns=columns, page_checksum_verification=True)
-        if columns is not None:
-            table = table.select(columns)  # raises if one is missing
-    except Exception as error:  # whatever a damaged file makes the reader raise
-        raise DamagedArtifactError(f"{folder.file_uri(name)}: missing or damaged: {error}") from None
-    return table

@@ -53,14 +53,14 @@ class Features:
 
 
 def feature_set_names(artifact: Artifact) -> list[str]:
-    """Names of the feature sets of an ``embed`` artifact, such as ``vit_small_patch14_dinov2:cls``; stages use
-    the first unless told otherwise. Usage: ``range(len(feature_set_names(artifact)))`` are their numbers."""
+    """Names of the feature sets of an ``embed`` artifact, in the order of their numbers; stages use the first unless
+    told otherwise."""
     first = artifact.metrics.get("feature_set", COLUMN)
     return [str(name) for name in artifact.metrics.get("feature_sets", [first])]
 
 
 def load_features(artifact: Artifact, feature_set: int = 0) -> Features:
-    """The matrix of a finished ``embed`` artifact.
+    """The matrix of a finished ``embed`` artifact. `feature_set` is an index into :func:`feature_set_names`.
 
     Usage::
 
@@ -70,10 +70,6 @@ def load_features(artifact: Artifact, feature_set: int = 0) -> Features:
     The first call on a machine copies the parts into ``<cache>/embed/<fingerprint>/`` (ICCE_CACHE), one part in memory
     at a time; simultaneous callers wait for it, later ones only map the file. Raises DamagedArtifactError: a part is
     missing, or its bytes or its type are not those that the manifest promises.
-
-    Args:
-        artifact: of the ``embed`` stage.
-        feature_set: index into :func:`feature_set_names`.
     """
     names = artifact.part_names(PART_PREFIX)
     if not names:
@@ -136,10 +132,8 @@ def _build(artifact: Artifact, names: list[str], feature_set: int, matrix_path: 
             raise DamagedArtifactError(f"{artifact.folder.uri}: the parts do not hold each image once, in order")
         assert isinstance(matrix, np.memmap)
         matrix.flush()
-    with replacing(ids_path) as temporary:
-        sink = io.BytesIO()
-        np.save(sink, image_ids, allow_pickle=False)
-        temporary.write_bytes(sink.getbuffer())
+    with replacing(ids_path) as temporary, temporary.open("wb") as file:
+        np.save(file, image_ids, allow_pickle=False)
     for path in (matrix_path, ids_path):
         seal(path)
 

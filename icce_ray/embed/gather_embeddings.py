@@ -59,19 +59,9 @@ class VectorReader:
 def gather(
     part: str, hashes: list[str], index: Index, reader: VectorReader, embed: Callable[[list[str]], dict[str, Outcome]]
 ) -> tuple[dict[str, Outcome], list[str]]:
-    """Get an outcome for each content of a part: read it, take it from another part, or embed it here. Returns the
-    outcomes by hash, and the hashes that were embedded here.
-
-    Args:
-        hashes: contents, each once.
-        index: knows where they are.
-        reader: reads those that are on storage.
-        embed: embeds the contents that are left to this part.
-    """
-    keys = keys_of(hashes)
-    outcomes: dict[str, Outcome] = {}
-    embedded: list[str] = []
-    num_published = 0
+    """Get an outcome for each content of a part, each once: read it if it is on storage, take it from another part, or
+    `embed` it here. Returns the outcomes by hash, and the hashes that were embedded here."""
+    keys, outcomes, embedded, num_published = keys_of(hashes), dict[str, Outcome](), list[str](), 0
     missing, deadline = np.arange(len(hashes)), time.monotonic() + MAX_WAIT_S
     while len(missing):
         answers = index.claim(part, keys[missing], time.monotonic() > deadline)

@@ -34,17 +34,16 @@ class PartHashes:
 
 
 def hashes_name(part_file: str) -> str:
-    """Name of the file of hashes that belongs to a part file."""
     return part_file.removesuffix(".parquet") + ".hashes"
 
 
 def sampled_name(part_file: str) -> str:
-    """Name of the file of rows that may be drawn for training (:mod:`icce_ray.embed.feature_matrix`)."""
+    """Of the rows that may be drawn for training (:mod:`icce_ray.embed.feature_matrix`)."""
     return part_file.removesuffix(".parquet") + ".sample"
 
 
 def names_beside(part_file: str) -> tuple[str, str]:
-    """Names of the files beside a part file, which go with it."""
+    """The files beside a part file, which go with it."""
     return hashes_name(part_file), sampled_name(part_file)
 
 
@@ -75,12 +74,8 @@ def write_hashes(folder: Folder, part_file: str, found: PartHashes) -> None:
 def read_hashes_file(
     folder: Folder, part_file: str, num_bytes: int = HASH_BYTES, num_rows: int | None = None
 ) -> PartHashes | None:
-    """The hashes of a part; None if their file is missing or damaged.
-
-    Args:
-        num_bytes: the last bytes that are wanted of each hash: KEY_BYTES or HASH_BYTES.
-        num_rows: of the part. If it is given, only the wanted bytes are read.
-    """
+    """The hashes of a part, of each the last `num_bytes`: KEY_BYTES or HASH_BYTES; None if their file is missing or
+    damaged. If the rows of the part are given, only the wanted bytes are read."""
     pieces = [piece for piece in PIECES if piece[1] <= num_bytes]
     name, digest_bytes = hashes_name(part_file), HASH_BYTES
     try:
@@ -120,11 +115,8 @@ Slots = npt.NDArray[np.int64]
 
 class HashTable:
     """Open addressing in buckets, each of which is filled in order; a key whose bucket is full goes into the next one.
-    Keys are never removed: one without a file keeps its slot.
-
-    Args:
-        num_keys: expected. The table grows beyond, which takes 2.5 times its memory for a moment.
-    """
+    Keys are never removed: one without a file keeps its slot. With more keys than are expected, the table grows, which
+    takes 2.5 times its memory for a moment."""
 
     files: npt.NDArray[np.uint32]
     """(slots,) number of a file, NO_FILE, or EMPTY: the slot has no key."""
@@ -138,19 +130,15 @@ class HashTable:
     def num_bytes(self) -> int:
         return self._keys.nbytes + self.files.nbytes + self.rows.nbytes
 
-    def find(self, keys: Keys) -> Slots:
-        """The slot of each key; -1 for those that have none."""
-        return self._slots(keys, insert=False)
-
     def insert(self, keys: Keys) -> Slots:
         """The slot of each key; new ones get one, with NO_FILE."""
         if self.num_keys + len(keys) > MAX_LOAD * len(self.files):
             used = self.files != EMPTY
             old = self._keys[used], self.files[used], self.rows[used]
             self._allocate(round(GROWTH * (self.num_keys + len(keys))))
-            slots = self._slots(old[0], insert=True)
+            slots = self.find(old[0], insert=True)
             self.files[slots], self.rows[slots] = old[1:]
-        return self._slots(keys, insert=True)
+        return self.find(keys, insert=True)
 
     def _allocate(self, num_keys: int) -> None:
         num_slots = (int(num_keys / MAX_LOAD) // BUCKET + 64) * BUCKET
@@ -159,7 +147,8 @@ class HashTable:
         self.files = np.full(num_slots, EMPTY)
         self.rows = np.zeros(num_slots, np.uint32)
 
-    def _slots(self, keys: Keys, *, insert: bool) -> Slots:
+    def find(self, keys: Keys, *, insert: bool = False) -> Slots:
+        """The slot of each key; -1 for those that have none."""
         keys_of_bucket, files_of_bucket = self._keys.reshape(-1, BUCKET), self.files.reshape(-1, BUCKET)
         num_buckets = len(keys_of_bucket)
         buckets = (keys % np.uint64(num_buckets)).astype(np.int64)

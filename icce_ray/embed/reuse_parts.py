@@ -20,11 +20,7 @@ SAME = ["uri", "size_bytes", "etag", "problem"]
 
 
 class ReusableParts:
-    """The parts of a finished artifact.
-
-    Args:
-        artifact: an ``embed`` artifact.
-    """
+    """The parts of a finished ``embed`` artifact."""
 
     def __init__(self, artifact: Artifact, listing: Listing) -> None:
         self.parts = plan_parts(len(listing), artifact.metrics["images_per_part"])
@@ -43,14 +39,9 @@ class ReusableParts:
         return PartRecord(name=part.name, files=(self._artifact.part(self._files[part]),), metrics=metrics)
 
     def reuse(self, part: PartRange, listing: Listing, records: PartRecords) -> PartRecord | None:
-        """Take over a part, if there is one of the same images: the other artifact refers to its file, and nothing is
-        read. A part with images that may be tried again is copied, since that writes its file anew.
-
-        Args:
-            part: what it covers in `listing`.
-            listing: the images of the other artifact.
-            records: of that artifact.
-        """
+        """Take over a part, if there is one of the same images, for another artifact with this listing and these
+        records: that refers to its file, and nothing is read. A part with images that may be tried again is copied,
+        since that writes its file anew."""
         if part not in self._files:
             return None
         here, there = (images.table(part.start, part.stop).select(SAME) for images in (listing, self._listing))

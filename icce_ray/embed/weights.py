@@ -5,6 +5,7 @@ A file on object storage is copied once to each machine that needs it, into the 
 
 import hashlib
 import pickle
+import re
 import shutil
 import socket
 from collections.abc import Iterator
@@ -24,7 +25,7 @@ from icce_ray.store.filesystem import open_uri, redacted
 WEIGHTS_ENDINGS = (".safetensors", ".pth", ".pt", ".bin")
 WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model", "teacher")
 """Keys under which training programs keep the weights in a checkpoint, best first."""
-PREFIXES = ("_orig_mod.", "module.", "backbone.")
+PREFIXES = re.compile(r"^(_orig_mod\.|module\.|backbone\.)*")
 UNUSED_PREFIXES = ("head", "fc.", "classifier", "mask_token", "decoder")
 """Layers that a file may hold but features do not need."""
 MAX_LINES, MAX_SHOWN = 3, 300
@@ -33,12 +34,8 @@ COPY_BUFFER_BYTES = 16 * 2**20
 
 
 def check_weights(location: str) -> None:
-    """Refuse what cannot be a file of weights. The file is not read. Raises ConfigError: another ending, credentials in
-    the URI, no such file; ResourceError: the storage cannot be reached, or refuses.
-
-    Args:
-        location: a path, or the URI of a file on object storage.
-    """
+    """Refuse what cannot be the path or the URI of a file of weights. The file is not read. Raises ConfigError: another
+    ending, credentials in the URI, no such file; ResourceError: the storage cannot be reached, or refuses."""
     if not location.lower().endswith(WEIGHTS_ENDINGS):
         raise ConfigError(f"embed.weights: {redacted(location)} does not end in {' or '.join(WEIGHTS_ENDINGS)}")
     if "@" in urlsplit(location).netloc:
@@ -81,14 +78,9 @@ def local_weights(location: str) -> Path:
 
 
 def load_model(name: str, size: int, path: str) -> Any:
-    """Build the timm model and load the file with timm's own translation for that model (names, positions of another
-    image size). Raises ConfigError: the file cannot be read, or does not fit the model: which keys.
-
-    Args:
-        name: a timm model.
-        size: side of the square input in pixels.
-        path: the weights file, or its URI.
-    """
+    """Build the timm model `name` for square inputs of `size`, and load the file with timm's own translation for that
+    model (names, positions of another image size). Raises ConfigError: the file cannot be read, or does not fit the
+    model: which keys."""
     from icce_ray.embed.timm_models import create_model, parameter_names
 
     weights, needed = read_weights(path), parameter_names(name, size)
@@ -128,7 +120,7 @@ def read_weights(path: str) -> dict[str, Any]:
         content = content[wrapper]
     if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
         raise ConfigError(f"embed.weights: {path} holds no tensors by name")
-    return {_strip(key): value for key, value in content.items()}
+    return {PREFIXES.sub("", key): value for key, value in content.items()}
 
 
 def check_hub(name: str) -> None:
@@ -174,9 +166,3 @@ def _reading(location: str) -> Iterator[None]:
         raise ConfigError(f"embed.weights: there is no file {location}") from None
     except OSError as error:
         raise ResourceError(f"embed.weights: {location} cannot be read: {message_of(error)}") from None
-
-
-def _strip(key: str) -> str:
-    while key.startswith(PREFIXES):
-        key = key.partition(".")[2]
-    return key

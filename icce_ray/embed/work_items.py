@@ -65,19 +65,19 @@ class OpenPart:
 
 
 class OpenParts(Iterable[PartRange]):
-    """The parts of a run that are not finished. Iterating gives the work items that are left to do.
-
-    Args:
-        parts: in order.
-        done: records of items that an earlier run has done, by name.
-    """
+    """The parts of a run that are not finished, in order. Iterating gives the work items that are left to do; `done`
+    are the records of those that an earlier run has done, by name."""
 
     def __init__(self, parts: Sequence[OpenPart], done: dict[str, PartRecord]) -> None:
         self._parts = parts
         self._starts = [part.part.start for part in parts]
         self._left = [len(part.items) for part in parts]
         self._records: dict[int, list[PartRecord]] = {}
-        self.done = {record.name: record for record in done.values() if self._is_ours(record)}
+        self.done: dict[str, PartRecord] = {}
+        for record in done.values():
+            number = self._number(record)
+            if number >= 0 and any(item.name == record.name for item in parts[number].items):
+                self.done[record.name] = record
         self.whole = [found for record in self.done.values() if (found := self.add(record)) is not None]
         """Parts whose items are all done: only the join is missing."""
 
@@ -110,21 +110,12 @@ class OpenParts(Iterable[PartRange]):
     def _number(self, record: PartRecord) -> int:
         return bisect_right(self._starts, record.metrics["start"]) - 1
 
-    def _is_ours(self, record: PartRecord) -> bool:
-        number = self._number(record)
-        return number >= 0 and any(item.name == record.name for item in self._parts[number].items)
-
 
 def joined(
     finished: Iterable[PartRecord], open_parts: OpenParts, join: Callable[[OpenPart, list[PartRecord]], PartRecord]
 ) -> Iterator[PartRecord]:
-    """The records of finished items, in any order, and after each part's last item that of the joined part.
-
-    Args:
-        finished: items as they are finished.
-        open_parts: their parts.
-        join: :func:`join_items`, here or in another process. It is called in threads.
-    """
+    """The records of items as they are `finished`, and after each part's last item that of the joined part. `join` is
+    :func:`join_items`, here or in another process; it is called in threads."""
     joins: deque[Future[PartRecord]] = deque()
     with ThreadPoolExecutor(JOINS_AT_ONCE) as threads:
         joins.extend(threads.submit(join, *whole) for whole in open_parts.whole)
