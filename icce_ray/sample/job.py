@@ -5,6 +5,7 @@ the end.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -56,14 +57,9 @@ R = TypeVar("R")
 def run(config: Config, context: StageContext) -> dict[str, Any]:
     """Write the lists of near-duplicates and, unless all images are trained on, the embeddings of those that are.
 
-    Returns:
-        The metrics of the embeddings, with num_images (trained on), num_embedded and, if near-duplicates are looked
-        for, duplicate_threshold, num_duplicate_pairs, num_left_out (near-duplicates of images that are trained on).
-
-    Raises:
-        InputError: features that are not finite, or fewer than two.
-        WorkerError: tasks died more often than they are retried.
-    """
+    Returns the metrics of the embeddings, with num_images (trained on), num_embedded and, if near-duplicates are looked
+    for, duplicate_threshold, num_duplicate_pairs, num_left_out (near-duplicates of images that are trained on). Raises
+    InputError: features that are not finite, or fewer than two; WorkerError: as :func:`run_tasks`."""
     embed, output, threshold = context.inputs["embed"], context.output, config.sample.duplicate_threshold
     num_embedded = int(embed.num_rows(PART_PREFIX).sum())
     metrics = dict(embed.metrics) | {"num_embedded": num_embedded, "num_images": num_embedded}
@@ -100,13 +96,13 @@ def run(config: Config, context: StageContext) -> dict[str, Any]:
     return metrics | {"num_images": num_images}
 
 
+@dataclass
 class Tasks:
     """Calls a function with several items, in Ray tasks or in this process; keeps the progress informed."""
 
-    def __init__(self, resources: ResourcesConfig, num_images: int, progress: Progress) -> None:
-        self.resources = resources
-        self.num_images = num_images
-        self.progress = progress
+    resources: ResourcesConfig
+    num_images: int
+    progress: Progress
 
     def map(self, what: str, function: Callable[..., R], items: Sequence[Any], *shared: Any) -> list[R]:
         """``function(item, *shared)`` for each item, in their order."""
@@ -123,17 +119,16 @@ class Tasks:
 def _drawn(embed: Artifact, rows: Ids, folder: Folder, work: Tasks) -> Artifact:
     """The drawn rows as an artifact, so that every machine can load them as a matrix."""
     Artifact.discard_damage(folder)
-    finished = Artifact.find(folder)
+    finished, source = Artifact.find(folder), source_digest(embed, SAMPLE.version)
     if finished is not None:
-        if finished.fingerprint == source_digest(embed, SAMPLE.version):
+        if finished.fingerprint == source:
             return finished
         folder.clear()  # of other embeddings
     writer = ArtifactWriter(folder)
-    for record in _copy_rows(embed, rows, PartRecords(folder, source_digest(embed, SAMPLE.version)), work):
+    for record in _copy_rows(embed, rows, PartRecords(folder, source), work):
         writer.add(record.files[0])
-    fingerprint = source_digest(embed, SAMPLE.version)
     return writer.commit(
-        stage=SAMPLE.name, fingerprint=fingerprint, inputs={}, config={}, metrics=embed.metrics, seconds=0.0
+        stage=SAMPLE.name, fingerprint=source, inputs={}, config={}, metrics=embed.metrics, seconds=0.0
     )
 
 

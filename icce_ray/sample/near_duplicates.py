@@ -53,30 +53,26 @@ BASE_BLOCK = 4096
 
 @dataclass(frozen=True)
 class SearchPlan:
-    """What the search needs besides the features.
-
-    mean_D: float64. directions_DM: float32, orthonormal columns; about the M principal directions of the features.
-    threshold: cosine of centred features at which images are near-duplicates.
-    """
+    """What the search needs besides the features."""
 
     mean_D: npt.NDArray[np.float64]
     directions_DM: Floats
+    """Orthonormal columns; about the M principal directions of the features."""
     threshold: float
+    """Cosine of centred features at which images are near-duplicates."""
 
 
 @dataclass(frozen=True)
 class ProjectedRows:
-    """The distinct rows of the features, in the order of their first coordinate.
-
-    mean_D, threshold: as planned. rows_n: row numbers. projected_nM: (n, M + 1) float32, sorted likewise. first_N: the
-    first of the rows that are identical to each row.
-    """
+    """The distinct rows of the features, in the order of their first coordinate."""
 
     mean_D: npt.NDArray[np.float64]
     threshold: float
     rows_n: Ids
     projected_nM: Floats
+    """(n, M + 1)."""
     first_N: Ids
+    """The first of the rows that are identical to each row."""
 
     @property
     def parts(self) -> list[tuple[int, int]]:
@@ -100,10 +96,9 @@ class DuplicatePairs:
     @staticmethod
     def join(lists: Sequence[DuplicatePairs]) -> DuplicatePairs:
         """The pairs of all lists, in order."""
+        columns = [(pairs.higher_P, pairs.lower_P, pairs.units_P) for pairs in lists]
         none = np.empty(0, np.int64)
-        higher_P = np.concatenate([none, *(pairs.higher_P for pairs in lists)])
-        lower_P = np.concatenate([none, *(pairs.lower_P for pairs in lists)])
-        units_P = np.concatenate([none, *(pairs.units_P for pairs in lists)])
+        higher_P, lower_P, units_P = map(np.concatenate, zip((none, none, none), *columns, strict=True))
         order_P = np.lexsort((lower_P, higher_P))
         is_first_P = np.diff(higher_P[order_P], prepend=-1) != 0
         first_P = np.flatnonzero(is_first_P)[np.cumsum(is_first_P) - 1]
@@ -113,14 +108,11 @@ class DuplicatePairs:
 
 @dataclass(frozen=True)
 class NearDuplicates:
-    """The near-duplicates of a collection.
-
-    pairs: all of them. leader_N: for each image the row that is trained on for it, its own if it is no near-duplicate.
-    threshold: cosine at which images are near-duplicates.
-    """
+    """The near-duplicates of a collection."""
 
     pairs: DuplicatePairs
     leader_N: Ids
+    """For each image the row that is trained on for it, its own if it is no near-duplicate."""
     threshold: float
 
     @property
@@ -137,13 +129,8 @@ class NearDuplicates:
 def find_near_duplicates(
     features_ND: npt.NDArray[np.floating[Any]], setting: float | Literal["auto"]
 ) -> NearDuplicates:
-    """The near-duplicates among the rows of a feature matrix, found in this process. Raises InputError: features that
-    are not finite, or fewer than two.
-
-    Args:
-        features_ND: (N, D) floating point; may be a read-only memory map.
-        setting: the threshold, a cosine above 0, or `auto`.
-    """
+    """The near-duplicates among the rows of a feature matrix, found in this process. The `setting` is the threshold, a
+    cosine above 0, or `auto`. Raises InputError: features that are not finite, or fewer than two."""
     plan = plan_search(features_ND, setting)
     projected = sort_rows(plan, *project_rows(features_ND, plan))
     return group(projected, [find_pairs(features_ND, projected, start, stop) for start, stop in projected.parts])
@@ -222,13 +209,8 @@ def find_pairs(
 
 
 def group(projected: ProjectedRows, found: Sequence[DuplicatePairs]) -> NearDuplicates:
-    """Choose the leaders: by ascending number, an image follows the lowest leader that it is a near-duplicate of, or
-    becomes one itself.
-
-    Args:
-        projected: what was searched.
-        found: the pairs of all parts.
-    """
+    """Choose the leaders from the pairs of all parts: by ascending number, an image follows the lowest leader that it
+    is a near-duplicate of, or becomes one itself."""
     first_N, num_images = projected.first_N, len(projected.first_N)
     copies = np.flatnonzero(first_N != np.arange(num_images))
     identical = DuplicatePairs(copies, first_N[copies], np.full(len(copies), in_units(1.0)))

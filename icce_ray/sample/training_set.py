@@ -37,25 +37,14 @@ class TrainingPart:
     """One part of the training set: which rows it takes from which parts of another artifact."""
 
     name: str
-    sources: tuple[str, ...]
-    rows: tuple[npt.NDArray[np.int64], ...]
-    """Ascending row numbers within each of the sources."""
-
-    @property
-    def num_rows(self) -> int:
-        return sum(len(rows) for rows in self.rows)
+    rows: dict[str, Ids]
+    """Ascending row numbers within each of these parts."""
 
 
 def sample_ids(num_images: int, max_images: int | None, seed: int, failed_ids: Ids | None = None) -> Ids | None:
-    """The ids with the smallest hashes, ascending, (max_images,) int64; None if there are no more.
-
-    It is a uniform sample without replacement, of which an image more or less changes at most one.
-
-    Args:
-        num_images: to draw from.
-        max_images: wanted; None for all.
-        failed_ids: ascending ids that cannot be drawn. With all others they are the numbers from 0 on.
-    """
+    """The ids with the smallest hashes, ascending, (max_images,) int64; None if there are no more. It is a uniform
+    sample without replacement, of which an image more or less changes at most one. `failed_ids`, ascending, cannot be
+    drawn; with the `num_images` others they are the numbers from 0 on."""
     if max_images is None or num_images <= max_images:
         return None
     failed = np.empty(0, np.int64) if failed_ids is None else failed_ids
@@ -72,39 +61,33 @@ def sample_ids(num_images: int, max_images: int | None, seed: int, failed_ids: I
 
 def plan_parts(embed: Artifact, rows: Ids) -> list[TrainingPart]:
     """Parts with the given rows of all rows, ascending: each takes consecutive parts until it has enough rows."""
-    parts: list[TrainingPart] = []
-    sources: list[str] = []
-    taken: list[npt.NDArray[np.int64]] = []
+    parts, taken, first_row = list[TrainingPart](), dict[str, Ids](), 0
     names = embed.part_names(PART_PREFIX)
-    first_row = 0
     for name, num_rows in zip(names, embed.num_rows(PART_PREFIX).tolist(), strict=True):
         first, last = np.searchsorted(rows, [first_row, first_row + num_rows])
         if last > first:
-            sources.append(name)
-            taken.append(rows[first:last] - first_row)
+            taken[name] = rows[first:last] - first_row
         first_row += num_rows
-        if sum(map(len, taken)) >= MIN_ROWS_PER_PART or (name == names[-1] and taken):
-            parts.append(TrainingPart(f"{PART_PREFIX}{len(parts):05d}.parquet", tuple(sources), tuple(taken)))
-            sources, taken = [], []
+        if sum(map(len, taken.values())) >= MIN_ROWS_PER_PART or (name == names[-1] and taken):
+            parts.append(TrainingPart(f"{PART_PREFIX}{len(parts):05d}.parquet", taken))
+            taken = {}
     return parts
 
 
 def write_part(part: TrainingPart, embed: Artifact, writer: ArtifactWriter) -> Part:
     """Write one part of the training set; the schema is that of the embeddings."""
-    tables = [read_rows(embed, name, rows) for name, rows in zip(part.sources, part.rows, strict=True)]
+    tables = [read_rows(embed, name, rows) for name, rows in part.rows.items()]
     return writer.write_table(part.name, pa.concat_tables(tables))
 
 
 @dataclass(frozen=True)
 class TrainingRows:
-    """The training set of a collection: which image each of its rows is, and which row stands for which image.
-
-    image_ids_n: ascending. follower_ids_F: ascending ids of near-duplicates; leader_ids_F: the images trained on
-    instead.
-    """
+    """The training set of a collection: which image each of its rows is, and which row stands for which image."""
 
     image_ids_n: Ids
+    """Ascending."""
     follower_ids_F: Ids
+    """Ascending ids of near-duplicates; `leader_ids_F` are the images trained on instead."""
     leader_ids_F: Ids
 
     def rows_of(self, image_ids: Ids) -> Ids:

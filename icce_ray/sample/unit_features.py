@@ -23,12 +23,8 @@ ELEMENTS_PER_BLOCK = 4_000_000
 
 
 class UnitFeatures:
-    """The rows of a feature matrix, prepared on access: ``unit[start:stop]``, ``unit[ids]``.
-
-    Args:
-        features_ND: (N, D) floating point; may be a read-only memory map, never written to.
-        mean_D: (D,) float64, subtracted from each row; None: nothing is subtracted.
-    """
+    """The rows of a feature matrix, prepared on access: ``unit[start:stop]``, ``unit[ids]``. The matrix (N, D) may be a
+    read-only memory map, and is never written to; the mean (D,), if it is given, is subtracted from each row."""
 
     def __init__(self, features_ND: npt.NDArray[np.floating[Any]], mean_D: npt.NDArray[np.float64] | None) -> None:
         self.features_ND = np.asarray(features_ND)
@@ -66,13 +62,8 @@ class UnitFeatures:
 
 
 def prepare(features_ND: npt.NDArray[np.floating[Any]], center: bool) -> UnitFeatures:
-    """Check the features and measure their mean if they are to be centred. Raises InputError: not a matrix of at least
-    two rows, or a value that is not finite.
-
-    Args:
-        features_ND: (N, D) floating point; may be a read-only memory map, never written to.
-        center: subtract the mean feature (computed in float64).
-    """
+    """Check the features and measure their mean, in float64, if they are to be centred. Raises InputError: not a matrix
+    of at least two rows, or a value that is not finite."""
     if features_ND.ndim != 2 or features_ND.shape[0] < 2 or features_ND.shape[1] < 1:
         raise InputError(f"features have the shape {features_ND.shape}; needed: at least 2 images x 1 dimension")
     num_images, dim = features_ND.shape

@@ -37,13 +37,8 @@ LARGE_TABLE_BYTES = 2**22
 
 
 def fingerprint(stage: str, version: int, settings: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
-    """Name of the artifact that `stage` makes from `settings` and `inputs`: 16 hex digits.
-
-    Args:
-        version: raised by hand when the code would make something else of the same settings.
-        settings: JSON-able settings that determine the content.
-        inputs: fingerprints of the input artifacts by stage.
-    """
+    """Name of the artifact that this version of `stage` makes of the settings that determine its content and of
+    `inputs` (fingerprints by stage): 16 hex digits."""
     content = {"stage": stage, "version": version, "settings": settings, "inputs": dict(inputs)}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 

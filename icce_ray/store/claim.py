@@ -21,7 +21,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from types import TracebackType
 from typing import IO, Any
 
 from icce_ray.errors import BusyError, InputError, WorkerError
@@ -51,16 +50,12 @@ class Claim:
     WorkerError: on exit, another job took the claim over meanwhile. It interrupts the block in the main thread."""
 
     def __init__(self, folder: Folder) -> None:
-        self._folder = folder
-        self._file: IO[str] | None = None
-        self._id = uuid.uuid4().hex
+        self._folder, self._id = folder, uuid.uuid4().hex
         self._own = {"id": self._id, "host": socket.gethostname(), "machine": _machine(), **_process(os.getpid())}
-        self._renewals = 0
-        self._etag = ""
-        self._putting = threading.Lock()
-        self._done = threading.Event()
-        self._is_lost = False
+        self._file: IO[str] | None = None  # of a local claim; what follows is of one on S3
         self._renewer: threading.Thread | None = None
+        self._renewals, self._etag, self._is_lost = 0, "", False
+        self._putting, self._done = threading.Lock(), threading.Event()
 
     @property
     def folder(self) -> Folder:
@@ -78,9 +73,7 @@ class Claim:
             self._renewer.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: object, trace: object) -> None:
         if self._file is not None:
             self._file.close()
         if self._renewer is not None:

@@ -48,16 +48,12 @@ class PartRecord(BaseModel):
 
 @dataclass(frozen=True)
 class PartRecords:
-    """The records of one artifact. Pickles: workers write records, the driver reads them.
-
-    Args:
-        source: digest of what the parts are made from, besides the artifact's fingerprint: the bytes of the inputs,
-            the stage's version. Records with another source don't count. Where each part has a source of its own, make
-            a ``PartRecords`` for each.
-    """
+    """The records of one artifact. Pickles: workers write records, the driver reads them."""
 
     folder: Folder
     source: str
+    """Digest of what the parts are made from, besides the artifact's fingerprint: the bytes of the inputs, the stage's
+    version. Records with another source don't count. Where each part has its own, make a ``PartRecords`` for each."""
 
     def write(self, name: str, files: Sequence[Part], metrics: Mapping[str, Any]) -> PartRecord:
         """Record that the part `name` is finished. Its `files` must be on storage already."""
@@ -72,11 +68,8 @@ class PartRecords:
         return record if record is not None and self._own_are_sound(record) else None
 
     def read_all(self, *, check_files: bool = True) -> dict[str, PartRecord]:
-        """All valid records by name, in the order of their names. Each folder with files of theirs is listed once.
-
-        Args:
-            check_files: read the files and compare their checksums; otherwise only their sizes.
-        """
+        """All valid records by name, in the order of their names. Each folder with files of theirs is listed once. With
+        `check_files` the files are read and their checksums compared; otherwise only their sizes."""
         sizes = self.folder.sizes()
         names = sorted(path[len(FOLDER_NAME) + 1 : -5] for path in sizes if re.match(rf"{FOLDER_NAME}/.*\.json$", path))
         with ThreadPoolExecutor(READ_THREADS) as threads:

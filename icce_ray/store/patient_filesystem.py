@@ -65,17 +65,12 @@ def within(seconds: float, call: Callable[[], T]) -> T:
 
 
 class PatientFileSystem(pafs.FileSystemHandler):
-    """A pyarrow file system whose calls wait. It can be pickled.
-
-    Args:
-        inner: the file system.
-        store: what it opens, for messages: ``gs://bucket``.
-        root: its path, which is asked for to see whether the store answers.
-    """
+    """The file system `inner` with calls that wait. It can be pickled. `store` is what it opens, for messages:
+    ``gs://bucket``; `root` is its path, which is asked for to see whether the store answers."""
 
     def __init__(self, inner: pafs.FileSystem, store: str, root: str) -> None:
         self.inner, self.store, self.root = inner, store, root
-        self._readable = root
+        self.readable = root  # the object that was read last
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, PatientFileSystem) and bool(self.inner.equals(other.inner))
@@ -95,7 +90,7 @@ class PatientFileSystem(pafs.FileSystemHandler):
 
     def answers(self, bad: str = "") -> bool:
         """Whether the store answers now, whatever it answers, for the object that was read last if it isn't `bad`."""
-        path = self.root if self._readable == bad else self._readable
+        path = self.root if self.readable == bad else self.readable
         try:
             within(s3.CONNECT_TIMEOUT_S, lambda: self.inner.get_file_info(path))
         except Exception as error:
@@ -103,15 +98,10 @@ class PatientFileSystem(pafs.FileSystemHandler):
         return True
 
     def call(self, path: str, call: Callable[[], T], num_bytes: int = 0) -> T:
-        """`call()`, again and again while the store is away. Raises InputError: access to the store is refused;
-        BadObjectError: access to this object is refused, or the call failed MAX_ATTEMPTS times although the store
-        answers; WorkerError: the store has been away for OUTAGE_S.
-
-        Args:
-            path: what it concerns, for messages.
-            call: sends the request.
-            num_bytes: that it transfers: the time limit grows with them.
-        """
+        """`call()`, again and again while the store is away. The time limit grows with the bytes that it transfers.
+        Raises InputError: access to the store is refused; BadObjectError: access to the object at `path` is refused, or
+        the call failed MAX_ATTEMPTS times although the store answers; WorkerError: the store has been away for
+        OUTAGE_S."""
         began = last_answer = time.monotonic()
         attempt = 0
         while True:
@@ -121,7 +111,7 @@ class PatientFileSystem(pafs.FileSystemHandler):
                 raise
             except Exception as error:
                 if (refused := self._refused(error)) is not None:
-                    self.check(path.rpartition("/")[0] if self._readable == self.root else self._readable)
+                    self.check(path.rpartition("/")[0] if self.readable == self.root else self.readable)
                     raise RefusedError(f"{path}: {refused}") from None
                 problem = one_line(error)
             now = time.monotonic()
@@ -146,9 +136,6 @@ class PatientFileSystem(pafs.FileSystemHandler):
     def metadata(self, path: str) -> list[tuple[bytes, bytes]]:
         """What the store says of a file, such as its ETag."""
         return self.call(path, lambda: sorted((self.inner.open_input_stream(path).metadata() or {}).items()))
-
-    def was_read(self, path: str) -> None:
-        self._readable = path
 
     def _refused(self, error: Exception) -> InputError | None:
         if not isinstance(error, PermissionError) and not any(word in str(error) for word in REFUSALS):
@@ -248,7 +235,7 @@ class _Download(io.RawIOBase):
             return data
 
         data = self._files.call(self._path, attempt, size) if size else b""
-        self._files.was_read(self._path)
+        self._files.readable = self._path
         self._position += len(data)
         return data
 
