@@ -24,8 +24,7 @@ from PIL import Image
 from icce_ray.classifier.linear import DESCRIPTION_NAME, MODEL_NAME, LinearClassifier, Prediction
 from icce_ray.config import EmbedConfig
 from icce_ray.embed.backbone_plan import plan_backbone
-from icce_ray.embed.build_backbone import build_backbone
-from icce_ray.embed.networks import Backbone
+from icce_ray.embed.networks import Backbone, build_backbone
 from icce_ray.embed.weights import weights_digest
 from icce_ray.errors import InputError
 from icce_ray.images.decoding import Pixels, Preprocessing, convert_image

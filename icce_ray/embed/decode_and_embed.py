@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import json
+import pickle
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -78,30 +78,14 @@ def decoded_to_table(part: PartRange, decoded: DecodedPart, problem: str = "") -
     pixels = pa.LargeBinaryArray.from_buffers(
         pa.large_binary(), 1, [None, pa.py_buffer(offsets), pa.py_buffer(np.ascontiguousarray(decoded.pixels))]
     )
-    columns = {
-        "part": [part.to_json()],
-        "image_ids": pa.array([decoded.image_ids.tolist()], pa.list_(pa.int64())),
-        "rows": pa.array([decoded.rows.tolist()], pa.list_(pa.int32())),
-        "hashes": pa.array([decoded.hashes], pa.list_(pa.string())),
-        "errors": [json.dumps(decoded.errors)],
-        "shape": [list(decoded.pixels.shape)],
-        "num_stretched": [decoded.num_stretched],
-        "num_bytes": [decoded.num_bytes],
-        "jpegs": pa.array([decoded.jpegs], pa.list_(pa.large_binary())),
-        "problem": [problem],
-        "pixels": pixels,
-    }
-    return pa.table(columns)
+    rest = pickle.dumps((part, replace(decoded, pixels=NOTHING_DECODED.pixels), decoded.pixels.shape))
+    return pa.table({"rest": pa.array([rest], pa.large_binary()), "problem": [problem], "pixels": pixels})
 
 
 def decoded_from_table(table: pa.Table) -> tuple[PartRange, DecodedPart]:
     """Unpack the row of :func:`decoded_to_table`. The pixels are a read-only view of the table's memory."""
-    row = table.drop_columns("pixels").to_pylist()[0]
-    pixels = np.frombuffer(table["pixels"][0].as_buffer(), dtype=np.uint8).reshape(row["shape"])
-    errors = [(image_id, reason) for image_id, reason in json.loads(row["errors"])]
-    ids, rows = np.array(row["image_ids"], dtype=np.int64), np.array(row["rows"], dtype=np.int32)
-    counts = row["num_stretched"], row["num_bytes"], tuple(row["jpegs"])
-    return PartRange.from_json(row["part"]), DecodedPart(ids, rows, pixels, row["hashes"], errors, *counts)
+    part, decoded, shape = pickle.loads(table["rest"][0].as_buffer())
+    return part, replace(decoded, pixels=np.frombuffer(table["pixels"][0].as_buffer(), np.uint8).reshape(shape))
 
 
 def decode_part(

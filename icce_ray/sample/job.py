@@ -15,21 +15,7 @@ from icce_ray.embed.embedding_parts import ERRORS_NAME
 from icce_ray.embed.feature_matrix import load_features
 from icce_ray.runtime.progress import Progress
 from icce_ray.runtime.workers import run_tasks
-from icce_ray.sample.near_duplicates import (
-    DuplicatePairs,
-    NearDuplicates,
-    ProjectedRows,
-    SearchPlan,
-    find_pairs,
-    from_bytes,
-    group,
-    group_table,
-    pair_table,
-    plan_search,
-    project_rows,
-    sort_rows,
-    to_bytes,
-)
+from icce_ray.sample import near_duplicates as near
 from icce_ray.sample.stage import SAMPLE
 from icce_ray.sample.training_set import (
     GROUPS_NAME,
@@ -77,8 +63,8 @@ def run(config: Config, context: StageContext) -> dict[str, Any]:
             source = _drawn(embed, rows, temporary / "drawn", work)
         found = _find_near_duplicates(source, threshold, temporary, work)
         image_ids = load_features(source).image_ids
-        output.write_table(PAIRS_NAME, pair_table(found.pairs, image_ids))
-        output.write_table(GROUPS_NAME, group_table(found.leader_N, image_ids))
+        output.write_table(PAIRS_NAME, near.pair_table(found.pairs, image_ids))
+        output.write_table(GROUPS_NAME, near.group_table(found.leader_N, image_ids))
         if rows is not None or len(found.followers):
             rows = found.leaders
             drawn_ids = image_ids[rows]
@@ -143,44 +129,46 @@ def _copy_part(part: TrainingPart, source: Artifact, records: PartRecords) -> Pa
     return records.write(part.name, [write_part(part, source, ArtifactWriter(records.folder))], {})
 
 
-def _find_near_duplicates(source: Artifact, setting: Setting, folder: Folder, work: Tasks) -> NearDuplicates:
+def _find_near_duplicates(source: Artifact, setting: Setting, folder: Folder, work: Tasks) -> near.NearDuplicates:
     records = PartRecords(folder, source_digest(source, SAMPLE.version))
     record = records.read("projected")
     projected = (
         _project(source, setting, records, work)
         if record is None
-        else from_bytes(ProjectedRows, folder.read_bytes(record.files[0].name))
+        else near.from_bytes(near.ProjectedRows, folder.read_bytes(record.files[0].name))
     )
     finished = records.read_all()
     parts = {f"pairs-{number:05d}": ends for number, ends in enumerate(projected.parts)}
     missing = [(name, *ends) for name, ends in parts.items() if name not in finished]
     work.map("near-duplicates", _find_pairs, missing, source, projected, records)
-    found = [from_bytes(DuplicatePairs, folder.read_bytes(f"{name}.npz")) for name in parts]
-    return group(projected, found)
+    found = [near.from_bytes(near.DuplicatePairs, folder.read_bytes(f"{name}.npz")) for name in parts]
+    return near.group(projected, found)
 
 
-def _project(source: Artifact, setting: Setting, records: PartRecords, work: Tasks) -> ProjectedRows:
+def _project(source: Artifact, setting: Setting, records: PartRecords, work: Tasks) -> near.ProjectedRows:
     (plan,) = work.map("measure", _plan_search, [setting], source)
     num_images = load_features(source).num_images
     starts = range(0, num_images, ROWS_PER_TASK)
     made = work.map("project", _project_rows, [(start, start + ROWS_PER_TASK) for start in starts], source, plan)
     projected_NM, digests_N = (np.concatenate(column) for column in zip(*made, strict=True))
-    projected = sort_rows(plan, projected_NM, digests_N)
+    projected = near.sort_rows(plan, projected_NM, digests_N)
     # Written down, since another machine might round the coordinates otherwise and cut other parts.
-    file = ArtifactWriter(records.folder).write_bytes("projected.npz", to_bytes(projected))
+    file = ArtifactWriter(records.folder).write_bytes("projected.npz", near.to_bytes(projected))
     records.write("projected", [file], {})
     return projected
 
 
-def _plan_search(setting: Setting, source: Artifact) -> SearchPlan:
-    return plan_search(load_features(source).matrix, setting)
+def _plan_search(setting: Setting, source: Artifact) -> near.SearchPlan:
+    return near.plan_search(load_features(source).matrix, setting)
 
 
-def _project_rows(ends: tuple[int, int], source: Artifact, plan: SearchPlan) -> Any:
-    return project_rows(load_features(source).matrix, plan, *ends)
+def _project_rows(ends: tuple[int, int], source: Artifact, plan: near.SearchPlan) -> Any:
+    return near.project_rows(load_features(source).matrix, plan, *ends)
 
 
-def _find_pairs(part: tuple[str, int, int], source: Artifact, projected: ProjectedRows, records: PartRecords) -> None:
+def _find_pairs(
+    part: tuple[str, int, int], source: Artifact, projected: near.ProjectedRows, records: PartRecords
+) -> None:
     name, start, stop = part
-    pairs = find_pairs(load_features(source).matrix, projected, start, stop)
-    records.write(name, [ArtifactWriter(records.folder).write_bytes(f"{name}.npz", to_bytes(pairs))], {})
+    pairs = near.find_pairs(load_features(source).matrix, projected, start, stop)
+    records.write(name, [ArtifactWriter(records.folder).write_bytes(f"{name}.npz", near.to_bytes(pairs))], {})

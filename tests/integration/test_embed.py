@@ -20,8 +20,8 @@ from PIL import Image
 from icce_ray.config import Config, ResourcesConfig
 from icce_ray.embed import embed_images, embedding_parts, job, part_embedder, work_items
 from icce_ray.embed.backbone_plan import plan_backbone
-from icce_ray.embed.build_backbone import build_backbone
 from icce_ray.embed.feature_matrix import feature_set_names, load_features
+from icce_ray.embed.networks import build_backbone
 from icce_ray.errors import InputError
 from icce_ray.images import list_images
 from icce_ray.images.decoding import decode_image

@@ -17,7 +17,7 @@ from icce_ray.classifier.linear import DESCRIPTION_NAME, MODEL_NAME
 from icce_ray.classifier.self_training import fit_classifier
 from icce_ray.config import ClassifierConfig, Config
 from icce_ray.embed.backbone_plan import embed_settings, plan_backbone
-from icce_ray.embed.build_backbone import build_backbone
+from icce_ray.embed.networks import build_backbone
 from icce_ray.errors import InputError
 from icce_ray.images.decoding import convert_image
 from icce_ray.store import ArtifactWriter, Folder

@@ -20,7 +20,7 @@ from timm.data import create_transform, resolve_model_data_config
 from icce_ray.config import Config
 from icce_ray.embed import backbone_plan, timm_models, weights
 from icce_ray.embed.backbone_plan import check_backbones, embed_settings, plan_backbone
-from icce_ray.embed.build_backbone import build_backbone
+from icce_ray.embed.networks import build_backbone
 from icce_ray.errors import ConfigError, ResourceError
 from icce_ray.images.decoding import decode_image
 
@@ -179,7 +179,7 @@ def test_pixels_are_flattened_and_scaled_to_one_without_torch() -> None:
         "import sys, numpy as np\n"
         "from icce_ray.config import Config\n"
         "from icce_ray.embed.backbone_plan import check_backbones, embed_settings\n"
-        "from icce_ray.embed.build_backbone import build_backbone\n"
+        "from icce_ray.embed.networks import build_backbone\n"
         "c = Config(output='x', num_clusters=2, images={'uri': 'x'}, embed={'backbone': 'pixels', 'image_size': 8})\n"
         "check_backbones(c.embed), embed_settings(c.embed, c.embeddings, c.seed)\n"
         "images = np.arange(2 * 8 * 8 * 3, dtype=np.uint8).reshape(2, 8, 8, 3)\n"

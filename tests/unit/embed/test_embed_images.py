@@ -14,10 +14,10 @@ import pytest
 from icce_ray.config import Config, EmbeddingsConfig
 from icce_ray.embed import embed_images, finished_parts, job
 from icce_ray.embed.decode_and_embed import NOTHING_DECODED, decoded_to_table
+from icce_ray.embed.embed_images import rewrite_embeddings
 from icce_ray.embed.embedding_parts import PartRange, part_table, write_part
 from icce_ray.embed.feature_matrix import load_features
 from icce_ray.embed.part_hashes import hashes_name
-from icce_ray.embed.ready_made import rewrite_embeddings
 from icce_ray.embed.work_items import OpenParts, join_items, joined
 from icce_ray.errors import ConfigError, DamagedArtifactError, InputError, WorkerError
 from icce_ray.images.listing import Entry, entry_tables, numbered

@@ -11,7 +11,6 @@ import pytest
 from PIL import Image
 
 from icce_ray.config import Config
-from icce_ray.embed.build_backbone import build_backbone
 from icce_ray.embed.decode_and_embed import (
     DecodedPart,
     assemble_part,
@@ -31,7 +30,7 @@ from icce_ray.embed.embedding_parts import (
 )
 from icce_ray.embed.feature_matrix import joined_columns, table_to_arrays
 from icce_ray.embed.finished_parts import DUPLICATES_NAME, ERRORS_NAME, Tally
-from icce_ray.embed.networks import SeveralBackbones
+from icce_ray.embed.networks import SeveralBackbones, build_backbone
 from icce_ray.errors import DamagedArtifactError, InputError
 from icce_ray.images.decoding import Preprocessing, SeveralViews
 from icce_ray.images.read_images import ListedImage

@@ -11,9 +11,8 @@ import torch
 
 from icce_ray.config import Config
 from icce_ray.embed.backbone_plan import check_backbones, plan_embedding
-from icce_ray.embed.build_backbone import build_backbone
 from icce_ray.embed.decode_and_embed import DecodedPart, embed_contents
-from icce_ray.embed.networks import MAX_BATCH_SIZE, TimmBackbone, common_preprocessing, find_batch_size
+from icce_ray.embed.networks import MAX_BATCH_SIZE, TimmBackbone, build_backbone, common_preprocessing, find_batch_size
 from icce_ray.errors import ConfigError
 from icce_ray.images.decoding import Preprocessing, SeveralViews
 from icce_ray.runtime.machine import matmul_dtype

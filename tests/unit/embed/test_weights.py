@@ -21,7 +21,7 @@ from safetensors.torch import save, save_file
 from icce_ray.config import Config
 from icce_ray.embed import weights
 from icce_ray.embed.backbone_plan import check_backbones, embed_settings
-from icce_ray.embed.build_backbone import build_backbone
+from icce_ray.embed.networks import build_backbone
 from icce_ray.embed.weights import check_weights, local_weights, weights_digest
 from icce_ray.errors import ConfigError, ResourceError
 from icce_ray.store.cache import cache_folder
@@ -160,7 +160,7 @@ def test_weights_of_the_hub_are_fetched_once_as_safetensors_and_then_found_witho
         "import sys, numpy as np\n"
         "from icce_ray.config import Config\n"
         "from icce_ray.embed.backbone_plan import check_backbones\n"
-        "from icce_ray.embed.build_backbone import build_backbone\n"
+        "from icce_ray.embed.networks import build_backbone\n"
         "def features(backbone, weights):\n"
         "    embed = {'backbone': backbone, 'weights': weights, 'image_size': 64}\n"
         "    config = Config(output='x', num_clusters=2, images={'uri': 'x'}, embed=embed)\n"
