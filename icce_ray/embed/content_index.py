@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from icce_ray.embed.decode_and_embed import Outcome
-from icce_ray.embed.embedding_parts import is_part_file, read_hashes
+from icce_ray.embed.embedding_parts import PART_NAME, read_hashes
 from icce_ray.embed.part_hashes import KEY_BYTES, NO_FILE, Hashes, HashTable, Keys, hashes_name, num_hashes, to_bytes
 from icce_ray.store import Artifact, Folder
 
@@ -64,7 +64,7 @@ def to_keys(hashes_nB: Hashes) -> Keys:
 def part_files(folder: Folder) -> dict[str, int]:
     """The part files of an ``embed`` artifact, and how many hashes the file beside each holds."""
     sizes = folder.sizes()
-    return {name: num_hashes(sizes.get(hashes_name(name), 0)) for name in sorted(sizes) if is_part_file(name)}
+    return {name: num_hashes(sizes.get(hashes_name(name), 0)) for name in sorted(sizes) if PART_NAME.fullmatch(name)}
 
 
 def num_shards(folders: Sequence[Folder], num_new: int) -> int:

@@ -21,12 +21,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from icce_ray.embed.feature_matrix import COLUMN, Draw, column_name
-from icce_ray.embed.part_hashes import HASH_BYTES, PartHashes, of_column, read_hashes_file, write_hashes
+from icce_ray.embed.part_hashes import HASH_BYTES, PartHashes, read_hashes_file, to_bytes, write_hashes
 from icce_ray.errors import DamagedArtifactError
 from icce_ray.images.decoding import Preprocessing, SeveralViews
-from icce_ray.store import Artifact, Folder, Part
+from icce_ray.store import Artifact, Folder, Part, PartRecord, PartRecords
 from icce_ray.store.claim import check_claim
-from icce_ray.store.part_records import PartRecord, PartRecords
 
 MIN_IMAGES_PER_ITEM = 16
 MAX_IMAGES_PER_ITEM = 512
@@ -199,12 +198,8 @@ def read_hashes(
 
 def _hashes_of(table: pa.Table) -> PartHashes | None:
     """Ready-made embeddings have no hashes."""
-    hashes = table["content_hash"]
-    return of_column(table.schema.metadata[MODEL_KEY].decode(), hashes) if hashes.null_count == 0 else None
-
-
-def is_part_file(name: str) -> bool:
-    return PART_NAME.fullmatch(name) is not None
+    model, hashes = hashlib.sha256(table.schema.metadata[MODEL_KEY]).digest(), table["content_hash"]
+    return PartHashes(model, to_bytes(hashes.to_pylist())) if hashes.null_count == 0 else None
 
 
 def revision_of(name: str) -> int:

@@ -30,8 +30,7 @@ from icce_ray.runtime.cluster_resources import available_cpus, cpus_beside, larg
 from icce_ray.runtime.progress import Progress
 from icce_ray.runtime.threads import repeating
 from icce_ray.runtime.worker_process import EmbedMetrics
-from icce_ray.store import Artifact, Folder
-from icce_ray.store.part_records import PartRecord
+from icce_ray.store import Artifact, Folder, PartRecord
 from icce_ray.store.s3 import use_s3
 
 POST_INTERVAL_S = 2.0

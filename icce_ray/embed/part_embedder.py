@@ -41,9 +41,8 @@ from icce_ray.images.listing import Listing
 from icce_ray.images.stage import num_listed
 from icce_ray.runtime.machine import usable_cpus
 from icce_ray.runtime.threads import Turns
-from icce_ray.store import Artifact, Folder
+from icce_ray.store import Artifact, Folder, PartRecord, PartRecords
 from icce_ray.store.attempts import Attempt
-from icce_ray.store.part_records import PartRecord, PartRecords
 
 ITEMS_AT_ONCE = 3
 """Work items in an actor: on the device, on its way there, and being written."""
@@ -78,14 +77,14 @@ class EmbedTask:
 
     def reusable(self) -> list[ReusableParts]:
         """Finished artifacts of the same model with another listing."""
-        found = []
-        for artifact in filter(None, map(Artifact.find, self.folders[1:])):
-            images = Artifact.find(
-                Folder.at(self.config.output) / "images" / artifact.manifest.inputs["images"].partition(".")[0]
-            )
-            if images is not None:
-                found.append(ReusableParts(artifact, Listing(images)))
-        return found
+        artifacts, listings = (
+            filter(None, map(Artifact.find, self.folders[1:])),
+            Folder.at(self.config.output) / "images",
+        )
+        found = [
+            (each, Artifact.find(listings / each.manifest.inputs["images"].partition(".")[0])) for each in artifacts
+        ]
+        return [ReusableParts(artifact, Listing(images)) for artifact, images in found if images is not None]
 
     @property
     def images_per_item(self) -> int:

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 
 from icce_ray.store import Folder
 
@@ -55,11 +54,6 @@ def num_hashes(file_bytes: int) -> int:
 def to_bytes(hashes: list[str]) -> Hashes:
     """Hexadecimal hashes -> (n, HASH_BYTES)."""
     return np.frombuffer(bytes.fromhex("".join(hashes)), np.uint8).reshape(-1, HASH_BYTES)
-
-
-def of_column(model: str, hashes: pa.ChunkedArray) -> PartHashes:
-    """The hashes in a part's column ``content_hash``."""
-    return PartHashes(hashlib.sha256(model.encode()).digest(), to_bytes(hashes.to_pylist()))
 
 
 def write_hashes(folder: Folder, part_file: str, found: PartHashes) -> None:

@@ -10,9 +10,8 @@ from icce_ray.embed.feature_matrix import PART_PREFIX
 from icce_ray.embed.part_hashes import write_hashes
 from icce_ray.errors import DamagedArtifactError
 from icce_ray.images.listing import REMOVED, Listing
-from icce_ray.store import Artifact
+from icce_ray.store import Artifact, PartRecord, PartRecords
 from icce_ray.store.claim import check_claim
-from icce_ray.store.part_records import PartRecord, PartRecords
 
 REUSE_THREADS = 8
 SAME = ["uri", "size_bytes", "etag", "problem"]

@@ -18,8 +18,7 @@ from typing import Any, NamedTuple
 
 from icce_ray.config import StorageConfig
 from icce_ray.images.file_shards import File, ends_of, files_table, sorted_files
-from icce_ray.store import ArtifactWriter, Folder, s3
-from icce_ray.store.part_records import PartRecord, PartRecords
+from icce_ray.store import ArtifactWriter, Folder, PartRecord, PartRecords, s3
 
 NUM_THREADS = 16
 SHARD_KEYS = 20_000

@@ -6,10 +6,12 @@ with its row group.
 """
 
 import io
+import threading
 from bisect import bisect_right
-from collections import Counter, OrderedDict, defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from itertools import accumulate
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple
@@ -177,41 +179,37 @@ def _opened_tar(uri: str) -> Iterator[tuple[Any, int]]:
         yield tar_shards.RemoteHeaders(file) if is_remote(uri) else io.BufferedReader(file), file.size()
 
 
-class ParquetCells:
-    """Reads cells. Keeps the last row groups, since the images of a part are neighbours. Not thread-safe."""
-
-    def __init__(self) -> None:
-        self._groups: OrderedDict[tuple[str, int, str], pa.ChunkedArray] = OrderedDict()
-        self._starts: dict[str, list[int]] = {}
-
-    def read(self, cell: Cell) -> bytes | str | None:
-        """The cell's bytes; a string if it has the path of a file instead (``{bytes: null, path: ...}``); None if null.
-        Raises IndexError: the file has fewer rows; OSError, pa.ArrowInvalid: it cannot be read; ValueError: its row
-        group would unpack to an absurd size."""
-        if cell.file not in self._starts:
-            with open_file(cell.file) as opened:
-                metadata = pq.read_metadata(opened)
-            sizes = (metadata.row_group(group).num_rows for group in range(metadata.num_row_groups))
-            self._starts = {cell.file: list(accumulate(sizes, initial=0))}
-        starts = self._starts[cell.file]
+def read_cell(cell: Cell) -> bytes | str | None:
+    """The cell's bytes; a string if it has the path of a file instead (``{bytes: null, path: ...}``); None if null.
+    Raises IndexError: the file has fewer rows; OSError, pa.ArrowInvalid: it cannot be read; ValueError: its row group
+    would unpack to an absurd size."""
+    with _reading_cells:
+        starts = _group_starts(cell.file)
         if cell.row >= starts[-1]:
             raise IndexError(f"{cell.file} has {starts[-1]} rows")
         group = bisect_right(starts, cell.row) - 1
-        value: Any = self._group(cell, group)[cell.row - starts[group]].as_py()
-        path = None
-        if isinstance(value, dict):
-            value, path = value.get("bytes"), value.get("path")
-        if value is None:
-            return str(path) if path else None
-        return bytes(value)  # a list of numbers too
+        value: Any = row_group(cell.file, group, cell.column)[cell.row - starts[group]].as_py()
+    path = None
+    if isinstance(value, dict):
+        value, path = value.get("bytes"), value.get("path")
+    if value is None:
+        return str(path) if path else None
+    return bytes(value)  # a list of numbers too
 
-    def _group(self, cell: Cell, group: int) -> pa.ChunkedArray:
-        key = (cell.file, group, cell.column)
-        if key not in self._groups:
-            with open_file(cell.file) as opened:
-                file = open_column(opened, cell.column)
-                check_expansion(file.metadata.row_group(group), cell.column)
-                self._groups[key] = file.read_row_group(group, columns=[cell.column])[cell.column]
-            while len(self._groups) > MAX_OPEN_GROUPS:
-                self._groups.popitem(last=False)
-        return self._groups[key]
+
+_reading_cells = threading.Lock()
+
+
+@lru_cache(maxsize=1)
+def _group_starts(uri: str) -> list[int]:
+    with open_file(uri) as opened:
+        metadata = pq.read_metadata(opened)
+    return list(accumulate((metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)), initial=0))
+
+
+@lru_cache(MAX_OPEN_GROUPS)  # the images of a part are neighbours
+def row_group(uri: str, group: int, column: str) -> pa.ChunkedArray:
+    with open_file(uri) as opened:
+        file = open_column(opened, column)
+        check_expansion(file.metadata.row_group(group), column)
+        return file.read_row_group(group, columns=[column])[column]

@@ -19,9 +19,8 @@ from icce_ray.config import StorageConfig
 from icce_ray.errors import InputError, message_of
 from icce_ray.images.bucket_listing import Classify, object_file
 from icce_ray.images.file_shards import SHARD_ROWS, File, ends_of, files_table, sorted_files
-from icce_ray.store import ArtifactWriter, Folder, Part, s3
+from icce_ray.store import ArtifactWriter, Folder, Part, PartRecord, PartRecords, s3
 from icce_ray.store.filesystem import open_uri
-from icce_ray.store.part_records import PartRecord, PartRecords
 
 MANIFEST_NAME = "manifest.json"
 BATCH_ROWS = 65_536

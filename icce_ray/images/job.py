@@ -33,8 +33,7 @@ from icce_ray.images.listing import entry_tables
 from icce_ray.runtime.progress import Progress
 from icce_ray.runtime.ray_cluster import MAX_IMAGES_HERE, runs_here
 from icce_ray.runtime.workers import run_tasks
-from icce_ray.store import ArtifactWriter, s3
-from icce_ray.store.part_records import PartRecord, PartRecords
+from icce_ray.store import ArtifactWriter, PartRecord, PartRecords, s3
 
 NUM_TASKS = 16
 """Tasks that list a bucket at a time. A job that is killed loses a page of 1,000 keys of each of their threads, in all

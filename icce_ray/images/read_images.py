@@ -6,14 +6,13 @@ The bytes are checked against the size in the listing, so a truncated answer is 
 import os
 import random
 import stat
-import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 
 from icce_ray.errors import InputError, WorkerError, one_line
-from icce_ray.images.containers import Cell, ParquetCells, Span, file_of, locate
+from icce_ray.images.containers import Cell, Span, file_of, locate, read_cell
 from icce_ray.images.listing import ListedImage
 from icce_ray.images.uris import is_remote, local_path, resolve
 from icce_ray.store import s3
@@ -180,8 +179,7 @@ def _read_once(uri: str, timeout_s: float, etag: str | None = None) -> bytes:
     if place is not None and etag and not is_remote(uri) and str(os.stat(local_path(place.file)).st_mtime_ns) != etag:
         raise NoImageError(CHANGED)
     if isinstance(place, Cell):
-        with _cells_lock:
-            value = _cells.read(place)
+        value = read_cell(place)
         if isinstance(value, bytes):
             return value
         if value is None:
@@ -222,5 +220,3 @@ def _store_answers(uri: str) -> bool:
 
 _readable: dict[str, str] = {}
 """By bucket, the object that was read last."""
-_cells = ParquetCells()
-_cells_lock = threading.Lock()

@@ -30,8 +30,7 @@ from icce_ray.sample.training_set import (
 )
 from icce_ray.sample.unit_features import Ids
 from icce_ray.stage import StageContext
-from icce_ray.store import Artifact, ArtifactWriter, Folder
-from icce_ray.store.part_records import PartRecord, PartRecords
+from icce_ray.store import Artifact, ArtifactWriter, Folder, PartRecord, PartRecords
 
 ROWS_PER_TASK = 65_536
 """Rows projected by a task."""
