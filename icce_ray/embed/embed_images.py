@@ -110,13 +110,6 @@ def _task(config: Config, context: StageContext, num_images: int) -> EmbedTask:
         return task.result()
 
 
-def _embed_all(task: EmbedTask, pending: OpenParts, tally: Tally, progress: Progress, num_images: int) -> None:
-    for record in pending.done.values():
-        tally.add_earlier(record)
-    if pending.whole or len(pending):
-        _embed_pending(task, pending, tally, progress, num_images)
-
-
 def _finish(task: EmbedTask, tally: Tally) -> dict[str, Any]:
     """What a resumed run needs goes last: a run that is killed meanwhile has nothing to embed again."""
     try:
@@ -129,7 +122,11 @@ def _finish(task: EmbedTask, tally: Tally) -> dict[str, Any]:
     return metrics
 
 
-def _embed_pending(task: EmbedTask, pending: OpenParts, tally: Tally, progress: Progress, num_images: int) -> None:
+def _embed_all(task: EmbedTask, pending: OpenParts, tally: Tally, progress: Progress, num_images: int) -> None:
+    for record in pending.done.values():
+        tally.add_earlier(record)
+    if not pending.whole and not len(pending):
+        return
     resources = task.config.resources
     if runs_here(resources, num_images):
         parts = embed_here(task, pending, tally.show)

@@ -78,10 +78,10 @@ def load_features(artifact: Artifact, feature_set: int = 0) -> Features:
     digest = artifact.checksum(PART_PREFIX)[:12]
     folder = cache_entry(artifact.manifest.stage, artifact.fingerprint)
     suffix = f"-{feature_set}" if feature_set else ""
-    matrix_path, ids_path = folder / f"features-{digest}{suffix}.npy", folder / f"image_ids-{digest}.npy"
-    if not is_sealed(matrix_path) or not is_sealed(ids_path):
+    paths = matrix_path, ids_path = folder / f"features-{digest}{suffix}.npy", folder / f"image_ids-{digest}.npy"
+    if not all(map(is_sealed, paths)):
         with locked(folder / ".features.lock"):
-            if not is_sealed(matrix_path) or not is_sealed(ids_path):
+            if not all(map(is_sealed, paths)):
                 _build(artifact, names, feature_set, matrix_path, ids_path)
     matrix = np.load(matrix_path, mmap_mode="r", allow_pickle=False)
     image_ids = np.load(ids_path, allow_pickle=False)
@@ -115,7 +115,7 @@ def _build(artifact: Artifact, names: list[str], feature_set: int, matrix_path: 
     with replacing(matrix_path) as temporary:
         start = 0
         for name in names:
-            ids, rows = table_to_arrays(pq.read_table(pa.BufferReader(artifact.read_bytes(name))), feature_set)
+            ids, rows = table_to_arrays(artifact.read_table(name), feature_set)
             if matrix is None:
                 matrix = np.lib.format.open_memmap(
                     temporary, mode="w+", dtype=rows.dtype, shape=(num_images, rows.shape[1])

@@ -21,9 +21,8 @@ def is_plain_jpeg(data: bytes, preprocessing: Preprocessing | SeveralViews, max_
     """Whether the device decodes this file: a complete JPEG in RGB or grey, upright, not too large or long, that is
     scaled in one of the ways that torch knows."""
     is_whole = data.startswith(b"\xff\xd8\xff") and data.rstrip(b"\0").endswith(b"\xff\xd9")
-    if not is_whole or len(data) > MAX_FILE_BYTES:
-        return False
-    if any(view.grayscale or view.interpolation not in ("bilinear", "bicubic") for view in preprocessing.views):
+    is_known = all(not view.grayscale and view.interpolation in ("bilinear", "bicubic") for view in preprocessing.views)
+    if not is_whole or not is_known or len(data) > MAX_FILE_BYTES:
         return False
     try:
         with Image.open(io.BytesIO(data), formats=("JPEG",)) as image:

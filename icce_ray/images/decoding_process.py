@@ -57,6 +57,9 @@ class DecodingProcess:
     def close(self) -> None:
         """End the process. Another thread may be waiting for it."""
         self._is_closed = True
+        self._kill()
+
+    def _kill(self) -> None:
         if self._process is not None:
             self._process.kill()
             self._process.wait()
@@ -88,9 +91,7 @@ class DecodingProcess:
         return connection
 
     def _stop(self) -> None:
-        assert self._process is not None
-        self._process.kill()
-        self._process.wait()
+        self._kill()
         if self._connection is not None:
             self._connection.close()
             self._connection = None

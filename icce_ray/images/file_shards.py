@@ -121,14 +121,9 @@ def shards_of(files: Iterable[File], folder: Folder, prefix: str) -> Iterator[Sh
 
 
 class FileShards:
-    """All files.
-
-    Args:
-        shards: in any order. If several files have the same URI, the one in the first shard is kept. If a local file
-            has several names, the first is kept; names that no symbolic link leads to come before others.
-        folder: shards that do not fit into memory are written there.
-        skipped: what the sources hold besides, by kind.
-    """
+    """All files, from shards in any order; those that do not fit into memory are written to `folder`. If several files
+    have the same URI, the one in the first shard is kept. If a local file has several names, the first is kept; names
+    that no symbolic link leads to come before others. `skipped` is what the sources hold besides, by kind."""
 
     def __init__(self, shards: Iterable[Shard], folder: Folder, skipped: Counter[str]) -> None:
         self.folder, self.skipped = folder, skipped

@@ -56,13 +56,8 @@ def walk_folder(folder: str, excluded: frozenset[tuple[int, int]], skipped: Coun
 
     Each real folder is walked once, by device and inode, whatever leads to it: first what lies below `folder`, then the
     targets of links, in the order of the links' paths. So links in circles end. A folder that cannot be read, a link
-    that leads nowhere, and a file that is none are files with a problem. Raises InputError: `folder` itself cannot be
-    read.
-
-    Args:
-        excluded: (device, inode) of folders that are left out.
-        skipped: counts what is left out, by kind.
-    """
+    that leads nowhere, and a file that is none are files with a problem; what is left out is counted in `skipped`, but
+    for the `excluded` folders. Raises InputError: `folder` itself cannot be read."""
     seen: set[tuple[int, int] | str] = set()
     folders = [(folder, False)]
     links: list[str] = []
@@ -89,17 +84,10 @@ def walk_folder(folder: str, excluded: frozenset[tuple[int, int]], skipped: Coun
                 skipped["hidden"] += 1
             elif entry.is_dir(follow_symlinks=False):
                 folders.append((entry.path, is_linked))
-            elif _is_folder(entry):
+            elif entry.is_symlink() and os.path.isdir(entry.path):
                 heapq.heappush(links, entry.path)
             else:
                 yield local_file(local_uri(entry.path), is_linked)
-
-
-def _is_folder(entry: os.DirEntry[str]) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:  # a link to itself, a loop, an overlong target
-        return False
 
 
 def is_result(uri: str, output: str) -> bool:

@@ -48,11 +48,9 @@ LARGE_INVENTORY_BYTES = 2**25
 def list_bucket(prefix: BucketPrefix, resources: ResourcesConfig, progress: Progress) -> list[PartRecord]:
     """The records of all shards of a bucket. Those that an earlier, killed listing has finished are used again. Raises
     OSError, InputError, WorkerError: as :func:`list_ranges`; WorkerError: another job removed shards meanwhile."""
-    oldest = time.time() - MAX_AGE_S
+    oldest, pending = time.time() - MAX_AGE_S, deque[KeyRange]()
     finished = prefix.finished(oldest)
-    if any(record.name == ALL for record in finished):
-        pending = deque[KeyRange]()
-    else:
+    if all(record.name != ALL for record in finished):
         prefix.records.remove(ALL)
         finished = prefix.without_overlaps(finished)
         if prefix.write_kept(missing_ranges(finished), oldest):
@@ -85,9 +83,8 @@ def list_bucket(prefix: BucketPrefix, resources: ResourcesConfig, progress: Prog
             pending = deque(missing_ranges(finished))
             continue
         everything = {"keys": ("", None), "ends": [], "others": {}, "tables": [], "num_keys": 0}
-        listed_at = min(record.metrics["listed_at"] for record in finished)
-        shards = [record.name for record in finished]
-        prefix.records.write(ALL, (), everything | {"listed_at": listed_at, "shards": shards})
+        everything["listed_at"] = min(record.metrics["listed_at"] for record in finished)
+        prefix.records.write(ALL, (), everything | {"shards": [record.name for record in finished]})
     return [record for record in finished if record.files or record.metrics["others"] or record.metrics["tables"]]
 
 

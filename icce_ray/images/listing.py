@@ -63,13 +63,10 @@ MAX_SOURCES = 2**22
 def entry_tables(entries: Iterable[Entry]) -> Iterator[pa.Table]:
     """The entries in tables; at least one."""
     waiting = iter(entries)
-    batch = list(islice(waiting, BATCH_ROWS))
-    while True:
-        columns = list(zip(*batch, strict=True)) or [()] * len(ENTRY_SCHEMA)
-        arrays = [pa.array(column, kind) for column, kind in zip(columns, ENTRY_SCHEMA.types, strict=True)]
-        yield pa.table(arrays, schema=ENTRY_SCHEMA)
-        if not (batch := list(islice(waiting, BATCH_ROWS))):
-            return
+    yield ENTRY_SCHEMA.empty_table()
+    while batch := list(islice(waiting, BATCH_ROWS)):
+        columns = zip(zip(*batch, strict=True), ENTRY_SCHEMA.types, strict=True)
+        yield pa.table([pa.array(column, kind) for column, kind in columns], schema=ENTRY_SCHEMA)
 
 
 def numbered(entries: pa.Table, start: int = 0) -> pa.Table:
@@ -79,10 +76,7 @@ def numbered(entries: pa.Table, start: int = 0) -> pa.Table:
 
 
 class Listing:
-    """Reads a finished listing by image id. Keeps one part in memory.
-
-    Usage: ``Listing(context.inputs["images"]).rows(0, 512)``
-    """
+    """Reads a finished listing by image id. Keeps one part in memory."""
 
     def __init__(self, images: Artifact) -> None:
         self._images = images
@@ -96,14 +90,13 @@ class Listing:
     def table(self, start: int, stop: int) -> pa.Table:
         """The rows ``start <= image_id < stop``, with the columns of SCHEMA. Raises DamagedArtifactError: a part is
         missing or damaged."""
-        tables = []
-        stop = min(stop, len(self))
+        tables, stop = [SCHEMA.empty_table()], min(stop, len(self))
         while start < stop:
             index = int(np.searchsorted(self._starts, start, side="right")) - 1
             end = min(stop, int(self._starts[index + 1]))
             tables.append(self._part(index).slice(start - int(self._starts[index]), end - start))
             start = end
-        return pa.concat_tables(tables) if tables else SCHEMA.empty_table()
+        return pa.concat_tables(tables)
 
     def rows(self, start: int, stop: int) -> list[ListedImage]:
         """The same rows as tuples."""

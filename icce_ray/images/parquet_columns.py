@@ -52,15 +52,15 @@ def image_column(schema: pa.Schema, images: ImagesConfig, uri: str) -> str | Non
         find_field(schema, max(found, key=found.count), uri, "images.uri")
     if len(found) > 1:
         raise InputError(f"images.uri: {uri} has the binary columns {', '.join(found)}: name images.bytes_column")
-    if not found:
-        lists = [f"{field.name!r} is {field.type}" for field in schema if pa.types.is_nested(field.type)]
-        if lists:
-            raise InputError(
-                f"images.uri: {uri} has neither a column {images.uri_column!r} nor one of type binary; "
-                f"{', '.join(lists)}. Name images.bytes_column if one of them holds the bytes of an image file as uint8"
-            )
-        find_field(schema, images.uri_column, uri, "images.uri_column")
-    return found[0]
+    if found:
+        return found[0]
+    if lists := [f"{field.name!r} is {field.type}" for field in schema if pa.types.is_nested(field.type)]:
+        raise InputError(
+            f"images.uri: {uri} has neither a column {images.uri_column!r} nor one of type binary; "
+            f"{', '.join(lists)}. Name images.bytes_column if one of them holds the bytes of an image file as uint8"
+        )
+    find_field(schema, images.uri_column, uri, "images.uri_column")  # says that there is none
+    return None
 
 
 def _holds_bytes(kind: pa.DataType, *, is_named: bool = False) -> bool:
@@ -68,8 +68,8 @@ def _holds_bytes(kind: pa.DataType, *, is_named: bool = False) -> bool:
     kind = kind.value_type if pa.types.is_dictionary(kind) else kind
     if pa.types.is_struct(kind):
         return bool(kind.get_field_index("bytes") >= 0 and _holds_bytes(kind.field("bytes").type, is_named=True))
-    if is_named and (pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)):
-        return bool(pa.types.is_uint8(kind.value_type))
+    if is_named and (lists := _list_type(kind)) is not None:
+        return bool(pa.types.is_uint8(lists.value_type))
     tests = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view, pa.types.is_fixed_size_binary)
     return any(test(kind) for test in tests)
 

@@ -104,7 +104,7 @@ def read_images(rows: Sequence[ListedImage]) -> Iterator[tuple[ListedImage, byte
     """The bytes of each image, or its problem. Threads read remote images and yield them as they arrive, so that a slow
     answer does not hold up the others. Neighbours in a remote tar are read together."""
     if not any(is_remote(row.uri) for row in rows):
-        yield from ((row, _read_row(row)) for row in rows)
+        yield from ((row, _read_together([row])[0]) for row in rows)
         return
     waiting = deque(_requests(rows))
     running: dict[Future[list[bytes | str]], list[ListedImage]] = {}
@@ -156,17 +156,13 @@ def _num_bytes(request: list[ListedImage]) -> int:
 
 def _read_together(request: list[ListedImage]) -> list[bytes | str]:
     """The images of a request. If their range cannot be read, each is tried alone: part of it may be gone."""
-    spans = [span for row in request if isinstance(span := locate(row.uri), Span)]
     if len(request) > 1:
+        spans = [span for row in request if isinstance(span := locate(row.uri), Span)]
         whole = Span(spans[0].file, spans[0].start, spans[-1].end - spans[0].start)
         data = read_image(whole.uri(), whole.num_bytes, request[0].etag)
         if isinstance(data, bytes):
             return [data[span.start - whole.start : span.end - whole.start] for span in spans]
-    return [_read_row(row) for row in request]
-
-
-def _read_row(row: ListedImage) -> bytes | str:
-    return row.problem or read_image(row.uri, row.size_bytes, row.etag)
+    return [row.problem or read_image(row.uri, row.size_bytes, row.etag) for row in request]
 
 
 def _open_at_once(path: str, flags: int) -> int:

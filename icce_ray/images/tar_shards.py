@@ -180,10 +180,8 @@ def _read_extension(file: Any, header: tarfile.TarInfo, num_left: int) -> dict[s
 
 
 def _reason(error: Exception, block: bytes) -> str:
-    if len(block) < BLOCK_BYTES:
-        return "cut off"
-    known = ("cut off", "negative size", "extended header of absurd size")
-    return str(error) if str(error) in known else "bad header"
+    reason = str(error) if len(block) == BLOCK_BYTES else "cut off"
+    return reason if reason in ("cut off", "negative size", "extended header of absurd size") else "bad header"
 
 
 def _utf8(name: str) -> str:

@@ -42,12 +42,8 @@ def open_file(uri: str) -> Any:
 
 
 def resolve(entry: str, folder: str) -> str:
-    """An entry of a list as a URI.
-
-    Args:
-        entry: a path, absolute or relative to `folder`, or a URI; it may be a place in a container.
-        folder: path or URI of the folder that the list lies in.
-    """
+    """An entry of a list in `folder` as a URI. It is a path, absolute or relative to the folder, or a URI; it may be a
+    place in a container."""
     if entry.startswith("file://"):
         return local_uri(os.fsdecode(local_path(entry)))
     if "://" in entry:
