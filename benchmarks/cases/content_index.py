@@ -112,7 +112,8 @@ def run(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, bool]]:
             meter("known", keys)
             meter("claim", part, keys)
             meter("finish", part, keys, np.arange(PART, dtype=np.uint32))
-        kept = index.num_bytes / (num + num_resumed)
+        table = index._table
+        kept = (table.keys.nbytes + table.files.nbytes + table.rows.nbytes) / (num + num_resumed)
         figures["now"] = _figures(meter, num, kept, seconds / num_resumed, 8)
     print(f"{'per image':<8}" + "".join(f"{name:>18}" for name in figures["now"]))
     for kind, row in figures.items():

@@ -21,8 +21,7 @@ import pyarrow as pa
 from cases import show_aim
 from icce_ray.embed.content_index import ContentIndex
 from icce_ray.embed.embedding_parts import ERRORS_NAME, PartRange, part_table, plan_parts, write_part
-from icce_ray.embed.finished_parts import Tally
-from icce_ray.embed.reuse_parts import ReusableParts
+from icce_ray.embed.finished_parts import ReusableParts, Tally
 from icce_ray.embed.work_items import OpenPart, OpenParts, WorkItems, joined
 from icce_ray.stage import StageContext
 from icce_ray.store import Artifact, ArtifactWriter, Folder, Part, PartRecord, PartRecords

@@ -110,10 +110,6 @@ class ContentIndex:
     def __repr__(self) -> str:
         return "embed: content index"
 
-    @property
-    def num_bytes(self) -> int:
-        return self._table.num_bytes
-
     def known(self, keys: Keys) -> Flags:
         """Which of the contents have an embedding on storage."""
         with self._lock:

@@ -26,10 +26,9 @@ from icce_ray.embed.embedding_parts import (
     write_part,
 )
 from icce_ray.embed.feature_matrix import Draw
-from icce_ray.embed.finished_parts import Tally
+from icce_ray.embed.finished_parts import ReusableParts, Tally, reuse_parts
 from icce_ray.embed.job import embed_on_ray
 from icce_ray.embed.part_embedder import EmbedTask, embed_here
-from icce_ray.embed.reuse_parts import ReusableParts, reuse_parts
 from icce_ray.embed.work_items import OpenPart, OpenParts, WorkItems, remove_items
 from icce_ray.errors import DamagedArtifactError, InputError
 from icce_ray.images.embedding_files import Embeddings, open_embedding_sets

@@ -24,8 +24,7 @@ from icce_ray.embed.feature_matrix import COLUMN, Draw, column_name
 from icce_ray.embed.part_hashes import HASH_BYTES, PartHashes, read_hashes_file, to_bytes, write_hashes
 from icce_ray.errors import DamagedArtifactError
 from icce_ray.images.decoding import Preprocessing, SeveralViews
-from icce_ray.store import Artifact, Folder, Part, PartRecord, PartRecords
-from icce_ray.store.claim import check_claim
+from icce_ray.store import Artifact, ArtifactWriter, Folder, PartRecord, PartRecords
 
 MIN_IMAGES_PER_ITEM = 16
 MAX_IMAGES_PER_ITEM = 512
@@ -144,24 +143,15 @@ def write_part(
     """Write the part, then its record. The rows that `draw` chooses lie beside it. Its metrics are `start`,
     `num_images` (covered, good and bad), `errors`, and the `counts` of its images: `num_embedded` (contents that went
     through the backbone for it), `num_stretched`."""
-    sink = io.BytesIO()
+    sink, kind, num_rows = io.BytesIO(), table.schema.field(COLUMN).type, len(table)
     pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
-    data = sink.getbuffer()
-    check_claim(records.folder)
+    dtype, shape = str(np.dtype(kind.value_type.to_pandas_dtype())), (num_rows, kind.list_size)
+    writer = ArtifactWriter(records.folder)
+    file = writer.write_bytes(part.file_name, sink.getbuffer(), rows=num_rows, dtype=dtype, shape=shape)
     if found := _hashes_of(table):
         write_hashes(records.folder, part.file_name, found)
-    kind = table.schema.field(COLUMN).type
-    file = Part(
-        name=part.file_name,
-        num_bytes=len(data),
-        sha256=hashlib.sha256(data).hexdigest(),
-        rows=len(table),
-        dtype=str(np.dtype(kind.value_type.to_pandas_dtype())),
-        shape=(len(table), kind.list_size),
-    )
     if draw is not None and part.kind == PART:
         draw.write(records.folder, file, table)
-    records.folder.write_bytes(part.file_name, data)
     metrics = {"start": part.start, "num_images": part.num_images, "errors": list(errors), "num_embedded": 0}
     return records.write(part.name, [file], metrics | counts)
 

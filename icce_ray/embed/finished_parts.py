@@ -14,12 +14,15 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from icce_ray.embed.duplicates import HashedPart, Ids, find_duplicates
-from icce_ray.embed.embedding_parts import ERRORS_NAME, ITEM, PartRange
-from icce_ray.errors import InputError
+from icce_ray.embed.embedding_parts import ERRORS_NAME, ITEM, PartRange, plan_parts, read_hashes
+from icce_ray.embed.feature_matrix import PART_PREFIX
+from icce_ray.embed.part_hashes import write_hashes
+from icce_ray.errors import DamagedArtifactError, InputError
 from icce_ray.images.listing import REMOVED, Listing
 from icce_ray.stage import StageContext
-from icce_ray.store import Part
+from icce_ray.store import Artifact, Part
 from icce_ray.store.artifact import folder_of
+from icce_ray.store.claim import check_claim
 from icce_ray.store.part_records import READ_THREADS, PartRecord, PartRecords
 
 DUPLICATES_NAME = "duplicates.parquet"
@@ -30,15 +33,16 @@ DUPLICATES_SCHEMA = pa.schema(
 REASONS_SHOWN = 5
 IDS_TOGETHER = 65_536
 """The tables are written in pieces of this range of ids."""
+REUSE_THREADS = 8
+SAME = ["uri", "size_bytes", "etag", "problem"]
+"""Columns of the listing: images that agree in them are the same file."""
 
 
 class Tally:
     """Adds up finished parts, in any order. `max_error_rate` is the share of the images that may fail."""
 
     def __init__(self, context: StageContext, listing: Listing, max_error_rate: float) -> None:
-        self._context = context
-        self._listing = listing
-        self._max_error_rate = max_error_rate
+        self._context, self._listing, self._max_error_rate = context, listing, max_error_rate
         self._failed_ids, self._reasons = array("q"), array("i")  # 12 bytes for each error
         self._reason_numbers: dict[str, int] = {}
         self._counts = Counter[str]()
@@ -46,9 +50,7 @@ class Tally:
         self._files: list[tuple[int, int, Part]] = []
         self._num_done = self._num_resumed = self._num_embedded = self._num_stretched = 0
         self._kinds: set[tuple[int, str]] = set()
-        self._started = time.monotonic()
-        self._shown = 0
-        self._showing = threading.Lock()
+        self._started, self._shown, self._showing = time.monotonic(), 0, threading.Lock()
 
     def resume(self, parts: Sequence[PartRange], records: PartRecords) -> tuple[list[PartRange], dict[str, PartRecord]]:
         """Take in the parts that an earlier run finished. The parts themselves are not read: damage is noticed by the
@@ -201,3 +203,64 @@ def _pieces(image_ids: Ids) -> Iterator[slice]:
     edges = np.flatnonzero(np.diff(image_ids // IDS_TOGETHER)) + 1
     ends = [0, *edges.tolist(), len(image_ids)]
     yield from (slice(start, stop) for start, stop in pairwise(ends) if start < stop)
+
+
+class ReusableParts:
+    """The parts of a finished ``embed`` artifact."""
+
+    def __init__(self, artifact: Artifact, listing: Listing) -> None:
+        self.parts = plan_parts(len(listing), artifact.metrics["images_per_part"])
+        self._artifact = artifact
+        self._listing = listing
+        self._files = dict(zip(self.parts, artifact.part_names(PART_PREFIX), strict=True))
+        errors = artifact.read_table(ERRORS_NAME)
+        self._failed_ids = errors["image_id"].to_numpy()
+        self._reasons = errors["reason"]
+
+    def record(self, part: PartRange) -> PartRecord:
+        """The record that the part had."""
+        first, last = np.searchsorted(self._failed_ids, [part.start, part.stop])
+        errors = list(zip(self._failed_ids[first:last].tolist(), self._reasons[first:last].to_pylist(), strict=True))
+        metrics = {"start": part.start, "num_images": part.num_images, "errors": errors, "num_embedded": 0}
+        return PartRecord(name=part.name, files=(self._artifact.part(self._files[part]),), metrics=metrics)
+
+    def reuse(self, part: PartRange, listing: Listing, records: PartRecords) -> PartRecord | None:
+        """Take over a part, if there is one of the same images, for another artifact with this listing and these
+        records: that refers to its file, and nothing is read. A part with images that may be tried again is copied,
+        since that writes its file anew."""
+        if part not in self._files:
+            return None
+        here, there = (images.table(part.start, part.stop).select(SAME) for images in (listing, self._listing))
+        if not here.equals(there):
+            return None
+        record = self.record(part)
+        (file,) = record.files
+        owner = self._artifact.folder_of(file)
+        if all(reason == REMOVED for _, reason in record.metrics["errors"]):
+            if owner.size(file.name) != file.num_bytes:
+                return None
+            folder = file.folder or f"{owner.parent.path.rpartition('/')[2]}/{owner.path.rpartition('/')[2]}"
+            return records.write(part.name, [file.model_copy(update={"folder": folder})], record.metrics)
+        try:
+            data = self._artifact.read_bytes(file.name)
+        except DamagedArtifactError:
+            return None
+        check_claim(records.folder)
+        if hashes := read_hashes(owner, file.name):
+            write_hashes(records.folder, part.file_name, hashes)
+        records.folder.write_bytes(part.file_name, data)
+        file = file.model_copy(update={"name": part.file_name, "folder": None})
+        return records.write(part.name, [file], record.metrics)
+
+
+def reuse_parts(
+    parts: Sequence[PartRange], listing: Listing, sources: Sequence[ReusableParts], records: PartRecords
+) -> Iterator[tuple[PartRange, PartRecord | None]]:
+    """Take over what the sources have of `parts`; each part, with None if no source has it."""
+
+    def reuse(part: PartRange) -> PartRecord | None:
+        found = (source.reuse(part, listing, records) for source in sources)
+        return next((record for record in found if record is not None), None)
+
+    with ThreadPoolExecutor(REUSE_THREADS) as threads:
+        yield from zip(parts, threads.map(reuse, parts), strict=True)

@@ -1,9 +1,8 @@
 """Gets an embedding for each content of a part: from a file, from the worker that just made it, or by making it."""
 
-import threading
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,8 @@ from icce_ray.embed.feature_matrix import joined_columns
 from icce_ray.errors import DamagedArtifactError
 from icce_ray.store import Folder
 
-MAX_HELD_BYTES = 256 * 2**20
+MAX_HELD_PARTS = 4
+"""Of MAX_PART_BYTES each."""
 WAIT_S = 0.05
 MAX_WAIT_S = 120.0
 """Longest wait for another worker's embedding of the same content. After that the content is embedded here."""
@@ -35,21 +35,15 @@ class VectorReader:
 
     def __init__(self, folders: Sequence[Folder]) -> None:
         self._folders = folders
-        self._held: OrderedDict[tuple[int, str], tuple[pa.ChunkedArray, Vector]] = OrderedDict()
-        self._lock = threading.Lock()
+        self._part = lru_cache(MAX_HELD_PARTS)(self._read_part)
+
+    def _read_part(self, place: int, part: str) -> tuple[pa.ChunkedArray, Vector]:
+        table = read_part(self._folders[place], part)
+        return table["content_hash"], joined_columns(table)
 
     def read(self, place: int, part: str, row: int, content_hash: str) -> Vector:
         """Raises DamagedArtifactError: the part is missing or damaged, or has another content there."""
-        held = self._held.get((place, part))
-        if held is None:
-            table = read_part(self._folders[place], part)
-            held = table["content_hash"], joined_columns(table)
-        with self._lock:
-            self._held[place, part] = held
-            self._held.move_to_end((place, part))
-            while len(self._held) > 1 and sum(vectors.nbytes for _, vectors in self._held.values()) > MAX_HELD_BYTES:
-                self._held.popitem(last=False)
-        hashes, vectors = held
+        hashes, vectors = self._part(place, part)
         if row >= len(hashes) or hashes[row].as_py() != content_hash:
             raise DamagedArtifactError(f"{self._folders[place].file_uri(part)}: row {row} has another content")
         vector: Vector = vectors[row]

@@ -120,15 +120,11 @@ class HashTable:
     def __init__(self, num_keys: int) -> None:
         self._allocate(num_keys)
 
-    @property
-    def num_bytes(self) -> int:
-        return self._keys.nbytes + self.files.nbytes + self.rows.nbytes
-
     def insert(self, keys: Keys) -> Slots:
         """The slot of each key; new ones get one, with NO_FILE."""
         if self.num_keys + len(keys) > MAX_LOAD * len(self.files):
             used = self.files != EMPTY
-            old = self._keys[used], self.files[used], self.rows[used]
+            old = self.keys[used], self.files[used], self.rows[used]
             self._allocate(round(GROWTH * (self.num_keys + len(keys))))
             slots = self.find(old[0], insert=True)
             self.files[slots], self.rows[slots] = old[1:]
@@ -137,13 +133,13 @@ class HashTable:
     def _allocate(self, num_keys: int) -> None:
         num_slots = (int(num_keys / MAX_LOAD) // BUCKET + 64) * BUCKET
         self.num_keys = 0
-        self._keys = np.zeros(num_slots, np.uint64)
+        self.keys = np.zeros(num_slots, np.uint64)
         self.files = np.full(num_slots, EMPTY)
         self.rows = np.zeros(num_slots, np.uint32)
 
     def find(self, keys: Keys, *, insert: bool = False) -> Slots:
         """The slot of each key; -1 for those that have none."""
-        keys_of_bucket, files_of_bucket = self._keys.reshape(-1, BUCKET), self.files.reshape(-1, BUCKET)
+        keys_of_bucket, files_of_bucket = self.keys.reshape(-1, BUCKET), self.files.reshape(-1, BUCKET)
         num_buckets = len(keys_of_bucket)
         buckets = (keys % np.uint64(num_buckets)).astype(np.int64)
         found = np.full(len(keys), -1)
@@ -160,7 +156,7 @@ class HashTable:
             if insert and new.any():
                 # If several keys want the same slot, the last one gets it; then all look again.
                 taken, numbers = buckets[new] * BUCKET + empty[new].argmax(axis=1), np.arange(np.count_nonzero(new))
-                self._keys[taken], self.files[taken], self.rows[taken] = keys[left[new]], NO_FILE, numbers
+                self.keys[taken], self.files[taken], self.rows[taken] = keys[left[new]], NO_FILE, numbers
                 self.num_keys += int(np.count_nonzero(self.rows[taken] == numbers))
             buckets = np.where(is_full, (buckets + 1) % num_buckets, buckets)[is_left]
             left = left[is_left]

@@ -11,7 +11,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import islice
 from typing import NamedTuple
 
@@ -134,7 +134,7 @@ class FileShards:
         self._drop_other_names()
         self._firsts = [shard.first for shard in self._shards]
         self._is_known: dict[int, npt.NDArray[np.bool_]] = {}
-        self._loaded: dict[int, pa.Table] = {}
+        self._load = lru_cache(2)(lambda index: self._shards[index].load())
 
     def __len__(self) -> int:
         return sum(shard.num_rows for shard in self._shards)
@@ -192,12 +192,6 @@ class FileShards:
         """The files that :meth:`find_again` did not find, in order."""
         for index, table in enumerate(self.tables()):
             yield table.filter(pa.array(~self._is_known[index])) if index in self._is_known else table
-
-    def _load(self, index: int) -> pa.Table:
-        if index not in self._loaded:
-            self._loaded = {key: table for key, table in self._loaded.items() if abs(key - index) <= 1}
-            self._loaded[index] = self._shards[index].load()
-        return self._loaded[index]
 
     def _keep(self, table: pa.Table) -> Shard:
         if self._num_held + len(table) <= MAX_ROWS_HELD:

@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import dataclass
+from operator import add
 from pathlib import Path
 from typing import Any
 
@@ -50,9 +51,8 @@ def read_sample(config: Config, num_samples: int) -> EmbeddedSample:
     found = open_embeddings(config.embeddings)
     block = next(iter(found.blocks(min(found.num_rows, MAX_READ_ROWS))))
     read_s = (time.monotonic() - began) / len(block.rows_nD)
-    rows = np.random.default_rng(config.seed).choice(
-        len(block.rows_nD), min(num_samples, len(block.rows_nD)), replace=False
-    )
+    num_read = len(block.rows_nD)
+    rows = np.random.default_rng(config.seed).choice(num_read, min(num_samples, num_read), replace=False)
     usable = rows[block.is_usable_n[rows]]
     return EmbeddedSample(
         features_nD=block.rows_nD[usable],
@@ -94,16 +94,14 @@ def embed_sample(config: Config, listing: Listing, num_samples: int, folder: Pat
     features_nD = np.concatenate([table_to_arrays(table)[1] for table in tables])
     startup_s, embedded_per_s = clock.figures()
     decode_s = _decode_s(config.embed, listing, rows[:MAX_DECODED].tolist())
-    # The sample was decoded while the workers started, so their rate is the rate of embedding alone.
-    if config.resources.embed.gpus_per_worker:
-        seconds_per_image = max(1 / embedded_per_s, decode_s / cpus)
-    else:  # both use the same CPUs
-        seconds_per_image = 1 / embedded_per_s + decode_s / cpus
+    # The sample was decoded while the workers started, so their rate is the rate of embedding alone. Without GPUs both
+    # use the same CPUs.
+    together = max if config.resources.embed.gpus_per_worker else add
     return EmbeddedSample(
         features_nD=features_nD,
         num_sampled=len(rows),
         num_errors=metrics["num_errors"],
-        seconds_per_image=seconds_per_image,
+        seconds_per_image=together(1 / embedded_per_s, decode_s / cpus),
         startup_s=startup_s,
         bytes_per_image=sum(writer.parts[name].num_bytes for name in parts) / max(1, metrics["num_images"]),
         base_bytes=base_bytes,

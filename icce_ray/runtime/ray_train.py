@@ -2,9 +2,7 @@
 all of them again when one dies."""
 
 import os
-import threading
 import uuid
-from concurrent.futures import Future
 from typing import Any
 
 import ray
@@ -19,6 +17,7 @@ from icce_ray.runtime.machine import interface_with
 from icce_ray.runtime.progress import BoardProgress, Progress, ProgressBoard
 from icce_ray.runtime.worker_process import MAX_RESTARTS, Work, attempt, relayed_progress
 from icce_ray.store.cache import scratch_folder
+from icce_ray.store.patient_filesystem import within
 
 MAX_STARTS = 10
 """How often Ray Train, which waits a minute each time, tries to start the workers. By default it tries for ever."""
@@ -88,16 +87,7 @@ def use_interface_of(address: str) -> None:
 def fit_in_thread(trainer: Any) -> Any:
     """The result of rank 0. It runs in a thread: in the main thread Ray Train would replace the handler of
     Ctrl-C, end the process without a message, and not restore the handler."""
-    outcome: Future[Any] = Future()
-
-    def fit() -> None:
-        try:
-            outcome.set_result(trainer.fit().return_value)
-        except BaseException as error:
-            outcome.set_exception(error)
-
-    threading.Thread(target=fit, name="icce_ray-fit", daemon=True).start()
-    return outcome.result()
+    return within(None, lambda: trainer.fit().return_value)
 
 
 def _on_worker(given: dict[str, Any]) -> Any:

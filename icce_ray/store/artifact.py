@@ -160,7 +160,7 @@ class Artifact:
         return self.fingerprint if revision == 0 else f"{self.fingerprint}.r{revision}"
 
     def part_names(self, prefix: str = "") -> list[str]:
-        """Names of the parts that begin with `prefix`, sorted."""
+        """Names of the parts that begin with `prefix`, sorted. The methods below are about the same parts."""
         return self._parts.names(prefix)
 
     def part(self, name: str) -> Part:
@@ -171,11 +171,9 @@ class Artifact:
         return self._parts.num_rows(prefix)
 
     def num_bytes(self, prefix: str = "") -> int:
-        """Size of these parts together."""
         return self._parts.num_bytes(prefix)
 
     def checksum(self, prefix: str = "") -> str:
-        """Changes with the content of any of these parts."""
         return self._parts.checksum(prefix)
 
     def part_folders(self) -> list[str]:

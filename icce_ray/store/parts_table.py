@@ -5,6 +5,7 @@ import io
 import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -88,11 +89,7 @@ class PartsTable:
             if len(table):
                 self._firsts.append(table["name"][0].as_py())
                 self._lasts.append(table["name"][-1].as_py())
-        self._last: tuple[int, pa.Table] | None = None
-
-    def __len__(self) -> int:
-        num_rows: int = self._metadata.num_rows
-        return num_rows
+        self._whole = lru_cache(1)(lambda group: self._read(group, SCHEMA.names))
 
     def names(self, prefix: str = "") -> list[str]:
         return [name for table in self._tables(prefix, "name") for name in table["name"].to_pylist()]
@@ -100,12 +97,9 @@ class PartsTable:
     def part(self, name: str) -> Part:
         """Raises KeyError: there is no such part."""
         number = bisect_left(self._lasts, name)
-        held = self._last  # another thread may replace it
-        if held is None or held[0] != number:
-            if number == len(self._lasts):
-                raise KeyError(name)
-            held = self._last = number, self._read(number, SCHEMA.names)
-        table = held[1]
+        if number == len(self._lasts):
+            raise KeyError(name)
+        table = self._whole(number)
         row = bisect_left(range(len(table)), name, key=lambda row: table["name"][row].as_py())
         if row == len(table) or table["name"][row].as_py() != name:
             raise KeyError(name)

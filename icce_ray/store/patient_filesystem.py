@@ -45,7 +45,7 @@ class RefusedError(BadObjectError):
     """The store refuses access to this object alone."""
 
 
-def within(seconds: float, call: Callable[[], T]) -> T:
+def within(seconds: float | None, call: Callable[[], T]) -> T:
     """`call()` in a thread, which is left alone if it takes longer. Raises AwayError: it has not returned in time."""
     future: Future[T] = Future()
 
@@ -55,7 +55,7 @@ def within(seconds: float, call: Callable[[], T]) -> T:
         except BaseException as error:
             future.set_exception(error)
 
-    threading.Thread(target=run, name="icce_ray-storage-call", daemon=True).start()
+    threading.Thread(target=run, name="icce_ray-call", daemon=True).start()
     try:
         return future.result(seconds)
     except FutureTimeoutError:

@@ -215,13 +215,8 @@ def get_once(
     etag: str | None = None,
 ) -> bytes:
     """Content of an object, or `num_bytes` of it from `start` on, in one request. Call it within :func:`translated`.
-    Raises AwayError: the body broke off, or came too slowly; ValueError: over `max_bytes`.
-
-    Args:
-        max_slow_s: the body may take this long, and a second for each MIN_BYTES_PER_S.
-        max_bytes: larger objects are not read.
-        etag: without its quotes. An object with another one is not read.
-    """
+    An object with another `etag` (without its quotes) is not read. Raises AwayError: the body broke off, or took longer
+    than `max_slow_s` and a second for each MIN_BYTES_PER_S; ValueError: over `max_bytes`."""
     bucket, key = split_uri(uri)
     options = {} if num_bytes is None else {"Range": f"bytes={start}-{start + num_bytes - 1}"}
     options |= {"IfMatch": f'"{etag}"'} if etag else {}

@@ -9,8 +9,8 @@ import pyarrow as pa
 import pytest
 
 from icce_ray.embed.embedding_parts import ERRORS_NAME, PartRange, part_table, plan_parts
+from icce_ray.embed.finished_parts import ReusableParts, reuse_parts
 from icce_ray.embed.part_hashes import read_hashes_file
-from icce_ray.embed.reuse_parts import ReusableParts, reuse_parts
 from icce_ray.errors import WorkerError
 from icce_ray.images.listing import Entry, Listing, entry_tables, numbered
 from icce_ray.store import Artifact, ArtifactWriter, Folder
