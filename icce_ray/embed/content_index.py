@@ -144,10 +144,9 @@ class ContentIndex:
         with self._lock:
             self._published[self._number(0, part)] = outcomes
 
-    def fetch(self, published: Any) -> dict[str, Outcome]:
+    def fetch(self, published: dict[str, Outcome]) -> dict[str, Outcome]:
         """What a part published. Raises LookupError: it is gone."""
-        outcomes: dict[str, Outcome] = published
-        return outcomes
+        return published
 
     def finish(self, part: str, keys: Keys, rows: Rows) -> None:
         """The part was written to the first folder, with these contents in these rows; CLAIMED: they have failed."""

@@ -51,15 +51,10 @@ NUM_THREADS = 16
 
 def place_of(assign: Artifact) -> str:
     """The folder of an artifact's assignments in ``latest``."""
-    manifest = assign.manifest
-    source = "run" if "consensus" in manifest.inputs else manifest.inputs.get("images", assign.fingerprint)
-    lineage = {
-        "model": manifest.inputs.get("classifier", "none"),
-        "embedding": manifest.inputs.get("embed", "none"),
-        "code": manifest.libraries.get("icce_ray", "unknown"),
-        "source": source,
-    }
-    return "/".join([ALL_IMAGES_NAME, *(f"{name}={value}" for name, value in lineage.items())])
+    inputs, code = assign.manifest.inputs, assign.manifest.libraries.get("icce_ray", "unknown")
+    source = "run" if "consensus" in inputs else inputs.get("images", assign.fingerprint)
+    model, embedding = inputs.get("classifier", "none"), inputs.get("embed", "none")
+    return f"{ALL_IMAGES_NAME}/model={model}/embedding={embedding}/code={code}/source={source}"
 
 
 def copies_of(assign: Artifact) -> dict[str, str]:

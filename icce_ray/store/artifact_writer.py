@@ -36,20 +36,15 @@ class ArtifactWriter:
     def add(self, part: Part) -> None:
         self.parts[part.name] = part
 
-    def write_bytes(
-        self,
-        name: str,
-        data: bytes | memoryview,
-        *,
-        rows: int | None = None,
-        dtype: str | None = None,
-        shape: tuple[int, ...] | None = None,
-    ) -> Part:
-        """Write a part atomically and add it to the manifest. Raises WorkerError: another job took the claim over."""
+    def write_bytes(self, name: str, data: bytes | memoryview, **about: Any) -> Part:
+        """Write a part atomically and add it to the manifest, with what is known `about` it: rows, dtype, shape. Raises
+        WorkerError: another job took the claim over."""
         check_claim(self.folder)
         self.folder.write_bytes(name, data)
-        digest = hashlib.sha256(data).hexdigest()
-        part = Part(name=name, num_bytes=len(data), sha256=digest, rows=rows, dtype=dtype, shape=shape)
+        return self._added(name, len(data), hashlib.sha256(data).hexdigest(), **about)
+
+    def _added(self, name: str, num_bytes: int, sha256: str, **about: Any) -> Part:
+        part = Part(name=name, num_bytes=num_bytes, sha256=sha256, **about)
         self.add(part)
         return part
 
@@ -75,9 +70,7 @@ class ArtifactWriter:
             file.seek(0)
             check_claim(self.folder)
             self.folder.write_file(name, file)
-        part = Part(name=name, num_bytes=num_bytes, sha256=digest, rows=rows)
-        self.add(part)
-        return part
+        return self._added(name, num_bytes, digest, rows=rows)
 
     def write_array(self, name: str, array: npt.NDArray[Any]) -> Part:
         """Write an array as .npy."""
@@ -95,9 +88,7 @@ class ArtifactWriter:
         check_claim(self.folder)
         target.create_dir(self.folder.path)
         pafs.copy_files(path, f"{self.folder.path}/{name}", source_filesystem=filesystem, destination_filesystem=target)
-        part = Part(name=name, num_bytes=num_bytes, sha256=digest)
-        self.add(part)
-        return part
+        return self._added(name, num_bytes, digest)
 
     def commit(
         self,

@@ -24,19 +24,17 @@ SUMMARY_NAME = "summary.json"
 """In ``<output>/latest``: the newest finished run, see :mod:`icce_ray.pipeline.latest`."""
 
 
+Values = Mapping[str, Any]
+
+
 def write_record(
-    output: str,
-    run: str,
-    fingerprints: Mapping[str, str],
-    config: Mapping[str, Any],
-    result: Mapping[str, Any] | None = None,
+    output: str, run: str, fingerprints: Mapping[str, str], config: Values, result: Values | None = None
 ) -> None:
     """Note which artifacts, by stage, make up a run with these settings. While it runs, `result` is None, and an
     existing record is kept. Raises InputError: the output cannot be written to."""
     if result is None and (Folder.at(output) / RUNS_FOLDER).exists(f"{run}.json"):
         return
-    record = {"run": run, "stages": dict(fingerprints), "config": dict(config), "result": result}
-    _write(output, f"{run}.json", record)
+    _write(output, f"{run}.json", {"run": run, "stages": dict(fingerprints), "config": dict(config), "result": result})
 
 
 def write_unfinished(output: str, name: str, fingerprints: Mapping[str, str]) -> None:
