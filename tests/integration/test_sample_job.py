@@ -135,14 +135,14 @@ def test_a_killed_run_resumes_with_the_parts_it_has(
     monkeypatch.setattr(workers, "runs_here", lambda *_: True)
     monkeypatch.setattr(near_duplicates, "ROWS_PER_PART", 150)
     searched: list[int] = []
-    find_pairs = job.find_pairs
-    monkeypatch.setattr(job, "find_pairs", lambda *given: searched.append(given[2]) or find_pairs(*given))
+    find_pairs = near_duplicates.find_pairs
+    monkeypatch.setattr(near_duplicates, "find_pairs", lambda *given: searched.append(given[2]) or find_pairs(*given))
     for step in ("near-duplicates", "copy"):
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path / "out", embed, EndAt(step), max_images=max_images)
         # A second run that planned or projected again would now fail.
-        monkeypatch.setattr(job, "plan_search", None)
-        monkeypatch.setattr(job, "project_rows", None)
+        monkeypatch.setattr(near_duplicates, "plan_search", None)
+        monkeypatch.setattr(near_duplicates, "project_rows", None)
     artifact, _ = run(tmp_path / "out", embed, max_images=max_images)
     assert sorted(searched) == sorted(set(searched))
     monkeypatch.undo()
