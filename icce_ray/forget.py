@@ -20,7 +20,7 @@ from icce_ray.corrections.stage import KEPT_FOLDER
 from icce_ray.errors import InputError
 from icce_ray.forget_parts import Found, forget_in, put_placeholders, to_bytes, without_uris
 from icce_ray.images.forgotten import add_forgotten, uri_hash
-from icce_ray.images.uri_lists import named_images
+from icce_ray.images.uris import named_images
 from icce_ray.pipeline.latest import ALL_IMAGES_NAME, ASSIGNMENTS_NAME
 from icce_ray.pipeline.plan import connect_storage
 from icce_ray.store import Claim, Folder

@@ -27,13 +27,19 @@ import numpy as np
 from icce_ray.config import Config
 from icce_ray.embed.backbone_plan import EmbeddingPlan, embed_settings, model_key, plan_embedding
 from icce_ray.embed.content_index import CLAIMED, ContentIndex, Index, keys_of, siblings
-from icce_ray.embed.decode_and_embed import DecodedPart, Outcome, assemble_part, decode_part, embed_contents
+from icce_ray.embed.decode_and_embed import (
+    DecodedPart,
+    Outcome,
+    assemble_part,
+    decode_on_device,
+    decode_part,
+    embed_contents,
+)
 from icce_ray.embed.embedding_parts import PartRange, images_per_item, source_digest, write_part
 from icce_ray.embed.feature_matrix import Draw
 from icce_ray.embed.finished_parts import ReusableParts
 from icce_ray.embed.gather_embeddings import VectorReader, gather, known_hashes
 from icce_ray.embed.networks import Backbone, Features, build_backbone
-from icce_ray.embed.nvjpeg import decode_on_device
 from icce_ray.embed.work_items import OpenParts, join_items, joined
 from icce_ray.images.decoding import Pixels
 from icce_ray.images.decoding_process import DecodingProcess

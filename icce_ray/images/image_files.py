@@ -30,8 +30,15 @@ from icce_ray.images.folder_walk import is_result, local_file, result_folders, w
 from icce_ray.images.inventory import MANIFEST_NAME, open_inventory
 from icce_ray.images.job import list_bucket, list_inventory
 from icce_ray.images.parquet_columns import image_column
-from icce_ray.images.uri_lists import read_parquet_list, read_text_list
-from icce_ray.images.uris import is_remote, local_path_or_uri, local_uri, open_file, resolve
+from icce_ray.images.uris import (
+    is_remote,
+    local_path_or_uri,
+    local_uri,
+    open_file,
+    read_parquet_list,
+    read_text_list,
+    resolve,
+)
 from icce_ray.runtime.progress import Progress
 from icce_ray.store import Claim, Folder, s3
 from icce_ray.store.filesystem import OBJECT_STORES, open_uri, redacted

@@ -43,8 +43,7 @@ from icce_ray.images.listing import (
     entry_tables,
     numbered,
 )
-from icce_ray.images.uri_lists import named_images
-from icce_ray.images.uris import is_remote
+from icce_ray.images.uris import is_remote, named_images
 from icce_ray.runtime.progress import Progress
 from icce_ray.stage import StageContext
 from icce_ray.store import Artifact, Claim, Folder, fingerprint

@@ -36,9 +36,8 @@ from icce_ray.pipeline.plan import (
 )
 from icce_ray.pipeline.result import Result, sum_up, summary
 from icce_ray.pipeline.status import RunProgress
-from icce_ray.runtime.progress import Progress
+from icce_ray.runtime.progress import Progress, outages_told
 from icce_ray.runtime.ray_cluster import lost_ray
-from icce_ray.runtime.storage_watch import outages_told
 from icce_ray.stage import StageContext
 from icce_ray.store import Artifact, ArtifactWriter, Claim, Folder, fingerprint
 from icce_ray.store.run_records import remove_record, write_record, write_unfinished

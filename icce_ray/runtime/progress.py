@@ -3,8 +3,14 @@
 import sys
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+
+from icce_ray.config import StorageConfig
+from icce_ray.runtime.threads import repeating
+from icce_ray.store import s3
+from icce_ray.store.filesystem import open_uri, store_of
 
 PLAIN_INTERVAL_S = 5.0
 TERMINAL_INTERVAL_S = 0.2
@@ -12,6 +18,8 @@ LONG_S = 2 * 3600.0
 """A stage with more than this left says what would make it shorter."""
 MEASURED_S = 30.0
 """Time after which the rate is trusted for that."""
+POLL_S = 10.0
+"""How often stores are asked whether they answer."""
 RECENT_S = 60.0
 """The rate is that of the last minute, so that it soon reflects a slow start or an added machine."""
 
@@ -164,3 +172,32 @@ def format_seconds(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60} s"
     return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+@contextmanager
+def outages_told(uris: Iterable[str], options: StorageConfig, progress: Progress) -> Iterator[None]:
+    """While the block runs, ask the stores of `uris` whether they answer, and tell `progress` of those that don't."""
+    stores = {store: uri for uri in uris if (store := store_of(uri)) is not None}
+    since: dict[str, float] = {}
+
+    def answers(store: str) -> bool:
+        return bool(s3.answers(store, options) if s3.is_s3(store) else open_uri(stores[store])[0].handler.answers())
+
+    def look() -> None:
+        nonlocal since
+        now = time.monotonic()
+        since = {store: since.get(store, now) for store in stores if not answers(store)}
+        progress.waits(
+            ", ".join(
+                f"waits for {store}, which has not answered for {format_seconds(now - began)} (stops after "
+                f"{format_seconds(s3.OUTAGE_S)})"
+                for store, began in since.items()
+                if began < now  # a slow answer is no outage: it has to miss twice
+            )
+        )
+
+    if not stores:
+        yield
+        return
+    with repeating(look, POLL_S, "icce_ray-storage"):
+        yield

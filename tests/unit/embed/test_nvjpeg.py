@@ -13,9 +13,16 @@ from PIL import Image
 
 from icce_ray.config import Config
 from icce_ray.embed.backbone_plan import embed_settings
-from icce_ray.embed.decode_and_embed import DecodedPart, decode_part, decoded_from_table, decoded_to_table
+from icce_ray.embed.decode_and_embed import (
+    FILES_TOGETHER,
+    DecodedPart,
+    decode_on_device,
+    decode_part,
+    decoded_from_table,
+    decoded_to_table,
+    is_plain_jpeg,
+)
 from icce_ray.embed.embedding_parts import PartRange
-from icce_ray.embed.nvjpeg import FILES_TOGETHER, decode_on_device, is_plain_jpeg
 from icce_ray.embed.stage import EMBED
 from icce_ray.errors import ConfigError
 from icce_ray.images.decoding import Preprocessing, SeveralViews, decode_image

@@ -19,7 +19,7 @@ from icce_ray.images.containers import Cell, Span, file_of, labels_beside, locat
 from icce_ray.images.file_shards import File
 from icce_ray.images.listing import Listing
 from icce_ray.images.read_images import read_image
-from icce_ray.images.uri_lists import read_parquet_list
+from icce_ray.images.uris import read_parquet_list
 from icce_ray.pipeline import run as pipeline
 
 Listed = Callable[[Config], pa.Table]

@@ -23,7 +23,7 @@ from icce_ray.images import read_images
 from icce_ray.images.containers import members
 from icce_ray.images.file_shards import File
 from icce_ray.images.listing import ListedImage
-from icce_ray.runtime import storage_watch
+from icce_ray.runtime import progress as progress_module
 from icce_ray.runtime.progress import Progress
 from icce_ray.store import ArtifactWriter, Folder, filesystem, patient_filesystem, s3
 from icce_ray.store.artifact import Artifact
@@ -270,9 +270,9 @@ def test_the_progress_line_tells_of_the_wait(store: FakeStore, monkeypatch: pyte
             told.set()
 
     monkeypatch.setattr(progress, "waits", waits)
-    monkeypatch.setattr(storage_watch, "POLL_S", 0.001)
+    monkeypatch.setattr(progress_module, "POLL_S", 0.001)
     store.fault = away
-    with storage_watch.outages_told(["gs://photos/a"], StorageConfig(), progress):
+    with progress_module.outages_told(["gs://photos/a"], StorageConfig(), progress):
         assert told.wait(5.0)
     assert "waits for gs://photos, which has not answered" in said[0]
 

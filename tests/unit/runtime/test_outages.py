@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from icce_ray.config import StorageConfig
-from icce_ray.runtime import storage_watch
+from icce_ray.runtime import progress as progress_module
 from icce_ray.runtime.progress import Progress
 from icce_ray.store import s3
 
@@ -19,11 +19,11 @@ def test_a_store_that_is_away_stands_in_the_progress_line(
         asked.append(uri)
         return next(answers, True)
 
-    monkeypatch.setattr(storage_watch, "POLL_S", 0.001)
+    monkeypatch.setattr(progress_module, "POLL_S", 0.001)
     monkeypatch.setattr(s3, "answers", ask)
     progress = Progress("embed")
     monkeypatch.setattr(progress, "waits", lambda text: (said.append(text), Progress.waits(progress, text)))
-    with storage_watch.outages_told(["s3://photos/a", "s3://photos/b", "/local"], StorageConfig(), progress):
+    with progress_module.outages_told(["s3://photos/a", "s3://photos/b", "/local"], StorageConfig(), progress):
         while len(said) < 6:
             pass
     assert set(asked) == {"s3://photos"}
