@@ -107,13 +107,11 @@ def decode_part(
     decode: Callable[..., Pixels | str] = decode_image,
     keep_jpegs: bool = False,
 ) -> DecodedPart:
-    """Read, hash and decode the images of a part; those that fail become errors.
+    """Read, hash and decode the images of a part, or those in `part.only` alone; those that fail become errors.
 
     Args:
-        part: which images; only those in `part.only` if that is set.
-        images: their rows in the listing, in order.
+        images: the part's rows in the listing, in order.
         known: returns those of the given contents that need not be decoded.
-        attempt: records what the worker is doing, in case it dies.
         decode: :func:`decode_image`, or the same in another process.
         keep_jpegs: leave JPEGs to the device of the backbone.
     """

@@ -1,8 +1,5 @@
-"""The embedding artifact as one memory-mapped matrix, built once per machine from the Parquet parts; and some rows of
-it.
-
-Training reads rows at random, which Parquet cannot do. So the first process of a machine that needs the matrix writes
-it as .npy to the cache folder, part by part; all others map the same file.
+"""The embedding artifact as one memory-mapped matrix, built once per machine from the Parquet parts, since training
+reads rows at random; and some rows of it.
 
 The images with the smallest hashes are drawn for training, so each part can tell nearly which of its rows that will be.
 A sample of a large collection is copied from small files beside the parts, ``part-00003.sample``, and the parts are not

@@ -1,8 +1,7 @@
 """The ``images`` stage: list every image once, with dense ids in the order of the sorted files.
 
-An image is a file (:mod:`icce_ray.images.image_files`), a member of a container (:mod:`icce_ray.images.containers`), or
-a row of ready-made embeddings (:mod:`icce_ray.images.embedding_files`). Images are not opened here: the ``embed`` stage
-finds out which are unreadable.
+An image is a file, a member of a container, or a row of ready-made embeddings. Images are not opened here: the
+``embed`` stage finds out which are unreadable.
 
 A listing is a snapshot. Object storage is listed once per output, so that a resumed run means the same images. A
 refresh lists it again and appends new images behind the known ids. Everything is streamed: memory does not grow with

@@ -37,12 +37,8 @@ def work_on_workers(
     A process that dies is started again, and so is work that fails for a reason that may pass, MAX_RESTARTS times. The
     work has to find by itself what it had finished before. Returns what the work returns in the process of rank 0.
     Raises UserError, WorkerError: as the work raised it; it is not tried again; WorkerError: processes died, or the
-    work failed, more often than it is tried again.
-
-    Args:
-        num_images: decides whether the work runs here.
-        backend: of torch.distributed. None: NCCL on GPUs, gloo elsewhere.
-    """
+    work failed, more often than it is tried again. The `backend` of torch.distributed is by default NCCL on GPUs, gloo
+    elsewhere."""
     if runs_here(resources, num_images):
         return _unless_failed(_work_here(stage, work, progress))
     connect(resources)
@@ -82,8 +78,6 @@ def run_tasks(
     it is repeated.
 
     Args:
-        function: a module-level function.
-        num_images: decides whether the tasks run here.
         name: of the tasks in Ray's dashboard.
         in_order: yield in the order of the items instead of as they are finished.
     """

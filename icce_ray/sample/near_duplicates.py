@@ -1,9 +1,6 @@
 """Near-duplicates: the same picture again, rescaled or saved anew [ours] (docs/METHOD.md, "Near-duplicates").
 
-Ten copies of a picture are its ten most similar images, but nothing is learnt from them: they would fill its list of
-neighbours and those of its neighbours, and a picture trained on ten times an epoch distorts the balance of the
-clusters. So of each group of near-duplicates only one is trained on, its leader: the one with the lowest number. The
-group consists of near-duplicates of the leader itself; similarity is not passed on along chains, whose ends may differ.
+Of each group of near-duplicates only the leader is trained on: the one with the lowest number.
 
 Every pair is found, but few pairs are compared in all dimensions. Projected onto a few orthonormal directions, with the
 length of the rest as one more coordinate, unit vectors stay unit vectors and their cosine can only grow. So the pairs

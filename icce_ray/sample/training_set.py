@@ -1,9 +1,7 @@
 """Which images are trained on (docs/METHOD.md, "Sample").
 
-Neighbours, heads, consensus and classifier need no more than a few million images, and each picture once. So above
-`sample.max_images` a uniform sample is drawn, and near-duplicates are left out. The `sample` stage writes the
+Above `sample.max_images` a uniform sample is drawn, and near-duplicates are left out. The `sample` stage writes the
 embeddings of the images that remain as an artifact of the same form as `embed`; the stages that train see nothing else.
-Afterwards a near-duplicate gets the consensus of its leader, and the classifier labels all other images.
 """
 
 import hashlib

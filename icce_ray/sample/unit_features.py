@@ -1,7 +1,6 @@
 """Features prepared for cosine similarity: centred, scaled to unit length, some rows at a time.
 
-A prepared row depends only on its feature and on the mean, not on which rows are prepared together. So shards, blocks
-and single rows give the same bits, and nobody has to hold all prepared rows.
+A prepared row depends only on its feature and on the mean, so shards, blocks and single rows give the same bits.
 
 Legend: N images, D feature dimension, n some of the rows, P pairs.
 """

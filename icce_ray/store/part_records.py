@@ -11,9 +11,6 @@ Usage, in a stage::
     for name in names:
         if name not in finished:
             finished[name] = records.write(name, [writer.write_table(f"{name}.parquet", table)], metrics)
-    for record in finished.values():
-        for file in record.files:
-            context.output.add(file)
     records.clear()
 """
 
