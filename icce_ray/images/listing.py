@@ -90,13 +90,13 @@ class Listing:
     def table(self, start: int, stop: int) -> pa.Table:
         """The rows ``start <= image_id < stop``, with the columns of SCHEMA. Raises DamagedArtifactError: a part is
         missing or damaged."""
-        tables, stop = [SCHEMA.empty_table()], min(stop, len(self))
+        tables, stop = list[pa.Table](), min(stop, len(self))
         while start < stop:
             index = int(np.searchsorted(self._starts, start, side="right")) - 1
             end = min(stop, int(self._starts[index + 1]))
             tables.append(self._part(index).slice(start - int(self._starts[index]), end - start))
             start = end
-        return pa.concat_tables(tables)
+        return pa.concat_tables(tables) if tables else SCHEMA.empty_table()
 
     def rows(self, start: int, stop: int) -> list[ListedImage]:
         """The same rows as tuples."""
