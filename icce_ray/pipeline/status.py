@@ -13,12 +13,13 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from icce_ray.errors import BusyError, UserError, describe_cause, find_cause
 from icce_ray.runtime.progress import Progress, Reading, format_seconds
+from icce_ray.runtime.threads import repeating
 from icce_ray.store import Artifact, Folder
 from icce_ray.store.run_records import RUNS_FOLDER
 
@@ -40,25 +41,20 @@ class RunProgress:
         self._progress: Progress | None = None
         self._writing = threading.Lock()
         """Keeps the writer thread from writing the last stage's progress after the first of the next."""
-        self._ended = threading.Event()
-        self._writer: threading.Thread | None = None
+        self._writer = ExitStack()
 
     def watch(self, progress: Progress) -> None:
         """Follow the progress of the stage that begins now."""
-        self._progress = progress
+        is_first, self._progress = self._progress is None, progress
         self.write()
-        if self._writer is None:
-            self._writer = threading.Thread(target=self._write_on, name="icce_ray-status", daemon=True)
-            self._writer.start()
+        if is_first:
+            self._writer.enter_context(repeating(self.write, WRITE_INTERVAL_S, "icce_ray-status"))
 
     def __enter__(self) -> RunProgress:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        self._ended.set()
-        if self._writer is None:
-            return
-        self._writer.join()
+        self._writer.close()
         if error is None:
             self.write(FINISHED)
         elif isinstance(error, KeyboardInterrupt):
@@ -74,10 +70,6 @@ class RunProgress:
             reading, host, heard = self._progress.read(), socket.gethostname(), self._clock()
             said = Said(self._run, state, reading, host, os.getpid(), self._began, heard, error)
             self._folder.write_bytes(f"{self._run}.json", json.dumps(asdict(said)).encode(), wait=False)
-
-    def _write_on(self) -> None:
-        while not self._ended.wait(WRITE_INTERVAL_S):
-            self.write()
 
 
 @dataclass(frozen=True)
