@@ -19,7 +19,8 @@ from icce_ray.config import TurtleConfig, validate
 from icce_ray.errors import InputError
 from icce_ray.estimator_base import FLOATS, FeatureClusterer
 from icce_ray.methods.turtle.feature_scaling import label_rows
-from icce_ray.methods.turtle.train_runs import clusterings_of, layers_of, run_blocks, train_runs
+from icce_ray.methods.turtle.run_block import run_blocks
+from icce_ray.methods.turtle.train_runs import clusterings_of, layers_of, train_runs
 from icce_ray.runtime.machine import usable_cpus
 from icce_ray.runtime.threads import ThreadPool
 

@@ -16,7 +16,7 @@ import torch
 from cases.plain_turtle import PlainTurtle
 from icce_ray.config import TurtleConfig
 from icce_ray.methods.turtle.feature_scaling import label_rows, prepare_features
-from icce_ray.methods.turtle.train_runs import RunBlock, run_blocks
+from icce_ray.methods.turtle.run_block import RunBlock, run_blocks
 from icce_ray.metrics.true_label_scores import clustering_accuracy
 from icce_ray.runtime.machine import matmul_dtype
 from icce_ray.runtime.threads import ThreadPool

@@ -21,8 +21,9 @@ from icce_ray.config import Config
 from icce_ray.consensus.aligned_vote import ARRAYS, describe_clusters, measure_agreement
 from icce_ray.consensus.best_consensus import derive_seeds
 from icce_ray.consensus.hierarchy import HIERARCHY_NAME, build_hierarchy
-from icce_ray.consensus.label_matrix import count_consensus, open_heads
+from icce_ray.consensus.label_matrix import count_consensus
 from icce_ray.consensus.other_runs import find_heads
+from icce_ray.consensus.stored_label_matrix import open_heads
 from icce_ray.corrections.stage import APPLIED_NAME, MOVED_NAME, Corrections, read_corrections
 from icce_ray.embed.feature_matrix import load_features
 from icce_ray.errors import InputError

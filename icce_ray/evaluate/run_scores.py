@@ -26,7 +26,8 @@ from icce_ray.config import Config
 from icce_ray.consensus.other_runs import find_heads
 from icce_ray.corrections.stage import consensus_of
 from icce_ray.embed.feature_matrix import load_features
-from icce_ray.evaluate.labels import TrueLabels, has_names, load_labels, named_images
+from icce_ray.evaluate.label_files import has_names
+from icce_ray.evaluate.labels import TrueLabels, load_labels, named_images
 from icce_ray.images.listing import Listing
 from icce_ray.methods.clusterings import LABELS_NAME as MATRIX_NAME
 from icce_ray.methods.clusterings import read_losses

@@ -12,7 +12,8 @@ from icce_ray.config import Config, TurtleConfig
 from icce_ray.errors import InputError
 from icce_ray.methods.clusterings import Clusterings, read_losses
 from icce_ray.methods.turtle import job
-from icce_ray.methods.turtle.train_runs import WEIGHTS_NAME, clusterings_of, run_blocks, train_runs
+from icce_ray.methods.turtle.run_block import run_blocks
+from icce_ray.methods.turtle.train_runs import WEIGHTS_NAME, clusterings_of, train_runs
 from icce_ray.pipeline.run import run_pipeline
 from icce_ray.store import Artifact, Folder
 

@@ -35,7 +35,8 @@ def run(config: Config, context: StageContext) -> dict[str, Any]:
     records = PartRecords(context.output.folder / RUNS_FOLDER, f"{features.identity}-{METHODS['turtle'].version}")
     num_images = load_features(features).num_images
     # Imported here: torch takes seconds, and workers of another process need it as well.
-    from icce_ray.methods.turtle.train_runs import clusterings_of, read_runs, run_blocks
+    from icce_ray.methods.turtle.run_block import run_blocks
+    from icce_ray.methods.turtle.train_runs import clusterings_of, read_runs
 
     blocks = run_blocks(config.turtle.num_runs, config.num_clusters)
     work_on_workers(

@@ -10,7 +10,8 @@ from icce_ray.consensus import best_consensus, consensus_memory, label_matrix
 from icce_ray.consensus.consensus_memory import check_memory, coordinator_bytes, worker_bytes
 from icce_ray.consensus.ensemble import cluster_ensemble
 from icce_ray.consensus.graph_cuts import compare_heads
-from icce_ray.consensus.label_matrix import count_consensus, encode_heads, open_heads
+from icce_ray.consensus.label_matrix import count_consensus, encode_heads
+from icce_ray.consensus.stored_label_matrix import open_heads
 from icce_ray.errors import InputError, ResourceError
 from icce_ray.metrics.true_label_scores import clustering_accuracy
 from icce_ray.store import ArtifactWriter, Folder

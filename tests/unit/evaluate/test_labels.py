@@ -10,6 +10,7 @@ import pytest
 
 from icce_ray.config import EvaluateConfig
 from icce_ray.errors import InputError
+from icce_ray.evaluate import label_files
 from icce_ray.evaluate import labels as labels_module
 from icce_ray.evaluate.labels import TrueLabels, check_labels, named_images
 
@@ -288,7 +289,7 @@ def test_pickled_labels_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["y.npy", "y.csv", "y.parquet"])
 def test_files_are_read_some_rows_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    monkeypatch.setattr(labels_module, "BATCH_ROWS", 3)
+    monkeypatch.setattr(label_files, "BATCH_ROWS", 3)
     values = np.random.default_rng(0).integers(9, size=100)
     uris = [f"/data/{number}.png" for number in range(100)]
     ids = np.sort(np.random.default_rng(1).permutation(100)[:40])
@@ -307,7 +308,7 @@ def test_a_column_of_a_csv_file_may_turn_to_text_after_a_million_bytes(tmp_path:
 def test_of_many_names_a_part_is_drawn_by_the_names(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch_rows: int
 ) -> None:
-    monkeypatch.setattr(labels_module, "BATCH_ROWS", batch_rows)
+    monkeypatch.setattr(label_files, "BATCH_ROWS", batch_rows)
     monkeypatch.setattr(labels_module, "ROWS_AT_ONCE", 64)
     uris = [f"s3://bucket/{number % 30}/{number // 30}.png" for number in range(900)]
     listing: Any = FakeListing(uris)

@@ -11,9 +11,10 @@ from sklearn.datasets import load_digits
 
 from icce_ray.config import NeighborsConfig
 from icce_ray.neighbors import audit as audit_module
-from icce_ray.neighbors import audit as precision
-from icce_ray.neighbors.audit import MAX_CLASS_SHARE, Audit, Curves, audit_features, choose_threshold
+from icce_ray.neighbors import neighbor_precision as precision
+from icce_ray.neighbors.audit import MAX_CLASS_SHARE, Audit, audit_features, choose_threshold
 from icce_ray.neighbors.graph import build_graph
+from icce_ray.neighbors.neighbor_precision import Curves
 from icce_ray.sample.unit_features import prepare
 
 

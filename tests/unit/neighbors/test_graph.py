@@ -10,8 +10,8 @@ import pytest
 from icce_ray.config import NeighborsConfig
 from icce_ray.errors import InputError
 from icce_ray.neighbors import adaptive_rule as rule_module
-from icce_ray.neighbors import audit as precision
 from icce_ray.neighbors import graph as graph_module
+from icce_ray.neighbors import neighbor_precision as precision
 from icce_ray.neighbors import search, torch_engine
 from icce_ray.neighbors.adaptive_rule import PairList, Rule, keep, pair_hash
 from icce_ray.neighbors.graph import (

@@ -12,7 +12,8 @@ from icce_ray.config import TurtleConfig
 from icce_ray.errors import ResourceError
 from icce_ray.methods.clusterings import Clusterings
 from icce_ray.methods.turtle import train_runs as module
-from icce_ray.methods.turtle.train_runs import RunBlock, clusterings_of, read_runs, train_runs
+from icce_ray.methods.turtle.run_block import RunBlock
+from icce_ray.methods.turtle.train_runs import clusterings_of, read_runs, train_runs
 from icce_ray.metrics.label_free_scores import generalization_score
 from icce_ray.metrics.true_label_scores import clustering_accuracy
 from icce_ray.store import Folder

@@ -11,7 +11,7 @@ import torch
 from icce_ray.config import TurtleConfig
 from icce_ray.methods.turtle import bilevel_step
 from icce_ray.methods.turtle.feature_scaling import label_rows, prepare_features
-from icce_ray.methods.turtle.train_runs import RunBlock, run_blocks
+from icce_ray.methods.turtle.run_block import RunBlock, run_blocks
 from icce_ray.metrics.true_label_scores import clustering_accuracy
 from icce_ray.runtime.threads import ThreadPool
 
