@@ -59,6 +59,15 @@ def test_the_config_that_is_written_can_be_run_whatever_the_method_and_holds_no_
     assert "heads" not in (tmp_path / "a-clusters" / "run.yaml").read_text(), "settings of another method"
 
 
+def test_the_place_of_the_config_is_said_unless_all_is_to_be_quiet(
+    run: list[Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["cluster", "a"]) == 0
+    assert f"config       {tmp_path / 'a-clusters' / 'run.yaml'}\n" in capsys.readouterr().err
+    assert cli.main(["cluster", "photos", "--quiet"]) == 0
+    assert "run.yaml" not in capsys.readouterr().err
+
+
 def test_the_page_is_opened_where_it_can_be_seen(
     run: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
