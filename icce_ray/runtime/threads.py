@@ -77,16 +77,22 @@ class ThreadPool:
             self._executor.shutdown()
 
     def map(self, function: Callable[[T], R], items: Iterable[T]) -> list[R]:
-        """Results in the order of `items`; an exception is raised."""
+        """Results in the order of `items`. If several raise an exception, it is that of the first, for any number of
+        threads."""
         if not self.num_threads:
             return [function(item) for item in items]
         todo = list(items)
         results: dict[int, R] = {}
+        errors: dict[int, BaseException] = {}
         numbers = iter(range(len(todo)))  # next() of it is atomic
 
         def work() -> None:
             for number in numbers:
-                results[number] = function(todo[number])
+                try:
+                    results[number] = function(todo[number])
+                except BaseException as error:
+                    errors[number] = error
+                    return
 
         helpers = min(self.num_threads, len(todo)) - 1
         started = [self._executor.submit(work) for _ in range(helpers)] if self._executor is not None else []
@@ -99,6 +105,8 @@ class ThreadPool:
             wait(running)
         for helper in running:
             helper.result()
+        if errors:
+            raise errors[min(errors)]
         return [results[number] for number in range(len(todo))]
 
     def call(self, function: Callable[[], R]) -> R:

@@ -58,6 +58,22 @@ def test_an_error_in_a_thread_is_raised(fails_in_caller: bool) -> None:
         in_threads(fail, [1, 0], 2)
 
 
+def test_of_several_errors_that_of_the_first_item_is_raised() -> None:
+    second_failed = threading.Event()
+
+    def fail(item: int) -> None:
+        if item == 0:
+            assert second_failed.wait(10)
+        else:
+            second_failed.set()
+        raise ValueError(f"item {item}")
+
+    for _ in range(5):  # either thread may get the first item
+        second_failed.clear()
+        with pytest.raises(ValueError, match="item 0"):
+            in_threads(fail, [0, 1], 2)
+
+
 def test_the_number_of_threads_is_bounded_by_memory() -> None:
     before = faiss.omp_get_max_threads()
     set_threads(8)
