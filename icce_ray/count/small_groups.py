@@ -15,8 +15,6 @@ Labels = npt.NDArray[np.integer]
 
 RECURS_FROM = 0.75
 """Jaccard index from which two clusters are the same one. Hennig (2007) calls clusters above it valid and stable."""
-
-
 FEWEST_IMAGES = 5
 """A smaller cluster of a part may recur by chance; one of a single image always does."""
 
