@@ -156,6 +156,7 @@ def test_every_module_that_names_ray_is_one_that_may() -> None:
 def test_the_entrances_are_light() -> None:
     entrances = "import icce_ray, icce_ray.pipeline.run, icce_ray.pipeline.plan, icce_ray.cli, icce_ray.run"
     assert imported_after(entrances, {"ray", "torch", "timm", "faiss", "sklearn"}) == set()
+    assert imported_after("import icce_ray.run", {"numpy", "pyarrow"}) == set()
 
 
 def test_no_two_modules_have_the_same_name() -> None:
