@@ -17,7 +17,7 @@ from icce_ray.consensus.best_consensus import EnsembleResult
 from icce_ray.errors import InputError
 from icce_ray.images.listing import Listing, has_ids_of
 from icce_ray.methods.clusterings import LABELS_NAME
-from icce_ray.metrics.contingency import count_table, largest_share, match_clusters
+from icce_ray.metrics.contingency import as_array, count_table, largest_share, match_clusters
 from icce_ray.sample.training_set import training_rows
 from icce_ray.store import Artifact, Folder
 from icce_ray.store.run_records import RUNS_FOLDER
@@ -147,8 +147,7 @@ def number_clusters(
     is too large now.
     """
     num_now = len(sizes_L)
-    table_KL = count_table(before_n, now_n, num_before, num_now)
-    table_KL = table_KL if isinstance(table_KL, np.ndarray) else table_KL.toarray()
+    table_KL = as_array(count_table(before_n, now_n, num_before, num_now))
     matched = match_clusters(table_KL)
     numbers = {now: before for before, now in matched.items() if before < num_now}
     # Numbers that no cluster had come first.

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from icce_ray.metrics.contingency import count_table
+from icce_ray.metrics.contingency import as_array, count_table
 
 Labels = npt.NDArray[np.integer]
 
@@ -45,20 +45,14 @@ def kept_share(coarse_Sn: Sequence[Labels], fine_Sn: Sequence[Labels]) -> float:
     near 1 if only small groups are split off. The median over parts, each clustered both ways."""
     shares_S = []
     for coarse_n, fine_n in zip(coarse_Sn, fine_Sn, strict=True):
-        pieces_KL = _counts(coarse_n, fine_n, int(coarse_n.max()) + 1, int(fine_n.max()) + 1)
+        pieces_KL = as_array(count_table(coarse_n, fine_n, int(coarse_n.max()) + 1, int(fine_n.max()) + 1))
         shares_S.append(pieces_KL.max(axis=1).sum() / pieces_KL.sum())
     return float(np.median(shares_S))
 
 
 def _jaccard(a_n: Labels, b_n: Labels, num_clusters: int) -> npt.NDArray[np.float64]:
     """Images that two clusters share, divided by those in either, of the images that both parts hold (K, K)."""
-    shared_KK = _counts(a_n, b_n, num_clusters, num_clusters)
+    shared_KK = as_array(count_table(a_n, b_n, num_clusters, num_clusters))
     either_KK = shared_KK.sum(axis=1, keepdims=True) + shared_KK.sum(axis=0, keepdims=True) - shared_KK
     jaccard_KK: npt.NDArray[np.float64] = shared_KK / np.maximum(either_KK, 1)
     return jaccard_KK
-
-
-def _counts(a_n: Labels, b_n: Labels, num_a: int, num_b: int) -> npt.NDArray[np.int64]:
-    """Images with each pair of labels (num_a, num_b)."""
-    counts = count_table(a_n, b_n, num_a, num_b)
-    return counts if isinstance(counts, np.ndarray) else counts.toarray()

@@ -205,8 +205,10 @@ def embed_contents(
         padded = rows + rows[-1:] * (batch_size - len(rows))
         embeddings = embed(decoded.pixels[padded])[: len(rows)]
         for image_id, embedding in zip(ids, embeddings, strict=True):
-            problem = "feature not a number" if np.isnan(embedding).any() else "feature overflow"
-            outcomes[hash_of[image_id]] = embedding if np.isfinite(embedding).all() else problem
+            outcome: Outcome = embedding
+            if not np.isfinite(embedding).all():
+                outcome = "feature not a number" if np.isnan(embedding).any() else "feature overflow"
+            outcomes[hash_of[image_id]] = outcome
         on_batch(len(outcomes))
     return outcomes
 

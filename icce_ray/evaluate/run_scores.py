@@ -239,7 +239,7 @@ def renumber(labels_N: Labels, like_N: Labels) -> Labels:
     known_N, num_numbers = labels_N >= 0, int(like_N.max(initial=-1)) + 1
     values, codes_n = np.unique(labels_N[known_N], return_inverse=True)
     counts = contingency.count_table(codes_n, like_N[known_N], len(values), num_numbers)
-    matched = contingency.match_clusters(counts if isinstance(counts, np.ndarray) else counts.toarray())
+    matched = contingency.match_clusters(contingency.as_array(counts))
     number_of = np.array([matched.get(code, -1) for code in range(len(values))], dtype=np.int32)
     left = number_of < 0
     number_of[left] = num_numbers + np.arange(left.sum())

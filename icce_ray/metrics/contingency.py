@@ -61,6 +61,11 @@ def entropy(sizes: npt.NDArray[Any]) -> float:
     return max(float(np.log(total) - (counts * np.log(counts)).sum() / total), 0.0) if len(counts) > 1 else 0.0
 
 
+def as_array(table: Table) -> npt.NDArray[Any]:
+    """A contingency table without its sparse form."""
+    return table if isinstance(table, np.ndarray) else table.toarray()
+
+
 def mutual_information(table: Table) -> float:
     """Mutual information in nats between the rows and columns of a contingency table, never negative."""
     total = int(table.sum())
