@@ -17,7 +17,7 @@ from icce_ray.errors import DamagedArtifactError
 from icce_ray.store import Folder
 
 MAX_HELD_PARTS = 4
-"""Of MAX_PART_BYTES each."""
+"""Each has at most MAX_PART_BYTES."""
 WAIT_S = 0.05
 MAX_WAIT_S = 120.0
 """Longest wait for another worker's embedding of the same content. After that the content is embedded here."""

@@ -37,7 +37,7 @@ def hashes_name(part_file: str) -> str:
 
 
 def sampled_name(part_file: str) -> str:
-    """Of the rows that may be drawn for training (:mod:`icce_ray.embed.feature_matrix`)."""
+    """Name of the file with the rows that may be drawn for training (:mod:`icce_ray.embed.feature_matrix`)."""
     return part_file.removesuffix(".parquet") + ".sample"
 
 

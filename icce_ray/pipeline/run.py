@@ -50,7 +50,7 @@ def run_pipeline(config: Config, *, refresh: bool = False, retry_errors: bool = 
     images are looked for first; with `retry_errors`, those of the errors table are tried again first.
 
     Raises UserError: something in the config, the input or the machine cannot work (before the long work where that can
-    be known); WorkerError: a distributed stage failed for good. What is finished stays."""
+    be known); WorkerError: a distributed stage failed for good. Finished work is kept."""
     started = time.monotonic()
     if refresh:
         refresh_listing(config, quiet)

@@ -144,7 +144,8 @@ def lay_out(features_nD: Floats, how: str) -> tuple[npt.NDArray[np.uint16], Floa
     num_images = len(features_nD)
     components_nP = np.zeros((num_images, 2), dtype=np.float32)
     if num_images > 1:
-        # Of unit length, as for the neighbour graph: one image with large features must not make all others one dot.
+        # Unit length, as in the neighbour graph, so that one image with large features does not squeeze all others
+        # into one dot.
         components_nP = project_pca(prepare(features_nD, center=True)[:], SEED)
     if how == "auto":
         fits = 10 <= num_images <= MAX_UMAP_IMAGES

@@ -1,6 +1,6 @@
 """Near-duplicates: the same picture again, rescaled or saved anew [ours] (docs/METHOD.md, "Near-duplicates").
 
-Of each group of near-duplicates only the leader is trained on: the one with the lowest number.
+Only one image of each group of near-duplicates is trained on, the leader: the one with the lowest number.
 
 Every pair is found, but few pairs are compared in all dimensions. Projected onto a few orthonormal directions, with the
 length of the rest as one more coordinate, unit vectors stay unit vectors and their cosine can only grow. So the pairs
@@ -50,7 +50,7 @@ BASE_BLOCK = 4096
 
 @dataclass(frozen=True)
 class SearchPlan:
-    """What the search needs besides the features."""
+    """The inputs of the search, apart from the features."""
 
     mean_D: npt.NDArray[np.float64]
     directions_DM: Floats

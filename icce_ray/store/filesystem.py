@@ -33,7 +33,7 @@ REMOVE_THREADS = 8
 OPTIONS = re.compile(r"(.*?)((?:\?[a-z_]+=[^/?]*)?)", re.DOTALL)
 """A remote location and its options, as pyarrow knows them. The names of objects may hold any character."""
 S3_ATTEMPTS = 2
-"""Of pyarrow's calls, which PatientFileSystem repeats."""
+"""How often pyarrow tries each call. PatientFileSystem repeats the calls in turn."""
 GS_RETRY_S = 4
 """Google's client would retry for 15 minutes by itself."""
 _from_uri = pafs.FileSystem.from_uri

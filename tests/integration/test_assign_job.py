@@ -132,7 +132,7 @@ def test_the_classifier_on_ray_is_the_one_of_a_single_process(
 
 @pytest.fixture
 def gathered(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """What the two workers of a job gather."""
+    """The messages that the two workers of a job gather."""
     import torch.distributed as dist
 
     found: list[Any] = [None, None]

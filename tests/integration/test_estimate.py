@@ -39,7 +39,7 @@ def test_an_estimate_embeds_a_sample_and_leaves_only_the_listing(
     assert stages["embed"]["seconds"] > 90 / found["images_per_s"]
     assert stages["embed"]["disk_bytes"] == pytest.approx(90 * 3 * 8 * 8 * 2, rel=0.1)
     memory = {name: stage["memory_bytes"] for name, stage in stages.items()}
-    # What the embedding adds to the process's peak is nothing where an earlier test has raised it.
+    # If an earlier test has raised the peak memory of this process, the embedding adds nothing to it.
     assert memory["images"] <= memory["embed"] < memory["assign"] < min(memory["method"], memory["neighbors"])
     assert found["seconds"] == pytest.approx(sum(stage["seconds"] for stage in stages.values()))
     assert said.startswith("40 of 90 images embedded, 0 failed")
