@@ -1,9 +1,10 @@
 from __future__ import annotations
 
 import hashlib
+import queue
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ from icce_ray.store import Folder
 from icce_ray.store.part_records import PartRecords
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (64, 4, 4, 3), dtype=np.uint8)
+TIMEOUT_S = 60.0
+"""Far longer than any thread takes: only a test that fails waits so long."""
 
 
 class Watched(PixelsBackbone):
@@ -141,29 +144,56 @@ def test_the_last_item_has_batches_of_the_same_shape(tmp_path: Path, batch_size:
 
 
 def test_a_careful_attempt_has_the_process_to_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each part says that it is at work, or that it has to wait, before the next step is taken. Which thread runs when
+    makes no difference."""
     task = task_at(tmp_path)
-    parts = plan_parts(96, 16)
+    parts = plan_parts(64, 16)
     task.attempt(parts[2], "embed").begin()  # its worker died
-    embedder = embedder_of(task)
-    at_work: set[int] = set()
-    seen: list[set[int]] = []
+    said: queue.SimpleQueue[str] = queue.SimpleQueue()
+    may_end = [threading.Event() for _ in parts]
     gather = part_embedder.gather
 
-    def watched(name: str, *arguments: Any) -> Any:
+    class Told(threading.Semaphore):
+        def acquire(self, blocking: bool = True, timeout: float | None = None) -> bool:
+            if not blocking or timeout is not None:
+                return super().acquire(blocking, timeout)
+            if not super().acquire(blocking=False):
+                said.put("waits")
+                super().acquire()
+            return True
+
+    def at_work(name: str, *arguments: Any) -> Any:
         index = int(name[5:10])
-        at_work.add(index)
-        for _ in range(10):
-            seen.append(set(at_work))
-            time.sleep(0.002)
-        at_work.remove(index)
+        said.put(f"{index} works")
+        assert may_end[index].wait(TIMEOUT_S)
         return gather(name, *arguments)
 
-    monkeypatch.setattr(part_embedder, "gather", watched)
-    with ThreadPoolExecutor(ITEMS_AT_ONCE) as threads:
-        list(threads.map(lambda part: embedder.embed(part, decoded_part(part), task.attempt(part, "embed")), parts))
-    assert {2} in seen
-    assert all(found == {2} for found in seen if 2 in found)
-    assert max(map(len, seen)) > 1
+    def begin(part: PartRange) -> str:
+        work.append(threads.submit(embedder.embed, part, decoded_part(part), task.attempt(part, "embed")))
+        return said.get(timeout=TIMEOUT_S)
+
+    def end(index: int) -> str:
+        may_end[index].set()
+        return said.get(timeout=TIMEOUT_S)
+
+    monkeypatch.setattr(part_embedder, "gather", at_work)
+    with monkeypatch.context() as patched:
+        patched.setattr(threading, "Semaphore", Told)
+        embedder = embedder_of(task)
+    work: list[Future[Any]] = []
+    with ThreadPoolExecutor(len(parts)) as threads:
+        try:
+            assert begin(parts[0]) == "0 works"
+            assert begin(parts[1]) == "1 works", "two ordinary parts are at work at the same time"
+            assert begin(parts[2]) == "waits", "a careful attempt lets those at work end"
+            assert end(0) == "waits", "all of them"
+            assert end(1) == "2 works"
+            assert begin(parts[3]) == "waits", "nothing begins beside a careful attempt"
+            assert end(2) == "3 works"
+        finally:
+            for event in may_end:
+                event.set()
+    assert [each.result().name for each in work] == [part.name for part in parts]
 
 
 def test_a_backbone_that_cannot_be_built_fails_for_every_part(tmp_path: Path) -> None:
