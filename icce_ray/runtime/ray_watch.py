@@ -8,6 +8,8 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 
+from icce_ray.interrupt import interrupt_main_thread
+
 POLL_S = 1.5
 REFUSED_S = 4.0
 """A process that refuses connections for this long is dead."""
@@ -17,12 +19,6 @@ LEAVE_S = 5.0
 """Time for the main thread to stop after that, in a program that this one may end."""
 
 Place = tuple[str, int]
-
-
-def _interrupt_main_thread() -> None:
-    from icce_ray.store.claim import interrupt_main_thread  # arrow and NumPy, which take a third of a second
-
-    interrupt_main_thread()
 
 
 class RayWatch:
@@ -37,7 +33,7 @@ class RayWatch:
         places: Mapping[str, Place],
         *,
         ask: Callable[[Place], None],
-        interrupt: Callable[[], None] = _interrupt_main_thread,
+        interrupt: Callable[[], None] = interrupt_main_thread,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.lost: str | None = None

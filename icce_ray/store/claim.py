@@ -12,7 +12,6 @@ import errno
 import fcntl
 import json
 import os
-import signal
 import socket
 import threading
 import time
@@ -24,6 +23,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from icce_ray.errors import BusyError, InputError, WorkerError
+from icce_ray.interrupt import interrupt_main_thread
 from icce_ray.store import s3
 from icce_ray.store.filesystem import Folder
 
@@ -189,11 +189,6 @@ class Claim:
             f"{self._folder.uri}: {who} is writing this artifact. Wait for it (the same command then uses its "
             "result), stop it, or choose another output"
         )
-
-
-def interrupt_main_thread() -> None:
-    """Send a real signal: `_thread.interrupt_main` would not wake the thread from a wait."""
-    signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
 
 
 def check_claim(folder: Folder) -> None:

@@ -17,7 +17,7 @@ PACKAGE = Path(icce_ray.__file__).parent
 ROOT = PACKAGE.parent
 
 ROOMS = (
-    "errors", "random_numbers", "methods", "config", "store", "runtime", "stage", "metrics", "images", "embed",
+    "errors", "interrupt", "random_numbers", "methods", "config", "store", "runtime", "stage", "metrics", "images", "embed",
     "sample", "neighbors", "methods.*", "consensus", "corrections", "classifier", "assign", "evaluate",
     "count", "report", "pipeline",
 )  # fmt: skip
