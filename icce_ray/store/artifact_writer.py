@@ -113,6 +113,19 @@ class ArtifactWriter:
             libraries=_library_versions(),
             seconds=round(seconds, 3),
         )
+        return self._finish(manifest, exclusive=exclusive)
+
+    def amend(self, artifact: Artifact, metrics: Mapping[str, Any], *, revision: int) -> Artifact:
+        """Commit the parts as those of a finished artifact, and remove files that it no longer has."""
+        changed = {"parts": self._write_parts_table(), "metrics": dict(metrics), "revision": revision}
+        changed["libraries"] = _library_versions()
+        amended = self._finish(artifact.manifest.model_copy(update=changed))
+        for name in set(artifact.file_names()) - set(amended.file_names()):
+            self.folder.remove(name)
+        return amended
+
+    def _finish(self, manifest: Manifest, *, exclusive: bool = False) -> Artifact:
+        """Write the manifest. Raises as :meth:`commit`."""
         write = self.folder.create_bytes if exclusive else self.folder.write_bytes
         try:
             write(MANIFEST_NAME, manifest.model_dump_json(indent=1).encode())
@@ -132,16 +145,6 @@ class ArtifactWriter:
         parts = Part(name=f"parts-{digest[:12]}.parquet", num_bytes=len(table), sha256=digest, rows=len(self.parts))
         self.folder.write_bytes(parts.name, table)
         return parts
-
-    def amend(self, artifact: Artifact, metrics: Mapping[str, Any], *, revision: int) -> Artifact:
-        """Commit the parts as those of a finished artifact, and remove files that it no longer has."""
-        changed = {"parts": self._write_parts_table(), "metrics": dict(metrics), "revision": revision}
-        manifest = artifact.manifest.model_copy(update=changed | {"libraries": _library_versions()})
-        self.folder.write_bytes(MANIFEST_NAME, manifest.model_dump_json(indent=1).encode())
-        amended = Artifact(self.folder, manifest)
-        for name in set(artifact.file_names()) - set(amended.file_names()):
-            self.folder.remove(name)
-        return amended
 
 
 def _library_versions() -> dict[str, str]:
