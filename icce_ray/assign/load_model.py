@@ -27,8 +27,9 @@ from icce_ray.embed.backbone_plan import plan_backbone
 from icce_ray.embed.networks import Backbone, build_backbone
 from icce_ray.embed.weights import weights_digest
 from icce_ray.errors import InputError
-from icce_ray.images.decoding import Pixels, Preprocessing, convert_image
+from icce_ray.images.decoding import convert_image
 from icce_ray.images.decoding_process import DecodingProcess
+from icce_ray.images.preprocessing import Pixels, Preprocessing
 from icce_ray.images.read_images import read_image
 from icce_ray.store import Artifact, Folder
 from icce_ray.store.run_records import read_latest

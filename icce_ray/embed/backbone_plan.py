@@ -22,7 +22,7 @@ from pydantic import TypeAdapter, ValidationError
 from icce_ray.config import PIXELS, BackboneConfig, EmbedConfig, EmbeddingsConfig
 from icce_ray.embed.weights import check_hub, check_weights, weights_digest
 from icce_ray.errors import ConfigError, UserError
-from icce_ray.images.decoding import Preprocessing, SeveralViews, common_preprocessing
+from icce_ray.images.preprocessing import Preprocessing, SeveralViews, common_preprocessing
 from icce_ray.store import Folder, fingerprint
 from icce_ray.store.cache import cache_folder
 

@@ -20,8 +20,9 @@ from PIL import ExifTags, Image
 
 from icce_ray.embed.embedding_parts import Error, PartRange, part_table
 from icce_ray.embed.networks import Features
-from icce_ray.images.decoding import MAX_ASPECT, Pixels, Preprocessing, SeveralViews, decode_image, is_deep_grey
+from icce_ray.images.decoding import MAX_ASPECT, decode_image, is_deep_grey
 from icce_ray.images.listing import ListedImage
+from icce_ray.images.preprocessing import Pixels, Preprocessing, SeveralViews
 from icce_ray.images.read_images import read_images
 from icce_ray.store.attempts import KILLER, Attempt
 

@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 from icce_ray.embed.feature_matrix import COLUMN, Draw, column_name
 from icce_ray.embed.part_hashes import HASH_BYTES, PartHashes, read_hashes_file, to_bytes, write_hashes
 from icce_ray.errors import DamagedArtifactError
-from icce_ray.images.decoding import Preprocessing, SeveralViews
+from icce_ray.images.preprocessing import Preprocessing, SeveralViews
 from icce_ray.store import Artifact, ArtifactWriter, Folder, PartRecord, PartRecords
 
 MIN_IMAGES_PER_ITEM = 16

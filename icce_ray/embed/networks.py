@@ -20,7 +20,7 @@ from icce_ray.config import PIXELS, BackboneConfig, EmbedConfig
 from icce_ray.embed.backbone_plan import RANDOM_WEIGHTS, EmbeddingPlan, image_size, naming_backbone, plan_embedding
 from icce_ray.embed.weights import load_model, no_hub
 from icce_ray.errors import ConfigError, one_line
-from icce_ray.images.decoding import Pixels, Preprocessing, SeveralViews, common_preprocessing
+from icce_ray.images.preprocessing import Pixels, Preprocessing, SeveralViews, common_preprocessing
 from icce_ray.runtime.machine import Precision, matmul_dtype
 
 if TYPE_CHECKING:

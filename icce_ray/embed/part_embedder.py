@@ -41,9 +41,9 @@ from icce_ray.embed.finished_parts import ReusableParts
 from icce_ray.embed.gather_embeddings import VectorReader, gather, known_hashes
 from icce_ray.embed.networks import Backbone, Features, build_backbone
 from icce_ray.embed.work_items import OpenParts, join_items, joined
-from icce_ray.images.decoding import Pixels
 from icce_ray.images.decoding_process import DecodingProcess
 from icce_ray.images.listing import Listing
+from icce_ray.images.preprocessing import Pixels
 from icce_ray.images.stage import num_listed
 from icce_ray.runtime.machine import usable_cpus
 from icce_ray.runtime.threads import Turns

@@ -11,7 +11,7 @@ from timm.data.config import resolve_model_data_config
 
 from icce_ray.config import PIXELS
 from icce_ray.errors import ConfigError
-from icce_ray.images.decoding import Interpolation, Preprocessing
+from icce_ray.images.preprocessing import Interpolation, Preprocessing
 
 SIZES = {
     **{"s": "small", "splus": "small_plus", "b": "base", "l": "large"},

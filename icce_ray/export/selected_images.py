@@ -23,7 +23,7 @@ from icce_ray.assign.part_labeler import ASSIGNMENTS_FOLDER
 from icce_ray.corrections.stage import applied_corrections
 from icce_ray.errors import InputError
 from icce_ray.images.containers import locate
-from icce_ray.images.file_kinds import IMAGE_ENDINGS
+from icce_ray.images.image_formats import IMAGE_ENDINGS
 from icce_ray.images.uris import is_remote
 from icce_ray.pipeline.find_run import stage_of_run
 from icce_ray.store import Artifact

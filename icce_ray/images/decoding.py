@@ -8,44 +8,19 @@ Several backbones that want different sizes share one decoding.
 from __future__ import annotations
 
 import io
-import math
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps, TiffImagePlugin, UnidentifiedImageError, features
+from PIL import Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
 
 from icce_ray.errors import one_line
+from icce_ray.images.image_formats import FORMATS, unsupported_format
+from icce_ray.images.preprocessing import Pixels, Preprocessing, SeveralViews
 
-HEIC_REMEDY = "HEIC: not supported; convert to JPEG or PNG, for example with ImageMagick (magick mogrify -format jpg)"
-RAW_REMEDY = "RAW: not supported; convert to JPEG or TIFF, for example with darktable-cli or dcraw"
-LFS_POINTER = b"version https://git-lfs.github.com/spec/"
-LFS_REMEDY = "a Git LFS pointer, not the file; fetch it with git lfs pull"
 ENDINGS = {b"\xff\xd8\xff": b"\xff\xd9", b"\x89PNG": b"IEND\xaeB`\x82", b"GIF8": b";"}
 """The last bytes of a complete file, by its first bytes."""
-HEIC_BRANDS = (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1")
-UNSUPPORTED = {
-    b"%!PS": "EPS: not supported; render to PNG",
-    b"%PDF": "PDF: not supported; render to PNG",
-    **dict.fromkeys((b"FUJIFILMCCD-RAW", b"IIRO", b"IIU\0"), RAW_REMEDY),
-    **dict.fromkeys((b"\xff\x0a", b"\0\0\0\x0cJXL "), "JPEG XL: not supported; convert to JPEG or PNG"),
-    **dict.fromkeys((b"<!DOCTYPE html", b"<html"), "a web page, not an image"),
-    b"8BPS": "PSD: not supported; convert to PNG or TIFF",
-    b"\0\0\1\0": "ICO: not supported; convert to PNG or TIFF",
-    b"<svg": "SVG: not supported; render to PNG",
-    LFS_POINTER: LFS_REMEDY,
-    b"MM\0+": "BigTIFF in big-endian order: not supported; convert to TIFF",
-    b"P7\n": "PAM: not supported; convert to PNG or TIFF",
-    b"DDS ": "DDS: not supported; convert to PNG or TIFF",
-    b"icns": "ICNS: not supported; convert to PNG or TIFF",
-    b"\x76\x2f\x31\x01": "OpenEXR: not supported; convert to TIFF",
-    b"#?RADIANCE": "HDR: not supported; convert to TIFF",
-    b"SIMPLE  =": "FITS: not supported; convert to TIFF",
-}
-"""Reasons by the first bytes."""
 TIFF_REMEDY = "TIFF: pixels of this type are not supported; convert to 8 or 16 bits, or to 32-bit float"
 TIFF_SIGNATURES = (b"II*\0", b"MM\0*", b"II+\0")
 DEEP_SIGNATURES = (*TIFF_SIGNATURES, b"P", b"\0\0\0\x0cjP", b"\xff\x4f\xff\x51")
@@ -57,62 +32,9 @@ MAX_ASPECT = 16
 """Longest side over shortest. Only the middle of a longer strip is scaled: a whole line of a million pixels would need
 an enormous image."""
 
-AVIF = ("AVIF",) if features.check("avif") else ()
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "JPEG2000", "PPM", *AVIF)
-"""Only these of Pillow's decoders are used. EPS, for one, would run Ghostscript."""
 STRIP_ROWS = 256
 """Rows converted at a time, so that intermediate results take little memory."""
 PNG_TEXT = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
-
-Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
-Pixels = npt.NDArray[np.uint8]
-
-
-@dataclass(frozen=True)
-class Preprocessing:
-    """How a backbone wants its images: the short side scaled to `scale_size`, then cropped to the central square."""
-
-    size: int
-    """Side of the square result in pixels."""
-    scale_size: int
-    """Short side in pixels before the crop."""
-    interpolation: Interpolation = "bilinear"
-    """Pillow's filter, with antialiasing."""
-    squash: bool = False
-    """Scale both sides to `scale_size` instead, ignoring the aspect ratio."""
-    grayscale: bool = False
-    """One channel (luma) instead of three."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.size, self.size, 1 if self.grayscale else 3
-
-    @property
-    def views(self) -> tuple[Preprocessing, ...]:
-        return (self,)
-
-
-@dataclass(frozen=True)
-class SeveralViews:
-    """Views of each image for backbones with different preprocessing; their pixels are concatenated (P)."""
-
-    views: tuple[Preprocessing, ...]
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return (sum(math.prod(view.shape) for view in self.views),)
-
-    def split(self, pixels_BP: Pixels) -> list[Pixels]:
-        """(B, P) -> (B, H, W, C) of each view."""
-        ends = np.cumsum([math.prod(view.shape) for view in self.views])
-        flat = np.split(pixels_BP, ends[:-1], axis=1)
-        return [pixels.reshape(-1, *view.shape) for pixels, view in zip(flat, self.views, strict=True)]
-
-
-def common_preprocessing(views: Sequence[Preprocessing]) -> Preprocessing | SeveralViews:
-    """A preprocessing that serves all of `views`: each different one once."""
-    different = tuple(dict.fromkeys(views))
-    return different[0] if len(different) == 1 else SeveralViews(different)
 
 
 def decode_image(
@@ -266,13 +188,8 @@ def _without_png_text(data: bytes) -> bytes | None:
 
 
 def _why_unidentified(data: bytes) -> str:
-    if data[4:8] == b"ftyp" and data[8:12] in HEIC_BRANDS:
-        return HEIC_REMEDY
-    if data[4:12] == b"ftypcrx ":
-        return RAW_REMEDY
-    for signature, reason in UNSUPPORTED.items():
-        if data.startswith(signature):
-            return reason
+    if (reason := unsupported_format(data)) is not None:
+        return reason
     for signature, ending in ENDINGS.items():
         if data.startswith(signature):
             return "unreadable: damaged header" if data.rstrip(b"\0").endswith(ending) else "truncated"
@@ -282,8 +199,6 @@ def _why_unidentified(data: bytes) -> str:
                 TiffImagePlugin.TiffImageFile(io.BytesIO(data))
         except Exception as error:
             return TIFF_REMEDY if "unknown" in str(error) else "truncated"
-    if data[128:132] == b"DICM":
-        return "DICOM: not supported; convert to PNG or TIFF"
     is_cut_off = data.startswith(b"BM") or (data.startswith(b"RIFF") and data[8:12] in (b"WEBP", b""))
     return "truncated" if is_cut_off else "not an image"
 

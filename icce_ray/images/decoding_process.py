@@ -18,7 +18,8 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from icce_ray.errors import WorkerError
-from icce_ray.images.decoding import Pixels, Preprocessing, SeveralViews, decode_image
+from icce_ray.images.decoding import decode_image
+from icce_ray.images.preprocessing import Pixels, Preprocessing, SeveralViews
 
 MAX_ATTEMPTS = 2
 """A process may also die of something else than its image."""

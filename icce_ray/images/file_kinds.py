@@ -3,11 +3,9 @@ by ending, and said with the remedy."""
 
 from collections import Counter
 
-from PIL import features
-
-from icce_ray.images.decoding import HEIC_REMEDY, RAW_REMEDY
 from icce_ray.images.file_shards import File
 from icce_ray.images.folder_walk import UNREADABLE_FOLDER
+from icce_ray.images.image_formats import HEIC_REMEDY, IMAGE_ENDINGS, RAW_REMEDY
 from icce_ray.images.uris import PARQUET_MEMBER, TAR_MEMBER
 
 MAX_SHOWN = 6
@@ -54,11 +52,6 @@ def describe(skipped: Counter[str]) -> str:
     return ", ".join(shown[:MAX_SHOWN] + more)
 
 
-IMAGE_ENDINGS = (
-    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".bmp", ".dib", ".gif", ".tif", ".tiff"),
-    *(".jp2", ".j2k", ".jpx", ".jpf", ".pbm", ".pgm", ".ppm", ".pnm"),
-    *((".avif",) if features.check("avif") else ()),
-)
 TAR_ENDING = ".tar"
 PARQUET_ENDINGS = (".parquet", ".pq")
 

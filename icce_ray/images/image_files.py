@@ -24,9 +24,10 @@ from icce_ray.config import Config, ImagesConfig
 from icce_ray.config.section import MAX_PATH_CHARACTERS, is_utf8
 from icce_ray.errors import InputError, message_of
 from icce_ray.images.bucket_listing import BucketPrefix
-from icce_ray.images.file_kinds import IMAGE_ENDINGS, PARQUET_ENDINGS, TAR_ENDING, describe, ending, remedy, take_file
+from icce_ray.images.file_kinds import PARQUET_ENDINGS, TAR_ENDING, describe, ending, remedy, take_file
 from icce_ray.images.file_shards import File, FileShards, Shard, shards_of
 from icce_ray.images.folder_walk import is_result, local_file, result_folders, walk_folder
+from icce_ray.images.image_formats import IMAGE_ENDINGS
 from icce_ray.images.inventory import MANIFEST_NAME, open_inventory
 from icce_ray.images.job import list_bucket, list_inventory
 from icce_ray.images.parquet_columns import image_column

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from urllib.parse import quote
 
 from icce_ray.config.section import is_utf8
-from icce_ray.images.decoding import LFS_POINTER, LFS_REMEDY
+from icce_ray.images.image_formats import LFS_POINTER, LFS_REMEDY
 
 BLOCK_BYTES = tarfile.BLOCKSIZE
 MAX_EXTENSION_BYTES = 2**20

@@ -17,9 +17,9 @@ import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
 from icce_ray.images.containers import locate
-from icce_ray.images.decoding import Preprocessing
 from icce_ray.images.decoding_process import DecodingProcess
-from icce_ray.images.file_kinds import IMAGE_ENDINGS
+from icce_ray.images.image_formats import IMAGE_ENDINGS
+from icce_ray.images.preprocessing import Preprocessing
 from icce_ray.images.read_images import read_image
 from icce_ray.runtime.machine import usable_cpus
 

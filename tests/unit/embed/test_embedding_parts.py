@@ -32,7 +32,7 @@ from icce_ray.embed.feature_matrix import joined_columns, table_to_arrays
 from icce_ray.embed.finished_parts import DUPLICATES_NAME, ERRORS_NAME, Tally
 from icce_ray.embed.networks import SeveralBackbones, build_backbone
 from icce_ray.errors import DamagedArtifactError, InputError
-from icce_ray.images.decoding import Preprocessing, SeveralViews
+from icce_ray.images.preprocessing import Preprocessing, SeveralViews
 from icce_ray.images.read_images import ListedImage
 from icce_ray.runtime.progress import Progress
 from icce_ray.stage import StageContext

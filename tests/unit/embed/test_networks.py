@@ -14,7 +14,7 @@ from icce_ray.embed.backbone_plan import check_backbones, plan_embedding
 from icce_ray.embed.decode_and_embed import DecodedPart, embed_contents
 from icce_ray.embed.networks import MAX_BATCH_SIZE, TimmBackbone, build_backbone, common_preprocessing, find_batch_size
 from icce_ray.errors import ConfigError
-from icce_ray.images.decoding import Preprocessing, SeveralViews
+from icce_ray.images.preprocessing import Preprocessing, SeveralViews
 from icce_ray.runtime.machine import matmul_dtype
 
 CPU = torch.device("cpu")

@@ -25,8 +25,9 @@ from icce_ray.embed.decode_and_embed import (
 from icce_ray.embed.embedding_parts import PartRange
 from icce_ray.embed.stage import EMBED
 from icce_ray.errors import ConfigError
-from icce_ray.images.decoding import Preprocessing, SeveralViews, decode_image
+from icce_ray.images.decoding import decode_image
 from icce_ray.images.listing import ListedImage
+from icce_ray.images.preprocessing import Preprocessing, SeveralViews
 
 pytestmark = pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWarning")
 VIEW = Preprocessing(size=28, scale_size=32, interpolation="bicubic")

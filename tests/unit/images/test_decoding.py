@@ -12,7 +12,8 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from icce_ray.images import decoding as images
-from icce_ray.images.decoding import Preprocessing, SeveralViews, decode_image, is_deep_grey
+from icce_ray.images.decoding import decode_image, is_deep_grey
+from icce_ray.images.preprocessing import Preprocessing, SeveralViews
 from icce_ray.images.read_images import read_image
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")

@@ -17,8 +17,9 @@ from PIL import Image
 
 from icce_ray.errors import WorkerError
 from icce_ray.images import decoding_process
-from icce_ray.images.decoding import Preprocessing, decode_image
+from icce_ray.images.decoding import decode_image
 from icce_ray.images.decoding_process import DecodingProcess
+from icce_ray.images.preprocessing import Preprocessing
 
 SMALL = Preprocessing(size=8, scale_size=8)
 HOSTILE = """
@@ -93,7 +94,7 @@ def test_a_worker_ends_at_an_image_that_takes_for_ever(log: Path) -> None:
     code = """
 import sys
 from icce_ray.images import decoding_process
-from icce_ray.images.decoding import Preprocessing
+from icce_ray.images.preprocessing import Preprocessing
 decoding_process.TIMEOUT_S = float(sys.argv[2])
 print(decoding_process.decode_or_die(sys.argv[1].encode(), Preprocessing(size=8, scale_size=8), max_pixels=200))
 """
