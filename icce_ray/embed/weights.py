@@ -14,7 +14,6 @@ from pathlib import Path
 from textwrap import shorten
 from typing import Any
 from urllib.parse import urlsplit
-from urllib.request import getproxies
 
 import pyarrow.fs as pafs
 
@@ -127,6 +126,8 @@ def check_hub(name: str) -> None:
     """Say at once that weights cannot be downloaded here, instead of after a minute of retries on every worker. Raises
     ConfigError: the hub has no weights for the model; ResourceError: they are not in this machine's cache, and the
     hub's name does not resolve."""
+    from urllib.request import getproxies
+
     import timm
     from huggingface_hub import constants, try_to_load_from_cache
 

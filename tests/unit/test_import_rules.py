@@ -17,8 +17,8 @@ PACKAGE = Path(icce_ray.__file__).parent
 ROOT = PACKAGE.parent
 
 ROOMS = (
-    "errors", "interrupt", "random_numbers", "methods", "config", "store", "runtime", "stage", "metrics", "images", "embed",
-    "sample", "neighbors", "methods.*", "consensus", "corrections", "classifier", "assign", "evaluate",
+    "errors", "interrupt", "random_numbers", "methods", "config", "store", "runtime", "stage", "metrics", "images",
+    "embed", "sample", "neighbors", "methods.*", "consensus", "corrections", "classifier", "assign", "evaluate",
     "count", "report", "pipeline",
 )  # fmt: skip
 """Imports run from right to left. `methods` is the table of methods, `methods.*` are the methods."""
@@ -157,6 +157,10 @@ def test_the_entrances_are_light() -> None:
     entrances = "import icce_ray, icce_ray.pipeline.run, icce_ray.pipeline.plan, icce_ray.cli, icce_ray.run"
     assert imported_after(entrances, {"ray", "torch", "timm", "faiss", "sklearn"}) == set()
     assert imported_after("import icce_ray.run", {"numpy", "pyarrow"}) == set()
+    finished = "import icce_ray.pipeline.run, icce_ray.images.list_images, icce_ray.embed.backbone_plan"
+    assert (
+        imported_after(finished, {"PIL.Image", "urllib.request"}) == set()
+    )  # for a run that finds everything finished
 
 
 def test_no_two_modules_have_the_same_name() -> None:

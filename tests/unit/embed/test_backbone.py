@@ -346,7 +346,7 @@ def test_without_a_network_the_remedy_is_named_at_once(monkeypatch: pytest.Monke
     def no_name(*args: Any) -> Any:
         raise OSError(-2, "Name or service not known")
 
-    monkeypatch.setattr(weights, "getproxies", dict)
+    monkeypatch.setattr("urllib.request.getproxies", dict)
     monkeypatch.setattr(weights.socket, "getaddrinfo", no_name)
     with pytest.raises(ResourceError, match=r"could not be fetched.*--set embed\.weights=FILE.*backbone=pixels"):
         check(config_for(weights=None))
