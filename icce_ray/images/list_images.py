@@ -62,9 +62,10 @@ def run(config: Config, context: StageContext) -> dict[str, Any]:
     if config.embeddings.uri is not None:
         digests = dict.fromkeys(("digest", "files_digest"), _embeddings_digest(config))
         return _write(entry_tables(_entries_of_rows(config)), context, Counter(), digests)
+    last = _last_listing(config)
     planned = _planned.pop(_key(config), None)
-    digest, files = planned or _list(config, context.progress)
-    return _write_files(files, config, context, digest, _last_listing(config))
+    digest, files = planned or _list(config, context.progress, last)
+    return _write_files(files, config, context, digest, last)
 
 
 def source_digest(config: Config, progress: Progress | None = None) -> str:
@@ -73,12 +74,14 @@ def source_digest(config: Config, progress: Progress | None = None) -> str:
     opened. Raises InputError: as :func:`run`."""
     if (fresh := _listed_now.pop(_key(config), None)) is not None:
         return fresh
-    known = last_digest(config)
-    if known is not None and (config.embeddings.uri is not None or any(map(is_remote, config.images.uris))):
-        return known
-    digest, files = _list(config, progress or Progress("images", "files"))
+    if config.embeddings.uri is not None:
+        return _embeddings_digest(config)
+    last = _last_listing(config)
+    if last is not None and any(map(is_remote, config.images.uris)):
+        return str(last.metrics["digest"])
+    digest, files = _list(config, progress or Progress("images", "files"), last)
     _planned.clear()
-    if digest == known:
+    if last is not None and digest == last.metrics["digest"]:
         files.folder.clear()
     else:
         _planned[_key(config)] = digest, files
@@ -138,7 +141,7 @@ def find_changes(config: Config, progress: Progress) -> Refresh | None:
     for name in sources.folder_names():
         if (sources / name).exists(f"{RECORDS_FOLDER}/{ALL}.json"):
             (sources / name).clear()  # of a refresh that was killed after it had listed the bucket
-    digest, files = _list(config, progress)
+    digest, files = _list(config, progress, last)
     if digest == last.metrics["digest"]:
         files.folder.clear()
         return None
@@ -289,9 +292,9 @@ def _embeddings_digest(config: Config) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _list(config: Config, progress: Progress) -> tuple[str, FileShards]:
-    """The files that are there now, and the digest of their listing: that of the last one if they are the same."""
-    files, last = list_files(config, _sources_folder(config), progress), _last_listing(config)
+def _list(config: Config, progress: Progress, last: Artifact | None = None) -> tuple[str, FileShards]:
+    """The files that are there now, and the digest of their listing: that of the `last` one if they are the same."""
+    files = list_files(config, _sources_folder(config), progress)
     if last is not None and last.metrics["files_digest"] == files.digest:
         return str(last.metrics["digest"]), files
     return files.digest, files

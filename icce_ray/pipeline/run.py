@@ -108,15 +108,19 @@ def _list_images(config: Config, quiet: bool) -> None:
 
     if IMAGES not in stages_of(config) or config.embeddings.uri is not None:
         return
-    planned = plan(config, lists=False)
-    name, progress = run_name(planned), Progress(IMAGES.name, "files", quiet)
-    with RunProgress(config.output, name) as told, outages_told(config.images.uris, config.storage, progress):
-        if is_first := last_digest(config) is None:
+    connect_storage(config)
+    progress = Progress(IMAGES.name, "files", quiet)
+    with outages_told(config.images.uris, config.storage, progress):
+        if last_digest(config) is not None:
+            list_now(config, progress)
+            return
+        planned = plan(config, lists=False)
+        name = run_name(planned)
+        with RunProgress(config.output, name) as told:
             write_record(config.output, name, fingerprints_of(planned), config.model_dump(mode="json"))
             told.watch(progress)
-        list_now(config, progress)
-        if is_first:
-            remove_record(config.output, name)
+            list_now(config, progress)
+        remove_record(config.output, name)
 
 
 def _make_clusterings(
