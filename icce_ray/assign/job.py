@@ -19,7 +19,8 @@ import pyarrow.parquet as pq
 
 from icce_ray.assign.drift import Totals, summarize_drift
 from icce_ray.assign.embeddings_to_label import AssignPart, EmbeddedImages, EmbeddingFiles, Source
-from icce_ray.assign.exemplars import NEW_CLUSTERS_NAME, choose_exemplars, find_new_clusters
+from icce_ray.assign.exemplars import choose_exemplars
+from icce_ray.assign.new_clusters import NEW_CLUSTERS_NAME, find_new_clusters
 from icce_ray.assign.part_labeler import (
     ASSIGNMENTS_FOLDER,
     CANDIDATES_FOLDER,

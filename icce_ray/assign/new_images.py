@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from icce_ray.assign.drift import drift_lines
-from icce_ray.assign.exemplars import NEW_CLUSTERS_NAME
 from icce_ray.assign.load_model import check_weights, embed_config, find_model
+from icce_ray.assign.new_clusters import NEW_CLUSTERS_NAME
 from icce_ray.assign.stage import ASSIGN
 from icce_ray.classifier.linear import DESCRIPTION_NAME
 from icce_ray.classifier.stage import CLASSIFIER

@@ -18,7 +18,8 @@ import pyarrow as pa
 
 from icce_ray.assign.drift import Totals
 from icce_ray.assign.embeddings_to_label import AssignPart, Source
-from icce_ray.assign.exemplars import CANDIDATES_SCHEMA, candidates_table, outliers_table
+from icce_ray.assign.exemplars import CANDIDATES_SCHEMA, candidates_table
+from icce_ray.assign.new_clusters import outliers_table
 from icce_ray.classifier.linear import MODEL_NAME, UNKNOWN, LinearClassifier, Prediction
 from icce_ray.corrections.stage import consensus_of, moved_clusters
 from icce_ray.sample.training_set import TrainingRows, training_rows

@@ -4,8 +4,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from icce_ray.assign import exemplars as module
-from icce_ray.assign.exemplars import find_new_clusters, outliers_table
+from icce_ray.assign import new_clusters as module
+from icce_ray.assign.new_clusters import find_new_clusters, outliers_table
 from icce_ray.assign.part_labeler import assignments_table
 from icce_ray.classifier.linear import LinearClassifier
 from icce_ray.classifier.self_training import fit_classifier
