@@ -8,7 +8,7 @@ import numpy as np
 
 from cases import datasets
 from icce_ray import ICCE, clustering_accuracy
-from icce_ray.evaluate.run_scores import estimate_accuracy
+from icce_ray.evaluate.estimated_accuracy import estimate_accuracy
 
 SETTINGS: dict[str, Any] = {
     "datasets": ["digits", *datasets.FILES, *datasets.CUTS],

@@ -28,8 +28,8 @@ from icce_ray.corrections.stage import APPLIED_NAME, MOVED_NAME, Corrections, re
 from icce_ray.embed.feature_matrix import load_features
 from icce_ray.errors import InputError
 from icce_ray.images.listing import LISTING_PREFIX, Listing
-from icce_ray.metrics.contingency import anmi_from_counts, match_clusters
-from icce_ray.sample.training_set import training_set
+from icce_ray.metrics.contingency import anmi_from_counts, as_array, count_table, match_clusters
+from icce_ray.sample.training_set import find_ids, training_set
 from icce_ray.stage import StageContext
 from icce_ray.store import Artifact, Folder
 
@@ -99,9 +99,8 @@ def correct_labels(
     cluster) moved and dropped, then clusters merged into `final_K`."""
     corrected_N = np.where(labels_N >= 0, final_K[labels_N], labels_N).astype(np.int32)
     ids, clusters = moved["image_id"].to_numpy(), moved["cluster"].to_numpy()
-    rows = np.minimum(np.searchsorted(image_ids_N, ids), len(image_ids_N) - 1)
-    trained = image_ids_N[rows] == ids
-    corrected_N[rows[trained]] = clusters[trained]
+    rows = find_ids(image_ids_N, ids)
+    corrected_N[rows[rows >= 0]] = clusters[rows >= 0]
     return corrected_N
 
 
@@ -143,11 +142,8 @@ def carry_over(
     """The corrections of a clustering (uri, cluster) for a new one, of K clusters and with the identity `consensus`,
     and the corrected clusters that are not in it."""
     both = old.rename_columns(["uri", "old"]).join(new.rename_columns(["uri", "new"]), "uri", join_type="inner")
-    old_n, new_n = both["old"].to_numpy(), both["new"].to_numpy()
-    has_both = (old_n >= 0) & (new_n >= 0)
-    table = np.zeros((given.made_for.num_clusters, num_clusters), dtype=np.int64)
-    np.add.at(table, (old_n[has_both], new_n[has_both]), 1)
-    matched: dict[Any, Any] = {None: None, **match_clusters(table)}
+    table = count_table(both["old"].to_numpy(), both["new"].to_numpy(), given.made_for.num_clusters, num_clusters)
+    matched: dict[Any, Any] = {None: None, **match_clusters(as_array(table))}
     new_ones = [one.cluster for one in given.clusters if one.is_new]
     matched |= {cluster: num_clusters + place for place, cluster in enumerate(new_ones)}
     clusters = [

@@ -21,6 +21,7 @@ from icce_ray.errors import InputError
 from icce_ray.evaluate.label_files import has_names, read_labels, to_text
 from icce_ray.images.containers import Cell, Span, labels_beside, locate
 from icce_ray.images.listing import Listing
+from icce_ray.sample.training_set import find_ids
 
 FOLDER = "folder"
 WEBDATASET = "cls"
@@ -43,8 +44,8 @@ class TrueLabels:
 
     def classes_of(self, image_ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """The classes of other images, -1 for those that have no label here."""
-        places = np.minimum(np.searchsorted(self.image_ids, image_ids), len(self.image_ids) - 1)
-        return np.where(self.image_ids[places] == image_ids, self.classes[places], -1)
+        places = find_ids(self.image_ids, image_ids)
+        return np.where(places >= 0, self.classes[places], -1)
 
     def only(self, image_ids: npt.NDArray[np.int64]) -> TrueLabels:
         """Those of some of the images."""

@@ -18,7 +18,7 @@ from icce_ray.metrics.label_free_scores import project_pca, project_umap
 from icce_ray.neighbors.search import most_similar
 from icce_ray.report.page_files import PageFiles, packed
 from icce_ray.runtime.machine import has_umap
-from icce_ray.sample.training_set import training_rows, training_set
+from icce_ray.sample.training_set import training_rows_of, training_set
 from icce_ray.sample.unit_features import prepare
 from icce_ray.store import Artifact
 
@@ -126,16 +126,6 @@ def read_features(inputs: Any, image_ids: npt.NDArray[np.int64]) -> tuple[Floats
     found_nD = np.zeros((len(image_ids), features.dim), dtype=np.float32)
     found_nD[known_n] = features.matrix[rows_n[known_n]]
     return found_nD, known_n
-
-
-def training_rows_of(inputs: Any, image_ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """The row of each image (n,) among those trained on, that of its leader for a near-duplicate; -1 for none."""
-    training = training_rows(inputs)
-    if training is not None:
-        return training.rows_of(image_ids)
-    known = load_features(training_set(inputs)).image_ids
-    rows_n = np.minimum(np.searchsorted(known, image_ids), len(known) - 1)
-    return np.where(known[rows_n] == image_ids, rows_n, -1)
 
 
 def lay_out(features_nD: Floats, how: str) -> tuple[npt.NDArray[np.uint16], Floats, str]:

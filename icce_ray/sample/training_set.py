@@ -15,7 +15,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from icce_ray.config import SampleConfig
-from icce_ray.embed.feature_matrix import read_rows
+from icce_ray.embed.feature_matrix import load_features, read_rows
 from icce_ray.random_numbers import id_hashes
 from icce_ray.sample.near_duplicates import find_near_duplicates
 from icce_ray.sample.unit_features import Ids
@@ -90,10 +90,10 @@ class TrainingRows:
 
     def rows_of(self, image_ids: Ids) -> Ids:
         """For each image the row of the training set that stands for it, its own or its leader's; -1: none does."""
-        rows = _find(self.image_ids_n, image_ids)
-        places = _find(self.follower_ids_F, image_ids)
+        rows = find_ids(self.image_ids_n, image_ids)
+        places = find_ids(self.follower_ids_F, image_ids)
         is_follower = places >= 0
-        rows[is_follower] = _find(self.image_ids_n, self.leader_ids_F[places[is_follower]])
+        rows[is_follower] = find_ids(self.image_ids_n, self.leader_ids_F[places[is_follower]])
         return rows
 
 
@@ -135,7 +135,15 @@ def training_rows(inputs: Mapping[str, Artifact]) -> TrainingRows | None:
     return TrainingRows(image_ids_n, ids[is_follower], leaders[is_follower])
 
 
-def _find(sorted_ids: Ids, image_ids: Ids) -> Ids:
+def training_rows_of(inputs: Mapping[str, Artifact], image_ids: Ids) -> Ids:
+    """The row of each image (n,) among those trained on, that of its leader for a near-duplicate; -1 for none."""
+    training = training_rows(inputs)
+    if training is not None:
+        return training.rows_of(image_ids)
+    return find_ids(load_features(training_set(inputs)).image_ids, image_ids)
+
+
+def find_ids(sorted_ids: Ids, image_ids: Ids) -> Ids:
     """Place of each image among ascending ids, -1 if it is not there."""
     if not len(sorted_ids):
         return np.full(len(image_ids), -1)

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from icce_ray.config import Config
 from icce_ray.errors import ConfigError, UserError, WorkerError
-from icce_ray.evaluate.run_scores import nmi_matrix
+from icce_ray.evaluate.method_clusterings import nmi_matrix
 from icce_ray.pipeline.plan import finished_artifacts, plan, plan_other_methods
 from icce_ray.pipeline.result import HEADLINE_METRICS, Result
 from icce_ray.pipeline.run import run_pipeline, run_stages

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from icce_ray.evaluate.run_scores import estimate_accuracy, pair_precision
+from icce_ray.evaluate.estimated_accuracy import estimate_accuracy, pair_precision
 
 
 def planted(distance: float, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:

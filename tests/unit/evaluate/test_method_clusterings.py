@@ -10,7 +10,7 @@ import pytest
 from sklearn.metrics import normalized_mutual_info_score
 
 from icce_ray.config import Config
-from icce_ray.evaluate.run_scores import method_clusterings, nmi_matrix, renumber
+from icce_ray.evaluate.method_clusterings import method_clusterings, nmi_matrix, renumber
 from icce_ray.methods.clusterings import Clusterings
 from icce_ray.store import Artifact, ArtifactWriter, Folder
 
@@ -28,7 +28,7 @@ def test_each_method_has_its_clustering_with_the_lowest_loss(tmp_path: Path, mon
         clusterings(tmp_path / "b", "hdbscan", [[-1, 3, 3, 0]]),
         clusterings(tmp_path / "c", "icce", [[2, 2, 2, 2]]),
     ]
-    monkeypatch.setattr("icce_ray.evaluate.run_scores.find_heads", lambda names, output, own: others)
+    monkeypatch.setattr("icce_ray.evaluate.method_clusterings.find_heads", lambda names, output, own: others)
     config = Config.model_validate({"embeddings": "x.npy", "output": str(tmp_path), "num_clusters": 2})
     consensus = np.array([0, 0, 1, 1], dtype=np.int32)
     assert method_clusterings(config, own, consensus) == {}
