@@ -18,7 +18,7 @@ Shape letters: N images, H heads, C head clusters, G groups of images.
 
 from dataclasses import dataclass
 from math import isqrt
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -48,12 +48,8 @@ MAX_TILE_HEADS, MAX_TILE_CELLS = 5, 1 << 25
 """Heads on a side of a tile, and cells of its tables (256 MB)."""
 
 
-class Edges(NamedTuple):
-    """Pairs of head clusters g < h that overlap: head cluster, head cluster, Jaccard similarity in thousandths."""
-
-    rows: npt.NDArray[np.int64]
-    columns: npt.NDArray[np.int64]
-    weights: npt.NDArray[np.int32]
+Overlaps = tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int32]]
+"""Clusters of one head, those of another that they overlap with, and their Jaccard similarities in thousandths."""
 
 
 @dataclass(frozen=True)
@@ -62,9 +58,8 @@ class HeadPairs:
 
     nmi_HH: npt.NDArray[np.float64]
     """NMI (geometric) of every pair of heads."""
-    edges: Edges
-    """The edges of the graph of the head clusters."""
-    offsets: Counts
+    overlaps: sp.coo_array
+    """(C, C) int32, the upper triangle: Jaccard similarities of head clusters, in thousandths."""
 
     def anmi(self) -> npt.NDArray[np.float64]:
         """Average NMI of each head with all heads (H,)."""
@@ -72,9 +67,8 @@ class HeadPairs:
         return anmi_H
 
     def cluster_graph(self) -> sp.csr_array:
-        """The graph of the head clusters: (C, C) symmetric int32, Jaccard similarities in thousandths."""
-        shape = (int(self.offsets[-1]),) * 2
-        upper = sp.csr_array(sp.coo_array((self.edges.weights, (self.edges.rows, self.edges.columns)), shape=shape))
+        """The graph of the head clusters: both triangles of `overlaps`."""
+        upper = sp.csr_array(self.overlaps)
         return sp.csr_array(upper + upper.T)
 
 
@@ -83,13 +77,13 @@ def compare_heads(heads: Heads) -> HeadPairs:
     sizes_C = heads.head_cluster_sizes()
     min_jaccard = MIN_JACCARD if heads.num_head_clusters > MAX_FULL_CLUSTERS else 0.5 / JACCARD_SCALE
     nmi_HH = np.eye(heads.num_heads)
-    edges: list[Edges] = []
+    overlaps: list[Overlaps] = [(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.int32))]
     for pairs, nmi, found in heads.map(_compare_tile, _tiles(heads), sizes_C, min_jaccard):
         for (g, h), value in zip(pairs, nmi, strict=True):
             nmi_HH[g, h] = nmi_HH[h, g] = value
-        edges += found
-    empty = Edges(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.int32))
-    return HeadPairs(nmi_HH, Edges(*map(np.concatenate, zip(empty, *edges, strict=True))), heads.offsets)
+        overlaps += found
+    rows, columns, weights = map(np.concatenate, zip(*overlaps, strict=True))
+    return HeadPairs(nmi_HH, sp.coo_array((weights, (rows, columns)), shape=(heads.num_head_clusters,) * 2))
 
 
 def tile_heads(num_clusters_H: Counts) -> int:
@@ -107,7 +101,8 @@ def _tiles(heads: Heads) -> list[tuple[int, int, int, int]]:
 
 def _compare_tile(
     heads: Heads, first_g: int, end_g: int, first_h: int, end_h: int, sizes_C: Counts, min_jaccard: float
-) -> tuple[list[tuple[int, int]], list[float], list[Edges]]:
+) -> tuple[list[tuple[int, int]], list[float], list[Overlaps]]:
+    """The pairs of heads of a tile, their NMI, and their overlaps."""
     pairs = [(g, h) for g in range(first_g, end_g) for h in range(max(first_h, g + 1), end_h)]
     clusters, offsets = heads.num_clusters, heads.offsets
     tables: dict[tuple[int, int], Table] = {}
@@ -119,15 +114,15 @@ def _compare_tile(
             table = count_table(codes_g[g - first_g], codes_h[h - first_h], int(clusters[g]), int(clusters[h]))
             tables[g, h] = tables[g, h] + table if (g, h) in tables else table
     nmi = [nmi_from_counts(tables[pair]) for pair in pairs]
-    edges = []
+    overlaps = []
     for g, h in pairs:
-        sizes = [sizes_C[offsets[head] : offsets[head + 1]] for head in (g, h)]
-        rows, columns, weights = _overlaps(tables[g, h], sizes[0], sizes[1], min_jaccard)
-        edges.append(Edges(rows + offsets[g], columns + offsets[h], weights))
-    return pairs, nmi, edges
+        sizes_g, sizes_h = (sizes_C[offsets[head] : offsets[head + 1]] for head in (g, h))
+        rows, columns, weights = _overlaps(tables[g, h], sizes_g, sizes_h, min_jaccard)
+        overlaps.append((rows + offsets[g], columns + offsets[h], weights))
+    return pairs, nmi, overlaps
 
 
-def _overlaps(table: Table, sizes_g: Counts, sizes_h: Counts, min_jaccard: float) -> Edges:
+def _overlaps(table: Table, sizes_g: Counts, sizes_h: Counts, min_jaccard: float) -> Overlaps:
     """The cells whose Jaccard similarity, images in both over images in either, is at least `min_jaccard`."""
     if isinstance(table, np.ndarray):
         # A bound for all cells of a row, quick to check: no cluster of h is smaller than the smallest.
@@ -141,7 +136,7 @@ def _overlaps(table: Table, sizes_g: Counts, sizes_h: Counts, min_jaccard: float
     jaccard = counts / (sizes_g[rows] + sizes_h[columns] - counts)
     kept = jaccard >= min_jaccard
     weights = np.maximum(np.rint(jaccard[kept] * JACCARD_SCALE), 1).astype(np.int32)
-    return Edges(rows[kept].astype(np.int64), columns[kept].astype(np.int64), weights)
+    return rows[kept].astype(np.int64), columns[kept].astype(np.int64), weights
 
 
 def mcla(heads: Heads, pairs: HeadPairs, num_clusters: int, *, imbalance: float, seeds: list[int]) -> list[Labels]:
@@ -150,7 +145,7 @@ def mcla(heads: Heads, pairs: HeadPairs, num_clusters: int, *, imbalance: float,
     which suits unbalanced data: planted power-law clusters are recovered exactly, against two thirds of them."""
     if heads.num_head_clusters <= num_clusters:
         return [vote(heads, np.arange(heads.num_head_clusters), num_clusters, seed=seeds[0], by_mean=True)]
-    num_edges = len(pairs.edges.weights)
+    num_edges = pairs.overlaps.nnz
     if num_edges > MCLA_MAX_EDGES:
         raise PartitionError(f"its graph has {num_edges:,} edges, over the limit of {MCLA_MAX_EDGES:,}")
     graph, sizes_C = pairs.cluster_graph(), heads.head_cluster_sizes()
