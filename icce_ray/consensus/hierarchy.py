@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from icce_ray.consensus.best_merges import best_merges
 from icce_ray.consensus.label_matrix import Counts
 from icce_ray.errors import InputError
 
@@ -107,34 +108,19 @@ def merge_clusters(similarity_KK: npt.NDArray[np.float64], sizes_K: Counts) -> H
     """Average linkage of clusters of `sizes_K` images each. (SciPy's starts from single points.) Among equal
     similarities, the pair with the lowest clusters is merged first; a group counts as its lowest cluster."""
     num_clusters = len(sizes_K)
-    similarity = (similarity_KK + similarity_KK.T) / 2  # exactly symmetric: `low < high` below depends on it
-    np.fill_diagonal(similarity, -np.inf)
-    sizes, alive = sizes_K.astype(np.int64), np.ones(num_clusters, dtype=bool)
-    names = np.arange(num_clusters, dtype=np.int32)
-    partner, best = similarity.argmax(axis=1), similarity.max(axis=1)
+    similarity = (similarity_KK + similarity_KK.T) / 2  # exactly symmetric
+    sizes, names = sizes_K.astype(np.int64), np.arange(num_clusters, dtype=np.int32)
     left, right = np.empty((2, num_clusters - 1), dtype=np.int32)
     merged_at, merged_sizes = np.empty(num_clusters - 1), np.empty(num_clusters - 1, dtype=np.int64)
-    for step in range(num_clusters - 1):
-        low = int(best.argmax())
-        high = int(partner[low])
-        assert low < high
-        left[step], right[step], merged_at[step] = names[low], names[high], best[low]
+
+    def mean(low: int, high: int, others: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
         share = sizes[low] / max(sizes[low] + sizes[high], 1)
+        return np.asarray(share * similarity[low, others] + (1 - share) * similarity[high, others])
+
+    for step, (low, high, value) in enumerate(best_merges(similarity, num_clusters - 1, mean)):
+        left[step], right[step], merged_at[step] = names[low], names[high], value
         sizes[low] += sizes[high]
         merged_sizes[step], names[low] = sizes[low], num_clusters + step
-        alive[high] = False
-        others = np.flatnonzero(alive)
-        others = others[others != low]
-        mean = share * similarity[low, others] + (1 - share) * similarity[high, others]
-        for gone in (low, high):
-            similarity[gone], similarity[:, gone], best[gone] = -np.inf, -np.inf, -np.inf
-        similarity[low, others] = similarity[others, low] = mean
-        # Clusters whose partner was one of the two search again. For all others, the group is at most as similar as
-        # the more similar of the two was, except for rounding, and may tie with a partner of a higher number.
-        stale = np.append(others[np.isin(partner[others], (low, high))], low)
-        partner[stale], best[stale] = similarity[stale].argmax(axis=1), similarity[stale].max(axis=1)
-        nearer = others[(mean > best[others]) | ((mean == best[others]) & (low < partner[others]))]
-        partner[nearer], best[nearer] = low, similarity[nearer, low]
     # Means of similarities do not rise, but rounding may make them rise.
     return Hierarchy(left, right, np.minimum.accumulate(merged_at), merged_sizes)
 

@@ -15,6 +15,7 @@ from math import comb
 import numpy as np
 import numpy.typing as npt
 
+from icce_ray.consensus.best_merges import best_merges
 from icce_ray.consensus.label_matrix import Labels, hash_numbers
 from icce_ray.consensus.neighbor_score import RESOLUTION, Moves, NeighborScore, sum_weights
 from icce_ray.consensus.refinement import leave_no_cluster_empty
@@ -178,29 +179,16 @@ def merge_cells(score: NeighborScore, cells_N: Labels, num_cells: int, num_clust
 
 def _merge(weights_XX: npt.NDArray[np.float64], num_groups: int) -> Labels:
     """Group of each cell (X,), 0..num_groups-1 in the order of their lowest cells. Changes `weights_XX`."""
-    num_cells = len(weights_XX)
-    volumes_X = weights_XX.sum(axis=1)
+    volumes_X, holder_X = weights_XX.sum(axis=1), np.arange(len(weights_XX))
     cost = RESOLUTION / max(volumes_X.sum(), 1.0)
-    holder_X, alive = np.arange(num_cells), np.ones(num_cells, dtype=bool)
-    gains_XX = weights_XX - cost * np.outer(volumes_X, volumes_X)
-    np.fill_diagonal(gains_XX, -np.inf)
-    partner_X, best_X = gains_XX.argmax(axis=1), gains_XX.max(axis=1)
-    for _ in range(num_cells - num_groups):
-        low = int(best_X.argmax())
-        high = int(partner_X[low])
-        low, high = min(low, high), max(low, high)
-        holder_X[holder_X == high] = low
+
+    def gains(low: int, high: int, others: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
         weights_XX[low] += weights_XX[high]
         weights_XX[:, low] += weights_XX[:, high]
         volumes_X[low] += volumes_X[high]
-        alive[high] = False
-        gains_XX[high], gains_XX[:, high], best_X[high] = -np.inf, -np.inf, -np.inf
-        gains_X = np.where(alive, weights_XX[low] - cost * volumes_X[low] * volumes_X, -np.inf)
-        gains_X[low] = -np.inf
-        gains_XX[low] = gains_XX[:, low] = gains_X
-        stale = np.flatnonzero(alive & ((partner_X == low) | (partner_X == high)))
-        stale = np.append(stale[stale != low], low)
-        partner_X[stale], best_X[stale] = gains_XX[stale].argmax(axis=1), gains_XX[stale].max(axis=1)
-        nearer = np.flatnonzero((gains_X > best_X) | ((gains_X == best_X) & (low < partner_X) & alive))
-        partner_X[nearer], best_X[nearer] = low, gains_X[nearer]
+        return np.asarray(weights_XX[low, others] - cost * volumes_X[low] * volumes_X[others])
+
+    gains_XX = weights_XX - cost * np.outer(volumes_X, volumes_X)
+    for low, high, _ in best_merges(gains_XX, len(weights_XX) - num_groups, gains):
+        holder_X[holder_X == high] = low
     return np.unique(holder_X, return_inverse=True)[1].astype(np.int32)
