@@ -27,6 +27,11 @@ def mix64(states: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     return mixed ^ (mixed >> np.uint64(31))
 
 
+def seed_of(*numbers: int) -> int:
+    """A seed of 63 bits that depends on these numbers only."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
 def sampled_rows(num_rows: int, max_rows: int, seed: int) -> npt.NDArray[np.int64]:
     """A uniform sample of the numbers 0..num_rows-1, ascending; all of them if there are at most `max_rows`."""
     if num_rows <= max_rows:

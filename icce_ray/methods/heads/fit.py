@@ -1,5 +1,4 @@
-"""Train heads and label every image with each (docs/METHOD.md, "Heads"), from arrays or from artifacts, without Ray. A
-worker of job.py runs it with a communicator; sweeps run it as it is."""
+"""Train heads and label every image with each (docs/METHOD.md, "Heads"), without Ray."""
 
 import time
 from typing import Any
@@ -9,17 +8,13 @@ import numpy.typing as npt
 import safetensors.torch
 import torch
 
-from icce_ray.config import Config, HeadsConfig
-from icce_ray.embed.feature_matrix import load_features
-from icce_ray.errors import WorkerError
+from icce_ray.config import HeadsConfig
 from icce_ray.methods.clusterings import Clusterings
 from icce_ray.methods.heads.checkpoint import CheckpointFolder, MetricsLog
 from icce_ray.methods.heads.communicator import Communicator, SingleWorker
 from icce_ray.methods.heads.trainer import HeadTrainer
-from icce_ray.neighbors.graph import NeighborGraph, load_graph
+from icce_ray.neighbors.graph import NeighborGraph
 from icce_ray.runtime.progress import QUIET, Progress
-from icce_ray.sample.training_set import training_set
-from icce_ray.stage import StageContext
 from icce_ray.store import Folder
 
 WEIGHTS_NAME = "heads.safetensors"
@@ -164,36 +159,3 @@ def _clusterings(trainer: HeadTrainer, num_clusters: int) -> Clusterings:
         history=trainer.history,
         notes={"collapsed_heads": collapsed, "stopped_early": trainer.epoch < trainer.settings.num_epochs},
     )
-
-
-def fit_stage(
-    config: Config, context: StageContext, communicator: Communicator | None = None, device: str = "cpu"
-) -> dict[str, Any]:
-    """Train with torch's threads, from the newest checkpoint on, and write the files of the artifact. Returns the
-    metrics of the stage, see job.py; none on workers of a rank other than 0, which write nothing. Raises ResourceError:
-    training would not fit into memory, or there are more workers than heads; WorkerError: the loss was not finite.
-
-    Args:
-        communicator: the workers, of which this process is one; None: it is alone.
-    """
-    communicator = communicator or SingleWorker()
-    folder = context.output.folder
-    try:
-        clusterings = fit(
-            load_features(training_set(context.inputs)).matrix,
-            load_graph(context.inputs["neighbors"]),
-            config.heads,
-            num_clusters=config.num_clusters,
-            seed=config.seed,
-            device=device,
-            progress=context.progress,
-            folder=folder,
-            communicator=communicator,
-        )
-    except FloatingPointError as error:
-        raise WorkerError(f"heads: {error}") from error
-    if communicator.rank != 0:
-        return {}
-    clusterings.write(context.output)
-    CheckpointFolder(folder).clear()
-    return stage_metrics(clusterings) | {"num_workers": communicator.num_workers}

@@ -8,7 +8,9 @@ from typing import Any
 
 from icce_ray.config import Config
 from icce_ray.embed.feature_matrix import load_features
+from icce_ray.errors import WorkerError
 from icce_ray.methods.heads.division import HeadDivision
+from icce_ray.neighbors.graph import load_graph
 from icce_ray.runtime.progress import Progress
 from icce_ray.runtime.workers import work_on_workers
 from icce_ray.sample.training_set import training_set
@@ -53,14 +55,34 @@ def _work(
     device: str,
     progress: Progress,
 ) -> dict[str, Any]:
-    """The work of one worker. The worker of rank 0 returns the parts and the stage's metrics."""
+    """The work of one worker. The worker of rank 0 writes the files and returns the parts and the stage's metrics; the
+    others return neither."""
     # Imported here: the driver imports this module too, and torch takes seconds.
     import torch
 
+    from icce_ray.methods.heads.checkpoint import CheckpointFolder
     from icce_ray.methods.heads.communicator import SingleWorker, TorchDistributed
-    from icce_ray.methods.heads.fit import fit_stage
+    from icce_ray.methods.heads.fit import fit, stage_metrics
 
     torch.set_num_threads(num_threads)
     communicator = TorchDistributed() if torch.distributed.is_initialized() else SingleWorker()
-    metrics = fit_stage(config, StageContext(output, inputs, progress), communicator, device)
+    try:
+        clusterings = fit(
+            load_features(training_set(inputs)).matrix,
+            load_graph(inputs["neighbors"]),
+            config.heads,
+            num_clusters=config.num_clusters,
+            seed=config.seed,
+            device=device,
+            progress=progress,
+            folder=output.folder,
+            communicator=communicator,
+        )
+    except FloatingPointError as error:
+        raise WorkerError(f"heads: {error}") from error
+    if communicator.rank != 0:
+        return {}
+    clusterings.write(output)
+    CheckpointFolder(output.folder).clear()
+    metrics = stage_metrics(clusterings) | {"num_workers": communicator.num_workers}
     return {"parts": list(output.parts.values()), "metrics": metrics}

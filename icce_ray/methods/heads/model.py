@@ -11,9 +11,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 
-import numpy as np
 import torch
 import torch.nn.functional as F
+
+from icce_ray.random_numbers import seed_of
 
 INIT_STD = 0.02
 NORM_EPS = 1e-12
@@ -47,7 +48,7 @@ class HeadParameters:
         )
         weights = (parameters.hidden_weight_HMS, parameters.bottleneck_weight_HPM, parameters.prototypes_HKP)
         for row, head in enumerate(heads):
-            generator = torch.Generator().manual_seed(_mix_seed(seed, head))
+            generator = torch.Generator().manual_seed(seed_of(seed, head))
             for weight in weights:
                 torch.nn.init.trunc_normal_(weight[row], std=INIT_STD, generator=generator)
         if input_share < 1.0:
@@ -80,7 +81,7 @@ class PrototypeDtypes:
 
 @dataclass
 class ForwardCache:
-    """Intermediate results that the backward pass needs."""
+    """The cosines, and intermediate results that the backward pass needs."""
 
     hidden_HnM: torch.Tensor
     activation_HnM: torch.Tensor
@@ -90,24 +91,14 @@ class ForwardCache:
     inverse_norm_Hn1: torch.Tensor
     unit_prototypes_HKP: torch.Tensor
     cosines_HnK: torch.Tensor
-
-
-def head_cosines(
-    parameters: HeadParameters, inputs: torch.Tensor, dtypes: PrototypeDtypes = PrototypeDtypes()
-) -> torch.Tensor:
-    """Cosine of each row's bottleneck output with each head's prototypes: float32 (H, n, K), in -1..1.
-
-    Args:
-        parameters: of the heads to run, float32.
-        inputs: normalised features, (n, S) or (H, n, S), in the dtype of the products.
-    """
-    return forward(parameters, inputs, dtypes).cosines_HnK
+    """Cosine of each row's bottleneck output with each prototype, float32, -1 to 1."""
 
 
 def forward(
     parameters: HeadParameters, inputs: torch.Tensor, dtypes: PrototypeDtypes = PrototypeDtypes()
 ) -> ForwardCache:
-    """See :func:`head_cosines`; keeps what :func:`backward` needs. Outside autograd."""
+    """The cosines of some heads for normalised features, (n, S) or (H, n, S) in the dtype of the products, and what
+    :func:`backward` needs. Outside autograd."""
     hidden_HnM = _linear(parameters.hidden_weight_HMS.to(inputs.dtype), parameters.hidden_bias_HM, inputs)
     activation_HnM = F.gelu(hidden_HnM)
     bottleneck_weight = parameters.bottleneck_weight_HPM.to(inputs.dtype)
@@ -178,7 +169,3 @@ def _weight_gradient(gradient_HnM: torch.Tensor, inputs: torch.Tensor) -> torch.
         return torch.bmm(gradient_HnM.transpose(1, 2), inputs).float()
     flat = gradient_HnM.transpose(0, 1).reshape(n, H * M)
     return (flat.t() @ inputs).float().view(H, M, -1)
-
-
-def _mix_seed(seed: int, head: int) -> int:
-    return int(np.random.SeedSequence([seed, head]).generate_state(1, np.uint64)[0] >> 1)

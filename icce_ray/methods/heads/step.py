@@ -18,7 +18,7 @@ import torch
 from icce_ray.config import HeadsConfig
 from icce_ray.methods.heads.inputs import HeadInputs
 from icce_ray.methods.heads.loss import icce_losses, scan_losses
-from icce_ray.methods.heads.model import HeadParameters, PrototypeDtypes, backward, forward, head_cosines
+from icce_ray.methods.heads.model import HeadParameters, PrototypeDtypes, backward, forward
 from icce_ray.methods.heads.optimizer import adamw_update
 from icce_ray.methods.heads.state import HeadState
 from icce_ray.methods.heads.teacher import (
@@ -126,7 +126,7 @@ def teacher_pass(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """Log targets of an image and its neighbour (2, H, B, K), agreement (H, B), the new prior (H, K), and each image's
     cluster (H, B)."""
-    cosines_VHBK = _by_view(head_cosines(teacher, inputs, dtypes), num_views)
+    cosines_VHBK = _by_view(forward(teacher, inputs, dtypes).cosines_HnK, num_views)
     labels_HB = cosines_VHBK[0].argmax(dim=-1)
     q_VHBK, log_q_VHBK = teacher_targets(cosines_VHBK, balance_H, settings)
     prior_HK = moved_prior(prior_HK, q_VHBK, settings.prior_momentum)

@@ -29,7 +29,7 @@ from icce_ray.methods.heads.communicator import Communicator
 from icce_ray.methods.heads.compiled_step import choose_passes
 from icce_ray.methods.heads.division import HeadDivision
 from icce_ray.methods.heads.inputs import ROWS_AT_ONCE, FeatureNorm, HeadInputs, seen_columns
-from icce_ray.methods.heads.model import head_cosines
+from icce_ray.methods.heads.model import forward
 from icce_ray.methods.heads.optimizer import ce_weight_at, learning_rate_at, teacher_momentum
 from icce_ray.methods.heads.pair_batches import choose_batch_size, epoch_batches, num_steps_per_epoch
 from icce_ray.methods.heads.state import HeadState
@@ -142,7 +142,7 @@ class HeadTrainer:
             batch_nD = self.norm.normalise(self.norm.gather(np.arange(start, stop)))
             inputs = HeadInputs(batch_nD.to(self.dtype), self.columns_hS)
             for block in self.blocks:
-                cosines_HnK = head_cosines(block.state.teacher, inputs.of(block.heads))
+                cosines_HnK = forward(block.state.teacher, inputs.of(block.heads)).cosines_HnK
                 labels_hN[block.heads, start:stop] = cosines_HnK.argmax(dim=-1).int()
 
         self.pool.map(label, range(0, num_images, ROWS_AT_ONCE))

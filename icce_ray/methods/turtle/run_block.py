@@ -20,6 +20,7 @@ from icce_ray.methods.turtle.bilevel_step import (
     initial_layer,
 )
 from icce_ray.methods.turtle.feature_scaling import Space
+from icce_ray.random_numbers import seed_of
 from icce_ray.runtime.threads import ThreadPool
 
 MAX_RUNS, MAX_COLUMNS = 3, 32
@@ -109,8 +110,5 @@ class RunBlock:
 
     def _generators(self, purpose: int) -> list[torch.Generator]:
         """Each run's draws of one purpose: 0 the encoder, 1 + step the classifiers of that step."""
-        states = [
-            np.random.SeedSequence([self.seed, run, purpose]).generate_state(1, np.uint64)[0] for run in self.runs
-        ]
         device = self._features[0].device
-        return [torch.Generator(device).manual_seed(int(state >> np.uint64(1))) for state in states]
+        return [torch.Generator(device).manual_seed(seed_of(self.seed, run, purpose)) for run in self.runs]

@@ -10,7 +10,7 @@ import torch
 from icce_ray.methods.clusterings import Clusterings
 from icce_ray.methods.heads.checkpoint import CheckpointFolder
 from icce_ray.methods.heads.fit import _is_finished, find_collapsed_heads, fit, stage_metrics
-from icce_ray.methods.heads.model import HeadParameters, head_cosines
+from icce_ray.methods.heads.model import HeadParameters, forward
 from icce_ray.metrics.true_label_scores import clustering_accuracy
 from icce_ray.store import Folder
 
@@ -41,7 +41,7 @@ def test_the_teachers_weights_are_saved_and_give_the_labels(planted) -> None:
         assert torch.equal(tensor, teacher[name]), name
         assert not torch.equal(tensor, student[name]), name
     inputs = trainer.norm.normalise(trainer.norm.gather(np.arange(200)))
-    labels = {name: head_cosines(HeadParameters(**tensors), inputs).argmax(dim=-1).numpy() for name, tensors in
+    labels = {name: forward(HeadParameters(**tensors), inputs).cosines_HnK.argmax(dim=-1).numpy() for name, tensors in
               (("teacher", teacher), ("student", student))}  # fmt: skip
     assert np.array_equal(clusterings.labels_HN, labels["teacher"])
     assert not np.array_equal(clusterings.labels_HN, labels["student"])

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from icce_ray.methods.heads.model import HeadParameters, backward, forward, head_cosines
+from icce_ray.methods.heads.model import HeadParameters, backward, forward
 
 from .reference import ReferenceHead
 
@@ -18,8 +18,10 @@ def test_cosines_are_those_of_one_module_per_head() -> None:
     parameters, x, own = make_parameters(), torch.randn(11, 7), torch.randn(3, 11, 7)
     for head in range(3):
         reference = ReferenceHead(parameters, head)
-        torch.testing.assert_close(head_cosines(parameters, x)[head], reference(x), rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(head_cosines(parameters, own)[head], reference(own[head]), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(forward(parameters, x).cosines_HnK[head], reference(x), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(
+            forward(parameters, own).cosines_HnK[head], reference(own[head]), rtol=1e-5, atol=1e-6
+        )
 
 
 @pytest.mark.parametrize(("num_heads", "is_shared"), [(1, True), (3, True), (3, False)])
@@ -50,6 +52,6 @@ def test_a_head_does_not_depend_on_the_other_heads() -> None:
 
 def test_bfloat16_products_keep_cosines_to_two_digits() -> None:
     parameters, x = make_parameters(), torch.randn(64, 7)
-    exact, fast = head_cosines(parameters, x), head_cosines(parameters, x.bfloat16())
+    exact, fast = (forward(parameters, inputs).cosines_HnK for inputs in (x, x.bfloat16()))
     assert fast.dtype == torch.float32
     torch.testing.assert_close(fast, exact, rtol=0, atol=0.03)
