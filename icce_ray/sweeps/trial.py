@@ -15,12 +15,11 @@ from typing import Any
 import numpy as np
 
 from icce_ray.config import Config
-from icce_ray.embed.feature_matrix import load_features
+from icce_ray.consensus.other_runs import IMAGE_IDS_NAME
 from icce_ray.errors import BusyError, UserError, describe_cause, find_cause
 from icce_ray.images.stage import IMAGES
 from icce_ray.pipeline.plan import finished_artifacts, is_complete, plan, stages_of, with_chosen_number
 from icce_ray.pipeline.run import run_stages
-from icce_ray.sample.training_set import training_rows
 from icce_ray.stage import Stage
 from icce_ray.store import Artifact
 from icce_ray.sweeps.silhouette_spaces import spaces
@@ -143,16 +142,13 @@ def consensus_nmi(one: Mapping[str, Artifact], other: Mapping[str, Artifact]) ->
     """NMI of the clusters of two runs, given by their artifacts, over the images that both were trained on."""
     from icce_ray.metrics.true_label_scores import normalized_mutual_info
 
-    labels = [artifacts["consensus"].read_array("labels.npy") for artifacts in (one, other)]
-    training = [training_rows(artifacts) for artifacts in (one, other)]
-    if any(rows is not None for rows in training):
-        ids, other_ids = (
-            load_features(artifacts["embed"]).image_ids if rows is None else rows.image_ids_n
-            for artifacts, rows in zip((one, other), training, strict=True)
-        )
-        _, rows_n, other_rows_n = np.intersect1d(ids, other_ids, assume_unique=True, return_indices=True)
-        labels = [labels[0][rows_n], labels[1][other_rows_n]]
-    return normalized_mutual_info(labels[0], labels[1])
+    found = [artifacts["consensus"] for artifacts in (one, other)]
+    ids, other_ids = (consensus.read_array(IMAGE_IDS_NAME) for consensus in found)
+    _, *rows = np.intersect1d(ids, other_ids, assume_unique=True, return_indices=True)
+    labels, other_labels = (
+        consensus.read_array("labels.npy")[rows_n] for consensus, rows_n in zip(found, rows, strict=True)
+    )
+    return normalized_mutual_info(labels, other_labels)
 
 
 def key_of(parameters: Mapping[str, Any]) -> str:

@@ -45,7 +45,10 @@ def test_the_peers_of_a_trial_are_the_others_seed_by_seed(tmp_path: Path) -> Non
 
     def run_of(trial: int, seed: int) -> TrialRun:
         writer = ArtifactWriter(Folder.at(tmp_path / f"{trial}-{seed}"))
-        writer.write_array("labels.npy", labels[trial, seed])
+        # Every trial was trained on other images: the first 30 are those that all have.
+        ids = np.append(np.arange(30), 100 + trial)
+        writer.write_array("image_ids.npy", ids)
+        writer.write_array("labels.npy", np.append(labels[trial, seed], 0))
         artifact = writer.commit(stage="consensus", fingerprint="f", inputs={}, config={}, metrics={}, seconds=0.0)
         return TrialRun("run", config, {"consensus": artifact})
 

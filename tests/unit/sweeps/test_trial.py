@@ -103,13 +103,9 @@ def test_a_trials_stages_have_the_fingerprints_of_a_run(tmp_path: Path) -> None:
 
 
 def outcome(folder: Path, seed: int, labels: Any, ids: Any = None, **metrics: float | None) -> RunOutcome:
-    artifacts = {
-        "embed": commit(folder / f"embed-{seed}", errors=pa.table({"image_id": pa.array([], pa.int64())})),
-        "consensus": commit(folder / f"labels-{seed}", labels=np.array(labels)),
-    }
-    if ids is not None:
-        artifacts["sample"] = commit(folder / f"sample-{seed}", image_ids=np.array(ids))
-    return RunOutcome(seed, metrics, 2, 1.0, artifacts)
+    image_ids = np.arange(len(labels)) if ids is None else np.array(ids)
+    consensus = commit(folder / f"labels-{seed}", labels=np.array(labels), image_ids=image_ids)
+    return RunOutcome(seed, metrics, 2, 1.0, {"consensus": consensus})
 
 
 def test_metrics_of_a_trial_are_means_over_its_seeds(tmp_path: Path) -> None:
