@@ -20,14 +20,13 @@ from icce_ray.evaluate.label_files import has_names
 from icce_ray.evaluate.labels import TrueLabels, load_labels, named_images
 from icce_ray.evaluate.method_clusterings import describe, method_clusterings, nmi_matrix
 from icce_ray.images.listing import Listing
-from icce_ray.methods.clusterings import LABELS_NAME as MATRIX_NAME
-from icce_ray.methods.clusterings import read_losses
+from icce_ray.methods.clusterings import LABELS_NAME, read_losses
 from icce_ray.metrics.label_free_scores import label_free_scores, project_pca, project_umap
 from icce_ray.metrics.true_label_scores import (
     clustering_accuracy,
     contingency_table,
     evaluate_with_noise,
-    match_clusters,
+    match_to_classes,
 )
 from icce_ray.random_numbers import id_hashes, sampled_rows
 from icce_ray.runtime.progress import QUIET, Progress
@@ -43,7 +42,7 @@ MAX_SCORED = 2_000_000
 file, at least half as many."""
 SAMPLED_IMAGES = 2 * MAX_IMAGES
 """Images that are read for the estimate, since some of them may be noise."""
-LABELS_NAME = "labels.parquet"
+TRUE_LABELS_NAME = "labels.parquet"
 """image_id, label: the true label of each image, if labels were given; the report shows it."""
 METHODS_NAME = "method_clusterings.npy"
 """With several methods: one clustering of each, (M, N) int32; the report shows them."""
@@ -73,7 +72,7 @@ def run(config: Config, context: StageContext) -> dict[str, Any]:
     if config.evaluate.labels is not None:
         labels, assigned = _labelled_assignments(config, inputs)
         names = pa.array(labels.names, pa.string()).take(pa.array(labels.classes)).dictionary_encode()
-        context.output.write_table(LABELS_NAME, pa.table({"image_id": labels.image_ids, "label": names}))
+        context.output.write_table(TRUE_LABELS_NAME, pa.table({"image_id": labels.image_ids, "label": names}))
         if len(labels.image_ids) < inputs["assign"].num_rows(ASSIGNMENTS).sum():
             metrics["num_labelled"] = len(labels.image_ids)
         classes_N = labels.classes_of(features.image_ids)
@@ -82,7 +81,7 @@ def run(config: Config, context: StageContext) -> dict[str, Any]:
             labels,
             assigned["cluster"].to_numpy(),
             assigned["agreement"].to_numpy(),
-            np.where(rows_n >= 0, inputs["method"].read_array(MATRIX_NAME)[:, rows_n], -1),
+            np.where(rows_n >= 0, inputs["method"].read_array(LABELS_NAME)[:, rows_n], -1),
             read_losses(inputs["method"]),
             context.progress,
         )
@@ -141,7 +140,7 @@ def evaluate(
     if voted.sum() >= 2:
         has_cluster = clusters_N >= 0
         table = contingency_table(labels.classes[has_cluster], clusters_N[has_cluster])
-        class_of_cluster = np.unique(labels.classes[has_cluster])[match_clusters(table)]
+        class_of_cluster = np.unique(labels.classes[has_cluster])[match_to_classes(table)]
         cluster_index_n = np.searchsorted(np.unique(clusters_N[has_cluster]), clusters_N[voted])
         is_right = class_of_cluster[cluster_index_n] == labels.classes[voted]
         falling = np.argsort(-agreement_N[voted], kind="stable")

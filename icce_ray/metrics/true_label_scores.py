@@ -13,7 +13,7 @@ import scipy.sparse as sp
 from scipy.optimize import linear_sum_assignment
 
 from icce_ray.errors import InputError
-from icce_ray.metrics.contingency import Mean, count_table, nmi_from_counts
+from icce_ray.metrics.contingency import count_table, nmi_from_counts
 
 
 def contingency_table(y_true: npt.ArrayLike, y_pred: npt.ArrayLike) -> sp.csr_array:
@@ -36,7 +36,7 @@ def _check(labels: npt.ArrayLike, name: str) -> npt.NDArray[Any]:
     return array
 
 
-def match_clusters(table: sp.csr_array) -> npt.NDArray[np.int64]:
+def match_to_classes(table: sp.csr_array) -> npt.NDArray[np.int64]:
     """Class (row) of each cluster (column).
 
     Clusters are matched one to one so that most images agree (Hungarian). If there are more clusters than classes, each
@@ -66,9 +66,9 @@ def clustering_accuracy(y_true: npt.ArrayLike, y_pred: npt.ArrayLike) -> float:
     return _accuracy(contingency_table(y_true, y_pred))
 
 
-def normalized_mutual_info(y_true: npt.ArrayLike, y_pred: npt.ArrayLike, mean: Mean = "geometric") -> float:
-    """Mutual information divided by the mean of the two entropies, 0 to 1."""
-    return nmi_from_counts(contingency_table(y_true, y_pred), mean)
+def normalized_mutual_info(y_true: npt.ArrayLike, y_pred: npt.ArrayLike) -> float:
+    """Mutual information divided by the geometric mean of the two entropies, 0 to 1."""
+    return nmi_from_counts(contingency_table(y_true, y_pred))
 
 
 def evaluate_clustering(y_true: npt.ArrayLike, y_pred: npt.ArrayLike) -> dict[str, float]:
@@ -105,7 +105,7 @@ def metrics_from_counts(table: sp.csr_array) -> dict[str, float]:
 
 
 def _accuracy(table: sp.csr_array) -> float:
-    class_of_cluster = match_clusters(table)
+    class_of_cluster = match_to_classes(table)
     return float(table.toarray()[class_of_cluster, np.arange(table.shape[1])].sum() / table.sum())
 
 

@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from icce_ray.config import Config
 from icce_ray.embed.feature_matrix import load_features
-from icce_ray.evaluate.run_scores import LABELS_NAME, METHODS_NAME
+from icce_ray.evaluate.run_scores import METHODS_NAME, TRUE_LABELS_NAME
 from icce_ray.metrics.label_free_scores import project_pca, project_umap
 from icce_ray.neighbors.search import most_similar
 from icce_ray.report.page_files import PageFiles, packed
@@ -97,9 +97,9 @@ def _true_labels(
     """The names of the true classes and the class of each image, -1 if unknown; no names if no labels were given."""
     evaluate = inputs["evaluate"]
     label_n = np.full(len(ids_n), -1, dtype=np.int32)
-    if LABELS_NAME not in evaluate.part_names():
+    if TRUE_LABELS_NAME not in evaluate.part_names():
         return [], label_n
-    table = evaluate.read_table(LABELS_NAME).combine_chunks()
+    table = evaluate.read_table(TRUE_LABELS_NAME).combine_chunks()
     column = table["label"].combine_chunks()
     names = column.dictionary.to_pylist()
     if len(names) > MAX_CLASSES:

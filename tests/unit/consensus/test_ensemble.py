@@ -12,7 +12,7 @@ from sklearn.metrics import normalized_mutual_info_score
 from icce_ray.consensus import best_consensus, graph_cuts, partition
 from icce_ray.consensus.ensemble import cluster_ensemble
 from icce_ray.errors import InputError
-from icce_ray.metrics.true_label_scores import clustering_accuracy, contingency_table, match_clusters
+from icce_ray.metrics.true_label_scores import clustering_accuracy, contingency_table, match_to_classes
 
 
 def mean_nmi(labels_N, matrix):
@@ -115,7 +115,7 @@ def test_missing_labels_gaps_in_numbers_and_any_integer_type_are_understood(nois
     agrees_HN = np.full(matrix.shape, np.nan)
     for row, agrees_N in zip(matrix, agrees_HN, strict=True):
         codes_n = np.unique(row[row >= 0], return_inverse=True)[1]
-        matched = match_clusters(contingency_table(result.labels[row >= 0], codes_n))
+        matched = match_to_classes(contingency_table(result.labels[row >= 0], codes_n))
         agrees_N[row >= 0] = matched[codes_n] == result.labels[row >= 0]
     np.testing.assert_allclose(result.agreement, np.nanmean(agrees_HN, axis=0), atol=1e-6)
 
@@ -228,7 +228,7 @@ def test_agreement_tells_accurate_images_of_real_features_from_others(name, real
     )
     result = cluster_ensemble(matrix, 10, methods=["mcla", "vote"], random_state=0)
     assert result.consensus_anmi > max(mean_nmi(row, matrix) for row in matrix) - 1 / len(matrix)
-    class_of_cluster = match_clusters(contingency_table(labels_N, result.labels))
+    class_of_cluster = match_to_classes(contingency_table(labels_N, result.labels))
     is_right = class_of_cluster[result.labels] == labels_N
     order = np.argsort(result.agreement, kind="stable")
     half = len(order) // 2
