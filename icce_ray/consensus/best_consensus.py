@@ -123,29 +123,9 @@ def find_consensus(
         trusted = trusted_heads(heads, head_losses)
         if len(trusted) < heads.num_heads:  # else it would only be copied
             heads, head_losses = heads.select(trusted.tolist()), head_losses[trusted]
-
-    @cache
-    def pairs() -> HeadPairs:
-        return compare_heads(heads)
-
-    best_tries: dict[str, _Try] = {}
-    start_anmi: dict[str, float] = {}
-    skipped: dict[str, str] = {}
-    for done, method in enumerate((*config.methods, FALLBACK)):
-        is_fallback = done == len(config.methods)
-        if is_fallback and best_tries:
-            break
-        report(done, total, method)
-        try:
-            labels = _run_method(method, heads, pairs, num_clusters, seeds, config.imbalance, head_losses)
-        except PartitionError as error:  # a fault, such as too little memory, ends the run: it must not change labels
-            if is_fallback:
-                raise
-            skipped[method] = str(error)
-            continue
-        tries = [_fill_and_score(labels_N, heads, num_clusters) for labels_N in labels]
-        start_anmi[method] = max(one.anmi for one in tries)
-        best_tries[method] = _best_refined(tries, heads, num_clusters) if config.refine else _best(tries)
+    best_tries, start_anmi, skipped = _try_functions(
+        heads, num_clusters, config, seeds, head_losses, lambda done, method: report(done, total, method)
+    )
     chosen = max(best_tries, key=lambda method: best_tries[method].anmi)
     graph_scores: dict[str, float] = {}
     if recombines and len(heads.unlabelled):
@@ -179,6 +159,42 @@ def find_consensus(
         skipped=skipped,
         repaired={method: best.num_empty for method, best in best_tries.items() if best.num_empty},
     )
+
+
+def _try_functions(
+    heads: Heads,
+    num_clusters: int,
+    config: ConsensusConfig,
+    seeds: list[int],
+    losses_H: npt.NDArray[np.float64] | None,
+    report: Callable[[int, str], None],
+) -> tuple[dict[str, _Try], dict[str, float], dict[str, str]]:
+    """The best try of each function, the highest ANMI before refinement, and the functions that failed, with why. If
+    all fail, FALLBACK is tried; raises PartitionError: it fails too."""
+
+    @cache
+    def pairs() -> HeadPairs:
+        return compare_heads(heads)
+
+    best_tries: dict[str, _Try] = {}
+    start_anmi: dict[str, float] = {}
+    skipped: dict[str, str] = {}
+    for done, method in enumerate((*config.methods, FALLBACK)):
+        is_fallback = done == len(config.methods)
+        if is_fallback and best_tries:
+            break
+        report(done, method)
+        try:
+            labels = _run_method(method, heads, pairs, num_clusters, seeds, config.imbalance, losses_H)
+        except PartitionError as error:  # a fault, such as too little memory, ends the run: it must not change labels
+            if is_fallback:
+                raise
+            skipped[method] = str(error)
+            continue
+        tries = [_fill_and_score(labels_N, heads, num_clusters) for labels_N in labels]
+        start_anmi[method] = max(one.anmi for one in tries)
+        best_tries[method] = _best_refined(tries, heads, num_clusters) if config.refine else _best(tries)
+    return best_tries, start_anmi, skipped
 
 
 def _run_method(

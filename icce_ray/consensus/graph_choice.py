@@ -1,4 +1,4 @@
-"""Makes clusterings with the neighbour graph that the heads weigh and chooses which one is kept (docs/METHOD.md,
+"""Makes clusterings with the neighbour graph that the heads weigh, and chooses which one is kept (docs/METHOD.md,
 "Choice on the graph"): a spectral clustering (docs/METHOD.md, "Spectral cut"), and a recombination, whose loose
 clusters give way to splits of others (docs/METHOD.md, "Loose clusters").
 
@@ -28,7 +28,6 @@ MAX_LEAVING = 0.06
 """The graph is a good witness if at most this share of its weight leaves the clusters that hold together."""
 MAX_LEFT_BY_CUT = 0.75
 """The cut is preferred if at most this part of what leaves the clusters of the others leaves its own."""
-
 LOSS_MARGIN = 0.05
 """Heads whose loss lies farther above the lowest are left out where heads agree on sizes."""
 MAX_WORK = 50_000_000
@@ -41,11 +40,11 @@ TOLERANCE = 1e-5
 """Relative error of the eigenvalues."""
 MAX_DENSE_IMAGES = 5_000
 """Up to so many images, all eigenvectors are computed if the iteration doesn't find the largest: some minutes."""
-Floats = npt.NDArray[np.float64]
 MIN_SHARE = 0.5
 """A cluster holds together if at least this share of the weight at it stays within it."""
 DENSE_IMAGES = 200
 """Up to so many images, all eigenvectors are found at once."""
+Floats = npt.NDArray[np.float64]
 Images = npt.NDArray[np.int64]
 
 
