@@ -243,14 +243,12 @@ def group_table(leader_N: Ids, image_ids_N: Ids) -> pa.Table:
 
 def _principal_directions(sample_nD: Floats) -> Floats:
     """About the directions in which the sample varies most, orthonormal, by falling variance: (D, M) float32."""
-    num_directions = min(NUM_DIRECTIONS, sample_nD.shape[1])
-    start_DM = np.random.default_rng(0).standard_normal((sample_nD.shape[1], num_directions))
-    directions_DM = np.linalg.qr(start_DM)[0]
-    for _ in range(NUM_PCA_ITERATIONS):
-        directions_DM = np.linalg.qr(sample_nD.T @ (sample_nD @ directions_DM))[0]
-    projected_nM = sample_nD @ directions_DM
-    _, rotation_MM = np.linalg.eigh(projected_nM.T @ projected_nM)  # by ascending variance
-    return np.ascontiguousarray(directions_DM @ rotation_MM[:, ::-1], np.float32)
+    from sklearn.utils.extmath import randomized_svd  # takes two seconds, and only one task needs it
+
+    _, _, directions_MD = randomized_svd(
+        sample_nD.astype(np.float64), min(NUM_DIRECTIONS, sample_nD.shape[1]), n_iter=NUM_PCA_ITERATIONS, random_state=0
+    )
+    return np.ascontiguousarray(directions_MD.T, np.float32)
 
 
 def _spread(num_images: int, num_wanted: int) -> Ids:
