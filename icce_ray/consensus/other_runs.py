@@ -22,8 +22,6 @@ from icce_ray.sample.training_set import training_rows
 from icce_ray.store import Artifact, Folder
 from icce_ray.store.run_records import RUNS_FOLDER
 
-IMAGES, EMBED, SAMPLE, METHOD = "images", "embed", "sample", "method"
-CONSENSUS = "consensus"
 IMAGE_IDS_NAME = "image_ids.npy"
 """In the artifact of a consensus: the images of its labels."""
 Labels = npt.NDArray[np.integer[Any]]
@@ -37,7 +35,7 @@ def find_heads(names: Sequence[str], output: str, own: Artifact | None = None) -
     found = []
     for name in names:
         record, root = read_record(name, output, "consensus.extra_runs")
-        heads = Artifact.find(root / METHOD / record["stages"][METHOD])
+        heads = Artifact.find(root / "method" / record["stages"]["method"])
         if heads is None:
             raise InputError(
                 f"consensus.extra_runs: the heads of the run {name!r} are not finished; finish that run first"
@@ -58,7 +56,7 @@ def read_record(name: str, output: str, setting: str) -> tuple[dict[str, Any], F
     root = folder.rpartition("/")[0]
     try:
         record: dict[str, Any] = json.loads(Folder.at(folder).read_bytes(file))
-        record["stages"][METHOD]
+        record["stages"]["method"]
     except FileNotFoundError:
         raise InputError(
             f"{setting}: there is no run {name!r}: {place} does not exist. Give the name of a run under "
@@ -73,15 +71,15 @@ def have_same_images(one: Artifact, other: Artifact) -> bool:
     """Whether the columns of two label matrices are the same images: listed in the same order, with the same ones
     unusable and the same ones drawn into the sample. Ready-made embeddings that name no images are compared by row
     number."""
-    embeds = [input_of(heads, EMBED) for heads in (one, other)]
+    embeds = [input_of(heads, "embed") for heads in (one, other)]
     failed = [sorted(embed.read_table("errors.parquet")["image_id"].to_pylist()) for embed in embeds]
-    training = [training_rows({SAMPLE: input_of(heads, SAMPLE)}) for heads in (one, other)]
+    training = [training_rows({"sample": input_of(heads, "sample")}) for heads in (one, other)]
     ours, theirs = (np.empty(0) if rows is None else rows.image_ids_n for rows in training)
     if failed[0] != failed[1] or not np.array_equal(ours, theirs):
         return False
-    if embeds[0].manifest.inputs[IMAGES] == embeds[1].manifest.inputs[IMAGES]:
+    if embeds[0].manifest.inputs["images"] == embeds[1].manifest.inputs["images"]:
         return True
-    listings = [Listing(input_of(embed, IMAGES)) for embed in embeds]
+    listings = [Listing(input_of(embed, "images")) for embed in embeds]
     names = [listing.table(0, len(listing))["uri"] for listing in listings]
     rows = [pc.replace_substring_regex(uris, pattern=r"^.*(#\d+)$", replacement=r"\1") for uris in names]
     return bool(rows[0].combine_chunks().equals(rows[1].combine_chunks()))
@@ -89,10 +87,10 @@ def have_same_images(one: Artifact, other: Artifact) -> bool:
 
 def trained_ids(heads: Artifact) -> npt.NDArray[np.int64]:
     """The ascending ids of the images of a label matrix."""
-    training = training_rows({SAMPLE: input_of(heads, SAMPLE)})
+    training = training_rows({"sample": input_of(heads, "sample")})
     if training is not None:
         return training.image_ids_n
-    failed = input_of(heads, EMBED).read_table("errors.parquet")["image_id"].to_numpy()
+    failed = input_of(heads, "embed").read_table("errors.parquet")["image_id"].to_numpy()
     _, num_images = heads.part(LABELS_NAME).shape or (0, 0)
     return np.delete(np.arange(num_images + len(failed)), failed)
 
@@ -114,7 +112,7 @@ def keep_numbers(
     the place of its record; and what became of its clusters, as :func:`number_clusters`. Raises InputError: there is no
     such run, or it has no consensus."""
     record, root = read_record(run, output, "consensus.numbers_from")
-    earlier = Artifact.find(root / CONSENSUS / record["stages"].get(CONSENSUS, "none"))
+    earlier = Artifact.find(root / "consensus" / record["stages"].get("consensus", "none"))
     if earlier is None or IMAGE_IDS_NAME not in earlier.part_names():
         raise InputError(
             f"consensus.numbers_from: the clusters of the run {run!r} are no longer there; finish that run again, or "
@@ -174,7 +172,7 @@ def number_clusters(
 def _labels_of_both(earlier: Artifact, heads: Artifact, labels_N: Labels) -> tuple[Labels, Labels]:
     """Labels of the images that were trained on in both runs: (n,) of the earlier one, (n,) of this one."""
     before, ids, ids_before = earlier.read_array("labels.npy"), trained_ids(heads), earlier.read_array(IMAGE_IDS_NAME)
-    images, images_before = (input_of(input_of(one, "embed"), IMAGES) for one in (heads, input_of(earlier, "method")))
+    images, images_before = (input_of(input_of(one, "embed"), "images") for one in (heads, input_of(earlier, "method")))
     if has_ids_of(images, images_before):
         _, places, places_before = np.intersect1d(ids, ids_before, assume_unique=True, return_indices=True)
     else:

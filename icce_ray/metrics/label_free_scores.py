@@ -92,3 +92,7 @@ def project_umap(points_nD: npt.NDArray[np.float32], random_state: int, **change
     }
     embedded: npt.NDArray[np.float32] = UMAP(random_state=random_state, n_jobs=1, **settings).fit_transform(points_nD)
     return embedded
+
+
+PROJECTIONS = {"pca": project_pca, "umap": project_umap}
+"""By the name of the space."""

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from icce_ray.config import NeighborsConfig
 from icce_ray.neighbors.adaptive_rule import PairList, Queries, Rule, keep, rank_in_row
 from icce_ray.neighbors.audit import Audit, audit_features
-from icce_ray.neighbors.search import MAX_ROWS_PER_PART, QUERY_BLOCK, Candidates, merge, search
+from icce_ray.neighbors.search import MAX_ROWS_PER_PART, QUERY_BLOCK, Candidates, blocks_of, merge, search
 from icce_ray.runtime.progress import QUIET, Progress
 from icce_ray.runtime.threads import in_threads
 from icce_ray.sample.unit_features import Ids, UnitFeatures, prepare
@@ -87,7 +87,7 @@ def part_ranges(num_images: int) -> list[tuple[int, int]]:
 
 def search_shard(engine: TorchEngine, unit: UnitFeatures, ids: Ids, rule: Rule) -> list[Candidates]:
     """A shard's candidates for the images `ids`, block by block of queries."""
-    return in_threads(lambda block: search(engine, Queries(unit, block), rule), _blocks(ids), engine.blocks_at_once)
+    return in_threads(lambda block: search(engine, Queries(unit, block), rule), blocks_of(ids), engine.blocks_at_once)
 
 
 def merge_shards(
@@ -107,7 +107,7 @@ def merge_shards(
         nearest_Qk[rows_P, rank_in_row(rows_P)] = nearest_P
         return Rows(lengths_Q, indices_P.astype(dtype), merged.num_hits_Q, nearest_Qk)
 
-    blocks = [(block, list(found)) for block, *found in zip(_blocks(ids), *answers, strict=True)]
+    blocks = [(block, list(found)) for block, *found in zip(blocks_of(ids), *answers, strict=True)]
     return Rows.join(in_threads(rows_of, blocks, num_threads))
 
 
@@ -123,10 +123,6 @@ def _sorted_rows(pairs: PairList, num_rows: int, num_images: int) -> tuple[Ids, 
     keys_P = np.sort(pairs.rows_P * np.int64(num_images) + pairs.ids_P)
     lengths_Q = np.bincount(pairs.rows_P, minlength=num_rows).astype(np.int64)
     return lengths_Q, keys_P - np.repeat(np.arange(num_rows) * num_images, lengths_Q)
-
-
-def _blocks(ids: Ids) -> list[Ids]:
-    return [ids[start : start + QUERY_BLOCK] for start in range(0, len(ids), QUERY_BLOCK)]
 
 
 @dataclass(frozen=True)

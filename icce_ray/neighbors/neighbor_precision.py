@@ -49,7 +49,7 @@ def cluster_labels(unit: UnitFeatures, num_clusters: int, rng: np.random.Generat
 
     def centroids_of(draw: tuple[Ids, int]) -> Floats:
         sample, seed = draw
-        return spherical_kmeans(unit[sample], num_clusters, seed, NUM_ITERATIONS)
+        return spherical_kmeans(unit[sample], num_clusters, seed)
 
     # Each run uses one thread, so that its sums do not depend on the machine. The runs share the cores instead.
     dim = unit.shape[1]
@@ -73,7 +73,7 @@ def times_together(labels_RA: npt.NDArray[np.int32], labels_RB: npt.NDArray[np.i
     return count_AB
 
 
-def spherical_kmeans(points_MD: Floats, num_clusters: int, seed: int, num_iterations: int) -> Floats:
+def spherical_kmeans(points_MD: Floats, num_clusters: int, seed: int) -> Floats:
     """Centroids of unit length, (K, D) float32. They do not depend on the number of threads."""
     # One thread, since the sums, and with them the threshold, must not depend on the machine.
     num_threads = faiss.omp_get_max_threads()
@@ -82,7 +82,7 @@ def spherical_kmeans(points_MD: Floats, num_clusters: int, seed: int, num_iterat
         kmeans = faiss.Kmeans(
             points_MD.shape[1],
             num_clusters,
-            niter=num_iterations,
+            niter=NUM_ITERATIONS,
             seed=seed,
             spherical=True,
             min_points_per_centroid=1,

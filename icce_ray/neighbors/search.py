@@ -83,6 +83,11 @@ def merge(answers: Sequence[Candidates], queries: Queries, rule: Rule) -> Candid
     return Candidates(num_hits_Q, keep(pairs, num_hits_Q, queries.ids_Q, rule, error, queries.exact), error)
 
 
+def blocks_of(ids_Q: Ids) -> list[Ids]:
+    """The queries in the blocks that they are searched in."""
+    return [ids_Q[start : start + QUERY_BLOCK] for start in range(0, len(ids_Q), QUERY_BLOCK)]
+
+
 def most_similar(unit: UnitFeatures, ids_Q: Ids, k: int) -> tuple[Floats, Ids]:
     """The `k` most similar images of each of some images, without itself, by a search of all, a chunk at a time.
     Returns similarities (Q, min(k, N-1)) float32 (accurate to float32) and ids (same shape) int64, the most similar
@@ -92,7 +97,7 @@ def most_similar(unit: UnitFeatures, ids_Q: Ids, k: int) -> tuple[Floats, Ids]:
     num_images, dim = unit.shape
     k = min(k, num_images - 1)
     rule = Rule(None, k, None, seed=0)
-    blocks = [ids_Q[start : start + QUERY_BLOCK] for start in range(0, len(ids_Q), QUERY_BLOCK)]
+    blocks = blocks_of(ids_Q)
     chunk = max(k + 1, CHUNK_ELEMENTS // dim)
 
     def answers_of_chunk(start: int) -> list[Candidates]:

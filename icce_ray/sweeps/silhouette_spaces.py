@@ -31,20 +31,15 @@ def sample(num_images: int) -> npt.NDArray[np.int64]:
 
 
 def run(config: Config, context: StageContext) -> dict[str, Any]:
-    """Write pca.npy and, if it can be made, umap.npy: (n, d) float32, the rows of :func:`sample`. Returns num_images
-    (in the sample)."""
+    """Write pca.npy and, if it can be made, umap.npy: (n, at most 50) float32, the rows of :func:`sample`. Returns
+    num_images (in the sample)."""
+    # Imported here: scikit-learn takes a second, and processes that wait for trials only ask for the names.
+    from icce_ray.metrics.label_free_scores import PROJECTIONS
+
     matrix_ND = load_features(training_set(context.inputs)).matrix
     rows = sample(len(matrix_ND))
     features_nD = np.array(matrix_ND[rows], dtype=np.float32)
     for done, space in enumerate(spaces()):
         context.progress.update(done, len(spaces()), space)
-        context.output.write_array(f"{space}.npy", project(features_nD, space))
+        context.output.write_array(f"{space}.npy", PROJECTIONS[space](features_nD, SEED))
     return {"num_images": len(rows)}
-
-
-def project(features_nD: npt.NDArray[np.float32], space: str) -> npt.NDArray[np.float32]:
-    """`features_nD` in at most 50 dimensions of `space`: `pca`, or `umap` (arXiv 2406.02465)."""
-    # Imported here: scikit-learn takes a second, and processes that wait for trials only ask for the names.
-    from icce_ray.metrics.label_free_scores import project_pca, project_umap
-
-    return (project_umap if space == "umap" else project_pca)(features_nD, SEED)

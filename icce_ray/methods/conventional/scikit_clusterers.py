@@ -19,7 +19,7 @@ from threadpoolctl import threadpool_limits
 from icce_ray.config import ConventionalConfig
 from icce_ray.errors import InputError
 from icce_ray.methods.clusterings import Clusterings
-from icce_ray.metrics.label_free_scores import PCA_DIMS, project_pca, project_umap
+from icce_ray.metrics.label_free_scores import PCA_DIMS, PROJECTIONS
 from icce_ray.runtime.machine import available_memory_bytes, require_memory
 from icce_ray.runtime.progress import QUIET, Progress
 from icce_ray.sample.unit_features import prepare
@@ -139,7 +139,7 @@ def represent(
     unit = prepare(features_ND, center=settings.normalize)
     points_ND = unit[:] if settings.normalize else np.array(features_ND, dtype=np.float32)
     if settings.representation != "raw":
-        points_ND = (project_umap if settings.representation == "umap" else project_pca)(points_ND, seed)
+        points_ND = PROJECTIONS[settings.representation](points_ND, seed)
     return points_ND.astype(np.float64)
 
 

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pytest
 
 from icce_ray.config import Config, build_config
-from icce_ray.metrics.label_free_scores import label_free_scores
+from icce_ray.metrics.label_free_scores import label_free_scores, project_pca, project_umap
 from icce_ray.metrics.true_label_scores import normalized_mutual_info
 from icce_ray.pipeline.plan import plan
 from icce_ray.stage import Stage, StageContext
@@ -135,7 +135,7 @@ def test_metrics_tell_good_clusters_from_bad_and_say_none_where_they_cannot() ->
     generator = np.random.default_rng(0)
     labels = np.repeat(np.arange(3), 60)
     features = (np.eye(3)[labels] * 6 + generator.normal(size=(180, 3))).astype(np.float32)
-    points = {"pca": silhouette_spaces.project(features, "pca")}
+    points = {"pca": project_pca(features, 0)}
     good = label_free_scores(features, points, labels, random_state=0)
     bad = label_free_scores(features, points, generator.permutation(labels), random_state=0)
     assert good.keys() == {"generalization", "silhouette_pca"}
@@ -156,7 +156,7 @@ def test_the_same_sample_is_judged_in_every_trial() -> None:
 
 def test_spaces_have_at_most_fifty_dimensions() -> None:
     features = np.random.default_rng(0).normal(size=(80, 60)).astype(np.float32)
-    assert silhouette_spaces.project(features, "pca").shape == (80, 50)
-    assert silhouette_spaces.project(features[:20], "pca").shape == (20, 20)
+    assert project_pca(features, 0).shape == (80, 50)
+    assert project_pca(features[:20], 0).shape == (20, 20)
     if "umap" in silhouette_spaces.spaces():
-        assert silhouette_spaces.project(features, "umap").shape == (80, 50)
+        assert project_umap(features, 0).shape == (80, 50)
