@@ -148,7 +148,7 @@ def test_parts_with_each_others_content_wait_for_each_other_and_both_come_to_an_
     tmp_path: Path, num_shards: int
 ) -> None:
     folder = Folder.at(tmp_path)
-    index, both = sharded([folder], num_shards), threading.Barrier(2)
+    index, both = sharded([folder], num_shards), threading.Barrier(2, timeout=60)
     embedded: list[str] = []
     results: dict[int, Any] = {}
 
@@ -169,7 +169,7 @@ def test_parts_with_each_others_content_wait_for_each_other_and_both_come_to_an_
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(30)
+        thread.join(60)
     assert sorted(embedded) == [sha(1), sha(2)]
     assert results == {0: [[1, 1], [2, 1]], 1: [[2, 1], [1, 1]]}
 

@@ -105,7 +105,7 @@ def test_processes_that_load_at_once_all_get_the_whole_matrix(make_embed_artifac
     rows = random_rows(5000, 16)
     artifact = make_embed_artifact(rows, 100)
     methods = multiprocessing.get_context("fork")
-    barrier, results = methods.Barrier(4), methods.Queue()
+    barrier, results = methods.Barrier(4, timeout=60), methods.Queue()
     workers = [methods.Process(target=_load_elsewhere, args=(artifact.folder.uri, barrier, results)) for _ in range(4)]
     for worker in workers:
         worker.start()

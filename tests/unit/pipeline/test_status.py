@@ -171,7 +171,7 @@ def test_the_file_is_written_on_while_a_stage_says_nothing(
     with told:
         told.watch(Progress("embed", quiet=True, clock=clock))
         clock.now += 1000
-        for _ in range(500):
+        for _ in range(6000):
             if status(tmp_path, clock).heard_s_ago == 0:
                 break
             threading.Event().wait(0.01)

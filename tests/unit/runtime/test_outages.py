@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import itertools
+import threading
+from types import SimpleNamespace
+
 import pytest
 
 from icce_ray.config import StorageConfig
@@ -14,6 +18,7 @@ def test_a_store_that_is_away_stands_in_the_progress_line(
     answers = iter([True, False, True, False, False, True])
     asked: list[str] = []
     said: list[str] = []
+    all_said = threading.Event()
 
     def ask(uri: str, options: StorageConfig) -> bool:
         asked.append(uri)
@@ -21,14 +26,20 @@ def test_a_store_that_is_away_stands_in_the_progress_line(
 
     monkeypatch.setattr(progress_module, "POLL_S", 0.001)
     monkeypatch.setattr(s3, "answers", ask)
-    progress = Progress("embed")
-    monkeypatch.setattr(progress, "waits", lambda text: (said.append(text), Progress.waits(progress, text)))
+    monkeypatch.setattr(progress_module, "time", SimpleNamespace(monotonic=itertools.count(step=7).__next__))
+    progress = Progress("embed", clock=lambda: 0.0)
+
+    def waits(text: str) -> None:
+        said.append(text)
+        Progress.waits(progress, text)
+        if len(said) == 6:
+            all_said.set()
+
+    monkeypatch.setattr(progress, "waits", waits)
     with progress_module.outages_told(["s3://photos/a", "s3://photos/b", "/local"], StorageConfig(), progress):
-        while len(said) < 6:
-            pass
+        assert all_said.wait(60)
     assert set(asked) == {"s3://photos"}
     assert [bool(text) for text in said[:6]] == [False, False, False, False, True, False]  # once is a slow answer
-    assert (
-        "embed: nothing counted yet, waits for s3://photos, which has not answered for 0 s" in capsys.readouterr().err
-    )
+    told = capsys.readouterr().err
+    assert "embed: nothing counted yet, waits for s3://photos, which has not answered for 7 s" in told
     assert progress.read().note == ""

@@ -8,6 +8,9 @@ import torch
 
 from icce_ray.runtime.threads import MAX_BYTES, ThreadPool, in_threads, prefetched, set_threads, threads_within
 
+TIMEOUT_S = 60.0
+"""Far longer than any thread takes: only a test that fails waits so long."""
+
 
 @pytest.mark.parametrize("num_threads", [0, 1, 3])
 def test_results_come_in_the_order_of_the_items(num_threads: int) -> None:
@@ -22,7 +25,7 @@ def test_each_thread_of_a_pool_computes_on_one_core() -> None:
     together = threading.Barrier(2)
 
     def ask(_: int) -> tuple[int, int]:
-        together.wait(timeout=10)  # both threads of the pool are asked
+        together.wait(TIMEOUT_S)  # both threads of the pool are asked
         return torch.get_num_threads(), faiss.omp_get_max_threads()
 
     try:
@@ -50,7 +53,7 @@ def test_an_error_in_a_thread_is_raised(fails_in_caller: bool) -> None:
     together = threading.Barrier(2)
 
     def fail(_: int) -> None:
-        together.wait(timeout=10)
+        together.wait(TIMEOUT_S)
         if (threading.current_thread() is threading.main_thread()) == fails_in_caller:
             raise ZeroDivisionError
 
@@ -63,7 +66,7 @@ def test_of_several_errors_that_of_the_first_item_is_raised() -> None:
 
     def fail(item: int) -> None:
         if item == 0:
-            assert second_failed.wait(10)
+            assert second_failed.wait(TIMEOUT_S)
         else:
             second_failed.set()
         raise ValueError(f"item {item}")
@@ -86,18 +89,18 @@ def test_the_number_of_threads_is_bounded_by_memory() -> None:
 
 
 def test_the_next_batch_is_made_while_one_is_used_and_errors_come_through() -> None:
-    made: list[int] = []
+    made = [threading.Event() for _ in range(3)]
 
     def numbers():
-        for number in range(3):
-            made.append(number)
+        for number, event in enumerate(made):
+            event.set()
             yield number
         raise KeyError("the end")
 
     items = prefetched(numbers())
     assert next(items) == 0
-    assert next(items) == 1
-    assert 1 in made
-    assert next(items) == 2
+    assert made[1].wait(TIMEOUT_S)
+    assert not made[2].is_set()
+    assert [next(items), next(items)] == [1, 2]
     with pytest.raises(KeyError, match="the end"):
         next(items)
