@@ -85,9 +85,10 @@ def test_an_entry_counts_as_used_when_it_is_asked_for(root: Path) -> None:
 
 
 def test_scratch_folders_go_even_if_their_process_is_killed(root: Path) -> None:
-    code = "from icce_ray.store.cache import scratch_folder; import time\n"
-    code += "with scratch_folder() as folder: (folder / 'x').touch(); print(folder, flush=True); time.sleep(60)"
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as other:
+    code = "from icce_ray.store.cache import scratch_folder; import sys\n"
+    code += "with scratch_folder() as folder: (folder / 'x').touch(); print(folder, flush=True); sys.stdin.read()"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", code], text=True, **pipes) as other:
         assert other.stdout is not None
         theirs = Path(other.stdout.readline().strip())
         with scratch_folder() as mine:

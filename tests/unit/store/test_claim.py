@@ -6,6 +6,7 @@ import os
 import pickle
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -111,12 +112,14 @@ class Bucket:
 
     def __init__(self) -> None:
         self.objects: dict[str, bytes] = {}
+        self.lock = threading.Lock()
 
     def put_object(self, Bucket: str, Key: str, Body: bytes, **condition: str) -> dict[str, str]:
-        tag = str(self.objects.get(Key))
-        if condition != ({"IfMatch": tag} if Key in self.objects else {"IfNoneMatch": "*"}):
-            raise FileExistsError(Key)
-        self.objects[Key] = Body
+        with self.lock:
+            tag = str(self.objects.get(Key))
+            if condition != ({"IfMatch": tag} if Key in self.objects else {"IfNoneMatch": "*"}):
+                raise FileExistsError(Key)
+            self.objects[Key] = Body
         return {"ETag": str(Body)}
 
     def get_object(self, Bucket: str, Key: str) -> dict[str, Any]:
@@ -144,7 +147,8 @@ def in_bucket(tmp_path: Path) -> Folder:
 
 def lose(held: Claim, bucket: Bucket) -> None:
     """Another job takes the claim over, and its holder finds out."""
-    bucket.objects = dict.fromkeys(bucket.objects, b"of another job")
+    with bucket.lock:  # not within a renewal
+        bucket.objects = dict.fromkeys(bucket.objects, b"of another job")
     assert held._renewer is not None
     held._renewer.join(timeout=60)
     assert not held._renewer.is_alive()
@@ -152,8 +156,9 @@ def lose(held: Claim, bucket: Bucket) -> None:
 
 def test_a_claim_in_a_bucket_is_renewed_and_removed_at_the_end(bucket: Bucket, in_bucket: Folder) -> None:
     with Claim(in_bucket) as held:
-        before = dict(bucket.objects)
+        before, deadline = dict(bucket.objects), time.monotonic() + 60
         while bucket.objects == before:
+            assert time.monotonic() < deadline
             time.sleep(0.001)
         held.confirm()
     assert bucket.objects == {}
