@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import io
 import pickle
+import queue
 import tarfile
 import threading
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -78,19 +80,80 @@ class _FakeFile:
         return bytes(self._file.read_at(num_bytes - (self._store.short_reads >= 0), start))
 
 
+class Hangs:
+    """Calls that hang. The time limit of such a call is over as soon as it hangs; the others have all the time they
+    need, however busy the machine is."""
+
+    def __init__(self) -> None:
+        self._of_thread = threading.local()
+        self._go_on = threading.Event()
+        self._threads: list[threading.Thread] = []
+
+    def within(self, seconds: float | None, call: Callable[[], Any]) -> Any:
+        said: queue.SimpleQueue[Future[Any]] = queue.SimpleQueue()
+
+        def run() -> None:
+            self._of_thread.said = said
+            outcome: Future[Any] = Future()
+            try:
+                outcome.set_result(call())
+            except BaseException as error:
+                outcome.set_exception(error)
+            said.put(outcome)
+
+        thread = threading.Thread(target=run, daemon=True)
+        self._threads.append(thread)
+        thread.start()
+        return said.get(timeout=60).result()
+
+    def __call__(self, call: str, path: str) -> None:
+        over: Future[Any] = Future()
+        over.set_exception(s3.AwayError("no answer in 20 s"))
+        self._of_thread.said.put(over)
+        assert self._go_on.wait(60)
+
+    def go_on(self) -> None:
+        """Let the calls go on, and wait until they have returned."""
+        self._go_on.set()
+        for thread in self._threads:
+            thread.join(60)
+
+
+@pytest.fixture
+def hangs(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hangs]:
+    made = Hangs()
+    monkeypatch.setattr(patient_filesystem, "within", made.within)
+    yield made
+    made.go_on()
+
+
 @pytest.fixture
 def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeStore]:
     (tmp_path / "photos").mkdir()
     fake = FakeStore(tmp_path)
     monkeypatch.setattr(filesystem, "_from_uri", lambda uri: (fake, "photos/"))
-    monkeypatch.setattr(s3, "READ_TIMEOUT_S", 0.2)
-    monkeypatch.setattr(s3, "CONNECT_TIMEOUT_S", 0.1)
+    for module, limit in ((s3, "READ_TIMEOUT_S"), (s3, "CONNECT_TIMEOUT_S"), (patient_filesystem, "CHECK_S")):
+        monkeypatch.setattr(module, limit, 60.0)
     monkeypatch.setattr(s3, "OUTAGE_POLL_S", 0.001)
-    monkeypatch.setattr(patient_filesystem, "CHECK_S", 0.2)
     monkeypatch.setattr(patient_filesystem, "MIN_TRYING_S", 0.0)
     filesystem._remote.cache_clear()
     yield fake
     filesystem._remote.cache_clear()
+
+
+def test_a_call_that_takes_too_long_is_left_alone_and_any_other_returns_what_it_returns() -> None:
+    go_on = threading.Event()
+    with pytest.raises(s3.AwayError, match="no answer in 0 s"):
+        patient_filesystem.within(0.01, lambda: go_on.wait(60))
+    go_on.set()
+    assert patient_filesystem.within(60.0, lambda: "answer") == "answer"
+    for error in (TimeoutError("of the call"), KeyError("of the call")):
+        with pytest.raises(type(error), match="of the call"):
+            patient_filesystem.within(60.0, partial(_raise, error))
+
+
+def _raise(error: Exception) -> None:
+    raise error
 
 
 def away(call: str, path: str) -> None:
@@ -111,10 +174,6 @@ class Outage:
 
 def only(bad: str, fault: Fault) -> Fault:
     return lambda call, path: fault(call, path) if path.endswith(bad) else None
-
-
-def hang(call: str, path: str) -> None:
-    time.sleep(1.0)
 
 
 def refuse(call: str, path: str) -> None:
@@ -152,10 +211,10 @@ def test_an_outage_of_hours_ends_the_job_with_one_line(
         Folder.at("gs://photos/out").write_bytes("a.json", b"1")
 
 
-@pytest.mark.parametrize("fault", [away, hang], ids=["errors", "no bytes"])
-def test_a_bad_object_costs_itself(store: FakeStore, tmp_path: Path, fault: Fault) -> None:
+@pytest.mark.parametrize("kind", ["errors", "no bytes"])
+def test_a_bad_object_costs_itself(store: FakeStore, tmp_path: Path, hangs: Hangs, kind: str) -> None:
     rows = put(tmp_path, "a.png", "bad.png", "c.png")
-    store.fault = only("bad.png", fault)
+    store.fault = only("bad.png", away if kind == "errors" else hangs)
     first, bad, last = read(rows)
     assert (first, last) == (b"a.png" * 100, b"c.png" * 100)
     assert str(bad).startswith("unreadable: BadObjectError: photos/bad.png")
@@ -210,24 +269,22 @@ def test_containers_are_waited_for_and_a_bad_one_is_a_row(store: FakeStore, tmp_
 
 
 def test_files_are_written_whole_in_spite_of_an_outage_and_of_attempts_that_hang(
-    store: FakeStore, tmp_path: Path
+    store: FakeStore, tmp_path: Path, hangs: Hangs
 ) -> None:
     folder = Folder.at("gs://photos/out")
-    hangs = Counter[str]()
+    faults = iter([hangs, away, away])
 
     def fault(call: str, path: str) -> None:
-        if call == "open_output_stream":
-            hangs[path] += 1
-            if hangs[path] == 1:
-                time.sleep(0.3)  # longer than is waited for: the second attempt runs beside the first
-            elif hangs[path] < 4:
-                away(call, path)
+        if call == "open_output_stream" and (next_fault := next(faults, None)):
+            next_fault(call, path)
 
     store.fault = fault
     data = bytes(range(256)) * 4096
     folder.write_bytes("a.bin", data)
+    assert next(faults, None) is None
     assert folder.read_bytes("a.bin") == data
-    time.sleep(0.3)
+    (tmp_path / "photos/out/a.bin").write_bytes(b"of another attempt")
+    hangs.go_on()  # the first attempt writes the file after all
     assert folder.read_bytes("a.bin") == data
     assert folder.sizes() == {"a.bin": len(data)}
     folder.remove("a.bin")
@@ -249,10 +306,10 @@ def test_an_artifact_is_committed_through_an_outage(store: FakeStore, tmp_path: 
     assert found.read_table("t.parquet")["a"].to_pylist() == list(range(1000))
 
 
-def test_a_command_finds_out_within_seconds_that_a_store_does_not_answer(store: FakeStore) -> None:
+def test_a_command_finds_out_within_seconds_that_a_store_does_not_answer(store: FakeStore, hangs: Hangs) -> None:
     for fault, words in (
         (away, "gs://photos cannot be reached: .*UNAVAILABLE"),
-        (hang, "no answer"),
+        (hangs, "no answer"),
         (refuse, "refused"),
     ):
         store.fault = fault
@@ -273,7 +330,7 @@ def test_the_progress_line_tells_of_the_wait(store: FakeStore, monkeypatch: pyte
     monkeypatch.setattr(progress_module, "POLL_S", 0.001)
     store.fault = away
     with progress_module.outages_told(["gs://photos/a"], StorageConfig(), progress):
-        assert told.wait(5.0)
+        assert told.wait(60)
     assert "waits for gs://photos, which has not answered" in said[0]
 
 
