@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import threading
 import time
 from collections import Counter, deque
 from itertools import pairwise
@@ -34,22 +35,29 @@ class StubBucket:
         self.page_s, self.num_pages, self.answered = page_s, 0, Counter[str]()
         self.left = 10**9
         """Pages until the process is killed."""
-        self.pages_now = self.most_pages_at_once = 0
+        self.wanted_at_once, self.pages_now, self.all_asked = 0, 0, threading.Event()
+        """After the first pages, none is answered before so many are asked for at the same time."""
+        self.lock = threading.Lock()
 
     def list_objects_v2(self, Prefix: str, Bucket: str, StartAfter: str = "", MaxKeys: int = 10) -> dict[str, Any]:
-        self.num_pages, self.left = self.num_pages + 1, self.left - 1
-        if MaxKeys > 1:
-            self.pages_now += 1
-            self.most_pages_at_once = max(self.most_pages_at_once, self.pages_now)
+        with self.lock:
+            self.num_pages, self.left = self.num_pages + 1, self.left - 1
+            is_killed, is_held = self.left < 0, self.num_pages > bucket_listing.MIN_PAGES and MaxKeys > 1
+            self.pages_now += is_held
+            if self.pages_now >= self.wanted_at_once:
+                self.all_asked.set()
+        assert not is_held or self.all_asked.wait(60)
         time.sleep(self.page_s)
-        self.pages_now -= MaxKeys > 1
-        if self.left < 0:
+        with self.lock:
+            self.pages_now -= is_held
+        if is_killed:
             raise KeyboardInterrupt
         start = max(bisect.bisect_right(self.keys, StartAfter), bisect.bisect_left(self.keys, Prefix))
         found = [key for key in self.keys[start : start + MaxKeys] if key.startswith(Prefix)]
         is_more = start + MaxKeys < len(self.keys) and self.keys[start + MaxKeys].startswith(Prefix)
         if MaxKeys > 1:
-            self.answered.update(found)
+            with self.lock:
+                self.answered.update(found)
         entries = [{"Key": key, "Size": len(key), "ETag": f'"{key}"'} for key in found]
         return {"Contents": entries, "IsTruncated": is_more, "NextContinuationToken": "x"}
 
@@ -97,11 +105,14 @@ def test_ranges_hold_every_key_once_however_they_are_divided(
 
 
 def test_threads_share_a_large_bucket(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    bucket = stub(monkeypatch, [f"all/img-{n:08d}.jpg" for n in range(5000)], page_s=0.01)
+    monkeypatch.setattr(bucket_listing, "CALL_S", 60.0)
+    bucket = stub(monkeypatch, [f"all/img-{n:08d}.jpg" for n in range(5000)])
+    bucket.wanted_at_once = bucket_listing.NUM_THREADS // 2
     uris, _ = listed(tmp_path)
     assert len(uris) == 5000
-    assert bucket.most_pages_at_once >= bucket_listing.NUM_THREADS // 2
-    assert sum(bucket.answered.values()) < 6000  # few keys are read by two threads
+    num_ranges = len(prefix_in(tmp_path).finished(0.0)) - 1  # and the record of them all
+    assert num_ranges >= bucket.wanted_at_once
+    assert sum(bucket.answered.values()) <= 5000 + 10 * (num_ranges - 1)  # a range ends within a page
 
 
 def test_a_killed_listing_goes_on_where_it_was(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
