@@ -28,10 +28,10 @@ PLACE_OF_DOT = """row => {
   const unit = Math.min(canvas.width, canvas.height) / 65535;
   return [map.left + COLUMNS.x[row] * unit, map.top + (65535 - COLUMNS.y[row]) * unit];
 }"""
-NUM_COLORS = """() => {
+HAS_COLORS = """wanted => {
   const canvas = document.querySelector("canvas");
   const {data} = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
-  return new Set(new Uint32Array(data.buffer)).size;
+  return new Set(new Uint32Array(data.buffer)).size === wanted;
 }"""
 
 
@@ -62,7 +62,7 @@ class Opened:
         options = {"bypass_csp": True} | options
         self.context = browser.new_context(viewport=WIDE, accept_downloads=True, **options)
         self.tab = self.context.new_page()
-        self.tab.set_default_timeout(8000)
+        self.tab.set_default_timeout(60_000)
         self.problems: list[str] = []
         self.requests: list[str] = []
         self.tab.on("pageerror", lambda error: self.problems.append(str(error)))
@@ -234,15 +234,11 @@ def test_the_map_shows_selects_and_colours(opened: Opened) -> None:
     opened.tab.mouse.up()
     assert "89 selected" in opened.text("#selection")
     opened.tab.get_by_role("button", name="Clear").click()
-    seen = {}
-    for by in ("cluster", "agreement", "label"):
+    for by, num_colors in (("agreement", 3), ("cluster", 4), ("agreement", 3), ("label", 4)):  # with the background
         opened.tab.locator("select[name=color]").select_option(by)
-        opened.tab.wait_for_timeout(60)
-        seen[by] = opened.tab.evaluate(NUM_COLORS)
-    assert seen == {"cluster": 4, "agreement": 3, "label": 4}  # with the background
+        opened.tab.wait_for_function(HAS_COLORS, arg=num_colors)
     opened.tab.locator(".legend-entry").first.click()
-    opened.tab.wait_for_timeout(60)
-    assert opened.tab.evaluate(NUM_COLORS) == 3  # one class, the others faint, the background
+    opened.tab.wait_for_function(HAS_COLORS, arg=3)  # one class, the others faint, the background
 
 
 def test_corrections_survive_a_reload_and_are_saved(opened: Opened) -> None:

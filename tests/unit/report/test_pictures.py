@@ -1,7 +1,7 @@
 from __future__ import annotations
 
+import itertools
 import threading
-import time
 from typing import Any
 
 import numpy as np
@@ -12,23 +12,26 @@ from icce_ray.report.pictures import IMAGES_PER_PROCESS, MAX_IMAGE_PIXELS, MAX_P
 
 
 def test_large_images_are_decoded_one_at_a_time_and_enormous_ones_not_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    running, most, lock = 0, 0, threading.Lock()
+    """The first large image takes until another process has found one too large to be decoded beside others, and a
+    moment more, in which none may begin."""
+    over_limit, large = itertools.count(1), itertools.count(1)
+    two_over_limit, second_begun = threading.Event(), threading.Event()
     limits: list[int] = []
 
     class Decoder:
         def decode(self, data: bytes, preprocessing: Any, *, max_pixels: int) -> Any:
-            nonlocal running, most
             limits.append(max_pixels)
             if data == b"enormous" or (data == b"large" and max_pixels == MAX_PARALLEL_PIXELS):
+                if max_pixels == MAX_PARALLEL_PIXELS and next(over_limit) == 2:
+                    two_over_limit.set()
                 return f"over the limit of {max_pixels} pixels"
             if data == b"small":
                 return np.zeros((1, 1, 3), np.uint8)
-            with lock:
-                running += 1
-                most = max(most, running)
-            time.sleep(0.01)
-            with lock:
-                running -= 1
+            if next(large) > 1:
+                second_begun.set()
+            else:
+                assert two_over_limit.wait(60)
+                assert not second_begun.wait(0.1)
             return np.ones((1, 1, 3), np.uint8)
 
         def close(self) -> None:
@@ -41,4 +44,5 @@ def test_large_images_are_decoded_one_at_a_time_and_enormous_ones_not_at_all(mon
     uris += ["small.png"] * IMAGES_PER_PROCESS  # so that there are several processes
     found = [picture for batch in load_thumbnails(uris) for picture in batch]
     assert [None if picture is None else int(picture.max()) for picture in found[:6]] == [0, 1, 1, None, 1, None]
-    assert (most, set(limits)) == (1, {MAX_PARALLEL_PIXELS, MAX_IMAGE_PIXELS})
+    assert second_begun.is_set()
+    assert set(limits) == {MAX_PARALLEL_PIXELS, MAX_IMAGE_PIXELS}

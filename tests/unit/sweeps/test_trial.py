@@ -40,17 +40,24 @@ def commit(folder: Path, **parts: Any) -> Artifact:
 
 def test_trials_that_need_the_same_stage_at_once_make_it_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
+    waiting, two_wait = set[int](), threading.Event()
 
     def run(config: Config, context: StageContext) -> dict[str, Any]:
         made.append(config.seed)
-        time.sleep(0.3)
+        assert config.seed == 1 or two_wait.wait(60)
         context.output.write_json("part.json", 1)
         return {"value": 7}
+
+    def wait(seconds: float) -> None:
+        waiting.add(threading.get_ident())
+        if len(waiting) == 2:
+            two_wait.set()
+        time.sleep(0.01)
 
     module = types.ModuleType("toy_slow")
     module.run = run  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "toy_slow", module)
-    monkeypatch.setattr(trial, "POLL_S", 0.02)
+    monkeypatch.setattr(trial, "time", types.SimpleNamespace(sleep=wait))
     stages = (Stage("toy", "toy_slow", 1, (), lambda config: {"seed": config.seed}),)
     found: list[dict[str, Artifact]] = []
 
