@@ -139,6 +139,7 @@ class ICCE(FeatureClusterer):
             imbalance=config.consensus.imbalance,
             head_losses=trained.losses_H,
             neighbors=graph.nearest_Nk if config.consensus.recombine else None,
+            features=trained_on_nD if config.consensus.relabel else None,
         )
         self.classifier_: LinearClassifier = fit_classifier(
             trained_on_nD,

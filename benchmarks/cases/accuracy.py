@@ -98,7 +98,8 @@ def combination(features: datasets.Floats, num_clusters: int, seed: int, setting
         KMeans(num_clusters, random_state=seed).fit(features).label_matrix_,
     ]
     nearest = NearestNeighbors(n_neighbors=10).fit(unit(features)).kneighbors(return_distance=False)
-    return {"combination": cluster_ensemble(rows, num_clusters, neighbors=nearest, random_state=seed).labels}
+    made = cluster_ensemble(rows, num_clusters, neighbors=nearest, features=features, random_state=seed)
+    return {"combination": made.labels}
 
 
 def temi(features: datasets.Floats, num_clusters: int, seed: int, settings: dict[str, Any]) -> Rows:
@@ -128,7 +129,13 @@ METHODS: dict[str, Callable[..., Rows]] = {
     },
     BEFORE: lambda x, k, seed, s: {
         BEFORE: icce(
-            x, k, seed, s, heads=s["heads"] | {"balance": 1.0}, neighbors=s["neighbors"], consensus={"recombine": False}
+            x,
+            k,
+            seed,
+            s,
+            heads=s["heads"] | {"balance": 1.0},
+            neighbors=s["neighbors"],
+            consensus={"recombine": False, "relabel": False},
         ).labels_
     },
     "icce": our_defaults,

@@ -1,4 +1,4 @@
-"""The consensus at ImageNet's size and at a tenth of it, for planted labels and neighbours with noise.
+"""The consensus at ImageNet's size and at a tenth of it, for planted labels, neighbours and features with noise.
 
 The stage runs on Ray with all CPUs of the machine (two on the reference machine), and `cluster_ensemble` gets the same
 matrix in one process: the labels must be equal. Memory is that of all processes, shared pages counted once (PSS). The
@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from cases.process_memory import MemoryWatch
 from icce_ray.config import Config, ConsensusConfig
 from icce_ray.consensus.consensus_memory import coordinator_bytes, worker_bytes
 from icce_ray.consensus.ensemble import cluster_ensemble
+from icce_ray.embed.feature_matrix import load_features
 from icce_ray.metrics.true_label_scores import evaluate_clustering, normalized_mutual_info
 from icce_ray.neighbors.graph import NUM_NEAREST
 from icce_ray.runtime.progress import Progress
@@ -33,6 +35,7 @@ SETTINGS: dict[str, Any] = {
     "small_num_clusters": 100,
     "noise": 0.3,
     "purity": 0.7,
+    "num_dims": 256,
 }
 MAX_SECONDS, MAX_SMALL_SECONDS = 180.0, 20.0
 MAX_BYTES = 4_000_000_000
@@ -43,7 +46,10 @@ def run(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, bool]]:
     labels_N, heads_HN = planted_heads(settings["small_num_images"], num_heads, settings["small_num_clusters"], noise)
     nearest_Nk = planted_neighbors(labels_N, NUM_NEAREST, settings["purity"])
     started = time.perf_counter()
-    small = cluster_ensemble(heads_HN, settings["small_num_clusters"], random_state=0, neighbors=nearest_Nk)
+    features_ND = planted_features(labels_N, settings["num_dims"])
+    small = cluster_ensemble(
+        heads_HN, settings["small_num_clusters"], random_state=0, neighbors=nearest_Nk, features=features_ND
+    )
     small_s = time.perf_counter() - started
     print(f"{heads_HN.shape[1]:,} images, one process: {small_s:.1f} s, {small.method}", flush=True)
     for method, reason in small.skipped.items():
@@ -54,19 +60,21 @@ def run(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, bool]]:
     num_clusters = settings["num_clusters"]
     labels_N, heads_HN = planted_heads(settings["num_images"], num_heads, num_clusters, noise)
     nearest_Nk = planted_neighbors(labels_N, NUM_NEAREST, settings["purity"])
-    stage, consensus_N = run_stage(heads_HN, nearest_Nk, num_clusters)
+    features_ND = planted_features(labels_N, settings["num_dims"])
+    stage, consensus_N = run_stage(heads_HN, nearest_Nk, features_ND, num_clusters)
     started = time.perf_counter()
     metrics = evaluate_clustering(labels_N, consensus_N)
     stage["metrics_s"] = time.perf_counter() - started
     seconds = stage["seconds"] + stage["metrics_s"]
     best_head = max(normalized_mutual_info(labels_N, head_N) for head_N in heads_HN)
     started = time.perf_counter()
-    local = cluster_ensemble(heads_HN, num_clusters, random_state=0, neighbors=nearest_Nk)
+    local = cluster_ensemble(heads_HN, num_clusters, random_state=0, neighbors=nearest_Nk, features=features_ND)
     figures |= {
         "stage": stage,
         "metrics": metrics,
         "best_head_nmi": best_head,
         "one_process_s": time.perf_counter() - started,
+        "num_relabelled": local.num_relabelled,
     }
     gigabytes = [stage[name] / 1e9 for name in ("bytes", "idle_bytes", "stated_bytes")]
     print(
@@ -74,7 +82,10 @@ def run(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, bool]]:
         f"({gigabytes[1]:.1f} idle, stated besides {gigabytes[2]:.1f}); metrics {stage['metrics_s']:.1f} s; "
         f"one process {figures['one_process_s']:.1f} s"
     )
-    print(f"NMI to the planted labels {metrics['nmi']:.4f}, best head {best_head:.4f}")
+    print(
+        f"NMI to the planted labels {metrics['nmi']:.4f}, best head {best_head:.4f}; "
+        f"{local.num_relabelled:,} images placed by their features"
+    )
     bounds |= {
         f"{heads_HN.shape[1]:,} images in at most {MAX_SECONDS:.0f} s, metrics included": seconds <= MAX_SECONDS,
         f"in at most {MAX_BYTES / 1e9:.0f} GB": stage["bytes"] <= MAX_BYTES,
@@ -85,7 +96,7 @@ def run(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, bool]]:
     return figures, bounds
 
 
-def run_stage(heads_HN: Any, nearest_Nk: Any, num_clusters: int) -> tuple[dict[str, Any], Any]:
+def run_stage(heads_HN: Any, nearest_Nk: Any, features_ND: Any, num_clusters: int) -> tuple[dict[str, Any], Any]:
     """Seconds and bytes of the stage on Ray, and its labels."""
     from icce_ray.consensus import job
     from icce_ray.methods.clusterings import LABELS_NAME
@@ -104,12 +115,18 @@ def run_stage(heads_HN: Any, nearest_Nk: Any, num_clusters: int) -> tuple[dict[s
         writer = ArtifactWriter(Folder.at(Path(folder) / "neighbors"))
         writer.write_array("part-00000-nearest.npy", nearest_Nk)
         graph = writer.commit(stage="neighbors", fingerprint="g", inputs={}, config={}, metrics={}, seconds=0.0)
+        writer = ArtifactWriter(Folder.at(Path(folder) / "embed"))
+        rows = pa.FixedSizeListArray.from_arrays(pa.array(features_ND.ravel()), features_ND.shape[1])
+        writer.write_table("part-00000.parquet", pa.table({"image_id": np.arange(len(rows)), "embedding": rows}))
+        embed = writer.commit(stage="embed", fingerprint="e", inputs={}, config={}, metrics={}, seconds=0.0)
+        load_features(embed)  # copied once per machine, by the stages before this one
+        inputs = {"embed": embed, "method": heads, "neighbors": graph}
         config = Config(output=folder, num_clusters=num_clusters, embeddings={"uri": "unused.npy"})
         connect(config.resources)
         output = ArtifactWriter(Folder.at(Path(folder) / "consensus"))
         started = time.perf_counter()
         with MemoryWatch() as memory:
-            job.run(config, StageContext(output, {"method": heads, "neighbors": graph}, Progress("consensus")))
+            job.run(config, StageContext(output, inputs, Progress("consensus")))
         seconds = time.perf_counter() - started
         disconnect()
         labels_N = np.load(Path(folder) / "consensus" / "labels.npy")
@@ -135,6 +152,18 @@ def planted_heads(num_images: int, num_heads: int, num_clusters: int, noise: flo
         is_noise = rng.random(num_images) < noise
         head_N[is_noise] = rng.integers(0, num_clusters, int(is_noise.sum()))
     return labels_N, heads_HN
+
+
+def planted_features(labels_N: Any, dim: int, seed: int = 0) -> Any:
+    """Features (N, D) float16 about a centre for each label."""
+    rng = np.random.default_rng(seed)
+    centres_KD = rng.standard_normal((int(labels_N.max()) + 1, dim), dtype=np.float32)
+    features_ND = np.empty((len(labels_N), dim), dtype=np.float16)
+    for start in range(0, len(labels_N), 65_536):
+        rows = slice(start, start + 65_536)
+        noise_nD = rng.standard_normal((len(labels_N[rows]), dim), dtype=np.float32)
+        features_ND[rows] = centres_KD[labels_N[rows]] + 2 * noise_nD
+    return features_ND
 
 
 def planted_neighbors(labels_N: Any, num_neighbors: int, purity: float, seed: int = 0) -> Any:

@@ -62,7 +62,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "balance": 1.0,
             "teacher_momentum": 0.996,
         },
-        "consensus": {"methods": ("mcla", "cspa"), "refine": False, "recombine": False},
+        "consensus": {"methods": ("mcla", "cspa"), "refine": False, "recombine": False, "relabel": False},
     }
 }
 

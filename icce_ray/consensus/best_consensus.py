@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from icce_ray.config import ConsensusConfig, ConsensusMethod
 from icce_ray.consensus.aligned_vote import align_and_vote, best_head, measure_agreement
+from icce_ray.consensus.doubtful_images import UnitRows, find_doubtful, place_doubtful
 from icce_ray.consensus.empty_clusters import fill_empty_clusters
 from icce_ray.consensus.graph_choice import RECOMBINED, choose_on_graph, trusted_heads
 from icce_ray.consensus.graph_cuts import HeadPairs, compare_heads, cspa, hbgf, mcla
@@ -32,6 +33,8 @@ TRIES_BUDGET = 2_000_000
 """Approximate limit of labels (heads x images) times tries: large inputs get fewer tries, at least one."""
 SCREENING_PASSES = 5
 """Refinement passes of each try; only the best try of each function is refined to the end."""
+RELABELLED = "relabelled"
+"""Name of the step that places doubtful images by their features, among what was skipped."""
 FALLBACK: ConsensusMethod = "vote"
 """Used if all functions asked for fail: it needs no partitioner."""
 
@@ -60,6 +63,8 @@ class EnsembleResult:
     """(N,), nats: entropy of the aligned labels of the heads."""
     second_choice: Labels
     """(N,) int32: the cluster with the most votes besides the consensus; -1 if no head votes for another."""
+    num_relabelled: int
+    """Images that were placed by their features, because no majority of the heads places them."""
     graph_scores: dict[str, float]
     """By method: the share of a cluster's edges in the neighbour graph that stay within it, in the mean over clusters;
     edges weigh as many heads as join their ends. Empty without a graph."""
@@ -84,6 +89,7 @@ class EnsembleResult:
             "skipped": self.skipped,
             "repaired": self.repaired,
             "mean_agreement": float(self.agreement[has_cluster].mean(dtype=np.float64)),
+            "num_relabelled": self.num_relabelled,
             "num_noise": int((~has_cluster).sum()),
             "num_clusters": len(sizes),
             "smallest_cluster": int(sizes.min()),
@@ -107,12 +113,14 @@ def find_consensus(
     seed: int,
     head_losses: npt.NDArray[np.float64] | None = None,
     nearest: Nearest | None = None,
+    unit_features: Callable[[], UnitRows] | None = None,
     report: Callable[[int, int, str], None] = lambda done, total, note: None,
 ) -> EnsembleResult:
     """Make the consensus of `heads`, with the clusters 0..num_clusters-1. A single head is taken as it is, if it has no
     more clusters. `head_losses` (H,) are for `best_head` and the choice on the neighbour graph, `nearest`; without one,
-    the consensus with the highest ANMI is kept. `report` is called with the number of finished steps, of all steps, and
-    the name of the next one."""
+    the consensus with the highest ANMI is kept. `unit_features` makes the features that place doubtful images; without
+    it, these stay where the consensus puts them. `report` is called with the number of finished steps, of all steps,
+    and the name of the next one."""
     if heads.num_heads == 1:  # there is nothing to combine
         config = config.model_copy(update={"methods": ("best_head",), "refine": False})
     seeds = derive_seeds(seed)
@@ -142,18 +150,30 @@ def find_consensus(
         best_tries |= {name: _Try(anmi(labels_N, heads, num_clusters), labels_N, 0) for name, labels_N in made.items()}
         skipped |= left_out
     report(total - 1, total, "agreement")
-    labels_N = best_tries[chosen].labels_N
+    labels_N, value, num_relabelled = best_tries[chosen].labels_N, best_tries[chosen].anmi, 0
     counts_KC = count_consensus(labels_N, everyone, num_clusters)
     agreement = measure_agreement(labels_N, everyone, counts_KC, seed=seeds[0])
+    if config.relabel and unit_features is not None and len(doubtful := find_doubtful(agreement.agreement_N)):
+        try:
+            placed_N = place_doubtful(labels_N, doubtful, everyone, unit_features, num_clusters)
+        except PartitionError as error:
+            skipped[RELABELLED] = str(error)
+            placed_N = labels_N
+        num_relabelled = int((placed_N != labels_N).sum())
+        if num_relabelled:
+            labels_N, value = placed_N, anmi(placed_N, heads, num_clusters)
+            counts_KC = count_consensus(labels_N, everyone, num_clusters)
+            agreement = measure_agreement(labels_N, everyone, counts_KC, seed=seeds[0])
     return EnsembleResult(
         labels=heads.spread(labels_N, MISSING),
         method=chosen,
         anmi={method: best.anmi for method, best in best_tries.items()},
         start_anmi=start_anmi,
-        consensus_anmi=best_tries[chosen].anmi,
+        consensus_anmi=value,
         agreement=heads.spread(agreement.agreement_N, np.nan),
         vote_entropy=heads.spread(agreement.vote_entropy_N, 0.0),
         second_choice=heads.spread(agreement.second_choice_N, MISSING),
+        num_relabelled=num_relabelled,
         graph_scores=graph_scores,
         hierarchy=build_hierarchy(counts_KC, everyone.offsets),
         skipped=skipped,

@@ -18,6 +18,7 @@ from icce_ray.consensus.best_consensus import EnsembleResult, find_consensus
 from icce_ray.consensus.consensus_memory import check_memory
 from icce_ray.consensus.label_matrix import Heads, check_matrix, encode_heads
 from icce_ray.errors import InputError
+from icce_ray.sample.unit_features import UnitFeatures, prepare
 
 
 def cluster_ensemble(
@@ -30,6 +31,7 @@ def cluster_ensemble(
     imbalance: float = 1.5,
     head_losses: npt.ArrayLike | None = None,
     neighbors: npt.ArrayLike | None = None,
+    features: npt.ArrayLike | None = None,
 ) -> EnsembleResult:
     """Make one clustering of several: the consensus with the highest average NMI with them (Strehl & Ghosh 2002).
 
@@ -49,6 +51,8 @@ def cluster_ensemble(
         neighbors: (N, k) integers, the images most similar to each image, -1 where there are fewer; 10 are a good
             number. With them, the clusterings and the consensus are recombined, the graph is cut, and it takes part in
             the choice.
+        features: (N, D) finite, the features of the images. With them, images that no majority of the heads places get
+            the cluster that their features fit best.
 
     Returns:
         The labels, 0..K-1, and what is known about them. Each of the K clusters has an image, unless fewer than K
@@ -56,7 +60,7 @@ def cluster_ensemble(
 
     Raises:
         InputError: `labels` is not a matrix of integers, or several with the same images; it has a label below -1, or a
-            head without any label; `n_clusters`, `head_losses` or `neighbors` do not fit it.
+            head without any label; `n_clusters`, `head_losses`, `neighbors` or `features` do not fit it.
         ConfigError: `methods` or `imbalance` is out of its range.
         ResourceError: this machine lacks the memory; the message says what is needed.
     """
@@ -68,10 +72,19 @@ def cluster_ensemble(
     config = validate(ConsensusConfig, given, "cluster_ensemble")
     losses = _check_losses(head_losses, heads)
     nearest = _check_neighbors(neighbors, heads)
+    unit = None if features is None else _check_features(features, heads)
     check_memory(heads, num_clusters, config.methods, has_graph=nearest is not None)
     is_seed = isinstance(random_state, (int, np.integer))
     seed: Any = random_state if is_seed else check_random_state(random_state).randint(2**31 - 1)
-    return find_consensus(heads, num_clusters, config, seed=int(seed), head_losses=losses, nearest=nearest)
+    return find_consensus(
+        heads,
+        num_clusters,
+        config,
+        seed=int(seed),
+        head_losses=losses,
+        nearest=nearest,
+        unit_features=None if unit is None else lambda: unit,
+    )
 
 
 def _stack(labels: npt.ArrayLike | Sequence[npt.NDArray[Any]]) -> npt.ArrayLike:
@@ -112,6 +125,16 @@ def _check_losses(head_losses: npt.ArrayLike | None, heads: Heads) -> npt.NDArra
             f"head_losses has shape {losses.shape}; it must hold one loss for each of {heads.num_heads} heads"
         )
     return losses
+
+
+def _check_features(features: npt.ArrayLike, heads: Heads) -> UnitFeatures:
+    values = np.asarray(features)
+    num_images = heads.num_images + len(heads.unlabelled)
+    if values.ndim != 2 or len(values) != num_images or values.dtype.kind not in "fiu":
+        raise InputError(
+            f"features is {values.dtype} of shape {values.shape}; it must be numbers of shape ({num_images}, D)"
+        )
+    return prepare(values, center=True)
 
 
 def _check_neighbors(neighbors: npt.ArrayLike | None, heads: Heads) -> npt.NDArray[np.integer[Any]] | None:

@@ -21,4 +21,12 @@ def _check(config: Config) -> None:
         find_heads(config.consensus.extra_runs, config.output)
 
 
-CONSENSUS = Stage("consensus", "icce_ray.consensus.job", 11, ("method", "neighbors"), _settings, "steps", check=_check)
+CONSENSUS = Stage(
+    "consensus",
+    "icce_ray.consensus.job",
+    12,
+    ("embed", "sample", "method", "neighbors"),
+    _settings,
+    "steps",
+    check=_check,
+)

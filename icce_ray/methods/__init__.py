@@ -56,7 +56,7 @@ def _best_head(num_neighbors: int, **heads: Any) -> Method:
         "sample": {"duplicate_threshold": None},
         "neighbors": neighbors,
         "heads": {"input_norm": "standardize", "rotate": False, "input_share": 1.0} | heads,
-        "consensus": {"methods": ("best_head",), "refine": False, "recombine": False},
+        "consensus": {"methods": ("best_head",), "refine": False, "recombine": False, "relabel": False},
     }
     return replace(_ICCE, settings=settings)
 
@@ -90,7 +90,7 @@ METHODS: dict[str, Method] = {
         version=4,
         needs_graph=False,
         unit="steps",
-        settings={"consensus": {"methods": ("best_head",), "refine": False}},
+        settings={"consensus": {"methods": ("best_head",), "refine": False, "relabel": False}},
         free_settings=frozenset({"checkpoint_interval_s"}),
     ),
     # arXiv 2008.10312. The result is the start with the lowest inertia; the others say how stable it is.
@@ -100,7 +100,10 @@ METHODS: dict[str, Method] = {
         version=1,
         needs_graph=False,
         unit="iterations",
-        settings={"sample": {"duplicate_threshold": None}, "consensus": {"methods": ("best_head",), "refine": False}},
+        settings={
+            "sample": {"duplicate_threshold": None},
+            "consensus": {"methods": ("best_head",), "refine": False, "relabel": False},
+        },
     ),
     # arXiv 2406.02465 compares these on frozen features.
     "agglomerative": _conventional(20_000, finds_num_clusters=lambda section: section.distance_threshold is not None),

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pytest
 
 from icce_ray.config import Config
-from icce_ray.consensus import best_consensus, graph_cuts, job, label_matrix, neighbor_score
+from icce_ray.consensus import best_consensus, doubtful_images, graph_cuts, job, label_matrix, neighbor_score
 from icce_ray.consensus.aligned_vote import describe_clusters
 from icce_ray.consensus.ensemble import cluster_ensemble
 from icce_ray.consensus.other_runs import find_heads
@@ -15,7 +15,7 @@ from icce_ray.errors import InputError, ResourceError
 from icce_ray.runtime.progress import Progress
 from icce_ray.runtime.ray_cluster import run_here
 from icce_ray.stage import StageContext
-from icce_ray.store import ArtifactWriter, Folder
+from icce_ray.store import Artifact, ArtifactWriter, Folder
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 ARRAYS = ("labels", "agreement", "vote_entropy", "second_choice")
@@ -46,12 +46,20 @@ def commit(root, stage, fingerprint, inputs, **parts):
     return writer.commit(stage=stage, fingerprint=fingerprint, inputs=inputs, config={}, metrics={}, seconds=0.0)
 
 
+def features_of(matrix):
+    """Features (N, 3) that lie about a corner for each cluster of the first head."""
+    return (np.eye(3)[matrix[0] % 3] + np.random.default_rng(1).normal(0, 0.4, (matrix.shape[1], 3))).astype(np.float32)
+
+
 def write_run(root, name, matrix, losses=None, uris=None, failed=(), drawn=None):
     """A run as far as its heads; `drawn` are the ids of the images it was trained on."""
     uris = uris or [f"/photos/{i}.png" for i in range(matrix.shape[1])]
     commit(root, "images", f"images-{name}", {}, images=pa.table({"uri": uris}))
     errors = pa.table({"image_id": pa.array(failed, pa.int64())})
-    commit(root, "embed", f"embed-{name}", {"images": f"images-{name}"}, errors=errors)
+    rows = pa.FixedSizeListArray.from_arrays(pa.array(features_of(matrix).ravel()), 3)
+    part = pa.table({"image_id": np.arange(matrix.shape[1]), "embedding": rows})
+    parts = {"errors": errors, "part-00000": part}
+    commit(root, "embed", f"embed-{name}", {"images": f"images-{name}"}, **parts)
     clusterings = {"losses": losses, "history": []}
     sample = ArtifactWriter(Folder.at(root / "sample" / f"sample-{name}"))
     if drawn is not None:
@@ -73,13 +81,13 @@ def config_of(root, **consensus):
     return Config(output=str(root), num_clusters=3, seed=5, embeddings={"uri": "unused.npy"}, consensus=consensus)
 
 
-def run_job(root, heads, run=job.run, nearest=None, **consensus):
+def run_job(root, heads, run=job.run, nearest=None, relabel=False, **consensus):
     output = ArtifactWriter(Folder.at(root / "consensus"))
-    inputs = {"method": heads}
+    inputs = {"method": heads, "embed": Artifact.find(Folder.at(root / "embed" / heads.manifest.inputs["embed"]))}
     if nearest is not None:
         inputs["neighbors"] = commit(root, "neighbors", "neighbors", {}, **nearest)
     context = StageContext(output, inputs, Progress("consensus"))
-    metrics = run(config_of(root, **consensus), context)
+    metrics = run(config_of(root, relabel=relabel, **consensus), context)
     return metrics, output.commit(
         stage="consensus", fingerprint="f", inputs={}, config={}, metrics=metrics, seconds=0.0
     )
@@ -88,11 +96,13 @@ def run_job(root, heads, run=job.run, nearest=None, **consensus):
 @pytest.mark.parametrize("run", [job.run, run_in_process], ids=["on Ray", "in one process"])
 def test_the_stage_writes_the_consensus_of_the_matrix_whatever_its_parts(tmp_path, matrix, run, monkeypatch):
     nearest_Nk = (np.arange(210)[:, None] + np.arange(1, 11)) % 210
-    expected = cluster_ensemble(matrix, 3, random_state=5, neighbors=nearest_Nk)
+    expected = cluster_ensemble(matrix, 3, random_state=5, neighbors=nearest_Nk, features=features_of(matrix))
+    assert expected.num_relabelled > 5
+    monkeypatch.setattr(doubtful_images, "PART_ELEMENTS", 30)
     monkeypatch.setattr(label_matrix, "PART_LABELS", 700)
     monkeypatch.setattr(neighbor_score, "PART_LABELS", 700)
     nearest = {"part-00000-nearest": nearest_Nk[:90], "part-00001-nearest": nearest_Nk[90:]}
-    metrics, artifact = run_job(tmp_path, write_run(tmp_path, "own", matrix), run, nearest)
+    metrics, artifact = run_job(tmp_path, write_run(tmp_path, "own", matrix), run, nearest, relabel=True)
     assert metrics["method"] == expected.method
     assert metrics["graph_score_by_method"] == expected.graph_scores
     for name in ARRAYS:
