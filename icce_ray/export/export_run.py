@@ -6,8 +6,6 @@ an export that was cut off, and does nothing for one that is finished.
 
 import json
 import pkgutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,6 @@ from icce_ray.export import FORMATS
 from icce_ray.export.selected_images import SelectedImages, Selection
 from icce_ray.runtime.progress import Progress
 from icce_ray.store import Folder
-from icce_ray.store.cache import replacing
 
 RECORD_NAME = "export.json"
 
@@ -33,19 +30,6 @@ class ExportTask:
     progress: Progress
     digest: str
     """Changes with what is exported."""
-
-    @contextmanager
-    def file(self, name: str) -> Iterator[Any]:
-        """A file object to write `name` with, which may be too large for memory. On a local disk the file appears when
-        it is whole; elsewhere an unfinished one may be seen until it is written again."""
-        if self.output.local_path is None:
-            with self.output.filesystem.open_output_stream(f"{self.output.path}/{name}") as file:
-                yield file
-            return
-        path = self.output.local_path / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as temporary, temporary.open("wb") as file:
-            yield file
 
 
 @dataclass(frozen=True)

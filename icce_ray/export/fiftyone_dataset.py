@@ -54,7 +54,7 @@ def write(source: SelectedImages, task: ExportTask) -> Written:
 
     now = {"$date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.000Z")}
     points, sample_ids = list[npt.NDArray[np.float64]](), list[str]()
-    with task.file("samples.json") as file:
+    with task.output.writing("samples.json") as file:
         file.write(b'{"samples": [')
         for table, features_nD in source.tables_with_features():
             points_n2 = (features_nD.astype(np.float64) - mean_D) @ axes_D2

@@ -34,7 +34,7 @@ def write(source: SelectedImages, task: ExportTask) -> Written:
 
     place = placer(task.output, folder_of, link=not task.copy)
     num_images, num_wanted, problems = 0, source.count(), list[str]()
-    with task.file("manifest.csv") as file:
+    with task.output.writing("manifest.csv") as file:
         text = io.TextIOWrapper(file, encoding="utf-8", newline="", write_through=True)
         manifest = csv.DictWriter(text, ["file", *source.schema.names])
         manifest.writeheader()

@@ -19,7 +19,7 @@ from icce_ray.export.selected_images import SelectedImages
 
 def write_csv(source: SelectedImages, task: ExportTask) -> Written:
     num_images, num_wanted = 0, source.count()
-    with task.file("assignments.csv") as file, pacsv.CSVWriter(file, source.schema) as writer:
+    with task.output.writing("assignments.csv") as file, pacsv.CSVWriter(file, source.schema) as writer:
         for table in source.tables():
             writer.write_table(table)
             num_images += len(table)
@@ -31,9 +31,9 @@ def write_for_cleanlab(source: SelectedImages, task: ExportTask) -> Written:
     classifier = LinearClassifier.from_bytes(source.find("classifier").read_bytes(MODEL_NAME))
     num_wanted, num_images = sum(int((table["cluster"].to_numpy() >= 0).sum()) for table in source.tables()), 0
     with (
-        task.file("labels.npy") as labels,
-        task.file("pred_probs.npy") as pred_probs,
-        task.file("images.csv") as images,
+        task.output.writing("labels.npy") as labels,
+        task.output.writing("pred_probs.npy") as pred_probs,
+        task.output.writing("images.csv") as images,
         pacsv.CSVWriter(images, source.schema) as writer,
     ):
         for file, shape, kind in (

@@ -26,6 +26,7 @@ import shutil
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -79,8 +80,7 @@ def add_new_images(output: str, assign: Artifact) -> str | None:
             path.symlink_to(os.path.relpath(assign.folder.path + "/assignments", path.parent))
     else:
         for name, source in copies_of(assign).items():
-            _make_parent(folder, name)
-            folder.filesystem.copy_file(source, f"{folder.path}/{name}")
+            _copy_file(folder, name, source)
     return folder.file_uri(ALL_IMAGES_NAME)
 
 
@@ -165,34 +165,26 @@ def _copy_all(latest: Folder, artifacts: Mapping[str, Artifact], summary: dict[s
         copies |= copies_of(assign)
     for name in latest.sizes().keys() - copies.keys() - {ASSIGNMENTS_NAME, CLAIM_NAME} | set(left_out):
         latest.remove(name)
-    filesystem = latest.filesystem
-
-    def copy(name: str) -> None:
-        _make_parent(latest, name)
-        filesystem.copy_file(copies[name], f"{latest.path}/{name}")
-
     with ThreadPoolExecutor(NUM_THREADS) as threads:
-        list(threads.map(copy, copies))
+        list(threads.map(partial(_copy_file, latest), copies.keys(), copies.values()))
     latest.write_bytes(SUMMARY_NAME, _to_json(summary | {"left_out": left_out}))
     return left_out
 
 
 def _join(latest: Folder, assign: Artifact) -> None:
     """Write the parts of the assignments as one file, a part at a time."""
-    _make_parent(latest, ASSIGNMENTS_NAME)
     parts = assign.part_names(ASSIGNMENTS_PREFIX)
     schema = assign.read_table(parts[0]).schema
-    with (
-        latest.filesystem.open_output_stream(f"{latest.path}/{ASSIGNMENTS_NAME}") as file,
-        pq.ParquetWriter(file, schema, compression="zstd") as writer,
-    ):
+    with latest.writing(ASSIGNMENTS_NAME) as file, pq.ParquetWriter(file, schema, compression="zstd") as writer:
         for part in parts:
             writer.write_table(assign.read_table(part))
 
 
-def _make_parent(latest: Folder, name: str) -> None:
+def _copy_file(latest: Folder, name: str, source: str) -> None:
+    target = f"{latest.path}/{name}"
     if latest.s3_options is None:  # S3 has no folders
-        latest.filesystem.create_dir(f"{latest.path}/{name}".rpartition("/")[0])
+        latest.filesystem.create_dir(target.rpartition("/")[0])
+    latest.filesystem.copy_file(source, target)
 
 
 def _to_json(summary: Mapping[str, Any]) -> bytes:

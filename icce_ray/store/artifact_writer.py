@@ -4,6 +4,7 @@ import hashlib
 import importlib.metadata
 import io
 import json
+import shutil
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from tempfile import TemporaryFile
@@ -69,7 +70,8 @@ class ArtifactWriter:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
             file.seek(0)
             check_claim(self.folder)
-            self.folder.write_file(name, file)
+            with self.folder.writing(name) as target:
+                shutil.copyfileobj(file, target)
         return self._added(name, num_bytes, digest, rows=rows)
 
     def write_array(self, name: str, array: npt.NDArray[Any]) -> Part:

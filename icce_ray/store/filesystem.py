@@ -9,12 +9,12 @@ from __future__ import annotations
 import functools
 import os
 import re
-import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 from urllib.parse import urlsplit
 
 import pyarrow as pa
@@ -227,24 +227,21 @@ class Folder:
         if self.s3_options is not None:
             self._ask_s3("put_object", name, None if wait else 0.0, Body=bytes(data))
         else:
-            self._write(name, lambda file: file.write(data))
+            with self.writing(name) as file:
+                file.write(data)
 
-    def write_file(self, name: str, source: BinaryIO) -> None:
-        """Write a file of any size atomically, from where `source` stands to its end."""
-        self._write(name, lambda file: shutil.copyfileobj(source, file))
-
-    def _write(
-        self, name: str, write: Callable[[Any], object], finish: Callable[[Path, Path], object] = os.replace
-    ) -> None:
-        """On a local disk, `finish` gives the file its name when all of it is there."""
+    @contextmanager
+    def writing(self, name: str, finish: Callable[[Path, Path], object] = os.replace) -> Iterator[Any]:
+        """A file object to write a file of any size with. On a local disk, `finish` gives the file its name when all of
+        it is there; elsewhere an error leaves an unfinished file."""
         if self.local_path is None:
             with self.filesystem.open_output_stream(f"{self.path}/{name}") as stream:
-                write(stream)
+                yield stream
             return
         target = self.local_path / name
         target.parent.mkdir(parents=True, exist_ok=True)
         with replacing(target, finish) as temporary, temporary.open("wb") as file:
-            write(file)
+            yield file
             file.flush()
             os.fsync(file.fileno())
 
@@ -256,14 +253,13 @@ class Folder:
         elif self.local_path is None and self.exists(name):
             raise FileExistsError(self.file_uri(name))
         else:
-            self._write(name, lambda file: file.write(data), _link_or_move)
+            with self.writing(name, _link_or_move) as file:
+                file.write(data)
 
     def remove(self, name: str) -> None:
         """Remove a file if it exists."""
         if self.s3_options is not None:
-            bucket, key = s3.split_uri(self.file_uri(name))
-            delete = s3.client(self.s3_options).delete_object
-            s3.patiently(self.file_uri(name), lambda: delete(Bucket=bucket, Key=key))
+            self._ask_s3("delete_object", name)
         elif self.exists(name):
             self.filesystem.delete_file(f"{self.path}/{name}")
 
