@@ -57,12 +57,11 @@ def read_image(uri: str, size_bytes: int | None = None, etag: str | None = None)
         return f"unreadable: over the limit of {MAX_FILE_BYTES} bytes"
     if size_bytes == 0 and isinstance(locate(uri), Span):
         return b""  # a range of no bytes cannot be asked for
-    began = last_answer = time.monotonic()
-    attempt = 0
+    tries = s3.Tries()
     while True:
         is_lasting = True
         try:
-            data = _read_once(uri, READ_TIMEOUTS_S[min(attempt, len(READ_TIMEOUTS_S) - 1)], etag)
+            data = _read_once(uri, READ_TIMEOUTS_S[min(tries.number, len(READ_TIMEOUTS_S) - 1)], etag)
             if size_bytes is None or len(data) == size_bytes or not is_remote(uri):
                 if s3.is_s3(uri):
                     _readable[f"s3://{s3.split_uri(uri)[0]}"] = file_of(uri)
@@ -88,16 +87,11 @@ def read_image(uri: str, size_bytes: int | None = None, etag: str | None = None)
             if not is_remote(uri) or isinstance(error, (ValueError, BadObjectError)):  # too large, say
                 return problem
             is_lasting = False
-        now = time.monotonic()
-        if is_lasting or not s3.is_s3(uri) or _store_answers(uri):
-            attempt, last_answer = attempt + 1, now
-        elif now - last_answer > s3.OUTAGE_S:
-            raise s3.given_up(uri, problem)
-        else:
-            attempt, began = 0, now
-        if attempt >= len(READ_TIMEOUTS_S) and (is_lasting or now - began > MIN_TRYING_S):
+        store_answers = is_lasting or not s3.is_s3(uri) or _store_answers(uri)
+        seconds = tries.add(uri, problem, store_answers=store_answers)
+        if tries.number >= len(READ_TIMEOUTS_S) and (is_lasting or seconds > MIN_TRYING_S):
             return problem
-        time.sleep(random.uniform(0.5, 1.0) * min(MAX_BACKOFF_S, BACKOFF_S * 2**attempt))
+        time.sleep(random.uniform(0.5, 1.0) * min(MAX_BACKOFF_S, BACKOFF_S * 2**tries.number))
 
 
 def read_images(rows: Sequence[ListedImage]) -> Iterator[tuple[ListedImage, bytes | str]]:
@@ -165,11 +159,6 @@ def _read_together(request: list[ListedImage]) -> list[bytes | str]:
     return [row.problem or read_image(row.uri, row.size_bytes, row.etag) for row in request]
 
 
-def _open_at_once(path: str, flags: int) -> int:
-    """Opens a named pipe without waiting for its other end."""
-    return os.open(path, flags | os.O_NONBLOCK)
-
-
 def _read_once(uri: str, timeout_s: float, etag: str | None = None) -> bytes:
     place = locate(uri)
     if place is not None and etag and not is_remote(uri) and str(os.stat(local_path(place.file)).st_mtime_ns) != etag:
@@ -186,7 +175,8 @@ def _read_once(uri: str, timeout_s: float, etag: str | None = None) -> bytes:
         return _read_once(file, timeout_s)
     file, start, num_bytes = (uri, 0, None) if place is None else place
     if not is_remote(file):
-        with open(local_path(file), "rb", opener=_open_at_once) as opened:
+        # A named pipe is opened without waiting for its other end.
+        with open(local_path(file), "rb", opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK)) as opened:
             status = os.fstat(opened.fileno())
             if not stat.S_ISREG(status.st_mode):
                 raise OSError("not a file")

@@ -39,7 +39,8 @@ def remember(asked: Config, run: str, images: str, numbers_from: str) -> None:
     if asked.consensus.numbers_from == AUTO:
         value = {"run": run, "images": images, "numbers_from": numbers_from}
         if _read(asked) != value:
-            _folder(asked).write_bytes(_name(asked), json.dumps(value).encode())
+            folder, name = _place(asked)
+            folder.write_bytes(name, json.dumps(value).encode())
 
 
 def changes_line(changes: dict[str, Any]) -> str:
@@ -54,17 +55,15 @@ def changes_line(changes: dict[str, Any]) -> str:
 
 
 def _read(asked: Config) -> dict[str, Any] | None:
+    folder, name = _place(asked)
     try:
-        value = json.loads(_folder(asked).read_bytes(_name(asked)))
+        value = json.loads(folder.read_bytes(name))
         return {key: str(value[key]) for key in ("run", "images", "numbers_from")}
     except (FileNotFoundError, ValueError, KeyError, TypeError):  # missing or damaged
         return None
 
 
-def _folder(asked: Config) -> Folder:
-    return Folder.at(asked.output) / NUMBERS_FOLDER
-
-
-def _name(asked: Config) -> str:
+def _place(asked: Config) -> tuple[Folder, str]:
+    """The folder and the name of the file for these settings."""
     settings = asked.model_dump(mode="json", exclude=OTHER_SETTINGS | {"given_num_clusters"})
-    return fingerprint("numbers", 1, settings, {}) + ".json"
+    return Folder.at(asked.output) / NUMBERS_FOLDER, fingerprint("numbers", 1, settings, {}) + ".json"

@@ -126,14 +126,9 @@ class PartsTable:
 
     def own_parts_are_among(self, sizes: Mapping[str, int]) -> bool:
         """Whether the parts in the artifact's own folder have the `sizes` that a listing of it gives."""
-        for table in self._tables("", "name", "folder", "num_bytes"):
-            own = table.filter(pc.is_null(table["folder"]))
-            if (
-                not dict(zip(own["name"].to_pylist(), own["num_bytes"].to_pylist(), strict=True)).items()
-                <= sizes.items()
-            ):
-                return False
-        return True
+        tables = self._tables("", "name", "folder", "num_bytes")
+        columns = (table.filter(pc.is_null(table["folder"])).drop_columns("folder").to_pydict() for table in tables)
+        return all(dict(zip(*own.values(), strict=True)).items() <= sizes.items() for own in columns)
 
     def _tables(self, prefix: str, *columns: str) -> Iterator[pa.Table]:
         """These columns of the parts whose names begin with `prefix`, group by group. Names are read at the ends of

@@ -102,8 +102,7 @@ class PatientFileSystem(pafs.FileSystemHandler):
         Raises InputError: access to the store is refused; BadObjectError: access to the object at `path` is refused, or
         the call failed MAX_ATTEMPTS times although the store answers; WorkerError: the store has been away for
         OUTAGE_S."""
-        began = last_answer = time.monotonic()
-        attempt = 0
+        tries = s3.Tries()
         while True:
             try:
                 return within(s3.READ_TIMEOUT_S + num_bytes / s3.MIN_BYTES_PER_S, call)
@@ -114,14 +113,8 @@ class PatientFileSystem(pafs.FileSystemHandler):
                     self.check(path.rpartition("/")[0] if self.readable == self.root else self.readable)
                     raise RefusedError(f"{path}: {refused}") from None
                 problem = one_line(error)
-            now = time.monotonic()
-            if self.answers(path):
-                attempt, last_answer = attempt + 1, now
-            elif now - last_answer > s3.OUTAGE_S:
-                raise s3.given_up(self.store, problem)
-            else:
-                attempt, began = 0, now
-            if attempt >= MAX_ATTEMPTS and now - began > MIN_TRYING_S:
+            seconds = tries.add(self.store, problem, store_answers=self.answers(path))
+            if tries.number >= MAX_ATTEMPTS and seconds > MIN_TRYING_S:
                 raise BadObjectError(f"{path}: {problem}")
             time.sleep(s3.OUTAGE_POLL_S)
 
