@@ -4,8 +4,8 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
-from importlib import import_module
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 from icce_ray import __version__
@@ -25,6 +25,11 @@ RUN = "a run's YAML config, its output folder, or its record (runs/*.json)"
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return the exit code."""
+    parsed = _parser().parse_args(arguments)
+    return guarded(parsed.function, parsed)
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="icce-ray", description="Cluster image collections without labels.")
     parser.add_argument("--version", action="version", version=f"icce_ray {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -37,17 +42,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     run = command("run", run_command, "cluster the images of a config, or of the built-in demo")
     add_arguments(run)
 
-    cluster = command(
-        "cluster", _call("icce_ray.photos", "cluster_photos"), "cluster a folder of photos, without a config"
-    )
+    cluster = command("cluster", _call("photos:cluster_photos"), "cluster a folder of photos, without a config")
     cluster.add_argument("photos", metavar="PHOTOS", help="a folder, a bucket prefix, or a list of images")
-    cluster.add_argument(
-        "--clusters",
-        dest="num_clusters",
-        default="auto",
-        metavar="N",
-        help="number of clusters, or auto (the default)",
-    )
+    number = "number of clusters, or auto (the default)"
+    cluster.add_argument("--clusters", dest="num_clusters", default="auto", metavar="N", help=number)
     cluster.add_argument(
         "--output", metavar="URI", help="where the results go (default: PHOTOS-clusters, beside the photos)"
     )
@@ -66,9 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     compare.add_argument("--combine", action="store_true", help="also make one consensus of all methods")
     add_options(compare)
 
-    assign = command(
-        "assign", _call("icce_ray.assign.new_images", "assign_images"), "label new images with a finished run's model"
-    )
+    assign = command("assign", _call("assign.new_images:assign_images"), "label new images with a finished run's model")
     assign.add_argument("run", metavar="RUN", help=f"{RUN}; or the folder of its model")
     source = assign.add_mutually_exclusive_group(required=True)
     source.add_argument("--images", metavar="URI", help="a folder of images, or a list of them (.txt, .parquet)")
@@ -79,9 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add_options(assign)
 
     apply = command(
-        "apply",
-        _call("icce_ray.apply", "apply_corrections"),
-        "take over corrections that were made on the page of a run",
+        "apply", _call("apply:apply_corrections"), "take over corrections that were made on the page of a run"
     )
     apply.add_argument("run", metavar="RUN", help=RUN)
     apply.add_argument("corrections", metavar="FILE", help="the corrections.json that the page saved")
@@ -109,18 +103,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add_options(export, "quiet", "debug")
 
     forget = command(
-        "forget",
-        _call("icce_ray.forget", "forget_images"),
-        "remove images from a finished run and everything beside it",
+        "forget", _call("forget:forget_images"), "remove images from a finished run and everything beside it"
     )
     forget.add_argument("run", metavar="RUN", help=RUN)
     forget.add_argument("--uris", required=True, metavar="FILE", help=".txt or .parquet list of the images")
     add_options(forget, "json", "quiet", "debug")
 
     gc = command(
-        "gc",
-        _call("icce_ray.collect_garbage", "collect_garbage"),
-        "list artifacts that no run refers to any more, or remove them",
+        "gc", _call("collect_garbage:collect_garbage"), "list artifacts that no run refers to any more, or remove them"
     )
     gc.add_argument("output", metavar="OUTPUT", help="the output folder of runs")
     gc.add_argument("--delete", action="store_true", help="remove them")
@@ -136,17 +126,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     status = command("status", _status, "show how far a run is and where its artifacts are")
     status.add_argument("target", metavar="CONFIG|OUTPUT", help="a YAML config, or an output folder")
     add_options(status, "set", "json", "debug")
-
-    parsed = parser.parse_args(arguments)
-    return guarded(parsed.function, parsed)
+    return parser
 
 
-def _call(module: str, function: str) -> Callable[[argparse.Namespace], Any]:
-    """A command that gives its arguments to a function by name. The module is imported when the command is run."""
+def _call(function: str) -> Callable[[argparse.Namespace], Any]:
+    """A command that gives its arguments to a function, ``module:name``, by name. The module is imported when the
+    command is run."""
 
     def call(arguments: argparse.Namespace) -> Any:
         given = {name: value for name, value in vars(arguments).items() if name not in OF_THE_PROGRAM}
-        return getattr(import_module(module), function)(**given)
+        return resolve_name(f"icce_ray.{function}")(**given)
 
     return call
 
@@ -175,7 +164,7 @@ def _cut(arguments: argparse.Namespace) -> str:
 
 
 def _export(arguments: argparse.Namespace) -> str:
-    written = _call("icce_ray.export.export_run", "export_run")(arguments)
+    written = _call("export.export_run:export_run")(arguments)
     return str(written.sentence(arguments.output))
 
 
