@@ -11,11 +11,11 @@ D of a transformer of width W: ``cls`` W, ``cls+patch_mean`` 2 W, ``last4`` 4 W,
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
-from typing import Any, TypeVar
+from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -27,23 +27,6 @@ from icce_ray.store import Folder, fingerprint
 from icce_ray.store.cache import cache_folder
 
 VERSION = 1
-T = TypeVar("T")
-
-
-def remembered(kind: type[T], asked: dict[str, Any], find_out: Callable[[], T]) -> T:
-    """What `find_out` returned for the same `asked` with this version of timm; otherwise what it returns now, after
-    seconds. `kind` is the dataclass that it returns."""
-    name = f"{fingerprint('backbone', VERSION, asked | {'timm': version('timm')}, {})}.json"
-    adapter = TypeAdapter(kind)
-    folder = Folder.at(cache_folder() / "backbones")
-    with suppress(OSError, ValidationError):
-        return adapter.validate_json(folder.read_bytes(name))
-    found = find_out()
-    with suppress(OSError):  # a full or read-only cache costs seconds the next time
-        folder.write_bytes(name, adapter.dump_json(found))
-    return found
-
-
 PIXELS_IMAGE_SIZE = 32
 DEFAULT_IMAGE_SIZE = 224
 RANDOM_WEIGHTS = "random"
@@ -112,8 +95,7 @@ def plan_backbone(backbone: BackboneConfig) -> BackbonePlan:
         check_weights(backbone.weights)
     if ":" in name:  # on a hub or a disk, where it may change
         return _plan_network(name, size, backbone.features)
-    asked = {"backbone": name, "image_size": size, "features": backbone.features}
-    return remembered(BackbonePlan, asked, lambda: _plan_network(name, size, backbone.features))
+    return _remembered_plan(name, size, backbone.features)
 
 
 def image_size(backbone: BackboneConfig) -> int:
@@ -176,6 +158,19 @@ def _plan_pixels(backbone: BackboneConfig, size: int) -> BackbonePlan:
             raise ConfigError(f"embed.{setting}: {value!r} is for networks; leave it out with backbone {PIXELS!r}")
     preprocessing = Preprocessing(size=size, scale_size=size, grayscale=backbone.grayscale)
     return BackbonePlan(preprocessing, PIXELS, math.prod(preprocessing.shape), PIXELS)
+
+
+def _remembered_plan(name: str, size: int, features: str) -> BackbonePlan:
+    """What :func:`_plan_network` found with this version of timm; otherwise what it finds now, after seconds."""
+    asked = {"backbone": name, "image_size": size, "features": features, "timm": version("timm")}
+    folder, file = Folder.at(cache_folder() / "backbones"), f"{fingerprint('backbone', VERSION, asked, {})}.json"
+    plans = TypeAdapter(BackbonePlan)
+    with suppress(OSError, ValidationError):
+        return plans.validate_json(folder.read_bytes(file))
+    found = _plan_network(name, size, features)
+    with suppress(OSError):  # a full or read-only cache costs seconds the next time
+        folder.write_bytes(file, plans.dump_json(found))
+    return found
 
 
 def _plan_network(name: str, size: int, features: str) -> BackbonePlan:

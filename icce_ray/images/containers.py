@@ -22,11 +22,11 @@ import pyarrow.parquet as pq
 from icce_ray.config import ImagesConfig
 from icce_ray.errors import InputError, message_of
 from icce_ray.images import tar_shards
-from icce_ray.images.file_kinds import PARQUET_ENDINGS, ending
+from icce_ray.images.file_kinds import ending
 from icce_ray.images.file_shards import File
 from icce_ray.images.image_formats import IMAGE_ENDINGS
 from icce_ray.images.listing import Entry
-from icce_ray.images.parquet_columns import check_expansion, image_column, open_column
+from icce_ray.images.parquet_columns import PARQUET_ENDINGS, check_expansion, image_column, open_column
 from icce_ray.images.uris import PARQUET_MEMBER, TAR_MEMBER, is_remote, open_file
 
 MAX_OPEN_GROUPS = 2

@@ -16,7 +16,15 @@ import pyarrow.parquet as pq
 
 from icce_ray.config import EmbeddingsConfig
 from icce_ray.errors import InputError
-from icce_ray.images.parquet_columns import check_column, is_string, list_column, list_dtype, open_column, read_text
+from icce_ray.images.parquet_columns import (
+    PARQUET_ENDINGS,
+    check_column,
+    is_string,
+    list_column,
+    list_dtype,
+    open_column,
+    read_text,
+)
 from icce_ray.store.filesystem import open_uri
 
 READ_BATCH_ROWS = 8192
@@ -223,7 +231,7 @@ def open_embeddings(config: EmbeddingsConfig) -> Embeddings:
     file = _embedding_file(filesystem, info, config.uri)
     if path.lower().endswith(".npy"):
         return NpyEmbeddings(file)
-    if path.lower().endswith((".parquet", ".pq")):
+    if path.lower().endswith(PARQUET_ENDINGS):
         return ParquetEmbeddings([file], config.column)
     raise InputError(f"embeddings.uri: {config.uri} is not a .npy or .parquet file, nor a folder of .parquet files")
 
@@ -272,7 +280,7 @@ def _parquet_files(filesystem: pafs.FileSystem, path: str, uri: str) -> list[Emb
     for info in filesystem.get_file_info(pafs.FileSelector(path, recursive=True)):
         below = info.path[len(path) :].strip("/")
         hidden = any(step.startswith((".", "_")) for step in below.split("/"))
-        if info.type == pafs.FileType.File and not hidden and below.lower().endswith((".parquet", ".pq")):
+        if info.type == pafs.FileType.File and not hidden and below.lower().endswith(PARQUET_ENDINGS):
             found.append(_embedding_file(filesystem, info, f"{uri.rstrip('/')}/{below}"))
     return sorted(found, key=lambda file: file.uri)
 

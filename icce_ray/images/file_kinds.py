@@ -6,6 +6,7 @@ from collections import Counter
 from icce_ray.images.file_shards import File
 from icce_ray.images.folder_walk import UNREADABLE_FOLDER
 from icce_ray.images.image_formats import HEIC_REMEDY, IMAGE_ENDINGS, RAW_REMEDY
+from icce_ray.images.parquet_columns import PARQUET_ENDINGS
 from icce_ray.images.uris import PARQUET_MEMBER, TAR_MEMBER
 
 MAX_SHOWN = 6
@@ -53,7 +54,6 @@ def describe(skipped: Counter[str]) -> str:
 
 
 TAR_ENDING = ".tar"
-PARQUET_ENDINGS = (".parquet", ".pq")
 
 
 def take_file(file: File, others: Counter[str], tables: list[File]) -> File | None:

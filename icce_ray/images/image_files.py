@@ -24,13 +24,13 @@ from icce_ray.config import Config, ImagesConfig
 from icce_ray.config.section import MAX_PATH_CHARACTERS, is_utf8
 from icce_ray.errors import InputError, message_of
 from icce_ray.images.bucket_listing import BucketPrefix
-from icce_ray.images.file_kinds import PARQUET_ENDINGS, TAR_ENDING, describe, ending, remedy, take_file
+from icce_ray.images.file_kinds import TAR_ENDING, describe, ending, remedy, take_file
 from icce_ray.images.file_shards import File, FileShards, Shard, shards_of
 from icce_ray.images.folder_walk import is_result, local_file, result_folders, walk_folder
 from icce_ray.images.image_formats import IMAGE_ENDINGS
 from icce_ray.images.inventory import MANIFEST_NAME, open_inventory
 from icce_ray.images.job import list_bucket, list_inventory
-from icce_ray.images.parquet_columns import image_column
+from icce_ray.images.parquet_columns import PARQUET_ENDINGS, image_column
 from icce_ray.images.uris import (
     is_remote,
     local_path_or_uri,

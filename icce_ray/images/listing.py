@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
+from functools import lru_cache
 from itertools import count, islice, pairwise
 from typing import NamedTuple
 
@@ -79,10 +80,9 @@ class Listing:
     """Reads a finished listing by image id. Keeps one part in memory."""
 
     def __init__(self, images: Artifact) -> None:
-        self._images = images
-        self._names = images.part_names(LISTING_PREFIX)
+        names = images.part_names(LISTING_PREFIX)
         self._starts = np.cumsum([0, *images.num_rows(LISTING_PREFIX)])
-        self._loaded: tuple[int, pa.Table] | None = None
+        self._part = lru_cache(1)(lambda index: images.read_table(names[index]))
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -116,12 +116,6 @@ class Listing:
     def uri(self, image_id: int) -> str:
         uri: str = self.table(image_id, image_id + 1)["uri"][0].as_py()
         return uri
-
-    def _part(self, index: int) -> pa.Table:
-        loaded = self._loaded  # threads may read other parts meanwhile
-        if loaded is None or loaded[0] != index:
-            self._loaded = loaded = index, self._images.read_table(self._names[index])
-        return loaded[1]
 
 
 def has_ids_of(images: Artifact, earlier: Artifact) -> bool:

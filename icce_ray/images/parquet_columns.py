@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 from icce_ray.config import ImagesConfig
 from icce_ray.errors import InputError
 
+PARQUET_ENDINGS = (".parquet", ".pq")
 MAX_EXPANSION = 100
 MAX_TEXT_BYTES = 4096
 """The longest URI or label that is read."""

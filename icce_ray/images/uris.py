@@ -15,7 +15,7 @@ import pyarrow.fs as pafs
 
 from icce_ray.config.section import is_utf8
 from icce_ray.errors import InputError
-from icce_ray.images.parquet_columns import check_column, find_field, is_string, open_column
+from icce_ray.images.parquet_columns import PARQUET_ENDINGS, check_column, find_field, is_string, open_column
 from icce_ray.store.filesystem import open_uri
 
 BATCH_ROWS = 65_536
@@ -112,7 +112,7 @@ def named_images(uri: str, column: str) -> Iterator[str]:
     if filesystem.get_file_info(path).type != pafs.FileType.File:
         raise InputError(f"embeddings.images: {uri} is no file; give a .txt or .parquet list of the images")
     folder = uri.rpartition("/")[0] if is_remote(uri) else path.rpartition("/")[0] or "/"
-    is_parquet = path.lower().endswith((".parquet", ".pq"))
+    is_parquet = path.lower().endswith(PARQUET_ENDINGS)
     entries = read_parquet_list(uri, column) if is_parquet else read_text_list(filesystem, path, uri)
     for row, entry in enumerate(entries):
         resolved = resolve(entry, folder)
