@@ -29,7 +29,6 @@ from icce_ray.images.file_shards import File, FileShards, Shard, shards_of
 from icce_ray.images.folder_walk import is_result, local_file, result_folders, walk_folder
 from icce_ray.images.image_formats import IMAGE_ENDINGS
 from icce_ray.images.inventory import MANIFEST_NAME, open_inventory
-from icce_ray.images.job import list_bucket, list_inventory
 from icce_ray.images.parquet_columns import PARQUET_ENDINGS, image_column
 from icce_ray.images.uris import (
     is_remote,
@@ -117,6 +116,8 @@ class _Source:
 
     def _listed_in_parts(self, where: str, folder: Folder, is_inventory: bool) -> Iterator[Shard]:
         """The shards that tasks wrote and recorded."""
+        from icce_ray.images.job import list_bucket, list_inventory
+
         config, classify = self._config, partial(_file_of_bucket, output=self._config.output)
         try:
             if is_inventory:

@@ -31,7 +31,6 @@ from icce_ray.images.file_kinds import describe
 from icce_ray.images.file_shards import File, FileShards
 from icce_ray.images.forgotten import without_forgotten
 from icce_ray.images.image_files import list_files
-from icce_ray.images.job import open_containers
 from icce_ray.images.listing import (
     ENTRY_SCHEMA,
     LISTING_PREFIX,
@@ -152,6 +151,8 @@ def _write_files(
     files: FileShards, config: Config, context: StageContext, digest: str, last: Artifact | None, known: Tables = ()
 ) -> dict[str, Any]:
     """Write the listing of `known` images and of all files that these leave."""
+    from icce_ray.images.job import open_containers
+
     opened = list[PartRecord]()
 
     def entries() -> Iterator[pa.Table]:
