@@ -18,6 +18,7 @@ from icce_ray.images.uris import is_remote, local_path, resolve
 from icce_ray.store import s3
 from icce_ray.store.filesystem import check_store, open_uri
 from icce_ray.store.patient_filesystem import BadObjectError
+from icce_ray.store.tries import Tries
 
 READ_TIMEOUTS_S = (1.5, 3.0, 6.0, 6.0, 12.0, 12.0, 24.0, 24.0)
 """Longest wait for a byte, by attempt."""
@@ -57,7 +58,7 @@ def read_image(uri: str, size_bytes: int | None = None, etag: str | None = None)
         return f"unreadable: over the limit of {MAX_FILE_BYTES} bytes"
     if size_bytes == 0 and isinstance(locate(uri), Span):
         return b""  # a range of no bytes cannot be asked for
-    tries = s3.Tries()
+    tries = Tries()
     while True:
         is_lasting = True
         try:

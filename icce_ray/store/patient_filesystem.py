@@ -18,6 +18,7 @@ import pyarrow.fs as pafs
 
 from icce_ray.errors import InputError, one_line
 from icce_ray.store import s3
+from icce_ray.store.tries import Tries
 
 MAX_ATTEMPTS = 4
 MIN_TRYING_S = 15.0
@@ -102,7 +103,7 @@ class PatientFileSystem(pafs.FileSystemHandler):
         Raises InputError: access to the store is refused; BadObjectError: access to the object at `path` is refused, or
         the call failed MAX_ATTEMPTS times although the store answers; WorkerError: the store has been away for
         OUTAGE_S."""
-        tries = s3.Tries()
+        tries = Tries()
         while True:
             try:
                 return within(s3.READ_TIMEOUT_S + num_bytes / s3.MIN_BYTES_PER_S, call)

@@ -183,26 +183,6 @@ def given_up(uri: str, error: object) -> WorkerError:
     )
 
 
-class Tries:
-    """Counts failed tries at an object; those while its store is away don't count."""
-
-    def __init__(self) -> None:
-        self.number = 0
-        self._began = self._last_answer = time.monotonic()
-
-    def add(self, uri: str, problem: str, *, store_answers: bool) -> float:
-        """Count another one, which failed with `problem`. Returns the seconds since the first that counts. Raises
-        WorkerError: the store has been away for OUTAGE_S."""
-        now = time.monotonic()
-        if store_answers:
-            self.number, self._last_answer = self.number + 1, now
-        elif now - self._last_answer > OUTAGE_S:
-            raise given_up(uri, problem)
-        else:
-            self.number, self._began = 0, now
-        return now - self._began
-
-
 def list_pages(uri: str, options: StorageConfig, **settings: str) -> Iterator[dict[str, Any]]:
     """The pages of a listing. `settings` are those of boto3's ``list_objects_v2``."""
     bucket, prefix = split_uri(uri)
