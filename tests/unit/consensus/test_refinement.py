@@ -12,7 +12,7 @@ from icce_ray.metrics.true_label_scores import clustering_accuracy
 
 
 @given(seed=st.integers(0, 10_000), num_clusters=st.integers(2, 6), missing=st.sampled_from([0.0, 0.3]))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_refinement_never_lowers_the_anmi_nor_empties_a_cluster(seed, num_clusters, missing):
     rng = np.random.default_rng(seed)
     matrix = rng.integers(0, 4, (4, 50))

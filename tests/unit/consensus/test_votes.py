@@ -14,7 +14,7 @@ VOTES = hnp.arrays(np.int64, st.tuples(st.integers(1, 12), st.integers(1, 7)), e
 
 
 @given(votes_nH=VOTES, seed=st.integers(0, 5), weighted=st.booleans())
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_ranks_scores_and_entropy_equal_a_plain_count(votes_nH, seed, weighted):
     weights = np.array([1.0, 0.5, 2.0, 1.0, 1 / 3]) if weighted else None
     clusters, scores, entropies = rank_votes(votes_nH, 3, seed=seed, cluster_weights=weights)
@@ -31,7 +31,6 @@ def test_ranks_scores_and_entropy_equal_a_plain_count(votes_nH, seed, weighted):
 
 @given(votes_nH=VOTES, cut=st.integers(0, 12))
 @example(votes_nH=np.array([[4, 4, 4], *([a, b, -1] for a in range(3) for b in range(3))]), cut=1)
-@settings(deadline=None)
 def test_ties_do_not_depend_on_the_parts(votes_nH, cut):
     whole, _, _ = rank_votes(votes_nH, 2, seed=3)
     blocks = [rank_votes(block, 2, seed=3)[0] for block in (votes_nH[:cut], votes_nH[cut:]) if len(block)]

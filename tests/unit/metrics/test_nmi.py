@@ -24,7 +24,7 @@ def nmi_in_loops(a_N, b_N):
 
 
 @given(seed=st.integers(0, 10_000), num_a=st.integers(1, 6), num_b=st.integers(1, 6), n=st.integers(1, 80))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_nmi_equals_scikit_learn_for_both_means(seed, num_a, num_b, n):
     rng = np.random.default_rng(seed)
     a_N, b_N = rng.integers(0, num_a, n), rng.integers(0, num_b, n)

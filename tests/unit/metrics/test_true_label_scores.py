@@ -37,7 +37,7 @@ def plain_accuracy(true_N, pred_N):
 
 
 @given(seed=st.integers(0, 10_000), num_classes=st.integers(1, 4), num_clusters=st.integers(1, 4))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_accuracy_equals_a_search_over_all_matchings(seed, num_classes, num_clusters):
     rng = np.random.default_rng(seed)
     true_N, pred_N = rng.integers(0, num_classes, 30), rng.integers(0, num_clusters, 30)
@@ -49,7 +49,7 @@ def test_accuracy_equals_a_search_over_all_matchings(seed, num_classes, num_clus
 
 
 @given(seed=st.integers(0, 10_000), n=st.integers(1, 60))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_nmi_and_ari_equal_scikit_learn(seed, n):
     rng = np.random.default_rng(seed)
     true_N, pred_N = rng.integers(0, 5, n), rng.integers(0, rng.integers(1, 8), n)
