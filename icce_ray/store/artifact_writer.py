@@ -127,7 +127,8 @@ class ArtifactWriter:
         return amended
 
     def _finish(self, manifest: Manifest, *, exclusive: bool = False) -> Artifact:
-        """Write the manifest. Raises as :meth:`commit`."""
+        """Write the manifest, after what killed workers left has been removed. Raises as :meth:`commit`."""
+        self.folder.remove_unfinished()
         write = self.folder.create_bytes if exclusive else self.folder.write_bytes
         try:
             write(MANIFEST_NAME, manifest.model_dump_json(indent=1).encode())

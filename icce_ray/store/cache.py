@@ -8,6 +8,7 @@ not match is made again. Entries that nobody used for long, or that fill the dis
 import fcntl
 import hashlib
 import os
+import re
 import shutil
 import stat
 import tempfile
@@ -18,6 +19,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from icce_ray.errors import ResourceError
+
+UNFINISHED = re.compile(r"\..+\.[0-9a-f]{32}", re.DOTALL)
+"""The names that :func:`replacing` writes to. A process that is killed meanwhile leaves such a file."""
 
 
 @contextmanager

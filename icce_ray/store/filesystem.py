@@ -24,7 +24,7 @@ from icce_ray.config import StorageConfig
 from icce_ray.config.section import is_utf8
 from icce_ray.errors import InputError
 from icce_ray.store import s3
-from icce_ray.store.cache import replacing
+from icce_ray.store.cache import UNFINISHED, replacing
 from icce_ray.store.patient_filesystem import PatientFileSystem, within
 
 OBJECT_STORES = ("s3", "gs", "gcs", "abfs", "abfss", "hdfs", "viewfs")
@@ -262,6 +262,13 @@ class Folder:
             self._ask_s3("delete_object", name)
         elif self.exists(name):
             self.filesystem.delete_file(f"{self.path}/{name}")
+
+    def remove_unfinished(self) -> None:
+        """Remove what killed processes left of files that they were writing, in the folder and below it. Only for who
+        knows that nobody else writes there now. Object stores have no such files."""
+        for folder, _, names in os.walk(self.local_path) if self.local_path else ():
+            for name in filter(UNFINISHED.fullmatch, names):
+                Path(folder, name).unlink(missing_ok=True)
 
     def clear(self) -> None:
         """Remove the folder and all files in it, finished or not."""

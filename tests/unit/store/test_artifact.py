@@ -1,4 +1,5 @@
 import hashlib
+import os
 import pickle
 from collections.abc import Iterator
 from pathlib import Path
@@ -66,6 +67,28 @@ def test_a_table_in_pieces_is_read_as_a_whole_and_one_that_fails_leaves_the_old_
         writer.write_tables("table.parquet", schema, pieces(1))
     assert (tmp_path / "table.parquet").read_bytes() == data
     assert [path.name for path in tmp_path.iterdir()] == ["table.parquet"]
+
+
+def test_a_commit_removes_what_killed_workers_left_of_their_writes_and_nothing_else(tmp_path: Path) -> None:
+    folder, others = (
+        Folder.at(tmp_path),
+        {".writer.json", ".part.decode", "below/notes.0123456789abcdef0123456789abcdef"},
+    )
+    for name in others:
+        folder.write_bytes(name, b"in use")
+    with pytest.MonkeyPatch.context() as killed:
+        killed.setattr(Path, "unlink", lambda *_, **__: None)
+        killed.setattr(os, "fsync", lambda _: _interrupt())
+        for name in ("part-00000.parquet", "below/part-00000.json"):
+            with pytest.raises(KeyboardInterrupt):
+                folder.write_bytes(name, b"half of it")
+    assert len(folder.sizes()) == len(others) + 2
+    artifact = write_artifact(folder)
+    assert set(folder.sizes()) == others | set(artifact.file_names())
+
+
+def _interrupt() -> None:
+    raise KeyboardInterrupt
 
 
 def test_arrays_cannot_be_written_through(tmp_path: Path) -> None:
