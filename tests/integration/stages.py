@@ -50,11 +50,11 @@ def without_ray() -> Iterator[None]:
         yield
 
 
-def wait_for(condition: Callable[[], bool], timeout_s: float = 300.0) -> None:
+def wait_for(condition: Callable[[], bool], timeout_s: float = 300.0, poll_s: float = 0.05) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline, "waited too long"
-        time.sleep(0.05)
+        time.sleep(poll_s)
 
 
 def workers(task: str) -> list[int]:

@@ -75,12 +75,13 @@ def config_for(photos: Path, tmp_path: Path, *, num_workers: int = 1, **embed: A
     )
 
 
-def run_stage(config: Config, folder: Path) -> Artifact:
-    """The images stage and the embed stage, as the pipeline runs them."""
+def run_stage(config: Config, folder: Path, progress: Progress | None = None) -> Artifact:
+    """The images stage and the embed stage, as the pipeline runs them. The `progress` is that of the latter."""
     inputs: dict[str, Artifact] = {}
+    shown = {"images": None, "embed": progress}
     for name, stage in (("images", list_images), ("embed", embed_images)):
         writer = ArtifactWriter(Folder.at(folder / name))
-        metrics = stage.run(config, StageContext(writer, inputs, Progress(name, quiet=True)))
+        metrics = stage.run(config, StageContext(writer, inputs, shown[name] or Progress(name, quiet=True)))
         inputs[name] = writer.commit(
             stage=name, fingerprint="0" * 16, inputs={}, config={}, metrics=metrics, seconds=0.0
         )
@@ -151,11 +152,12 @@ def test_a_run_takes_up_what_is_finished_and_redoes_the_rest_to_the_same_bytes(
     (folder / "manifest.json").unlink()
     (folder / "part-00001.parquet").unlink()
     (folder / "part-00003.parquet").write_bytes(undisturbed["part-00003.parquet"][:500])
-    (folder / ".part-00002.parquet.0a1b2c").write_bytes(b"an unfinished write")
+    (folder / f".part-00002.parquet.{'0a1b' * 8}").write_bytes(b"an unfinished write")
     before = {name: (folder / name).stat().st_mtime_ns for name in ("part-00000.parquet", "part-00002.parquet")}
     monkeypatch.setattr(PartRecords, "clear", clear)
     artifact = run_stage(config, tmp_path / "run")
     assert not list((folder / "records").glob("*"))
+    assert not list(folder.glob(".part-*"))
     assert content(tmp_path / "run") == undisturbed
     assert {name: (folder / name).stat().st_mtime_ns for name in before} == before
     assert artifact.metrics["num_images"] == 30
@@ -183,29 +185,33 @@ def test_more_errors_than_allowed_stop_the_stage_and_its_workers(
 @pytest.mark.slow
 def test_killed_workers_change_nothing(ray_cluster: None, photos: Path, tmp_path: Path) -> None:
     """A process is killed (-9) within the part that it decodes, and the actor that embeds after its first part. In the
-    middle of one it dies in the next test."""
+    middle of one it dies in the next test. The process that decodes is stopped first, so that the actor is still
+    there."""
     Image.new("L", (9000, 9000)).save(photos / "017.png")  # takes a second to decode
     with without_ray():
         run_stage(config_for(photos, tmp_path, num_workers=0, **PIXELS), tmp_path / "undisturbed")
     folder = tmp_path / "run" / "embed"
-    killed: list[int] = []
+    killed: dict[str, list[int]] = {}
 
-    def kill(task: str) -> None:
-        for pid in workers(task):
-            os.kill(pid, signal.SIGKILL)
-            killed.append(pid)
+    def stop() -> list[int]:
+        wait_for((folder / ".part-00002.decode").exists, poll_s=0.005)
+        for pid in (decoding := workers("decode")):
+            os.kill(pid, signal.SIGSTOP)
+        return decoding
 
-    def disturb() -> None:
-        wait_for((folder / ".part-00002.decode").exists)
-        kill("decode")
-        wait_for(lambda: any(folder.glob("part-*.parquet")))
-        kill("Embedder")
+    class KillOnce(Progress):
+        def update(self, done: int, total: int | None, note: str = "", num_errors: int = 0) -> None:
+            if killed or not any(folder.glob("part-*.parquet")):
+                return
+            killed.update(decode=stopped.result(), Embedder=workers("Embedder"))
+            for pid in itertools.chain(*killed.values()):
+                os.kill(pid, signal.SIGKILL)
 
     with ThreadPoolExecutor(1) as threads:
-        disturbed = threads.submit(disturb)
-        artifact = run_stage(config_for(photos, tmp_path, **PIXELS), tmp_path / "run")
-        disturbed.result()
-    assert len(killed) >= 2
+        stopped = threads.submit(stop)
+        artifact = run_stage(config_for(photos, tmp_path, **PIXELS), tmp_path / "run", KillOnce("embed", quiet=True))
+    assert all(killed.values()), killed
+    assert killed.keys() == {"decode", "Embedder"}
     assert content(tmp_path / "run") == content(tmp_path / "undisturbed")
     assert load_features(artifact).num_images == 31
     assert not list(folder.glob(".part-*"))
@@ -244,7 +250,7 @@ def command(arguments):
     artifacts = {}
     for step in pipeline.plan(config)[:2]:
         artifacts[step.name] = pipeline.run_stage(config, step, artifacts, True)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 200
     while "ray" in sys.modules and "worker died" not in Watched.said and time.monotonic() < deadline:
         time.sleep(0.1)
     told = "worker died" in Watched.said
