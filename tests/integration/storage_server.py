@@ -57,6 +57,8 @@ class Faults:
     """Half of the body, and a Content-Length to match."""
     always_failing: str = ""
     """The end of a path that is always answered with 503."""
+    never_answered: str = ""
+    """The end of a path that is never answered."""
     refuse: bool = False
     """403 to everything."""
     away: bool = False
@@ -135,6 +137,8 @@ def faulty_proxy(endpoint: str, faults: Faults) -> Iterator[str]:
                 return ""
             if faults.always_failing and path.endswith(faults.always_failing):
                 return "error"
+            if faults.never_answered and path.endswith(faults.never_answered):
+                return "hang"
             with lock:
                 faults.seen["drawn"] += 1
                 number = faults.seen["drawn"]

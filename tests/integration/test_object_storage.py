@@ -12,6 +12,7 @@ import tarfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -28,7 +29,7 @@ from icce_ray.images import read_images
 from icce_ray.images.listing import Listing
 from icce_ray.pipeline import run as pipeline
 from icce_ray.pipeline.plan import plan
-from icce_ray.store import Artifact, ArtifactWriter, Claim, Folder, claim
+from icce_ray.store import Artifact, ArtifactWriter, Claim, Folder, claim, patient_filesystem, s3
 from icce_ray.store.s3 import use_s3
 
 from .stages import run_embed, wait_for, without_ray
@@ -159,7 +160,7 @@ def write_config(folder: Path, **changes: Any) -> str:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", ["refused", "no bucket", "no output bucket", "nothing there"])
-def test_storage_that_cannot_work_is_one_clear_message_within_seconds(
+def test_storage_that_cannot_work_is_one_clear_message_and_is_not_waited_for(
     endpoint: str, tmp_path: Path, case: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     changes: dict[str, Any] = {"output": f"s3://results/{tmp_path.name}"}
@@ -167,13 +168,13 @@ def test_storage_that_cannot_work_is_one_clear_message_within_seconds(
         changes["images"] = {"uri": "s3://no-such-photos/all/"}
     if case == "no output bucket":
         changes["output"] = "s3://no-such-results/job"
+    monkeypatch.setattr(s3, "time", SimpleNamespace(monotonic=time.monotonic, sleep=lambda _: pytest.fail("waits")))
+    monkeypatch.setattr(patient_filesystem, "time", s3.time)
     with faulty_proxy(endpoint, Faults(refuse=case == "refused")) as url:
         place = "http://127.0.0.1:9" if case == "nothing there" else url
         for name, value in credentials(place).items():
             monkeypatch.setenv(name, value)
-        started = time.monotonic()
         code = cli.main(["run", write_config(tmp_path, **changes)])
-        took = time.monotonic() - started
     said = capsys.readouterr().err
     assert code == 2, said
     says = {
@@ -185,15 +186,14 @@ def test_storage_that_cannot_work_is_one_clear_message_within_seconds(
     assert says[case] in said.splitlines()[-1]
     assert "Traceback" not in said
     assert SECRET_KEY not in said
-    assert took < 20
 
 
 @pytest.mark.slow
 def test_a_killed_driver_is_followed_by_byte_identical_embeddings_and_a_second_job_is_told(
     endpoint: str, tmp_path: Path, undisturbed: Artifact
 ) -> None:
-    """The driver is killed (-9) while it embeds; a second job was told that the first is at work; the same settings go
-    on from what is there."""
+    """The driver is killed (-9) while it embeds, at the latest when it waits for the last image; a second job was told
+    that the first is at work; the same settings go on from what is there."""
     path = write_config(tmp_path)
     config = config_for(endpoint, "s3://results/job")
     embed = next(step for step in plan(config) if step.name == "embed")
@@ -202,7 +202,12 @@ def test_a_killed_driver_is_followed_by_byte_identical_embeddings_and_a_second_j
     def has_begun() -> bool:
         return any(name.endswith(".parquet") for name in embed.folder.sizes())
 
-    with subprocess.Popen(command, env=environment, start_new_session=True, stderr=subprocess.PIPE) as first:
+    with (
+        faulty_proxy(endpoint, Faults(never_answered=f"{NUM_IMAGES - 1:03d}.png")) as url,
+        subprocess.Popen(
+            command, env=os.environ | credentials(url), start_new_session=True, stderr=subprocess.PIPE
+        ) as first,
+    ):
         wait_for(lambda: first.poll() is not None or has_begun())
         first.send_signal(signal.SIGSTOP)  # as slow as a job can be, and alive
         second = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
@@ -235,7 +240,7 @@ def test_a_dead_machines_claim_is_taken_over_and_a_renewed_one_is_not(
 ) -> None:
     use_s3(config_for(endpoint, "s3://results/x").storage)
     folder = Folder.at("s3://results/claimed")
-    monkeypatch.setattr(claim, "LEASE_S", 1.0)
+    monkeypatch.setattr(claim, "LEASE_S", 60.0)
     monkeypatch.setattr(claim, "POLL_S", 0.1)
     monkeypatch.setattr(claim, "RENEW_S", 0.2)
     # Two containers with the same host name, where process ids mean different processes.
@@ -246,7 +251,11 @@ def test_a_dead_machines_claim_is_taken_over_and_a_renewed_one_is_not(
     with pytest.raises(InputError, match=f"process {os.getpid()} on worker is writing this artifact"):
         Claim(folder).__enter__()
     first._done.set()  # the machine is cut off: nothing renews the claim, nothing removes it
+    assert first._renewer is not None
+    first._renewer.join()
+    monkeypatch.setattr(claim, "LEASE_S", 1.0)
     with Claim(folder) as second:
+        monkeypatch.setattr(claim, "LEASE_S", 60.0)
         with pytest.raises(InputError, match="on worker is writing"):
             Claim(folder).__enter__()
         with pytest.raises(WorkerError, match="another job took this artifact over"):
@@ -262,19 +271,19 @@ def test_a_dead_machines_claim_is_taken_over_and_a_renewed_one_is_not(
 
 
 WRITE_UNTIL_STOPPED = """
-import json, sys, time
+import json, sys
 from icce_ray.config import StorageConfig
 from icce_ray.errors import WorkerError
 from icce_ray.store import ArtifactWriter, Claim, Folder, claim
 from icce_ray.store.s3 import use_s3
 use_s3(StorageConfig(**json.loads(sys.argv[1])))
-claim.RENEW_S = 0.2
+claim.RENEW_S = 60.0  # the writer finds out by itself
 try:
     with Claim(Folder.at(sys.argv[2])) as held:
         while True:
             ArtifactWriter(held.folder).write_json("part.json", "of the first")
             print("written", flush=True)
-            time.sleep(0.01)
+            sys.stdin.readline()
 except WorkerError as error:
     sys.exit(str(error))
 """
@@ -292,7 +301,8 @@ def test_a_job_that_was_frozen_while_another_took_over_writes_nothing_more(
     storage = json.dumps({"endpoint": endpoint, "access_key": ACCESS_KEY, "secret_key": SECRET_KEY})
     command = [sys.executable, "-c", WRITE_UNTIL_STOPPED, storage, folder.uri]
     options = {"stage": "s", "fingerprint": "f", "inputs": {}, "config": {}, "metrics": {}, "seconds": 0.0}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as first:
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    with subprocess.Popen(command, text=True, **pipes) as first:
         assert first.stdout is not None
         assert first.stdout.readline() == "written\n"
         os.kill(first.pid, signal.SIGSTOP)
@@ -302,7 +312,7 @@ def test_a_job_that_was_frozen_while_another_took_over_writes_nothing_more(
             if is_finished:
                 finished = writer.commit(**options, exclusive=True)
             os.kill(first.pid, signal.SIGCONT)
-            said = first.communicate(timeout=60)[1]
+            said = first.communicate("write on\n", timeout=60)[1]
             if not is_finished:
                 finished = writer.commit(**options, exclusive=True)
     assert first.returncode == 1
@@ -317,7 +327,8 @@ def _work_while_another_takes_over(folder: Folder) -> None:
     try:
         with Claim(folder):
             folder.write_bytes(claim.CLAIM_NAME, b"{}")
-            time.sleep(60)  # is interrupted
+            time.sleep(60)
+            pytest.fail("was not interrupted")
     finally:
         signal.signal(signal.SIGINT, before)
 
