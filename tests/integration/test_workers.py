@@ -170,11 +170,13 @@ def test_errors_of_tasks_and_actors_reach_the_driver(
         results(way, tmp_path, what)
 
 
-def test_results_come_in_the_order_of_the_items_if_asked_for() -> None:
-    def slow_if_first(item: int) -> int:
-        time.sleep(0.3 * (item == 0))
+def test_results_come_in_the_order_of_the_items_if_asked_for(tmp_path: Path) -> None:
+    def first_is_last(item: int) -> int:
+        (tmp_path / str(item)).touch()
+        while item == 0 and not (tmp_path / "1").exists():
+            time.sleep(0.02)
         return item
 
     resources = ResourcesConfig()
-    found = run_tasks("sample", slow_if_first, range(5), resources=resources, num_images=40, in_order=True)
+    found = run_tasks("sample", first_is_last, range(5), resources=resources, num_images=40, in_order=True)
     assert list(found) == [(item, item) for item in range(5)]
