@@ -20,16 +20,16 @@ MAX_AGREEMENT = 0.5
 """An image is doubtful if no more than this share of the heads places it where the consensus does."""
 NUM_ROUNDS = 5
 """At most: each places the doubtful images by the means of the clusters that the round before made."""
-MAX_SAMPLE, MAX_SAMPLE_ELEMENTS = 20_000, 1 << 25
+MAX_SAMPLE, MAX_SAMPLE_ELEMENTS = 10_000, 1 << 24
 """Images, and numbers of their features, that the covariance is measured on."""
 MAX_DIMS = 4_096
 """The covariance is inverted, which takes seconds with more."""
-MAX_TABLE = 1 << 25
-"""Numbers of a table of K x D: a quarter of a gigabyte."""
+MAX_TABLE = 1 << 24
+"""Numbers of a table of K x D: 134 MB."""
 MAX_WORK = 500_000_000_000
 """Multiplications of a round: half a minute on one core."""
 PART_ELEMENTS = 1 << 23
-"""Numbers of the features of a part."""
+"""Numbers of the features of a part, or of its images times the clusters."""
 Floats = npt.NDArray[np.float64]
 
 
@@ -58,8 +58,8 @@ def place_doubtful(
         raise PartitionError(f"no clustering has a label for {len(heads.unlabelled):,} of the images")
     unit = unit_features()
     _check_size(len(doubtful_d), unit.shape, num_clusters)
-    rows_per_part = max(1, PART_ELEMENTS // unit.shape[1])
-    parts, doubtful_parts = (ranges(number, rows_per_part) for number in (len(labels_N), len(doubtful_d)))
+    parts = ranges(len(labels_N), max(1, PART_ELEMENTS // unit.shape[1]))
+    doubtful_parts = ranges(len(doubtful_d), max(1, PART_ELEMENTS // max(unit.shape[1], num_clusters)))
     covariance_DD: Floats | None = None
     for _ in range(NUM_ROUNDS):
         sizes_K = count_labels(labels_N, num_clusters)
