@@ -26,7 +26,7 @@ from icce_ray.embed.work_items import OpenPart, OpenParts, join_items, joined
 from icce_ray.images.decoding_process import decode_or_die
 from icce_ray.images.listing import Listing
 from icce_ray.images.uris import is_remote
-from icce_ray.runtime.cluster_resources import available_cpus, cpus_beside, largest_machine_cpus, worker_threads
+from icce_ray.runtime.cluster_resources import PoolCpus, available_cpus, worker_threads
 from icce_ray.runtime.progress import Progress
 from icce_ray.runtime.threads import repeating
 from icce_ray.runtime.worker_process import EmbedMetrics
@@ -146,18 +146,11 @@ def embed_on_ray(
     the driver, so it gets some thousands at a time. `show` is told how many images of unfinished parts are embedded."""
     import ray.data
 
-    config = task.config
-    num_workers = min(config.resources.embed.num_workers, max(1, len(pending)))
-    worker = config.resources.embed.at_start()
+    resources, worker = task.config.resources.embed, task.config.resources.embed.at_start()
+    num_workers = min(resources.num_workers, max(1, len(pending)))
     min_workers = min(worker.num_workers, num_workers)
-    decoding_cpus = min(1.0, largest_machine_cpus() / 2)
-    actor_cpus = cpus_beside(worker, min_workers, decoding_cpus)
     # While one task waits for the last slow answers of its part, another can use the CPU.
-    decode_cpus = decoding_cpus / (2 if any(map(is_remote, config.images.uris)) else 1)
-    if actor_cpus == decode_cpus:
-        # Ray Data fuses steps that ask for the same resources. An image that kills its decoder would then kill actors,
-        # which take longer to come back than tasks.
-        actor_cpus -= 0.001
+    cpus = PoolCpus.of(worker, min_workers, tasks_per_cpu=2 if any(map(is_remote, task.config.images.uris)) else 1)
     part_bytes = pending.images_per_item * math.prod(task.plan.preprocessing.shape)
     data_context = ray.data.DataContext.get_current().copy()
     data_context.enable_progress_bars = False
@@ -172,44 +165,15 @@ def embed_on_ray(
         with suppress(ray.exceptions.RayError):  # the index is starting again, or busy
             show(ray.get(shards[0].num_unfinished.remote(), timeout=POST_INTERVAL_S))
 
-    def embedded(items: list[PartRange]) -> Any:
-        dataset = (
-            _one_block_per_item(items, decoding_cpus)
-            .map_batches(
-                cast(Any, decode),
-                batch_size=1,
-                batch_format="pyarrow",
-                fn_kwargs={"task": task, "shards": shards},
-                num_cpus=decode_cpus,
-                max_retries=-1,  # `Attempt` decides when to give up
-            )
-            .map_batches(
-                Embedder,
-                batch_size=1,
-                batch_format="pyarrow",
-                compute=ray.data.ActorPoolStrategy(
-                    min_size=min_workers,
-                    max_size=num_workers,
-                    max_concurrent_calls_per_actor=ITEMS_AT_ONCE,
-                    enable_true_multi_threading=True,
-                ),
-                fn_constructor_args=(task, shards, worker_threads(worker), "cuda" if worker.gpus_per_worker else "cpu"),
-                num_cpus=actor_cpus,
-                num_gpus=worker.gpus_per_worker or None,
-            )
-        )
-        dataset.set_name("embed")
-        return dataset
-
     def limits() -> Any:
         """If decoding is the faster step, it would fill Ray's object store, the more the more images there are."""
-        ahead = math.ceil(available_cpus() / decode_cpus) + ITEMS_PER_ACTOR * num_workers
+        ahead = math.ceil(available_cpus() / cpus.task) + ITEMS_PER_ACTOR * num_workers
         return ray.data.ExecutionResources.for_limits(object_store_memory=ahead * part_bytes)
 
     def finished_items() -> Iterator[PartRecord]:
         left = iter(pending)
         while wave := list(islice(left, ITEMS_PER_WAVE)):
-            dataset = embedded(wave)
+            dataset = _embedded(wave, task, shards, (min_workers, num_workers), cpus)
             rows, options, limited_at = dataset.iter_rows(), dataset.context.execution_options, time.monotonic()
             del dataset  # it would keep its figures during the next wave
             options.resource_limits = limits()
@@ -234,6 +198,42 @@ def embed_on_ray(
     finally:
         for shard in shards:
             ray.kill(shard)
+
+
+def _embedded(
+    items: list[PartRange], task: EmbedTask, shards: list[Any], num_workers: tuple[int, int], cpus: PoolCpus
+) -> Any:
+    """A dataset with the record of each item. `num_workers` are the fewest and the most."""
+    import ray.data
+
+    worker = task.config.resources.embed.at_start()
+    dataset = (
+        _one_block_per_item(items, cpus.free)
+        .map_batches(
+            cast(Any, decode),
+            batch_size=1,
+            batch_format="pyarrow",
+            fn_kwargs={"task": task, "shards": shards},
+            num_cpus=cpus.task,
+            max_retries=-1,  # `Attempt` decides when to give up
+        )
+        .map_batches(
+            Embedder,
+            batch_size=1,
+            batch_format="pyarrow",
+            compute=ray.data.ActorPoolStrategy(
+                min_size=num_workers[0],
+                max_size=num_workers[1],
+                max_concurrent_calls_per_actor=ITEMS_AT_ONCE,
+                enable_true_multi_threading=True,
+            ),
+            fn_constructor_args=(task, shards, worker_threads(worker), "cuda" if worker.gpus_per_worker else "cpu"),
+            num_cpus=cpus.actor,
+            num_gpus=worker.gpus_per_worker or None,
+        )
+    )
+    dataset.set_name("embed")
+    return dataset
 
 
 def _start_index(folders: list[Folder], num_new: int) -> list[Any]:

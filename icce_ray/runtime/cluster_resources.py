@@ -7,7 +7,7 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Collection, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from icce_ray.config import Config, ResourcesConfig, WorkerResources
 from icce_ray.errors import ResourceError
@@ -43,10 +43,24 @@ def worker_cpus(worker: WorkerResources) -> float:
     return min(machines) / math.ceil(worker.num_workers / len(machines))
 
 
-def cpus_beside(worker: WorkerResources, num_workers: int, beside: float) -> float:
-    """CPUs for each of `num_workers` actors: at most :func:`worker_cpus`, and as :func:`fitting_cpus`. If no machine
-    has room left for a task, actors deadlock: no upstream task can be scheduled."""
-    return fitting_cpus([cpus for cpus, _ in _machines()], num_workers, worker_cpus(worker), beside)
+class PoolCpus(NamedTuple):
+    """CPUs for a pool of actors and the tasks that feed it."""
+
+    actor: float
+    """At most :func:`worker_cpus`, and as :func:`fitting_cpus`. If no machine had room left for a task, actors would
+    deadlock: no upstream task could be scheduled."""
+    task: float
+    free: float
+    """What is left beside the actors on some machine."""
+
+    @classmethod
+    def of(cls, worker: WorkerResources, num_actors: int, tasks_per_cpu: int) -> PoolCpus:
+        free = min(1.0, largest_machine_cpus() / 2)
+        actor = fitting_cpus([cpus for cpus, _ in _machines()], num_actors, worker_cpus(worker), free)
+        task = free / tasks_per_cpu
+        # Ray Data fuses steps that ask for the same resources. What kills a task would then kill actors, which take
+        # longer to come back.
+        return cls(actor - 0.001 if actor == task else actor, task, free)
 
 
 def worker_threads(worker: WorkerResources) -> int:
