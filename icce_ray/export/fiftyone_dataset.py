@@ -19,7 +19,7 @@ import pyarrow as pa
 
 from icce_ray.export.export_run import ExportTask, Written
 from icce_ray.export.image_folders import NotReadError, placer
-from icce_ray.export.selected_images import Row, SelectedImages, in_threads, is_local_file
+from icce_ray.export.selected_images import Row, SelectedImages, is_local_file, map_rows
 
 FORMAT_VERSION = "1.0.0"
 """FiftyOne's version of this layout; later versions migrate it."""
@@ -58,7 +58,7 @@ def write(source: SelectedImages, task: ExportTask) -> Written:
         file.write(b'{"samples": [')
         for table, features_nD in source.tables_with_features():
             points_n2 = (features_nD.astype(np.float64) - mean_D) @ axes_D2
-            for number, (row, name) in enumerate(in_threads(file_of, table.to_pylist())):
+            for number, (row, name) in enumerate(map_rows(file_of, table.to_pylist())):
                 if isinstance(name, NotReadError):
                     problems.append(f"{row['uri']}: {name}")
                     continue

@@ -12,8 +12,8 @@ from icce_ray.export.selected_images import (
     SelectedImages,
     extension,
     file_name,
-    in_threads,
     is_local_file,
+    map_rows,
     safe_name,
 )
 from icce_ray.images.read_images import read_image
@@ -38,7 +38,7 @@ def write(source: SelectedImages, task: ExportTask) -> Written:
         text = io.TextIOWrapper(file, encoding="utf-8", newline="", write_through=True)
         manifest = csv.DictWriter(text, ["file", *source.schema.names])
         manifest.writeheader()
-        for row, name in in_threads(place, source.rows()):
+        for row, name in map_rows(place, source.rows()):
             if isinstance(name, NotReadError):
                 problems.append(f"{row['uri']}: {name}")
             else:

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from icce_ray.export.export_run import ExportTask, Written
-from icce_ray.export.selected_images import Row, SelectedImages, extension, in_threads
+from icce_ray.export.selected_images import Row, SelectedImages, extension, map_rows
 from icce_ray.images.read_images import read_image
 from icce_ray.store import ArtifactWriter, PartRecords
 
@@ -48,7 +48,7 @@ def write(source: SelectedImages, task: ExportTask) -> Written:
         problems.clear()
         num_rows = num_bytes = 0
 
-    for row, data in in_threads(lambda row: read_image(row["uri"]), islice(source.rows(), num_done, None)):
+    for row, data in map_rows(lambda row: read_image(row["uri"]), islice(source.rows(), num_done, None)):
         if isinstance(data, str):
             problems.append(f"{row['uri']}: {data}")
             num_errors += 1

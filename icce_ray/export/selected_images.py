@@ -132,7 +132,7 @@ class SelectedImages:
                 yield block.take(pa.array(rows)), features_nD[rows]
 
 
-def in_threads(function: Callable[[Row], T], rows: Iterable[Row]) -> Iterator[tuple[Row, T]]:
+def map_rows(function: Callable[[Row], T], rows: Iterable[Row]) -> Iterator[tuple[Row, T]]:
     """Each row and what the function returns for it, in order. Few rows are worked on at a time."""
     waiting = iter(rows)
     with ThreadPoolExecutor(READ_TOGETHER) as threads:
