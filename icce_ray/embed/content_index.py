@@ -30,7 +30,7 @@ CONTENTS_PER_SHARD = 100_000_000
 """3.2 GB in memory. Each shard reads the keys of all contents at its start."""
 
 CLAIMED = np.uint32(2**32 - 1)
-"""In place of the row: a part is about to embed the content."""
+"""Stands for the row while a part is about to embed the content."""
 YOURS, BUSY, HERE, AT = range(4)
 
 Flags = npt.NDArray[np.bool_]

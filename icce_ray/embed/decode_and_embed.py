@@ -251,7 +251,7 @@ def is_plain_jpeg(data: bytes, preprocessing: Preprocessing | SeveralViews, max_
 def decode_on_device(
     files: Sequence[bytes], preprocessing: Preprocessing | SeveralViews, device: str
 ) -> list[Pixels | str]:
-    """As :func:`decode_image` of each file. Pillow decodes a file that the device refuses."""
+    """Decode each file as :func:`decode_image` does. Pillow decodes a file that the device refuses."""
     if len(files) <= FILES_TOGETHER:
         try:
             return _decode(files, preprocessing.views, device) if files else []

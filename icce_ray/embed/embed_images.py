@@ -110,7 +110,7 @@ def _task(config: Config, context: StageContext, num_images: int) -> EmbedTask:
 
 
 def _finish(task: EmbedTask, tally: Tally) -> dict[str, Any]:
-    """What a resumed run needs goes last: a run that is killed meanwhile has nothing to embed again."""
+    """Sum up, then remove the records: a run that is killed meanwhile has nothing to embed again."""
     try:
         metrics = tally.finish(task.plan.names[0])
     except DamagedArtifactError:

@@ -132,7 +132,7 @@ def _keys_of(record: PartRecord) -> KeyRange:
 
 
 def missing_ranges(finished: Sequence[PartRecord]) -> list[KeyRange]:
-    """What finished ranges leave of all keys."""
+    """The ranges of keys that the finished ones leave."""
     missing, position = [], ""
     for keys in sorted(map(_keys_of, finished), key=lambda keys: keys.after):
         if keys.after > position:

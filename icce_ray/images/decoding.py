@@ -24,7 +24,7 @@ ENDINGS = {b"\xff\xd8\xff": b"\xff\xd9", b"\x89PNG": b"IEND\xaeB`\x82", b"GIF8":
 TIFF_REMEDY = "TIFF: pixels of this type are not supported; convert to 8 or 16 bits, or to 32-bit float"
 TIFF_SIGNATURES = (b"II*\0", b"MM\0*", b"II+\0")
 DEEP_SIGNATURES = (*TIFF_SIGNATURES, b"P", b"\0\0\0\x0cjP", b"\xff\x4f\xff\x51")
-"""Of formats besides PNG that may hold grey images of more than 8 bits: TIFF, PPM, JPEG 2000."""
+"""The first bytes of formats besides PNG that may hold grey images of more than 8 bits: TIFF, PPM, JPEG 2000."""
 DRAFT_FACTOR = 2
 """JPEGs are decoded at the smallest of the scales 1, 1/2, 1/4, 1/8 that is still this many times the wanted size."""
 

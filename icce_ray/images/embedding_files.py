@@ -29,7 +29,7 @@ from icce_ray.store.filesystem import open_uri
 
 READ_BATCH_ROWS = 8192
 NULL, NOT_FINITE = -1, -2
-"""In place of the number of values of a row that cannot be used."""
+"""These stand for the number of values of a row that cannot be used."""
 
 
 class Block(NamedTuple):

@@ -46,7 +46,7 @@ def remedy(kind: str) -> str | None:
 
 
 def describe(skipped: Counter[str]) -> str:
-    """Such as ``3 x .heic (HEIC: not supported; ...), 2 x .csv``: those with a remedy first, then the most frequent."""
+    """``3 x .heic (HEIC: not supported; ...), 2 x .csv``: those with a remedy first, then the most frequent."""
     kinds = sorted(skipped, key=lambda kind: (remedy(kind) is None, -skipped[kind], kind))
     shown = [f"{skipped[kind]} x {kind}" + (f" ({text})" if (text := remedy(kind)) else "") for kind in kinds]
     more = [f"{len(kinds) - MAX_SHOWN} other kinds"] if len(kinds) > MAX_SHOWN else []

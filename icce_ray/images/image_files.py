@@ -45,7 +45,7 @@ from icce_ray.store.filesystem import OBJECT_STORES, open_uri, redacted
 
 COUNTED_TOGETHER = 1000
 MORE_THAN_A_PATH = re.compile(r"^[\"']|\.\w{2,5}[\"']?[\s,;|]")
-"""In a line of a list."""
+"""A line of a list that is not a path alone."""
 
 
 def list_files(config: Config, folder: Folder, progress: Progress) -> FileShards:
@@ -282,7 +282,7 @@ def _mtime(info: pafs.FileInfo) -> str | None:
 
 
 def not_found(uri: str, path: str, *, is_local: bool) -> InputError:
-    """What to say of a source that is not there: with a hint at a name close to it on this machine."""
+    """The error for a source that is not there, with a hint at a close name on this machine."""
     parent, hint = Path(path).parent, ""
     if any(character in path for character in "*?["):
         hint = "; patterns are not expanded: name the folder, below which every image is taken, or a list of images"

@@ -33,7 +33,7 @@ class Inventory:
     """An inventory, and where its shards go. Pickles."""
 
     uri: str
-    """Of the manifest."""
+    """URI of the manifest."""
     bucket: str
     csv_columns: tuple[str, ...]
     """Empty for Parquet."""

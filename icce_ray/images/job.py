@@ -1,5 +1,5 @@
-"""What takes many requests in the ``images`` stage: a bucket or its inventory is listed, and containers are
-opened, in Ray tasks where there is much to do."""
+"""The work of the ``images`` stage that takes many requests: listing a bucket or its inventory, and opening containers.
+Where there is much of it, Ray tasks do it."""
 
 from __future__ import annotations
 

@@ -206,4 +206,4 @@ def _store_answers(uri: str) -> bool:
 
 
 _readable: dict[str, str] = {}
-"""By bucket, the object that was read last."""
+"""The object that was read last, by bucket."""

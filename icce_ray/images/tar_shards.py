@@ -36,7 +36,7 @@ NOT_TAR = {
     b"PK\x03\x04": "a zip archive: repack it as a plain .tar",
     LFS_POINTER: LFS_REMEDY,
 }
-"""What files that are no tar shards are, by their first bytes."""
+"""Other files than tar shards, by their first bytes."""
 RECORD_BYTES = tarfile.RECORDSIZE
 """An archive is filled up with zeros to a multiple of this."""
 

@@ -34,7 +34,7 @@ from icce_ray.runtime.ray_cluster import runs_here
 
 ROW = "{:<14} {:>13} {:>10} {:>10}"
 RAY_START_S, WORKER_START_S = 8.0, 2.0
-"""Of a run that uses Ray, on two cores."""
+"""Times of a run that uses Ray, on two cores."""
 WORKER_BYTES = 400_000_000
 """Memory of a worker on Ray with its imports."""
 LIGHT_BYTES = 120_000_000
@@ -43,7 +43,7 @@ LIGHT_BYTES = 120_000_000
 
 @dataclass(frozen=True)
 class StageEstimate:
-    """What one stage is expected to take."""
+    """Expected time, memory and storage of one stage."""
 
     stage: str
     seconds: float
@@ -59,7 +59,7 @@ class StageEstimate:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a run of the whole collection is expected to take on this machine, or on the cluster that it would use."""
+    """The same for a run of the whole collection, on this machine or on the cluster that it would use."""
 
     num_images: int
     num_sampled: int
@@ -71,7 +71,7 @@ class Estimate:
     stages: tuple[StageEstimate, ...]
     available_memory_bytes: int
     shortcuts: tuple[str, ...]
-    """What would make the stages shorter that take hours."""
+    """Settings that would shorten the stages that take hours."""
 
     @property
     def seconds(self) -> float:

@@ -28,7 +28,7 @@ FEW_EPOCHS, MORE_EPOCHS = 1, 4
 SHARE_OF_A_NUMBER = 1 / 8
 """The time that each number tried by `num_clusters: auto` adds, as a share of the time for a single one."""
 GUESSED_CLUSTERS = 20
-"""For the stages after it, when the number is still to be chosen."""
+"""Number of clusters that later stages are timed with, when it is still to be chosen."""
 GROWTH = {"sample": 2, "neighbors": 2, "classifier": 0, "evaluate": 0, "report": 0}
 """Powers of the number of images that the time of a stage grows with; 1 for the others."""
 STAGES_ON_ALL = ("assign", "evaluate", "report")
@@ -37,12 +37,12 @@ STAGES_ON_ALL = ("assign", "evaluate", "report")
 
 @dataclass(frozen=True)
 class PilotRun:
-    """What the pilot took."""
+    """Time and storage that the pilot took, scaled up."""
 
     num_images: int
     num_clusters: int
     seconds: Mapping[str, float]
-    """Of the whole run, by stage, scaled up; without the stages `images` and `embed`."""
+    """Seconds of the whole run by stage, without the stages `images` and `embed`."""
     disk_bytes: Mapping[str, int]
     """The same for storage."""
     mean_neighbors: float

@@ -90,7 +90,7 @@ class PlannedStage:
 
     @property
     def identity(self) -> str:
-        """What the fingerprints of later stages see of it."""
+        """Its part in the fingerprints of later stages."""
         return self.fingerprint if self.artifact is None else self.artifact.identity
 
 

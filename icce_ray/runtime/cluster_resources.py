@@ -51,7 +51,7 @@ class PoolCpus(NamedTuple):
     deadlock: no upstream task could be scheduled."""
     task: float
     free: float
-    """What is left beside the actors on some machine."""
+    """CPUs that are left beside the actors on some machine."""
 
     @classmethod
     def of(cls, worker: WorkerResources, num_actors: int, tasks_per_cpu: int) -> PoolCpus:
@@ -69,7 +69,7 @@ def worker_threads(worker: WorkerResources) -> int:
 
 
 def memory_of_machines(actors: Sequence[Any]) -> list[tuple[int, int]]:
-    """For each machine that has some of the actors: their number, and the memory that is available there in bytes."""
+    """(number of actors, available memory in bytes) of each machine that has some of the actors."""
     import ray
 
     machines: dict[str, list[int]] = defaultdict(list)

@@ -46,7 +46,7 @@ def relayed_progress(ask: Callable[[], Any], progress: Progress) -> Iterator[Non
 
 
 class EmbedMetrics:
-    """What an embedding actor tells Ray, which passes it on to Prometheus (docs/ray-cluster.md)."""
+    """Metrics of an embedding actor. Ray passes them on to Prometheus (docs/ray-cluster.md)."""
 
     def __init__(self) -> None:
         import ray

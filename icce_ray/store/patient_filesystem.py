@@ -28,7 +28,7 @@ UPLOAD_BYTES = 2**23
 SPOOL_BYTES = 2**26
 """Larger uploads wait on the local disk."""
 REFUSALS = ("ACCESS_DENIED", "PERMISSION_DENIED", "UNAUTHENTICATED", "AuthorizationFailure", "AuthenticationFailed")
-"""In the messages of Amazon's, Google's and Microsoft's clients."""
+"""Words in the messages of Amazon's, Google's and Microsoft's clients."""
 ANSWERS = (
     FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, NotImplementedError, TypeError,
     ValueError,
@@ -128,7 +128,7 @@ class PatientFileSystem(pafs.FileSystemHandler):
             return bytes(file.read_at(num_bytes, start))
 
     def metadata(self, path: str) -> list[tuple[bytes, bytes]]:
-        """What the store says of a file, such as its ETag."""
+        """The store's metadata of a file, such as its ETag."""
         return self.call(path, lambda: sorted((self.inner.open_input_stream(path).metadata() or {}).items()))
 
     def _refused(self, error: Exception) -> InputError | None:

@@ -1,4 +1,4 @@
-"""What lies under an output: records of runs, and all artifacts and what each was made from.
+"""The content of an output: records of runs, and all artifacts and what each was made from.
 
 ``<output>/runs/<run>.json`` says which artifacts belong to a run, and ``runs/unfinished/<name>.json`` which ones a
 command uses that no run records: for new images, or in a sweep.
@@ -21,7 +21,7 @@ MAX_UNFINISHED_S = 14 * 86_400.0
 """Artifacts of a command that began longer ago are no longer kept for it."""
 LATEST_FOLDER = "latest"
 SUMMARY_NAME = "summary.json"
-"""In ``<output>/latest``: the newest finished run, see :mod:`icce_ray.pipeline.latest`."""
+"""File in ``<output>/latest`` about the newest finished run, see :mod:`icce_ray.pipeline.latest`."""
 
 
 Values = Mapping[str, Any]
@@ -99,7 +99,7 @@ def read_latest(output: str) -> dict[str, Any] | None:
 
 
 Artifacts = dict[str, Artifact | None]
-"""By their folder below the output, ``<stage>/<fingerprint>``; None: without a manifest, so unfinished."""
+"""Artifacts by their folder below the output, ``<stage>/<fingerprint>``; None: unfinished, without a manifest."""
 
 
 def find_artifacts(root: Folder) -> Artifacts:
