@@ -303,12 +303,7 @@ def _row_uris(uri: str, start: int, stop: int) -> pa.Array:
 def _checked(rows_nD: npt.NDArray[Any], num_values_n: npt.NDArray[np.int64], dtype: np.dtype[Any]) -> Block:
     with np.errstate(over="ignore"):
         kept = np.ascontiguousarray(rows_nD, dtype=dtype)
-    is_finite = _is_finite(kept).all(axis=1)
-    return Block(kept, np.where(is_finite | (num_values_n != kept.shape[1]), num_values_n, NOT_FINITE))
-
-
-def _is_finite(values: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
-    """np.isfinite, without its detour through float32 for float16, which takes several times as long."""
-    if values.dtype != np.float16:
-        return np.asarray(np.isfinite(values))
-    return np.asarray((values.view(np.uint16) & 0x7C00) != 0x7C00)
+    # np.isfinite makes a detour through float32 for float16, which takes several times as long.
+    is_finite_nD = (kept.view(np.uint16) & 0x7C00) != 0x7C00 if dtype == np.float16 else np.isfinite(kept)
+    is_kept_n = is_finite_nD.all(axis=1) | (num_values_n != kept.shape[1])
+    return Block(kept, np.where(is_kept_n, num_values_n, NOT_FINITE))

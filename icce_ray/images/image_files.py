@@ -91,7 +91,9 @@ class _Source:
             listed = self._folder / f"{self._name}-{hashlib.sha256(where.encode()).hexdigest()[:16]}"
             yield from self._listed_in_parts(where, listed, is_inventory)
         else:
-            below = self._remote_files() if is_remote(self._uri) else self._local_files()
+            below = self._remote_files()
+            if not is_remote(self._uri):
+                below = walk_folder(self._path, result_folders(self._config.output), self._skipped)
             yield from self._sorted(filter(None, map(self._take, below)), self._name)
         try:
             yield from self._sorted(self._rest(), f"{self._name}-tables")
@@ -134,9 +136,6 @@ class _Source:
             for part, (first, last) in zip(record.files, record.metrics["ends"], strict=True):
                 self._has_images = True
                 yield Shard(first, last, part.rows or 0, None, folder, part.name)
-
-    def _local_files(self) -> Iterator[File]:
-        return walk_folder(self._path, result_folders(self._config.output), self._skipped)
 
     def _remote_files(self) -> Iterator[File]:
         """All visible files of a folder and its subfolders, but no results. Lists folder by folder: pyarrow returns
