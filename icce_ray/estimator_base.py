@@ -32,8 +32,7 @@ class FeatureClusterer(ClusterMixin, BaseEstimator):
     def _check_new(self, X: npt.ArrayLike) -> npt.NDArray[Any]:
         """Rows to predict, checked."""
         check_is_fitted(self)
-        features_nD: npt.NDArray[Any] = validate_data(self, X, dtype=FLOATS, reset=False)
-        return features_nD
+        return validate_data(self, X, dtype=FLOATS, reset=False)
 
     def _seed(self) -> int:
         seed = self.random_state

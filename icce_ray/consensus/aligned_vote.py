@@ -81,8 +81,7 @@ def _labels_of_head(heads: Heads, head: int, num_clusters: int) -> Labels:
         rank = np.empty(len(order), dtype=np.int32)
         rank[order] = np.arange(len(order))
         codes_N = np.where(codes_N >= 0, np.minimum(rank[codes_N], num_clusters - 1), MISSING)
-    labels_N: Labels = np.where(codes_N >= 0, codes_N, num_clusters - 1).astype(np.int32)
-    return labels_N
+    return np.where(codes_N >= 0, codes_N, num_clusters - 1).astype(np.int32)
 
 
 def best_head(heads: Heads, num_clusters: int, *, scores_H: Floats) -> Labels:
@@ -95,8 +94,7 @@ def best_head(heads: Heads, num_clusters: int, *, scores_H: Floats) -> Labels:
         raise PartitionError(f"no head labels every image with at most {num_clusters} clusters")
     head = int(usable[np.where(np.isnan(scores_H[usable]), -np.inf, scores_H[usable]).argmax()])
     values, codes_N = heads.values[head], heads.codes_of(head)
-    labels_N: Labels = values[codes_N].astype(np.int32) if values[-1] < num_clusters else codes_N
-    return labels_N
+    return values[codes_N].astype(np.int32) if values[-1] < num_clusters else codes_N
 
 
 class Agreement(NamedTuple):
@@ -132,8 +130,7 @@ def mean_agreements(labels_N: Labels, agreement_N: npt.NDArray[Any], num_cluster
     """Mean agreement of the images of each cluster (K,), 0 for an empty one."""
     labelled = labels_N >= 0
     sums_K = np.bincount(labels_N[labelled], weights=agreement_N[labelled], minlength=num_clusters)
-    means_K: Floats = sums_K / np.maximum(count_labels(labels_N, num_clusters), 1)
-    return means_K
+    return sums_K / np.maximum(count_labels(labels_N, num_clusters), 1)
 
 
 def describe_clusters(
@@ -227,5 +224,4 @@ def _best_of_each_row(
     keys = np.repeat(keys, np.diff(np.append(firsts, len(tied))))
     order = np.lexsort((hash_numbers(keys, clusters[tied], seed), rows[tied]))
     is_last = np.diff(rows[tied][order], append=-1) != 0
-    chosen: npt.NDArray[np.int64] = tied[order[is_last]]
-    return chosen
+    return tied[order[is_last]]

@@ -114,8 +114,7 @@ class _Table:
         """ANMI (M,) after each split, whose images have the counts `moved_MC` against the head clusters."""
         rows_M = np.array([cluster for cluster, _ in splits])
         information_MH, entropy_MH = self._after(rows_M, moved_MC)
-        anmi_M: Floats = _normalised(information_MH, entropy_MH, self.head_entropy_H).mean(axis=1)
-        return anmi_M
+        return _normalised(information_MH, entropy_MH, self.head_entropy_H).mean(axis=1)
 
     def _after(self, rows_M: npt.NDArray[np.int64], moved_MC: Counts) -> tuple[Floats, Floats]:
         cells_MC = _parting(self.counts_KC[rows_M], moved_MC)
@@ -136,8 +135,7 @@ class _Table:
 
 
 def _f(counts: npt.NDArray[Any]) -> Floats:
-    values: Floats = xlogy(counts, counts)
-    return values
+    return xlogy(counts, counts)
 
 
 def _parting(whole: npt.NDArray[Any], part: npt.NDArray[Any]) -> Floats:
@@ -178,5 +176,4 @@ def _count_splits_of_part(
     taken_Mr = sp.csr_array(
         (np.ones(taken.sum(), np.int64), (splits[taken], places[taken])), shape=(len(keys_M), len(rows_r))
     )
-    counts_MC: Counts = (taken_Mr @ members).toarray()
-    return counts_MC
+    return (taken_Mr @ members).toarray()

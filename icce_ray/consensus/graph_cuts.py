@@ -63,8 +63,7 @@ class HeadPairs:
 
     def anmi(self) -> npt.NDArray[np.float64]:
         """Average NMI of each head with all heads (H,)."""
-        anmi_H: npt.NDArray[np.float64] = self.nmi_HH.mean(axis=1)
-        return anmi_H
+        return self.nmi_HH.mean(axis=1)
 
     def cluster_graph(self) -> sp.csr_array:
         """The graph of the head clusters: both triangles of `overlaps`."""

@@ -130,8 +130,7 @@ class Heads(ABC):
 
     def codes_of(self, head: int) -> Labels:
         """Clusters (N,) of the images by one head, numbered without gaps, -1 where a label is missing."""
-        codes_N: Labels = self.gather(slice(head, head + 1)).codes[0]
-        return codes_N
+        return self.gather(slice(head, head + 1)).codes[0]
 
     def head_cluster_sizes(self) -> Counts:
         """Images of each head cluster (C,)."""
@@ -158,8 +157,7 @@ class HeadLabels(Heads):
         return HeadLabels(self.codes[heads, start:stop], self.values[heads])
 
     def labels_of(self, head: int) -> Labels:
-        codes_N: Labels = self.codes[head]
-        return codes_N
+        return self.codes[head]
 
     def select(self, heads: Sequence[int]) -> HeadLabels:
         return HeadLabels(self.codes[list(heads)], tuple(self.values[head] for head in heads), self.unlabelled)
@@ -259,8 +257,7 @@ def encode_labels(labels_n: npt.NDArray[Any], values: npt.NDArray[np.int64]) -> 
         return codes_n
     code_of_label = np.full(largest + 2, MISSING, dtype=np.int32)  # the last one is for the missing label, -1
     code_of_label[values] = np.arange(len(values), dtype=np.int32)
-    codes: Labels = code_of_label[labels_n]
-    return codes
+    return code_of_label[labels_n]
 
 
 def count_consensus(labels_N: npt.NDArray[Any], heads: Heads, num_clusters: int) -> npt.NDArray[Any]:

@@ -186,7 +186,7 @@ def _merge(weights_XX: npt.NDArray[np.float64], num_groups: int) -> Labels:
         weights_XX[low] += weights_XX[high]
         weights_XX[:, low] += weights_XX[:, high]
         volumes_X[low] += volumes_X[high]
-        return np.asarray(weights_XX[low, others] - cost * volumes_X[low] * volumes_X[others])
+        return weights_XX[low, others] - cost * volumes_X[low] * volumes_X[others]
 
     gains_XX = weights_XX - cost * np.outer(volumes_X, volumes_X)
     for low, high, _ in best_merges(gains_XX, len(weights_XX) - num_groups, gains):

@@ -75,8 +75,7 @@ def applied_corrections(inputs: Mapping[str, Artifact]) -> dict[str, Any] | None
     """The corrections of a run as JSON; None if it has none."""
     if "corrections" not in inputs:
         return None
-    applied: dict[str, Any] = json.loads(inputs["corrections"].read_bytes(APPLIED_NAME))
-    return applied
+    return json.loads(inputs["corrections"].read_bytes(APPLIED_NAME))
 
 
 def _settings(config: Config) -> Settings:

@@ -149,8 +149,7 @@ def _kth_scores(scores_P: Floats, num_pairs_R: Ids, k: int) -> Floats:
 
 def rank_in_row(sorted_rows_P: npt.NDArray[np.integer]) -> Ids:
     """0, 1, 2, ... within each run of equal values."""
-    ranks_P: Ids = np.arange(len(sorted_rows_P)) - np.repeat(*_runs(sorted_rows_P))
-    return ranks_P
+    return np.arange(len(sorted_rows_P)) - np.repeat(*_runs(sorted_rows_P))
 
 
 def _runs(sorted_rows_P: npt.NDArray[np.integer]) -> tuple[Ids, Ids]:
