@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from pkgutil import resolve_name
@@ -201,7 +200,3 @@ def _find_runs(arguments: argparse.Namespace) -> tuple[Folder, dict[str, dict[st
         record["run"]: {stage: root / stage / fingerprint for stage, fingerprint in record["stages"].items()}
         for record in records
     }
-
-
-if __name__ == "__main__":
-    sys.exit(main())

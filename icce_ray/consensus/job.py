@@ -18,8 +18,9 @@ from icce_ray.consensus.aligned_vote import ARRAYS, describe_clusters
 from icce_ray.consensus.best_consensus import find_consensus
 from icce_ray.consensus.consensus_memory import check_memory
 from icce_ray.consensus.hierarchy import HIERARCHY_NAME
+from icce_ray.consensus.kept_numbers import keep_numbers
 from icce_ray.consensus.label_matrix import Heads
-from icce_ray.consensus.other_runs import IMAGE_IDS_NAME, find_heads, keep_numbers, trained_ids
+from icce_ray.consensus.other_runs import IMAGE_IDS_NAME, find_heads, trained_ids
 from icce_ray.consensus.stage import AUTO, NONE
 from icce_ray.consensus.stored_label_matrix import StoredHeads, open_heads
 from icce_ray.embed.feature_matrix import load_features

@@ -171,15 +171,9 @@ def _join_light_cells(keys_X: npt.NDArray[np.int64], volumes_X: npt.NDArray[np.f
 
 def merge_cells(score: NeighborScore, cells_N: Labels, num_cells: int, num_clusters: int) -> Labels:
     """Merge the cells 0..num_cells-1 of images, two at a time, so that the score falls least, until `num_clusters` are
-    left."""
+    left; these are numbered in the order of their lowest cells."""
     weights_XX = score.between(cells_N, num_cells)
-    group_X = _merge(weights_XX, num_clusters)
-    return group_X[cells_N]
-
-
-def _merge(weights_XX: npt.NDArray[np.float64], num_groups: int) -> Labels:
-    """Group of each cell (X,), 0..num_groups-1 in the order of their lowest cells. Changes `weights_XX`."""
-    volumes_X, holder_X = weights_XX.sum(axis=1), np.arange(len(weights_XX))
+    volumes_X, holder_X = weights_XX.sum(axis=1), np.arange(num_cells)
     cost = RESOLUTION / max(volumes_X.sum(), 1.0)
 
     def gains(low: int, high: int, others: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
@@ -189,6 +183,6 @@ def _merge(weights_XX: npt.NDArray[np.float64], num_groups: int) -> Labels:
         return weights_XX[low, others] - cost * volumes_X[low] * volumes_X[others]
 
     gains_XX = weights_XX - cost * np.outer(volumes_X, volumes_X)
-    for low, high, _ in best_merges(gains_XX, len(weights_XX) - num_groups, gains):
+    for low, high, _ in best_merges(gains_XX, num_cells - num_clusters, gains):
         holder_X[holder_X == high] = low
-    return np.unique(holder_X, return_inverse=True)[1].astype(np.int32)
+    return np.unique(holder_X, return_inverse=True)[1].astype(np.int32)[cells_N]

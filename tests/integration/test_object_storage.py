@@ -136,7 +136,7 @@ def test_faults_of_the_storage_cost_time_and_only_the_bad_object(endpoint: str, 
     assert retried.identity != artifact.identity
 
 
-JOB = [sys.executable, "-m", "icce_ray.cli"]
+JOB = [sys.executable, "-m", "icce_ray"]
 
 
 def credentials(url: str) -> dict[str, str]:

@@ -184,7 +184,7 @@ def test_status_tells_what_is_finished(finished: tuple[Path, dict[str, Any], str
     folder, result, _ = finished
     for target in ("run.yaml", "out"):
         done = subprocess.run(
-            [sys.executable, "-m", "icce_ray.cli", "status", target],
+            [sys.executable, "-m", "icce_ray", "status", target],
             cwd=folder, capture_output=True, text=True, check=False,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr

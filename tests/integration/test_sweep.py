@@ -190,7 +190,7 @@ def test_a_killed_sweep_goes_on_by_the_same_command_and_leaves_what_was_finished
     (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(swept))
     command = ["sweep", str(tmp_path / "sweep.yaml"), "--json"]
     with subprocess.Popen(
-        [sys.executable, "-m", "icce_ray.cli", *command], start_new_session=True, stderr=subprocess.DEVNULL
+        [sys.executable, "-m", "icce_ray", *command], start_new_session=True, stderr=subprocess.DEVNULL
     ) as process:
         while process.poll() is None and not list(out.glob("trial_scores/*/manifest.json")):
             time.sleep(0.02)

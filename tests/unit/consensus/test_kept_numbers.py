@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from icce_ray.consensus.hierarchy import merge_clusters
-from icce_ray.consensus.other_runs import number_clusters
+from icce_ray.consensus.kept_numbers import number_clusters
 
 
 def labels(*sizes: tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray]:
