@@ -143,10 +143,6 @@ class NeighborGraph:
         return len(self.indptr) - 1
 
     @property
-    def num_edges(self) -> int:
-        return int(self.indptr[-1])
-
-    @property
     def degrees(self) -> npt.NDArray[np.int64]:
         """(N,) number of neighbours of each image."""
         return np.diff(self.indptr)
