@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -137,11 +136,10 @@ def test_stages_finish_on_machines_that_were_not_there(growing: Hosts, tmp_path:
 
 
 def test_what_no_machines_can_hold_is_refused_before_anything_starts(growing: Hosts, tmp_path: Path) -> None:
-    began = time.monotonic()
     write_config(growing, tmp_path, {"method": {"num_workers": 3, "cpus_per_worker": 3}})
     done = run_on_head(growing, tmp_path, "-m", "icce_ray.run", "run.yaml")
     assert done.returncode == 2, done.stderr
     assert "resources.method: 3 x 3 CPUs asked for, but Ray has" in done.stderr.splitlines()[-1]
     assert "Its autoscaler has no machines for that" in done.stderr.splitlines()[-1]
-    assert time.monotonic() - began < 60
+    assert "waits for machines" not in done.stderr
     assert not list(tmp_path.glob("out/images/*/manifest.json"))
