@@ -79,8 +79,10 @@ def growing() -> Iterator[Hosts]:
 
 def num_machines(hosts: Hosts) -> int:
     """Number of machines that the autoscaler has started."""
-    processes = hosts.head.processes(process_table())
-    return sum("/raylet/raylet " in title(pid) for pid in processes) - 1
+    table = process_table()
+    raylets = {pid for pid in hosts.head.processes(table) if "/raylet/raylet " in title(pid)}
+    # One that starts a worker is there twice until its child has become the worker.
+    return sum(table[pid] not in raylets for pid in raylets) - 1
 
 
 def write_config(hosts: Hosts, folder: Path, resources: dict[str, Any]) -> Path:

@@ -14,7 +14,9 @@ from sklearn.datasets import load_digits
 
 from icce_ray.cli import main
 from icce_ray.consensus.ensemble import cluster_ensemble
+from icce_ray.embed.feature_matrix import load_features
 from icce_ray.metrics.true_label_scores import normalized_mutual_info
+from icce_ray.store import Artifact, Folder
 from icce_ray.store.run_records import read_records
 
 pytestmark = pytest.mark.slow
@@ -82,7 +84,9 @@ def test_the_combination_is_the_consensus_of_the_methods_rows_with_equal_weight(
     stages = records[result["methods"][2]["run"]]["stages"]
     parts = sorted((folder / "out" / "neighbors" / stages["neighbors"]).glob("*-nearest.npy"))
     nearest = np.concatenate([np.load(part) for part in parts])
-    expected = cluster_ensemble(matrices, 10, neighbors=nearest, random_state=0)
+    embed = Artifact.find(Folder.at(folder / "out" / "embed" / stages["embed"]))
+    features = load_features(embed).matrix
+    expected = cluster_ensemble(matrices, 10, neighbors=nearest, features=features, random_state=0)
     np.testing.assert_array_equal(combined, expected.labels)
 
 
