@@ -189,7 +189,7 @@ class ConsensusConfig(Section):
     """Recombine the clusterings and the consensus, cut the neighbour graph, and keep what holds together best on it, if
     the method has one. Paper: false."""
     relabel: bool = True
-    """Place images by their features where no majority of the heads agrees with the consensus. Paper: false."""
+    """If most images have no majority of the heads, place these by their features. Paper: false."""
     numbers_from: str = "auto"
     """The run whose clusters keep their numbers here: a name or the place of a record, as in `extra_runs`; or `none`.
     `auto`: the newest run under `output` with the same settings and other images, so clusters keep their numbers when

@@ -64,7 +64,7 @@ class EnsembleResult:
     second_choice: Labels
     """(N,) int32: the cluster with the most votes besides the consensus; -1 if no head votes for another."""
     num_relabelled: int
-    """Images that were placed by their features, because no majority of the heads places them."""
+    """Images that were placed by their features, where most have no majority of the heads."""
     graph_scores: dict[str, float]
     """By method: the share of a cluster's edges in the neighbour graph that stay within it, in the mean over clusters;
     edges weigh as many heads as join their ends. Empty without a graph."""

@@ -1,5 +1,5 @@
-"""Images that no majority of the heads places get the cluster that their features fit best (docs/METHOD.md, "Doubtful
-images"): self-training with a linear discriminant, for these images only.
+"""Where most images have no majority of the heads, these get the cluster that their features fit best (docs/METHOD.md,
+"Doubtful images"): self-training with a linear discriminant.
 
 Shape letters: N images, n images of a part, d doubtful images, K clusters, D dimensions.
 """
@@ -18,6 +18,8 @@ from icce_ray.consensus.refinement import leave_no_cluster_empty
 
 MAX_AGREEMENT = 0.5
 """An image is doubtful if no more than this share of the heads places it where the consensus does."""
+MIN_SHARE = 0.5
+"""If fewer of the images are doubtful, the heads know them better than a linear discriminant does."""
 NUM_ROUNDS = 5
 """At most: each places the doubtful images by the means of the clusters that the round before made."""
 MAX_SAMPLE, MAX_SAMPLE_ELEMENTS = 10_000, 1 << 24
@@ -43,8 +45,9 @@ class UnitRows(Protocol):
 
 
 def find_doubtful(agreement_N: npt.NDArray[np.float32]) -> Images:
-    """The doubtful images (d,), ascending."""
-    return np.flatnonzero(agreement_N <= MAX_AGREEMENT)
+    """The doubtful images (d,), ascending; none, if they are too few."""
+    doubtful_d = np.flatnonzero(agreement_N <= MAX_AGREEMENT)
+    return doubtful_d if len(doubtful_d) >= MIN_SHARE * len(agreement_N) else doubtful_d[:0]
 
 
 def place_doubtful(

@@ -51,8 +51,8 @@ def cluster_ensemble(
         neighbors: (N, k) integers, the images most similar to each image, -1 where there are fewer; 10 are a good
             number. With them, the clusterings and the consensus are recombined, the graph is cut, and it takes part in
             the choice.
-        features: (N, D) finite, the features of the images. With them, images that no majority of the heads places get
-            the cluster that their features fit best.
+        features: (N, D) finite, the features of the images. With them, if most images have no majority of the heads,
+            these get the cluster that their features fit best.
 
     Returns:
         The labels, 0..K-1, and what is known about them. Each of the K clusters has an image, unless fewer than K

@@ -96,6 +96,7 @@ def run_job(root, heads, run=job.run, nearest=None, relabel=False, **consensus):
 @pytest.mark.parametrize("run", [job.run, run_in_process], ids=["on Ray", "in one process"])
 def test_the_stage_writes_the_consensus_of_the_matrix_whatever_its_parts(tmp_path, matrix, run, monkeypatch):
     nearest_Nk = (np.arange(210)[:, None] + np.arange(1, 11)) % 210
+    monkeypatch.setattr(doubtful_images, "MIN_SHARE", 0.05)
     expected = cluster_ensemble(matrix, 3, random_state=5, neighbors=nearest_Nk, features=features_of(matrix))
     assert expected.num_relabelled > 5
     monkeypatch.setattr(doubtful_images, "PART_ELEMENTS", 30)
