@@ -75,13 +75,12 @@ def config_for(photos: Path, tmp_path: Path, *, num_workers: int = 1, **embed: A
     )
 
 
-def run_stage(config: Config, folder: Path, progress: Progress | None = None) -> Artifact:
-    """The images stage and the embed stage, as the pipeline runs them. The `progress` is that of the latter."""
+def run_stage(config: Config, folder: Path) -> Artifact:
+    """The images stage and the embed stage, as the pipeline runs them."""
     inputs: dict[str, Artifact] = {}
-    shown = {"images": None, "embed": progress}
     for name, stage in (("images", list_images), ("embed", embed_images)):
         writer = ArtifactWriter(Folder.at(folder / name))
-        metrics = stage.run(config, StageContext(writer, inputs, shown[name] or Progress(name, quiet=True)))
+        metrics = stage.run(config, StageContext(writer, inputs, Progress(name, quiet=True)))
         inputs[name] = writer.commit(
             stage=name, fingerprint="0" * 16, inputs={}, config={}, metrics=metrics, seconds=0.0
         )
@@ -185,33 +184,30 @@ def test_more_errors_than_allowed_stop_the_stage_and_its_workers(
 @pytest.mark.slow
 def test_killed_workers_change_nothing(ray_cluster: None, photos: Path, tmp_path: Path) -> None:
     """A process is killed (-9) within the part that it decodes, and the actor that embeds after its first part. In the
-    middle of one it dies in the next test. The process that decodes is stopped first, so that the actor is still
-    there."""
+    middle of one it dies in the next test. The part is decoded again meanwhile, so that the actor is still there."""
     Image.new("L", (9000, 9000)).save(photos / "017.png")  # takes a second to decode
     with without_ray():
         run_stage(config_for(photos, tmp_path, num_workers=0, **PIXELS), tmp_path / "undisturbed")
     folder = tmp_path / "run" / "embed"
     killed: dict[str, list[int]] = {}
 
-    def stop() -> list[int]:
-        wait_for((folder / ".part-00002.decode").exists, poll_s=0.005)
-        for pid in (decoding := workers("decode")):
-            os.kill(pid, signal.SIGSTOP)
-        return decoding
+    def kill(task: str) -> None:
+        killed[task] = workers(task)
+        for pid in killed[task]:
+            os.kill(pid, signal.SIGKILL)
 
-    class KillOnce(Progress):
-        def update(self, done: int, total: int | None, note: str = "", num_errors: int = 0) -> None:
-            if killed or not any(folder.glob("part-*.parquet")):
-                return
-            killed.update(decode=stopped.result(), Embedder=workers("Embedder"))
-            for pid in itertools.chain(*killed.values()):
-                os.kill(pid, signal.SIGKILL)
+    def disturb() -> None:
+        wait_for((folder / ".part-00002.decode").exists, poll_s=0.005)
+        kill("decode")
+        wait_for(lambda: any(folder.glob("part-*.parquet")), poll_s=0.005)
+        kill("Embedder")
 
     with ThreadPoolExecutor(1) as threads:
-        stopped = threads.submit(stop)
-        artifact = run_stage(config_for(photos, tmp_path, **PIXELS), tmp_path / "run", KillOnce("embed", quiet=True))
-    assert all(killed.values()), killed
-    assert killed.keys() == {"decode", "Embedder"}
+        disturbed = threads.submit(disturb)
+        artifact = run_stage(config_for(photos, tmp_path, **PIXELS), tmp_path / "run")
+        disturbed.result()
+    assert killed["decode"]
+    assert killed["Embedder"]
     assert content(tmp_path / "run") == content(tmp_path / "undisturbed")
     assert load_features(artifact).num_images == 31
     assert not list(folder.glob(".part-*"))
