@@ -32,7 +32,8 @@ class FeatureClusterer(ClusterMixin, BaseEstimator):
     def _check_new(self, X: npt.ArrayLike) -> npt.NDArray[Any]:
         """Rows to predict, checked."""
         check_is_fitted(self)
-        return validate_data(self, X, dtype=FLOATS, reset=False)
+        features_nD: npt.NDArray[Any] = validate_data(self, X, dtype=FLOATS, reset=False)
+        return features_nD
 
     def _seed(self) -> int:
         seed = self.random_state

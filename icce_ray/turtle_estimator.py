@@ -102,7 +102,8 @@ class TURTLE(FeatureClusterer):
         layers = [torch.from_numpy(layer_EK) for layer_EK in self.layers_]
         with ThreadPool(self.n_threads or usable_cpus()) as pool:
             labels_1n = label_rows(sets, layers, self.n_clusters, device=torch.device("cpu"), pool=pool)
-        return labels_1n[0]
+        labels_n: npt.NDArray[np.int32] = labels_1n[0]
+        return labels_n
 
 
 def _feature_sets(X: Any) -> list[Any]:

@@ -81,7 +81,8 @@ def _labels_of_head(heads: Heads, head: int, num_clusters: int) -> Labels:
         rank = np.empty(len(order), dtype=np.int32)
         rank[order] = np.arange(len(order))
         codes_N = np.where(codes_N >= 0, np.minimum(rank[codes_N], num_clusters - 1), MISSING)
-    return np.where(codes_N >= 0, codes_N, num_clusters - 1).astype(np.int32)
+    labels_N: Labels = np.where(codes_N >= 0, codes_N, num_clusters - 1).astype(np.int32)
+    return labels_N
 
 
 def best_head(heads: Heads, num_clusters: int, *, scores_H: Floats) -> Labels:
@@ -94,7 +95,8 @@ def best_head(heads: Heads, num_clusters: int, *, scores_H: Floats) -> Labels:
         raise PartitionError(f"no head labels every image with at most {num_clusters} clusters")
     head = int(usable[np.where(np.isnan(scores_H[usable]), -np.inf, scores_H[usable]).argmax()])
     values, codes_N = heads.values[head], heads.codes_of(head)
-    return values[codes_N].astype(np.int32) if values[-1] < num_clusters else codes_N
+    labels_N: Labels = values[codes_N].astype(np.int32) if values[-1] < num_clusters else codes_N
+    return labels_N
 
 
 class Agreement(NamedTuple):
@@ -130,7 +132,8 @@ def mean_agreements(labels_N: Labels, agreement_N: npt.NDArray[Any], num_cluster
     """Mean agreement of the images of each cluster (K,), 0 for an empty one."""
     labelled = labels_N >= 0
     sums_K = np.bincount(labels_N[labelled], weights=agreement_N[labelled], minlength=num_clusters)
-    return sums_K / np.maximum(count_labels(labels_N, num_clusters), 1)
+    means_K: Floats = sums_K / np.maximum(count_labels(labels_N, num_clusters), 1)
+    return means_K
 
 
 def describe_clusters(
@@ -224,4 +227,5 @@ def _best_of_each_row(
     keys = np.repeat(keys, np.diff(np.append(firsts, len(tied))))
     order = np.lexsort((hash_numbers(keys, clusters[tied], seed), rows[tied]))
     is_last = np.diff(rows[tied][order], append=-1) != 0
-    return tied[order[is_last]]
+    chosen: npt.NDArray[np.int64] = tied[order[is_last]]
+    return chosen

@@ -114,7 +114,8 @@ class _Table:
         """ANMI (M,) after each split, whose images have the counts `moved_MC` against the head clusters."""
         rows_M = np.array([cluster for cluster, _ in splits])
         information_MH, entropy_MH = self._after(rows_M, moved_MC)
-        return _normalised(information_MH, entropy_MH, self.head_entropy_H).mean(axis=1)
+        anmi_M: Floats = _normalised(information_MH, entropy_MH, self.head_entropy_H).mean(axis=1)
+        return anmi_M
 
     def _after(self, rows_M: npt.NDArray[np.int64], moved_MC: Counts) -> tuple[Floats, Floats]:
         cells_MC = _parting(self.counts_KC[rows_M], moved_MC)
@@ -135,7 +136,8 @@ class _Table:
 
 
 def _f(counts: npt.NDArray[Any]) -> Floats:
-    return xlogy(counts, counts)
+    values: Floats = xlogy(counts, counts)
+    return values
 
 
 def _parting(whole: npt.NDArray[Any], part: npt.NDArray[Any]) -> Floats:
@@ -176,4 +178,5 @@ def _count_splits_of_part(
     taken_Mr = sp.csr_array(
         (np.ones(taken.sum(), np.int64), (splits[taken], places[taken])), shape=(len(keys_M), len(rows_r))
     )
-    return (taken_Mr @ members).toarray()
+    counts_MC: Counts = (taken_Mr @ members).toarray()
+    return counts_MC

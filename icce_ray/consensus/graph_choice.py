@@ -138,7 +138,8 @@ def spectral_cut(score: NeighborScore, num_clusters: int, *, seed: int) -> Label
         found = [KMeans(num_clusters, n_init=1, random_state=int(start)).fit_predict(rows_NK) for start in starts]
     clusterings = [labels_N.astype(np.int32) for labels_N in found]
     shares = score.mean_shares(clusterings, num_clusters)
-    return clusterings[int(np.argmax(shares))]
+    best_N: Labels = clusterings[int(np.argmax(shares))]
+    return best_N
 
 
 def to_matrix(score: NeighborScore) -> csr_matrix:
@@ -222,4 +223,5 @@ def _second_eigenvector(within: csr_matrix) -> Floats:
             rest = LinearOperator(normal.shape, lambda x: normal @ x - first_n * (first_n @ x), dtype=np.float64)
             start_n = np.random.default_rng(0).uniform(-1, 1, len(first_n))
             vector_n = largest_eigenvectors(rest, 1, start_n)[1][:, 0]
-    return vector_n * scale_n
+    found_n: Floats = vector_n * scale_n
+    return found_n

@@ -63,7 +63,8 @@ class HeadPairs:
 
     def anmi(self) -> npt.NDArray[np.float64]:
         """Average NMI of each head with all heads (H,)."""
-        return self.nmi_HH.mean(axis=1)
+        anmi_H: npt.NDArray[np.float64] = self.nmi_HH.mean(axis=1)
+        return anmi_H
 
     def cluster_graph(self) -> sp.csr_array:
         """The graph of the head clusters: both triangles of `overlaps`."""

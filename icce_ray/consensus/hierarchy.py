@@ -115,7 +115,7 @@ def merge_clusters(similarity_KK: npt.NDArray[np.float64], sizes_K: Counts) -> H
 
     def mean(low: int, high: int, others: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
         share = sizes[low] / max(sizes[low] + sizes[high], 1)
-        return share * similarity[low, others] + (1 - share) * similarity[high, others]
+        return np.asarray(share * similarity[low, others] + (1 - share) * similarity[high, others])
 
     for step, (low, high, value) in enumerate(best_merges(similarity, num_clusters - 1, mean)):
         left[step], right[step], merged_at[step] = names[low], names[high], value
@@ -128,4 +128,5 @@ def merge_clusters(similarity_KK: npt.NDArray[np.float64], sizes_K: Counts) -> H
 def _sizes(counts_KC: npt.NDArray[Any], offsets: Counts) -> Counts:
     """Images of each cluster (K,), as counted by the head that labels most of them."""
     by_head = [counts_KC[:, start:stop].sum(axis=1, dtype=np.int64) for start, stop in pairwise(offsets)]
-    return np.max(by_head, axis=0)
+    sizes_K: Counts = np.max(by_head, axis=0)
+    return sizes_K

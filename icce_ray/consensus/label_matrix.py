@@ -130,7 +130,8 @@ class Heads(ABC):
 
     def codes_of(self, head: int) -> Labels:
         """Clusters (N,) of the images by one head, numbered without gaps, -1 where a label is missing."""
-        return self.gather(slice(head, head + 1)).codes[0]
+        codes_N: Labels = self.gather(slice(head, head + 1)).codes[0]
+        return codes_N
 
     def head_cluster_sizes(self) -> Counts:
         """Images of each head cluster (C,)."""
@@ -157,7 +158,8 @@ class HeadLabels(Heads):
         return HeadLabels(self.codes[heads, start:stop], self.values[heads])
 
     def labels_of(self, head: int) -> Labels:
-        return self.codes[head]
+        codes_N: Labels = self.codes[head]
+        return codes_N
 
     def select(self, heads: Sequence[int]) -> HeadLabels:
         return HeadLabels(self.codes[list(heads)], tuple(self.values[head] for head in heads), self.unlabelled)
@@ -257,7 +259,8 @@ def encode_labels(labels_n: npt.NDArray[Any], values: npt.NDArray[np.int64]) -> 
         return codes_n
     code_of_label = np.full(largest + 2, MISSING, dtype=np.int32)  # the last one is for the missing label, -1
     code_of_label[values] = np.arange(len(values), dtype=np.int32)
-    return code_of_label[labels_n]
+    codes: Labels = code_of_label[labels_n]
+    return codes
 
 
 def count_consensus(labels_N: npt.NDArray[Any], heads: Heads, num_clusters: int) -> npt.NDArray[Any]:

@@ -180,7 +180,7 @@ def merge_cells(score: NeighborScore, cells_N: Labels, num_cells: int, num_clust
         weights_XX[low] += weights_XX[high]
         weights_XX[:, low] += weights_XX[:, high]
         volumes_X[low] += volumes_X[high]
-        return weights_XX[low, others] - cost * volumes_X[low] * volumes_X[others]
+        return np.asarray(weights_XX[low, others] - cost * volumes_X[low] * volumes_X[others])
 
     gains_XX = weights_XX - cost * np.outer(volumes_X, volumes_X)
     for low, high, _ in best_merges(gains_XX, num_cells - num_clusters, gains):

@@ -66,7 +66,8 @@ def leave_no_cluster_empty(movers: npt.NDArray[np.int64], labels_N: Labels, num_
     sizes_K = np.bincount(labels_N, minlength=num_clusters)
     leaving_K = np.bincount(labels_N[movers], minlength=num_clusters)
     emptied_K = (leaving_K == sizes_K) & (sizes_K > 0)
-    return movers[~emptied_K[labels_N[movers]]]
+    staying: npt.NDArray[np.int64] = movers[~emptied_K[labels_N[movers]]]
+    return staying
 
 
 class _Weights(NamedTuple):
@@ -193,4 +194,5 @@ def _score_staying(
 def _increment(x: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
     """f(x + 1) - f(x) for f(x) = x log x."""
     x = x.astype(np.float64)
-    return np.log(x + 1) + x * np.log1p(1 / np.maximum(x, 1.0))
+    increments: npt.NDArray[np.float64] = np.log(x + 1) + x * np.log1p(1 / np.maximum(x, 1.0))
+    return increments

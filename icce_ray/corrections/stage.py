@@ -75,7 +75,8 @@ def applied_corrections(inputs: Mapping[str, Artifact]) -> dict[str, Any] | None
     """The corrections of a run as JSON; None if it has none."""
     if "corrections" not in inputs:
         return None
-    return json.loads(inputs["corrections"].read_bytes(APPLIED_NAME))
+    applied: dict[str, Any] = json.loads(inputs["corrections"].read_bytes(APPLIED_NAME))
+    return applied
 
 
 def _settings(config: Config) -> Settings:

@@ -157,4 +157,5 @@ def _scaled(curve: Sequence[Measured], metric: str, least_width: float = 0.0) ->
     if not is_known_PS.any() or means_P.max() == means_P.min():
         return np.zeros_like(values_PS)
     width = max(means_P.max() - means_P.min(), least_width)
-    return (values_PS - means_P.min()) / width
+    scaled_PS: npt.NDArray[np.float64] = (values_PS - means_P.min()) / width
+    return scaled_PS

@@ -54,4 +54,5 @@ def _jaccard(a_n: Labels, b_n: Labels, num_clusters: int) -> npt.NDArray[np.floa
     """Images that two clusters share, divided by those in either, of the images that both parts hold (K, K)."""
     shared_KK = as_array(count_table(a_n, b_n, num_clusters, num_clusters))
     either_KK = shared_KK.sum(axis=1, keepdims=True) + shared_KK.sum(axis=0, keepdims=True) - shared_KK
-    return shared_KK / np.maximum(either_KK, 1)
+    jaccard_KK: npt.NDArray[np.float64] = shared_KK / np.maximum(either_KK, 1)
+    return jaccard_KK

@@ -45,4 +45,5 @@ def read_losses(artifact: Artifact) -> npt.NDArray[np.float64] | None:
 
 def read_history(artifact: Artifact) -> list[dict[str, Any]]:
     """Losses over the training, a row for each epoch."""
-    return artifact.read_json(RECORD_NAME)["history"]
+    history: list[dict[str, Any]] = artifact.read_json(RECORD_NAME)["history"]
+    return history

@@ -74,7 +74,8 @@ def silhouette(features_ND: npt.NDArray[np.floating], labels_N: npt.NDArray[np.i
 def project_pca(points_nD: npt.NDArray[np.float32], random_state: int) -> npt.NDArray[np.float32]:
     """Coordinates on the first 50 principal components, (n, at most 50)."""
     num_dims = min(PCA_DIMS, *points_nD.shape)
-    return PCA(num_dims, random_state=random_state).fit_transform(points_nD).astype(np.float32)
+    projected: npt.NDArray[np.float32] = PCA(num_dims, random_state=random_state).fit_transform(points_nD)
+    return projected.astype(np.float32)
 
 
 def project_umap(points_nD: npt.NDArray[np.float32], random_state: int, **changes: Any) -> npt.NDArray[np.float32]:
@@ -89,7 +90,8 @@ def project_umap(points_nD: npt.NDArray[np.float32], random_state: int, **change
         "n_neighbors": min(settings["n_neighbors"], num_images - 1),
         "n_components": min(settings["n_components"], num_images - 2),
     }
-    return UMAP(random_state=random_state, n_jobs=1, **settings).fit_transform(points_nD)
+    embedded: npt.NDArray[np.float32] = UMAP(random_state=random_state, n_jobs=1, **settings).fit_transform(points_nD)
+    return embedded
 
 
 PROJECTIONS = {"pca": project_pca, "umap": project_umap}

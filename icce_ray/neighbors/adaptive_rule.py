@@ -149,7 +149,8 @@ def _kth_scores(scores_P: Floats, num_pairs_R: Ids, k: int) -> Floats:
 
 def rank_in_row(sorted_rows_P: npt.NDArray[np.integer]) -> Ids:
     """0, 1, 2, ... within each run of equal values."""
-    return np.arange(len(sorted_rows_P)) - np.repeat(*_runs(sorted_rows_P))
+    ranks_P: Ids = np.arange(len(sorted_rows_P)) - np.repeat(*_runs(sorted_rows_P))
+    return ranks_P
 
 
 def _runs(sorted_rows_P: npt.NDArray[np.integer]) -> tuple[Ids, Ids]:

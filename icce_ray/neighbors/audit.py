@@ -180,7 +180,8 @@ def _random_similarities(unit: UnitFeatures, rng: np.random.Generator) -> Floats
     size = min(len(unit), round(NUM_RANDOM_PAIRS**0.5))
     rows, columns = (rng.choice(len(unit), size, replace=False) for _ in range(2))
     cosine = unit[rows] @ unit[columns].T
-    return cosine[rows[:, None] != columns[None, :]]
+    pairs: Floats = cosine[rows[:, None] != columns[None, :]]
+    return pairs
 
 
 def _candidate_thresholds(lowest_of_interest: float) -> npt.NDArray[np.float64]:

@@ -128,7 +128,8 @@ def count_pairs(
 
     def cell(cosine: Floats, together: npt.NDArray[np.uint8]) -> npt.NDArray[np.int32]:
         step = ((cosine.clip(-1.0, 1.0) + 1.0) * steps_per_unit).astype(np.int32)
-        return bin_of_step[step] + together
+        cells: npt.NDArray[np.int32] = bin_of_step[step] + together
+        return cells
 
     def count(starts: range) -> Ids:
         counts = np.zeros(np.prod(shape), np.int64)

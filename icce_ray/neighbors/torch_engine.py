@@ -137,7 +137,8 @@ class TorchEngine:
         units_P = self._units(
             features_QD, torch.tensor(rows, device=self.device), torch.tensor(columns, device=self.device)
         )
-        return units_P.cpu().numpy()
+        units: Ids = units_P.cpu().numpy()
+        return units
 
     def _image_blocks(self, num_queries: int, k: int) -> Iterator[tuple[int, int, int]]:
         """Start and end of each block, and the number of images in its groups. Groups fill a block: the images left

@@ -74,7 +74,8 @@ def prepare(features_ND: npt.NDArray[np.floating[Any]], center: bool) -> UnitFea
         if not finite.all():
             row = start + int(np.argmin(finite))
             raise InputError(f"the feature of row {row} is not finite (NaN or infinite); remove or embed it again")
-        return block.sum(axis=0)
+        sum_D: npt.NDArray[np.float64] = block.sum(axis=0)
+        return sum_D
 
     starts = range(0, num_images, rows_per_block)
     sum_D = np.zeros(dim)

@@ -146,7 +146,8 @@ class HeadTrainer:
                 labels_hN[block.heads, start:stop] = cosines_HnK.argmax(dim=-1).int()
 
         self.pool.map(label, range(0, num_images, ROWS_AT_ONCE))
-        return labels_hN.cpu().numpy()
+        labels: npt.NDArray[np.int32] = labels_hN.cpu().numpy()
+        return labels
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The tensors of this worker's heads that a resumed run needs, heads first. Loading copies into them."""

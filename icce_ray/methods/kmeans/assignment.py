@@ -71,7 +71,8 @@ def nearest(rows_nd: Floats, centroids_Kd: Floats) -> Labels:
 def squared_distances(rows_nd: Floats, centroids_Kd: Floats, labels_n: Labels) -> Doubles:
     """Squared distance of each row from the centroid of its cluster (n,), in float64."""
     difference_nd = rows_nd.astype(np.float64) - centroids_Kd[labels_n]
-    return np.einsum("nd,nd->n", difference_nd, difference_nd)
+    distances_n: Doubles = np.einsum("nd,nd->n", difference_nd, difference_nd)
+    return distances_n
 
 
 class TorchAssigner:
