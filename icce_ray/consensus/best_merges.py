@@ -14,8 +14,8 @@ MergedValues = Callable[[int, int, npt.NDArray[np.int64]], Floats]
 
 
 def best_merges(values_XX: Floats, num_merges: int, merged_values: MergedValues) -> Iterator[tuple[int, int, float]]:
-    """Yield the two items of each merge, the lower first, which then stands for both, and their value. Of equal values,
-    the pair with the lowest items is merged first.
+    """Yield the two items of each merge and their value. The lower item comes first, and stands for both from then on.
+    Ties go to the pair with the lowest items.
 
     Args:
         values_XX: exactly symmetric; changed in place.

@@ -41,7 +41,7 @@ UNSUPPORTED = {
 
 
 def unsupported_format(data: bytes) -> str | None:
-    """What is wrong with a file of a format that is not decoded, and the remedy; None if its format is not known."""
+    """Why the file cannot be decoded, and what to do about it. None if the format is not one of those we recognise."""
     if data[4:8] == b"ftyp" and data[8:12] in HEIC_BRANDS:
         return HEIC_REMEDY
     if data[4:12] == b"ftypcrx ":
