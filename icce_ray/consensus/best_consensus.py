@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from icce_ray.config import ConsensusConfig, ConsensusMethod
-from icce_ray.consensus.aligned_vote import align_and_vote, best_head, measure_agreement
+from icce_ray.consensus.aligned_vote import Agreement, align_and_vote, best_head, measure_agreement
 from icce_ray.consensus.doubtful_images import UnitRows, find_doubtful, place_doubtful
 from icce_ray.consensus.empty_clusters import fill_empty_clusters
 from icce_ray.consensus.graph_choice import RECOMBINED, choose_on_graph, trusted_heads
@@ -136,8 +136,8 @@ def find_consensus(
     )
     chosen = max(best_tries, key=lambda method: best_tries[method].anmi)
     graph_scores: dict[str, float] = {}
-    if recombines and len(heads.unlabelled):
-        skipped[RECOMBINED] = f"no clustering has a label for {len(heads.unlabelled):,} of the images"
+    if recombines and heads.noise:
+        skipped[RECOMBINED] = heads.noise
     elif recombines and num_clusters > MAX_CLUSTERS:
         skipped[RECOMBINED] = f"{num_clusters:,} clusters are over the limit of {MAX_CLUSTERS:,}"
     elif recombines and nearest is not None:
@@ -150,20 +150,18 @@ def find_consensus(
         best_tries |= {name: _Try(anmi(labels_N, heads, num_clusters), labels_N, 0) for name, labels_N in made.items()}
         skipped |= left_out
     report(total - 1, total, "agreement")
-    labels_N, value, num_relabelled = best_tries[chosen].labels_N, best_tries[chosen].anmi, 0
-    counts_KC = count_consensus(labels_N, everyone, num_clusters)
-    agreement = measure_agreement(labels_N, everyone, counts_KC, seed=seeds[0])
+    labels_N, value = best_tries[chosen].labels_N, best_tries[chosen].anmi
+    counts_KC, agreement = _compare(labels_N, everyone, num_clusters, seeds[0])
+    placed_N = labels_N
     if config.relabel and unit_features is not None and len(doubtful := find_doubtful(agreement.agreement_N)):
         try:
             placed_N = place_doubtful(labels_N, doubtful, everyone, unit_features, num_clusters)
         except PartitionError as error:
             skipped[RELABELLED] = str(error)
-            placed_N = labels_N
-        num_relabelled = int((placed_N != labels_N).sum())
-        if num_relabelled:
-            labels_N, value = placed_N, anmi(placed_N, heads, num_clusters)
-            counts_KC = count_consensus(labels_N, everyone, num_clusters)
-            agreement = measure_agreement(labels_N, everyone, counts_KC, seed=seeds[0])
+    num_relabelled = int((placed_N != labels_N).sum())
+    if num_relabelled:
+        labels_N, value = placed_N, anmi(placed_N, heads, num_clusters)
+        counts_KC, agreement = _compare(labels_N, everyone, num_clusters, seeds[0])
     return EnsembleResult(
         labels=heads.spread(labels_N, MISSING),
         method=chosen,
@@ -179,6 +177,12 @@ def find_consensus(
         skipped=skipped,
         repaired={method: best.num_empty for method, best in best_tries.items() if best.num_empty},
     )
+
+
+def _compare(labels_N: Labels, heads: Heads, num_clusters: int, seed: int) -> tuple[npt.NDArray[Any], Agreement]:
+    """The counts of a consensus against the clusters of the heads (K, C), and how far the heads agree with it."""
+    counts_KC = count_consensus(labels_N, heads, num_clusters)
+    return counts_KC, measure_agreement(labels_N, heads, counts_KC, seed=seed)
 
 
 def _try_functions(

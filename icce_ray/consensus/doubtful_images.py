@@ -57,8 +57,8 @@ def place_doubtful(
 
     Raises PartitionError: the input is too large, it has noise, or its features don't differ within the clusters.
     """
-    if len(heads.unlabelled):
-        raise PartitionError(f"no clustering has a label for {len(heads.unlabelled):,} of the images")
+    if heads.noise:
+        raise PartitionError(heads.noise)
     unit = unit_features()
     _check_size(len(doubtful_d), unit.shape, num_clusters)
     parts = ranges(len(labels_N), max(1, PART_ELEMENTS // unit.shape[1]))

@@ -89,6 +89,11 @@ class Heads(ABC):
         """A value for each image of the matrix, from those of its labelled images: `fill` where there is none."""
         return np.insert(values_n, self.unlabelled - np.arange(len(self.unlabelled)), fill)
 
+    @property
+    def noise(self) -> str:
+        """What is said where images that no head labels are in the way; "" if there are none."""
+        return f"no clustering has a label for {len(self.unlabelled):,} of the images" if len(self.unlabelled) else ""
+
     def map(self, function: Callable[..., Any], parts: Iterable[tuple[int, ...]], *shared: Any) -> Iterator[Any]:
         """``function(self, *part, *shared)`` for each part, in order. On a cluster, several parts run at a time."""
         for part in parts:
